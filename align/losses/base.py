@@ -1,0 +1,71 @@
+"""The one interface of all losses. A loss module exports `Config`, `needs(config)` and `loss(inputs, config)`.
+
+`Config` and `needs` load without torch, because `align check` imports none. Losses are pure: no collective, no
+`.item()`, no logging. They divide by `counts`, the global numbers of the whole update, never by a local mean, so that
+any split into microbatches and ranks gives the same gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from align.types import HeadOutputs, TokenBatch
+
+
+class LossConfig(BaseModel):
+    """Base of every loss's options: strict, so that a typo is an error and not a default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the step must have ready. record: kind of tree; head: names of HeadOutputs beside logps;
+    scope "batch": the step first runs a no-grad pass over all microbatches and hands back `batch_stats`."""
+
+    record: Literal["conversation", "pair", "unpaired", "group"]
+    reference: bool = False
+    head: tuple[str, ...] = ()
+    scope: Literal["sequence", "pair", "batch"] = "sequence"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Global numbers over all ranks and microbatches of one update; what losses divide by."""
+
+    tokens: int
+    nll_tokens: int
+    sequences: int
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A mean that can be summed over microbatches and ranks: report sum / count."""
+
+    sum: Tensor
+    count: Tensor | float
+
+
+@dataclass
+class LossInputs:
+    outputs: HeadOutputs
+    batch: TokenBatch
+    counts: Counts
+    reference_logps: Tensor | None = None
+    proximal_logps: Tensor | None = None
+    batch_stats: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class LossOutput:
+    """loss f32[]: this microbatch's share of the global loss (shares add up); metrics by flat name."""
+
+    loss: Tensor
+    metrics: dict[str, Metric]

@@ -1,0 +1,245 @@
+"""What crosses processes, and the three protocols that stages speak to. Standard library and numpy only.
+
+Stages know Trees, Groups and score tables. Who packs them, on which device and in which process they are computed,
+is the business of whoever implements `Trainer`, `Scorer` and `Fleet`: Ray actors in a run, plain classes in a test,
+a virtual clock in the simulator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+# ---------------------------------------------------------------------------------------------------- trees
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of tokens of one tree: its trunk, or one of its branches.
+
+    token_ids: i64[n]
+    loss_mask: bool[n]; True where the token is scored by the loss. A trunk of an offline conversation has its
+        assistant tokens here, a prompt has none, a completion has all of them (its end-of-turn token included).
+    nll_mask: bool[n] or None (= loss_mask); tokens of the negative log-likelihood term, where a loss has one.
+    advantages: f32[n] or None; behavior_logps: f32[n] or None, the sampler's log-probabilities;
+    versions: i32[n] or None, the policy version that sampled each token.
+    columns: one float per name for this sequence (desirable, weight, score...).
+    """
+
+    token_ids: np.ndarray
+    loss_mask: np.ndarray
+    nll_mask: np.ndarray | None = None
+    advantages: np.ndarray | None = None
+    behavior_logps: np.ndarray | None = None
+    versions: np.ndarray | None = None
+    columns: Mapping[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return int(self.token_ids.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """One training example: a trunk that is computed once, and the branches that continue it.
+
+    A conversation is a trunk alone (one sequence: the trunk itself). A pair is a trunk with two branches, chosen
+    first. A GRPO group is a trunk with G branches; an unpaired completion is a trunk with one.
+
+    id: unique in its stage; packing lays trees in order of it, so results do not depend on arrival.
+    columns: one float per name for the tree (a pair's margin, for instance).
+    origin: "file:line" of the row it came from, for error messages and reports.
+    """
+
+    id: int
+    trunk: Segment
+    branches: tuple[Segment, ...] = ()
+    columns: Mapping[str, float] = field(default_factory=dict)
+    origin: str = ""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a packed forward computes for this tree (the trunk counted once)."""
+        return len(self.trunk) + sum(len(b) for b in self.branches)
+
+    @property
+    def sequences(self) -> tuple[Segment, ...]:
+        return self.branches or (self.trunk,)
+
+
+# ---------------------------------------------------------------------------------------------------- rollouts
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How completions are drawn. Everything that changes the sampling distribution is listed here, and nothing else
+    may change it: trainer log-probabilities are computed at this temperature. temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    max_tokens: int = 512
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptItem:
+    """A prompt drawn for generation.
+
+    group_id: unique per stage and draw (epoch, row, repeat). seed: 63-bit hash of (run seed, stage id, group id).
+    token_ids: i64[n]. messages: the prompt as role/content dicts (a plain-text prompt is one user message with
+    role "text"). row: every column of the data row; `reference_answer` where an assistant turn was taken off.
+    """
+
+    group_id: int
+    token_ids: np.ndarray
+    seed: int
+    messages: tuple[Mapping[str, Any], ...] = ()
+    row: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled completion.
+
+    token_ids: i64[n] exactly as sampled, the end-of-turn token included when there is one; logps: f32[n] under the
+    sampler at the sampling temperature; versions: i32[n]; text: decoded, special tokens removed, stop string kept;
+    finish: "eos", "stop", or "length" (truncated by max_tokens).
+    """
+
+    token_ids: np.ndarray
+    logps: np.ndarray
+    versions: np.ndarray
+    text: str
+    finish: Literal["eos", "stop", "length"]
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish == "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The G completions of one prompt, drawn by one engine."""
+
+    prompt: PromptItem
+    completions: tuple[Completion, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A score that could not be had: which sample and objective, the cause, and the first lines of the error."""
+
+    group_id: int
+    sample: int
+    plugin: str
+    cause: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreTable:
+    """Scores of every completion of a list of groups, in order (S = sum of group sizes).
+
+    objectives: R names; scores: f32[S, R], NaN where missing (not applicable, or failed: see failures);
+    kinds: "reward" or "cost" per objective (a cost enters the combiners with its sign flipped);
+    dropped: indices of groups that an `on_error: drop_group` policy removed; metrics: flat names to numbers.
+    """
+
+    objectives: tuple[str, ...]
+    scores: np.ndarray
+    kinds: tuple[str, ...]
+    failures: tuple[Failure, ...] = ()
+    dropped: tuple[int, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    infos: tuple[Mapping[str, Any], ...] = ()
+
+
+# ---------------------------------------------------------------------------------------------------- weights
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """One version of the policy, ready for engines to load.
+
+    version: the stage's step. kind: "adapter" (peft layout folder), "weights" (safetensors of whole parameters) or
+    "base" (nothing to load: the engine's own folder is the policy). digest: `digest_arrays` of what an engine must
+    hold after loading. rank: the adapter's LoRA rank.
+    """
+
+    version: int
+    kind: Literal["adapter", "weights", "base"]
+    path: str
+    digest: str
+    rank: int = 0
+
+
+def digest_arrays(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes, in order of name: equal digests mean bit-equal weights."""
+    h = hashlib.sha256()
+    for name in sorted(arrays):
+        a = np.ascontiguousarray(arrays[name])
+        h.update(f"{name}|{a.shape}|{a.dtype.str}|".encode())
+        h.update(a.view(np.uint8).reshape(-1).data if a.size else b"")
+    return h.hexdigest()
+
+
+def group_seed(run_seed: int, stage_id: str, group_id: int) -> int:
+    """63-bit seed of a group. Consecutive seeds would share random streams in vLLM (child i of n uses seed + i)."""
+    digest = hashlib.blake2b(f"{run_seed}|{stage_id}|{group_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+# ---------------------------------------------------------------------------------------------------- protocols
+
+Metrics = dict[str, float]
+
+
+class Trainer(Protocol):
+    """The policy: forward, update, publish, save. Packs trees itself. All methods are coroutines.
+
+    `step` runs one optimizer update over all trees (any number of microbatches); counts are global over them.
+    `progress` is the fraction of the stage's updates done before this one, in [0, 1): the schedule's only input.
+    """
+
+    async def step(self, trees: Sequence[Tree], *, step: int, progress: float) -> Metrics: ...
+
+    async def evaluate(self, trees: Sequence[Tree]) -> Metrics: ...
+
+    async def logps(self, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
+        """Per tree, per sequence: f32[n] log-probabilities of its scored tokens under the policy."""
+        ...
+
+    async def publish(self, folder: Path, version: int) -> Publication: ...
+
+    async def save(self, folder: Path) -> None:
+        """Write model, optimizer and random state into an existing empty folder; the caller commits it."""
+        ...
+
+    async def restore(self, folder: Path) -> None: ...
+
+    async def write_model(self, folder: Path) -> None:
+        """Write what a user loads: the adapter in peft layout, or the whole model in transformers layout."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Scorer(Protocol):
+    async def score(self, groups: Sequence[Group]) -> ScoreTable: ...
+
+    async def close(self) -> None: ...
+
+
+class Fleet(Protocol):
+    """The engines. `publish` returns when every engine holds the version and its digest was compared."""
+
+    async def publish(self, publication: Publication) -> Metrics: ...
+
+    async def generate(self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> list[Group]: ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,377 @@
+"""The recipe as strict types. Grammar and defaults; no torch, ray, vllm or transformers import.
+
+Every key is spelled out: an unknown one is an error. Cross-checks that need only the recipe live here as validators;
+those that need files, templates or plugins belong to `align check`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+# ------------------------------------------------------------------------------------------------- model and data
+
+
+class TokenizerFromScratch(Strict):
+    """A byte-level BPE trained on the text of `train_on`, with our ChatML template."""
+
+    train_on: DataField
+    vocab_size: Annotated[int, Field(ge=300)] = 512
+    split_digits: bool = True
+
+
+class Model(Strict):
+    """Where the policy starts. Either `path` (hub id or local folder) or `config` + `tokenizer` (from scratch)."""
+
+    path: str | None = None
+    revision: str | None = None
+    adapter: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention: Literal["auto", "sdpa"] = "auto"
+    chat_template: str | None = None
+    template_args: dict[str, Any] = Field(default_factory=dict)
+    trust_remote_code: bool = False
+    gradient_checkpointing: bool = False
+    config: dict[str, Any] | None = None
+    tokenizer: TokenizerFromScratch | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Model:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give either `path` (a hub id or a folder) or `config` with `tokenizer` (from scratch)")
+        if (self.config is None) != (self.tokenizer is None):
+            raise ValueError("`config` and `tokenizer` go together: both are needed to start from scratch")
+        if self.config is not None and self.adapter is not None:
+            raise ValueError("`adapter` needs `path`: a model from scratch has no adapter yet")
+        return self
+
+
+class DataSource(Strict):
+    """One source of rows. `path`: file, folder, hub id, or `file.py:function` (a generator of rows, called with
+    `options` in a child process). `columns` maps our field to theirs."""
+
+    path: str
+    columns: dict[str, str] = Field(default_factory=dict)
+    format: str | None = None
+    split: str | None = None
+    limit: PositiveInt | None = None
+    weight: Annotated[float, Field(gt=0)] | None = None
+    max_length: PositiveInt | None = None
+    truncate: Literal["error", "right", "left"] = "error"
+    on_bad_row: Literal["error", "skip"] = "error"
+    overlong_prompts: Literal["error", "filter"] = "error"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+def _sources(value: Any) -> Any:
+    items = value if isinstance(value, list) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+DataField = Annotated[tuple[DataSource, ...], BeforeValidator(_sources), Field(min_length=1)]
+
+
+class Media(Strict):
+    max_pixels: PositiveInt | None = None
+    min_pixels: PositiveInt | None = None
+
+
+# ------------------------------------------------------------------------------------------------- stage parts
+
+
+class Tune(Strict):
+    vision: Literal["frozen", "lora", "full"] = "frozen"
+    projector: Literal["frozen", "lora", "full"] = "frozen"
+    language: Literal["frozen", "lora", "full"] = "lora"
+
+
+class Adapter(Strict):
+    kind: Literal["lora", "qlora", "dora", "full"] = "lora"
+    rank: PositiveInt = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+    exclude: tuple[str, ...] = ()
+    tune: Tune = Tune()
+
+
+class Optim(Strict):
+    name: Literal["adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] | None = None
+    schedule: Literal["cosine", "linear", "constant"] | None = None
+    warmup: Fraction | None = None
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+
+
+class Packing(Strict):
+    max_tokens: PositiveInt = 16384
+
+
+def _every(value: Any) -> Any:
+    if isinstance(value, str) and value.strip().endswith("%"):
+        share = float(value.strip()[:-1])
+        if not 0 < share <= 100:
+            raise ValueError(f"a percentage of the stage must be in (0, 100], got {value!r}")
+        return f"{share:g}%"
+    return value
+
+
+Every = Annotated[int | str, BeforeValidator(_every)]
+
+
+class Best(Strict):
+    metric: str = "eval/accuracies"
+    mode: Literal["max", "min"] = "max"
+
+
+class Save(Strict):
+    """`every`: steps, or a percentage of the stage. `keep`: newest checkpoints kept beside the best one."""
+
+    every: Every = "10%"
+    keep: PositiveInt = 2
+    best: Best | None = None
+
+
+class Eval(Strict):
+    data: DataField
+    every: Every = "10%"
+    at_start: bool = False
+    rewards: tuple[Reward, ...] = ()
+
+
+class Reward(Strict):
+    """A reward plugin: `use` is one of ours by bare name, an entry point, `pkg.mod:attr` or `file.py:attr`."""
+
+    use: str
+    as_: str | None = Field(default=None, alias="as")
+    args: dict[str, Any] = Field(default_factory=dict)
+    timeout_s: Annotated[float, Field(gt=0)] | None = None
+    retries: Annotated[int, Field(ge=0)] | None = None
+    on_error: str | None = None
+    max_error_rate: Fraction | None = None
+    batch: PositiveInt | None = None
+    concurrency: PositiveInt | None = None
+    signature: Literal["align", "trl", "swift"] = "align"
+
+    @property
+    def name(self) -> str:
+        return self.as_ or self.use.rpartition(":")[2].rpartition(".")[2]
+
+
+class Objectives(Strict):
+    combine: Literal["weighted_sum", "decoupled"] = "weighted_sum"
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    baseline: Literal["group", "leave_one_out"] = "group"
+    scale: Literal["std", "none"] = "std"
+    min_std: Annotated[float, Field(ge=0)] = 1e-4
+    whiten: bool = False
+
+
+class Rollout(Strict):
+    """Generation. Only what is listed may change the sampling distribution."""
+
+    name: Literal["vllm", "transformers"] = "vllm"
+    workers: PositiveInt = 1
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    max_tokens: PositiveInt = 512
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    weights: Literal["auto", "adapter", "merged"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: PositiveInt | None = None
+    engine: dict[str, Any] = Field(default_factory=dict)
+    truncated: Literal["mask", "keep"] = "mask"
+
+
+class Share(Strict):
+    ranks: PositiveInt = 1
+    cpus: Annotated[float, Field(ge=0)] | None = None
+    gpus: Annotated[float, Field(ge=0)] | None = None
+    threads: PositiveInt | None = None
+
+
+class Placement(Strict):
+    trainer: Share = Share()
+    reference: Share = Share()
+    rollout: Share = Share()
+    rewards: Share = Share()
+
+
+class Report(Strict):
+    tensorboard: bool = True
+    wandb: dict[str, Any] | None = None
+
+
+# ------------------------------------------------------------------------------------------------- stages
+
+
+def _loss_list(value: Any) -> Any:
+    items = value if isinstance(value, list) else [value]
+    return [{"name": item} if isinstance(item, str) else item for item in items]
+
+
+class LossTerm(BaseModel):
+    """`name` and `weight` here; the loss's own options are validated by its `Config`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.__pydantic_extra__ or {})
+
+
+LossField = Annotated[tuple[LossTerm, ...], BeforeValidator(_loss_list), Field(min_length=1)]
+
+
+class StageBase(Strict):
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+    from_: str | None = Field(default=None, alias="from")
+
+
+class ReferencePath(Strict):
+    path: str
+    revision: str | None = None
+    adapter: str | None = None
+
+
+class TrainStage(StageBase):
+    adapter: Adapter | None = None
+    data: DataField
+    packing: Packing = Packing()
+    optim: Optim = Optim()
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: PositiveInt | None = None
+    eval: Eval | None = None
+    save: Save = Save()
+    reference: Literal["start", "base"] | ReferencePath | None = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainStage:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give `epochs` or `steps`, not both")
+        return self
+
+
+class SequenceBatch(Strict):
+    sequences: PositiveInt = 32
+
+
+class PairBatch(Strict):
+    pairs: PositiveInt | None = None
+    sequences: PositiveInt | None = None
+
+
+class GroupBatch(Strict):
+    groups: PositiveInt = 16
+    group_size: Annotated[int, Field(ge=2)] = 8
+
+
+class SftStage(TrainStage):
+    kind: Literal["sft"]
+    loss: LossField = (LossTerm(name="sft"),)
+    batch: SequenceBatch = SequenceBatch()
+
+
+class PreferenceStage(TrainStage):
+    kind: Literal["preference"]
+    loss: LossField = (LossTerm(name="dpo"),)
+    batch: PairBatch = PairBatch()
+
+
+class OnlineStage(TrainStage):
+    kind: Literal["online"]
+    loss: LossField = (LossTerm(name="grpo"),)
+    batch: GroupBatch = GroupBatch()
+    staleness: Annotated[int, Field(ge=0)] = 0
+    rollout: Rollout = Rollout()
+    rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
+    objectives: Objectives = Objectives()
+
+
+class EvaluateStage(StageBase):
+    kind: Literal["evaluate"]
+    of: tuple[str, ...]
+    data: DataField
+    rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
+    rollout: Rollout = Rollout(temperature=0.0)
+
+
+class MergeStage(StageBase):
+    kind: Literal["merge"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+class ExportStage(StageBase):
+    kind: Literal["export"]
+    format: Literal["safetensors"] = "safetensors"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+Stage = Annotated[
+    SftStage | PreferenceStage | OnlineStage | EvaluateStage | MergeStage | ExportStage, Field(discriminator="kind")
+]
+
+
+class Recipe(Strict):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: Annotated[int, Field(ge=0)] = 0
+    output: str = "runs"
+    model: Model
+    media: Media = Media()
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    placement: Placement = Placement()
+    report: Report = Report()
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.output) / self.name
+
+    def stage(self, stage_id: str) -> Any:
+        return next(s for s in self.stages if s.id == stage_id)
+
+    def before(self, stage_id: str) -> Iterator[Any]:
+        for stage in self.stages:
+            if stage.id == stage_id:
+                return
+            yield stage
+
+    @model_validator(mode="after")
+    def _stage_graph(self) -> Recipe:
+        seen: dict[str, Any] = {}
+        for stage in self.stages:
+            if stage.id in seen:
+                raise ValueError(f"two stages have the id {stage.id!r}; ids name folders and must differ")
+            wanted = [stage.from_.partition("@")[0]] if stage.from_ else []
+            wanted += list(getattr(stage, "of", ()))
+            for source in wanted:
+                if source not in seen:
+                    known = ", ".join(seen) or "none"
+                    raise ValueError(f"stage {stage.id!r} builds on {source!r}, which is no earlier stage ({known})")
+                if seen[source].kind == "evaluate":
+                    raise ValueError(f"stage {stage.id!r} builds on {source!r}, an evaluate stage: it makes no model")
+            seen[stage.id] = stage
+        return self
+
+
+TokenizerFromScratch.model_rebuild()
+Eval.model_rebuild()
+Model.model_rebuild()
+for _stage in (TrainStage, SftStage, PreferenceStage, OnlineStage, EvaluateStage, Recipe):
+    _stage.model_rebuild()

@@ -1,0 +1,72 @@
+"""The tensors of one microbatch and what a forward returns for it. Dimension letters: T tokens, M segments,
+N scored tokens, S sequences, P pairs, K scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class TokenBatch:
+    """Trees laid end to end in one row of T tokens; a trunk stands once, its branches attend to it.
+
+    token_ids i64[T]; position_ids i64[T] (or i64[3, T] for M-RoPE): a branch continues its trunk's positions.
+    query_start, query_end, parent_start, parent_end i32[M]: segment m's tokens are [query_start, query_end) and it
+        attends, besides causally to itself, to all of [parent_start, parent_end); parent_start is -1 for a trunk.
+    predict_at i64[N]: index of the hidden state that predicts scored token n (for a branch's first token, the
+        trunk's last); labels i64[N]: its token id; sequence_ids i64[N]: its sequence, 0..S-1.
+    loss_mask, nll_mask bool[N]; advantages, behavior_logps f32[N]; versions i32[N] (zeros where a stage has none).
+    pairs i64[P, 2]: sequence numbers of (chosen, rejected); group_ids i64[S]: tree of each sequence.
+    columns: per sequence f32[S] ("sequence/<name>") and per pair f32[P] ("pair/<name>").
+    """
+
+    token_ids: Tensor
+    position_ids: Tensor
+    query_start: Tensor
+    query_end: Tensor
+    parent_start: Tensor
+    parent_end: Tensor
+    predict_at: Tensor
+    labels: Tensor
+    sequence_ids: Tensor
+    loss_mask: Tensor
+    nll_mask: Tensor
+    advantages: Tensor
+    behavior_logps: Tensor
+    versions: Tensor
+    pairs: Tensor
+    group_ids: Tensor
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    media: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sequences(self) -> int:
+        return int(self.group_ids.shape[0])
+
+    def to(self, device: torch.device | str) -> TokenBatch:
+        moved: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                moved[f.name] = value.to(device)
+            else:
+                moved[f.name] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in value.items()}
+        return TokenBatch(**moved)
+
+
+@dataclass
+class HeadOutputs:
+    """What a loss may ask the forward for; never logits. None where it was not asked.
+
+    logps f32[N]: log-probability of each scored token at the batch's temperature; entropy f32[N], with gradient;
+    log_sum_sq f32[N]: log of the sum of squared probabilities; scores f32[S, K].
+    """
+
+    logps: Tensor
+    entropy: Tensor | None = None
+    log_sum_sq: Tensor | None = None
+    scores: Tensor | None = None
