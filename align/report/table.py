@@ -1,0 +1,56 @@
+"""The table that ends a run, from the content of summary.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.table import Table
+
+
+def _metric(name: str, form: str) -> Callable[[Mapping[str, Any]], str | None]:
+    def cell(entry: Mapping[str, Any]) -> str | None:
+        value = entry.get("metrics", {}).get(name)
+        return None if value is None else format(value, form)
+
+    return cell
+
+
+def _field(name: str, form: str) -> Callable[[Mapping[str, Any]], str | None]:
+    def cell(entry: Mapping[str, Any]) -> str | None:
+        return format(entry[name], form) if entry.get(name) else None
+
+    return cell
+
+
+COLUMNS: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
+    "steps": _field("steps", ",d"),
+    "seconds": _field("seconds", ",.0f"),
+    "tokens/s": _field("tokens_per_second", ",.0f"),
+    "loss": _metric("loss/total", ".3f"),
+    "accuracy": _metric("accuracy", ".3f"),
+    "mean length": _metric("mean_length", ".1f"),
+}
+
+
+def stage_table(summary: Mapping[str, Any]) -> Table:
+    """One row a stage; a column that no stage fills is left out."""
+    stages: Mapping[str, Mapping[str, Any]] = summary["stages"]
+    cells = {title: [cell(entry) for entry in stages.values()] for title, cell in COLUMNS.items()}
+    shown = {title: column for title, column in cells.items() if any(value is not None for value in column)}
+    table = Table()
+    table.add_column("stage", no_wrap=True)
+    for title in shown:
+        table.add_column(title, justify="right", no_wrap=True)
+    for row, stage in enumerate(stages):
+        table.add_row(stage, *(column[row] or "" for column in shown.values()))
+    return table
+
+
+def artefact_lines(summary: Mapping[str, Any]) -> list[str]:
+    """`<stage>: <name> in <path>` for everything a user may want to load."""
+    lines = []
+    for stage, entry in summary["stages"].items():
+        for name, path in entry.get("artefacts", {}).items():
+            lines.append(f"{stage}: {name} in {path}")
+    return lines
