@@ -71,6 +71,16 @@ class Tree:
         return self.branches or (self.trunk,)
 
 
+@dataclass(frozen=True)
+class Counts:
+    """Global numbers over all ranks and microbatches of one update; what losses divide by."""
+
+    tokens: int
+    nll_tokens: int
+    sequences: int
+    pairs: int
+
+
 # ---------------------------------------------------------------------------------------------------- rollouts
 
 
@@ -203,7 +213,8 @@ class Trainer(Protocol):
     """The policy: forward, update, publish, save. Packs trees itself. All methods are coroutines.
 
     `step` runs one optimizer update over all trees (any number of microbatches); counts are global over them.
-    `progress` is the fraction of the stage's updates done before this one, in [0, 1): the schedule's only input.
+    `progress` is the fraction of the stage's updates done before this one, in [0, 1). The trainer adds half an update,
+    so that neither the first nor the last update is spent at a learning rate of zero.
     """
 
     async def step(self, trees: Sequence[Tree], *, step: int, progress: float) -> Metrics: ...

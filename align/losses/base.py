@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from align.protocols import Counts
+
+__all__ = ["Counts", "LossConfig", "LossInputs", "LossOutput", "Metric", "Needs"]
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -36,21 +40,12 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Global numbers over all ranks and microbatches of one update; what losses divide by."""
-
-    tokens: int
-    nll_tokens: int
-    sequences: int
-    pairs: int
-
-
-@dataclass(frozen=True)
 class Metric:
-    """A mean that can be summed over microbatches and ranks: report sum / count."""
+    """A number that joins over microbatches and ranks: sum / count, the largest `sum`, or the `sum` of all."""
 
     sum: Tensor
-    count: Tensor | float
+    count: Tensor | float = 1.0
+    reduce: Literal["mean", "max", "sum"] = "mean"
 
 
 @dataclass

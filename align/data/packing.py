@@ -1,0 +1,194 @@
+"""Trees -> microbatches -> TokenBatch.
+
+Trees are laid end to end in one row of tokens. A trunk stands once and its branches follow it; a branch attends to
+its trunk and causally to itself, so a prompt is computed once however many completions it has. Packing decides only
+how a batch is computed: losses divide by global counts, so every split gives the same gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from align.errors import DataError
+from align.protocols import Counts, Segment, Tree
+from align.types import TokenBatch
+
+PositionFn = Callable[[Tree], tuple[np.ndarray, list[np.ndarray]]]
+
+
+def text_positions(tree: Tree) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Positions i64[n] of the trunk, and of each branch, which continues where the trunk ends."""
+    n = len(tree.trunk)
+    return np.arange(n), [np.arange(n, n + len(b)) for b in tree.branches]
+
+
+def global_counts(trees: Sequence[Tree]) -> Counts:
+    """Tokens, NLL tokens, sequences and pairs of a whole update, the denominators of every loss."""
+    tokens = nll_tokens = sequences = pairs = 0
+    for tree in trees:
+        for segment in (tree.trunk, *tree.branches):
+            tokens += int(segment.loss_mask.sum())
+            nll_tokens += int((segment.loss_mask if segment.nll_mask is None else segment.nll_mask).sum())
+        scored = [s for s in tree.sequences if s.loss_mask.any()]
+        sequences += len(scored)
+        pairs += len(tree.branches) == 2
+    return Counts(tokens=tokens, nll_tokens=nll_tokens, sequences=sequences, pairs=pairs)
+
+
+def split_to_budget(tree: Tree, max_tokens: int, keep_together: bool) -> list[Tree]:
+    """Parts of a tree that fit the budget, each repeating the trunk; pairs stay whole (`keep_together`)."""
+    if tree.tokens <= max_tokens or keep_together or len(tree.branches) < 2:
+        return [tree]
+    parts: list[list[Segment]] = [[]]
+    room = max_tokens - len(tree.trunk)
+    for branch in tree.branches:
+        if parts[-1] and len(branch) > room:
+            parts.append([])
+            room = max_tokens - len(tree.trunk)
+        parts[-1].append(branch)
+        room -= len(branch)
+    return [replace(tree, branches=tuple(part)) for part in parts]
+
+
+def plan_microbatches(trees: Sequence[Tree], max_tokens: int, *, keep_together: bool) -> list[list[Tree]]:
+    """Best-fit decreasing under a token budget, deterministic: ties go to the lower id.
+
+    A tree larger than the budget is a microbatch of its own. Within a microbatch trees stand in order of id, and
+    microbatches in order of their first tree, so the arithmetic does not depend on the order of arrival.
+    """
+    parts = [part for tree in trees for part in split_to_budget(tree, max_tokens, keep_together)]
+    order = sorted(range(len(parts)), key=lambda i: (-parts[i].tokens, parts[i].id, i))
+    bins: list[tuple[int, list[int]]] = []  # (free tokens, part indices)
+    for i in order:
+        size = parts[i].tokens
+        fitting = [b for b in range(len(bins)) if bins[b][0] >= size]
+        if fitting:
+            best = min(fitting, key=lambda b: (bins[b][0], b))
+            bins[best] = (bins[best][0] - size, [*bins[best][1], i])
+        else:
+            bins.append((max_tokens - size, [i]))
+    microbatches = [sorted(members, key=lambda i: (parts[i].id, i)) for _, members in bins]
+    microbatches.sort(key=lambda members: (parts[members[0]].id, members[0]))
+    return [[parts[i] for i in members] for members in microbatches]
+
+
+class _Layout:
+    """Collects the columns of a TokenBatch while trees are laid down one after another."""
+
+    def __init__(self) -> None:
+        self.offset = 0
+        self.tokens: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.segments: list[tuple[int, int, int, int]] = []
+        self.scored: dict[str, list[np.ndarray]] = {
+            name: []
+            for name in ("predict_at", "labels", "sequence_ids", "loss_mask", "nll_mask")
+            + ("advantages", "behavior_logps", "versions")
+        }
+        self.group_ids: list[int] = []
+        self.pairs: list[tuple[int, int]] = []
+        self.sequence_columns: list[dict[str, float]] = []
+        self.pair_columns: list[dict[str, float]] = []
+
+    def lay(self, segment: Segment, positions: np.ndarray, parent: tuple[int, int] | None) -> tuple[int, int]:
+        start, end = self.offset, self.offset + len(segment)
+        self.tokens.append(segment.token_ids)
+        self.positions.append(positions)
+        if end > start:
+            self.segments.append((start, end, *(parent or (-1, -1))))
+        self.offset = end
+        return start, end
+
+    def score(self, segment: Segment, start: int, before: int, sequence: int, origin: str) -> None:
+        """Add the scored tokens of a segment that begins at `start`; `before` predicts its first token (-1: none)."""
+        nll_mask = segment.loss_mask if segment.nll_mask is None else segment.nll_mask
+        local = np.flatnonzero(segment.loss_mask | nll_mask)
+        if local.size == 0:
+            return
+        predict_at = start + local - 1
+        if local[0] == 0:
+            if before < 0:
+                raise DataError(
+                    "the first token of a sequence cannot be scored: nothing comes before it",
+                    where=origin or None,
+                    remedy="give the row a prompt, or use a template or tokenizer that begins with a BOS token",
+                )
+            predict_at[0] = before
+        zeros = np.zeros(local.size, dtype=np.float32)
+        columns = self.scored
+        columns["predict_at"].append(predict_at)
+        columns["labels"].append(segment.token_ids[local])
+        columns["sequence_ids"].append(np.full(local.size, sequence))
+        columns["loss_mask"].append(segment.loss_mask[local])
+        columns["nll_mask"].append(nll_mask[local])
+        columns["advantages"].append(zeros if segment.advantages is None else segment.advantages[local])
+        columns["behavior_logps"].append(zeros if segment.behavior_logps is None else segment.behavior_logps[local])
+        columns["versions"].append(zeros if segment.versions is None else segment.versions[local])
+
+    def add_tree(self, tree: Tree, position_fn: PositionFn) -> None:
+        trunk_positions, branch_positions = position_fn(tree)
+        first = len(self.group_ids)
+        trunk = self.lay(tree.trunk, trunk_positions, None)
+        # Scored trunk tokens belong to the tree's first sequence: a conversation's own, or a pair's chosen one
+        # (ORPO's negative log-likelihood of the prompt).
+        self.score(tree.trunk, trunk[0], -1, first, tree.origin)
+        has_trunk = trunk[1] > trunk[0]
+        for n, (branch, positions) in enumerate(zip(tree.branches, branch_positions, strict=True)):
+            start, _ = self.lay(branch, positions, trunk if has_trunk else None)
+            self.score(branch, start, trunk[1] - 1 if has_trunk else -1, first + n, tree.origin)
+        for segment in tree.sequences:
+            self.group_ids.append(tree.id)
+            self.sequence_columns.append(dict(segment.columns))
+        if len(tree.branches) == 2:
+            self.pairs.append((first, first + 1))
+            self.pair_columns.append(dict(tree.columns))
+
+
+def _columns(prefix: str, rows: list[dict[str, float]]) -> dict[str, torch.Tensor]:
+    names = sorted({name for row in rows for name in row})
+    return {
+        f"{prefix}/{name}": torch.tensor([row.get(name, float("nan")) for row in rows], dtype=torch.float32)
+        for name in names
+    }
+
+
+def collate(trees: Sequence[Tree], position_fn: PositionFn = text_positions) -> TokenBatch:
+    """Lay trees end to end, in the order given, as one TokenBatch on the CPU.
+
+    Raises DataError where a sequence's first token is scored and nothing precedes it.
+    """
+    assert trees, "a microbatch has at least one tree"
+    layout = _Layout()
+    for tree in trees:
+        layout.add_tree(tree, position_fn)
+    dtypes = {
+        "predict_at": torch.int64,
+        "labels": torch.int64,
+        "sequence_ids": torch.int64,
+        "loss_mask": torch.bool,
+        "nll_mask": torch.bool,
+        "advantages": torch.float32,
+        "behavior_logps": torch.float32,
+        "versions": torch.int32,
+    }
+    scored = {
+        name: torch.as_tensor(np.concatenate(parts) if parts else np.zeros(0)).to(dtypes[name])
+        for name, parts in layout.scored.items()
+    }
+    bounds = torch.tensor(layout.segments, dtype=torch.int32).reshape(-1, 4)
+    return TokenBatch(
+        token_ids=torch.as_tensor(np.concatenate(layout.tokens)).to(torch.int64),
+        position_ids=torch.as_tensor(np.concatenate(layout.positions, axis=-1)).to(torch.int64),
+        query_start=bounds[:, 0].contiguous(),
+        query_end=bounds[:, 1].contiguous(),
+        parent_start=bounds[:, 2].contiguous(),
+        parent_end=bounds[:, 3].contiguous(),
+        **scored,
+        pairs=torch.tensor(layout.pairs, dtype=torch.int64).reshape(-1, 2),
+        group_ids=torch.tensor(layout.group_ids, dtype=torch.int64),
+        columns=_columns("sequence", layout.sequence_columns) | _columns("pair", layout.pair_columns),
+    )

@@ -1,0 +1,60 @@
+"""Small pure functions that losses are composed of: per-sequence sums, masked metrics, aggregation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from align.losses.base import LossInputs, Metric
+
+Aggregation = Literal["token", "sequence", "constant"]
+
+
+def sequence_sums(values: Tensor, inputs: LossInputs, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of `values` f32[N] over each sequence's tokens under `mask`, and the number of those tokens; f32[S] both."""
+    batch = inputs.batch
+    weights = mask.to(values.dtype)
+    zeros = values.new_zeros(batch.sequences)
+    sums = zeros.index_add(0, batch.sequence_ids, values * weights)
+    lengths = zeros.index_add(0, batch.sequence_ids, weights)
+    return sums, lengths
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Metric:
+    """Mean of `values` where `mask`, as a metric that joins over microbatches."""
+    weights = mask.to(values.dtype)
+    return Metric((values.detach() * weights).sum(), weights.sum())
+
+
+def mean(values: Tensor) -> Metric:
+    return Metric(values.detach().sum(), float(values.numel()))
+
+
+def largest(values: Tensor, mask: Tensor) -> Metric:
+    """Largest of `values` where `mask` (0 where nothing is)."""
+    masked = torch.where(mask, values.detach(), torch.zeros_like(values))
+    return Metric(masked.max() if masked.numel() else values.new_zeros(()), reduce="max")
+
+
+def share_of_loss(loss: Tensor) -> Metric:
+    """loss/total: shares add up over microbatches, so its count is the update, not the microbatch."""
+    return Metric(loss.detach(), 1.0, reduce="sum")
+
+
+def aggregate(token_losses: Tensor, inputs: LossInputs, how: Aggregation, constant: int | None = None) -> Tensor:
+    """One number from per-token losses f32[N], with global denominators.
+
+    token: sum / all scored tokens (DAPO, 2503.14476); sequence: mean over sequences of their token means (GRPO,
+    2402.03300); constant: sum / (sequences * constant), Dr. GRPO's length-unbiased form (2503.20783).
+    """
+    mask = inputs.batch.loss_mask
+    if how == "sequence":
+        sums, lengths = sequence_sums(token_losses, inputs, mask)
+        return (sums / lengths.clamp(min=1)).sum() / max(inputs.counts.sequences, 1)
+    total = (token_losses * mask).sum()
+    if how == "token":
+        return total / max(inputs.counts.tokens, 1)
+    assert constant, "constant aggregation divides by a number of tokens"
+    return total / (max(inputs.counts.sequences, 1) * constant)

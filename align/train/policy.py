@@ -1,0 +1,148 @@
+"""What the trainer trains: a model with a LoRA adapter, or a whole model, behind one small interface.
+
+Both know their frozen reference, how to publish themselves to engines, and how to write what a user loads.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from safetensors.torch import save_file
+
+from align.model import adapters
+from align.model.load import load_model, resolve_dtype
+from align.model.policy_module import PolicyModule
+from align.protocols import Publication
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from align.train.spec import TrainerSpec
+
+
+class Policy(Protocol):
+    module: PolicyModule
+    device: torch.device
+    artefact: Literal["adapter", "model"]
+
+    def reference(self) -> AbstractContextManager[PolicyModule]:
+        """The module to run for reference log-probabilities, ready inside the context."""
+        ...
+
+    def publish(self, folder: Path, version: int) -> Publication: ...
+
+    def write(self, folder: Path) -> None: ...
+
+
+def load(spec: TrainerSpec) -> Policy:
+    """Build what `spec` describes, on its device."""
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if spec.device == "auto" else spec.device)
+    return FullPolicy(spec, device) if spec.adapter_config.kind == "full" else LoraPolicy(spec, device)
+
+
+def _load_backbone(spec: TrainerSpec, dtype: torch.dtype, device: torch.device) -> Any:
+    model = load_model(
+        Path(spec.base),
+        dtype=dtype,
+        attention="sdpa",
+        trust_remote_code=spec.model.trust_remote_code,
+        device=str(device),
+    )
+    if spec.model.gradient_checkpointing and spec.trainable:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model
+
+
+class LoraPolicy:
+    """A frozen base and a LoRA adapter. The reference costs no second model: the adapter is switched off ("base", or
+    a start without adapter), or a frozen copy of the starting adapter is switched on."""
+
+    artefact: Literal["adapter", "model"] = "adapter"
+
+    def __init__(self, spec: TrainerSpec, device: torch.device):
+        self.spec, self.device = spec, device
+        model = _load_backbone(spec, resolve_dtype(spec.model.dtype, str(device)), device)
+        start = Path(spec.adapter) if spec.adapter else None
+        self.peft: Any = None
+        self.frozen: str | None = None
+        if spec.trainable or start is not None:
+            self.peft = adapters.attach(model, spec.adapter_config, start, seed=spec.seed)
+            if not spec.trainable:
+                for parameter in self.peft.parameters():
+                    parameter.requires_grad_(False)
+            elif spec.reference == "start" and start is not None:
+                adapters.add_frozen(self.peft, start, name="reference")
+                self.frozen = "reference"
+        else:
+            model.requires_grad_(False)
+        self.module = PolicyModule(model, temperature=spec.temperature)
+
+    @contextmanager
+    def reference(self) -> Iterator[PolicyModule]:
+        with adapters.use_adapter(self.peft, self.frozen):
+            yield self.module
+
+    def publish(self, folder: Path, version: int) -> Publication:
+        dtype = resolve_dtype(self.spec.engine_dtype, str(self.device))
+        if self.spec.publish == "weights":
+            return write_weights(dict(adapters.merged_state(self.peft, dtype)), folder, version, dtype)
+        adapters.save(self.peft, folder)
+        rank = max(self.peft.peft_config["default"].rank_pattern.values(), default=0)
+        return Publication(
+            version=version,
+            kind="adapter",
+            path=str(folder),
+            digest=adapters.digest(self.peft, dtype),
+            rank=max(rank, self.peft.peft_config["default"].r),
+        )
+
+    def write(self, folder: Path) -> None:
+        adapters.save(self.peft, folder)
+
+
+class FullPolicy:
+    """Every parameter is trained. Weights are float32 masters; a bfloat16 or float16 recipe computes under autocast."""
+
+    artefact: Literal["adapter", "model"] = "model"
+
+    def __init__(self, spec: TrainerSpec, device: torch.device):
+        self.spec, self.device = spec, device
+        self.dtype = resolve_dtype(spec.model.dtype, str(device))
+        autocast = None if self.dtype == torch.float32 else self.dtype
+        model = _load_backbone(spec, torch.float32, device)
+        model.requires_grad_(spec.trainable)
+        self.module = PolicyModule(model, temperature=spec.temperature, autocast=autocast)
+        self._reference: PolicyModule | None = None
+        if spec.reference in ("start", "base") and spec.trainable:
+            frozen = _load_backbone(spec, self.dtype, device)
+            frozen.requires_grad_(False)
+            self._reference = PolicyModule(frozen.eval(), temperature=spec.temperature)
+
+    def reference(self) -> AbstractContextManager[PolicyModule]:
+        assert self._reference is not None, "this trainer was made without a reference"
+        return nullcontext(self._reference)
+
+    def publish(self, folder: Path, version: int) -> Publication:
+        dtype = resolve_dtype(self.spec.engine_dtype, str(self.device))
+        state = {name: p.detach().to(dtype) for name, p in adapters.full_state(self.module.model)}
+        return write_weights(state, folder, version, dtype)
+
+    def write(self, folder: Path) -> None:
+        adapters.save_full(self.module.model, folder, base=Path(self.spec.base), dtype=self.dtype)
+
+
+def write_weights(state: dict[str, torch.Tensor], folder: Path, version: int, dtype: torch.dtype) -> Publication:
+    """Whole weights as one safetensors file, written aside and renamed, with the digest engines must answer."""
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    cpu = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
+    save_file(cpu, aside / "model.safetensors", metadata={"format": "pt"})
+    aside.rename(folder)
+    return Publication(version, "weights", str(folder), adapters.tensors_digest(cpu))

@@ -1,0 +1,36 @@
+"""What a trainer is told. No torch here: the driver builds it and sends it to an actor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from align.recipe.schema import Adapter, LossTerm, Model, Optim
+
+
+@dataclass(frozen=True)
+class TrainerSpec:
+    """All a trainer needs to know; plain data, so that it travels to any process.
+
+    base: model folder; adapter: peft folder the stage starts from, or None. total_updates: optimizer updates of the
+    whole stage, the length of the schedule. temperature: that of the rollouts. reference: where reference
+    log-probabilities come from ("path" is an actor of its own, handed over as a callable).
+    publish, engine_dtype: how and in which dtype engines receive the policy.
+    """
+
+    model: Model
+    base: str
+    adapter_config: Adapter
+    losses: tuple[LossTerm, ...]
+    optim: Optim
+    total_updates: int
+    adapter: str | None = None
+    max_tokens: int = 16384
+    temperature: float = 1.0
+    reference: Literal["start", "base", "path"] | None = None
+    publish: Literal["adapter", "weights"] = "adapter"
+    engine_dtype: str = "float32"
+    seed: int = 0
+    threads: int | None = None
+    device: str = "auto"
+    trainable: bool = True

@@ -1,0 +1,216 @@
+"""The policy trainer as a plain class: pack, forward, loss, backward, update, publish, save.
+
+No Ray here: `align.actors.policy` wraps this class in an actor, tests use it directly, and a reference actor is the
+same class without an optimizer.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from align.data.packing import collate, global_counts, plan_microbatches
+from align.errors import NonFiniteError
+from align.losses import configure
+from align.losses.base import LossInputs
+from align.model.policy_module import PolicyModule, probe
+from align.protocols import Counts, Publication, Tree
+from align.train import policy
+from align.train.metrics import MetricSums
+from align.train.optim import lr_multiplier, make_optimizer
+from align.train.spec import TrainerSpec
+from align.train.state import load_state, save_state, trainable
+from align.types import HeadOutputs, TokenBatch
+
+log = logging.getLogger(__name__)
+
+MAX_BAD_STEPS = 3
+
+
+class PolicyTrainer:
+    """See `align.protocols.Trainer`, whose methods these are, synchronous.
+
+    reference: log-probabilities f32[N] of a batch under a reference of its own, where `spec.reference` is "path".
+    """
+
+    def __init__(self, spec: TrainerSpec, reference: Callable[[TokenBatch], Tensor] | None = None):
+        self.spec = spec
+        if spec.threads:
+            torch.set_num_threads(spec.threads)
+        torch.manual_seed(spec.seed)
+        self.losses = [(*configure(term.name, term.options), term.weight) for term in spec.losses]
+        self.policy = policy.load(spec)
+        self.device = self.policy.device
+        self.module: PolicyModule = self.policy.module
+        self.probe_difference = probe(self.module)
+        self._external_reference = reference
+        self._bad_steps = 0
+        self.parameters = list(trainable(self.module).values())
+        self.optimizer = make_optimizer(self.parameters, spec.optim) if spec.trainable else None
+
+    @property
+    def keep_together(self) -> bool:
+        return any(needs.record == "pair" for _, _, needs, _ in self.losses)
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes and dtypes, for the run folder and the screen."""
+        total = sum(p.numel() for p in self.module.parameters())
+        return {
+            "parameters": total,
+            "trained_parameters": sum(p.numel() for p in self.parameters),
+            "dtype": str(next(self.module.parameters()).dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "packing_probe": self.probe_difference,
+        }
+
+    # ------------------------------------------------------------------------------------------ forward and update
+
+    def step(self, trees: Sequence[Tree], *, step: int, progress: float) -> dict[str, float]:
+        """One optimizer update over all `trees`. A non-finite loss or gradient leaves the weights as they were."""
+        assert self.optimizer is not None, "this trainer was made without an optimizer"
+        started = time.perf_counter()
+        self.module.train()
+        sums = MetricSums()
+        batches = self._microbatches(trees)
+        counts = global_counts(trees)
+        for batch in batches:
+            loss = self._loss(batch, counts, sums)
+            loss.backward()
+        norm = self._clip()
+        metrics = sums.result()
+        middle = min(progress + 0.5 / self.spec.total_updates, 1.0)
+        optim = self.spec.optim
+        lr = float(optim.lr or 0.0) * lr_multiplier(optim.schedule or "cosine", optim.warmup or 0.0, middle)
+        if math.isfinite(norm) and math.isfinite(metrics["loss/total"]):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self._bad_steps = 0
+        else:
+            self._refuse_update(step, trees, norm, metrics["loss/total"])
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - started
+        computed = sum(batch.token_ids.numel() for batch in batches)
+        return metrics | {
+            "optim/lr": lr,
+            "optim/grad_norm": norm,
+            "optim/skipped": float(self._bad_steps > 0),
+            "time/train": seconds,
+            "tokens/trained": float(computed),
+            "tokens/scored": float(counts.tokens),
+            "train/microbatches": float(len(batches)),
+        }
+
+    def _microbatches(self, trees: Sequence[Tree]) -> list[TokenBatch]:
+        groups = plan_microbatches(trees, self.spec.max_tokens, keep_together=self.keep_together)
+        return [collate(group).to(self.device) for group in groups]
+
+    def _loss(self, batch: TokenBatch, counts: Counts, sums: MetricSums) -> Tensor:
+        """This microbatch's share of the global loss, with gradient; its metrics are added to `sums`."""
+        reference = self._reference_logps(batch)
+        statistics = any(needs.head for _, _, needs, _ in self.losses)
+        outputs: HeadOutputs = self.module(batch, statistics=statistics)
+        total = outputs.logps.new_zeros(())
+        for (module, config, _, weight), term in zip(self.losses, self.spec.losses, strict=True):
+            result = module.loss(LossInputs(outputs, batch, counts, reference_logps=reference), config)
+            total = total + weight * result.loss
+            sums.add(result.metrics, prefix=f"{term.name}/" if len(self.losses) > 1 else "")
+        if len(self.losses) > 1:
+            from align.losses.reduce import share_of_loss
+
+            sums.add({"loss/total": share_of_loss(total)})
+        return total
+
+    def _reference_logps(self, batch: TokenBatch) -> Tensor | None:
+        if not any(needs.reference for _, _, needs, _ in self.losses):
+            return None
+        if self._external_reference is not None:
+            return self._external_reference(batch).to(self.device)
+        with self.policy.reference() as module:
+            return self._quiet_logps(module, batch)
+
+    @torch.no_grad()
+    def _quiet_logps(self, module: PolicyModule, batch: TokenBatch) -> Tensor:
+        """Log-probabilities f32[N] without gradient and without dropout; the module's mode is put back."""
+        was_training = module.training
+        module.eval()
+        try:
+            logps: Tensor = module(batch).logps
+        finally:
+            module.train(was_training)
+        return logps
+
+    def _clip(self) -> float:
+        """Clip to the recipe's norm and return the norm before clipping."""
+        limit = self.spec.optim.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
+        return float(norm)
+
+    def _refuse_update(self, step: int, trees: Sequence[Tree], norm: float, loss: float) -> None:
+        self._bad_steps += 1
+        where = ", ".join(tree.origin or f"tree {tree.id}" for tree in trees[:8])
+        message = f"step {step}: loss {loss}, gradient norm {norm}: no update; samples: {where} ({len(trees)} in all)"
+        log.warning(message)
+        if self._bad_steps >= MAX_BAD_STEPS:
+            raise NonFiniteError(
+                f"{self._bad_steps} steps in a row were not finite; the last: {message}",
+                remedy="lower optim.lr, check these rows, or train in float32",
+            )
+
+    @torch.no_grad()
+    def evaluate(self, trees: Sequence[Tree]) -> dict[str, float]:
+        """Loss metrics of `trees` as one batch, without gradient and without dropout."""
+        self.module.eval()
+        sums, counts = MetricSums(), global_counts(trees)
+        for batch in self._microbatches(trees):
+            self._loss(batch, counts, sums)
+        return sums.result()
+
+    def logps(self, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
+        """Per tree, per sequence: f32[n] log-probabilities of its scored tokens under the policy."""
+        found: dict[int, list[np.ndarray]] = {}
+        numbered = {id(tree): n for n, tree in enumerate(trees)}
+        for group in plan_microbatches(trees, self.spec.max_tokens, keep_together=True):
+            batch = collate(group).to(self.device)
+            logps = self._quiet_logps(self.module, batch).float().cpu().numpy()
+            owner = batch.sequence_ids.cpu().numpy()
+            first = 0
+            for tree in group:
+                n = len(tree.sequences)
+                found[numbered[id(tree)]] = [logps[owner == first + k] for k in range(n)]
+                first += n
+        return [found[n] for n in range(len(trees))]
+
+    def batch_logps(self, batch: TokenBatch) -> Tensor:
+        """f32[N] on the CPU for a packed batch: what a reference actor answers."""
+        return self._quiet_logps(self.module, batch.to(self.device)).cpu()
+
+    # ------------------------------------------------------------------------------------------ weights and state
+
+    def publish(self, folder: Path, version: int) -> Publication:
+        return self.policy.publish(Path(folder), version)
+
+    def save(self, folder: Path) -> None:
+        assert self.optimizer is not None, "a reference has no state to save"
+        folder = Path(folder)
+        self.write_model(folder / self.policy.artefact)
+        save_state(folder, self.module, self.optimizer, {"bad_steps": self._bad_steps})
+
+    def restore(self, folder: Path) -> None:
+        assert self.optimizer is not None, "a reference has no state to restore"
+        self._bad_steps = int(load_state(Path(folder), self.module, self.optimizer)["bad_steps"])
+
+    def write_model(self, folder: Path) -> None:
+        self.policy.write(Path(folder))
+
+    def close(self) -> None:
+        """Nothing outlives the process."""
