@@ -81,10 +81,18 @@ def plan_attention(batch: TokenBatch) -> AttentionPlan:
     return AttentionPlan(buckets, query_index.to(device), torch.cat(key_parts).to(device), restore.to(device))
 
 
-def _segments(x: Tensor, start: int, bucket_size: int, length: int) -> Tensor:
-    """Rows [start, start + B*L) of x[n, H, D] as [B, H, L, D]."""
-    heads, dim = x.shape[1:]
-    return x[start : start + bucket_size * length].view(bucket_size, length, heads, dim).transpose(1, 2)
+def _segments(x: Tensor, index: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
+    """Gather rows of x[1, H, T, D] by index and cut them into buckets: a list of [B, H, L, D].
+
+    One gather and one split: their backwards are one scatter and one concatenation, where slicing would fill a zero
+    tensor of all tokens for every bucket.
+    """
+    rows = x.squeeze(0).transpose(0, 1).index_select(0, index)
+    parts = rows.split([count * length for count, length in sizes])
+    return [
+        part.view(count, length, *rows.shape[1:]).transpose(1, 2)
+        for part, (count, length) in zip(parts, sizes, strict=True)
+    ]
 
 
 def packed_attention_forward(
@@ -108,26 +116,21 @@ def packed_attention_forward(
                 f"attention with {name!r} ({type(module).__name__}) has no packed implementation in this version",
                 remedy="use a model without it",
             )
-    query_rows = query[0].transpose(0, 1).index_select(0, align_plan.query_index)
-    key_rows = key[0].transpose(0, 1).index_select(0, align_plan.key_index)
-    value_rows = value[0].transpose(0, 1).index_select(0, align_plan.key_index)
+    plan = align_plan
+    queries = _segments(query, plan.query_index, [(b.size, b.queries) for b in plan.buckets])
+    keys = _segments(key, plan.key_index, [(b.size, b.keys) for b in plan.buckets])
+    values = _segments(value, plan.key_index, [(b.size, b.keys) for b in plan.buckets])
     repeat = query.shape[1] // key.shape[1]
     outputs: list[Tensor] = []
-    at_query = at_key = 0
-    for bucket in align_plan.buckets:
-        q = _segments(query_rows, at_query, bucket.size, bucket.queries)
-        k = _segments(key_rows, at_key, bucket.size, bucket.keys)
-        v = _segments(value_rows, at_key, bucket.size, bucket.keys)
+    for bucket, q, k, v in zip(plan.buckets, queries, keys, values, strict=True):
         if repeat > 1:
             k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-        mask = align_plan.mask(bucket.queries, bucket.keys, sliding_window)
+        mask = plan.mask(bucket.queries, bucket.keys, sliding_window)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None and bucket.queries > 1
         )
-        outputs.append(out.transpose(1, 2).reshape(bucket.size * bucket.queries, out.shape[1], out.shape[3]))
-        at_query += bucket.size * bucket.queries
-        at_key += bucket.size * bucket.keys
-    return torch.cat(outputs).index_select(0, align_plan.restore)[None], None
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, plan.restore).unsqueeze(0), None
 
 
 AttentionInterface.register(NAME, packed_attention_forward)

@@ -47,7 +47,7 @@ class PolicyModule(nn.Module):
                 position_ids=batch.position_ids[None],
                 use_cache=False,
                 align_plan=plan_attention(batch),
-            ).last_hidden_state[0]
+            ).last_hidden_state.squeeze(0)
         weight, bias = output_embedding(self.model)
         scored = hidden.index_select(0, batch.predict_at).to(self.autocast or weight.dtype)
         logps, entropy, log_sum_sq = fused_head(
