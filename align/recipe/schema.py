@@ -306,11 +306,15 @@ class OnlineStage(TrainStage):
 
 
 class EvaluateStage(StageBase):
+    """Greedy completions scored by `rewards`; without rewards, the metrics of `loss` on the training forward."""
+
     kind: Literal["evaluate"]
     of: tuple[str, ...]
     data: DataField
-    rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
+    rewards: tuple[Reward, ...] = ()
     rollout: Rollout = Rollout(temperature=0.0)
+    loss: LossField = (LossTerm(name="sft"),)
+    packing: Packing = Packing()
 
 
 class MergeStage(StageBase):
@@ -359,7 +363,7 @@ class Recipe(Strict):
             if stage.id in seen:
                 raise ValueError(f"two stages have the id {stage.id!r}; ids name folders and must differ")
             wanted = [stage.from_.partition("@")[0]] if stage.from_ else []
-            wanted += list(getattr(stage, "of", ()))
+            wanted += [name.partition("@")[0] for name in getattr(stage, "of", ())]
             for source in wanted:
                 if source not in seen:
                     known = ", ".join(seen) or "none"

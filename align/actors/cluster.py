@@ -1,0 +1,243 @@
+"""The Ray cluster of a run: started here or joined, and what each role may use of it.
+
+On one machine a run starts its own cluster in a short-lived folder and takes it down again. Every worker first imports
+our packages, so that a user's `rewards.py` in the working directory cannot take their place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from align.errors import AlignError, PlacementError, SetupError
+
+PLACEMENT_LIMIT_S = 30.0
+OBJECT_STORE_BYTES = 512 << 20  # trees, groups and packed batches; weights travel as files
+REWARD_CPUS = 0.01
+_PACKAGES = ("align", "rewards", "rollout")
+_HIDDEN = "align.actors.cluster: another package hides ours"
+
+
+def worker_setup() -> None:
+    """Runs first in every worker: bind our packages before the user's folder can be searched for their names."""
+    import importlib
+
+    ours = Path(__file__).resolve().parents[2]
+    for name in _PACKAGES:
+        module = importlib.import_module(name)
+        found = Path(str(module.__file__)).resolve()
+        if found != ours / name / "__init__.py":
+            raise ImportError(f"{_HIDDEN}: {name!r} is {found}, expected below {ours}; rename or move that file")
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when the one that started it dies (Linux; elsewhere Ray's own watch stays)."""
+    if sys.platform.startswith("linux"):
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Role:
+    """What one bundle of a stage reserves, and the threads its process computes with."""
+
+    name: str
+    cpus: float
+    gpus: float
+    threads: int
+
+    @property
+    def resources(self) -> dict[str, float]:
+        wanted = {"CPU": self.cpus, "GPU": self.gpus}
+        return {name: amount for name, amount in wanted.items() if amount > 0}
+
+
+class Cluster:
+    """A connection to Ray. `local` when it was started here and ends here; `folder` holds its sockets and logs."""
+
+    def __init__(self, address: str | None, *, run_folder: Path):
+        """Start a cluster on this machine, or join the one at `address`. Raises SetupError where that fails.
+
+        Must be called from the main thread: Ray's processes die with the thread that started them.
+        """
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        self.run_folder, self.local = run_folder, address is None
+        # sockets have paths of at most 107 bytes, so not in the run folder
+        self.folder = Path(tempfile.mkdtemp(prefix="align-ray-")) if self.local else None
+        own = {
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "_temp_dir": str(self.folder),
+            "_system_config": {"enable_worker_prestart": False, "prestart_worker_first_driver": False},
+        }
+        try:
+            ray.init(
+                address=address or "local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"worker_process_setup_hook": worker_setup},
+                **(own if self.local else {}),
+            )
+        except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
+            self._remove_folder()
+            where = address or "this machine"
+            raise SetupError(
+                f"Ray cannot be reached: {error}" if address else f"Ray cannot be started: {error}",
+                where=where,
+                remedy="check the address with `ray status`" if address else "`align doctor` examines this machine",
+            ) from error
+
+    @property
+    def nodes(self) -> int:
+        return sum(1 for node in ray.nodes() if node["Alive"])
+
+    def total(self, resource: str) -> float:
+        return float(ray.cluster_resources().get(resource, 0.0))
+
+    @property
+    def cores(self) -> int:
+        """CPUs of the largest node: what one trainer or engine process can use."""
+        return max(1, *(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]))
+
+    def close(self) -> None:
+        """Disconnect; a local cluster ends with its workers, and its logs of note move to the run folder."""
+        ray.shutdown()
+        self._keep_logs()
+        self._remove_folder()
+
+    def _keep_logs(self) -> None:
+        """What our workers wrote to their standard output and error, into `<run>/logs/`."""
+        if self.folder is None or not self.run_folder.is_dir():
+            return
+        for path in (self.folder / "session_latest" / "logs").glob("worker-*"):
+            if path.stat().st_size:
+                target = self.run_folder / "logs"
+                target.mkdir(exist_ok=True)
+                parts = path.stem.split("-")
+                shutil.copyfile(path, target / f"worker-{parts[-1]}{path.suffix}")
+
+    def _remove_folder(self) -> None:
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Places:
+    """A placement group with one bundle per role. `at(role)` gives the options an actor is created with."""
+
+    def __init__(self, roles: list[Role], group: PlacementGroup):
+        self.roles = {role.name: (number, role) for number, role in enumerate(roles)}
+        self.group = group
+
+    @classmethod
+    async def reserve(cls, cluster: Cluster, roles: list[Role]) -> Places:
+        """Reserve a bundle per role. Raises PlacementError within 30 s, naming the resource that is short."""
+        _check_fits(cluster, roles)
+        group = placement_group([role.resources for role in roles], strategy="PACK")
+        deadline = time.monotonic() + PLACEMENT_LIMIT_S
+        while not await asyncio.to_thread(group.wait, 1):
+            if time.monotonic() > deadline:
+                remove_placement_group(group)
+                raise PlacementError(
+                    f"the cluster did not free {_wanted(roles)} within {PLACEMENT_LIMIT_S:.0f} s; free now: {_free()}",
+                    where="placement",
+                    remedy="end what else runs on this cluster, or ask for less in `placement:`",
+                )
+        return cls(roles, group)
+
+    def at(self, name: str) -> dict[str, Any]:
+        """Ray options (resources, bundle, environment) for the actor of role `name`."""
+        number, role = self.roles[name]
+        return {
+            "num_cpus": role.cpus,
+            "num_gpus": role.gpus,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=number),
+            "runtime_env": {"env_vars": thread_environment(role.threads)},
+        }
+
+    def threads(self, name: str) -> int:
+        return self.roles[name][1].threads
+
+    def release(self) -> None:
+        remove_placement_group(self.group)
+
+
+def thread_environment(threads: int) -> dict[str, str]:
+    """Environment of a process that computes with `threads` threads and waits passively: trainer and engine take
+    turns on the same cores, and a spinning waiter would take them from the one at work."""
+    count = str(threads)
+    return {
+        "OMP_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+        "GOMP_SPINCOUNT": "0",
+    }
+
+
+def _check_fits(cluster: Cluster, roles: list[Role]) -> None:
+    """What the whole cluster does not have will never be free: say so at once."""
+    for resource in ("CPU", "GPU"):
+        wanted = sum(role.resources.get(resource, 0.0) for role in roles)
+        if wanted > cluster.total(resource) + 1e-6:
+            detail = ", ".join(
+                f"{role.name} {role.resources[resource]:g}" for role in roles if resource in role.resources
+            )
+            raise PlacementError(
+                f"{wanted:g} {resource} are asked for ({detail}), the cluster has {cluster.total(resource):g}",
+                where="placement",
+                remedy=f"lower `placement.*.{resource.lower()}s` or `rollout.workers`, or join a larger cluster "
+                "with --address",
+            )
+    largest: Mapping[str, float] = max(
+        (node["Resources"] for node in ray.nodes() if node["Alive"]), key=lambda r: r.get("CPU", 0.0)
+    )
+    for role in roles:
+        for resource, amount in role.resources.items():
+            if amount > max(float(n["Resources"].get(resource, 0.0)) for n in ray.nodes() if n["Alive"]) + 1e-6:
+                raise PlacementError(
+                    f"{role.name} asks for {amount:g} {resource}, the largest node has {largest.get(resource, 0.0):g}",
+                    where=f"placement.{role.name}",
+                    remedy="one process cannot span nodes: ask for less",
+                )
+
+
+def _wanted(roles: list[Role]) -> str:
+    return "; ".join(f"{role.name}: " + ", ".join(f"{v:g} {k}" for k, v in role.resources.items()) for role in roles)
+
+
+def _free() -> str:
+    free = ray.available_resources()
+    return ", ".join(f"{free.get(name, 0.0):g} {name}" for name in ("CPU", "GPU"))
+
+
+async def answer(reference: Any, who: str) -> Any:
+    """Await an actor's or task's result; our own errors arrive as themselves, a dead process as an AlignError."""
+    try:
+        return await asyncio.wrap_future(reference.future())
+    except RayTaskError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, AlignError):
+            raise cause from None
+        raise AlignError(f"{who} failed:\n{error}", remedy="the run folder's logs/ has what it printed") from error
+    except RayActorError as error:
+        raise AlignError(
+            f"{who} died: {error}",
+            remedy="the run folder's logs/ has what it printed; out of memory is the usual cause. --resume continues",
+        ) from error

@@ -1,0 +1,86 @@
+"""The policy in its own process: a thin Ray shell around `PolicyTrainer`, and the proxy that stages speak to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+
+from align.actors.cluster import answer, die_with_parent
+from align.protocols import Metrics, Publication, Tree
+from align.train.spec import TrainerSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from align.types import TokenBatch
+
+
+class PolicyActor:
+    """Lives in a Ray worker. Methods are those of `PolicyTrainer`; nothing is decided here."""
+
+    def __init__(self, spec: TrainerSpec, reference: Any = None):
+        """reference: handle of a `ReferenceActor`, which is then given every packed batch."""
+        die_with_parent()
+        from align.train.trainer import PolicyTrainer
+
+        def remote_reference(batch: TokenBatch) -> Tensor:
+            logps: Tensor = ray.get(reference.batch_logps.remote(batch))
+            return logps
+
+        self.trainer = PolicyTrainer(spec, None if reference is None else remote_reference)
+
+    def call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        return getattr(self.trainer, method)(*arguments, **options)
+
+    def process(self) -> int:
+        import os
+
+        return os.getpid()
+
+
+class RayTrainer:
+    """`align.protocols.Trainer` over a `PolicyActor`."""
+
+    def __init__(self, actor: Any, stage_id: str, *others: Any):
+        """others: actors that live and end with this one (its reference)."""
+        self.actor, self.others, self.who = actor, others, f"the trainer of stage {stage_id!r}"
+
+    async def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        return await answer(self.actor.call.remote(method, *arguments, **options), self.who)
+
+    async def step(self, trees: Sequence[Tree], *, step: int, progress: float) -> Metrics:
+        metrics: Metrics = await self._call("step", list(trees), step=step, progress=progress)
+        return metrics
+
+    async def evaluate(self, trees: Sequence[Tree]) -> Metrics:
+        metrics: Metrics = await self._call("evaluate", list(trees))
+        return metrics
+
+    async def logps(self, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
+        found: list[list[np.ndarray]] = await self._call("logps", list(trees))
+        return found
+
+    async def publish(self, folder: Path, version: int) -> Publication:
+        publication: Publication = await self._call("publish", folder, version)
+        return publication
+
+    async def save(self, folder: Path) -> None:
+        await self._call("save", folder)
+
+    async def restore(self, folder: Path) -> None:
+        await self._call("restore", folder)
+
+    async def write_model(self, folder: Path) -> None:
+        await self._call("write_model", folder)
+
+    async def describe(self) -> dict[str, Any]:
+        described: dict[str, Any] = await self._call("describe")
+        return described
+
+    async def close(self) -> None:
+        for actor in (self.actor, *self.others):
+            ray.kill(actor)

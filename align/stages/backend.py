@@ -1,0 +1,106 @@
+"""What the pipeline asks for and does not know how to make: trainers, engines, scorers, and jobs on model files.
+
+`align.actors.build.RayBackend` answers with Ray actors and tasks; a test answers with plain objects. Jobs are plain
+data. Nothing here knows Ray, torch or vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from align.protocols import Fleet, PromptItem, Scorer, Trainer
+from align.recipe.schema import Adapter, LossTerm, Model, Optim, ReferencePath, Reward, Rollout
+from align.stages.processes import ProcessId
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights a stage begins with: a model folder, and a peft folder on top or none.
+
+    config: the adapter configuration that training uses (the stage's own, or inherited).
+    """
+
+    base: Path
+    adapter: Path | None
+    config: Adapter
+
+    @property
+    def artefact(self) -> Literal["adapter", "model"]:
+        return "model" if self.config.kind == "full" else "adapter"
+
+
+@dataclass(frozen=True)
+class TrainerJob:
+    """A policy to train. total: the stage's updates; rollout: how engines sample it, None offline; seed: of fresh
+    adapter weights and dropout; trainable False: forward only, for evaluation."""
+
+    stage_id: str
+    model: Model
+    start: Start
+    losses: tuple[LossTerm, ...]
+    optim: Optim
+    total: int
+    max_tokens: int
+    seed: int
+    reference: Literal["start", "base"] | ReferencePath | None = None
+    rollout: Rollout | None = None
+    trainable: bool = True
+
+
+@dataclass(frozen=True)
+class FleetJob:
+    """Engines to start. adapter_rank: 0 where whole weights or nothing is published; longest_prompt: tokens."""
+
+    stage_id: str
+    model: Model
+    base: Path
+    rollout: Rollout
+    group_size: int
+    adapter_rank: int
+    longest_prompt: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class ScorerJob:
+    """Rewards to run. folder: the recipe's, where plugins are looked for."""
+
+    stage_id: str
+    rewards: tuple[Reward, ...]
+    folder: Path
+    seed: int
+
+
+class Backend(Protocol):
+    """Everything it makes is closed by whoever asked for it; `close` ends what is left."""
+
+    async def trainer(self, job: TrainerJob) -> Trainer: ...
+
+    async def fleet(self, job: FleetJob) -> Fleet: ...
+
+    async def scorer(self, job: ScorerJob) -> Scorer: ...
+
+    async def write_base(self, model: Model, folder: Path, seed: int) -> None:
+        """Write config and weights of a model from scratch beside its tokenizer."""
+        ...
+
+    async def merge(self, base: Path, adapter: Path, out: Path, *, dtype: str, seed: int) -> Mapping[str, Any]: ...
+
+    async def export(self, folder: Path, out: Path, *, format: str, dtype: str) -> Mapping[str, Any]: ...
+
+    def processes(self) -> list[ProcessId]:
+        """What runs now, for run.json: a later `--resume` ends it if this process could not."""
+        ...
+
+    def threads(self) -> Mapping[str, int]:
+        """Computing threads by role, for run.json: results depend on them in the last bit."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+def longest_prompt(prompts: Sequence[PromptItem]) -> int:
+    return max((len(prompt.token_ids) for prompt in prompts), default=1)

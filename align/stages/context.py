@@ -1,0 +1,103 @@
+"""What every stage is given: the recipe, the run's folder, who makes actors, where progress goes, and data on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from align.data.prepare import prepare
+from align.data.tokenizer import ChatTokenizer, load_tokenizer
+from align.protocols import PromptItem, Tree, group_seed
+from align.recipe.schema import DataSource, Recipe
+from align.stages.backend import Backend
+from align.stages.files import write_json
+from align.stages.handover import Origin
+from align.stages.loop import Report
+from align.stages.publication import PublicationFolder
+from align.stages.runfolder import RunFolder
+
+
+class Closeable(Protocol):
+    async def close(self) -> None: ...
+
+
+C = TypeVar("C", bound=Closeable)
+
+
+def stage_seed(run_seed: int, stage_id: str) -> int:
+    """31-bit seed of a stage's data order, fresh adapter weights and dropout."""
+    digest = hashlib.blake2b(f"{run_seed}|{stage_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 33
+
+
+@dataclass
+class Context:
+    """recipe_folder: where plugins are looked for. stop: set when the user wants the run to end after this turn."""
+
+    recipe: Recipe
+    run: RunFolder
+    backend: Backend
+    report: Report
+    publications: PublicationFolder
+    recipe_folder: Path
+    stop: asyncio.Event
+    origin: Origin
+
+    def seed(self, stage_id: str) -> int:
+        return stage_seed(self.recipe.seed, stage_id)
+
+    def tokenizer(self, base: Path) -> ChatTokenizer:
+        model = self.recipe.model
+        return load_tokenizer(base, chat_template=model.chat_template, template_args=model.template_args)
+
+    async def items(
+        self, stage: Any, sources: Sequence[DataSource], kind: str, tokenizer: ChatTokenizer, name: str = "data"
+    ) -> list[Any]:
+        """Prepared trees or prompts of `sources`; the data report goes to `<stage>/<name>.json` and the screen."""
+        prepared = await asyncio.to_thread(
+            prepare,
+            sources,
+            kind,
+            tokenizer,
+            seed=self.seed(stage.id),
+            cache=self.run.path / "cache",
+            folder=self.recipe_folder,
+        )
+        folder = self.run.stage_folder(stage.id)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / f"{name}.json", prepared.report.to_json())
+        for line in prepared.report.summary:
+            self.report.message(f"{stage.id}: {line}")
+        return list(prepared.items)
+
+    async def trees(
+        self, stage: Any, sources: Sequence[DataSource], kind: str, tokenizer: ChatTokenizer, name: str = "data"
+    ) -> list[Tree]:
+        return await self.items(stage, sources, kind, tokenizer, name)
+
+    async def prompts(
+        self, stage: Any, sources: Sequence[DataSource], tokenizer: ChatTokenizer, name: str = "data"
+    ) -> list[PromptItem]:
+        """Prompts numbered by row, each with the seed of its row: what evaluation samples, whatever stage asks."""
+        items = await self.items(stage, sources, "prompt", tokenizer, name)
+        label = f"{stage.id}/{name}"
+        return [
+            replace(item, group_id=row, seed=group_seed(self.recipe.seed, label, row)) for row, item in enumerate(items)
+        ]
+
+
+async def opened(stack: AsyncExitStack, *makers: Awaitable[C]) -> list[C]:
+    """Await all makers at once; what they made is closed with `stack`, also where one of them fails."""
+    made = await asyncio.gather(*makers, return_exceptions=True)
+    for one in made:
+        if not isinstance(one, BaseException):
+            stack.push_async_callback(one.close)
+    for one in made:
+        if isinstance(one, BaseException):
+            raise one
+    return [one for one in made if not isinstance(one, BaseException)]

@@ -1,0 +1,39 @@
+"""Values that a recipe may leave out and that depend on the stage: learning rate, schedule, length."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from align.recipe.schema import Adapter, Optim
+
+# Learning rates by (stage kind, trains an adapter): what TRL, ms-swift and the LoRA papers use as starting points.
+LEARNING_RATES = {
+    ("sft", True): 1e-4,
+    ("sft", False): 1e-5,
+    ("preference", True): 5e-6,
+    ("preference", False): 5e-7,
+    ("online", True): 5e-6,
+    ("online", False): 1e-6,
+}
+SCHEDULES = {"sft": ("cosine", 0.05), "preference": ("cosine", 0.05), "online": ("constant", 0.05)}
+
+
+def resolved_optim(stage: Any, adapter: Adapter) -> Optim:
+    """The stage's optimizer settings with every value filled in."""
+    schedule, warmup = SCHEDULES[stage.kind]
+    optim: Optim = stage.optim
+    return optim.model_copy(
+        update={
+            "lr": optim.lr if optim.lr is not None else LEARNING_RATES[stage.kind, adapter.kind != "full"],
+            "schedule": optim.schedule or schedule,
+            "warmup": warmup if optim.warmup is None else optim.warmup,
+        }
+    )
+
+
+def stage_turns(stage: Any, turns_per_epoch: float) -> int:
+    """How many turns a stage takes: `steps`, or its epochs (one by default), rounded up to whole turns."""
+    if stage.steps is not None:
+        return int(stage.steps)
+    return max(1, math.ceil((stage.epochs or 1.0) * turns_per_epoch - 1e-9))

@@ -1,0 +1,124 @@
+"""The evaluate stage: what each of several stages made, judged on the same prompts by the same rewards.
+
+Each stage's weights become one plain folder (adapters are merged into a temporary one), an engine serves it, and
+greedy completions are scored. Without rewards the stage's trees go through the trainer's forward instead, and its
+loss metrics are the result.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from align.errors import Interrupted
+from align.protocols import Fleet, Metrics, Publication, Scorer
+from align.recipe.schema import EvaluateStage, Optim
+from align.stages.backend import FleetJob, ScorerJob, Start, TrainerJob, longest_prompt
+from align.stages.context import Context, opened
+from align.stages.handover import weights_of
+from align.stages.loop import StageResult
+from align.stages.offline import eval_names
+from align.stages.online import greedy_metrics
+from align.stages.rollout_log import RolloutLog
+from align.stages.training import record_kind, sampling_of
+
+
+async def run_evaluate(context: Context, stage: EvaluateStage) -> StageResult:
+    """Metrics per evaluated stage go to summary.stages.<of>.metrics; this stage's own are named "<of>/<metric>"."""
+    begun = time.perf_counter()
+    context.report.stage_started(stage.id, len(stage.of), stage.kind)
+    one = _by_rewards if stage.rewards else _by_loss
+    collected: Metrics = {}
+    for number, name in enumerate(stage.of, start=1):
+        metrics = await one(context, stage, name)
+        context.run.summarise(name.partition("@")[0], {"metrics": metrics})
+        collected |= {f"{name}/{key}": value for key, value in metrics.items()}
+        context.report.step(stage.id, number, {f"{name}/{key}": value for key, value in metrics.items()})
+        if context.stop.is_set() and number < len(stage.of):
+            raise Interrupted(
+                f"stopped after {number} of {len(stage.of)} stages were evaluated",
+                where=f"stage {stage.id!r}",
+                remedy="the same command with --resume evaluates them again",
+            )
+    return StageResult(
+        steps=len(stage.of),
+        seconds=time.perf_counter() - begun,
+        tokens=0.0,
+        metrics=collected,
+        artefacts={},
+    )
+
+
+async def _by_rewards(context: Context, stage: EvaluateStage, name: str) -> Metrics:
+    weights = _weights(context, name)
+    tokenizer = context.tokenizer(weights.base)
+    prompts = await context.prompts(stage, stage.data, tokenizer)
+    folder = context.run.stage_folder(stage.id)
+    merged = folder / f".merged-{name}"
+    async with AsyncExitStack() as stack:
+        stack.callback(shutil.rmtree, merged, ignore_errors=True)
+        served = await _plain_folder(context, weights, merged)
+        job = FleetJob(
+            stage_id=stage.id,
+            model=context.recipe.model,
+            base=served,
+            rollout=stage.rollout,
+            group_size=1,
+            adapter_rank=0,
+            longest_prompt=longest_prompt(prompts),
+            seed=context.recipe.seed,
+        )
+        judges = ScorerJob(stage.id, stage.rewards, context.recipe_folder, context.recipe.seed)
+        made = await opened(stack, context.backend.fleet(job), context.backend.scorer(judges))
+        context.run.record_processes(context.backend.processes())
+        fleet, scorer = cast(tuple[Fleet, Scorer], tuple(made))
+        await fleet.publish(Publication(version=0, kind="base", path=str(served), digest=""))
+        groups = await fleet.generate(prompts, 1, sampling_of(stage.rollout))
+        table = await scorer.score(groups)
+    log = RolloutLog(folder / "rollouts" / name)
+    log.cut_back(-1)
+    texts = [tokenizer.decode(g.prompt.token_ids, skip_special_tokens=False) for g in groups]
+    unknown = np.full(len(groups), np.nan, dtype=np.float32)
+    log.add(0, groups, texts, table, unknown, np.zeros(len(groups), dtype=bool))
+    log.close_file()
+    return greedy_metrics(groups, table)
+
+
+def _weights(context: Context, name: str) -> Start:
+    stage_id, _, which = name.partition("@")
+    return weights_of(context.recipe, stage_id, which, context.run.finished())
+
+
+async def _plain_folder(context: Context, weights: Start, merged: Path) -> Path:
+    """A folder with whole weights: the stage's own, or base and adapter merged into `merged`."""
+    if weights.adapter is None:
+        return weights.base
+    shutil.rmtree(merged, ignore_errors=True)
+    await context.backend.merge(weights.base, weights.adapter, merged, dtype="auto", seed=context.recipe.seed)
+    return merged
+
+
+async def _by_loss(context: Context, stage: EvaluateStage, name: str) -> Metrics:
+    """The metrics of `stage.loss` over the data, on the forward that training uses."""
+    weights = _weights(context, name)
+    trees = await context.trees(stage, stage.data, record_kind(stage.loss), context.tokenizer(weights.base))
+    job = TrainerJob(
+        stage_id=stage.id,
+        model=context.recipe.model,
+        start=weights,
+        losses=stage.loss,
+        optim=Optim(),
+        total=1,
+        max_tokens=stage.packing.max_tokens,
+        seed=context.seed(stage.id),
+        trainable=False,
+    )
+    async with AsyncExitStack() as stack:
+        [trainer] = await opened(stack, context.backend.trainer(job))
+        context.run.record_processes(context.backend.processes())
+        return eval_names(await trainer.evaluate(trees))

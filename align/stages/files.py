@@ -1,0 +1,99 @@
+"""Files that are whole or absent: JSON and folders are written aside, forced to disk and renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_CHUNK = 1 << 22
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by the JSON of `value`; a reader sees the old text or the new one, never a part."""
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=True) + "\n"
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(aside, path)
+    sync_folder(path.parent)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's entries (names, renames) to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_and_sync(path: Path) -> str:
+    """Hash a file's content, having forced it to disk: what the hash promises is then what a reader will find."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+        while chunk := handle.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def tree_files(folder: Path) -> list[Path]:
+    """Every regular file below `folder`, in order of its relative name."""
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder so that a kill in between leaves a hidden remainder and never half a folder under its name."""
+    if not folder.exists():
+        return
+    doomed = folder.with_name(f".removing-{folder.name}-{os.getpid()}")
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed writer or remover left behind in `folder`."""
+    for pattern in (".writing-*", ".removing-*"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target` that takes its name when the block ends well, and vanishes when it does not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".writing-{target.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+        put_in_place(aside, target)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def put_in_place(aside: Path, target: Path) -> None:
+    """Rename `aside` to `target` (an older `target` is removed first) and force both names to disk."""
+    for folder in (aside, *(p for p in aside.rglob("*") if p.is_dir())):
+        sync_folder(folder)
+    remove_folder(target)
+    os.rename(aside, target)
+    sync_folder(target.parent)

@@ -1,0 +1,89 @@
+"""What a stage's result depends on, as plain JSON that two runs can compare key by key."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from align.recipe.schema import DataSource, Recipe
+from align.stages.files import sha256_file, tree_files
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
+
+
+def fingerprint(recipe: Recipe, stage: Any, plugins: Mapping[str, str]) -> dict[str, Any]:
+    """The stage's resolved recipe part, the model, seed and media, hashes of its data, plugins and model files.
+
+    plugins: reward name to source hash. Where and how fast it runs (placement, report) is no part of it.
+    """
+    part = stage.model_dump(mode="json", by_alias=True)
+    part.get("save", {}).pop("keep", None)
+    return {
+        "stage": part,
+        "model": recipe.model.model_dump(mode="json"),
+        "media": recipe.media.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "data": {source.path: _content(source) for source in _sources(recipe, stage)},
+        "plugins": {name: plugins[name] for name in sorted(reward_names(stage))},
+        "files": _model_files(recipe),
+    }
+
+
+def reward_names(stage: Any) -> list[str]:
+    """Every reward a stage uses, its evaluation's included."""
+    evaluation = getattr(stage, "eval", None)
+    rewards = [*getattr(stage, "rewards", ()), *(evaluation.rewards if evaluation else ())]
+    return [reward.use for reward in rewards]
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ, with both values; [] where equal."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{prefix}{key}.")]
+    if old == new:
+        return []
+    return [f"{prefix.rstrip('.')}: {_short(old)} -> {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _sources(recipe: Recipe, stage: Any) -> Iterator[DataSource]:
+    yield from getattr(stage, "data", ())
+    evaluation = getattr(stage, "eval", None)
+    if evaluation is not None:
+        yield from evaluation.data
+    if recipe.model.tokenizer is not None:
+        yield from recipe.model.tokenizer.train_on
+
+
+def _content(source: DataSource) -> str:
+    """Hash of a local file or folder; of a `file.py:function`, the file's; of a hub id, nothing to hash here."""
+    path = Path(source.path)
+    if not path.exists():
+        path = Path(source.path.rpartition(":")[0] or source.path)
+    if path.is_file():
+        return sha256_file(path)
+    if path.is_dir():
+        digest = hashlib.sha256()
+        for file in tree_files(path):
+            digest.update(f"{file.relative_to(path)}|{sha256_file(file)}|".encode())
+        return digest.hexdigest()
+    return "hub"
+
+
+def _model_files(recipe: Recipe) -> dict[str, str]:
+    """Small files of local model and adapter folders by hash, weights by size: a swapped model is noticed."""
+    found: dict[str, str] = {}
+    for name in (recipe.model.path, recipe.model.adapter):
+        folder = Path(name) if name else None
+        if folder is not None and folder.is_dir():
+            for file in sorted(p for p in folder.iterdir() if p.is_file()):
+                heavy = file.suffix in _WEIGHTS
+                found[str(file)] = f"{file.stat().st_size} bytes" if heavy else sha256_file(file)
+    return found

@@ -1,0 +1,115 @@
+"""From scored groups to trees, and the prompts that a turn draws. Pure functions of their arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from align.data.order import epoch_order
+from align.protocols import Completion, Group, Metrics, PromptItem, ScoreTable, Segment, Tree, group_seed
+
+
+@dataclass(frozen=True)
+class PromptCursor:
+    """Draws prompts epoch after epoch; draw d is arithmetic of (seed, d), so the cursor is one number.
+
+    A group id is the draw: epoch * rows + row, unique in the stage; its seed is the hash of (run seed, stage, id).
+    """
+
+    prompts: Sequence[PromptItem]
+    run_seed: int
+    stage_id: str
+    order_seed: int
+
+    def draw(self, first: int, count: int) -> list[PromptItem]:
+        """Draws `first` .. `first + count - 1`."""
+        rows = len(self.prompts)
+        drawn: list[PromptItem] = []
+        for epoch in range(first // rows, (first + count - 1) // rows + 1):
+            order = epoch_order(rows, self.order_seed, epoch)
+            begin, end = max(first - epoch * rows, 0), min(first + count - epoch * rows, rows)
+            drawn += [self._item(epoch, int(row)) for row in order[begin:end]]
+        return drawn
+
+    def _item(self, epoch: int, row: int) -> PromptItem:
+        group_id = epoch * len(self.prompts) + row
+        return replace(self.prompts[row], group_id=group_id, seed=group_seed(self.run_seed, self.stage_id, group_id))
+
+
+def group_ids(groups: Sequence[Group]) -> np.ndarray:
+    """i64[S]: the group of each completion, in the order of a score table's rows."""
+    ids = [group.prompt.group_id for group in groups for _ in group.completions]
+    return np.asarray(ids, dtype=np.int64)
+
+
+def untrained(groups: Sequence[Group], table: ScoreTable, truncated: Literal["mask", "keep"]) -> np.ndarray:
+    """bool[S]: completions that must not be trained on: of a dropped group, empty, or truncated where that masks."""
+    dropped = set(table.dropped)
+    flags = [
+        index in dropped or not len(c.token_ids) or (truncated == "mask" and c.truncated)
+        for index, group in enumerate(groups)
+        for c in group.completions
+    ]
+    return np.asarray(flags, dtype=bool)
+
+
+def to_trees(groups: Sequence[Group], advantages: np.ndarray, masked: np.ndarray) -> list[Tree]:
+    """A tree per group: the prompt, and a branch per completion with its advantage on every token.
+
+    advantages f32[S]; NaN (no objective could be scored) or masked bool[S] leaves the branch without a scored token.
+    """
+    assert advantages.shape == masked.shape == (sum(len(g.completions) for g in groups),)
+    trees, first = [], 0
+    for group in groups:
+        rows = range(first, first + len(group.completions))
+        first += len(group.completions)
+        branches = [
+            _branch(c, float(advantages[i]), bool(masked[i])) for c, i in zip(group.completions, rows, strict=True)
+        ]
+        ids = group.prompt.token_ids
+        trunk = Segment(token_ids=ids, loss_mask=np.zeros(len(ids), dtype=bool))
+        # an empty completion has no token to predict; the packer refuses an empty segment
+        kept = tuple(branch for branch in branches if len(branch))
+        if kept:
+            trees.append(Tree(id=group.prompt.group_id, trunk=trunk, branches=kept, origin=group.prompt.origin))
+    return trees
+
+
+def _branch(completion: Completion, advantage: float, masked: bool) -> Segment:
+    n = len(completion.token_ids)
+    trained = not masked and np.isfinite(advantage)
+    return Segment(
+        token_ids=completion.token_ids,
+        loss_mask=np.full(n, trained, dtype=bool),
+        advantages=np.full(n, advantage if trained else 0.0, dtype=np.float32),
+        behavior_logps=completion.logps,
+        versions=completion.versions,
+    )
+
+
+def group_metrics(groups: Sequence[Group], advantages: np.ndarray, masked: np.ndarray, version: int) -> Metrics:
+    """Counts of a turn: lengths, truncated and masked shares, groups without signal, ages of the tokens."""
+    completions = [c for g in groups for c in g.completions]
+    lengths = np.asarray([len(c.token_ids) for c in completions], dtype=np.float64)
+    ids = group_ids(groups)
+    live = [_has_signal(advantages[(ids == g.prompt.group_id) & ~masked]) for g in groups]
+    ages = np.concatenate([version - c.versions for c in completions]) if lengths.sum() else np.zeros(1)
+    return {
+        "completion/mean_length": float(lengths.mean()),
+        "completion/max_length": float(lengths.max()),
+        "completion/truncated": float(np.mean([c.truncated for c in completions])),
+        "completion/masked": float(np.mean(masked | ~np.isfinite(advantages))),
+        "groups/total": float(len(groups)),
+        "groups/dead": float(len(groups) - sum(live)),
+        "staleness/mean": float(ages.mean()),
+        "staleness/max": float(ages.max()),
+        "tokens/generated": float(lengths.sum()),
+    }
+
+
+def _has_signal(advantages: np.ndarray) -> bool:
+    known = advantages[np.isfinite(advantages)]
+    return bool(np.any(known != 0.0))

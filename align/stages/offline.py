@@ -1,0 +1,50 @@
+"""SFT and preference stages: batches of prepared trees in a fixed order, one update each.
+
+Turn k's batch is arithmetic of (seed, k): no iterator state exists, so a resumed stage draws what an undisturbed one
+would have drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+from align.protocols import Metrics, Trainer, Tree
+
+EVAL_NAMES = {"loss/total": "eval/loss", "rewards/accuracies": "eval/accuracies"}
+
+
+class Order(Protocol):
+    """Which rows each turn takes: `total` turns, `batch(k)` the row numbers of turn k."""
+
+    @property
+    def total(self) -> int: ...
+
+    def batch(self, step: int) -> Sequence[int]: ...
+
+
+def offline_turn(trainer: Trainer, trees: Sequence[Tree], order: Order) -> Callable[[int], Awaitable[Metrics]]:
+    """The coroutine that performs turn k: one update over its batch, in order of tree id."""
+
+    async def turn(step: int) -> Metrics:
+        batch = sorted((trees[row] for row in order.batch(step)), key=lambda tree: tree.id)
+        return await trainer.step(batch, step=step, progress=step / order.total)
+
+    return turn
+
+
+def offline_evaluation(trainer: Trainer, trees: Sequence[Tree]) -> Callable[[], Awaitable[Metrics]]:
+    """The stage's loss metrics over all of `trees`, on the same forward, named "eval/..."."""
+
+    async def evaluate() -> Metrics:
+        return eval_names(await trainer.evaluate(trees))
+
+    return evaluate
+
+
+def eval_names(metrics: Metrics) -> Metrics:
+    """loss/total is eval/loss and rewards/accuracies eval/accuracies; any other name keeps its group below eval/."""
+    return {
+        EVAL_NAMES.get(name, name if name.startswith("eval/") else f"eval/{name}"): value
+        for name, value in metrics.items()
+    }

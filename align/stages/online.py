@@ -1,0 +1,201 @@
+"""Online stages: one loop, and staleness is an integer in it.
+
+    admit prompts -> generate -> score -> advantage -> trees -> step -> publish -> (loop)
+
+A turn consumes whole groups, sorted by id, and ends with a publish; its version is the number of turns done. With
+`staleness: 0` a turn admits its prompts only when the version before it is published, so training is exactly
+on-policy. Larger values admit earlier turns' prompts ahead of the publish; `Admission` is the seam for that.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from align.errors import RewardError, Unsupported
+from align.objectives import combine
+from align.protocols import Fleet, Group, Metrics, PromptItem, Publication, Sampling, Scorer, ScoreTable, Trainer
+from align.recipe.schema import Objectives
+from align.stages.groups import PromptCursor, group_ids, group_metrics, to_trees, untrained
+from align.stages.publication import PublicationFolder
+from align.stages.rollout_log import RolloutLog
+
+
+@dataclass(frozen=True)
+class OnlinePlan:
+    """The numbers of an online stage: groups per turn, completions per group, turns, and how to sample."""
+
+    stage_id: str
+    groups: int
+    group_size: int
+    total: int
+    sampling: Sampling
+    objectives: Objectives
+    truncated: Literal["mask", "keep"] = "mask"
+    staleness: int = 0
+
+    def __post_init__(self) -> None:
+        if self.staleness != 0:
+            raise Unsupported(
+                f"staleness: {self.staleness} needs the asynchronous buffer, which this version does not have",
+                where=f"stages.{self.stage_id}.staleness",
+                remedy="use staleness: 0, which trains exactly on-policy",
+            )
+
+
+@dataclass
+class Admission:
+    """Which draws have been handed to the engines, and which of them are not yet trained on.
+
+    admitted: draws handed out so far; running: draws handed out and not consumed (empty between turns at
+    staleness 0). Consumed draws are the rest, so both together say what a resumed run must reissue.
+    """
+
+    admitted: int = 0
+    running: list[int] = field(default_factory=list)
+
+    def admit(self, count: int) -> range:
+        draws = range(self.admitted, self.admitted + count)
+        self.admitted += count
+        self.running += draws
+        return draws
+
+    def consumed(self, draws: Sequence[int]) -> None:
+        gone = set(draws)
+        self.running = [draw for draw in self.running if draw not in gone]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"admitted": self.admitted, "running": self.running}
+
+
+class OnlineStage:
+    """One online stage's turns over a Trainer, a Fleet and a Scorer.
+
+    start(state) publishes the policy the stage begins with; turn(k) is one turn of the loop; extra() is the JSON
+    state a checkpoint must hold; evaluate() samples greedily from the fleet.
+    """
+
+    def __init__(
+        self,
+        plan: OnlinePlan,
+        *,
+        trainer: Trainer,
+        fleet: Fleet,
+        scorer: Scorer,
+        cursor: PromptCursor,
+        publications: PublicationFolder,
+        log: RolloutLog,
+        decode: Callable[[Sequence[int]], str],
+    ):
+        self.plan, self.trainer, self.fleet, self.scorer = plan, trainer, fleet, scorer
+        self.cursor, self.publications, self.log, self.decode = cursor, publications, log, decode
+        self.admission = Admission()
+        self.objective_state: dict[str, Any] = {}
+        self.version = 0
+
+    async def start(self, step: int, extra: Mapping[str, Any]) -> None:
+        """Take up the state of a checkpoint (step 0 and {}: a fresh stage) and bring the engines to the policy."""
+        if extra:
+            self.admission = Admission(**extra["admission"])
+            self.objective_state = dict(extra["objectives"])
+        self.log.cut_back(step)
+        await self._publish(step)
+
+    def extra(self) -> dict[str, Any]:
+        self.log.close_file()  # what a checkpoint covers must be readable
+        return {"admission": self.admission.to_json(), "objectives": self.objective_state}
+
+    async def turn(self, step: int) -> Metrics:
+        draws = self.admission.admit(self.plan.groups)
+        clock = _Clock()
+        groups = await self.generate(self.cursor.draw(draws.start, len(draws)))
+        clock.lap("time/generate")
+        table = await self.scorer.score(groups)
+        clock.lap("time/score")
+        advantages, objective_metrics = self.advantages(groups, table, step)
+        masked = untrained(groups, table, self.plan.truncated)
+        trees = to_trees(groups, advantages, masked)
+        if not trees:
+            raise RewardError(
+                "every completion of this step is empty: the policy ends its turn at once",
+                where=f"stage {self.plan.stage_id!r}, step {step}",
+                remedy="train it to answer first (an sft stage), or look at the prompts in rollouts/",
+            )
+        trained = await self.trainer.step(trees, step=step, progress=step / self.plan.total)
+        clock.lap("time/train")
+        self.admission.consumed(draws)
+        published = await self._publish(step + 1)
+        clock.lap("time/publish")
+        keep = np.isfinite(advantages) & ~masked
+        self.log.add(step + 1, groups, [self.decode(g.prompt.token_ids) for g in groups], table, advantages, keep)
+        counts = group_metrics(groups, advantages, masked, version=step)
+        return {**counts, **dict(table.metrics), **objective_metrics, **trained, **published, **clock.laps}
+
+    async def generate(self, prompts: list[PromptItem]) -> list[Group]:
+        """The groups of these prompts, sorted by id: nothing after depends on which engine was faster."""
+        groups = await self.fleet.generate(prompts, self.plan.group_size, self.plan.sampling)
+        return sorted(groups, key=lambda group: group.prompt.group_id)
+
+    def advantages(self, groups: Sequence[Group], table: ScoreTable, step: int) -> tuple[np.ndarray, Metrics]:
+        """Advantages f32[S]; NaN for a dropped group and where no objective is known."""
+        ids = group_ids(groups)
+        assert table.scores.shape == (len(ids), len(table.objectives))
+        advantages, self.objective_state, metrics = combine(
+            table.scores, ids, table.objectives, table.kinds, self.plan.objectives, self.objective_state, step
+        )
+        return advantages, metrics
+
+    async def evaluate(self, prompts: Sequence[PromptItem], scorer: Scorer) -> Metrics:
+        """Greedy completions of `prompts` from the engines' current version, scored; names "eval/..."."""
+        sampling = replace(self.plan.sampling, temperature=0.0)
+        groups = await self.fleet.generate(prompts, 1, sampling)
+        table = await scorer.score(groups)
+        return {f"eval/{name}": value for name, value in greedy_metrics(groups, table).items()}
+
+    async def _publish(self, version: int) -> Metrics:
+        folder = self.publications.folder(self.plan.stage_id, version)
+        publication: Publication = await self.trainer.publish(folder, version)
+        metrics = await self.fleet.publish(publication)
+        self.publications.supersede(folder)
+        self.version = version
+        return metrics
+
+
+def greedy_metrics(groups: Sequence[Group], table: ScoreTable) -> Metrics:
+    """Means over greedy completions: each objective by name, accuracy, mean_length in tokens, shares.
+
+    accuracy is the objective of that name, else the first one; a missing score leaves its objective's mean.
+    """
+    completions = [c for group in groups for c in group.completions]
+    means = {name: _mean_known(table.scores[:, column]) for column, name in enumerate(table.objectives)}
+    accuracy = means.get("accuracy", means[table.objectives[0]])
+    return {
+        **means,
+        "accuracy": accuracy,
+        "mean_length": float(np.mean([len(c.token_ids) for c in completions])),
+        "truncated": float(np.mean([c.truncated for c in completions])),
+        "missing": float(np.mean(~np.isfinite(table.scores))),
+        "completions": float(len(completions)),
+    }
+
+
+def _mean_known(scores: np.ndarray) -> float:
+    known = scores[np.isfinite(scores)]
+    return float(known.mean(dtype=np.float64)) if known.size else float("nan")
+
+
+class _Clock:
+    """Seconds between laps, by metric name."""
+
+    def __init__(self) -> None:
+        self.laps: Metrics = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now

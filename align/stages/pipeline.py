@@ -1,0 +1,157 @@
+"""A recipe's stages, one after another: what each starts from, what it makes, what a second start may skip.
+
+The pipeline holds paths, trees and numbers. Models live behind the `Backend`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from align.data.scratch import train_tokenizer
+from align.errors import Interrupted
+from align.hub import resolve_model_folder
+from align.recipe.schema import Recipe
+from align.stages.backend import Backend
+from align.stages.context import Context, stage_seed
+from align.stages.evaluate import run_evaluate
+from align.stages.files import remove_leftovers, written_aside
+from align.stages.fingerprint import fingerprint
+from align.stages.handover import Origin, check_adapters, start_of
+from align.stages.loop import Report, StageResult
+from align.stages.publication import PublicationFolder
+from align.stages.runfolder import METRICS, RunFolder, cut_metrics
+from align.stages.training import run_offline, run_online
+
+
+async def run_merge(context: Context, stage: Any) -> StageResult:
+    """One plain model folder at `<stage>/model`, proved equal to base and adapter."""
+    start = start_of(context.recipe, stage, context.origin, context.run.finished())
+    target = context.run.stage_folder(stage.id) / "model"
+    if start.adapter is None:
+        return await _export(context, stage, start.base, target, "safetensors")
+    adapter = start.adapter
+    return await _one_folder(
+        context,
+        stage,
+        lambda: context.backend.merge(start.base, adapter, target, dtype=stage.dtype, seed=context.seed(stage.id)),
+        target,
+    )
+
+
+async def run_export(context: Context, stage: Any) -> StageResult:
+    """The model folder of the stage before, converted and proved to load, at `<stage>/model`."""
+    start = start_of(context.recipe, stage, context.origin, context.run.finished())
+    target = context.run.stage_folder(stage.id) / "model"
+    if start.adapter is None:
+        return await _export(context, stage, start.base, target, stage.format)
+    merged = context.run.stage_folder(stage.id) / ".writing-merged"
+    await context.backend.merge(start.base, start.adapter, merged, dtype=stage.dtype, seed=context.seed(stage.id))
+    try:
+        return await _export(context, stage, merged, target, stage.format)
+    finally:
+        remove_leftovers(merged.parent)
+
+
+async def _export(context: Context, stage: Any, source: Path, target: Path, form: str) -> StageResult:
+    return await _one_folder(
+        context, stage, lambda: context.backend.export(source, target, format=form, dtype=stage.dtype), target
+    )
+
+
+async def _one_folder(
+    context: Context, stage: Any, make: Callable[[], Awaitable[Mapping[str, Any]]], target: Path
+) -> StageResult:
+    context.report.stage_started(stage.id, 1, stage.kind)
+    begun = time.perf_counter()
+    report = await make()
+    metrics = {k: float(v) for k, v in report.items() if isinstance(v, int | float)}
+    context.report.step(stage.id, 1, metrics)
+    return StageResult(1, time.perf_counter() - begun, 0.0, metrics, {"model": str(target)})
+
+
+RUNNERS: dict[str, Callable[[Context, Any], Awaitable[StageResult]]] = {
+    "sft": run_offline,
+    "preference": run_offline,
+    "online": run_online,
+    "evaluate": run_evaluate,
+    "merge": run_merge,
+    "export": run_export,
+}
+
+
+async def run_pipeline(
+    recipe: Recipe,
+    run: RunFolder,
+    backend: Backend,
+    report: Report,
+    publications: PublicationFolder,
+    *,
+    recipe_folder: Path,
+    plugins: Mapping[str, str],
+    stop: asyncio.Event,
+    from_stage: str | None = None,
+) -> dict[str, Any]:
+    """Run every stage that is not finished in `run`; returns summary.json's content.
+
+    plugins: source hash of each reward by its `use`. Raises what stages raise: Interrupted after a checkpoint when
+    `stop` is set, AlignError with place and remedy otherwise.
+    """
+    check_adapters(recipe)
+    if from_stage is not None:
+        for name in run.restart_from(recipe, from_stage):
+            report.message(f"set aside: {name}")
+    prints = {stage.id: fingerprint(recipe, stage, plugins) for stage in recipe.stages}
+    run.compare(recipe, lambda stage: prints[stage.id])
+    origin = await _origin(recipe, run, backend, report)
+    context = Context(recipe, run, backend, report, publications, recipe_folder, stop, origin)
+    for stage in recipe.stages:
+        if stage.id in run.finished():
+            report.message(f"{stage.id}: finished before, kept")
+            continue
+        if stop.is_set():
+            raise Interrupted(f"stopped before stage {stage.id!r}", remedy="the same command with --resume continues")
+        await _run_stage(context, stage, prints[stage.id])
+    return run.summary()
+
+
+async def _run_stage(context: Context, stage: Any, print_: Mapping[str, Any]) -> None:
+    run = context.run
+    run.stage_folder(stage.id).mkdir(parents=True, exist_ok=True)
+    run.clean(stage.id)
+    run.begin(stage.id, print_, _start_json(context, stage))
+    if stage.kind in ("merge", "export", "evaluate"):
+        cut_metrics(run.stage_folder(stage.id) / METRICS, -1)  # they start over: nothing of them is resumed
+    result = await RUNNERS[stage.kind](context, stage)
+    summary = result.to_json()
+    run.summarise(stage.id, summary)
+    run.finish(stage.id, result.artefacts)
+    context.report.stage_finished(stage.id, summary)
+
+
+def _start_json(context: Context, stage: Any) -> dict[str, str | None]:
+    """On which folders the stage is built, for the stages after it and for the reader of run.json."""
+    if stage.kind == "evaluate":
+        return {}
+    start = start_of(context.recipe, stage, context.origin, context.run.finished())
+    return {"base": str(start.base), "adapter": str(start.adapter) if start.adapter else None}
+
+
+async def _origin(recipe: Recipe, run: RunFolder, backend: Backend, report: Report) -> Origin:
+    """The model before the first stage: a local folder or hub snapshot, or `<run>/base`, written once from the seed."""
+    model = recipe.model
+    if model.path is not None:
+        base = await asyncio.to_thread(resolve_model_folder, model.path, model.revision)
+        adapter = await asyncio.to_thread(resolve_model_folder, model.adapter) if model.adapter else None
+        return Origin(base, adapter)
+    base = run.path / "base"
+    if not base.exists():
+        assert model.tokenizer is not None, "the recipe's grammar ties `config` and `tokenizer`"
+        report.message("base: training the tokenizer and writing the model from scratch")
+        with written_aside(base) as aside:
+            await asyncio.to_thread(train_tokenizer, model.tokenizer, aside)
+            await backend.write_base(model, aside, stage_seed(recipe.seed, "base"))
+    return Origin(base, None)

