@@ -39,6 +39,25 @@ def global_counts(trees: Sequence[Tree]) -> Counts:
     return Counts(tokens=tokens, nll_tokens=nll_tokens, sequences=sequences, pairs=pairs)
 
 
+def mark_nll(tree: Tree, which: str) -> Tree:
+    """Set the tokens of the negative log-likelihood term (`Needs.nll`): the chosen side is the first sequence.
+
+    "none" and "scored" leave the masks as they are: the loss mask serves.
+    """
+    if which in ("none", "scored") or not tree.branches:
+        return tree
+    prompt = np.zeros(len(tree.trunk), dtype=bool)
+    if which == "prompt_and_chosen":
+        prompt[1:] = True  # nothing predicts the first token
+    chosen, *others = tree.branches
+    silent = [replace(b, nll_mask=np.zeros(len(b), dtype=bool)) for b in others]
+    return replace(
+        tree,
+        trunk=replace(tree.trunk, nll_mask=prompt),
+        branches=(replace(chosen, nll_mask=chosen.loss_mask), *silent),
+    )
+
+
 def split_to_budget(tree: Tree, max_tokens: int, keep_together: bool) -> list[Tree]:
     """Parts of a tree that fit the budget, each repeating the trunk; pairs stay whole (`keep_together`)."""
     if tree.tokens <= max_tokens or keep_together or len(tree.branches) < 2:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from align.errors import PluginError, RecipeError
 from align.losses.base import LossConfig, Needs
 
-_HELPERS = {"base", "reduce"}
+_HELPERS = {"base", "pairs", "reduce"}
 
 
 def names() -> tuple[str, ...]:
@@ -35,6 +35,6 @@ def configure(name: str, options: dict[str, Any]) -> tuple[ModuleType, LossConfi
         config = module.Config(**options)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or name}: {e['msg']}" for e in error.errors())
-        known = ", ".join(module.Config.model_fields)
+        known = ", ".join(field.alias or key for key, field in module.Config.model_fields.items())
         raise RecipeError(f"options of loss {name!r}: {problems}", remedy=f"its options are: {known}") from error
     return module, config, module.needs(config)

@@ -25,18 +25,21 @@ if TYPE_CHECKING:
 class LossConfig(BaseModel):
     """Base of every loss's options: strict, so that a typo is an error and not a default."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
 @dataclass(frozen=True)
 class Needs:
     """What the step must have ready. record: kind of tree; head: names of HeadOutputs beside logps;
-    scope "batch": the step first runs a no-grad pass over all microbatches and hands back `batch_stats`."""
+    scope "batch": the step first runs a no-grad pass over all microbatches and hands back `batch_stats`;
+    nll: which tokens the negative log-likelihood term covers: all scored ones, the chosen side's, or those and the
+    prompt's; the trainer marks them before packing."""
 
     record: Literal["conversation", "pair", "unpaired", "group"]
     reference: bool = False
     head: tuple[str, ...] = ()
     scope: Literal["sequence", "pair", "batch"] = "sequence"
+    nll: Literal["none", "scored", "chosen", "prompt_and_chosen"] = "none"
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from align.losses.base import LossConfig, LossInputs, LossOutput, Metric, Needs
+from align.losses.base import LossConfig, LossInputs, LossOutput, Needs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,27 +22,33 @@ class Config(LossConfig):
     variant: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid"
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
 
+    @model_validator(mode="after")
+    def _smoothing_is_used(self) -> Config:
+        if self.label_smoothing and self.variant in ("hinge", "ipo"):
+            raise ValueError(f"variant {self.variant!r} has no label smoothing; use sigmoid or robust, or drop it")
+        return self
+
 
 def needs(config: Config) -> Needs:
     return Needs(record="pair", reference=True, scope="pair")
 
 
 def sigmoid(delta: Tensor, config: Config) -> Tensor:
-    """-(1-e) log s(beta delta) - e log s(-beta delta); 2305.18290 eq. 7, cDPO for e > 0."""
-    from torch.nn.functional import logsigmoid
+    from align.losses.pairs import sigmoid
 
-    z, e = config.beta * delta, config.label_smoothing
-    return -(1 - e) * logsigmoid(z) - e * logsigmoid(-z)
+    return sigmoid(config.beta * delta, config.label_smoothing)
 
 
 def hinge(delta: Tensor, config: Config) -> Tensor:
-    """max(0, 1 - beta delta); SLiC, 2309.06657."""
-    return (1 - config.beta * delta).clamp(min=0)
+    from align.losses.pairs import hinge
+
+    return hinge(config.beta * delta)
 
 
 def ipo(delta: Tensor, config: Config) -> Tensor:
-    """(delta - 1 / (2 beta))^2; 2310.12036 eq. 17."""
-    return (delta - 1 / (2 * config.beta)) ** 2
+    from align.losses.pairs import squared
+
+    return squared(delta, config.beta)
 
 
 def robust(delta: Tensor, config: Config) -> Tensor:
@@ -62,26 +68,16 @@ PAIR_LOSSES: dict[str, Callable[[Tensor, Config], Tensor]] = {
 
 
 def loss(inputs: LossInputs, config: Config) -> LossOutput:
-    """Loss f32[]: mean over all pairs of the update of PAIR_LOSSES[variant]."""
-    from align.losses.reduce import mean, sequence_sums, share_of_loss
+    """Loss f32[]: mean over all pairs of the update of PAIR_LOSSES[variant]. Needs reference_logps f32[N]."""
+    from align.losses.pairs import pair_sums, side_metrics
+    from align.losses.reduce import share_of_loss
 
-    batch, logps, reference = inputs.batch, inputs.outputs.logps, inputs.reference_logps
+    logps, reference = inputs.outputs.logps, inputs.reference_logps
     assert reference is not None, "dpo needs reference log-probabilities"
-    ratios, lengths = sequence_sums(logps - reference, inputs, batch.loss_mask)
-    sums, _ = sequence_sums(logps.detach(), inputs, batch.loss_mask)
-    if config.variant == "ipo":
-        ratios = ratios / lengths.clamp(min=1)
-    chosen, rejected = batch.pairs[:, 0], batch.pairs[:, 1]
-    delta = ratios[chosen] - ratios[rejected]
-    total = PAIR_LOSSES[config.variant](delta, config).sum() / max(inputs.counts.pairs, 1)
-    reward = config.beta * ratios.detach()
-    metrics: dict[str, Metric] = {
-        "loss/total": share_of_loss(total),
-        "rewards/chosen": mean(reward[chosen]),
-        "rewards/rejected": mean(reward[rejected]),
-        "rewards/margins": mean(reward[chosen] - reward[rejected]),
-        "rewards/accuracies": mean((reward[chosen] > reward[rejected]).float()),
-        "logps/chosen": mean(sums[chosen]),
-        "logps/rejected": mean(sums[rejected]),
-    }
-    return LossOutput(total, metrics)
+    ratios = pair_sums(logps - reference, inputs)
+    chosen, rejected = ratios.means if config.variant == "ipo" else (ratios.chosen, ratios.rejected)
+    total = PAIR_LOSSES[config.variant](chosen - rejected, config).sum() / max(inputs.counts.pairs, 1)
+    sides = side_metrics(
+        config.beta * chosen.detach(), config.beta * rejected.detach(), pair_sums(logps.detach(), inputs)
+    )
+    return LossOutput(total, {"loss/total": share_of_loss(total)} | sides)

@@ -1,5 +1,7 @@
 """Supervised fine-tuning: negative log-likelihood of the scored tokens, as a mean over all of them in the batch.
 
+On pairs (as a term beside a preference loss) the scored tokens are the chosen side's.
+
 Variant `dft` (2508.05629) weighs each token's term with its own detached probability.
 """
 
@@ -15,17 +17,16 @@ class Config(LossConfig):
 
 
 def needs(config: Config) -> Needs:
-    return Needs(record="conversation")
+    return Needs(record="conversation", nll="chosen")
 
 
 def loss(inputs: LossInputs, config: Config) -> LossOutput:
     """Loss f32[]: -sum(logp) / tokens; dft: -sum(stop_gradient(p) * logp) / tokens."""
-    from align.losses.reduce import aggregate, masked_mean, share_of_loss
+    from align.losses.reduce import masked_mean, share_of_loss
 
-    logps = inputs.outputs.logps
+    logps, mask = inputs.outputs.logps, inputs.batch.nll_mask
     terms = -logps if config.variant == "nll" else -logps.detach().exp() * logps
-    total = aggregate(terms, inputs, "token")
-    mask = inputs.batch.loss_mask
+    total = (terms * mask).sum() / max(inputs.counts.nll_tokens, 1)
     return LossOutput(
         total,
         {

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.data.packing import collate, global_counts, plan_microbatches
+from align.data.packing import collate, global_counts, mark_nll, plan_microbatches
 from align.errors import NonFiniteError
 from align.losses import configure
 from align.losses.base import LossInputs
@@ -80,6 +80,7 @@ class PolicyTrainer:
         started = time.perf_counter()
         self.module.train()
         sums = MetricSums()
+        trees = self._marked(trees)
         batches = self._microbatches(trees)
         counts = global_counts(trees)
         for batch in batches:
@@ -109,6 +110,11 @@ class PolicyTrainer:
             "tokens/scored": float(counts.tokens),
             "train/microbatches": float(len(batches)),
         }
+
+    def _marked(self, trees: Sequence[Tree]) -> list[Tree]:
+        """Trees with the NLL tokens that the losses ask for; two terms that disagree were refused by the check."""
+        wanted = [needs.nll for _, _, needs, _ in self.losses if needs.nll != "none"]
+        return [mark_nll(tree, wanted[0]) for tree in trees] if wanted else list(trees)
 
     def _microbatches(self, trees: Sequence[Tree]) -> list[TokenBatch]:
         groups = plan_microbatches(trees, self.spec.max_tokens, keep_together=self.keep_together)
@@ -170,6 +176,7 @@ class PolicyTrainer:
     def evaluate(self, trees: Sequence[Tree]) -> dict[str, float]:
         """Loss metrics of `trees` as one batch, without gradient and without dropout."""
         self.module.eval()
+        trees = self._marked(trees)
         sums, counts = MetricSums(), global_counts(trees)
         for batch in self._microbatches(trees):
             self._loss(batch, counts, sums)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from align.data.packing import collate, global_counts, plan_microbatches
+from align.data.packing import collate, global_counts, mark_nll, plan_microbatches
 from align.errors import ModelError, Unsupported
 from align.losses import configure
 from align.losses.base import LossInputs
@@ -97,6 +97,9 @@ CASES = [
     ("dpo", {"variant": "ipo"}, pair),
     ("dpo", {"variant": "hinge"}, pair),
     ("dpo", {"variant": "robust", "label_smoothing": 0.1}, pair),
+    ("orpo", {}, pair),
+    ("simpo", {"nll_weight": 1.0}, pair),
+    ("cpo", {}, pair),
     ("grpo", {"kl": 0.1}, group),
     ("grpo", {"aggregation": "sequence", "entropy_bonus": 0.01}, group),
     ("grpo", {"aggregation": "constant", "constant_length": 16, "ratio": "sequence"}, group),
@@ -109,6 +112,7 @@ def test_any_split_into_microbatches_gives_the_same_loss_and_gradient(name: str,
     trees = [make(rng, i) for i in range(6)]
     module = PolicyModule(make_model("qwen3"))
     loss_module, config, needs = configure(name, options)
+    trees = [mark_nll(tree, needs.nll) for tree in trees]
     counts = global_counts(trees)
 
     def run(max_tokens: int) -> tuple[torch.Tensor, list[torch.Tensor]]:

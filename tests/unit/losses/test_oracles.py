@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from align.data.packing import collate, global_counts
+from align.data.packing import collate, global_counts, mark_nll
 from align.errors import PluginError, RecipeError
 from align.losses import configure
 from align.losses.base import LossInputs, LossOutput
@@ -26,7 +26,8 @@ def run(
     reference: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,
 ) -> tuple[LossOutput, TokenBatch]:
-    module, config, _ = configure(name, options)
+    module, config, needs = configure(name, options)
+    trees = [mark_nll(tree, needs.nll) for tree in trees]
     batch = collate(trees)
     outputs = HeadOutputs(logps=logps, entropy=entropy)
     return module.loss(LossInputs(outputs, batch, global_counts(trees), reference_logps=reference), config), batch
@@ -80,6 +81,10 @@ def dpo_oracle(variant: str, beta: float, eps: float, rows: list[tuple[np.ndarra
 @pytest.mark.parametrize("variant", ["sigmoid", "hinge", "ipo", "robust"])
 @pytest.mark.parametrize("eps", [0.0, 0.2])
 def test_dpo_variants_equal_the_paper(variant: str, eps: float) -> None:
+    if eps and variant in ("hinge", "ipo"):
+        with pytest.raises(RecipeError, match="no label smoothing"):
+            configure("dpo", {"variant": variant, "label_smoothing": eps})
+        return
     rng = np.random.default_rng(1)
     trees = [pair(rng, i) for i in range(5)]
     logps, reference = random_logps(trees, 1), random_logps(trees, 2, grad=False)
@@ -88,6 +93,97 @@ def test_dpo_variants_equal_the_paper(variant: str, eps: float) -> None:
     mine, theirs = by_sequence(batch, logps), by_sequence(batch, reference)
     rows = [(mine[2 * p], mine[2 * p + 1], theirs[2 * p], theirs[2 * p + 1]) for p in range(5)]
     assert out.loss.item() == pytest.approx(dpo_oracle(variant, 0.3, eps, rows), abs=1e-9)
+
+
+def reference_free_oracle(
+    name: str, options: dict[str, Any], sides: list[tuple[np.ndarray, np.ndarray]], nll: float
+) -> float:
+    losses = []
+    for chosen, rejected in sides:
+        if name == "orpo":
+            m_c, m_r = chosen.mean(), rejected.mean()
+            odds = (m_c - m_r) - (math.log(1 - math.exp(m_c)) - math.log(1 - math.exp(m_r)))
+            losses.append(-options.get("lambda", 0.1) * math.log(sigmoid(odds)))
+            continue
+        beta, eps = options.get("beta", 2.0 if name == "simpo" else 0.1), options.get("label_smoothing", 0.0)
+        if name == "simpo":
+            alpha = options.get("alpha", 0.0)
+            r = [x.mean() if not alpha else (1 - math.exp(x.mean()) ** -alpha) / alpha for x in (chosen, rejected)]
+            z = beta * (r[0] - r[1]) - options.get("gamma", 0.5)
+        else:
+            z = beta * (chosen.sum() - rejected.sum())
+        value = -(1 - eps) * math.log(sigmoid(z)) - eps * math.log(sigmoid(-z))
+        if options.get("variant") == "hinge":
+            value = max(0.0, 1 - z)
+        if options.get("variant") == "ipo":
+            value = (chosen.mean() - rejected.mean() - 1 / (2 * beta)) ** 2
+        losses.append(value)
+    weight = {"orpo": 1.0, "simpo": options.get("nll_weight", 0.0), "cpo": options.get("nll_weight", 1.0)}[name]
+    return float(np.mean(losses)) + weight * nll
+
+
+REFERENCE_FREE = [
+    ("orpo", {}),
+    ("orpo", {"lambda": 0.5, "nll": "response"}),
+    ("simpo", {}),
+    ("simpo", {"nll_weight": 0.7, "label_smoothing": 0.1}),
+    ("simpo", {"alpha": 0.25, "gamma": 1.0}),
+    ("cpo", {}),
+    ("cpo", {"nll_weight": 0.0, "label_smoothing": 0.2}),
+    ("cpo", {"variant": "hinge"}),
+    ("cpo", {"variant": "ipo"}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), REFERENCE_FREE)
+def test_reference_free_pair_losses_equal_the_paper(name: str, options: dict[str, Any]) -> None:
+    rng = np.random.default_rng(8)
+    trees = [pair(rng, i) for i in range(4)]
+    _, _, needs = configure(name, options)
+    marked = [mark_nll(tree, needs.nll) for tree in trees]
+    logps = random_logps(marked, 9)
+    out, batch = run(name, options, trees, logps)
+    values, mask, owner = logps.detach().numpy(), batch.loss_mask.numpy(), batch.sequence_ids.numpy()
+    sides = [tuple(values[mask & (owner == s)] for s in (2 * p, 2 * p + 1)) for p in range(4)]
+    covered = [
+        t
+        for tree in trees
+        for t in range(len(tree.branches[0]) + (needs.nll == "prompt_and_chosen") * (len(tree.trunk) - 1))
+    ]
+    if needs.nll != "none":
+        assert int(batch.nll_mask.sum()) == len(covered)
+    nll = float(-values[batch.nll_mask.numpy()].mean())
+    assert out.loss.item() == pytest.approx(reference_free_oracle(name, options, sides, nll), abs=1e-9)
+
+
+@pytest.mark.parametrize("mean_logp", [0.0, -1e-12, -200.0, -1000.0])
+@pytest.mark.parametrize(("name", "options"), [("orpo", {}), ("simpo", {"alpha": 0.5}), ("simpo", {})])
+def test_extreme_probabilities_stay_finite(name: str, options: dict[str, Any], mean_logp: float) -> None:
+    trees = [pair(np.random.default_rng(9), 0)]
+    _, _, needs = configure(name, options)
+    n = collate([mark_nll(trees[0], needs.nll)]).labels.numel()
+    logps = torch.full((n,), mean_logp, requires_grad=True)
+    out, _ = run(name, options, trees, logps)
+    out.loss.backward()
+    assert math.isfinite(out.loss.item()) and logps.grad is not None and bool(logps.grad.isfinite().all())
+
+
+def test_pure_simpo_has_no_nll_gradient() -> None:
+    """With both sides' margin saturated nothing is left but an NLL term; there must be none."""
+    trees = [pair(np.random.default_rng(10), 0)]
+    batch = collate(trees)
+    logps = torch.where(batch.sequence_ids == 0, -0.01, -300.0).double().requires_grad_()
+    out, _ = run("simpo", {"beta": 10.0, "gamma": 0.0}, trees, logps)
+    (gradient,) = torch.autograd.grad(out.loss, logps)
+    assert gradient.abs().max() == 0.0
+
+
+def test_sft_beside_a_preference_loss_covers_the_chosen_side_only() -> None:
+    trees = [pair(np.random.default_rng(11), i) for i in range(2)]
+    logps = random_logps(trees, 12)
+    out, batch = run("sft", {}, trees, logps)
+    chosen = np.concatenate([by_sequence(batch, logps)[0], by_sequence(batch, logps)[2]])
+    assert out.loss.item() == pytest.approx(-chosen.mean(), abs=1e-12)
 
 
 def test_dpo_starts_at_log_two() -> None:
@@ -167,7 +263,7 @@ def test_a_group_whose_every_token_is_masked_trains_nothing_and_stays_finite() -
 
 
 def test_an_unknown_loss_or_option_lists_the_choices() -> None:
-    with pytest.raises(PluginError, match="dpo, grpo, sft"):
+    with pytest.raises(PluginError, match="cpo, dpo, grpo, orpo, sft, simpo"):
         configure("dop", {})
     with pytest.raises(RecipeError, match="beta, variant, label_smoothing"):
         configure("dpo", {"bta": 0.1})

@@ -1,0 +1,64 @@
+"""What the pair losses share: P pairs' sums and means, the functions of a margin, and the metrics of both sides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from align.losses.base import LossInputs, Metric
+from align.losses.reduce import mean, sequence_sums
+
+
+@dataclass(frozen=True)
+class PairSums:
+    """Per pair f32[P]: sums of `values` over the scored tokens of each side, and the sides' lengths."""
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_length: Tensor
+    rejected_length: Tensor
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        return self.chosen / self.chosen_length.clamp(min=1), self.rejected / self.rejected_length.clamp(min=1)
+
+
+def pair_sums(values: Tensor, inputs: LossInputs) -> PairSums:
+    """Sums of token values f32[N] over each side of each pair; an unscored prompt counts on neither side."""
+    sums, lengths = sequence_sums(values, inputs, inputs.batch.loss_mask)
+    chosen, rejected = inputs.batch.pairs[:, 0], inputs.batch.pairs[:, 1]
+    return PairSums(sums[chosen], sums[rejected], lengths[chosen], lengths[rejected])
+
+
+def sigmoid(z: Tensor, smoothing: float = 0.0) -> Tensor:
+    """-(1-e) log s(z) - e log s(-z) for margins z f32[P]: 2305.18290 eq. 7; cDPO for e > 0."""
+    return -(1 - smoothing) * logsigmoid(z) - smoothing * logsigmoid(-z)
+
+
+def hinge(z: Tensor) -> Tensor:
+    """max(0, 1 - z): SLiC, 2309.06657."""
+    return (1 - z).clamp(min=0)
+
+
+def squared(delta: Tensor, beta: float) -> Tensor:
+    """(delta - 1 / (2 beta))^2: IPO, 2310.12036 eq. 17."""
+    return (delta - 1 / (2 * beta)) ** 2
+
+
+def side_metrics(reward_chosen: Tensor, reward_rejected: Tensor, logps: PairSums) -> dict[str, Metric]:
+    """The metrics that every pair loss reports under the same names; rewards are implicit ones, f32[P]."""
+    return {
+        "rewards/chosen": mean(reward_chosen),
+        "rewards/rejected": mean(reward_rejected),
+        "rewards/margins": mean(reward_chosen - reward_rejected),
+        "rewards/accuracies": mean((reward_chosen > reward_rejected).float()),
+        "logps/chosen": mean(logps.chosen),
+        "logps/rejected": mean(logps.rejected),
+    }
+
+
+def chosen_nll(inputs: LossInputs) -> Tensor:
+    """Mean negative log-likelihood f32[] over the update's NLL tokens (the chosen side, with or without prompt)."""
+    return -(inputs.outputs.logps * inputs.batch.nll_mask).sum() / max(inputs.counts.nll_tokens, 1)
