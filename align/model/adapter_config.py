@@ -1,0 +1,96 @@
+"""Adapter folders in peft layout, read without torch: what they are, and whether this engine can use them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from align.errors import ModelError, Unsupported
+from align.recipe.schema import Adapter
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+# Settings that make an adapter more than W + scaling * B A on linear layers, and what the user would call them.
+# "train": refused where the adapter is trained further; "merge": refused by the merge as well.
+BEYOND_LORA: dict[str, tuple[str, str]] = {
+    "use_dora": ("DoRA", "train"),
+    "lora_bias": ("a bias in lora_B", "train"),
+    "modules_to_save": (
+        "whole modules saved in the adapter (modules_to_save)",
+        "merge",
+    ),
+    "trainable_token_indices": ("trained token embeddings", "merge"),
+    "target_parameters": ("LoRA on bare parameters (target_parameters)", "merge"),
+    "layer_replication": ("layer replication", "merge"),
+    "alora_invocation_tokens": ("activated LoRA", "merge"),
+    "use_qalora": ("QALoRA", "merge"),
+    "use_bdlora": ("block-diagonal LoRA", "merge"),
+    "arrow_config": ("Arrow routing", "merge"),
+    "kasa_config": ("KaSA", "merge"),
+    "velora_config": ("VeLoRA", "merge"),
+    "monteclora_config": ("MonteCLoRA", "merge"),
+    "megatron_config": ("Megatron layers", "merge"),
+}
+# initialisations that leave the base weights alone; PiSSA, OLoRA, CorDA and LoftQ rewrite them at load
+PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a peft folder. Raises ModelError where it is missing, broken or not LoRA."""
+    file = Path(folder) / CONFIG
+    if not file.is_file():
+        raise ModelError(f"no {CONFIG}", where=folder, remedy="give an adapter folder in peft layout")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"not valid JSON: {error}", where=file) from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise ModelError(f"peft_type is {kind!r}; this engine knows LoRA adapters", where=file)
+    return config
+
+
+def refuse_beyond_lora(config: dict[str, Any], folder: Path, use: str) -> None:
+    """Raise Unsupported where the adapter is more than plain LoRA. use: "train" or "merge"."""
+    found = [
+        words for key, (words, refused_for) in BEYOND_LORA.items() if config.get(key) and use in ("train", refused_for)
+    ]
+    if config.get("bias", "none") != "none":
+        found.append(f"trained biases (bias: {config['bias']})")
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() not in PLAIN_INITS:
+        found.append(f"{init} initialisation, which changes the base weights as it is loaded")
+    if found:
+        raise Unsupported(
+            f"the adapter uses {', '.join(found)}",
+            where=folder,
+            remedy="merge it with peft (model.merge_and_unload()) and give the merged folder as `model.path`",
+        )
+
+
+def recipe_adapter(folder: Path) -> Adapter:
+    """The recipe's `adapter:` that describes an existing adapter, for stages that inherit it."""
+    config = read_adapter_config(folder)
+    targets = config.get("target_modules") or ()
+    exclude = config.get("exclude_modules") or ()
+    return Adapter(
+        kind="dora" if config.get("use_dora") else "lora",
+        rank=config.get("r", 8),
+        alpha=config.get("lora_alpha", 8),
+        dropout=config.get("lora_dropout", 0.0),
+        targets=targets if isinstance(targets, str) else tuple(sorted(targets)),
+        exclude=(exclude,) if isinstance(exclude, str) else tuple(sorted(exclude)),
+    )
+
+
+def lora_rank(folder: Path) -> int:
+    """The largest rank that any module of the adapter has (per-module ranks included)."""
+    config = read_adapter_config(folder)
+    return max(
+        [
+            int(config.get("r", 8)),
+            *map(int, (config.get("rank_pattern") or {}).values()),
+        ]
+    )

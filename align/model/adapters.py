@@ -1,0 +1,404 @@
+"""LoRA adapters through peft: made from a seed or loaded from anybody's folder, switched, saved.
+
+Fresh weights depend on the seed and the module's name alone, not on the state of any global generator, nor on the
+order of modules: lora_A ~ U(-1/sqrt(in), 1/sqrt(in)) as peft draws it (Kaiming uniform with a = sqrt(5)), lora_B = 0.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from align.errors import ModelError, Unsupported
+from align.model.adapter_config import (
+    CONFIG,
+    WEIGHTS,
+    read_adapter_config,
+    refuse_beyond_lora,
+)
+from align.model.folders import written_aside
+from align.model.weights import (
+    digest,
+    full_state,
+    lora_layers,
+    merged_state,
+    save_full,
+    tensors_digest,
+    weights_digest,
+)
+from align.recipe.schema import Adapter, Tune
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+__all__ = [
+    "add_frozen",
+    "attach",
+    "digest",
+    "full_state",
+    "load_adapter",
+    "lora_layers",
+    "merged_state",
+    "save",
+    "save_full",
+    "tensors_digest",
+    "untie_head",
+    "use_adapter",
+    "weights_digest",
+]
+
+DEFAULT = "default"
+
+
+# ------------------------------------------------------------------------------------------------- making
+
+
+def attach(model: Any, adapter: Adapter | None, folder: Path | None, *, seed: int) -> PeftModel:
+    """Put a trainable adapter named "default" on `model` (in place) and return the peft model around it.
+
+    folder: an adapter in peft layout to go on with, under its own configuration; `adapter`, where given, must say the
+    same. None: a fresh adapter as `adapter` says, drawn from `seed`. A tied head that gets LoRA is untied first.
+
+    Raises ModelError where targets match nothing or recipe and folder differ, Unsupported where the adapter is more
+    than LoRA on linear layers.
+    """
+    if folder is None:
+        if adapter is None:
+            raise ModelError(
+                "neither an adapter configuration nor an adapter folder",
+                where="adapter",
+            )
+        config = fresh_config(model, adapter)
+    else:
+        config = _config_of(Path(folder), "train")
+        if adapter is not None:
+            _check_agrees(model, adapter, config, Path(folder))
+    peft = inject(model, config)
+    if folder is None:
+        _draw(peft, seed)
+    else:
+        _load_weights(peft, DEFAULT, Path(folder))
+    return peft
+
+
+def load_adapter(model: Any, folder: Path) -> PeftModel:
+    """Put the adapter in `folder` on `model`, frozen, for merging: DoRA and biases in lora_B are taken as well."""
+    peft = inject(model, _config_of(Path(folder), "merge"))
+    _load_weights(peft, DEFAULT, Path(folder))
+    peft.requires_grad_(False)
+    return peft
+
+
+def inject(model: Any, config: LoraConfig) -> PeftModel:
+    """Wrap the targeted modules, untying the head first where it is one of them. Draws nothing from global state."""
+    from peft import get_peft_model
+
+    if _targets(config, _head_name(model)):
+        untie_head(model)
+    config.base_model_name_or_path = model.name_or_path
+    with torch.random.fork_rng(devices=[]):
+        try:
+            peft = get_peft_model(model, config, adapter_name=DEFAULT)
+        except ValueError as error:
+            raise ModelError(f"the adapter does not fit this model: {error}", where="adapter") from error
+    for path, layer in list(peft.get_base_model().named_modules()):
+        if getattr(layer, "lora_embedding_A", None):
+            raise Unsupported(
+                f"LoRA on the embedding {path!r}",
+                where="adapter.targets",
+                remedy="leave it out; a LoRA on the output head is offered",
+            )
+    return peft.eval()  # type: ignore[no-any-return]
+
+
+def fresh_config(model: Any, adapter: Adapter) -> LoraConfig:
+    """peft's configuration for the recipe's `adapter:`; every target and every exclusion must match something."""
+    from peft import LoraConfig
+
+    if adapter.kind != "lora":
+        raise Unsupported(
+            f"adapter kind {adapter.kind!r} is no LoRA",
+            where="adapter.kind",
+            remedy="use kind: lora or kind: full",
+        )
+    if adapter.tune != Tune():
+        raise Unsupported(
+            "`tune` chooses among parts of vision-language models; a language model has one part",
+            where="adapter.tune",
+            remedy="remove it; use `targets` and `exclude` to choose modules",
+        )
+    linear = linear_modules(model)
+    for word in adapter.exclude:
+        _require_match(word, linear, "adapter.exclude")
+    alpha = int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha
+    return LoraConfig(
+        r=adapter.rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=adapter.dropout,
+        target_modules=_resolve_targets(model, adapter.targets, linear),
+        exclude_modules=sorted(adapter.exclude) or None,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def linear_modules(model: Any) -> list[str]:
+    """Paths of the layers that LoRA can be put on, adapters' own layers left out."""
+    from transformers.pytorch_utils import Conv1D
+
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and "lora_" not in name
+    ]
+
+
+def _resolve_targets(model: Any, targets: str | tuple[str, ...], linear: list[str]) -> list[str] | str:
+    if targets == "all-linear":
+        wanted = set(linear) - {_head_name(model)}
+        leaves = {name.rpartition(".")[2] for name in wanted}
+        matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves}
+        # short names where they mean the same: every tool reads them, and the file stays small
+        return sorted(leaves) if matched == wanted else sorted(wanted)
+    if isinstance(targets, str) and not re.fullmatch(r"[\w.]+", targets):
+        try:
+            matches = any(re.fullmatch(targets, name) for name in linear)
+        except re.error as error:
+            raise ModelError(
+                f"{targets!r} is no regular expression: {error}",
+                where="adapter.targets",
+            ) from error
+        if not matches:
+            raise ModelError(
+                f"{targets!r} matches no linear layer of the model",
+                where="adapter.targets",
+            )
+        return targets
+    words = (targets,) if isinstance(targets, str) else targets
+    for word in words:
+        _require_match(word, linear, "adapter.targets")
+    return sorted(words)
+
+
+def _require_match(word: str, linear: list[str], where: str) -> None:
+    if any(name == word or name.endswith(f".{word}") for name in linear):
+        return
+    leaves = sorted({name.rpartition(".")[2] for name in linear})
+    near = difflib.get_close_matches(word, leaves, n=1)
+    raise ModelError(
+        f"{word!r} is no linear layer of the model",
+        where=where,
+        remedy=(f"did you mean {near[0]!r}? " if near else "") + f"the model has {', '.join(leaves)}",
+    )
+
+
+def _head_name(model: Any) -> str:
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), "")
+
+
+def _targets(config: LoraConfig, module: str) -> bool:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    if config.target_modules == "all-linear" or not module:
+        return False
+    return bool(check_target_module_exists(config, module))
+
+
+def untie_head(model: Any) -> bool:
+    """Give a head that shares the embedding's weight a copy of its own; the embedding stays. True if it was tied."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return False
+    head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=embedding.weight.requires_grad)
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
+    own = f"{_head_name(model)}.weight"
+    model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if own not in (k, v)}
+    return True
+
+
+def _draw(peft: PeftModel, seed: int) -> None:
+    for path, layer in lora_layers(peft):
+        key = hashlib.blake2b(f"{seed}|{path}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+        lora_a, lora_b = layer.lora_A[DEFAULT].weight, layer.lora_B[DEFAULT].weight
+        drawn = torch.empty(lora_a.shape, dtype=torch.float32)
+        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+        with torch.no_grad():
+            lora_a.copy_(drawn)
+            lora_b.zero_()
+
+
+# ------------------------------------------------------------------------------------------------- loading
+
+
+def _config_of(folder: Path, use: str) -> LoraConfig:
+    from peft import LoraConfig
+
+    refuse_beyond_lora(read_adapter_config(folder), folder, use)
+    config = LoraConfig.from_pretrained(str(folder))
+    config.inference_mode = False
+    return config  # type: ignore[no-any-return]
+
+
+def _check_agrees(model: Any, adapter: Adapter, config: LoraConfig, folder: Path) -> None:
+    """What the recipe can say of an adapter must be what the folder's is; the rest is the folder's own business."""
+    ours = fresh_config(model, adapter)
+    pairs = {
+        "rank": (ours.r, config.r),
+        "alpha": (ours.lora_alpha, config.lora_alpha),
+        "dropout": (ours.lora_dropout, config.lora_dropout),
+        "targets": (_targeted(model, ours), _targeted(model, config)),
+    }
+    differing = [
+        f"{name} {mine} in the recipe, {theirs} in the folder" if name != "targets" else "other target modules"
+        for name, (mine, theirs) in pairs.items()
+        if mine != theirs
+    ]
+    if differing:
+        raise ModelError(
+            f"the stage starts from an adapter of another shape: {'; '.join(differing)}",
+            where=folder,
+            remedy="put a merge stage between, or leave out `adapter:` to go on with this one",
+        )
+
+
+def _targeted(model: Any, config: LoraConfig) -> set[str]:
+    linear = linear_modules(model)
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        return set(linear) - {_head_name(model)}
+    return {name for name in linear if _targets(config, name)}
+
+
+def _load_weights(peft: PeftModel, name: str, folder: Path) -> None:
+    """Load an adapter's tensors, all of them and nothing else."""
+    from peft import set_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise ModelError(
+            f"no {WEIGHTS} (pickled adapters are never read)",
+            where=folder,
+            remedy="load the adapter once in peft and save it again: it writes safetensors",
+        )
+    try:
+        state = _without_base(peft, load_file(file), file)
+        result = set_peft_model_state_dict(peft, state, adapter_name=name)
+    except (RuntimeError, SafetensorError) as error:
+        raise ModelError(f"the adapter does not fit the model: {error}", where=file) from error
+    missing = [key for key in result.missing_keys if "lora_" in key and f".{name}" in key]
+    for problem, keys in (
+        ("lacks", missing),
+        ("has, for modules that the model lacks,", result.unexpected_keys),
+    ):
+        if keys:
+            raise ModelError(
+                f"the adapter {problem} {len(keys)} weights: {', '.join(sorted(keys)[:4])}",
+                where=file,
+                remedy="check that the adapter was made for this base model",
+            )
+
+
+def _without_base(peft: PeftModel, state: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
+    """Leave out copies of base weights (peft stores a targeted head's); refuse base weights that were changed."""
+    own = dict(peft.get_base_model().named_parameters())
+    kept = {}
+    for key, tensor in state.items():
+        if "lora_" in key:
+            kept[key] = tensor
+            continue
+        plain = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        head, _, leaf = plain.rpartition(".")
+        mine = own.get(plain, own.get(f"{head}.base_layer.{leaf}"))
+        if mine is None or mine.shape != tensor.shape or not torch.equal(mine.cpu(), tensor.to(mine.dtype)):
+            raise Unsupported(
+                f"the adapter carries a changed base weight, {plain}",
+                where=file,
+                remedy="merge it with peft (model.merge_and_unload()) and give the merged folder as `model.path`",
+            )
+    return kept
+
+
+def add_frozen(peft: PeftModel, folder: Path | None, name: str = "reference") -> None:
+    """Add a second, frozen adapter: the one in `folder`, or (None) a copy of "default" as it is now."""
+    copied: dict[str, torch.Tensor] = {}
+    if folder is None:
+        config = type(peft.peft_config[DEFAULT])(**peft.peft_config[DEFAULT].to_dict())
+        for path, layer in lora_layers(peft):
+            copied[f"{path}.A"] = layer.lora_A[DEFAULT].weight.detach().clone()
+            copied[f"{path}.B"] = layer.lora_B[DEFAULT].weight.detach().clone()
+    else:
+        config = _config_of(Path(folder), "train")
+    config.inference_mode = True
+    training = peft.training
+    with torch.random.fork_rng(devices=[]):
+        peft.add_adapter(name, config)
+    if folder is not None:
+        _load_weights(peft, name, Path(folder))
+    else:
+        for path, layer in lora_layers(peft, name):
+            layer.lora_A[name].weight.data.copy_(copied[f"{path}.A"])
+            layer.lora_B[name].weight.data.copy_(copied[f"{path}.B"])
+    for _, layer in lora_layers(peft, name):
+        layer.lora_A[name].requires_grad_(False)
+        layer.lora_B[name].requires_grad_(False)
+    peft.train(training)
+
+
+@contextmanager
+def use_adapter(peft: PeftModel, name: str | None) -> Iterator[None]:
+    """Inside the block the model computes with adapter `name`, or (None) with none; after it, as before.
+
+    peft's switches also decide what requires a gradient; what did before the block does so after it.
+    """
+    trained = {parameter: parameter.requires_grad for parameter in peft.parameters()}
+    active = peft.active_adapter
+    try:
+        if name is None:
+            with peft.disable_adapter():
+                yield
+        else:
+            peft.set_adapter(name)
+            yield
+    finally:
+        if name is not None:
+            peft.set_adapter(active)
+        for parameter, flag in trained.items():
+            parameter.requires_grad_(flag)
+
+
+# ------------------------------------------------------------------------------------------------- saving
+
+
+def save(peft: PeftModel, folder: Path, name: str = DEFAULT) -> None:
+    """Write an adapter in peft layout (adapter_config.json, adapter_model.safetensors), complete or not at all.
+
+    Raises UserError where `folder` already holds files.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    state = get_peft_model_state_dict(peft, adapter_name=name, save_embedding_layers=False)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    config = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in peft.peft_config[name].to_dict().items()
+    }
+    config["inference_mode"] = True
+    with written_aside(Path(folder), "adapter") as aside:
+        save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+        (aside / CONFIG).write_text(text + "\n", encoding="utf-8")

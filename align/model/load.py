@@ -1,0 +1,143 @@
+"""A causal language model from a local folder, complete or refused.
+
+transformers fills a weight that the checkpoint lacks with random numbers and a warning; here that is an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from align.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+# what old checkpoints carry and newer models compute: not a loss
+COMPUTED_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.(masked_)?bias)$")
+
+
+def resolve_dtype(name: str, device: str) -> torch.dtype:
+    """The recipe's dtype word as a torch dtype; "auto" is bfloat16 on CUDA and float32 elsewhere."""
+    if name == "auto":
+        return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise ModelError(f"unknown dtype {name!r}", remedy=f"one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    attention: str = "auto",
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+) -> PreTrainedModel:
+    """Load a causal language model in transformers layout from `folder`, weights in safetensors.
+
+    attention: "auto" (= "sdpa") or any implementation that transformers knows, registered ones included.
+    Returns the model in eval mode on `device`, parameters in `dtype`, key-value cache off.
+    Raises ModelError where the folder is no model, or its checkpoint lacks weights or has some of another shape.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(folder)
+    check_folder(folder)
+    try:
+        with quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation="sdpa" if attention == "auto" else attention,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (ValueError, OSError, ImportError, RuntimeError, KeyError) as error:
+        raise ModelError(
+            f"transformers cannot load this model: {error}",
+            where=folder,
+            remedy="check that the folder is complete and of an architecture that this transformers version knows",
+        ) from error
+    _check_complete(folder, info)
+    model.config.use_cache = False
+    model.eval()
+    model.to(device)
+    return model  # type: ignore[no-any-return]
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ModelError unless `folder` has a config.json and safetensors weights."""
+    if not folder.is_dir():
+        raise ModelError(
+            "no such model folder",
+            where=folder,
+            remedy="give a local folder in transformers layout",
+        )
+    if not (folder / "config.json").is_file():
+        hint = (
+            "this is an adapter: give it as `model.adapter`, and its base as `model.path`"
+            if (folder / "adapter_config.json").is_file()
+            else "give a folder in transformers layout"
+        )
+        raise ModelError("the folder has no config.json", where=folder, remedy=hint)
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            "the folder has no weights in safetensors (pickled weights are never read)",
+            where=folder,
+            remedy="convert them once with model.save_pretrained(folder) in transformers",
+        )
+
+
+def _check_complete(folder: Path, info: dict[str, Any]) -> None:
+    for key, problem in (
+        ("missing_keys", "lacks"),
+        ("mismatched_keys", "has with another shape"),
+    ):
+        names = sorted(str(name) for name in info.get(key, ()))
+        if names:
+            raise ModelError(
+                f"the checkpoint {problem} {len(names)} weights of the model: {', '.join(names[:4])}",
+                where=folder,
+                remedy="fetch the folder again, or correct its config.json",
+            )
+    unused = [name for name in sorted(info.get("unexpected_keys", ())) if not COMPUTED_BUFFERS.search(name)]
+    if unused:
+        log.warning(
+            "%s: %d weights are not used by the model: %s",
+            folder,
+            len(unused),
+            ", ".join(unused[:4]),
+        )
+
+
+class quiet:
+    """No progress bars and no advice from transformers inside the block; errors are raised as ever."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging as hf_logging
+
+        self.verbosity = hf_logging.get_verbosity()
+        self.bars = hf_logging.is_progress_bar_enabled()
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
+
+    def __exit__(self, *exc: object) -> None:
+        from transformers.utils import logging as hf_logging
+
+        hf_logging.set_verbosity(self.verbosity)
+        if self.bars:
+            hf_logging.enable_progress_bar()

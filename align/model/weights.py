@@ -1,0 +1,172 @@
+"""Weights as named tensors: what engines are sent, what they must hold, and what is written for users.
+
+Nothing here changes a model: merging an adapter makes new tensors, one at a time, in float32.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from align.errors import Unsupported
+from align.model.folders import copy_all_but_weights, written_aside
+from align.protocols import digest_arrays
+
+MAX_SHARD = "5GB"
+
+
+# ------------------------------------------------------------------------------------------------------- digests
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """The tensor's bits as numpy: bfloat16, which numpy has not, as uint16."""
+    tensor = tensor.detach().cpu().contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """`protocols.digest_arrays` of tensors under their names."""
+    return digest_arrays({name: as_array(tensor) for name, tensor in tensors.items()})
+
+
+def weights_digest(model: Any, dtype: torch.dtype) -> str:
+    """Digest of a whole model's weights in `dtype`, under the names of its checkpoint."""
+    return tensors_digest({name: cast(tensor, dtype) for name, tensor in full_state(model)})
+
+
+def digest(peft: Any, dtype: torch.dtype, name: str = "default") -> str:
+    """Digest of an adapter as an engine holds it in `dtype`.
+
+    Per adapted module two arrays: "<module path>.lora_A" [r, in], and "<module path>.lora_B" [out, r] multiplied in
+    `dtype` by the module's scaling (alpha / r, or alpha / sqrt(r) for rsLoRA), which is how engines store it.
+    """
+    arrays = {}
+    for path, layer in lora_layers(peft, name):
+        scaling = layer.scaling[name]
+        lora_b = layer.lora_B[name].weight.detach().cpu().to(dtype)
+        arrays[f"{path}.lora_A"] = as_array(layer.lora_A[name].weight.detach().cpu().to(dtype))
+        arrays[f"{path}.lora_B"] = as_array(lora_b if scaling == 1 else lora_b * scaling)
+    return digest_arrays(arrays)
+
+
+def lora_layers(peft: Any, name: str = "default") -> Iterator[tuple[str, Any]]:
+    """(module path in the base model, peft LoRA layer) of every linear layer that adapter `name` adapts."""
+    from peft.tuners.lora import LoraLayer
+
+    for path, module in peft.get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and name in module.lora_A:
+            yield path, module
+
+
+# ------------------------------------------------------------------------------------------------------- states
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """To `dtype` if it is floating point; integer buffers stay as they are."""
+    return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+
+
+def full_state(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint name, tensor) of a model's weights; of tied weights, the one that checkpoints store."""
+    yield from _checkpoint_names(model, dict(_untied_state(model)))
+
+
+def merged_state(peft: Any, dtype: torch.dtype, name: str = "default") -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint name, tensor in `dtype`) of the base with adapter `name` merged in.
+
+    Each merged weight is made in float32 and then cast; the model's own weights are left as they are.
+    """
+    model = peft.get_base_model()
+    layers = dict(lora_layers(peft, name))
+    state: dict[str, Tensor] = {}
+    for key, tensor in _untied_state(model):
+        path, _, leaf = key.rpartition(".")
+        if path in layers and leaf in ("weight", "bias"):
+            weight, bias = merged_parameters(layers[path], name)
+            merged = weight if leaf == "weight" else bias
+            assert merged is not None
+            state[key] = merged.to(dtype)
+        else:
+            state[key] = cast(tensor, dtype)
+    yield from _checkpoint_names(model, state)
+
+
+@torch.no_grad()
+def merged_parameters(layer: Any, name: str) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias, in float32, of the plain layer that equals `layer` with adapter `name` on.
+
+    W + scaling * B A (transposed where the layer stores its weight so); variants such as DoRA by peft's own rule.
+    """
+    base = layer.get_base_layer()
+    weight = base.weight.detach().float()
+    if name in layer.lora_variant:
+        weight = layer.lora_variant[name].merge_safe(layer, name, weight.clone()).float()
+    else:
+        lora_a, lora_b = (
+            layer.lora_A[name].weight.float(),
+            layer.lora_B[name].weight.float(),
+        )
+        delta = lora_b @ lora_a
+        weight = weight + layer.scaling[name] * (delta.T if getattr(layer, "fan_in_fan_out", False) else delta)
+    bias = getattr(base, "bias", None)
+    bias = None if bias is None else bias.detach().float()
+    if layer.lora_bias.get(name):
+        if bias is None:
+            raise Unsupported("an adapter with a bias on a layer without one cannot be merged")
+        bias = bias + layer.lora_B[name].bias.float() * layer.scaling[name]
+    return weight, bias
+
+
+def _untied_state(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """The state dict without adapter weights, under the names it had before peft wrapped any module."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    for key, tensor in model.state_dict().items():
+        if any(part.startswith("lora_") for part in key.split(".")):
+            continue
+        plain = key.replace(".base_layer.", ".")
+        if plain not in tied:
+            yield plain, tensor.detach()
+
+
+def _checkpoint_names(model: Any, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Undo the renaming and fusing that transformers does at load (fused experts, moved prefixes)."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    yield from revert_weight_conversion(model, state).items()
+
+
+# ------------------------------------------------------------------------------------------------------- folders
+
+
+def save_full(model: Any, folder: Path, *, base: Path, dtype: torch.dtype) -> None:
+    """Write a whole model in transformers layout, complete or not at all.
+
+    Weights are cast to `dtype`; config, tokenizer, chat template and generation config come from the folder `base`.
+    Raises UserError where `folder` already holds files.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    state = {name: cast(tensor, dtype).cpu().contiguous() for name, tensor in full_state(model)}
+    with written_aside(Path(folder), "model") as aside:
+        save_torch_state_dict(state, aside, max_shard_size=MAX_SHARD, metadata={"format": "pt"})
+        copy_all_but_weights(Path(base), aside)
+        edit_config(aside / "config.json", dtype)
+
+
+def edit_config(file: Path, dtype: torch.dtype, *, untie: bool = False) -> None:
+    """Write the weights' dtype into a config.json, and `tie_word_embeddings: false` where `untie`."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    word = str(dtype).removeprefix("torch.")
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+    for part in parts:
+        keys = [key for key in ("dtype", "torch_dtype") if key in part] or (["dtype"] if part is config else [])
+        part.update(dict.fromkeys(keys, word))
+        if untie and (part is config or "tie_word_embeddings" in part):
+            part["tie_word_embeddings"] = False
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
