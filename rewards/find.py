@@ -1,0 +1,149 @@
+"""From the `use:` of a recipe to a loaded plugin: ours by bare name, then entry points, then pkg.mod:attr / file.py:attr."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rewards.api import PluginError
+from rewards.plugin import Plugin, PluginSpec, make_plugin
+from rewards.signatures import adapt
+
+ENTRY_POINTS = "align.rewards"
+_BUILTINS = Path(__file__).parent / "builtins"
+
+
+def builtin_names() -> tuple[str, ...]:
+    """Our plugins; each is a file of that name with a function of that name."""
+    return tuple(sorted(p.stem for p in _BUILTINS.glob("*.py") if not p.stem.startswith("_")))
+
+
+def load(spec: PluginSpec, folder: str | Path) -> Plugin:
+    """Import the plugin's code and check its arguments. Runs user code: call it in a child process.
+
+    Args:
+        spec: what the recipe says. folder: the recipe's folder; relative files and dotted modules start there.
+
+    Raises:
+        PluginError: not found (with the choices), fails to import, is not callable, or its arguments do not fit.
+    """
+    function = find(spec.use, Path(folder))
+    source, digest = _origin(function)
+    if spec.signature != "align":
+        return adapt(function, spec, source=source, sha256=digest)
+    if inspect.isclass(function) or not callable(function):
+        raise PluginError(
+            f"a reward is a function, not {function!r}",
+            where=spec.use,
+            remedy="write f(samples) -> list of scores; for ms-swift's reward classes add `signature: swift`",
+        )
+    return make_plugin(function, spec, source=source, sha256=digest)
+
+
+def find(use: str, folder: Path) -> Any:
+    """The object that `use` names."""
+    if ":" not in use:
+        return _by_name(use)
+    place, _, attribute = use.rpartition(":")
+    module = _module_from_file(place, folder, use) if place.endswith(".py") else _module(place, folder, use)
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise PluginError(
+                f"{place} has no {attribute!r}", where=use, remedy=f"functions there: {_functions(module) or 'none'}"
+            )
+        found = getattr(found, part)
+    return found
+
+
+def _by_name(use: str) -> Any:
+    ours = builtin_names()
+    if use in ours:
+        return getattr(importlib.import_module(f"rewards.builtins.{use}"), use)
+    points = {p.name: p for p in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+    if use in points:
+        return _guard(points[use].load, use)
+    more = f"; installed: {', '.join(sorted(points))}" if points else ""
+    raise PluginError(
+        f"there is no reward called {use!r}",
+        where=use,
+        remedy=f"ours: {', '.join(ours)}{more}; or your own as file.py:function or package.module:function",
+    )
+
+
+def _module(name: str, folder: Path, use: str) -> ModuleType:
+    append_path(folder)
+    module: ModuleType = _guard(lambda: importlib.import_module(name), use)
+    return module
+
+
+def _module_from_file(place: str, folder: Path, use: str) -> ModuleType:
+    """A file is loaded under a name of its own, so that a user's rewards.py neither hides nor becomes our package."""
+    path = Path(place).expanduser()
+    path = (path if path.is_absolute() else folder / path).resolve()
+    if not path.is_file():
+        raise PluginError(
+            f"there is no file {path}", where=use, remedy="paths in a recipe start at the recipe's folder"
+        )
+    append_path(path.parent)
+    name = f"reward_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # before execution: dataclasses look their module up there
+    loader = spec.loader
+    _guard(lambda: loader.exec_module(module), use)
+    return module
+
+
+def append_path(folder: Path) -> None:
+    """Sibling imports work, and nothing in the folder can hide an installed package: it goes last."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def _guard(load: Callable[[], Any], use: str) -> Any:
+    try:
+        return load()
+    except (Exception, SystemExit) as error:  # the user's import may raise anything
+        raise PluginError(
+            f"importing it failed: {type(error).__name__}: {error}", where=use, remedy=_import_remedy(error)
+        ) from error
+
+
+def _import_remedy(error: BaseException) -> str:
+    traceback = error.__traceback__
+    place = "the plugin"
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        if not code.co_filename.startswith("<frozen") and "importlib" not in code.co_filename:
+            place = f"{code.co_filename}:{traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    if isinstance(error, ModuleNotFoundError):
+        return f"install {error.name!r}, or put it beside the plugin (imported at {place})"
+    return f"look at {place}"
+
+
+def _functions(module: ModuleType) -> str:
+    own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", None) == module.__name__]
+    return ", ".join(own)
+
+
+def _origin(function: Any) -> tuple[str | None, str | None]:
+    """The file that defines a plugin and the SHA-256 of its bytes."""
+    target = function if inspect.isfunction(function) or inspect.isclass(function) else type(function)
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(target) if inspect.isfunction(target) else target)
+    except TypeError:  # a builtin or C function has no source
+        file = None
+    if file is None or not Path(file).is_file():
+        return None, None
+    return file, hashlib.sha256(Path(file).read_bytes()).hexdigest()
