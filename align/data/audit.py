@@ -1,0 +1,157 @@
+"""The data report: rows read, kept and refused, why, and at which line; what was cut; how long it all is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from align.errors import DataError
+
+_SHOWN = 10  # refused rows spelled out in an error or a summary; the JSON report has them all
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A row that was not used. origin: "file:line" (or "file row n"); row: its number in the source, from 0."""
+
+    origin: str
+    row: int
+    reason: str
+
+
+@dataclass
+class SourceReport:
+    """One source of rows.
+
+    read = kept + refused + filtered. used: items of an epoch drawn from it (differs from kept where sources have
+    weights). truncated: rows cut to max_length. filtered: prompts left out by `overlong_prompts: filter`.
+    reference_answers: final assistant turns taken off prompts. lengths i64[kept]: tokens of each kept row's longest
+    sequence; scored i64[kept]: its scored tokens.
+    """
+
+    path: str
+    layout: str = ""
+    read: int = 0
+    kept: int = 0
+    used: int = 0
+    truncated: int = 0
+    filtered: int = 0
+    reference_answers: int = 0
+    plain_text: int = 0
+    refused: list[Refusal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    scored: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def to_json(self) -> dict[str, Any]:
+        out = {k: v for k, v in self.__dict__.items() if k not in ("lengths", "scored", "refused")}
+        out["notes"] = list(self.notes)
+        out["refused"] = [asdict(r) for r in self.refused]
+        out["tokens"] = _lengths(self.lengths)
+        out["scored_tokens"] = int(self.scored.sum())
+        return out
+
+
+def _lengths(lengths: np.ndarray) -> dict[str, float]:
+    if not lengths.size:
+        return {"min": 0, "median": 0, "max": 0, "sum": 0}
+    return {
+        "min": int(lengths.min()),
+        "median": float(np.median(lengths)),
+        "max": int(lengths.max()),
+        "sum": int(lengths.sum()),
+    }
+
+
+@dataclass
+class DataReport:
+    """All sources of one stage's data."""
+
+    kind: str
+    sources: list[SourceReport]
+
+    @property
+    def refused(self) -> tuple[Refusal, ...]:
+        return tuple(r for s in self.sources for r in s.refused)
+
+    @property
+    def read(self) -> int:
+        return sum(s.read for s in self.sources)
+
+    @property
+    def kept(self) -> int:
+        return sum(s.kept for s in self.sources)
+
+    @property
+    def used(self) -> int:
+        return sum(s.used for s in self.sources)
+
+    @property
+    def truncated(self) -> int:
+        return sum(s.truncated for s in self.sources)
+
+    @property
+    def filtered(self) -> int:
+        return sum(s.filtered for s in self.sources)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """i64[kept]: tokens of each kept row's longest sequence."""
+        return np.concatenate([s.lengths for s in self.sources]) if self.sources else np.zeros(0, np.int64)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "read": self.read,
+            "kept": self.kept,
+            "used": self.used,
+            "refused": len(self.refused),
+            "truncated": self.truncated,
+            "filtered": self.filtered,
+            "tokens": _lengths(self.lengths),
+            "sources": [s.to_json() for s in self.sources],
+        }
+
+    def summary(self) -> list[str]:
+        """Lines for a person: per source what was read, kept and refused, and the first refusals."""
+        lines: list[str] = []
+        for s in self.sources:
+            tokens = _lengths(s.lengths)
+            counts = [f"{s.read} rows", f"{s.kept} kept"]
+            counts += [f"{s.used} used in an epoch"] if s.used != s.kept else []
+            counts += [f"{len(s.refused)} refused"] if s.refused else []
+            counts += [f"{s.truncated} truncated"] if s.truncated else []
+            counts += [f"{s.filtered} overlong prompts filtered"] if s.filtered else []
+            counts += [f"{s.reference_answers} reference answers taken off"] if s.reference_answers else []
+            counts += (
+                [f"tokens {tokens['min']}/{tokens['median']:g}/{tokens['max']} (min/median/max)"] if s.kept else []
+            )
+            lines.append(f"{s.path} ({s.layout}): {', '.join(counts)}")
+            lines += [f"  note: {note}" for note in s.notes]
+            lines += [f"  refused {line}" for line in describe(s.refused)]
+        return lines
+
+
+def describe(refused: Sequence[Refusal], shown: int = _SHOWN) -> list[str]:
+    """The first refusals, one line each, then the counts by reason where there are more."""
+    lines = [f"{r.origin}: {r.reason}" for r in refused[:shown]]
+    if len(refused) > shown:
+        counts = Counter(r.reason for r in refused).most_common(shown)
+        lines.append(f"{len(refused)} rows in all; most frequent: " + "; ".join(f"{n} x {why}" for why, n in counts))
+    return lines
+
+
+def refusal_error(report: SourceReport) -> DataError:
+    """The error for `on_bad_row: error`: the first row's place and reason, then the others."""
+    first, rest = report.refused[0], report.refused[1:]
+    more = "".join(f"\n  {line}" for line in describe(rest))
+    total = f" ({len(report.refused)} of {report.read} rows cannot be used)" if rest else ""
+    return DataError(
+        f"{first.reason}{total}{more}",
+        where=first.origin,
+        remedy="correct these rows, or set `on_bad_row: skip` on this source to leave them out and list them",
+    )

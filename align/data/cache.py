@@ -1,0 +1,100 @@
+"""Tokenised data on disk, by content: one .npz of plain arrays per source, its report as JSON inside. No pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tokenizers
+
+from align.data.audit import Refusal, SourceReport
+from align.data.render import Encoded, Tokens
+from align.recipe.schema import DataSource
+
+if TYPE_CHECKING:
+    from align.data.prepare import Table
+
+
+def key(digest: str, fingerprint: str, kind: str, source: DataSource, limit: int | None) -> str:
+    """Name of the cache entry: everything that decides the tokenised rows. `weight` acts later and is left out."""
+    options = source.model_dump(mode="json", exclude={"weight", "limit"})
+    parts = [digest, fingerprint, kind, options, limit, _code_version(), tokenizers.__version__]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@lru_cache(maxsize=1)
+def _code_version() -> str:
+    """Hash of this package's own source: whoever changes a format need not remember to raise a number."""
+    h = hashlib.sha256()
+    here = Path(__file__).parent
+    for file in sorted(here.rglob("*.py")):
+        h.update(file.relative_to(here).as_posix().encode() + b"\0" + file.read_bytes())
+    return h.hexdigest()
+
+
+def save(path: Path, table: Table) -> None:
+    """Write aside and rename: a reader sees the whole entry or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    segments = [s for e in table.encoded for s in (e.trunk, *e.branches)]
+    empty = [np.zeros(0, np.int64)]
+    meta = {"report": table.report.to_json(), "origins": table.origins}
+    arrays = {
+        "ids": np.concatenate([s.ids for s in segments] or empty).astype(np.int32),
+        "mask": np.packbits(np.concatenate([s.mask for s in segments] or [np.zeros(0, bool)])),
+        "ends": np.cumsum([len(s) for s in segments], dtype=np.int64),
+        "parts": np.array([1 + len(e.branches) for e in table.encoded], np.int32),
+        "weights": table.weights,
+        "desirable": table.desirable,
+        "lengths": table.report.lengths,
+        "scored": table.report.scored,
+        "meta": np.frombuffer(json.dumps(meta).encode(), np.uint8),
+    }
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("wb") as f:
+            np.savez(f, **arrays)  # type: ignore[arg-type]
+            f.flush()
+            os.fsync(f.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def load(path: Path, kind: Any) -> Table | None:
+    """The cached table, or None where there is none or it cannot be read (it is then made again)."""
+    from align.data.prepare import Table
+
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            arrays = {name: data[name] for name in data.files}
+    except FileNotFoundError:
+        return None
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError):
+        return None  # damaged by something outside us; the data are still there to be read
+    meta = json.loads(arrays["meta"].tobytes())
+    ends = arrays["ends"]
+    total = int(ends[-1]) if ends.size else 0
+    mask = np.unpackbits(arrays["mask"], count=total).astype(bool)
+    ids = arrays["ids"].astype(np.int64)
+    bounds = np.concatenate([[0], ends])
+    segments = [Tokens(ids[a:b], mask[a:b]) for a, b in pairwise(bounds)]
+    encoded, at = [], 0
+    for parts in arrays["parts"]:
+        trunk, *branches = segments[at : at + int(parts)]
+        encoded.append(Encoded(trunk, branches))
+        at += int(parts)
+    report = _report(meta["report"], arrays)
+    return Table(kind, report, encoded, meta["origins"], arrays["weights"], arrays["desirable"])
+
+
+def _report(value: dict[str, Any], arrays: dict[str, np.ndarray]) -> SourceReport:
+    known = {k: v for k, v in value.items() if k not in ("tokens", "scored_tokens", "refused")}
+    refused = [Refusal(**r) for r in value["refused"]]
+    return SourceReport(**known, refused=refused, lengths=arrays["lengths"], scored=arrays["scored"])

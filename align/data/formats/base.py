@@ -1,0 +1,205 @@
+"""What a layout is, and how the one that fits is found.
+
+A format file exports `LAYOUTS`. A layout says which kind of record it makes, which columns it needs and may use, and
+converts one row. Among the layouts of the stage's kind whose columns are there, the one that uses the most columns
+wins when its columns include all the others'; otherwise the data are ambiguous and the user chooses with `format:`
+or `columns:`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from align.data.records import Kind, Message, Record, RowError, known_roles
+from align.errors import DataError
+
+Row = Mapping[str, Any]
+
+MEDIA = ("images", "videos", "audios", "image", "video", "audio")
+COMMON = frozenset({"tools", "weight", *MEDIA})  # columns that any layout may use
+
+
+def _always(row: Row) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to write one kind of record in columns.
+
+    formats: the names `format:` knows it by. required, optional: columns. fits: whether a row with these columns is
+    of this layout (message lists with role/content and with from/value have the same columns).
+    """
+
+    name: str
+    formats: tuple[str, ...]
+    kind: Kind
+    required: frozenset[str]
+    convert: Callable[[Row], Record]
+    optional: frozenset[str] = frozenset()
+    fits: Callable[[Row], bool] = _always
+
+    @property
+    def columns(self) -> frozenset[str]:
+        return self.required | self.optional | COMMON
+
+    def describe(self) -> str:
+        optional = f" [{', '.join(sorted(self.optional))}]" if self.optional else ""
+        return f"{self.name}: {', '.join(sorted(self.required))}{optional}"
+
+
+def choose(
+    layouts: Sequence[Layout],
+    kind: Kind,
+    rows: Sequence[Row],
+    *,
+    where: str,
+    format: str | None = None,
+    mapped: frozenset[str] = frozenset(),
+) -> Layout:
+    """The one layout of `kind` that fits these rows (their columns are taken together; `fits` sees the first).
+
+    mapped: fields named by `columns:`; the layout must use all of them. Raises DataError where none or several fit.
+    """
+    known = sorted({name for layout in layouts for name in layout.formats})
+    if format is not None and format not in known:
+        near = difflib.get_close_matches(format, known, n=1)
+        raise DataError(
+            f"unknown format {format!r} (known: {', '.join(known)})",
+            where=where,
+            remedy=f"did you mean {near[0]!r}?" if near else "leave `format:` out to have it detected",
+        )
+    of_kind = [x for x in layouts if x.kind == kind and (format is None or format in x.formats)]
+    found = {name for row in rows for name, value in row.items() if value is not None}
+    fitting = [x for x in of_kind if x.required <= found and mapped <= x.columns and _fits(x, rows)]
+    best = [x for x in fitting if not any(x.required < other.required for other in fitting)]
+    if len(best) == 1:
+        return best[0]
+    if best:
+        raise DataError(
+            f"several layouts fit the columns {', '.join(sorted(found))}: {'; '.join(x.describe() for x in best)}",
+            where=where,
+            remedy="choose with `format:`, or name the columns with `columns:`",
+        )
+    expected = "; ".join(x.describe() for x in of_kind) or f"format {format!r} has no layout for it"
+    raise DataError(
+        f"no layout for {_stage_words(kind)} fits the columns found: {', '.join(sorted(found)) or 'none'}",
+        where=where,
+        remedy=f"expected one of: {expected}. Map yours with `columns: {{our_field: your_column}}`",
+    )
+
+
+def _fits(layout: Layout, rows: Sequence[Row]) -> bool:
+    sample = next((r for r in rows if all(r.get(c) is not None for c in layout.required)), None)
+    return sample is not None and layout.fits(sample)
+
+
+def _stage_words(kind: Kind) -> str:
+    return {
+        "conversation": "an sft stage (conversations)",
+        "pair": "a preference stage (pairs)",
+        "unpaired": "unpaired preferences (completion and label)",
+        "prompt": "an online stage (prompts)",
+    }[kind]
+
+
+# ------------------------------------------------------------------------------------------------- reading values
+
+
+def text_of(row: Row, column: str) -> str:
+    """A column that must be text."""
+    value = row.get(column)
+    if not isinstance(value, str):
+        raise RowError(f"`{column}` must be text, got {_shown(value)}")
+    return value
+
+
+def optional_text(row: Row, column: str) -> str:
+    return "" if row.get(column) is None else text_of(row, column)
+
+
+def label_of(row: Row, column: str = "label") -> bool:
+    """A label that must be a boolean: 0/1, "good"/"bad" and scores are other people's conventions."""
+    value = row.get(column)
+    if not isinstance(value, bool):
+        raise RowError(f"`{column}` must be true or false, got {_shown(value)}")
+    return value
+
+
+def weight_of(row: Row) -> float:
+    """The sample weight of a row; 1 where there is none."""
+    value = row.get("weight")
+    if value is None:
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise RowError(f"`weight` must be a number >= 0, got {_shown(value)}")
+    return float(value)
+
+
+def tools_of(row: Row) -> tuple[Mapping[str, Any], ...]:
+    """Tool schemas: a list, or (LLaMA-Factory, ms-swift) that list written as a JSON string."""
+    value = row.get("tools")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except json.JSONDecodeError as e:
+            raise RowError(f"`tools` is not valid JSON: {e.msg}") from e
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise RowError(f"`tools` must be a list of JSON schemas, got {_shown(value)}")
+    return tuple(without_nulls(tool) for tool in value)
+
+
+def refuse_media(row: Row) -> None:
+    for column in MEDIA:
+        if row.get(column):
+            raise RowError(f"the row has `{column}`; this version trains on text only")
+
+
+def without_nulls(value: Any) -> Any:
+    """Drop the null fields that Arrow adds to structs which lack them."""
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def content_of(value: Any) -> str:
+    """Text of a message's content: a string, or content parts (text only; media are refused)."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return "".join(_part(part) for part in value)
+    raise RowError(f"a message's content must be text or content parts, got {_shown(value)}")
+
+
+def _part(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise RowError(f"a content part must be an object, got {_shown(part)}")
+    kind = part.get("type", "text" if "text" in part else None)
+    if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
+        return part["text"]
+    raise RowError(f"a content part of type {kind!r}; this version trains on text only")
+
+
+def is_list_of(value: Any, *keys: str) -> bool:
+    """A non-empty list whose first element has all these keys."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and all(k in value[0] for k in keys)
+
+
+def checked(messages: Sequence[Message]) -> tuple[Message, ...]:
+    known_roles(messages)
+    return tuple(messages)
+
+
+def _shown(value: Any) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

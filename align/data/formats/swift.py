@@ -1,0 +1,125 @@
+"""ms-swift: `messages` with `rejected_response` | `rejected_messages` | `label`; `query`/`response` of its older data.
+
+`rejected_response` replaces the content of the last assistant turn; `rejected_messages` is a whole second conversation.
+`query`/`response` are chat turns (the template is applied), with `history` and `system` like Alpaca's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from align.data.formats.base import (
+    Layout,
+    Row,
+    is_list_of,
+    label_of,
+    optional_text,
+    text_of,
+    tools_of,
+    weight_of,
+)
+from align.data.formats.openai import read_messages
+from align.data.formats.trl import split_common
+from align.data.records import (
+    Conversation,
+    Kind,
+    Message,
+    Pair,
+    Prompt,
+    Record,
+    RowError,
+    Unpaired,
+    assistant,
+    prompt_from,
+)
+
+
+def _split(row: Row) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """(prompt, completion): the completion is the last assistant turn."""
+    messages = _with_system(row, read_messages(row["messages"]))
+    if not messages or messages[-1].role != "assistant":
+        raise RowError("the last message is not the assistant's")
+    return messages[:-1], messages[-1:]
+
+
+def _with_system(row: Row, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    system = optional_text(row, "system")
+    return (Message("system", system), *messages) if system else messages
+
+
+def _rejected_response(row: Row) -> Pair:
+    prompt, chosen = _split(row)
+    return Pair(prompt, chosen, assistant(text_of(row, "rejected_response")), tools_of(row), weight_of(row))
+
+
+def _rejected_messages(row: Row) -> Pair:
+    chosen = _with_system(row, read_messages(row["messages"]))
+    rejected = _with_system(row, read_messages(row["rejected_messages"], "rejected_messages"))
+    return Pair(*split_common(chosen, rejected), tools_of(row), weight_of(row))  # type: ignore[misc, arg-type]
+
+
+def _labelled(column: str) -> Callable[[Row], Unpaired]:
+    def convert(row: Row) -> Unpaired:
+        prompt, completion = _split(row)
+        return Unpaired(prompt, completion, label_of(row, column), tools_of(row), weight_of(row))
+
+    return convert
+
+
+def _query(row: Row) -> tuple[Message, ...]:
+    messages: list[Message] = []
+    for item in row.get("history") or ():
+        if not isinstance(item, list | tuple) or len(item) != 2 or not all(isinstance(x, str) for x in item):
+            raise RowError("`history` must be a list of [query, response]")
+        messages += [Message("user", item[0]), Message("assistant", item[1])]
+    return _with_system(row, (*messages, Message("user", text_of(row, "query"))))
+
+
+def _query_conversation(row: Row) -> Conversation:
+    return Conversation((), _query(row) + assistant(text_of(row, "response")), tools_of(row), weight_of(row))
+
+
+def _query_pair(row: Row) -> Pair:
+    chosen, rejected = assistant(text_of(row, "response")), assistant(text_of(row, "rejected_response"))
+    return Pair(_query(row), chosen, rejected, tools_of(row), weight_of(row))
+
+
+def _query_unpaired(row: Row) -> Unpaired:
+    return Unpaired(_query(row), assistant(text_of(row, "response")), label_of(row), tools_of(row), weight_of(row))
+
+
+def _query_prompt(row: Row) -> Prompt:
+    return prompt_from(_query(row), optional_text(row, "response"), tools_of(row))
+
+
+def _has_roles(row: Row) -> bool:
+    return is_list_of(row["messages"], "role")
+
+
+def _messages_layout(kind: Kind, more: str, convert: Callable[[Row], Record]) -> Layout:
+    return Layout(
+        f"swift messages, {more}",
+        ("swift",),
+        kind,
+        frozenset({"messages", more}),
+        convert,
+        frozenset({"system"}),
+        fits=_has_roles,
+    )
+
+
+def _query_layout(kind: Kind, convert: Callable[[Row], Record], *more: str, optional: tuple[str, ...] = ()) -> Layout:
+    required = frozenset({"query", *more})
+    return Layout("swift query", ("swift",), kind, required, convert, frozenset({"history", "system", *optional}))
+
+
+LAYOUTS = (
+    _messages_layout("pair", "rejected_response", _rejected_response),
+    _messages_layout("pair", "rejected_messages", _rejected_messages),
+    _messages_layout("unpaired", "label", _labelled("label")),
+    _messages_layout("unpaired", "kto_tag", _labelled("kto_tag")),
+    _query_layout("conversation", _query_conversation, "response"),
+    _query_layout("pair", _query_pair, "response", "rejected_response"),
+    _query_layout("unpaired", _query_unpaired, "response", "label"),
+    _query_layout("prompt", _query_prompt, optional=("response",)),
+)

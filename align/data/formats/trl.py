@@ -1,0 +1,120 @@
+"""TRL's layouts, standard (text) and conversational (messages); `messages` alone is in openai.py.
+
+    sft          prompt, completion | text
+    preference   prompt, chosen, rejected | chosen, rejected (the prompt is their common beginning)
+    unpaired     prompt, completion, label
+    online       prompt [completion]
+
+Text is used as it stands: no chat template, prompt tokens + completion tokens + EOS, as in TRL. A `system` column
+makes a text prompt conversational (system turn, user turn), and so does a prompt or completion given as messages.
+"""
+
+from __future__ import annotations
+
+import os
+
+from align.data.formats.base import Layout, Row, label_of, optional_text, text_of, tools_of, weight_of
+from align.data.formats.openai import read_messages
+from align.data.records import Conversation, Message, Pair, Prompt, RowError, Text, Unpaired, prompt_from
+
+
+def _text(row: Row, column: str) -> Text:
+    value = row.get(column)
+    if isinstance(value, dict):
+        return read_messages([value], column)
+    return read_messages(value, column) if isinstance(value, list) else text_of(row, column)
+
+
+def _prompt_text(row: Row) -> Text:
+    prompt, system = _text(row, "prompt"), optional_text(row, "system")
+    if not system:
+        return prompt
+    return (Message("system", system), *_messages(prompt, "user"))
+
+
+def _messages(text: Text, role: str) -> tuple[Message, ...]:
+    return (Message(role, text),) if isinstance(text, str) else text
+
+
+def _joined(prompt: Text, *completions: Text) -> tuple[Text, ...]:
+    """All as text where all are text, else all as messages."""
+    if all(isinstance(x, str) for x in (prompt, *completions)):
+        return (prompt, *completions)
+    return (_messages(prompt, "user"), *(_messages(c, "assistant") for c in completions))
+
+
+def _without_prompt(prompt: Text, completion: Text) -> Text:
+    """Some data sets repeat the prompt at the head of each completion (UltraFeedback's chosen and rejected)."""
+    if isinstance(prompt, tuple) and isinstance(completion, tuple) and len(completion) > len(prompt) > 0:
+        head = [(m.role, m.content) for m in completion[: len(prompt)]]
+        if head == [(m.role, m.content) for m in prompt]:
+            return completion[len(prompt) :]
+    return completion
+
+
+def _conversation(row: Row) -> Conversation:
+    prompt, completion = _joined(_prompt_text(row), _text(row, "completion"))
+    return Conversation(prompt, completion, tools_of(row), weight_of(row))
+
+
+def _language(row: Row) -> Conversation:
+    return Conversation("", text_of(row, "text"), (), weight_of(row))
+
+
+def _pair(row: Row) -> Pair:
+    prompt, chosen, rejected = _joined(_prompt_text(row), _text(row, "chosen"), _text(row, "rejected"))
+    chosen, rejected = _without_prompt(prompt, chosen), _without_prompt(prompt, rejected)
+    return Pair(prompt, chosen, rejected, tools_of(row), weight_of(row))
+
+
+def _implicit_pair(row: Row) -> Pair:
+    prompt, chosen, rejected = split_common(_text(row, "chosen"), _text(row, "rejected"))
+    if system := optional_text(row, "system"):
+        prompt, chosen, rejected = _joined((Message("system", system), *_messages(prompt, "user")), chosen, rejected)
+    return Pair(prompt, chosen, rejected, tools_of(row), weight_of(row))
+
+
+def split_common(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
+    """(prompt, chosen, rejected) of two texts or message lists that begin alike. Raises RowError."""
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise RowError("one of chosen and rejected is text, the other messages")
+    if chosen == rejected:
+        raise RowError("chosen and rejected are the same")
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        n = len(os.path.commonprefix([chosen, rejected]))
+        # As in TRL's extract_prompt: a space between prompt and completion belongs to the completion's first token.
+        n -= 1 if n and chosen[n - 1] == " " else 0
+        if n == 0:
+            raise RowError("there is no `prompt`, and chosen and rejected do not begin alike")
+        return chosen[:n], chosen[n:], rejected[n:]
+    n = 0
+    while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
+        n += 1
+    if n == 0:
+        raise RowError("there is no `prompt`, and chosen and rejected do not begin with the same message")
+    return chosen[:n], chosen[n:], rejected[n:]
+
+
+def _unpaired(row: Row) -> Unpaired:
+    prompt, completion = _joined(_prompt_text(row), _text(row, "completion"))
+    return Unpaired(prompt, completion, label_of(row), tools_of(row), weight_of(row))
+
+
+def _prompt(row: Row) -> Prompt:
+    completion: Text = _text(row, "completion") if row.get("completion") is not None else ""
+    prompt = _prompt_text(row)
+    if isinstance(prompt, str) and not isinstance(completion, str):
+        prompt = _messages(prompt, "user")
+    return prompt_from(prompt, completion, tools_of(row))
+
+
+_SYSTEM = frozenset({"system"})
+
+LAYOUTS = (
+    Layout("trl", ("trl",), "conversation", frozenset({"prompt", "completion"}), _conversation, _SYSTEM),
+    Layout("trl text", ("trl", "text"), "conversation", frozenset({"text"}), _language),
+    Layout("trl", ("trl",), "pair", frozenset({"prompt", "chosen", "rejected"}), _pair, _SYSTEM),
+    Layout("trl implicit prompt", ("trl",), "pair", frozenset({"chosen", "rejected"}), _implicit_pair, _SYSTEM),
+    Layout("trl", ("trl",), "unpaired", frozenset({"prompt", "completion", "label"}), _unpaired, _SYSTEM),
+    Layout("trl", ("trl",), "prompt", frozenset({"prompt"}), _prompt, _SYSTEM | {"completion"}),
+)

@@ -1,0 +1,42 @@
+"""The child process of a data generator: reads a job from stdin, writes rows to a file, exits."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import signal
+import sys
+from itertools import islice
+from pathlib import Path
+
+
+def main() -> None:
+    """Run one job {file, function, options, limit, out}. Any failure is an exit status and a last line on stderr."""
+    _die_with_parent()
+    job = json.load(sys.stdin)
+    file = Path(job["file"])
+    sys.path.append(str(file.parent))  # appended, so that siblings import but cannot hide our modules
+    spec = importlib.util.spec_from_file_location(f"align_generator_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    function = getattr(module, job["function"], None)
+    if not callable(function):
+        names = ", ".join(sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_")))
+        raise AttributeError(f"{file.name} has no function {job['function']!r} (it has: {names})")
+    count = 0
+    with open(job["out"], "w", encoding="utf-8") as out:
+        for row in islice(function(**job["options"]), job["limit"]):
+            if not isinstance(row, dict):
+                raise TypeError(f"row {count} is a {type(row).__name__}; a generator yields dicts")
+            out.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            count += 1
+
+
+def _die_with_parent() -> None:
+    """Linux only: elsewhere the time limit is what ends an orphan."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -1,0 +1,312 @@
+"""The one entry: sources of rows in, tokenised trees or prompts and a report out.
+
+Sources without `weight` are laid end to end. With weights (all sources must have one) they are shares of an epoch: an
+epoch has as many items as all sources have usable rows together, N, and source i gets the part w_i / sum(w) of N (in
+whole rows, by largest remainder). A source that has more rows than its share gives the first of a permutation drawn
+from (seed, its place in the list), the same in every epoch; one that has fewer gives all of them as often as it takes,
+and the first of the permutation once more.
+
+Tokenised data are cached by content: bytes of the data, tokenizer and template, options and the code of this package.
+Prompts are not cached, because their rows must be read for the rewards anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align.data import cache as store
+from align.data.audit import DataReport, Refusal, SourceReport, refusal_error
+from align.data.formats import FIELDS, LAYOUTS
+from align.data.formats.base import Layout, choose, refuse_media
+from align.data.order import epoch_order
+from align.data.records import Kind, Prompt, Record, RowError, check
+from align.data.render import Encoded, Tokens, draft, encode, fit
+from align.data.sources import Opened, Row, apply_columns, open_source
+from align.data.tokenizer import ChatTokenizer
+from align.errors import DataError
+from align.protocols import PromptItem, Segment, Tree
+from align.recipe.schema import DataSource
+
+_CHUNK = 4096  # rows tokenised in one call
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """items: Trees (ids 0..n-1), or PromptItems for kind "prompt" (group_id = number, seed 0: the stage draws both)."""
+
+    items: list[Any]
+    report: DataReport
+
+
+def prepare(
+    sources: Sequence[DataSource],
+    kind: Kind,
+    tokenizer: ChatTokenizer,
+    *,
+    seed: int,
+    max_length: int | None = None,
+    cache: Path | None = None,
+    first: int | None = None,
+    folder: Path | None = None,
+) -> Prepared:
+    """Read, convert, check, tokenise and mix the rows of a stage.
+
+    Args:
+        sources: in the recipe's order. seed: decides which rows a weighted source gives.
+        max_length: for sources that set none of their own. cache: folder of tokenised data; None caches nothing.
+        first: read at most that many rows of each source (for a quick check). folder: what relative paths refer to.
+    Raises DataError where a source cannot be read or, unless it says `on_bad_row: skip`, has rows that cannot be used.
+    """
+    tables = [_prepare_source(s, kind, tokenizer, max_length, cache, first, folder) for s in sources]
+    for table, source in zip(tables, sources, strict=True):
+        if not table.report.kept:
+            raise DataError(
+                f"none of {table.report.read} rows can be used",
+                where=source.path,
+                remedy="the reasons were: " + "; ".join(dict.fromkeys(r.reason for r in table.report.refused[:50]))
+                if table.report.refused
+                else "the source has no rows",
+            )
+    drawn = mix([t.report.kept for t in tables], [s.weight for s in sources], seed)
+    weighted = any((t.weights != 1.0).any() for t in tables)
+    items: list[Any] = []
+    for table, rows in zip(tables, drawn, strict=True):
+        table.report.used = len(rows)
+        items += [table.item(int(row), len(items) + i, weighted) for i, row in enumerate(rows)]
+    return Prepared(items, DataReport(kind, [t.report for t in tables]))
+
+
+def mix(kept: Sequence[int], weights: Sequence[float | None], seed: int) -> list[np.ndarray]:
+    """Rows i64[n_i] that each source gives to an epoch (see the module's docstring). Raises DataError."""
+    given = [w for w in weights if w is not None]
+    if not given:
+        return [np.arange(n) for n in kept]
+    if len(given) != len(kept):
+        raise DataError(
+            f"{len(given)} of {len(kept)} sources have a `weight`",
+            where="data",
+            remedy="weights are shares of an epoch: give all sources one, or none",
+        )
+    exact = np.array(given) / sum(given) * sum(kept)
+    counts = np.floor(exact).astype(np.int64)
+    by_remainder = np.argsort(counts - exact, kind="stable")
+    counts[by_remainder[: sum(kept) - int(counts.sum())]] += 1
+    drawn = []
+    for i, (n, count) in enumerate(zip(kept, counts, strict=True)):
+        times, rest = divmod(int(count), n)
+        once_more = np.sort(epoch_order(n, seed, i)[:rest])
+        drawn.append(np.concatenate([np.tile(np.arange(n), times), once_more]))
+    return drawn
+
+
+# ------------------------------------------------------------------------------------------------- one source
+
+
+@dataclass
+class Table:
+    """Usable rows of one source, tokenised. rows: for prompts, (messages, values) of each; weights f32[kept]."""
+
+    kind: Kind
+    report: SourceReport
+    encoded: list[Encoded]
+    origins: list[str]
+    weights: np.ndarray
+    desirable: np.ndarray
+    rows: list[tuple[tuple[dict[str, Any], ...], dict[str, Any]]] | None = None
+
+    def item(self, row: int, number: int, weighted: bool) -> Tree | PromptItem:
+        e, origin = self.encoded[row], self.origins[row]
+        if self.rows is not None:
+            messages, values = self.rows[row]
+            return PromptItem(number, e.trunk.ids, 0, messages, values, origin)
+        columns: dict[str, float] = {"weight": float(self.weights[row])} if weighted else {}
+        if self.kind == "unpaired":
+            columns["desirable"] = float(self.desirable[row])
+        trunk = _segment(e.trunk, {} if e.branches else columns)
+        pair = columns if self.kind == "pair" else {}
+        return Tree(number, trunk, tuple(_segment(b, columns) for b in e.branches), pair, origin)
+
+
+def _segment(tokens: Tokens, columns: dict[str, float]) -> Segment:
+    return Segment(tokens.ids, tokens.mask, columns=columns)
+
+
+def _prepare_source(
+    source: DataSource,
+    kind: Kind,
+    tokenizer: ChatTokenizer,
+    max_length: int | None,
+    cache: Path | None,
+    first: int | None,
+    folder: Path | None,
+) -> Table:
+    _check_options(source, kind)
+    source = replace_max_length(source, max_length)
+    limits = [n for n in (source.limit, first) if n is not None]
+    limit = min(limits) if limits else None
+    opened = open_source(source, folder=folder, cache=cache, limit=limit)
+    path = None
+    if cache is not None and kind != "prompt":
+        key = store.key(opened.digest(), tokenizer.fingerprint, kind, source, limit)
+        path = cache / f"{key}.npz"
+        if (table := store.load(path, kind)) is not None:
+            return table
+    table = _tokenise(opened, source, kind, tokenizer, limit)
+    if table.report.refused and source.on_bad_row == "error":
+        raise refusal_error(table.report)
+    if path is not None:
+        store.save(path, table)
+    return table
+
+
+def replace_max_length(source: DataSource, max_length: int | None) -> DataSource:
+    return source if source.max_length is not None else source.model_copy(update={"max_length": max_length})
+
+
+def _check_options(source: DataSource, kind: Kind) -> None:
+    if kind == "prompt" and source.truncate != "error":
+        raise DataError(
+            f"`truncate: {source.truncate}` on prompts",
+            where=source.path,
+            remedy="prompts of an online stage are never cut: a cut prompt is another question. "
+            "Use `overlong_prompts: filter` to leave long ones out",
+        )
+    import difflib
+
+    for name in source.columns:
+        if name not in FIELDS:
+            near = difflib.get_close_matches(name, FIELDS, n=1)
+            raise DataError(
+                f"`columns:` names an unknown field {name!r} (known: {', '.join(sorted(FIELDS))})",
+                where=source.path,
+                remedy=f"did you mean {near[0]!r}? " if near else "it maps our field to your column",
+            )
+
+
+def _tokenise(opened: Opened, source: DataSource, kind: Kind, tokenizer: ChatTokenizer, limit: int | None) -> Table:
+    items = list(opened.rows(limit))
+    report = SourceReport(opened.path, read=len(items))
+    report.refused += [i for i in items if isinstance(i, Refusal)]
+    rows = [i for i in items if isinstance(i, Row)]
+    table = Table(kind, report, [], [], np.zeros(0, np.float32), np.zeros(0, bool), [] if kind == "prompt" else None)
+    if not rows:
+        return table
+    named = apply_columns(rows, source)
+    layout = choose(LAYOUTS, kind, named, where=opened.path, format=source.format, mapped=frozenset(source.columns))
+    report.layout = layout.name
+    weights: list[float] = []
+    desirable: list[bool] = []
+    for start in range(0, len(rows), _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        for row, record, encoded in _encode_chunk(rows[chunk], named[chunk], layout, tokenizer, report):
+            try:
+                encoded = _fit(encoded, source, kind, tokenizer, report)
+            except RowError as e:
+                report.refused.append(Refusal(row.origin, row.number, str(e)))
+                continue
+            if encoded is None:
+                continue
+            table.encoded.append(encoded)
+            table.origins.append(row.origin)
+            weights.append(getattr(record, "weight", 1.0))
+            desirable.append(getattr(record, "desirable", True))
+            if table.rows is not None and isinstance(record, Prompt):
+                table.rows.append(_prompt_row(row, record, report))
+    table.weights, table.desirable = np.array(weights, np.float32), np.array(desirable, bool)
+    _finish(table, tokenizer)
+    return table
+
+
+def _encode_chunk(
+    rows: Sequence[Row], named: Sequence[dict[str, Any]], layout: Layout, tokenizer: ChatTokenizer, report: SourceReport
+) -> list[tuple[Row, Record, Encoded]]:
+    """Convert, check and tokenise; rows that cannot be are added to the report."""
+    good: list[tuple[Row, Record]] = []
+    drafts = []
+    for row, values in zip(rows, named, strict=True):
+        try:
+            refuse_media(values)
+            record = _convert(layout, values)
+            check(record)
+            drafts.append(draft(record, tokenizer))
+        except RowError as e:
+            report.refused.append(Refusal(row.origin, row.number, str(e)))
+            continue
+        good.append((row, record))
+    out = []
+    for (row, record), encoded in zip(good, encode(drafts, tokenizer), strict=True):
+        if isinstance(encoded, RowError):
+            report.refused.append(Refusal(row.origin, row.number, str(encoded)))
+        else:
+            report.plain_text += isinstance(record.prompt, str)
+            out.append((row, record, encoded))
+    return out
+
+
+def _convert(layout: Layout, values: dict[str, Any]) -> Record:
+    missing = [name for name in sorted(layout.required) if values.get(name) is None]
+    if missing:
+        raise RowError(
+            f"no `{missing[0]}` (layout {layout.name}); the row has: {', '.join(sorted(values)) or 'nothing'}"
+        )
+    return layout.convert(values)
+
+
+def _fit(
+    encoded: Encoded, source: DataSource, kind: Kind, tokenizer: ChatTokenizer, report: SourceReport
+) -> Encoded | None:
+    """The record within max_length; None for a prompt that is filtered. Counts in the report. Raises RowError."""
+    if kind == "prompt":
+        if source.max_length is None or encoded.length <= source.max_length:
+            return encoded
+        if source.overlong_prompts == "filter":
+            report.filtered += 1
+            return None
+        raise RowError(
+            f"the prompt has {encoded.length} tokens, more than {source.max_length} "
+            "(`overlong_prompts: filter` leaves such prompts out)"
+        )
+    fitted, cut = fit(encoded, source.max_length, source.truncate, tokenizer.bos_id)
+    report.truncated += cut
+    return fitted
+
+
+def _prompt_row(row: Row, record: Prompt, report: SourceReport) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
+    values = dict(row.values)
+    if record.reference_answer is not None:
+        values["reference_answer"] = record.reference_answer
+        report.reference_answers += 1
+    if isinstance(record.prompt, str):
+        return ({"role": "text", "content": record.prompt},), values
+    return tuple(m.as_dict() for m in record.prompt), values
+
+
+def _finish(table: Table, tokenizer: ChatTokenizer) -> None:
+    """Lengths, counts and notes of a finished source."""
+    report = table.report
+    report.refused.sort(key=lambda r: r.row)
+    report.kept = len(table.encoded)
+    report.lengths = np.array([e.length for e in table.encoded], np.int64)
+    report.scored = np.array([e.scored for e in table.encoded], np.int64)
+    if report.plain_text:
+        report.notes.append(
+            "plain text: no chat template is applied (use message, query or instruction columns for it)"
+        )
+    elif tokenizer.template is not None and tokenizer.template.reads_clock:
+        report.notes.append("the chat template prints today's date; fix it with `model.template_args`")
+    if table.kind != "prompt" and tokenizer.eos_ids and not report.truncated:
+        open_ended = sum(not _ends_with_eos(e, tokenizer.eos_ids) for e in table.encoded)
+        if open_ended:
+            report.notes.append(
+                f"in {open_ended} rows the last scored token is no end-of-turn token "
+                f"({', '.join(tokenizer.token(i) for i in tokenizer.eos_ids)}): the model will not learn to stop there"
+            )
+
+
+def _ends_with_eos(encoded: Encoded, eos_ids: Sequence[int]) -> bool:
+    return all(int(part.ids[part.mask][-1]) in eos_ids for part in encoded.branches or [encoded.trunk])

@@ -1,0 +1,190 @@
+"""What a data row becomes: frozen records, one class per kind, and the checks that every record must pass.
+
+A prompt or a completion is either messages (rendered by the chat template) or plain text (no template: its tokens,
+as they stand). The kind of stage decides which record a row is read as:
+
+    conversation  sft             Conversation
+    pair          preference      Pair
+    unpaired      kto             Unpaired
+    prompt        online          Prompt
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["conversation", "pair", "unpaired", "prompt"]
+KINDS: tuple[Kind, ...] = ("conversation", "pair", "unpaired", "prompt")
+
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+
+
+class RowError(Exception):
+    """One row cannot be used. The message is the reason alone; the caller knows file and line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation.
+
+    content: the text ("" where an assistant turn only calls tools). extra: what templates may read beside it, such as
+    tool_calls, tool_call_id, name, reasoning_content. scored: False for an assistant turn with `weight: 0`, which
+    stays in the context but not in the loss.
+    """
+
+    role: str
+    content: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    scored: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        """The mapping a chat template reads."""
+        return {"role": self.role, "content": self.content, **self.extra}
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.content.strip() and not self.extra.get("tool_calls")
+
+
+Text = tuple[Message, ...] | str  # messages, or plain text that no template touches
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A prompt that is not scored and a completion whose assistant turns are. A list of messages is all completion.
+
+    tools: JSON schemas for the template. weight: this sequence's weight in the loss.
+    """
+
+    prompt: Text
+    completion: Text
+    tools: tuple[Mapping[str, Any], ...] = ()
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One prompt and two completions, the first preferred. Only assistant turns of the completions are scored."""
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    tools: tuple[Mapping[str, Any], ...] = ()
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Unpaired:
+    """One prompt, one completion, and whether the completion is desirable."""
+
+    prompt: Text
+    completion: Text
+    desirable: bool
+    tools: tuple[Mapping[str, Any], ...] = ()
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a completion is sampled for. reference_answer: the final assistant turn that was taken off, if any."""
+
+    prompt: Text
+    reference_answer: str | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+Record = Conversation | Pair | Unpaired | Prompt
+
+
+# ------------------------------------------------------------------------------------------------- checks
+
+
+def check(record: Record) -> None:
+    """Raise RowError where the record could not be trained on, whatever its layout was."""
+    if isinstance(record, Conversation):
+        _check_prompt(record.prompt, may_be_empty=True)
+        _check_completion(record.completion, "the completion")
+    elif isinstance(record, Pair):
+        _check_prompt(record.prompt)
+        for name in ("chosen", "rejected"):
+            completion = getattr(record, name)
+            _check_completion(completion, name)
+            _check_answer(completion, name)
+        if _plain(record.chosen) == _plain(record.rejected):
+            raise RowError("chosen and rejected are the same")
+    elif isinstance(record, Unpaired):
+        _check_prompt(record.prompt)
+        _check_completion(record.completion, "the completion")
+        _check_answer(record.completion, "the completion")
+    else:
+        _check_prompt(record.prompt)
+
+
+def _check_prompt(prompt: Text, *, may_be_empty: bool = False) -> None:
+    if isinstance(prompt, str):
+        if not prompt and not may_be_empty:
+            raise RowError("the prompt is empty")
+        return
+    if not prompt and not may_be_empty:
+        raise RowError("the prompt has no message")
+    if prompt and all(m.is_empty for m in prompt):
+        raise RowError("every message of the prompt is empty")
+
+
+def _check_completion(completion: Text, name: str) -> None:
+    if isinstance(completion, str):
+        if not completion.strip():
+            raise RowError(f"{name} is empty")
+        return
+    turns = [m for m in completion if m.role == "assistant"]
+    if not turns:
+        raise RowError(f"no assistant turn in {name}" if completion else f"{name} is empty")
+    scored = [m for m in turns if m.scored]
+    if not scored:
+        raise RowError("every assistant turn has weight 0: nothing is left to score")
+    if any(m.is_empty for m in scored):
+        raise RowError(f"an assistant turn of {name} is empty" if len(turns) > 1 else f"{name} is empty")
+
+
+def _check_answer(completion: Text, name: str) -> None:
+    """A completion that follows a generation prompt starts with the assistant's turn."""
+    if not isinstance(completion, str) and completion[0].role != "assistant":
+        raise RowError(f"{name} starts with a {completion[0].role} turn; it must continue the prompt as the assistant")
+
+
+def _plain(text: Text) -> Any:
+    return text if isinstance(text, str) else [(m.role, m.content, dict(m.extra)) for m in text]
+
+
+# ------------------------------------------------------------------------------------------------- helpers of formats
+
+
+def assistant(text: str) -> tuple[Message, ...]:
+    return (Message("assistant", text),)
+
+
+def prompt_from(messages: Text, completion: Text = (), tools: tuple[Mapping[str, Any], ...] = ()) -> Prompt:
+    """A Prompt from a prompt and what may follow it: a final assistant turn becomes the reference answer.
+
+    Raises RowError where an assistant turn was all there was.
+    """
+    if isinstance(messages, str):
+        answer = completion if isinstance(completion, str) else "".join(m.content for m in completion)
+        return Prompt(messages, answer or None, tools)
+    if isinstance(completion, str):
+        completion = assistant(completion) if completion else ()
+    turns = messages + completion
+    answer = None
+    if turns and turns[-1].role == "assistant":
+        answer, turns = turns[-1].content, turns[:-1]
+        if not turns:
+            raise RowError("an assistant turn alone is no prompt")
+    return Prompt(turns, answer, tools)
+
+
+def known_roles(messages: Iterable[Message]) -> None:
+    for message in messages:
+        if message.role not in ROLES:
+            raise RowError(f"unknown role {message.role!r} (known: {', '.join(sorted(ROLES))})")

@@ -1,0 +1,280 @@
+"""A model folder's tokenizer and chat template, read with `tokenizers` and jinja2 alone.
+
+transformers takes seconds to import and `align check` promises to answer sooner; the ids are the same as
+AutoTokenizer's, which a test proves. Files read: tokenizer.json, tokenizer_config.json, special_tokens_map.json,
+chat_template.jinja (and additional_chat_templates/), generation_config.json, config.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, processors
+
+from align.data.backends import rebuild
+from align.data.template import NAMED, ChatTemplate, Span
+from align.errors import ModelError
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class ChatTokenizer:
+    """Text to token ids and back, and messages to text.
+
+    eos_ids: every token that ends a generation (the tokenizer's eos and generation_config's). pad_id, bos_id: None
+    where the tokenizer has none. special: text of every special token. fingerprint: SHA-256 of all that decides ids.
+    """
+
+    def __init__(
+        self,
+        backend: Tokenizer,
+        named: Mapping[str, str],
+        template: ChatTemplate | None,
+        *,
+        eos_ids: Sequence[int] = (),
+        folder: Path | None = None,
+    ):
+        self.backend = backend
+        self.template = template
+        self.folder = folder
+        self.named_tokens = dict(named)
+        self.bos_id = self._id("bos_token")
+        self.pad_id = self._id("pad_token")
+        self.eos_id = self._id("eos_token")
+        self.eos_ids = tuple(sorted({*eos_ids, *(() if self.eos_id is None else (self.eos_id,))}))
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.special = frozenset(t.content for t in backend.get_added_tokens_decoder().values() if t.special)
+
+    def _id(self, name: str) -> int | None:
+        text = self.named_tokens.get(name)
+        return None if text is None else self.backend.token_to_id(text)
+
+    # ----------------------------------------------------------------------------------------------- text and ids
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Ids as AutoTokenizer's `encode` gives them (with BOS/EOS where the tokenizer adds them)."""
+        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many texts, without added BOS or EOS, in parallel."""
+        return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def token(self, token_id: int) -> str:
+        """A token as text, for messages."""
+        return repr(self.decode([token_id], skip_special_tokens=False))
+
+    @property
+    def text_prefix(self) -> tuple[int, ...]:
+        """What the tokenizer puts before a plain text: usually nothing or BOS."""
+        marked, bare = self.encode("a"), self.encode("a", add_special_tokens=False)
+        for n in range(len(marked) - len(bare) + 1):
+            if marked[n : n + len(bare)] == bare:
+                return tuple(marked[:n])
+        raise ModelError("the tokenizer changes a text's own tokens when it adds special ones", where=self.folder)
+
+    @property
+    def marks_start(self) -> bool:
+        """Whether a text's first token differs at the start of an input (SentencePiece's prefix space)."""
+        inner, first = self.encode("\na", add_special_tokens=False), self.encode("a", add_special_tokens=False)
+        return inner[-len(first) :] != first
+
+    # ----------------------------------------------------------------------------------------------- messages
+
+    def require_template(self) -> ChatTemplate:
+        if self.template is None:
+            raise ModelError(
+                "the model has no chat template, and the data are messages",
+                where=self.folder,
+                remedy="name one with `model.chat_template` (a file, the template itself, or one of ours: "
+                f"{', '.join(sorted(NAMED))}), or use plain-text prompts and completions",
+            )
+        return self.template
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The chat template's text of these messages."""
+        return self.render_spans(messages, add_generation_prompt, tools)[0]
+
+    def render_spans(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> tuple[str, list[Span]]:
+        """The text and the character spans of its generation blocks."""
+        return self.require_template().render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+
+    def chat_ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
+        """Ids of the rendered text; the template writes its own BOS, so none is added."""
+        return self.encode(self.render(messages, add_generation_prompt, tools), add_special_tokens=False)
+
+    @property
+    def fingerprint(self) -> str:
+        parts: list[Any] = [self.backend.to_str(), self.named_tokens, self.eos_ids]
+        if self.template is not None:
+            parts += [self.template.source, self.template.variables]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------- loading
+
+
+def load_tokenizer(
+    folder: str | Path, *, chat_template: str | None = None, template_args: Mapping[str, Any] | None = None
+) -> ChatTokenizer:
+    """The tokenizer of a model folder.
+
+    Args:
+        folder: holds tokenizer.json and usually tokenizer_config.json.
+        chat_template: overrides the folder's: a file, the Jinja text itself, or the name of one of ours.
+        template_args: variables for the template (`enable_thinking: false`).
+    Raises ModelError where files are missing or damaged.
+    """
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ModelError("there is no tokenizer.json", where=folder, remedy=_without_tokenizer_json(folder))
+    try:
+        backend = Tokenizer.from_file(str(path))
+    except Exception as e:  # the Rust library raises bare Exception; anything it raises means this file is unreadable
+        raise ModelError(f"tokenizer.json cannot be read: {e}", where=path, remedy="copy the file again") from e
+    config = _read_json(folder / "tokenizer_config.json")
+    model_config = _read_json(folder / "config.json")
+    backend.no_truncation()
+    backend.no_padding()
+    named = _special_tokens(folder, config)
+    rebuild(backend, config, model_config)
+    _add_tokens(backend, config, named)
+    _add_bos_eos(backend, config, named)
+    source, where = _template_source(folder, config, chat_template)
+    template = None
+    if source is not None:
+        template = ChatTemplate(source, {**named, **(template_args or {})}, where=where)
+    eos = _read_json(folder / "generation_config.json").get("eos_token_id")
+    eos_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    return ChatTokenizer(backend, named, template, eos_ids=eos_ids, folder=folder)
+
+
+def _without_tokenizer_json(folder: Path) -> str:
+    if not folder.is_dir():
+        return "the folder does not exist: check `model.path`"
+    if any((folder / name).exists() for name in ("tokenizer.model", "vocab.json", "spiece.model", "tekken.json")):
+        return (
+            "the folder has a tokenizer in an older form; convert it once: "
+            'python -c "from transformers import AutoTokenizer as T; '
+            f"T.from_pretrained('{folder}').save_pretrained('{folder}')\""
+        )
+    return "this is no model folder, or its tokenizer was not downloaded"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ModelError(f"not valid JSON: {e}", where=path, remedy="copy the file again") from e
+    if not isinstance(value, dict):
+        raise ModelError("must hold a JSON object", where=path, remedy="copy the file again")
+    return value
+
+
+def _content(token: Any) -> str | None:
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Named special tokens; special_tokens_map.json counts only where the config has no added_tokens_decoder."""
+    values = dict(config)
+    if "added_tokens_decoder" not in config:
+        values.update(_read_json(folder / "special_tokens_map.json"))
+    found = {name: _content(values.get(name)) for name in _NAMED_TOKENS}
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def _add_tokens(backend: Tokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
+    """Tokens that tokenizer_config.json adds to tokenizer.json, in order of id, and named tokens made special."""
+    present = {t.content for t in backend.get_added_tokens_decoder().values()}
+    decoder = config.get("added_tokens_decoder") or {}
+    for _, token in sorted(decoder.items(), key=lambda item: int(item[0])):
+        if token["content"] not in present:
+            flags = {k: bool(v) for k, v in token.items() if k in ("lstrip", "rstrip", "normalized", "single_word")}
+            backend.add_tokens([AddedToken(token["content"], special=bool(token.get("special")), **flags)])
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
+    extra = extra.values() if isinstance(extra, dict) else extra
+    wanted = [*named.values(), *(text for text in map(_content, extra) if text is not None)]
+    special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+    for text in dict.fromkeys(wanted):
+        if text not in special:
+            backend.add_special_tokens([AddedToken(text, special=True, normalized=False)])
+
+
+def _add_bos_eos(backend: Tokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
+    """`add_bos_token`/`add_eos_token` in the config replace tokenizer.json's post-processor, as in transformers."""
+    if "add_bos_token" not in config and "add_eos_token" not in config and backend.post_processor is not None:
+        return
+    bos = named.get("bos_token") if config.get("add_bos_token") else None
+    eos = named.get("eos_token") if config.get("add_eos_token") else None
+    tokens = [(t, backend.token_to_id(t)) for t in (bos, eos) if t is not None]
+    single = f"{bos + ':0 ' if bos else ''}$A:0{' ' + eos + ':0' if eos else ''}"
+    pair = f"{single}{' ' + bos + ':1' if bos else ''} $B:1{' ' + eos + ':1' if eos else ''}"
+    backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=tokens)
+
+
+def _template_source(folder: Path, config: Mapping[str, Any], override: str | None) -> tuple[str | None, str]:
+    """(Jinja text or None, where it came from)."""
+    if override is not None:
+        return _override(override)
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8"), str(path)
+    value = config.get("chat_template")
+    where = str(folder / "tokenizer_config.json")
+    if isinstance(value, list):
+        value = {item["name"]: item["template"] for item in value}
+    if isinstance(value, dict):
+        if "default" not in value:
+            names = ", ".join(sorted(value))
+            raise ModelError(
+                f"the model has several chat templates ({names}) and no default",
+                where=where,
+                remedy="write the one you want to a file and name it with `model.chat_template`",
+            )
+        value = value["default"]
+    if value is None:
+        legacy = folder / "chat_template.json"
+        value, where = _read_json(legacy).get("chat_template"), str(legacy)
+    return value, where
+
+
+def _override(value: str) -> tuple[str, str]:
+    if value in NAMED:
+        return NAMED[value], f"chat_template: {value}"
+    if "{%" in value or "{{" in value:
+        return value, "model.chat_template"
+    path = Path(value)
+    if not path.is_file():
+        raise ModelError(
+            f"`chat_template` names no file: {value}",
+            where="model.chat_template",
+            remedy=f"give a file, the Jinja text itself, or one of ours: {', '.join(sorted(NAMED))}",
+        )
+    return path.read_text(encoding="utf-8"), str(path)
