@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -25,7 +26,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from align.errors import AlignError, PlacementError, SetupError
+from align.errors import AlignError, PlacementError, RunFolderError, SetupError
 
 PLACEMENT_LIMIT_S = 30.0
 OBJECT_STORE_BYTES = 512 << 20  # trees, groups and packed batches; weights travel as files
@@ -47,10 +48,20 @@ def worker_setup() -> None:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to kill this process when the one that started it dies (Linux; elsewhere Ray's own watch stays)."""
+    """Ask the kernel to kill this process when its parent dies (Linux; elsewhere Ray's own watch must do)."""
     if sys.platform.startswith("linux"):
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
+
+
+def require_shared(token: Path) -> None:
+    """Raise RunFolderError where this node does not see the file that the driver put into the run folder."""
+    if not token.is_file():
+        raise RunFolderError(
+            f"node {socket.gethostname()} does not see the run folder",
+            where=token.parent,
+            remedy="use a shared path: output=<a folder that every node mounts>",
+        )
 
 
 @dataclass(frozen=True)

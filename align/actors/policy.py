@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from align.actors.cluster import answer, die_with_parent
+from align.actors.cluster import answer, die_with_parent, require_shared
 from align.protocols import Metrics, Publication, Tree
 from align.train.spec import TrainerSpec
 
@@ -20,11 +20,17 @@ if TYPE_CHECKING:
 
 
 class PolicyActor:
-    """Lives in a Ray worker. Methods are those of `PolicyTrainer`; nothing is decided here."""
+    """Lives in a Ray worker. `call` forwards to the methods of `PolicyTrainer`; nothing is decided here.
 
-    def __init__(self, spec: TrainerSpec, reference: Any = None):
-        """reference: handle of a `ReferenceActor`, which is then given every packed batch."""
+    The model is loaded in `start`, not in the constructor: of an exception there, Ray passes on the text alone.
+    """
+
+    def __init__(self) -> None:
         die_with_parent()
+
+    def start(self, spec: TrainerSpec, token: Path, reference: Any = None) -> None:
+        """token: see `require_shared`; reference: handle of a `ReferenceActor`, then given every packed batch."""
+        require_shared(token)
         from align.train.trainer import PolicyTrainer
 
         def remote_reference(batch: TokenBatch) -> Tensor:
@@ -36,11 +42,6 @@ class PolicyActor:
     def call(self, method: str, *arguments: Any, **options: Any) -> Any:
         return getattr(self.trainer, method)(*arguments, **options)
 
-    def process(self) -> int:
-        import os
-
-        return os.getpid()
-
 
 class RayTrainer:
     """`align.protocols.Trainer` over a `PolicyActor`."""
@@ -48,6 +49,14 @@ class RayTrainer:
     def __init__(self, actor: Any, stage_id: str, *others: Any):
         """others: actors that live and end with this one (its reference)."""
         self.actor, self.others, self.who = actor, others, f"the trainer of stage {stage_id!r}"
+
+    async def start(self, spec: TrainerSpec, token: Path) -> None:
+        """Load the model; what is wrong with it is raised here. A failed start ends the actors."""
+        try:
+            await answer(self.actor.start.remote(spec, token, *self.others), self.who)
+        except BaseException:
+            await self.close()
+            raise
 
     async def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
         return await answer(self.actor.call.remote(method, *arguments, **options), self.who)

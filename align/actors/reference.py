@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from align.actors.cluster import die_with_parent
@@ -17,16 +16,15 @@ if TYPE_CHECKING:
 class ReferenceActor:
     """Lives in a Ray worker. Packed batches arrive by object reference from the policy's actor, which waits."""
 
-    def __init__(self, spec: TrainerSpec):
+    def __init__(self) -> None:
         die_with_parent()
+
+    def start(self, spec: TrainerSpec) -> None:
         from align.train.trainer import PolicyTrainer
 
-        assert not spec.trainable
+        assert not spec.trainable, "a reference has no optimizer"
         self.trainer = PolicyTrainer(spec)
 
     def batch_logps(self, batch: TokenBatch) -> Tensor:
         """f32[N]: log-probabilities of the batch's scored tokens."""
         return self.trainer.batch_logps(batch)
-
-    def process(self) -> int:
-        return os.getpid()

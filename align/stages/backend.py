@@ -7,6 +7,7 @@ data. Nothing here knows Ray, torch or vLLM.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -66,16 +67,34 @@ class FleetJob:
 
 @dataclass(frozen=True)
 class ScorerJob:
-    """Rewards to run. folder: the recipe's, where plugins are looked for."""
+    """Rewards to run. folder: the recipe's, where plugins are looked for; logs: folder for what they print and where
+    they fail; number: of this scorer in its stage."""
 
     stage_id: str
     rewards: tuple[Reward, ...]
     folder: Path
     seed: int
+    logs: Path
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a stage runs at the same time: a trainer, a reference of its own, engines, scorers, work on model files."""
+
+    trainer: bool = False
+    reference: bool = False
+    engines: int = 0
+    scorers: int = 0
+    files: bool = False
 
 
 class Backend(Protocol):
     """Everything it makes is closed by whoever asked for it; `close` ends what is left."""
+
+    def places(self, needs: Needs) -> AbstractAsyncContextManager[None]:
+        """Reserve what `needs` says; trainers, fleets and scorers are made inside. Raises PlacementError."""
+        ...
 
     async def trainer(self, job: TrainerJob) -> Trainer: ...
 

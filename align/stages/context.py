@@ -1,4 +1,4 @@
-"""What every stage is given: the recipe, the run's folder, who makes actors, where progress goes, and data on demand."""
+"""What every stage is given: recipe, run folder, who makes actors, where progress goes, and data on demand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from align.data.prepare import prepare
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
@@ -20,13 +20,6 @@ from align.stages.handover import Origin
 from align.stages.loop import Report
 from align.stages.publication import PublicationFolder
 from align.stages.runfolder import RunFolder
-
-
-class Closeable(Protocol):
-    async def close(self) -> None: ...
-
-
-C = TypeVar("C", bound=Closeable)
 
 
 def stage_seed(run_seed: int, stage_id: str) -> int:
@@ -71,7 +64,7 @@ class Context:
         folder = self.run.stage_folder(stage.id)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"{name}.json", prepared.report.to_json())
-        for line in prepared.report.summary:
+        for line in prepared.report.summary():
             self.report.message(f"{stage.id}: {line}")
         return list(prepared.items)
 
@@ -91,7 +84,7 @@ class Context:
         ]
 
 
-async def opened(stack: AsyncExitStack, *makers: Awaitable[C]) -> list[C]:
+async def opened(stack: AsyncExitStack, *makers: Awaitable[Any]) -> list[Any]:
     """Await all makers at once; what they made is closed with `stack`, also where one of them fails."""
     made = await asyncio.gather(*makers, return_exceptions=True)
     for one in made:

@@ -1,8 +1,7 @@
-"""Values that a recipe may leave out and that depend on the stage: learning rate, schedule, length."""
+"""Values that a recipe may leave out and that depend on the stage: learning rate and schedule."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from align.recipe.schema import Adapter, Optim
@@ -30,10 +29,3 @@ def resolved_optim(stage: Any, adapter: Adapter) -> Optim:
             "warmup": warmup if optim.warmup is None else optim.warmup,
         }
     )
-
-
-def stage_turns(stage: Any, turns_per_epoch: float) -> int:
-    """How many turns a stage takes: `steps`, or its epochs (one by default), rounded up to whole turns."""
-    if stage.steps is not None:
-        return int(stage.steps)
-    return max(1, math.ceil((stage.epochs or 1.0) * turns_per_epoch - 1e-9))

@@ -11,21 +11,20 @@ import shutil
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 
 from align.errors import Interrupted
-from align.protocols import Fleet, Metrics, Publication, Scorer
+from align.protocols import Metrics, Publication
 from align.recipe.schema import EvaluateStage, Optim
-from align.stages.backend import FleetJob, ScorerJob, Start, TrainerJob, longest_prompt
+from align.stages.backend import FleetJob, Needs, Start, TrainerJob, longest_prompt
 from align.stages.context import Context, opened
 from align.stages.handover import weights_of
 from align.stages.loop import StageResult
 from align.stages.offline import eval_names
 from align.stages.online import greedy_metrics
 from align.stages.rollout_log import RolloutLog
-from align.stages.training import record_kind, sampling_of
+from align.stages.training import record_kind, sampling_of, scorer_job
 
 
 async def run_evaluate(context: Context, stage: EvaluateStage) -> StageResult:
@@ -73,10 +72,11 @@ async def _by_rewards(context: Context, stage: EvaluateStage, name: str) -> Metr
             longest_prompt=longest_prompt(prompts),
             seed=context.recipe.seed,
         )
-        judges = ScorerJob(stage.id, stage.rewards, context.recipe_folder, context.recipe.seed)
-        made = await opened(stack, context.backend.fleet(job), context.backend.scorer(judges))
+        judges = scorer_job(context, stage, stage.rewards)
+        needs = Needs(engines=stage.rollout.workers, scorers=1)
+        await stack.enter_async_context(context.backend.places(needs))
+        fleet, scorer = await opened(stack, context.backend.fleet(job), context.backend.scorer(judges))
         context.run.record_processes(context.backend.processes())
-        fleet, scorer = cast(tuple[Fleet, Scorer], tuple(made))
         await fleet.publish(Publication(version=0, kind="base", path=str(served), digest=""))
         groups = await fleet.generate(prompts, 1, sampling_of(stage.rollout))
         table = await scorer.score(groups)
@@ -119,6 +119,7 @@ async def _by_loss(context: Context, stage: EvaluateStage, name: str) -> Metrics
         trainable=False,
     )
     async with AsyncExitStack() as stack:
+        await stack.enter_async_context(context.backend.places(Needs(trainer=True)))
         [trainer] = await opened(stack, context.backend.trainer(job))
         context.run.record_processes(context.backend.processes())
         return eval_names(await trainer.evaluate(trees))

@@ -16,7 +16,7 @@ _CHUNK = 1 << 22
 
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` by the JSON of `value`; a reader sees the old text or the new one, never a part."""
-    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=True) + "\n"
+    text = json.dumps(value, indent=1, allow_nan=True) + "\n"
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     with aside.open("w", encoding="utf-8") as handle:
         handle.write(text)

@@ -8,35 +8,34 @@ from typing import Literal
 
 import numpy as np
 
-from align.data.order import epoch_order
+from align.data.order import BatchPlan
 from align.protocols import Completion, Group, Metrics, PromptItem, ScoreTable, Segment, Tree, group_seed
 
 
 @dataclass(frozen=True)
 class PromptCursor:
-    """Draws prompts epoch after epoch; draw d is arithmetic of (seed, d), so the cursor is one number.
+    """The prompts of each turn: arithmetic of (order, turn), so that a checkpoint only needs the turn's number.
 
-    A group id is the draw: epoch * rows + row, unique in the stage; its seed is the hash of (run seed, stage, id).
+    order: full batches across epochs. A group id is epoch * rows + row, unique in the stage; its seed is the hash of
+    (run seed, stage, group id).
     """
 
     prompts: Sequence[PromptItem]
+    order: BatchPlan
     run_seed: int
     stage_id: str
-    order_seed: int
 
-    def draw(self, first: int, count: int) -> list[PromptItem]:
-        """Draws `first` .. `first + count - 1`."""
-        rows = len(self.prompts)
-        drawn: list[PromptItem] = []
-        for epoch in range(first // rows, (first + count - 1) // rows + 1):
-            order = epoch_order(rows, self.order_seed, epoch)
-            begin, end = max(first - epoch * rows, 0), min(first + count - epoch * rows, rows)
-            drawn += [self._item(epoch, int(row)) for row in order[begin:end]]
-        return drawn
-
-    def _item(self, epoch: int, row: int) -> PromptItem:
-        group_id = epoch * len(self.prompts) + row
-        return replace(self.prompts[row], group_id=group_id, seed=group_seed(self.run_seed, self.stage_id, group_id))
+    def turn(self, step: int) -> list[PromptItem]:
+        """Prompts of turn `step`, in order of group id."""
+        ids = sorted(int(epoch) * self.order.n + int(row) for epoch, row in self.order.draws(step))
+        return [
+            replace(
+                self.prompts[group_id % self.order.n],
+                group_id=group_id,
+                seed=group_seed(self.run_seed, self.stage_id, group_id),
+            )
+            for group_id in ids
+        ]
 
 
 def group_ids(groups: Sequence[Group]) -> np.ndarray:

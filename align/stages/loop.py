@@ -31,7 +31,7 @@ from align.stages.files import written_aside
 class Report(Protocol):
     """Where a stage's progress goes: the metrics file, the console, the plots."""
 
-    def stage_started(self, stage_id: str, total: int, kind: str) -> None: ...
+    def stage_started(self, stage_id: str, total: int, kind: str, *, done: int = 0) -> None: ...
 
     def step(self, stage_id: str, step: int, metrics: Metrics) -> None: ...
 
@@ -140,7 +140,7 @@ class Loop:
 
     async def run(self, turn: Callable[[int], Awaitable[Metrics]]) -> StageResult:
         """Turns from the restored step to the last, then the artefacts. Raises Interrupted once stopped and saved."""
-        self.report.stage_started(self.stage_id, self.total, self.kind)
+        self.report.stage_started(self.stage_id, self.total, self.kind, done=self.state.step)
         if self.state.step == 0 and self.eval_at_start and self.evaluate is not None:
             self.report.step(self.stage_id, 0, await self._evaluated())
         for step in range(self.state.step, self.total):

@@ -7,28 +7,19 @@ would have drawn.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
 
+from align.data.order import BatchPlan
 from align.protocols import Metrics, Trainer, Tree
 
 EVAL_NAMES = {"loss/total": "eval/loss", "rewards/accuracies": "eval/accuracies"}
 
 
-class Order(Protocol):
-    """Which rows each turn takes: `total` turns, `batch(k)` the row numbers of turn k."""
-
-    @property
-    def total(self) -> int: ...
-
-    def batch(self, step: int) -> Sequence[int]: ...
-
-
-def offline_turn(trainer: Trainer, trees: Sequence[Tree], order: Order) -> Callable[[int], Awaitable[Metrics]]:
+def offline_turn(trainer: Trainer, trees: Sequence[Tree], order: BatchPlan) -> Callable[[int], Awaitable[Metrics]]:
     """The coroutine that performs turn k: one update over its batch, in order of tree id."""
 
     async def turn(step: int) -> Metrics:
-        batch = sorted((trees[row] for row in order.batch(step)), key=lambda tree: tree.id)
-        return await trainer.step(batch, step=step, progress=step / order.total)
+        batch = sorted((trees[row] for row in order.indices(step)), key=lambda tree: tree.id)
+        return await trainer.step(batch, step=step, progress=step / order.total_steps)
 
     return turn
 

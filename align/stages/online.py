@@ -27,10 +27,9 @@ from align.stages.rollout_log import RolloutLog
 
 @dataclass(frozen=True)
 class OnlinePlan:
-    """The numbers of an online stage: groups per turn, completions per group, turns, and how to sample."""
+    """The numbers of an online stage: completions per group, turns, and how to sample."""
 
     stage_id: str
-    groups: int
     group_size: int
     total: int
     sampling: Sampling
@@ -49,27 +48,25 @@ class OnlinePlan:
 
 @dataclass
 class Admission:
-    """Which draws have been handed to the engines, and which of them are not yet trained on.
+    """How far prompts have been handed to the engines, and which groups of them are not yet trained on.
 
-    admitted: draws handed out so far; running: draws handed out and not consumed (empty between turns at
-    staleness 0). Consumed draws are the rest, so both together say what a resumed run must reissue.
+    turns: turns whose prompts were handed out; running: ids of groups handed out and not consumed (none between turns
+    at staleness 0). All others of those turns are consumed, so both together say what a resumed run must reissue.
     """
 
-    admitted: int = 0
+    turns: int = 0
     running: list[int] = field(default_factory=list)
 
-    def admit(self, count: int) -> range:
-        draws = range(self.admitted, self.admitted + count)
-        self.admitted += count
-        self.running += draws
-        return draws
+    def admit(self, prompts: Sequence[PromptItem]) -> None:
+        self.turns += 1
+        self.running += [prompt.group_id for prompt in prompts]
 
-    def consumed(self, draws: Sequence[int]) -> None:
-        gone = set(draws)
-        self.running = [draw for draw in self.running if draw not in gone]
+    def consumed(self, groups: Sequence[Group]) -> None:
+        gone = {group.prompt.group_id for group in groups}
+        self.running = [group_id for group_id in self.running if group_id not in gone]
 
     def to_json(self) -> dict[str, Any]:
-        return {"admitted": self.admitted, "running": self.running}
+        return {"turns": self.turns, "running": self.running}
 
 
 class OnlineStage:
@@ -110,9 +107,10 @@ class OnlineStage:
         return {"admission": self.admission.to_json(), "objectives": self.objective_state}
 
     async def turn(self, step: int) -> Metrics:
-        draws = self.admission.admit(self.plan.groups)
         clock = _Clock()
-        groups = await self.generate(self.cursor.draw(draws.start, len(draws)))
+        prompts = self.cursor.turn(self.admission.turns)
+        self.admission.admit(prompts)
+        groups = await self.generate(prompts)
         clock.lap("time/generate")
         table = await self.scorer.score(groups)
         clock.lap("time/score")
@@ -127,7 +125,7 @@ class OnlineStage:
             )
         trained = await self.trainer.step(trees, step=step, progress=step / self.plan.total)
         clock.lap("time/train")
-        self.admission.consumed(draws)
+        self.admission.consumed(groups)
         published = await self._publish(step + 1)
         clock.lap("time/publish")
         keep = np.isfinite(advantages) & ~masked
@@ -135,7 +133,7 @@ class OnlineStage:
         counts = group_metrics(groups, advantages, masked, version=step)
         return {**counts, **dict(table.metrics), **objective_metrics, **trained, **published, **clock.laps}
 
-    async def generate(self, prompts: list[PromptItem]) -> list[Group]:
+    async def generate(self, prompts: Sequence[PromptItem]) -> list[Group]:
         """The groups of these prompts, sorted by id: nothing after depends on which engine was faster."""
         groups = await self.fleet.generate(prompts, self.plan.group_size, self.plan.sampling)
         return sorted(groups, key=lambda group: group.prompt.group_id)

@@ -18,7 +18,7 @@ from align.recipe.schema import Recipe
 from align.stages.backend import Backend
 from align.stages.context import Context, stage_seed
 from align.stages.evaluate import run_evaluate
-from align.stages.files import remove_leftovers, written_aside
+from align.stages.files import remove_folder, remove_leftovers, written_aside
 from align.stages.fingerprint import fingerprint
 from align.stages.handover import Origin, check_adapters, start_of
 from align.stages.loop import Report, StageResult
@@ -67,6 +67,7 @@ async def _one_folder(
 ) -> StageResult:
     context.report.stage_started(stage.id, 1, stage.kind)
     begun = time.perf_counter()
+    remove_folder(target)  # a run that was killed right after writing it
     report = await make()
     metrics = {k: float(v) for k, v in report.items() if isinstance(v, int | float)}
     context.report.step(stage.id, 1, metrics)

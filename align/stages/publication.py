@@ -30,10 +30,9 @@ class PublicationFolder:
         write_json(self.root / OWNER, {**this_process().to_json(), "namespace": _namespace()})
 
     def folder(self, stage_id: str, version: int) -> Path:
-        """An empty folder for this version; its path is never used twice in a run."""
+        """Where to write this version; nothing is there yet."""
         path = self.root / f"{stage_id}-v{version:06d}"
         shutil.rmtree(path, ignore_errors=True)
-        path.mkdir()
         return path
 
     def supersede(self, newest: Path) -> None:

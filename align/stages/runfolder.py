@@ -68,6 +68,7 @@ class RunFolder:
         run = cls(path, state)
         run._end_processes()
         (path / RECIPE).write_text(dumped, encoding="utf-8")
+        run.token.touch()
         state |= {
             "name": recipe.name,
             "seed": recipe.seed,
@@ -91,6 +92,11 @@ class RunFolder:
                     remedy="wait for it, or stop it with Ctrl-C (it saves a checkpoint)",
                 )
         processes.end(process for process in listed if process.pid != os.getpid())
+
+    @property
+    def token(self) -> Path:
+        """A file that every node of a cluster must see: the run folder is then a shared path."""
+        return self.path / ".run"
 
     def write(self) -> None:
         write_json(self.path / RUN, self.state)
@@ -216,7 +222,7 @@ def package_versions() -> dict[str, str]:
 
 
 def git_commit(folder: Path) -> str | None:
-    """Commit of the repository around `folder`, with "-dirty" where files differ; None outside of one or without git."""
+    """Commit of the repository around `folder`, "-dirty" where tracked files differ; None where there is none."""
     try:
         commit = _git(folder, "rev-parse", "HEAD")
         return f"{commit}-dirty" if _git(folder, "status", "--porcelain", "--untracked-files=no") else commit

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
-from typing import Any, cast
+from typing import Any
 
 from align.data.order import BatchPlan
 from align.losses import configure
-from align.protocols import Fleet, PromptItem, Sampling, Scorer, Trainer
+from align.protocols import PromptItem, Sampling, Trainer
 from align.recipe.schema import OnlineStage as OnlineSettings
-from align.recipe.schema import Rollout
-from align.stages.backend import FleetJob, ScorerJob, Start, TrainerJob, longest_prompt
+from align.recipe.schema import ReferencePath, Reward, Rollout
+from align.stages.backend import FleetJob, Needs, ScorerJob, Start, TrainerJob, longest_prompt
 from align.stages.context import Context, opened
-from align.stages.defaults import resolved_optim, stage_turns
+from align.stages.defaults import resolved_optim
 from align.stages.groups import PromptCursor
 from align.stages.handover import start_of
 from align.stages.loop import Loop, StageResult, every_steps, latest_checkpoint
@@ -20,6 +20,8 @@ from align.stages.offline import offline_evaluation, offline_turn
 from align.stages.online import OnlinePlan, OnlineStage
 from align.stages.rollout_log import RolloutLog
 from align.stages.runfolder import METRICS, cut_metrics
+
+DEFAULT_PAIRS = 32
 
 
 def record_kind(losses: Any) -> str:
@@ -32,6 +34,43 @@ def reference_of(stage: Any) -> Any:
     """Where reference log-probabilities come from: as the recipe says, `start` where a loss needs one, else None."""
     needed = any(configure(term.name, term.options)[2].reference for term in stage.loss)
     return (stage.reference or "start") if needed else None
+
+
+def reward_sets(stage: Any) -> list[tuple[Reward, ...]]:
+    """The stage's rewards, and those of its evaluation where it names its own."""
+    own = stage.eval.rewards if stage.eval else ()
+    return [stage.rewards, own] if own else [stage.rewards]
+
+
+def batch_plan(context: Context, stage: Any, rows: int) -> BatchPlan:
+    """The stage's data order: whole epochs offline, an endless stream of prompts online; one epoch by default."""
+    online = stage.kind == "online"
+    return BatchPlan(
+        n=rows,
+        batch=batch_rows(stage),
+        seed=context.seed(stage.id),
+        epochs=None if stage.steps else (stage.epochs or 1.0),
+        steps=stage.steps,
+        wrap=online,
+    )
+
+
+def batch_rows(stage: Any) -> int:
+    """Rows of a global batch: sequences, pairs, or groups."""
+    batch = stage.batch
+    sizes = (getattr(batch, name, None) for name in ("groups", "pairs", "sequences"))
+    return next((int(size) for size in sizes if size is not None), DEFAULT_PAIRS)
+
+
+def needs_of(stage: Any) -> Needs:
+    """What a training stage runs at the same time."""
+    online = stage.kind == "online"
+    return Needs(
+        trainer=True,
+        reference=isinstance(reference_of(stage), ReferencePath),
+        engines=stage.rollout.workers if online else 0,
+        scorers=len(reward_sets(stage)) if online else 0,
+    )
 
 
 def trainer_job(context: Context, stage: Any, start: Start, total: int, rollout: Rollout | None = None) -> TrainerJob:
@@ -81,12 +120,13 @@ async def run_offline(context: Context, stage: Any) -> StageResult:
     kind = record_kind(stage.loss)
     trees = await context.trees(stage, stage.data, kind, tokenizer)
     held = await context.trees(stage, stage.eval.data, kind, tokenizer, "eval") if stage.eval else []
-    order = BatchPlan.of(stage, len(trees), context.seed(stage.id))
+    order = batch_plan(context, stage, len(trees))
+    job = trainer_job(context, stage, start, order.total_steps)
     async with AsyncExitStack() as stack:
-        job = trainer_job(context, stage, start, order.total)
+        await stack.enter_async_context(context.backend.places(needs_of(stage)))
         [trainer] = await opened(stack, context.backend.trainer(job))
         context.run.record_processes(context.backend.processes())
-        loop = make_loop(context, stage, start, trainer, order.total)
+        loop = make_loop(context, stage, start, trainer, order.total_steps)
         if held:
             loop.evaluate = offline_evaluation(trainer, held)
         await resumed(context, loop)
@@ -99,49 +139,49 @@ async def run_online(context: Context, stage: OnlineSettings) -> StageResult:
     tokenizer = context.tokenizer(start.base)
     prompts = await context.prompts(stage, stage.data, tokenizer)
     held = await context.prompts(stage, stage.eval.data, tokenizer, "eval") if stage.eval else []
-    plan = online_plan(stage, len(prompts))
+    order = batch_plan(context, stage, len(prompts))
+    plan = online_plan(stage, order)
+    job = trainer_job(context, stage, start, plan.total, stage.rollout)
+    scorers = [scorer_job(context, stage, rewards, number) for number, rewards in enumerate(reward_sets(stage))]
     async with AsyncExitStack() as stack:
-        rewards = stage.eval.rewards if stage.eval else ()
-        made = await opened(
+        await stack.enter_async_context(context.backend.places(needs_of(stage)))
+        trainer, fleet, *judges = await opened(
             stack,
-            context.backend.trainer(trainer_job(context, stage, start, plan.total, stage.rollout)),
+            context.backend.trainer(job),
             context.backend.fleet(fleet_job(context, stage, start, [*prompts, *held])),
-            context.backend.scorer(ScorerJob(stage.id, stage.rewards, context.recipe_folder, context.recipe.seed)),
-            *(
-                [context.backend.scorer(ScorerJob(stage.id, rewards, context.recipe_folder, context.recipe.seed))]
-                if rewards
-                else []
-            ),
+            *(context.backend.scorer(scorer) for scorer in scorers),
         )
         context.run.record_processes(context.backend.processes())
-        trainer, fleet, scorer = cast(tuple[Trainer, Fleet, Scorer], tuple(made[:3]))
         loop = make_loop(context, stage, start, trainer, plan.total)
         online = OnlineStage(
             plan,
             trainer=trainer,
             fleet=fleet,
-            scorer=scorer,
-            cursor=PromptCursor(prompts, context.recipe.seed, stage.id, context.seed(stage.id)),
+            scorer=judges[0],
+            cursor=PromptCursor(prompts, order, context.recipe.seed, stage.id),
             publications=context.publications,
             log=RolloutLog(loop.folder / "rollouts"),
             decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
         )
         if held:
-            held_scorer = cast(Scorer, made[3]) if rewards else scorer
-            loop.evaluate = lambda: online.evaluate(held, held_scorer)
+            loop.evaluate = lambda: online.evaluate(held, judges[-1])
         loop.extra = online.extra
         await resumed(context, loop)
         await online.start(loop.state.step, loop.state.extra)
         return await loop.run(online.turn)
 
 
-def online_plan(stage: OnlineSettings, rows: int) -> OnlinePlan:
+def scorer_job(context: Context, stage: Any, rewards: tuple[Reward, ...], number: int = 0) -> ScorerJob:
+    logs = context.run.stage_folder(stage.id) / ("rewards" if number == 0 else "eval-rewards")
+    return ScorerJob(stage.id, rewards, context.recipe_folder, context.recipe.seed, logs, number)
+
+
+def online_plan(stage: OnlineSettings, order: BatchPlan) -> OnlinePlan:
     rollout = stage.rollout
     return OnlinePlan(
         stage_id=stage.id,
-        groups=stage.batch.groups,
         group_size=stage.batch.group_size,
-        total=stage_turns(stage, rows / stage.batch.groups),
+        total=order.total_steps,
         sampling=sampling_of(rollout),
         objectives=stage.objectives,
         truncated=rollout.truncated,

@@ -1,0 +1,264 @@
+"""The `Backend` of a real run: Ray actors for trainers, engines and rewards, Ray tasks for work on model files."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import asdict, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from align.actors.cluster import REWARD_CPUS, Cluster, Places, Role, answer, die_with_parent, require_shared
+from align.actors.policy import PolicyActor, RayTrainer
+from align.actors.reference import ReferenceActor
+from align.actors.scoring import RayScorer
+from align.hub import resolve_model_folder
+from align.protocols import Fleet, Scorer
+from align.recipe.schema import Adapter, Model, Placement, ReferencePath, Rollout, Share
+from align.stages import processes
+from align.stages.backend import FleetJob, Needs, ScorerJob, TrainerJob
+from align.stages.processes import ProcessId
+from align.train.spec import TrainerSpec
+from rollout.base import EngineSpec
+from rollout.fleet import RayFleet
+
+
+class RayBackend:
+    """See `align.stages.backend.Backend`.
+
+    token: a file of the run folder that every node must see. threads: counts by role to use instead of the machine's
+    (those a resumed run began with: results depend on them in the last bit).
+    """
+
+    def __init__(self, cluster: Cluster, placement: Placement, token: Path, threads: Mapping[str, int]):
+        self.cluster, self.placement, self.token = cluster, placement, token
+        self._threads = dict(threads)
+        self._places: Places | None = None
+
+    # ------------------------------------------------------------------------------------------------- placement
+
+    @asynccontextmanager
+    async def places(self, needs: Needs) -> AsyncIterator[None]:
+        self._places = await Places.reserve(self.cluster, self.roles(needs))
+        try:
+            yield
+        finally:
+            self._places.release()
+            self._places = None
+
+    def roles(self, needs: Needs) -> list[Role]:
+        """Bundles of a stage. By default trainer and engines halve the cores between them and each computes with all
+        of them: in a synchronous stage they take turns."""
+        cores, rewards = float(self.cluster.cores), needs.scorers * REWARD_CPUS
+        share = self.placement
+        sides = (1 if needs.trainer else 0) + (1 if needs.engines else 0)
+        side = (cores - rewards) / max(1, sides)
+        trained = side / 2 if needs.reference else side
+        gpus = self._gpu_share(needs)
+        roles = []
+        if needs.trainer:
+            roles.append(self._role("trainer", share.trainer, trained, gpus))
+        if needs.reference:
+            roles.append(self._role("reference", share.reference, trained, gpus))
+        for number in range(needs.engines):
+            roles.append(self._role(f"rollout-{number}", share.rollout, side / needs.engines, gpus))
+        for number in range(needs.scorers):
+            roles.append(self._role(f"rewards-{number}", share.rewards, REWARD_CPUS, 0.0, threads=1))
+        if needs.files:
+            roles.append(self._role("files", Share(), 1.0, 0.0, threads=self.cluster.cores))
+        return roles
+
+    def _role(self, name: str, share: Share, cpus: float, gpus: float, threads: int | None = None) -> Role:
+        kind = name.partition("-")[0]
+        chosen = share.threads or self._threads.get(kind) or threads or self.cluster.cores
+        self._threads[kind] = chosen
+        return Role(
+            name=name,
+            cpus=round(share.cpus if share.cpus is not None else cpus, 4),
+            gpus=share.gpus if share.gpus is not None else gpus,
+            threads=chosen,
+        )
+
+    def _gpu_share(self, needs: Needs) -> float:
+        """A GPU for each role that computes, or an equal part of those there are."""
+        users = int(needs.trainer) + int(needs.reference) + needs.engines
+        total = self.cluster.total("GPU")
+        return 0.0 if not total or not users else 1.0 if total >= users else int(100 * total / users) / 100
+
+    def threads(self) -> Mapping[str, int]:
+        return dict(self._threads)
+
+    def processes(self) -> list[ProcessId]:
+        return processes.descendants("ray") if self.cluster.local else []
+
+    @property
+    def _now(self) -> Places:
+        assert self._places is not None, "actors are made inside `places`"
+        return self._places
+
+    # ------------------------------------------------------------------------------------------------- actors
+
+    async def trainer(self, job: TrainerJob) -> RayTrainer:
+        spec = self._trainer_spec(job)
+        others = []
+        if isinstance(job.reference, ReferencePath):
+            others.append(await self._reference(job, job.reference, spec))
+        actor = ray.remote(PolicyActor).options(**self._now.at("trainer")).remote()
+        trainer = RayTrainer(actor, job.stage_id, *others)
+        await trainer.start(spec, self.token)
+        return trainer
+
+    def _trainer_spec(self, job: TrainerJob) -> TrainerSpec:
+        gpu = self._now.roles["trainer"][1].gpus > 0
+        rollout = job.rollout
+        return TrainerSpec(
+            model=job.model,
+            base=str(job.start.base),
+            adapter_config=job.start.config,
+            losses=job.losses,
+            optim=job.optim,
+            total_updates=job.total,
+            adapter=str(job.start.adapter) if job.start.adapter else None,
+            max_tokens=job.max_tokens,
+            temperature=rollout.temperature if rollout else 1.0,
+            reference="path" if isinstance(job.reference, ReferencePath) else job.reference,
+            publish="weights" if sends_weights(job.start.config, rollout) else "adapter",
+            engine_dtype=engine_dtype(job.model, rollout, gpu) if rollout else "float32",
+            seed=job.seed,
+            threads=self._now.threads("trainer"),
+            device="cuda" if gpu else "cpu",
+            trainable=job.trainable,
+        )
+
+    async def _reference(self, job: TrainerJob, path: ReferencePath, policy: TrainerSpec) -> Any:
+        base = await asyncio.to_thread(resolve_model_folder, path.path, path.revision)
+        adapter = await asyncio.to_thread(resolve_model_folder, path.adapter) if path.adapter else None
+        spec = replace(
+            policy,
+            base=str(base),
+            adapter=str(adapter) if adapter else None,
+            adapter_config=job.start.config if adapter else Adapter(),
+            losses=(),
+            reference=None,
+            threads=self._now.threads("reference"),
+            device="cuda" if self._now.roles["reference"][1].gpus > 0 else "cpu",
+            trainable=False,
+        )
+        actor = ray.remote(ReferenceActor).options(**self._now.at("reference")).remote()
+        try:
+            await answer(actor.start.remote(spec), f"the reference of stage {job.stage_id!r}")
+        except BaseException:
+            ray.kill(actor)
+            raise
+        return actor
+
+    async def fleet(self, job: FleetJob) -> Fleet:
+        role = self._now.roles["rollout-0"][1]
+        rollout = job.rollout
+        options = dict(rollout.engine)
+        if rollout.name == "vllm" and 0 < role.gpus < 1:
+            options.setdefault("gpu_memory_utilization", round(0.9 * role.gpus, 3))
+        spec = EngineSpec(
+            name=rollout.name,
+            folder=str(job.base),
+            dtype=engine_dtype(job.model, rollout, role.gpus > 0),
+            group_size=job.group_size,
+            max_tokens=rollout.max_tokens,
+            max_model_len=rollout.max_model_len or job.longest_prompt + rollout.max_tokens,
+            lora_rank=job.adapter_rank,
+            seed=job.seed,
+            threads=role.threads,
+            temperature=rollout.temperature,
+            stop=rollout.stop,
+            trust_remote_code=job.model.trust_remote_code,
+            engine=options,
+        )
+        fleet = RayFleet(
+            spec,
+            rollout.workers,
+            cpus=role.cpus,
+            gpus=role.gpus,
+            placement_group=self._now.group,
+            bundles=[self._now.roles[f"rollout-{number}"][0] for number in range(rollout.workers)],
+        )
+        try:
+            await fleet.ready()
+        except BaseException:
+            await fleet.close()
+            raise
+        return fleet
+
+    async def scorer(self, job: ScorerJob) -> Scorer:
+        place = self._now.at(f"rewards-{job.number}")
+        scorer = RayScorer(job.rewards, job.folder, seed=job.seed, placement=place, log_folder=job.logs)
+        try:
+            await scorer.start()
+        except BaseException:
+            await scorer.close()
+            raise
+        return scorer
+
+    # ------------------------------------------------------------------------------------------------- model files
+
+    async def _task(self, function: Any, who: str, *arguments: Any) -> Any:
+        async with self.places(Needs(files=True)):
+            task = ray.remote(function).options(**self._now.at("files"), max_retries=0)
+            return await answer(task.remote(self.token, *arguments), who)
+
+    async def write_base(self, model: Model, folder: Path, seed: int) -> None:
+        await self._task(_write_base, "writing the model from scratch", model, folder, seed)
+
+    async def merge(self, base: Path, adapter: Path, out: Path, *, dtype: str, seed: int) -> Mapping[str, Any]:
+        report: Mapping[str, Any] = await self._task(_merge, "the merge", base, adapter, out, dtype, seed)
+        return report
+
+    async def export(self, folder: Path, out: Path, *, format: str, dtype: str) -> Mapping[str, Any]:
+        report: Mapping[str, Any] = await self._task(_export, "the export", folder, out, format, dtype)
+        return report
+
+    async def close(self) -> None:
+        self.cluster.close()
+
+
+def sends_weights(config: Adapter, rollout: Rollout | None) -> bool:
+    """Whether engines receive whole weights: a full fine-tune has no adapter, `weights: merged` wants none."""
+    return config.kind == "full" or (rollout is not None and rollout.weights == "merged")
+
+
+def engine_dtype(model: Model, rollout: Rollout | None, gpu: bool) -> str:
+    """The dtype an engine computes in: as `rollout.dtype` says, else the model's, else the device's usual one."""
+    for name in (rollout.dtype if rollout else "auto", model.dtype):
+        if name != "auto":
+            return name
+    return "bfloat16" if gpu else "float32"
+
+
+def _write_base(token: Path, model: Model, folder: Path, seed: int) -> None:
+    die_with_parent()
+    require_shared(token)
+    from align.model.scratch import write_base
+
+    write_base(model, folder, seed)
+
+
+def _merge(token: Path, base: Path, adapter: Path, out: Path, dtype: str, seed: int) -> dict[str, Any]:
+    die_with_parent()
+    require_shared(token)
+    from align.export.merge import merge
+
+    return _plain(merge(base, adapter, out, dtype=dtype, seed=seed))
+
+
+def _export(token: Path, folder: Path, out: Path, form: str, dtype: str) -> dict[str, Any]:
+    die_with_parent()
+    require_shared(token)
+    from align.export.export import export
+
+    return _plain(export(folder, out, format=form, dtype=dtype))
+
+
+def _plain(report: Any) -> dict[str, Any]:
+    return asdict(report) if is_dataclass(report) and not isinstance(report, type) else dict(report)

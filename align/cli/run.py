@@ -1,0 +1,125 @@
+"""`align run`: from a recipe to its artefacts, and again from where a run stopped.
+
+The driver holds paths, token ids and numbers, never a model's tensors. It starts (or joins) Ray, runs the pipeline,
+and leaves nothing behind: no process, no folder in the memory file system, no socket.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from align.cli.check import validate
+from align.errors import Interrupted
+from align.recipe.load import dump_recipe, load_recipe
+from align.recipe.schema import Recipe
+from align.report.progress import Reporter
+from align.report.quiet import quiet
+from align.stages import processes
+from align.stages.pipeline import run_pipeline
+from align.stages.publication import PublicationFolder, sweep
+from align.stages.runfolder import RunFolder
+
+_CHILDREN_LIMIT_S = 10.0
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run the recipe; returns the exit code. Raises AlignError with place and remedy.
+
+    arguments: recipe (path), overrides (key=value), resume, from_stage (stage id or None), address (of a Ray cluster
+    or None).
+    """
+    quiet()
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    folder = Path(arguments.recipe).absolute().parent
+    plugins = validate(recipe, folder)
+    resume = arguments.resume or arguments.from_stage is not None
+    run = RunFolder.open(recipe, dump_recipe(recipe), resume=resume, cwd=folder)
+    with ExitStack() as stack:
+        stack.callback(_end_children)
+        reporter = Reporter(run.path, recipe)
+        stack.callback(reporter.close)
+        summary = _run(recipe, run, reporter, arguments, folder, plugins)
+        reporter.closing_table(summary)
+    run.record_processes([])
+    return 0
+
+
+def _run(
+    recipe: Recipe,
+    run: RunFolder,
+    reporter: Reporter,
+    arguments: argparse.Namespace,
+    folder: Path,
+    plugins: Mapping[str, str],
+) -> dict[str, Any]:
+    """The pipeline on its cluster; both are gone when this returns or raises."""
+    from align.actors.build import RayBackend
+    from align.actors.cluster import Cluster
+
+    with ExitStack() as stack:
+        sweep(run.path)
+        reporter.message(f"run folder: {run.path}")
+        cluster = Cluster(arguments.address, run_folder=run.path)
+        stack.callback(cluster.close)
+        publications = PublicationFolder(run.path, shared=cluster.nodes > 1)
+        stack.callback(publications.close)
+        backend = RayBackend(cluster, recipe.placement, run.token, run.state.get("threads", {}))
+        return asyncio.run(
+            _until_done(
+                reporter,
+                lambda stop: run_pipeline(
+                    recipe,
+                    run,
+                    backend,
+                    reporter,
+                    publications,
+                    recipe_folder=folder,
+                    plugins=plugins,
+                    stop=stop,
+                    from_stage=arguments.from_stage,
+                ),
+            )
+        )
+
+
+async def _until_done(reporter: Reporter, start: Any) -> dict[str, Any]:
+    """Await the pipeline. The first Ctrl-C (or SIGTERM) lets the step finish and saves; the second ends it at once."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    task: asyncio.Task[dict[str, Any]] = asyncio.ensure_future(start(stop))
+
+    def interrupted() -> None:
+        if stop.is_set():
+            task.cancel()
+        else:
+            stop.set()
+            reporter.message("stopping after this step, with a checkpoint; once more stops at once")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupted)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        raise Interrupted(
+            "stopped at once, without a new checkpoint", remedy="--resume continues from the last one"
+        ) from None
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+def _as_interrupt(number: int, frame: FrameType | None) -> None:
+    """SIGTERM outside of the pipeline ends as Ctrl-C does: through every clean-up."""
+    raise KeyboardInterrupt
+
+
+def _end_children() -> None:
+    """Nothing that this run started may outlive it: what is still there after a grace is ended."""
+    processes.end(processes.descendants("left over"), grace_s=_CHILDREN_LIMIT_S)
