@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -46,7 +46,7 @@ __all__ = [
     "attach",
     "digest",
     "full_state",
-    "load_adapter",
+    "load_frozen",
     "lora_layers",
     "merged_state",
     "save",
@@ -91,15 +91,15 @@ def attach(model: Any, adapter: Adapter | None, folder: Path | None, *, seed: in
     return peft
 
 
-def load_adapter(model: Any, folder: Path) -> PeftModel:
-    """Put the adapter in `folder` on `model`, frozen, for merging: DoRA and biases in lora_B are taken as well."""
-    peft = inject(model, _config_of(Path(folder), "merge"))
-    _load_weights(peft, DEFAULT, Path(folder))
+def load_frozen(model: Any, folder: Path, name: str = DEFAULT, *, use: Literal["merge", "generate"]) -> PeftModel:
+    """Put the adapter in `folder` on `model`, frozen. For merging, DoRA and biases in lora_B are taken as well."""
+    peft = inject(model, _config_of(Path(folder), "merge" if use == "merge" else "train"), name)
+    _load_weights(peft, name, Path(folder))
     peft.requires_grad_(False)
     return peft
 
 
-def inject(model: Any, config: LoraConfig) -> PeftModel:
+def inject(model: Any, config: LoraConfig, name: str = DEFAULT) -> PeftModel:
     """Wrap the targeted modules, untying the head first where it is one of them. Draws nothing from global state."""
     from peft import get_peft_model
 
@@ -108,7 +108,7 @@ def inject(model: Any, config: LoraConfig) -> PeftModel:
     config.base_model_name_or_path = model.name_or_path
     with torch.random.fork_rng(devices=[]):
         try:
-            peft = get_peft_model(model, config, adapter_name=DEFAULT)
+            peft = get_peft_model(model, config, adapter_name=name)
         except ValueError as error:
             raise ModelError(f"the adapter does not fit this model: {error}", where="adapter") from error
     for path, layer in list(peft.get_base_model().named_modules()):

@@ -1,0 +1,352 @@
+"""Generation with transformers, for machines without a faster engine. The interface is that of `rollout.base.Engine`.
+
+Each completion draws its random numbers from a stream of its own, keyed by (the prompt's seed, its number in the
+group): one uniform number per token, turned into a token by inverting the cumulative distribution. So who shares its
+batch has no part in its randomness.
+
+At temperature 0 (greedy) log-probabilities are those of temperature 1: there is no distribution at 0.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from align.errors import AlignError, DataError, EngineError, Unsupported
+from align.model import adapters
+from align.model.load import load_model, quiet, resolve_dtype
+from align.protocols import Completion, Group, PromptItem, Publication, Sampling
+
+MAX_ROWS = 64  # completions computed at once: bounds the key-value cache
+
+
+class Spec(Protocol):
+    """What this engine reads of `rollout.base.EngineSpec`."""
+
+    @property
+    def folder(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def max_model_len(self) -> int | None: ...
+    @property
+    def trust_remote_code(self) -> bool: ...
+
+
+@dataclass
+class _Row:
+    """One completion in the making. uniforms: f64[max_tokens], its whole stream."""
+
+    prompt: int
+    uniforms: np.ndarray
+    tokens: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    finish: Literal["eos", "stop", "length"] | None = None
+
+
+class TransformersEngine:
+    """See `rollout.base.Engine`. Computes on CUDA where there is one, else on the CPU."""
+
+    def __init__(self, spec: Spec):
+        from transformers import AutoTokenizer
+
+        torch.set_num_threads(spec.threads)
+        self.spec = spec
+        self.version: int | None = None
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.dtype = resolve_dtype(spec.dtype, self.device)
+        folder = Path(spec.folder)
+        self._model: Any = self._load()
+        with quiet():
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=spec.trust_remote_code, local_files_only=True
+            )
+        self._end_ids = _end_ids(folder, self._tokenizer.eos_token_id)
+        text = self._model.config.get_text_config()
+        self._longest = spec.max_model_len or getattr(text, "max_position_embeddings", None)
+        self._last_only = "logits_to_keep" in inspect.signature(self._model.forward).parameters
+        self._peft: Any = None
+        self._adapter: str | None = None  # the one that serves
+        self._loaded = 0  # adapters so far; each gets a name of its own
+        self._base_intact = True
+
+    def _load(self) -> Any:
+        return load_model(
+            Path(self.spec.folder),
+            dtype=self.dtype,
+            trust_remote_code=self.spec.trust_remote_code,
+            device=self.device,
+        )
+
+    # ------------------------------------------------------------------------------------------ generation
+
+    def generate(self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> list[Group]:
+        """G completions of each prompt, in the order of `prompts`. Raises DataError where one cannot fit the model."""
+        self._require_version("generate")
+        if sampling.temperature == 0 and group_size > 1:
+            raise Unsupported(
+                f"greedy sampling would draw {group_size} equal completions of each prompt",
+                where="rollout.temperature",
+                remedy="set a temperature above 0, or ask for one completion",
+            )
+        for item in prompts:
+            self._check_length(item, sampling)
+        rows: list[_Row] = []
+        per_batch = max(1, MAX_ROWS // group_size)
+        for start in range(0, len(prompts), per_batch):
+            rows += self._generate_batch(prompts[start : start + per_batch], group_size, sampling)
+        finished = [self._completion(row) for row in rows]
+        return [Group(item, tuple(finished[n * group_size : (n + 1) * group_size])) for n, item in enumerate(prompts)]
+
+    @torch.no_grad()
+    def _generate_batch(self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> list[_Row]:
+        """Rows in order (prompt, number). Each prompt is read once; its cache is then repeated for the group."""
+        rows = [
+            _Row(n, _uniforms(item.seed, i, sampling.max_tokens))
+            for n, item in enumerate(prompts)
+            for i in range(group_size)
+        ]
+        ids, mask = _left_padded([item.token_ids for item in prompts])
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        logits, cache = self._forward(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), None)
+        cache.batch_repeat_interleave(group_size)
+        logits, mask = logits.repeat_interleave(group_size, 0), mask.repeat_interleave(group_size, 0)
+        live = rows
+        while True:
+            tokens = self._sample(live, logits, sampling)
+            for row, token in zip(live, tokens.tolist(), strict=True):
+                self._check_finish(row, token, sampling)
+            keep = [n for n, row in enumerate(live) if row.finish is None]
+            if not keep:
+                return rows
+            if len(keep) < len(live):
+                index = torch.tensor(keep, device=self.device)
+                cache.batch_select_indices(index)
+                mask, tokens, live = mask[index], tokens[index], [live[n] for n in keep]
+            mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
+            logits, cache = self._forward(tokens[:, None], mask, mask.sum(-1, keepdim=True) - 1, cache)
+
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """Logits f32[B, V] after the last token of each row, and the cache."""
+        extra = {"logits_to_keep": 1} if self._last_only else {}
+        out = self._model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **extra
+        )
+        return out.logits[:, -1].float(), out.past_key_values
+
+    def _sample(self, rows: list[_Row], logits: Tensor, sampling: Sampling) -> Tensor:
+        """Append a token and its log-probability f32 to each row; returns the tokens i64[B]."""
+        logps = torch.log_softmax(logits / (sampling.temperature or 1.0), dim=-1)
+        if not torch.isfinite(logps.max(dim=-1).values).all():
+            raise EngineError(
+                f"version {self.version} gives logits that are not finite",
+                remedy="the policy has diverged: lower optim.lr, or continue from an earlier checkpoint",
+            )
+        if sampling.temperature == 0:
+            tokens = logps.argmax(-1)
+        else:
+            cumulative = logps.double().exp().cumsum(-1)
+            draws = [row.uniforms[len(row.tokens)] for row in rows]
+            # scaled by the total, which differs from 1 by rounding: the last token with probability 0 is never drawn
+            points = torch.tensor(draws, dtype=torch.float64, device=logps.device)[:, None] * cumulative[:, -1:]
+            tokens = torch.searchsorted(cumulative, points, right=True)[:, 0].clamp(max=logps.shape[-1] - 1)
+        chosen = logps.gather(-1, tokens[:, None])[:, 0].tolist()
+        for row, token, logp in zip(rows, tokens.tolist(), chosen, strict=True):
+            row.tokens.append(token)
+            row.logps.append(logp)
+        return tokens
+
+    def _check_finish(self, row: _Row, token: int, sampling: Sampling) -> None:
+        if token in self._end_ids:
+            row.finish = "eos"
+        elif token in sampling.stop_token_ids or self._holds_stop(row, sampling.stop):
+            row.finish = "stop"
+        elif len(row.tokens) >= sampling.max_tokens:
+            row.finish = "length"
+
+    def _holds_stop(self, row: _Row, stop: tuple[str, ...]) -> bool:
+        if not stop:
+            return False
+        # a stop string of n bytes ends in the newest token, so it lies within the last n tokens (each has a byte)
+        reach = max(len(text.encode()) for text in stop) + 4
+        tail = self._decode(row.tokens[-reach:])
+        return any(text in tail for text in stop)
+
+    def _completion(self, row: _Row) -> Completion:
+        assert row.finish is not None
+        return Completion(
+            token_ids=np.array(row.tokens, dtype=np.int64),
+            logps=np.array(row.logps, dtype=np.float32),
+            versions=np.full(len(row.tokens), self.version, dtype=np.int32),
+            text=self._decode(row.tokens),
+            finish=row.finish,
+        )
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def _check_length(self, item: PromptItem, sampling: Sampling) -> None:
+        needed = len(item.token_ids) + sampling.max_tokens
+        if self._longest is not None and needed > self._longest:
+            raise DataError(
+                f"a prompt of {len(item.token_ids)} tokens and a completion of up to {sampling.max_tokens} do not "
+                f"fit the engine's length of {self._longest}",
+                where=item.origin or f"group {item.group_id}",
+                remedy="raise rollout.max_model_len, lower rollout.max_tokens, or set data.max_length with "
+                "overlong_prompts: filter",
+            )
+
+    @torch.no_grad()
+    def logps(self, token_ids: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """f32[n - 1] per sequence of n tokens: log-probability of each token after the first, at temperature 1."""
+        self._require_version("score")
+        result = []
+        for ids in token_ids:
+            tokens = torch.as_tensor(ids, dtype=torch.int64, device=self.device)
+            logits = self._model(input_ids=tokens[None], use_cache=False).logits[0, :-1].float()
+            logps = torch.log_softmax(logits, dim=-1).gather(-1, tokens[1:, None])[:, 0]
+            result.append(logps.cpu().numpy())
+        return result
+
+    def _require_version(self, what: str) -> None:
+        if self.version is None:
+            raise EngineError(f"the engine was asked to {what} before a version was published to it")
+
+    # ------------------------------------------------------------------------------------------ weights
+
+    def publish(self, publication: Publication) -> str:
+        """Load a version and return the digest of what is held. For kind "base" the publication's own is returned.
+
+        An adapter is loaded beside the one that serves, compared, and only then takes over. Whole weights replace the
+        model's own: there a failure leaves the engine without a version.
+        """
+        if publication.kind != "weights" and not self._base_intact:
+            raise EngineError(
+                f"the engine cannot load version {publication.version} ({publication.kind}): its base weights were "
+                "replaced by an earlier version"
+            )
+        if publication.kind == "base":
+            self._serve(None, publication.version)
+            return publication.digest
+        load = self._load_adapter if publication.kind == "adapter" else self._load_weights
+        try:
+            return load(publication)
+        except (AlignError, OSError, SafetensorError) as error:
+            if isinstance(error, EngineError):
+                raise
+            raise EngineError(
+                f"version {publication.version} cannot be loaded: {error}", where=publication.path
+            ) from error
+
+    def _load_adapter(self, publication: Publication) -> str:
+        self._loaded += 1
+        name = f"adapter{self._loaded}"
+        try:
+            if self._peft is None:
+                self._peft = adapters.load_frozen(self._model, Path(publication.path), name, use="generate")
+            else:
+                adapters.add_frozen(self._peft, Path(publication.path), name)
+            digest = adapters.digest(self._peft, self.dtype, name)
+            self._require_equal(digest, publication)
+        except BaseException:
+            self._forget(name)
+            raise
+        self._serve(name, publication.version)
+        return digest
+
+    def _forget(self, name: str) -> None:
+        """Take back an adapter that was loaded in part or in vain; what served before serves on."""
+        if self._adapter is None:
+            self._model, self._peft = self._load(), None
+        elif name in self._peft.peft_config:
+            self._peft.delete_adapter(name)
+
+    def _load_weights(self, publication: Publication) -> str:
+        if self._peft is not None:
+            raise EngineError("whole weights were published to an engine that holds an adapter")
+        self.version, self._base_intact = None, False
+        sent = {
+            k: v for file in sorted(Path(publication.path).glob("*.safetensors")) for k, v in load_file(file).items()
+        }
+        held = dict(adapters.full_state(self._model))
+        if sent.keys() != held.keys():
+            odd = sorted(sent.keys() ^ held.keys())
+            raise EngineError(f"{len(odd)} weights were sent but are not held, or the reverse: {', '.join(odd[:4])}")
+        own = self._model.state_dict()
+        if not all(name in own for name in sent):
+            raise Unsupported(
+                f"{type(self._model).__name__} holds its weights under other names than its checkpoint",
+                where="rollout.name",
+                remedy="use rollout.name=vllm",
+            )
+        with torch.no_grad():
+            for name, tensor in sent.items():
+                own[name].copy_(tensor)
+        digest = adapters.weights_digest(self._model, self.dtype)
+        self._require_equal(digest, publication)
+        self._serve(None, publication.version)
+        return digest
+
+    def _serve(self, name: str | None, version: int) -> None:
+        """Compute with adapter `name` (None: the model's own weights) from now on, and forget the one before."""
+        if self._adapter is not None and name is None:
+            self._model, self._peft = self._peft.unload(), None
+        elif name is not None:
+            self._peft.set_adapter(name)
+            self._peft.requires_grad_(False)
+            if self._adapter is not None:
+                self._peft.delete_adapter(self._adapter)
+        self._adapter, self.version = name, version
+
+    def _require_equal(self, digest: str, publication: Publication) -> None:
+        if digest != publication.digest:
+            raise EngineError(
+                f"the engine holds other weights than version {publication.version} was published with "
+                f"(digest {digest[:12]}, the trainer's is {publication.digest[:12]})",
+                where=publication.path,
+            )
+
+    def close(self) -> None:
+        """Free the model."""
+        self._model = self._peft = self._adapter = self.version = None
+
+
+def _uniforms(seed: int, number: int, count: int) -> np.ndarray:
+    """f64[count] in [0, 1): the stream of completion `number` of the prompt with this seed."""
+    key = np.array([seed, number], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).random(count)
+
+
+def _left_padded(prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask i64[B, L]; every prompt ends in the last column."""
+    longest = max(len(ids) for ids in prompts)
+    ids, mask = torch.zeros(len(prompts), longest, dtype=torch.int64), torch.zeros(len(prompts), longest).long()
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.as_tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
+
+
+def _end_ids(folder: Path, tokenizer_eos: int | None) -> frozenset[int]:
+    """Token ids that end a turn: the tokenizer's, and those of generation_config.json (else config.json)."""
+    found: set[int] = set() if tokenizer_eos is None else {tokenizer_eos}
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        ids = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+        if ids is not None:
+            return frozenset(found.union(ids if isinstance(ids, list) else [ids]))
+    return frozenset(found)
