@@ -1,0 +1,179 @@
+"""What an engine is: how one is described, what it can do, and how it is found by name.
+
+Standard library and numpy only, so that `align check` can validate engine options without importing an engine.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from align.errors import RecipeError, Unsupported
+from align.protocols import Group, PromptItem, Publication, Sampling
+
+ENGINES: Mapping[str, str] = {
+    "vllm": "rollout.vllm_engine:VllmEngine",
+    "transformers": "align.model.generate:TransformersEngine",  # by name: rollout imports nothing of align.model
+}
+
+VLLM_ARGUMENTS_FILE = Path(__file__).with_name("engine_args.json")
+"""Names of vLLM's EngineArgs fields, written by `rollout.vllm.write_engine_arguments`."""
+
+_OURS = "set it in the recipe instead"
+_DISTRIBUTION = "it changes what is sampled without changing the log-probabilities the trainer compares with"
+_ONE_DEVICE = "an engine's weights are compared bit by bit after each publish, which needs them whole in one process"
+VLLM_REFUSED: Mapping[str, str] = {
+    "model": f"model.path; {_OURS}",
+    "tokenizer": f"the model's own tokenizer is used; {_OURS}",
+    "skip_tokenizer_init": "completions are decoded where they are sampled",
+    "dtype": f"rollout.dtype; {_OURS}",
+    "seed": f"seed; {_OURS}",
+    "max_model_len": f"rollout.max_model_len; {_OURS}",
+    "trust_remote_code": f"model.trust_remote_code; {_OURS}",
+    "logprobs_mode": "log-probabilities must be those of the distribution that was sampled from",
+    "enable_lora": "follows from the stage's adapter",
+    "max_loras": "follows from the stage's adapter",
+    "max_cpu_loras": "follows from the stage's adapter",
+    "max_lora_rank": f"adapter.rank; {_OURS}",
+    "lora_dtype": "adapters are held in rollout.dtype",
+    "generation_config": _DISTRIBUTION,
+    "override_generation_config": _DISTRIBUTION,
+    "logits_processors": _DISTRIBUTION,
+    "watermark_config": _DISTRIBUTION,
+    "diffusion_config": _DISTRIBUTION,
+    "default_mm_loras": _DISTRIBUTION,
+    "speculative_config": _DISTRIBUTION,
+    "spec_method": _DISTRIBUTION,
+    "spec_model": _DISTRIBUTION,
+    "spec_tokens": _DISTRIBUTION,
+    "tensor_parallel_size": _ONE_DEVICE,
+    "pipeline_parallel_size": _ONE_DEVICE,
+    "prefill_context_parallel_size": _ONE_DEVICE,
+    "decode_context_parallel_size": _ONE_DEVICE,
+    "nnodes": _ONE_DEVICE,
+    "data_parallel_size": "use rollout.workers",
+    "distributed_executor_backend": _ONE_DEVICE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """Everything an engine needs to start, picklable and without tensors.
+
+    name: a key of `ENGINES`. folder: model and tokenizer in transformers layout. dtype: "float32", "bfloat16" or
+    "float16". group_size, max_tokens, temperature, stop: what will be asked of it, for engines that plan memory.
+    max_model_len: longest prompt + completion in tokens; None is the model's own. lora_rank: the largest rank that
+    will be published, 0 where none will (weights or base only). seed: of the run. threads: CPU threads to compute
+    with. engine: the engine's own options, checked by `check_engine_options`.
+    """
+
+    name: str
+    folder: str
+    dtype: str = "float32"
+    group_size: int = 1
+    max_tokens: int = 512
+    max_model_len: int | None = None
+    lora_rank: int = 0
+    seed: int = 0
+    threads: int = 1
+    temperature: float = 1.0
+    stop: tuple[str, ...] = ()
+    trust_remote_code: bool = False
+    engine: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """A model that generates, in this process.
+
+    `version` is the version it holds, None before the first `publish`. The same prompts, seeds and weights give the
+    same completions, bit for bit, on the same machine with the same number of threads and the same list of prompts.
+    """
+
+    version: int | None
+
+    def generate(self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> list[Group]:
+        """G completions of each prompt, in the order of `prompts`.
+
+        Raises:
+            DataError: prompt and completion do not fit the model's length.
+            EngineError: nothing was published yet, or the engine failed.
+        """
+        ...
+
+    def publish(self, publication: Publication) -> str:
+        """Load a version and return the digest of what is held in memory now.
+
+        An adapter's or a model's files are read before this returns and not again: who wrote them deletes them. When
+        this raises, the engine still serves the version it held before, unless the message says otherwise.
+
+        Raises:
+            EngineError: what is held differs from `publication.digest`, or is not applied.
+        """
+        ...
+
+    def logps(self, token_ids: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """f32[n - 1] per sequence of n tokens: log-probability of each token after the first, at temperature 1, under
+        the version held now."""
+        ...
+
+    def close(self) -> None:
+        """Free the model. The engine cannot be used afterwards; closing twice is harmless."""
+        ...
+
+
+def make_engine(spec: EngineSpec) -> Engine:
+    """Import the engine that `spec.name` names and start it.
+
+    Raises:
+        RecipeError: no engine of that name, or an option it does not have.
+        SetupError: the engine's package is not installed.
+    """
+    if spec.name not in ENGINES:
+        raise RecipeError(
+            f"no rollout engine is named {spec.name!r}",
+            where="rollout.name",
+            remedy=f"choose one of {', '.join(sorted(ENGINES))}",
+        )
+    check_engine_options(spec.name, spec.engine)
+    module_name, _, attribute = ENGINES[spec.name].partition(":")
+    factory = getattr(importlib.import_module(module_name), attribute)
+    engine: Engine = factory(spec)
+    return engine
+
+
+def check_engine_options(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that the engine does not know or that would make its completions untrainable. Imports no engine.
+
+    Raises:
+        RecipeError: an unknown option. Unsupported: a known one that may not be set here.
+    """
+    if name != "vllm":
+        if options:
+            raise RecipeError(
+                f"the {name!r} engine takes no options, got {', '.join(sorted(options))}",
+                where="rollout.engine",
+                remedy="remove them",
+            )
+        return
+    known = json.loads(VLLM_ARGUMENTS_FILE.read_text(encoding="utf-8"))["arguments"]
+    for option in options:
+        if option in VLLM_REFUSED:
+            raise Unsupported(
+                f"the engine option {option!r} cannot be set here: {VLLM_REFUSED[option]}",
+                where=f"rollout.engine.{option}",
+                remedy="remove it from rollout.engine",
+            )
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=3)
+            raise RecipeError(
+                f"vLLM has no engine argument {option!r}",
+                where=f"rollout.engine.{option}",
+                remedy=f"did you mean {' or '.join(near)}?" if near else "see vLLM's EngineArgs for the names",
+            )
