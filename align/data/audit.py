@@ -116,6 +116,7 @@ class DataReport:
             "sources": [s.to_json() for s in self.sources],
         }
 
+    @property
     def summary(self) -> list[str]:
         """Lines for a person: per source what was read, kept and refused, and the first refusals."""
         lines: list[str] = []

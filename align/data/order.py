@@ -1,19 +1,19 @@
 """Data order as arithmetic: which rows a step sees is a function of (seed, step), so resuming needs no iterator state.
 
-An epoch is a permutation of the rows drawn from (seed, epoch). Two ways to cut epochs into batches:
-
-- within epochs (offline stages): an epoch ends with a short batch where the batch size does not divide it; a last batch
-  below `minimum`, what the loss needs at least, joins the one before it.
-- across epochs (online stages, `wrap`): the epochs are one endless stream and every batch is full.
+An epoch is a permutation of the rows drawn from (seed, epoch), and batches do not cross epochs: an epoch ends with a
+short batch where the batch size does not divide it. A last batch below `minimum`, what the loss needs at least, joins
+the one before it.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+DEFAULT_BATCH = 32  # sequences or pairs, where the recipe gives none
 _MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
@@ -37,59 +37,53 @@ def _mix(z: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The batches of a stage over n rows.
+    """The batches of a stage over `rows` rows.
 
-    batch: rows per step. epochs (may be a fraction) or steps: the stage's length; one of them. minimum: smallest
-    batch a loss can use. wrap: full batches across epochs.
+    size: rows per batch. epochs (may be a fraction) or steps: the stage's length; one of them. minimum: the smallest
+    batch that the loss can use.
     """
 
-    n: int
-    batch: int
+    rows: int
+    size: int
     seed: int
     epochs: float | None = None
     steps: int | None = None
     minimum: int = 1
-    wrap: bool = False
 
     def __post_init__(self) -> None:
-        if self.n < 1 or self.batch < 1 or self.minimum < 1:
-            raise ValueError(f"need at least one row and one row per batch, got n={self.n}, batch={self.batch}")
+        if self.rows < 1 or self.size < 1 or self.minimum < 1:
+            raise ValueError(f"need rows and a batch size, got rows={self.rows}, size={self.size}")
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give `epochs` or `steps`")
 
+    @classmethod
+    def of(cls, stage: Any, rows: int, seed: int, minimum: int = 1) -> BatchPlan:
+        """The plan of an offline stage of the recipe: its `batch` in sequences or pairs, its `steps` or `epochs`."""
+        size = stage.batch.sequences or getattr(stage.batch, "pairs", None) or DEFAULT_BATCH
+        epochs = None if stage.steps is not None else stage.epochs or 1.0
+        return cls(rows, size, seed, epochs, stage.steps, minimum)
+
     @property
-    def steps_per_epoch(self) -> int:
-        """Steps of one epoch (within epochs)."""
-        full, rest = divmod(self.n, self.batch)
-        return max(full + (rest >= self.minimum), 1)
+    def per_epoch(self) -> int:
+        """Batches of one epoch."""
+        full, rest = divmod(self.rows, self.size)
+        return max(full + (rest >= self.minimum and rest > 0), 1)
 
     @property
     def joined(self) -> int:
         """Rows of a too short last batch that join the batch before it; 0 where there is none."""
-        full, rest = divmod(self.n, self.batch)
-        return rest if not self.wrap and full and 0 < rest < self.minimum else 0
+        full, rest = divmod(self.rows, self.size)
+        return rest if full and rest < self.minimum else 0
 
     @property
-    def total_steps(self) -> int:
+    def total(self) -> int:
+        """Steps of the stage; a fraction of an epoch is rounded up to whole steps."""
         if self.steps is not None:
             return self.steps
-        assert self.epochs is not None
-        exact = self.epochs * self.n / self.batch if self.wrap else self.epochs * self.steps_per_epoch
-        return max(math.ceil(exact - 1e-9), 1)
+        return max(math.ceil((self.epochs or 1.0) * self.per_epoch - 1e-9), 1)
 
-    def draws(self, step: int) -> np.ndarray:
-        """i64[b, 2]: (epoch, row) of each item of step `step` (from 0)."""
-        if self.wrap:
-            at = np.arange(step * self.batch, (step + 1) * self.batch)
-            epochs, places = at // self.n, at % self.n
-            orders = {int(e): epoch_order(self.n, self.seed, int(e)) for e in np.unique(epochs)}
-            rows = np.array([orders[int(e)][p] for e, p in zip(epochs, places, strict=True)], np.int64)
-            return np.stack([epochs, rows], axis=1)
-        epoch, k = divmod(step, self.steps_per_epoch)
-        end = self.n if k + 1 == self.steps_per_epoch else (k + 1) * self.batch
-        rows = epoch_order(self.n, self.seed, epoch)[k * self.batch : end]
-        return np.stack([np.full_like(rows, epoch), rows], axis=1)
-
-    def indices(self, step: int) -> np.ndarray:
-        """i64[b]: rows of step `step` (from 0)."""
-        return self.draws(step)[:, 1]
+    def batch(self, step: int) -> np.ndarray:
+        """i64[b]: rows of step `step` (from 0), in the order in which they were drawn."""
+        epoch, k = divmod(step, self.per_epoch)
+        end = self.rows if k + 1 == self.per_epoch else (k + 1) * self.size
+        return epoch_order(self.rows, self.seed, epoch)[k * self.size : end]

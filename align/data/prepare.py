@@ -205,13 +205,13 @@ def _tokenise(opened: Opened, source: DataSource, kind: Kind, tokenizer: ChatTok
         chunk = slice(start, start + _CHUNK)
         for row, record, encoded in _encode_chunk(rows[chunk], named[chunk], layout, tokenizer, report):
             try:
-                encoded = _fit(encoded, source, kind, tokenizer, report)
+                fitted = _fit(encoded, source, kind, tokenizer, report)
             except RowError as e:
                 report.refused.append(Refusal(row.origin, row.number, str(e)))
                 continue
-            if encoded is None:
+            if fitted is None:
                 continue
-            table.encoded.append(encoded)
+            table.encoded.append(fitted)
             table.origins.append(row.origin)
             weights.append(getattr(record, "weight", 1.0))
             desirable.append(getattr(record, "desirable", True))

@@ -171,12 +171,12 @@ def prompt_from(messages: Text, completion: Text = (), tools: tuple[Mapping[str,
     Raises RowError where an assistant turn was all there was.
     """
     if isinstance(messages, str):
-        answer = completion if isinstance(completion, str) else "".join(m.content for m in completion)
-        return Prompt(messages, answer or None, tools)
+        text = completion if isinstance(completion, str) else "".join(m.content for m in completion)
+        return Prompt(messages, text or None, tools)
     if isinstance(completion, str):
         completion = assistant(completion) if completion else ()
     turns = messages + completion
-    answer = None
+    answer: str | None = None
     if turns and turns[-1].role == "assistant":
         answer, turns = turns[-1].content, turns[:-1]
         if not turns:

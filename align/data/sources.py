@@ -88,6 +88,12 @@ def open_source(
         file = generators.run(source, folder=folder, cache=cache, limit=limit)
         return Opened(source.path, (file,))
     path = Path(source.path) if folder is None else folder / source.path
+    if source.options and path.exists():
+        raise DataError(
+            f"`options` ({', '.join(source.options)}) on files",
+            where=path,
+            remedy="only generators (file.py:function) and hub data sets take options; leave them out",
+        )
     if path.is_dir():
         return Opened(source.path, _folder_files(path, source.split))
     if path.is_file():
@@ -224,7 +230,10 @@ def _read_jsonl(path: Path) -> Iterator[Item]:
             continue
         origin = f"{path}:{line}"
         try:
-            value = json.loads(raw)
+            value = json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
+        except UnicodeDecodeError as e:
+            yield Refusal(origin, 0, f"not UTF-8 text: {e.reason} at byte {e.start} of the line")
+            continue
         except json.JSONDecodeError as e:
             yield Refusal(origin, 0, f"not valid JSON: {e.msg} at column {e.colno}")
             continue

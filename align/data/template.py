@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -63,7 +63,7 @@ _render: ContextVar[_Tracker | None] = ContextVar("align_template_render", defau
 class _Generation(jinja2.ext.Extension):
     """The `generation` tag. A block's start is what was yielded before it, as in transformers' AssistantTracker."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = frozenset({"generation"})  # type: ignore[assignment]  # Jinja only asks for membership
 
     def parse(self, parser: Parser) -> nodes.Node:
         lineno = next(parser.stream).lineno

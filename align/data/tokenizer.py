@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, processors
+from tokenizers import AddedToken, Tokenizer
 
-from align.data.backends import rebuild
+from align.data.backends import class_of, rebuild
 from align.data.template import NAMED, ChatTemplate, Span
 from align.errors import ModelError
 
@@ -70,7 +71,7 @@ class ChatTokenizer:
         """A token as text, for messages."""
         return repr(self.decode([token_id], skip_special_tokens=False))
 
-    @property
+    @cached_property
     def text_prefix(self) -> tuple[int, ...]:
         """What the tokenizer puts before a plain text: usually nothing or BOS."""
         marked, bare = self.encode("a"), self.encode("a", add_special_tokens=False)
@@ -79,7 +80,7 @@ class ChatTokenizer:
                 return tuple(marked[:n])
         raise ModelError("the tokenizer changes a text's own tokens when it adds special ones", where=self.folder)
 
-    @property
+    @cached_property
     def marks_start(self) -> bool:
         """Whether a text's first token differs at the start of an input (SentencePiece's prefix space)."""
         inner, first = self.encode("\na", add_special_tokens=False), self.encode("a", add_special_tokens=False)
@@ -124,7 +125,7 @@ class ChatTokenizer:
         """Ids of the rendered text; the template writes its own BOS, so none is added."""
         return self.encode(self.render(messages, add_generation_prompt, tools), add_special_tokens=False)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         parts: list[Any] = [self.backend.to_str(), self.named_tokens, self.eos_ids]
         if self.template is not None:
@@ -158,10 +159,11 @@ def load_tokenizer(
     model_config = _read_json(folder / "config.json")
     backend.no_truncation()
     backend.no_padding()
-    named = _special_tokens(folder, config)
-    rebuild(backend, config, model_config)
+    # add_bos_token and add_eos_token of the config do not count beside a tokenizer.json: its post-processor decides
+    chosen = class_of(config, model_config)
+    rebuild(backend, chosen, config)
+    named = {**(chosen.defaults if chosen else {}), **_special_tokens(folder, config)}
     _add_tokens(backend, config, named)
-    _add_bos_eos(backend, config, named)
     source, where = _template_source(folder, config, chat_template)
     template = None
     if source is not None:
@@ -225,18 +227,6 @@ def _add_tokens(backend: Tokenizer, config: Mapping[str, Any], named: Mapping[st
     for text in dict.fromkeys(wanted):
         if text not in special:
             backend.add_special_tokens([AddedToken(text, special=True, normalized=False)])
-
-
-def _add_bos_eos(backend: Tokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
-    """`add_bos_token`/`add_eos_token` in the config replace tokenizer.json's post-processor, as in transformers."""
-    if "add_bos_token" not in config and "add_eos_token" not in config and backend.post_processor is not None:
-        return
-    bos = named.get("bos_token") if config.get("add_bos_token") else None
-    eos = named.get("eos_token") if config.get("add_eos_token") else None
-    tokens = [(t, backend.token_to_id(t)) for t in (bos, eos) if t is not None]
-    single = f"{bos + ':0 ' if bos else ''}$A:0{' ' + eos + ':0' if eos else ''}"
-    pair = f"{single}{' ' + bos + ':1' if bos else ''} $B:1{' ' + eos + ':1' if eos else ''}"
-    backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=tokens)
 
 
 def _template_source(folder: Path, config: Mapping[str, Any], override: str | None) -> tuple[str | None, str]:

@@ -40,7 +40,7 @@ def _message(item: Any, column: str) -> Message:
     extra = {name: without_nulls(item[name]) for name in _EXTRA if item.get(name)}
     if "tool_calls" in extra:
         extra["tool_calls"] = [_tool_call(call) for call in extra["tool_calls"]]
-    role = _ROLE_WORDS.get(item["role"], item["role"])
+    role = str(_ROLE_WORDS.get(item["role"], item["role"]))
     return Message(role, content_of(item.get("content")), extra, scored=weight != 0)
 
 
