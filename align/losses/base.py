@@ -3,6 +3,10 @@
 `Config` and `needs` load without torch, because `align check` imports none. Losses are pure: no collective, no
 `.item()`, no logging. They divide by `counts`, the global numbers of the whole update, never by a local mean, so that
 any split into microbatches and ranks gives the same gradient.
+
+A loss of scope "batch" also exports `auxiliary(trees, config)`, trees that only a no-grad pass before the step sees,
+and `batch_stats(ratios)`, which turns their sequences' summed log-ratios to the reference, f32[S] of the whole
+update, into the numbers that `loss` finds in `inputs.batch_stats`.
 """
 
 from __future__ import annotations

@@ -83,8 +83,9 @@ class PolicyTrainer:
         trees = self._marked(trees)
         batches = self._microbatches(trees)
         counts = global_counts(trees)
+        stats = self._batch_stats(trees)
         for batch in batches:
-            loss = self._loss(batch, counts, sums)
+            loss = self._loss(batch, counts, sums, stats)
             loss.backward()
         norm = self._clip()
         metrics = sums.result()
@@ -120,14 +121,33 @@ class PolicyTrainer:
         groups = plan_microbatches(trees, self.spec.max_tokens, keep_together=self.keep_together)
         return [collate(group).to(self.device) for group in groups]
 
-    def _loss(self, batch: TokenBatch, counts: Counts, sums: MetricSums) -> Tensor:
+    @torch.no_grad()
+    def _batch_stats(self, trees: Sequence[Tree]) -> list[dict[str, Tensor]]:
+        """What each loss of scope "batch" finds in a pass over its auxiliary trees, before any gradient."""
+        found: list[dict[str, Tensor]] = []
+        for module, config, needs, _ in self.losses:
+            if needs.scope != "batch":
+                found.append({})
+                continue
+            ratios: list[Tensor] = []
+            for batch in self._microbatches(module.auxiliary(trees, config)):
+                reference = self._reference_logps(batch)
+                assert reference is not None, "a loss of scope batch compares with a reference"
+                difference = self._quiet_logps(self.module, batch) - reference
+                sums = difference.new_zeros(batch.sequences)
+                ratios.append(sums.index_add(0, batch.sequence_ids, difference * batch.loss_mask))
+            found.append(module.batch_stats(torch.cat(ratios)))
+        return found
+
+    def _loss(self, batch: TokenBatch, counts: Counts, sums: MetricSums, stats: Sequence[dict[str, Tensor]]) -> Tensor:
         """This microbatch's share of the global loss, with gradient; its metrics are added to `sums`."""
         reference = self._reference_logps(batch)
         statistics = any(needs.head for _, _, needs, _ in self.losses)
         outputs: HeadOutputs = self.module(batch, statistics=statistics)
         total = outputs.logps.new_zeros(())
-        for (module, config, _, weight), term in zip(self.losses, self.spec.losses, strict=True):
-            result = module.loss(LossInputs(outputs, batch, counts, reference_logps=reference), config)
+        for (module, config, _, weight), term, own in zip(self.losses, self.spec.losses, stats, strict=True):
+            inputs = LossInputs(outputs, batch, counts, reference_logps=reference, batch_stats=own)
+            result = module.loss(inputs, config)
             total = total + weight * result.loss
             sums.add(result.metrics, prefix=f"{term.name}/" if len(self.losses) > 1 else "")
         if len(self.losses) > 1:
@@ -178,8 +198,9 @@ class PolicyTrainer:
         self.module.eval()
         trees = self._marked(trees)
         sums, counts = MetricSums(), global_counts(trees)
+        stats = self._batch_stats(trees)
         for batch in self._microbatches(trees):
-            self._loss(batch, counts, sums)
+            self._loss(batch, counts, sums, stats)
         return sums.result()
 
     def logps(self, trees: Sequence[Tree]) -> list[list[np.ndarray]]:

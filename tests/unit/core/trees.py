@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from align.protocols import Segment, Tree
@@ -33,3 +35,8 @@ def pair(rng: np.random.Generator, id: int) -> Tree:
 def group(rng: np.random.Generator, id: int, size: int = 4) -> Tree:
     branches = tuple(segment(rng, int(rng.integers(1, 9)), scored=True, rollout=True) for _ in range(size))
     return Tree(id, segment(rng, int(rng.integers(3, 9)), scored=False), branches)
+
+
+def unpaired(rng: np.random.Generator, id: int) -> Tree:
+    branch = replace(segment(rng, int(rng.integers(2, 8)), scored=True), columns={"desirable": float(id % 2)})
+    return Tree(id, segment(rng, int(rng.integers(3, 9)), scored=False), (branch,), origin=f"kto.jsonl:{id + 1}")

@@ -263,7 +263,7 @@ def test_a_group_whose_every_token_is_masked_trains_nothing_and_stays_finite() -
 
 
 def test_an_unknown_loss_or_option_lists_the_choices() -> None:
-    with pytest.raises(PluginError, match="cpo, dpo, grpo, orpo, sft, simpo"):
+    with pytest.raises(PluginError, match="cpo, dpo, grpo, kto, orpo, sft, simpo"):
         configure("dop", {})
     with pytest.raises(RecipeError, match="beta, variant, label_smoothing"):
         configure("dpo", {"bta": 0.1})

@@ -1,0 +1,99 @@
+"""Kahneman-Tversky optimisation (2402.01306) on single completions that are desirable or not.
+
+With rho = logp - logp_ref of a completion:
+
+    desirable    desirable_weight   * (1 - s(beta (rho - z)))
+    undesirable  undesirable_weight * (1 - s(beta (z - rho)))
+
+z = max(0, mean of rho over mismatched prompt-completion pairs) is the reference point: an estimate of the KL to the
+reference, detached. The mean runs over all mismatched pairs of the whole update, whatever the number of ranks and
+microbatches; they exist only in the no-grad pass before the step (`auxiliary`). A prompt is never matched with a
+completion of its own, duplicate prompts included.
+
+Variant `apo_zero_unpaired` (2408.06266) has no reference point: 1 - s(beta rho), and s(beta rho).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+
+from align.errors import DataError
+from align.losses.base import LossConfig, LossInputs, LossOutput, Metric, Needs
+from align.protocols import Tree
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Config(LossConfig):
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    desirable_weight: Annotated[float, Field(ge=0)] = 1.0
+    undesirable_weight: Annotated[float, Field(ge=0)] = 1.0
+    variant: Literal["kto", "apo_zero_unpaired"] = "kto"
+
+
+def needs(config: Config) -> Needs:
+    scope: Literal["batch", "sequence"] = "batch" if config.variant == "kto" else "sequence"
+    return Needs(record="unpaired", reference=True, scope=scope)
+
+
+def auxiliary(trees: Sequence[Tree], config: Config) -> list[Tree]:
+    """Each prompt with the completion of the next row (by id, cyclic) that has another prompt.
+
+    Raises DataError where a prompt has no such partner: the batch is too small, or all its prompts are the same.
+    """
+    ordered = sorted(trees, key=lambda tree: tree.id)
+    mismatched = []
+    for i, tree in enumerate(ordered):
+        others = (ordered[(i + k) % len(ordered)] for k in range(1, len(ordered)))
+        partner = next((o for o in others if not np.array_equal(o.trunk.token_ids, tree.trunk.token_ids)), None)
+        if partner is None:
+            raise DataError(
+                f"KTO needs two different prompts in every batch; this one has {len(ordered)} rows of a single prompt",
+                where=tree.origin or None,
+                remedy="raise batch.sequences, or shuffle rows of one prompt apart",
+            )
+        mismatched.append(replace(tree, branches=partner.branches, origin=f"{tree.origin} x {partner.origin}"))
+    return mismatched
+
+
+def batch_stats(ratios: Tensor) -> dict[str, Tensor]:
+    """z f32[] from the mismatched pairs' log-ratios f32[S]: never negative, never a gradient."""
+    return {"z": ratios.mean().clamp(min=0).detach()}
+
+
+def loss(inputs: LossInputs, config: Config) -> LossOutput:
+    """Loss f32[]: mean over the update's sequences. Needs reference_logps f32[N] and, for `kto`, batch_stats["z"]."""
+    import torch
+
+    from align.losses.reduce import masked_mean, sequence_sums, share_of_loss
+
+    logps, reference, batch = inputs.outputs.logps, inputs.reference_logps, inputs.batch
+    assert reference is not None, "kto needs reference log-probabilities"
+    rho, _ = sequence_sums(logps - reference, inputs, batch.loss_mask)
+    sums, _ = sequence_sums(logps.detach(), inputs, batch.loss_mask)
+    desirable = batch.columns["sequence/desirable"] > 0.5
+    z = inputs.batch_stats["z"] if config.variant == "kto" else rho.new_zeros(())
+    side = desirable.to(rho.dtype)
+    sign = 2 * side - 1
+    weight = side * config.desirable_weight + (1 - side) * config.undesirable_weight
+    terms = weight * (1 - torch.sigmoid(config.beta * sign * (rho - z)))
+    total = terms.sum() / max(inputs.counts.sequences, 1)
+    reward = config.beta * rho.detach()
+    right = ((reward > config.beta * z) == desirable).float()
+    metrics: dict[str, Metric] = {
+        "loss/total": share_of_loss(total),
+        "rewards/chosen": masked_mean(reward, desirable),
+        "rewards/rejected": masked_mean(reward, ~desirable),
+        "rewards/accuracies": masked_mean(right, torch.ones_like(desirable)),
+        "logps/chosen": masked_mean(sums, desirable),
+        "logps/rejected": masked_mean(sums, ~desirable),
+    }
+    if config.variant == "kto":
+        metrics["policy/reference_point"] = Metric(z, reduce="max")
+    return LossOutput(total, metrics)

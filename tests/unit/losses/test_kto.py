@@ -1,0 +1,86 @@
+"""KTO's reference point: over all mismatched pairs of the update, detached, never a prompt with its own completion."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from align.data.packing import collate, global_counts
+from align.errors import DataError
+from align.losses import configure, kto
+from align.losses.base import LossInputs
+from align.protocols import Tree
+from align.train.trainer import PolicyTrainer
+from align.types import HeadOutputs
+from tests.unit.core.trees import unpaired
+from tests.unit.train.test_trainer import base, make_spec  # noqa: F401
+
+
+def rows(n: int = 6, seed: int = 0) -> list[Tree]:
+    rng = np.random.default_rng(seed)
+    return [unpaired(rng, i) for i in range(n)]
+
+
+@pytest.mark.parametrize("variant", ["kto", "apo_zero_unpaired"])
+def test_kto_equals_the_paper(variant: str) -> None:
+    trees = rows()
+    batch = collate(trees)
+    n = batch.labels.numel()
+    logps, reference = (-3 * torch.rand(n, dtype=torch.float64) for _ in range(2))
+    z = 0.3
+    module, config, _ = configure(
+        "kto", {"beta": 0.4, "desirable_weight": 1.5, "undesirable_weight": 0.7, "variant": variant}
+    )
+    inputs = LossInputs(
+        HeadOutputs(logps), batch, global_counts(trees), reference, batch_stats={"z": torch.tensor(z).double()}
+    )
+    owner, expected = batch.sequence_ids.numpy(), []
+    for s in range(6):
+        rho = float((logps - reference).numpy()[owner == s].sum())
+        if variant == "kto":
+            margin = rho - z if s % 2 else z - rho
+        else:
+            margin = rho if s % 2 else -rho
+        expected.append((1.5 if s % 2 else 0.7) * (1 - 1 / (1 + math.exp(-0.4 * margin))))
+    assert module.loss(inputs, config).loss.item() == pytest.approx(np.mean(expected), abs=1e-9)
+
+
+def test_no_prompt_is_matched_with_a_completion_of_its_own_even_when_prompts_repeat() -> None:
+    trees = rows(6)
+    trees = [replace(tree, trunk=trees[i // 2].trunk) for i, tree in enumerate(trees)]
+    owners = {tree.branches[0].token_ids.tobytes(): tree.trunk.token_ids.tobytes() for tree in trees}
+    for tree in kto.auxiliary(list(reversed(trees)), kto.Config()):
+        assert owners[tree.branches[0].token_ids.tobytes()] != tree.trunk.token_ids.tobytes()
+
+
+def test_a_batch_of_one_prompt_is_refused_with_the_remedy() -> None:
+    trees = rows(3)
+    same = [replace(tree, trunk=trees[0].trunk) for tree in trees]
+    with pytest.raises(DataError, match=r"kto\.jsonl:1.*\n.*batch\.sequences"):
+        kto.auxiliary(same, kto.Config())
+
+
+def test_the_reference_point_is_never_negative_and_has_no_gradient() -> None:
+    ratios = torch.tensor([-2.0, 1.0], requires_grad=True)
+    assert kto.batch_stats(ratios)["z"] == 0.0
+    z = kto.batch_stats(torch.tensor([2.0, 1.0], requires_grad=True))["z"]
+    assert z == 1.5 and not z.requires_grad
+
+
+def test_microbatches_of_one_see_the_reference_point_of_the_whole_update(
+    base: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kto, "batch_stats", lambda ratios: {"z": ratios.mean()})  # its sign is not what is tested
+    whole, split = (PolicyTrainer(make_spec(base, "kto", reference="start", max_tokens=n)) for n in (10_000, 1))
+    for step in range(3):
+        a, b = (t.step(rows(), step=step, progress=step / 10) for t in (whole, split))
+        assert b["train/microbatches"] == 6 and a["train/microbatches"] == 1
+        for name in ("loss/total", "policy/reference_point", "rewards/accuracies", "optim/grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=2e-4, abs=1e-6), name
+    assert abs(a["policy/reference_point"]) > 1e-3
