@@ -1,6 +1,7 @@
-"""A reward of your own is a function from samples to scores. In a recipe: `rewards: [{use: brevity_reward.py:brevity}]`.
+"""A reward of your own: a function from samples to scores.
 
-Try it without anything else: `python -c "import brevity_reward as b; from rewards import Sample; print(b.brevity([Sample('Yes.')]))"`
+In a recipe: `rewards: [{use: brevity_reward.py:brevity, args: {words: 50}}]`. It is a plain function, so a test is one
+line: `assert brevity([Sample("Yes.")]) > brevity([Sample("Yes, of course.")])`.
 """
 
 from rewards import reward

@@ -17,7 +17,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, cast, get_args, overload
 
 
 class PluginError(Exception):
@@ -157,6 +157,7 @@ class Context:
 
 # ---------------------------------------------------------------------------------------------------- the decorator
 
+_Plain = Literal["fail", "mask", "drop_group"]
 _FLOOR = re.compile(r"floor\(\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\)")
 
 
@@ -170,8 +171,8 @@ class ErrorPolicy:
     @staticmethod
     def parse(text: str) -> ErrorPolicy:
         """ "fail", "mask", "drop_group" or "floor(<number>)"; PluginError otherwise."""
-        if text == "fail" or text == "mask" or text == "drop_group":
-            return ErrorPolicy(text)
+        if text in get_args(_Plain):
+            return ErrorPolicy(cast(_Plain, text))
         floor = _FLOOR.fullmatch(text.strip())
         if floor is None:
             raise PluginError(

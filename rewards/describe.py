@@ -1,4 +1,4 @@
-"""`python -m rewards.describe SPEC`: what a plugin offers, as one line of JSON. It imports user code: run it as a child.
+"""`python -m rewards.describe SPEC`: what a plugin offers, as one line of JSON. It runs user code: make it a child.
 
     python -m rewards.describe my.py:judge --folder RECIPE_FOLDER --args '{"model": "x"}' --signature trl
 

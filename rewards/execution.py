@@ -24,21 +24,19 @@ Job = tuple[tuple[int, ...], ...]  # units that are scored together; a unit is o
 
 @dataclass
 class PluginResult:
-    """values[i][k]: sample i, the plugin's objective k; None where not applicable or failed. dropped: group ids."""
+    """values[i][k]: sample i, the plugin's objective k; None where not applicable or failed. failed: their indices.
+    dropped: group ids. busy_seconds: inside the plugin, summed over calls; seconds: from first call to last answer."""
 
     values: list[list[float | None]]
     failures: list[Failure] = field(default_factory=list)
+    failed: set[int] = field(default_factory=set)
     dropped: set[int] = field(default_factory=set)
     infos: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, list[float]] = field(default_factory=dict)
     calls: int = 0
     retried: int = 0
-    call_seconds: float = 0.0
+    busy_seconds: float = 0.0
     seconds: float = 0.0
-
-    @property
-    def failed_samples(self) -> set[int]:
-        return {f.index for f in self.failures}
 
 
 class Execution:
@@ -109,7 +107,7 @@ class Execution:
 
     def _keep(self, indices: Sequence[int], reply: Reply) -> None:
         body, result = reply.body, self.result
-        result.call_seconds += body["seconds"]
+        result.busy_seconds += body["seconds"]
         for i, values in zip(indices, body["values"], strict=True):
             result.values[i] = values
         for position, info in body["infos"]:
@@ -130,6 +128,7 @@ class Execution:
         objective = None if k is None else self.objectives[k]
         failure = Failure(self.name, objective, index, sample.group_id, sample.sample_id, cause, message)
         self.result.failures.append(failure)
+        self.result.failed.add(index)
         text = json.dumps(sample.completion[:500])
         log.warning(
             "reward %s failed (%s) on group %d sample %d: %s; completion: %s",
@@ -141,18 +140,18 @@ class Execution:
             self.result.dropped.add(sample.group_id)
         if self.policy.kind == "fail":
             raise self.stopped("and its on_error is `fail`")
-        if len(self.result.failed_samples) > self.allowed:
+        if len(self.result.failed) > self.allowed:
             raise self.stopped(f"more than max_error_rate = {self.rate:g} allows ({self.allowed})")
 
     def stopped(self, why: str) -> RewardError:
         """The error that ends the run, with the first failures."""
         shown = "\n".join(
-            f"     group {f.group_id} sample {f.sample_id}{f' {f.objective}' if f.objective else ''}: {f.cause}: {f.message}"
+            f"     group {f.group_id} sample {f.sample_id}, {f.objective or 'all objectives'}: {f.cause}: {f.message}"
             for f in self.result.failures[:_SHOWN]
         )
-        failed = len(self.result.failed_samples)
+        share = f"{len(self.result.failed)} of {len(self.samples)} samples"
         return RewardError(
-            f"{self.name} failed on {failed} of {len(self.samples)} samples so far, {why}; the first failures:\n{shown}",
+            f"{self.name} failed on {share} so far, {why}; the first failures:\n{shown}",
             remedy="mend the plugin, raise its timeout_s, or allow more with max_error_rate",
         )
 

@@ -22,8 +22,8 @@ class PoolResult:
 
     scores[i][k]: None where missing (not applicable, or failed: see failures). dropped: group ids that a drop_group
     policy removed; their samples have no scores. errors: failed samples per plugin. infos[i]: plugin -> what it told
-    about sample i. metrics: reward/<plugin>/{seconds, calls, errors, error_rate, retries, restarts} and what plugins
-    logged themselves.
+    about sample i. metrics: reward/<plugin>/{seconds, busy_seconds, calls, errors, error_rate, retries, restarts} and
+    what plugins logged themselves.
     """
 
     objectives: tuple[str, ...]
@@ -161,7 +161,7 @@ class RewardPool:
             scores=scores,
             failures=failures,
             dropped=tuple(sorted(dropped)),
-            errors={d["name"]: len(r.failed_samples) for d, r in zip(described, results, strict=True)},
+            errors={d["name"]: len(r.failed) for d, r in zip(described, results, strict=True)},
             infos=infos,
             metrics=metrics,
         )
@@ -175,10 +175,11 @@ class RewardPool:
 
 
 def _metrics(name: str, result: PluginResult, samples: int, restarts: int) -> dict[str, float]:
-    failed = len(result.failed_samples)
+    failed = len(result.failed)
     own = {key: total / count for key, (total, count) in result.metrics.items()}
     ours = {
         "seconds": result.seconds,
+        "busy_seconds": result.busy_seconds,
         "calls": float(result.calls),
         "errors": float(failed),
         "error_rate": failed / samples if samples else 0.0,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rewards.api import Objective, Score
+
+_FLOAT32_MAX = 3.4028234663852886e38
 
 
 class WrongLength(Exception):
@@ -75,8 +76,8 @@ def _number(value: Any, objective: Objective) -> tuple[float | None, str, str]:
         number = float(value)
     except (TypeError, ValueError, OverflowError) as error:  # arrays of more than one element, huge integers
         return None, "wrong_type", f"returned {_short(value)}, which is no single number: {error}"
-    if not math.isfinite(number):
-        return None, "not_finite", f"returned {number}"
+    if not abs(number) <= _FLOAT32_MAX:  # also False for NaN; the table of scores is float32
+        return None, "not_finite", f"returned {number:g}, which is no finite float32"
     if objective.range is not None and not objective.range[0] <= number <= objective.range[1]:
         return None, "out_of_range", f"returned {number:g}, outside {list(objective.range)}"
     return number, "", ""

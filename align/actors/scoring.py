@@ -51,19 +51,10 @@ def samples_of(groups: Sequence[Group]) -> list[rewards.Sample]:
 def score_table(groups: Sequence[Group], result: PoolResult) -> ScoreTable:
     """The pool's result as the stages take it: f32[S, R] with NaN where missing, dropped groups by index."""
     scores = np.array([[np.nan if v is None else v for v in row] for row in result.scores], np.float64)
-    with np.errstate(over="ignore"):
-        table = scores.reshape(len(result.scores), len(result.objectives)).astype(np.float32)
-    huge = np.argwhere(np.isinf(table))
-    if huge.size:
-        i, k = (int(n) for n in huge[0])
-        raise errors.RewardError(
-            f"{result.objectives[k]} gave {result.scores[i][k]:g} (sample {i}), beyond what float32 holds",
-            remedy="scale the reward, or declare its range",
-        )
     dropped = set(result.dropped)
     return ScoreTable(
         objectives=result.objectives,
-        scores=table,
+        scores=scores.reshape(len(result.scores), len(result.objectives)).astype(np.float32),
         kinds=result.kinds,
         failures=tuple(Failure(f.group_id, f.sample_id, f.plugin, f.cause, f.message) for f in result.failures),
         dropped=tuple(n for n, group in enumerate(groups) if group.prompt.group_id in dropped),

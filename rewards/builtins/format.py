@@ -1,4 +1,4 @@
-"""How much of a wanted layout does the completion have? A share between 0 and 1: dense where `regex` is all or nothing."""
+"""How much of a wanted layout does the completion have? A share from 0 to 1: dense where `regex` is all or nothing."""
 
 from __future__ import annotations
 

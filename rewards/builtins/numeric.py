@@ -2,7 +2,7 @@
 
 The final number is the first one after the last marker (`####`, `\\boxed{}`, `A:`, `Answer:`, "the answer is"), or the
 last number of the text where there is no marker. Commas, currency and percent signs are dropped, so "$1,250.00" equals
-1250 and "50%" equals 50; fractions (3/4, 1 3/4, \\frac{3}{4}) are exact. A text without a number is wrong, not an error.
+1250 and "50%" equals 50; fractions (3/4, 1 3/4, \\frac{3}{4}) are exact. A text without a number is wrong, no error.
 """
 
 from __future__ import annotations

@@ -1,0 +1,168 @@
+"""Rewards behind the Scorer protocol, in this process and below a Ray actor."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from align.actors.cluster import Cluster
+from align.actors.scoring import LocalScorer, RayScorer
+from align.errors import AlignError, PluginError, RewardError
+from align.protocols import Completion, Group, PromptItem, ScoreTable
+from align.recipe.schema import Reward
+
+PLUGINS = """
+import os, re, time
+from pathlib import Path
+from rewards import reward
+
+@reward(on_error="mask", retries=0)
+def correct(samples):
+    if any(s.completion == "crash" for s in samples):
+        os._exit(5)
+    return [None if s.truncated else float(s.completion == s.row["answer"]) for s in samples]
+
+@reward
+def short(samples, *, longest: int):
+    Path("pid").write_text(str(os.getpid()))
+    return [1 - len(s.token_ids) / longest for s in samples]
+
+@reward(timeout_s=600)
+def hangs(samples):
+    Path("pid").write_text(str(os.getpid()))
+    re.match("(a+)+$", "a" * 60 + "b")
+"""
+
+REWARDS = (
+    Reward(use="rewards.py:correct", max_error_rate=0.5),
+    Reward.model_validate({"use": "rewards.py:short", "as": "brief", "args": {"longest": 10}}),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe")
+    (path / "rewards.py").write_text(PLUGINS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    cluster = Cluster(None, run_folder=tmp_path_factory.mktemp("run"))
+    yield cluster
+    cluster.close()
+
+
+def group(number: int, *texts: str, truncated: str | None = None) -> Group:
+    prompt = PromptItem(number, np.arange(3), 0, ({"role": "user", "content": "?"},), {"answer": "yes"})
+    return Group(
+        prompt,
+        tuple(
+            Completion(
+                np.arange(len(t)), np.zeros(len(t), np.float32), np.full(len(t), 4, np.int32), t,
+                "length" if t == truncated else "eos",
+            )
+            for t in texts
+        ),
+    )  # fmt: skip
+
+
+GROUPS = [group(11, "yes", "no"), group(12, "cut off", "yes", truncated="cut off")]
+
+
+def check(table: ScoreTable) -> None:
+    assert table.objectives == ("correct", "brief") and table.kinds == ("reward", "reward")
+    assert table.scores.dtype == np.float32
+    expected = [[1, 0.7], [0, 0.8], [np.nan, 0.3], [1, 0.7]]
+    np.testing.assert_allclose(table.scores, np.array(expected, np.float32), rtol=1e-6)
+    assert table.failures == () and table.dropped == ()
+    assert table.metrics["reward/correct/errors"] == 0 and table.metrics["reward/brief/seconds"] > 0
+
+
+def check_crash(table: ScoreTable) -> None:
+    np.testing.assert_array_equal(np.isnan(table.scores[:, 0]), [False, True, False, False])
+    assert [(f.group_id, f.sample, f.plugin, f.cause) for f in table.failures] == [(1, 1, "correct", "crashed")]
+
+
+CRASH = [group(1, "yes", "crash"), group(2, "yes", "no")]
+
+
+def test_a_local_scorer_gives_the_table_and_survives_a_crash(folder: Path) -> None:
+    async def run() -> None:
+        scorer = LocalScorer(REWARDS, folder, seed=0)
+        check(await scorer.score(GROUPS))
+        check_crash(await scorer.score(CRASH))
+        await scorer.close()
+
+    asyncio.run(run())
+
+
+def test_dropped_groups_are_named_by_index_and_have_no_scores(folder: Path) -> None:
+    async def run() -> ScoreTable:
+        rewards = (Reward(use="rewards.py:correct", on_error="drop_group", max_error_rate=0.5), REWARDS[1])
+        scorer = LocalScorer(rewards, folder, seed=0)
+        table = await scorer.score([GROUPS[0], group(9, "crash", "no"), GROUPS[1]])
+        await scorer.close()
+        return table
+
+    table = asyncio.run(run())
+    assert table.dropped == (1,)
+    assert np.isnan(table.scores[2:4]).all() and not np.isnan(table.scores[:2]).any()
+
+
+def test_a_ray_scorer_equals_the_local_one(cluster: Cluster, folder: Path) -> None:
+    async def run() -> None:
+        scorer = RayScorer(REWARDS, folder, seed=0)
+        try:
+            described = await scorer.start()
+            assert [d["name"] for d in described] == ["correct", "brief"]
+            check(await scorer.score(GROUPS))
+            check_crash(await scorer.score(CRASH))
+        finally:
+            await scorer.close()
+
+    asyncio.run(run())
+
+
+def test_errors_arrive_from_ray_as_our_own(cluster: Cluster, folder: Path) -> None:
+    async def run(reward: Reward) -> None:
+        scorer = RayScorer((reward,), folder, seed=0)
+        try:
+            await scorer.score(CRASH)
+        finally:
+            await scorer.close()
+
+    with pytest.raises(PluginError, match="functions there") as missing:
+        asyncio.run(run(Reward(use="rewards.py:nothing")))
+    assert missing.value.exit_code == 2
+    with pytest.raises(RewardError, match="on_error is `fail`"):
+        asyncio.run(run(Reward(use="rewards.py:correct", on_error="fail")))
+
+
+def test_plugins_die_with_their_actor_even_while_they_hang(cluster: Cluster, folder: Path) -> None:
+    (folder / "pid").unlink(missing_ok=True)
+
+    async def run() -> int:
+        scorer = RayScorer((Reward(use="rewards.py:hangs"),), folder, seed=0)
+        pid = await scorer.process()
+        scoring = asyncio.create_task(scorer.score(GROUPS))
+        while not (folder / "pid").exists() or not (folder / "pid").read_text():
+            assert not scoring.done(), scoring.result()
+            await asyncio.sleep(0.05)
+        os.kill(pid, 9)
+        with pytest.raises(AlignError, match="the reward actor died"):
+            await scoring
+        await scorer.close()
+        return int((folder / "pid").read_text())
+
+    child = asyncio.run(run())
+    deadline = time.monotonic() + 10
+    while os.path.exists(f"/proc/{child}"):
+        assert time.monotonic() < deadline, "the plugin outlived its actor"
+        time.sleep(0.05)
