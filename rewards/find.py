@@ -1,4 +1,4 @@
-"""From the `use:` of a recipe to a loaded plugin: ours by bare name, entry points, then pkg.mod:attr or file.py:attr."""
+"""From the `use:` of a recipe to a loaded plugin: ours by bare name, entry points, pkg.mod:attr or file.py:attr."""
 
 from __future__ import annotations
 
