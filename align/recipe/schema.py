@@ -174,12 +174,15 @@ class Reward(Strict):
 
 
 class Objectives(Strict):
+    """How scores become advantages. min_std: no standard deviation below it is divided by, in units of the scores.
+    whiten None: over the batch where the combiner is defined so (decoupled), else not."""
+
     combine: Literal["weighted_sum", "decoupled"] = "weighted_sum"
     weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     baseline: Literal["group", "leave_one_out"] = "group"
     scale: Literal["std", "none"] = "std"
-    min_std: Annotated[float, Field(ge=0)] = 1e-4
-    whiten: bool = False
+    min_std: Annotated[float, Field(ge=0)] = 0.01
+    whiten: bool | None = None
 
 
 class Rollout(Strict):
