@@ -11,9 +11,9 @@ loaded (they link against CUDA's runtime), and then
 
 The declaration must reach every process that imports torchvision: the driver, Ray's workers, vLLM's engine process,
 children of multiprocessing. The only thing that runs in all of them is the start-up of Python's ``site`` module, so
-`repair` puts two files into site-packages: ``align_torch_cpu.py``, a copy of this file, and ``align_torch_cpu.pth``, one
-line that installs `TorchvisionFinder`, which costs a comparison of names per import. Where the wheels match, or torch
-is a CUDA build, nothing is written or declared.
+`repair` puts two files into site-packages: ``align_torch_cpu.py``, a copy of this file, and ``align_torch_cpu.pth``,
+one line that installs `TorchvisionFinder`, which costs a comparison of names per import. Where the wheels match, or
+torch is a CUDA build, nothing is written or declared.
 
 The copy stands alone: it imports nothing of this project, and at the start of Python nothing but `sys` (`re`, `pathlib`
 and `typing` would add 10 ms to every start; so functions import what they need).

@@ -1,0 +1,94 @@
+"""What the import rules promise beyond what import-linter reads: proved by importing in fresh interpreters."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+HEAVY = ("torch", "transformers", "ray", "vllm")
+
+LIGHT = {
+    "recipe": ["align/recipe"],
+    "data": ["align/data"],
+    "losses": ["align/losses"],
+    "objectives": ["align/objectives"],
+    "rewards": ["rewards"],
+    "engine protocol": ["rollout/base.py"],
+    "foundations": [f"align/{name}.py" for name in ("errors", "protocols", "plugins", "hub", "torch_cpu")],
+    "check": ["align/cli/check.py", "align/cli/main.py", "align/cli/doctor.py"],
+}
+NOT_LIGHT = {"align.data.packing"}
+
+
+def is_helper_of_losses(file: Path) -> bool:
+    """A loss module says what it `needs` before torch is there; what it loads to compute may import torch."""
+    return (
+        file.parent.name == "losses" and file.stem not in ("__init__", "base") and "def needs(" not in file.read_text()
+    )
+
+
+IMPORT_ALL = """
+import importlib, json, sys
+names, heavy = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+brought = {}
+for name in names:
+    importlib.import_module(name)
+    for package in heavy:
+        if package in sys.modules and package not in brought:
+            brought[package] = name
+print(json.dumps(brought))
+"""
+
+
+def modules(entries: list[str]) -> list[str]:
+    """Dotted names of the files and of everything below the folders; a missing entry is an error."""
+    found: list[str] = []
+    for entry in entries:
+        path = ROOT / entry
+        assert path.exists(), f"{entry} is gone: the promise that it imports no torch must move with it"
+        for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
+            if is_helper_of_losses(file):
+                continue
+            parts = file.relative_to(ROOT).with_suffix("").parts
+            found.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return [name for name in found if name not in NOT_LIGHT and not name.endswith("__main__")]
+
+
+def brought_by(names: list[str], packages: tuple[str, ...]) -> dict[str, str]:
+    """Import `names` in order in a fresh interpreter; which of `packages` came in, and by which of the modules."""
+    command = [sys.executable, "-c", IMPORT_ALL, json.dumps(names), json.dumps(packages)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("room", LIGHT)
+def test_importing_every_module_of_a_light_room_brings_no_torch_transformers_ray_or_vllm(room: str) -> None:
+    names = modules(LIGHT[room])
+    assert names
+    assert brought_by(names, HEAVY) == {}
+
+
+def test_the_probe_sees_torch_where_it_is_imported() -> None:
+    assert brought_by(["align.errors", "align.types"], HEAVY) == {"torch": "align.types"}
+
+
+def test_reward_plugins_and_their_workers_import_nothing_of_align() -> None:
+    assert brought_by(modules(["rewards"]), ("align", "rollout")) == {}
+
+
+def test_the_engine_interface_imports_only_protocols_and_errors_of_align() -> None:
+    rooms = tuple(f"align.{path.stem}" for path in sorted((ROOT / "align").iterdir()) if path.stem != "__pycache__")
+    others = tuple(room for room in rooms if room not in ("align.__init__", "align.protocols", "align.errors"))
+    assert brought_by(["rollout.base"], (*others, "rewards")) == {}
+
+
+def test_every_folder_of_modules_is_a_package_that_an_installation_includes() -> None:
+    for room in ("align", "rewards", "rollout"):
+        folders = {file.parent for file in (ROOT / room).rglob("*.py")}
+        assert not [str(folder) for folder in folders if not (folder / "__init__.py").is_file()]
