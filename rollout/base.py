@@ -67,11 +67,11 @@ VLLM_REFUSED: Mapping[str, str] = {
 class EngineSpec:
     """Everything an engine needs to start, picklable and without tensors.
 
-    name: a key of `ENGINES`. folder: model and tokenizer in transformers layout. dtype: "float32", "bfloat16" or
-    "float16". group_size, max_tokens, temperature, stop: what will be asked of it, for engines that plan memory.
-    max_model_len: longest prompt + completion in tokens; None is the model's own. lora_rank: the largest rank that
-    will be published, 0 where none will (weights or base only). seed: of the run. threads: CPU threads to compute
-    with. engine: the engine's own options, checked by `check_engine_options`.
+    name: a key of `ENGINES`, or `package.module:Class` of one's own. folder: model and tokenizer in transformers
+    layout. dtype: "float32", "bfloat16" or "float16". group_size, max_tokens, temperature, stop: what will be asked of
+    it, for engines that plan memory. max_model_len: longest prompt + completion in tokens; None is the model's own.
+    lora_rank: the largest rank that will be published, 0 where none will (weights or base only). seed: of the run.
+    threads: CPU threads to compute with. engine: the engine's own options, checked by `check_engine_options`.
     """
 
     name: str
@@ -135,14 +135,15 @@ def make_engine(spec: EngineSpec) -> Engine:
         RecipeError: no engine of that name, or an option it does not have.
         SetupError: the engine's package is not installed.
     """
-    if spec.name not in ENGINES:
+    path = spec.name if ":" in spec.name else ENGINES.get(spec.name)
+    if path is None:
         raise RecipeError(
             f"no rollout engine is named {spec.name!r}",
             where="rollout.name",
             remedy=f"choose one of {', '.join(sorted(ENGINES))}",
         )
     check_engine_options(spec.name, spec.engine)
-    module_name, _, attribute = ENGINES[spec.name].partition(":")
+    module_name, _, attribute = path.partition(":")
     factory = getattr(importlib.import_module(module_name), attribute)
     engine: Engine = factory(spec)
     return engine
@@ -154,6 +155,8 @@ def check_engine_options(name: str, options: Mapping[str, Any]) -> None:
     Raises:
         RecipeError: an unknown option. Unsupported: a known one that may not be set here.
     """
+    if ":" in name:  # the user's own engine knows its own options
+        return
     if name != "vllm":
         if options:
             raise RecipeError(

@@ -80,7 +80,7 @@ class RayFleet:
         placement_group, bundles: where; bundle `bundles[i]` holds worker i (all of them anywhere in the group when
             bundles is None; anywhere in the cluster when placement_group is None).
         start_timeout_s, request_timeout_s: after these an engine counts as hung. A request is one publish, or one
-            worker's part of one generate.
+            worker's part of one generate. close_timeout_s: how long `close` waits before it kills.
 
     Raises:
         RecipeError: an engine option that the engine does not have (before any actor is created).
@@ -97,6 +97,7 @@ class RayFleet:
         bundles: Sequence[int] | None = None,
         start_timeout_s: float = 300.0,
         request_timeout_s: float = 1800.0,
+        close_timeout_s: float = 10.0,
     ):
         if workers < 1 or (bundles is not None and len(bundles) != workers):
             raise PlacementError(
@@ -108,6 +109,7 @@ class RayFleet:
         self.metrics: Metrics = {}
         self._start_timeout_s = start_timeout_s
         self._request_timeout_s = request_timeout_s
+        self._close_timeout_s = close_timeout_s
         actor = ray.remote(EngineWorker)
         self._workers: list[Any] = []
         self._starts: list[Any] = []
@@ -123,7 +125,7 @@ class RayFleet:
                     placement_group=placement_group,
                     placement_group_bundle_index=-1 if bundles is None else bundles[index],
                 )
-            worker = actor.options(**options).remote()
+            worker: Any = actor.options(**options).remote()
             self._workers.append(worker)
             self._starts.append(worker.start.remote(spec))
 
@@ -167,11 +169,11 @@ class RayFleet:
         return groups
 
     async def close(self) -> None:
-        """Let every engine shut down, then end its actor. An engine that is dead, or busy for ten seconds, is killed."""
+        """Let every engine shut down, then end its actor; one that is hung or dead is ended without."""
         workers, self._workers, self._starts = self._workers, [], []
         answers = [worker.close.remote() for worker in workers]
         if answers:
-            await asyncio.to_thread(ray.wait, answers, num_returns=len(answers), timeout=10.0)
+            await asyncio.to_thread(ray.wait, answers, num_returns=len(answers), timeout=self._close_timeout_s)
         for worker in workers:
             ray.kill(worker)
 

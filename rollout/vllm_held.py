@@ -49,7 +49,7 @@ def held_adapter(
 
     Raises:
         EngineError: the engine has no such adapter, ignored a module of the file, or holds more than the file has.
-        Unsupported: the file has more than LoRA on linear layers, or adapts a kind of layer whose buffers are not understood.
+        Unsupported: the file has more than LoRA on linear layers, or a layer's buffers are not understood.
     """
     manager: Any = getattr(model, "lora_manager", None)
     if manager is None or adapter_id not in manager.lora_index_to_id:

@@ -1,13 +1,12 @@
 """The vLLM engine against transformers and against itself in another process. Two engines are started here, one after
-the other (adapters, whole weights), and one more in a child process."""
+the other (adapters, whole weights), and one more in a Ray actor."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,8 @@ from align.model.adapters import attach, digest, merged_state, save, use_adapter
 from align.protocols import Group, PromptItem, Publication, Sampling, group_seed
 from align.recipe.schema import Adapter
 from rollout.base import EngineSpec, check_engine_options, make_engine
+from rollout.fleet import RayFleet
+from tests.ray_local import local_ray
 from tests.tiny_models import END_ID, write_tiny_qwen3
 
 TEMPERATURE = 0.7
@@ -236,26 +237,18 @@ def test_long_prompts_shared_by_a_group_give_the_same_bits_again(serving: Any) -
     assert as_json(serving.generate(items, 4, SAMPLING)) == once
 
 
-def test_another_process_gives_the_same_bits(
-    serving: Any, model_folder: Path, first: Publication, tmp_path: Path
-) -> None:
-    child = (
-        "import json, sys\n"
-        "from align.protocols import Publication\n"
-        "from rollout.base import make_engine\n"
-        "from tests.integration.test_vllm_engine import ADAPTER, SAMPLING, as_json, prompts, spec\n"
-        "folder, publication, out = sys.argv[1:]\n"
-        "engine = make_engine(spec(folder, lora_rank=ADAPTER.rank))\n"
-        "engine.publish(Publication(**json.loads(publication)))\n"
-        "json.dump(as_json(engine.generate(prompts(), 8, SAMPLING)), open(out, 'w'))\n"
-        "engine.close()\n"
-    )
-    fields = {name: getattr(first, name) for name in ("version", "kind", "path", "digest", "rank")}
-    out = tmp_path / "out.json"
-    subprocess.run(
-        [sys.executable, "-c", child, str(model_folder), json.dumps(fields), str(out)], check=True, timeout=300
-    )
-    assert json.loads(out.read_text()) == as_json(serving.generate(prompts(), 8, SAMPLING))
+def test_an_engine_in_a_ray_actor_gives_the_same_bits(serving: Any, model_folder: Path, first: Publication) -> None:
+    async def run() -> list[Group]:
+        fleet = RayFleet(spec(model_folder, lora_rank=ADAPTER.rank), 1, cpus=1)
+        try:
+            assert (await fleet.publish(first))["time/publish"] > 0
+            return await fleet.generate(prompts(), 8, SAMPLING)
+        finally:
+            await fleet.close()
+
+    with local_ray():
+        groups = asyncio.run(run())
+    assert as_json(groups) == as_json(serving.generate(prompts(), 8, SAMPLING))
 
 
 def test_a_prompt_that_does_not_fit_is_named(serving: Any) -> None:
