@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from align.actors.cluster import REWARD_CPUS, Cluster, Places, Role, answer, die_with_parent, require_shared
+from align.actors import files
+from align.actors.cluster import REWARD_CPUS, Cluster, Places, Role, answer
 from align.actors.policy import PolicyActor, RayTrainer
 from align.actors.reference import ReferenceActor
 from align.actors.scoring import RayScorer
@@ -209,14 +210,14 @@ class RayBackend:
             return await answer(task.remote(self.token, *arguments), who)
 
     async def write_base(self, model: Model, folder: Path, seed: int) -> None:
-        await self._task(_write_base, "writing the model from scratch", model, folder, seed)
+        await self._task(files.write_base, "writing the model from scratch", model, folder, seed)
 
     async def merge(self, base: Path, adapter: Path, out: Path, *, dtype: str, seed: int) -> Mapping[str, Any]:
-        report: Mapping[str, Any] = await self._task(_merge, "the merge", base, adapter, out, dtype, seed)
+        report: Mapping[str, Any] = await self._task(files.merge, "the merge", base, adapter, out, dtype, seed)
         return report
 
     async def export(self, folder: Path, out: Path, *, format: str, dtype: str) -> Mapping[str, Any]:
-        report: Mapping[str, Any] = await self._task(_export, "the export", folder, out, format, dtype)
+        report: Mapping[str, Any] = await self._task(files.export, "the export", folder, out, format, dtype)
         return report
 
     async def close(self) -> None:
@@ -234,31 +235,3 @@ def engine_dtype(model: Model, rollout: Rollout | None, gpu: bool) -> str:
         if name != "auto":
             return name
     return "bfloat16" if gpu else "float32"
-
-
-def _write_base(token: Path, model: Model, folder: Path, seed: int) -> None:
-    die_with_parent()
-    require_shared(token)
-    from align.model.scratch import write_base
-
-    write_base(model, folder, seed)
-
-
-def _merge(token: Path, base: Path, adapter: Path, out: Path, dtype: str, seed: int) -> dict[str, Any]:
-    die_with_parent()
-    require_shared(token)
-    from align.export.merge import merge
-
-    return _plain(merge(base, adapter, out, dtype=dtype, seed=seed))
-
-
-def _export(token: Path, folder: Path, out: Path, form: str, dtype: str) -> dict[str, Any]:
-    die_with_parent()
-    require_shared(token)
-    from align.export.export import export
-
-    return _plain(export(folder, out, format=form, dtype=dtype))
-
-
-def _plain(report: Any) -> dict[str, Any]:
-    return asdict(report) if is_dataclass(report) and not isinstance(report, type) else dict(report)

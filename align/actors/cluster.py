@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import importlib
 import logging
 import os
 import shutil
@@ -32,19 +33,21 @@ PLACEMENT_LIMIT_S = 30.0
 OBJECT_STORE_BYTES = 512 << 20  # trees, groups and packed batches; weights travel as files
 REWARD_CPUS = 0.01
 _PACKAGES = ("align", "rewards", "rollout")
-_HIDDEN = "align.actors.cluster: another package hides ours"
 
 
 def worker_setup() -> None:
-    """Runs first in every worker: bind our packages before the user's folder can be searched for their names."""
-    import importlib
-
-    ours = Path(__file__).resolve().parents[2]
-    for name in _PACKAGES:
-        module = importlib.import_module(name)
-        found = Path(str(module.__file__)).resolve()
-        if found != ours / name / "__init__.py":
-            raise ImportError(f"{_HIDDEN}: {name!r} is {found}, expected below {ours}; rename or move that file")
+    """Runs first in every worker (and in the driver): bind our packages before a folder of the user's is searched for
+    their names. Raises ImportError where another file has taken one of them already."""
+    ours = str(Path(__file__).resolve().parents[2])
+    sys.path.insert(0, ours)
+    try:
+        for name in _PACKAGES:
+            module = importlib.import_module(name)
+            found = Path(str(module.__file__)).resolve()
+            if found != Path(ours, name, "__init__.py"):
+                raise ImportError(f"the name {name!r} is taken by {found}; rename or move that file")
+    finally:
+        sys.path.remove(ours)
 
 
 def die_with_parent() -> None:

@@ -64,7 +64,7 @@ class Context:
         folder = self.run.stage_folder(stage.id)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"{name}.json", prepared.report.to_json())
-        for line in prepared.report.summary():
+        for line in prepared.report.summary:
             self.report.message(f"{stage.id}: {line}")
         return list(prepared.items)
 

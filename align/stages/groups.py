@@ -8,33 +8,35 @@ from typing import Literal
 
 import numpy as np
 
-from align.data.order import BatchPlan
+from align.data.order import epoch_order
 from align.protocols import Completion, Group, Metrics, PromptItem, ScoreTable, Segment, Tree, group_seed
 
 
 @dataclass(frozen=True)
 class PromptCursor:
-    """The prompts of each turn: arithmetic of (order, turn), so that a checkpoint only needs the turn's number.
+    """The prompts of each turn, epoch after epoch in one stream, so that every turn has `groups` of them.
 
-    order: full batches across epochs. A group id is epoch * rows + row, unique in the stage; its seed is the hash of
-    (run seed, stage, group id).
+    All is arithmetic of (order_seed, turn): a checkpoint only needs the turn's number. A group id is
+    epoch * rows + row, unique in the stage; its seed is the hash of (run seed, stage, group id).
     """
 
     prompts: Sequence[PromptItem]
-    order: BatchPlan
+    groups: int
     run_seed: int
     stage_id: str
+    order_seed: int
 
     def turn(self, step: int) -> list[PromptItem]:
         """Prompts of turn `step`, in order of group id."""
-        ids = sorted(int(epoch) * self.order.n + int(row) for epoch, row in self.order.draws(step))
+        rows, ids = len(self.prompts), []
+        first, end = step * self.groups, (step + 1) * self.groups
+        for epoch in range(first // rows, (end - 1) // rows + 1):
+            begin = epoch * rows
+            order = epoch_order(rows, self.order_seed, epoch)
+            ids += [begin + int(row) for row in order[max(first - begin, 0) : end - begin]]
         return [
-            replace(
-                self.prompts[group_id % self.order.n],
-                group_id=group_id,
-                seed=group_seed(self.run_seed, self.stage_id, group_id),
-            )
-            for group_id in ids
+            replace(self.prompts[i % rows], group_id=i, seed=group_seed(self.run_seed, self.stage_id, i))
+            for i in sorted(ids)
         ]
 
 

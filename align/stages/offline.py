@@ -18,8 +18,8 @@ def offline_turn(trainer: Trainer, trees: Sequence[Tree], order: BatchPlan) -> C
     """The coroutine that performs turn k: one update over its batch, in order of tree id."""
 
     async def turn(step: int) -> Metrics:
-        batch = sorted((trees[row] for row in order.indices(step)), key=lambda tree: tree.id)
-        return await trainer.step(batch, step=step, progress=step / order.total_steps)
+        batch = sorted((trees[row] for row in order.batch(step)), key=lambda tree: tree.id)
+        return await trainer.step(batch, step=step, progress=step / order.total)
 
     return turn
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -20,8 +21,6 @@ from align.stages.offline import offline_evaluation, offline_turn
 from align.stages.online import OnlinePlan, OnlineStage
 from align.stages.rollout_log import RolloutLog
 from align.stages.runfolder import METRICS, cut_metrics
-
-DEFAULT_PAIRS = 32
 
 
 def record_kind(losses: Any) -> str:
@@ -42,24 +41,11 @@ def reward_sets(stage: Any) -> list[tuple[Reward, ...]]:
     return [stage.rewards, own] if own else [stage.rewards]
 
 
-def batch_plan(context: Context, stage: Any, rows: int) -> BatchPlan:
-    """The stage's data order: whole epochs offline, an endless stream of prompts online; one epoch by default."""
-    online = stage.kind == "online"
-    return BatchPlan(
-        n=rows,
-        batch=batch_rows(stage),
-        seed=context.seed(stage.id),
-        epochs=None if stage.steps else (stage.epochs or 1.0),
-        steps=stage.steps,
-        wrap=online,
-    )
-
-
-def batch_rows(stage: Any) -> int:
-    """Rows of a global batch: sequences, pairs, or groups."""
-    batch = stage.batch
-    sizes = (getattr(batch, name, None) for name in ("groups", "pairs", "sequences"))
-    return next((int(size) for size in sizes if size is not None), DEFAULT_PAIRS)
+def online_turns(stage: OnlineSettings, rows: int) -> int:
+    """Turns of an online stage: `steps`, or as many as its epochs (one by default) take, rounded up."""
+    if stage.steps is not None:
+        return stage.steps
+    return max(1, math.ceil((stage.epochs or 1.0) * rows / stage.batch.groups - 1e-9))
 
 
 def needs_of(stage: Any) -> Needs:
@@ -120,13 +106,13 @@ async def run_offline(context: Context, stage: Any) -> StageResult:
     kind = record_kind(stage.loss)
     trees = await context.trees(stage, stage.data, kind, tokenizer)
     held = await context.trees(stage, stage.eval.data, kind, tokenizer, "eval") if stage.eval else []
-    order = batch_plan(context, stage, len(trees))
-    job = trainer_job(context, stage, start, order.total_steps)
+    order = BatchPlan.of(stage, len(trees), context.seed(stage.id))
+    job = trainer_job(context, stage, start, order.total)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(context.backend.places(needs_of(stage)))
         [trainer] = await opened(stack, context.backend.trainer(job))
         context.run.record_processes(context.backend.processes())
-        loop = make_loop(context, stage, start, trainer, order.total_steps)
+        loop = make_loop(context, stage, start, trainer, order.total)
         if held:
             loop.evaluate = offline_evaluation(trainer, held)
         await resumed(context, loop)
@@ -139,8 +125,7 @@ async def run_online(context: Context, stage: OnlineSettings) -> StageResult:
     tokenizer = context.tokenizer(start.base)
     prompts = await context.prompts(stage, stage.data, tokenizer)
     held = await context.prompts(stage, stage.eval.data, tokenizer, "eval") if stage.eval else []
-    order = batch_plan(context, stage, len(prompts))
-    plan = online_plan(stage, order)
+    plan = online_plan(stage, len(prompts))
     job = trainer_job(context, stage, start, plan.total, stage.rollout)
     scorers = [scorer_job(context, stage, rewards, number) for number, rewards in enumerate(reward_sets(stage))]
     async with AsyncExitStack() as stack:
@@ -158,7 +143,7 @@ async def run_online(context: Context, stage: OnlineSettings) -> StageResult:
             trainer=trainer,
             fleet=fleet,
             scorer=judges[0],
-            cursor=PromptCursor(prompts, order, context.recipe.seed, stage.id),
+            cursor=PromptCursor(prompts, stage.batch.groups, context.recipe.seed, stage.id, context.seed(stage.id)),
             publications=context.publications,
             log=RolloutLog(loop.folder / "rollouts"),
             decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
@@ -176,12 +161,12 @@ def scorer_job(context: Context, stage: Any, rewards: tuple[Reward, ...], number
     return ScorerJob(stage.id, rewards, context.recipe_folder, context.recipe.seed, logs, number)
 
 
-def online_plan(stage: OnlineSettings, order: BatchPlan) -> OnlinePlan:
+def online_plan(stage: OnlineSettings, rows: int) -> OnlinePlan:
     rollout = stage.rollout
     return OnlinePlan(
         stage_id=stage.id,
         group_size=stage.batch.group_size,
-        total=order.total_steps,
+        total=online_turns(stage, rows),
         sampling=sampling_of(rollout),
         objectives=stage.objectives,
         truncated=rollout.truncated,

@@ -37,7 +37,7 @@ def make(folder: Path, total: int = 10, **settings) -> tuple[Loop, PlainTrainer,
 
 async def run(loop: Loop) -> StageResult:
     await loop.restore(latest_checkpoint(loop.folder, loop.report))
-    return await loop.run(offline_turn(loop.trainer, TREES, BatchPlan(n=7, batch=3, seed=5, steps=loop.total)))
+    return await loop.run(offline_turn(loop.trainer, TREES, BatchPlan(rows=7, size=3, seed=5, steps=loop.total)))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from align.data.order import BatchPlan
 from align.errors import Unsupported
 from align.protocols import Completion, Group, Sampling, ScoreTable, group_seed
 from align.recipe.schema import Objectives, Save
@@ -43,7 +42,7 @@ class Run:
             trainer=self.trainer,
             fleet=self.fleet,
             scorer=self.scorer,
-            cursor=PromptCursor(PROMPTS, BatchPlan(n=5, batch=3, seed=7, steps=total, wrap=True), 0, "grpo"),
+            cursor=PromptCursor(PROMPTS, 3, 0, "grpo", 7),
             publications=self.publications,
             log=RolloutLog(folder / "grpo" / "rollouts"),
             decode=lambda ids: " ".join(map(str, ids)),

@@ -1,0 +1,37 @@
+"""Work on model files, each in a Ray task of its own: the driver never holds a model's tensors."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from align.actors.cluster import die_with_parent, require_shared
+from align.recipe.schema import Model
+
+
+def write_base(token: Path, model: Model, folder: Path, seed: int) -> None:
+    """Config and weights of a model from scratch beside its tokenizer. token: see `require_shared`, here and below."""
+    die_with_parent()
+    require_shared(token)
+    from align.model import scratch
+
+    scratch.write_base(model, folder, seed)
+
+
+def merge(token: Path, base: Path, adapter: Path, out: Path, dtype: str, seed: int) -> dict[str, Any]:
+    """One plain model folder at `out`; the merge's report as plain numbers."""
+    die_with_parent()
+    require_shared(token)
+    from align.export import merge as module
+
+    return asdict(module.merge(base, adapter, out, dtype=dtype, seed=seed))
+
+
+def export(token: Path, folder: Path, out: Path, form: str, dtype: str) -> dict[str, Any]:
+    """`folder` converted to `form` at `out`; the export's report as plain numbers."""
+    die_with_parent()
+    require_shared(token)
+    from align.export import export as module
+
+    return asdict(module.export(folder, out, format=form, dtype=dtype))
