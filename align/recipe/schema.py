@@ -123,11 +123,17 @@ class Packing(Strict):
 
 
 def _every(value: Any) -> Any:
-    if isinstance(value, str) and value.strip().endswith("%"):
-        share = float(value.strip()[:-1])
+    text = value.strip() if isinstance(value, str) else ""
+    if text.endswith("%"):
+        try:
+            share = float(text[:-1])
+        except ValueError:
+            share = 0.0
         if not 0 < share <= 100:
             raise ValueError(f"a percentage of the stage must be in (0, 100], got {value!r}")
         return f"{share:g}%"
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ValueError(f"give a number of steps or a percentage such as 10%, got {value!r}")
     return value
 
 
@@ -151,7 +157,7 @@ class Eval(Strict):
     data: DataField
     every: Every = "10%"
     at_start: bool = False
-    rewards: tuple[Reward, ...] = ()
+    rewards: RewardField = ()
 
 
 class Reward(Strict):
@@ -171,6 +177,14 @@ class Reward(Strict):
     @property
     def name(self) -> str:
         return self.as_ or self.use.rpartition(":")[2].rpartition(".")[2]
+
+
+def _rewards(value: Any) -> Any:
+    items = value if isinstance(value, list | tuple) else [value]
+    return [{"use": item} if isinstance(item, str) else item for item in items]
+
+
+RewardField = Annotated[tuple[Reward, ...], BeforeValidator(_rewards)]
 
 
 class Objectives(Strict):
@@ -304,7 +318,7 @@ class OnlineStage(TrainStage):
     batch: GroupBatch = GroupBatch()
     staleness: Annotated[int, Field(ge=0)] = 0
     rollout: Rollout = Rollout()
-    rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
+    rewards: Annotated[RewardField, Field(min_length=1)]
     objectives: Objectives = Objectives()
 
 
@@ -314,7 +328,7 @@ class EvaluateStage(StageBase):
     kind: Literal["evaluate"]
     of: tuple[str, ...]
     data: DataField
-    rewards: tuple[Reward, ...] = ()
+    rewards: RewardField = ()
     rollout: Rollout = Rollout(temperature=0.0)
     loss: LossField = (LossTerm(name="sft"),)
     packing: Packing = Packing()

@@ -1,0 +1,230 @@
+"""YAML to plain values that remember their lines.
+
+YAML 1.1, which PyYAML speaks, reads `no` as false, `1e-4` as text, `010` as eight, `1:30` as ninety and `2024-01-01`
+as a date. A recipe means none of these, so scalars are read by the core schema of YAML 1.2 (section 10.3.2): only
+`true` and `false` are booleans, and `1e-4` is a number. Nothing but maps, lists and scalars can be made from a file.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from align.errors import RecipeError
+
+Path_ = tuple[str | int, ...]
+
+_SCALARS = [
+    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("tag:yaml.org,2002:int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        "tag:yaml.org,2002:float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    ("tag:yaml.org,2002:merge", r"<<", "<"),
+]
+
+
+def _use_core_schema(cls: type[yaml.resolver.Resolver]) -> None:
+    cls.yaml_implicit_resolvers = {}
+    for tag, pattern, first in _SCALARS:
+        cls.add_implicit_resolver(tag, re.compile(f"^(?:{pattern})$"), list(first))
+
+
+class _Loader(yaml.SafeLoader):
+    """Only `get_single_node` is used; values are made by `_Builder`, which keeps the lines."""
+
+
+class CoreDumper(yaml.SafeDumper):
+    """Quotes exactly the text that the loader above would not read as text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_use_core_schema(_Loader)
+_use_core_schema(CoreDumper)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that the user must change: where, what, and what to do."""
+
+    what: str
+    where: str | None = None
+    remedy: str | None = None
+    unsupported: bool = False
+
+
+@dataclass
+class Document:
+    """A parsed recipe. `data`: plain dicts, lists and scalars. `lines`: 1-based line of every key and list item, by
+    path. `bases`: the folder that relative paths below a path refer to, longest prefix first (see `base_of`).
+    `sources`: for parts that an override set, its text, shown in place of a line."""
+
+    name: str
+    data: dict[str, Any]
+    folder: Path
+    lines: dict[Path_, int] = field(default_factory=dict)
+    bases: dict[Path_, Path] = field(default_factory=dict)
+    sources: dict[Path_, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def where(self, path: Path_) -> str:
+        """`file:line` of the nearest thing that has a line, or the override that set it."""
+        for length in range(len(path), -1, -1):
+            head = path[:length]
+            if head in self.sources:
+                return f"override `{self.sources[head]}`"
+            if head in self.lines:
+                return f"{self.name}:{self.lines[head]}"
+        return self.name
+
+    def called(self, path: Path_) -> str:
+        """The dotted name of a path, stages by their ids, as an override would address it."""
+        steps = [str(step) for step in path]
+        if len(path) > 1 and path[0] == "stages" and isinstance(path[1], int):
+            stages = self.data.get("stages")
+            stage = stages[path[1]] if isinstance(stages, list) and path[1] < len(stages) else None
+            steps[1] = str(stage.get("id", path[1])) if isinstance(stage, dict) else steps[1]
+        return ".".join(steps)
+
+    def base_of(self, path: Path_) -> Path:
+        for length in range(len(path), -1, -1):
+            if path[:length] in self.bases:
+                return self.bases[path[:length]]
+        return self.folder
+
+
+class _Builder:
+    """Nodes to values. Duplicate keys are collected as problems that name both lines."""
+
+    def __init__(self, document: Document):
+        self.document = document
+
+    def build(self, node: yaml.Node, path: Path_) -> Any:
+        self.document.lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, path)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.build(child, (*path, i)) for i, child in enumerate(node.value)]
+        return self._scalar(node, path)
+
+    def _mapping(self, node: yaml.MappingNode, path: Path_) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        merged: list[yaml.Node] = []
+        seen: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                merged += value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
+                continue
+            key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else None
+            if key is None:
+                self._problem("a key must be a word, not a list or a map", line)
+            elif key in seen:
+                self._problem(
+                    f"key `{key}` stands twice, first at line {seen[key]}",
+                    line,
+                    "keep one: a second would win silently",
+                )
+            else:
+                seen[key] = line
+                self.document.lines[(*path, key)] = line
+                values[key] = self.build(value_node, (*path, key))
+        for source in merged:
+            if not isinstance(source, yaml.MappingNode):
+                self._problem("`<<` needs a map, or a list of maps", source.start_mark.line + 1)
+                continue
+            values = {**self.build(source, path), **values}
+        return values
+
+    def _scalar(self, node: yaml.Node, path: Path_) -> Any:
+        text, tag = node.value, node.tag.removeprefix("tag:yaml.org,2002:")
+        if tag == "str":
+            return text
+        if tag == "bool":
+            return text.lower() == "true"
+        if tag == "null":
+            return None
+        if tag == "int":
+            return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+        if tag == "float":
+            return float(re.sub(r"\.(inf|nan)", r"\1", text.lower()))
+        self._problem(
+            f"tag `{node.tag}` is not used in recipes", node.start_mark.line + 1, "write a plain value, list or map"
+        )
+        return text
+
+    def _problem(self, what: str, line: int, remedy: str | None = None) -> None:
+        self.document.problems.append(Problem(what, f"{self.document.name}:{line}", remedy))
+
+
+def parse(text: str, name: str, folder: Path) -> Document:
+    """Parse one YAML document.
+
+    Raises RecipeError where the text is no YAML, or no map; duplicate keys are left in `problems`.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{name}:{mark.line + 1}" if mark else name
+        raise RecipeError(f"not valid YAML: {_yaml_words(error)}", where=place, remedy=_yaml_remedy(error)) from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"not valid YAML: {error}", where=name) from None
+    except RecursionError:
+        raise RecipeError("nested too deeply", where=name) from None
+    finally:
+        loader.dispose()
+    if node is None:
+        raise RecipeError("the recipe is empty", where=name, remedy="it needs at least name, model and stages")
+    if not isinstance(node, yaml.MappingNode):
+        place = f"{name}:{node.start_mark.line + 1}"
+        raise RecipeError("a recipe is a map of keys (name, model, stages, ...)", where=place)
+    document = Document(name, {}, folder)
+    document.data = _Builder(document).build(node, ())
+    return document
+
+
+def parse_value(text: str) -> Any:
+    """The value of an override, by the same rules. Raises yaml.YAMLError where it is no YAML."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+    finally:
+        loader.dispose()
+    if node is None:
+        return None
+    document = Document("override", {}, Path())
+    value = _Builder(document).build(node, ())
+    if document.problems:
+        raise yaml.YAMLError(document.problems[0].what)
+    return value
+
+
+def dump(value: Any) -> str:
+    """YAML that `parse` reads back as the same value."""
+    return yaml.dump(value, Dumper=CoreDumper, sort_keys=False, allow_unicode=True, width=120, default_flow_style=False)
+
+
+def _yaml_words(error: yaml.MarkedYAMLError) -> str:
+    return "; ".join(part for part in (error.context, error.problem) if part)
+
+
+def _yaml_remedy(error: yaml.MarkedYAMLError) -> str | None:
+    problem = error.problem or ""
+    if "\\t" in problem or "'\\t'" in problem:
+        return "indent with spaces, not tabs"
+    if "mapping values are not allowed" in problem:
+        return "put text that contains `: ` in quotes, and check the indentation"
+    if "undefined alias" in problem or "expected alphabetic" in problem:
+        return "put text that begins with `*` or `&` in quotes"
+    return None

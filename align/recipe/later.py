@@ -1,0 +1,42 @@
+"""What the grammar plans and this version does not build: understood, and refused with a way round."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from align.recipe.document import Path_
+
+
+class Later(NamedTuple):
+    what: str
+    remedy: str
+
+
+_NOT_YET = "not offered by this version"
+_VALUES: dict[tuple[str, Any], Later] = {
+    ("kind", "classify"): Later(_NOT_YET, "offered kinds: sft, preference, online, evaluate, merge, export"),
+    ("kind", "reward_model"): Later(_NOT_YET, "score with a reward plugin in an online stage, `rewards: [{use: ...}]`"),
+    ("reference", "cached"): Later(_NOT_YET, "use `reference: start`: it shares the policy's weights"),
+    ("combine", "lagrangian"): Later(_NOT_YET, "use `combine: weighted_sum` or `combine: decoupled`"),
+    ("combine", "chebyshev"): Later(_NOT_YET, "use `combine: weighted_sum` or `combine: decoupled`"),
+    ("combine", "hypervolume"): Later(_NOT_YET, "use `combine: weighted_sum` or `combine: decoupled`"),
+    ("format", "gguf"): Later(_NOT_YET, "use `format: safetensors` and convert the folder with llama.cpp"),
+    ("schedule", "wsd"): Later(_NOT_YET, "use cosine, linear or constant"),
+}
+_KEYS: dict[tuple[str, str], Later] = {
+    ("objectives", "constraints"): Later(_NOT_YET, "give the objective a weight instead"),
+    ("objectives", "gates"): Later(_NOT_YET, "gate inside the reward: return None where it does not apply"),
+    ("objectives", "schedule"): Later(_NOT_YET, "weights are constant; split the stage in two with `from:`"),
+    ("batch", "tokens"): Later(_NOT_YET, "`batch` counts examples; `packing.max_tokens` bounds memory"),
+}
+
+
+def later_value(path: Path_, value: Any) -> Later | None:
+    if not path or not isinstance(value, str):
+        return None
+    return _VALUES.get((str(path[-1]), value))
+
+
+def later_key(path: Path_) -> Later | None:
+    parents = [step for step in path if isinstance(step, str)]
+    return _KEYS.get((parents[-2], parents[-1])) if len(parents) > 1 else None

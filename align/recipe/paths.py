@@ -1,0 +1,102 @@
+"""Paths of a recipe made absolute: relative to the recipe's file, or to the working directory for an override.
+
+A name that could be a hub id stays as it is unless something of that name is there: `path: org/name` is a folder where
+such a folder exists, and a hub id otherwise. What plainly is a file (`data/x.jsonl`, `./x`, `x.py:function`) is made
+absolute even where it is missing, so that the error names the place that was looked at.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from align.recipe.document import Document, Path_
+
+DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".txt")
+
+
+def absolutise(document: Document) -> None:
+    """Rewrite every path of the document's data in place. Values of a wrong type are left for validation to name."""
+    data = document.data
+    for path, kind in _places(data):
+        holder = _get(data, path[:-1])
+        value = holder[path[-1]]
+        if isinstance(value, str) and value:
+            holder[path[-1]] = _absolute(value, document.base_of(path), kind)
+    if isinstance(data.get("output"), str):
+        data["output"] = _join(data["output"], document.base_of(("output",)))
+
+
+def _absolute(value: str, base: Path, kind: str) -> str:
+    head, colon, attribute = value.rpartition(":")
+    if colon and head.endswith(".py"):
+        return f"{_join(head, base)}:{attribute}"
+    if kind == "plugin":  # a bare name or a dotted path
+        return value
+    if _plainly_a_file(value, kind) or Path(_join(value, base)).exists():
+        return _join(value, base)
+    return value
+
+
+def _plainly_a_file(value: str, kind: str) -> bool:
+    if value.startswith(("/", "./", "../", "~")) or value in (".", ".."):
+        return True
+    if kind == "template":
+        return "{" not in value  # a template file; text with braces is the template itself
+    return kind == "data" and value.lower().endswith(DATA_SUFFIXES)
+
+
+def _join(value: str, base: Path) -> str:
+    return os.path.normpath(base / Path(value).expanduser())
+
+
+def _places(data: dict[str, Any]) -> Iterator[tuple[Path_, str]]:
+    """Every place of the grammar that holds a path: (where, data | model | template | plugin)."""
+    model = data.get("model")
+    if isinstance(model, dict):
+        for key, kind in (("path", "model"), ("adapter", "model"), ("chat_template", "template")):
+            if key in model:
+                yield ("model", key), kind
+        yield from _data_places(model.get("tokenizer"), "train_on", ("model", "tokenizer"))
+    stages = data.get("stages")
+    for i, stage in enumerate(stages if isinstance(stages, list) else []):
+        if not isinstance(stage, dict):
+            continue
+        here: Path_ = ("stages", i)
+        yield from _data_places(stage, "data", here)
+        yield from _reward_places(stage, here)
+        if isinstance(stage.get("eval"), dict):
+            yield from _data_places(stage["eval"], "data", (*here, "eval"))
+            yield from _reward_places(stage["eval"], (*here, "eval"))
+        if isinstance(stage.get("reference"), dict):
+            for key in ("path", "adapter"):
+                if key in stage["reference"]:
+                    yield (*here, "reference", key), "model"
+
+
+def _data_places(holder: Any, key: str, path: Path_) -> Iterator[tuple[Path_, str]]:
+    yield from ((place, "data") for place in _listed(holder, key, "path", path))
+
+
+def _listed(holder: Any, key: str, inner: str, path: Path_) -> Iterator[Path_]:
+    """Places of text in `key`: text, a map with `inner`, or a list of these."""
+    value = holder.get(key) if isinstance(holder, dict) else None
+    here: Path_ = (*path, key)
+    items = [(here, value)] if not isinstance(value, list) else [((*here, i), v) for i, v in enumerate(value)]
+    for place, item in items:
+        if isinstance(item, str):
+            yield place
+        elif isinstance(item, dict) and inner in item:
+            yield (*place, inner)
+
+
+def _reward_places(holder: dict[str, Any], path: Path_) -> Iterator[tuple[Path_, str]]:
+    yield from ((place, "plugin") for place in _listed(holder, "rewards", "use", path))
+
+
+def _get(data: Any, path: Path_) -> Any:
+    for step in path:
+        data = data[step]
+    return data

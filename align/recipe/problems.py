@@ -1,0 +1,183 @@
+"""pydantic's errors in the words of a recipe: file:line, key, value, nearest key, and the words of peers."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from align.errors import RecipeError, Unsupported
+from align.recipe import grammar
+from align.recipe.document import Document, Path_, Problem
+from align.recipe.later import later_key, later_value
+from align.recipe.peers import translate
+from align.recipe.schema import Recipe
+
+_WRONG_TYPE = ("_type", "_parsing", "_from_float", "literal_error", "int_parsing_size")
+
+
+def raise_problems(problems: Sequence[Problem], name: str) -> None:
+    """One error for all of them. Does nothing where there are none."""
+    if not problems:
+        return
+    problems = sorted(problems, key=lambda p: _line(p.where))
+    kind = Unsupported if all(p.unsupported for p in problems) else RecipeError
+    if len(problems) == 1:
+        only = problems[0]
+        raise kind(only.what, where=only.where, remedy=only.remedy)
+    lines = [str(RecipeError(p.what, where=p.where, remedy=p.remedy)) for p in problems]
+    raise kind(f"{len(problems)} problems\n" + "\n".join(lines), where=name)
+
+
+def _line(where: str | None) -> int:
+    line = (where or "").rpartition(":")[2]
+    return int(line) if line.isdigit() else 0
+
+
+def from_validation(error: ValidationError, document: Document) -> list[Problem]:
+    """All problems that pydantic found, each once, in the order of the file."""
+    problems: dict[tuple[Path_, str], Problem] = {}
+    for detail in error.errors():
+        path, raw, annotation = grammar.locate(detail["loc"], document.data)
+        if _other_branch(detail, raw):
+            continue
+        problem = _problem(detail, path, raw, annotation, document)
+        problems.setdefault((path, problem.what), problem)
+    return list(problems.values())
+
+
+def booleans(document: Document) -> list[Problem]:
+    """Problems that pydantic does not see: true or false where a number belongs."""
+    return [
+        Problem(
+            f"`{document.called(path)}`: expected {grammar.words(expected)}, got {_show(_value(document.data, path))}",
+            document.where(path),
+        )
+        for path, expected in grammar.misplaced_booleans(document.data)
+    ]
+
+
+def unknown_key(path: Path_, model: Any, document: Document) -> Problem:
+    """An unknown key: what it is called here, or the nearest, or all that may stand there."""
+    key, parent = str(path[-1]), document.called(path[:-1])
+    place = f"in `{parent}`" if parent else "at the top of a recipe"
+    value = _show(_value(document.data, path))
+    what = f"unknown key `{key}` {place} (value {value})"
+    later = later_key(path)
+    if later:
+        return Problem(f"`{key}` {place}: {later.what}", document.where(path), later.remedy, unsupported=True)
+    return Problem(what, document.where(path), _remedy_for_key(key, model))
+
+
+def _remedy_for_key(key: str, model: Any) -> str:
+    keys = grammar.keys_of(model) if grammar.is_model(model) else {}
+    said: list[str] = []
+    nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.75)
+    if nearest:
+        said.append(f"did you mean `{nearest[0]}`?")
+    peer = translate(key)
+    if peer:
+        said.append(peer)
+    if not said:
+        below = [f"{name}.{key}" for name, kind in keys.items() if key in _keys_below(kind)]
+        said += [f"`{key}` is `{below[0]}`"] if below else []
+    if not said:
+        kinds = [kind for kind, stage in grammar.stage_models().items() if key in grammar.keys_of(stage)]
+        if kinds and model is not Recipe:
+            said.append(f"`{key}` belongs to a stage of kind {' or '.join(kinds)}")
+        elif kinds:
+            said.append(f"`{key}` stands in a stage, below `stages`")
+        elif key in grammar.keys_of(Recipe):
+            said.append(f"`{key}` stands at the top of the recipe")
+    if not said:
+        said.append("keys here: " + ", ".join(keys))
+    return "; ".join(said)
+
+
+def _keys_below(annotation: Any) -> dict[str, Any]:
+    chosen = grammar.choose(annotation, {})
+    if not grammar.is_model(chosen):
+        chosen = grammar.choose(grammar.descend(chosen, 0, []), {})
+    return grammar.keys_of(chosen) if grammar.is_model(chosen) else {}
+
+
+def _other_branch(detail: ErrorDetails, raw: Any) -> bool:
+    """Whether this is the complaint of a union's member that the value plainly is not."""
+    last = str(detail["loc"][-1]) if detail["loc"] else ""
+    if isinstance(raw, dict) and last.startswith(("literal[", "str", "int")) and detail["type"] != "extra_forbidden":
+        return last not in raw
+    return isinstance(raw, list) and last == "str"
+
+
+def _problem(detail: ErrorDetails, path: Path_, raw: Any, annotation: Any, document: Document) -> Problem:
+    kind, name = detail["type"], document.called(path)
+    where = document.where(path)
+    if kind == "extra_forbidden":
+        _, parent_raw, parent = grammar.locate(detail["loc"][:-1], document.data)
+        return unknown_key(path, grammar.choose(parent, parent_raw), document)
+    if kind == "missing":
+        place = f" in `{document.called(path[:-1])}`" if len(path) > 1 else ""
+        return Problem(f"`{path[-1]}` is missing{place}", document.where(path[:-1]), f"add `{path[-1]}: ...`")
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return _stage_kind(path, raw, document)
+    later = later_value(path, raw)
+    if later:
+        return Problem(f"`{name}: {raw}`: {later.what}", where, later.remedy, unsupported=True)
+    if kind == "string_pattern_mismatch":
+        return Problem(
+            f"`{name}` names a folder and is {_show(raw)}",
+            where,
+            "use letters, digits, `-` and `_`, beginning with a letter or digit",
+        )
+    if kind in ("value_error", "assertion_error"):
+        said = detail["msg"].partition(", ")[2]
+        return Problem(f"`{name}`: {said}" if name else said, where)
+    if kind == "too_short":
+        return Problem(f"`{name}` is empty", where, "it needs at least one entry")
+    if kind.endswith(_WRONG_TYPE):
+        remedy = _nearest_choice(annotation, raw)
+        if isinstance(raw, (int, float)) and "text" in grammar.words(annotation):
+            remedy = f"put it in quotes: '{raw}'"
+        return Problem(f"`{name}`: expected {grammar.words(annotation)}, got {_show(raw)}", where, remedy)
+    said = detail["msg"].replace("Input should be", "must be")
+    return Problem(f"`{name}` {said}, got {_show(raw)}", where)
+
+
+def _stage_kind(path: Path_, raw: Any, document: Document) -> Problem:
+    kinds = list(grammar.stage_models())
+    given = raw.get("kind") if isinstance(raw, dict) else None
+    called = f" in `{document.called(path)}`"
+    if given is None:
+        return Problem(f"`{document.called(path)}` has no `kind`", document.where(path), "kinds: " + ", ".join(kinds))
+    where = document.where((*path, "kind"))
+    later = later_value((*path, "kind"), given)
+    if later:
+        return Problem(f"`kind: {given}`{called}: {later.what}", where, later.remedy, unsupported=True)
+    near = difflib.get_close_matches(str(given), kinds, n=1)
+    remedy = (f"did you mean `{near[0]}`? " if near else "") + "kinds: " + ", ".join(kinds)
+    return Problem(f"`kind: {given}`{called} is no stage kind", where, remedy)
+
+
+def _nearest_choice(annotation: Any, raw: Any) -> str | None:
+    expected = grammar.words(annotation).split(" or ")
+    near = difflib.get_close_matches(str(raw), expected, n=1)
+    return f"did you mean `{near[0]}`?" if near and near[0] != str(raw) else None
+
+
+def _value(data: Any, path: Path_) -> Any:
+    for step in path:
+        holder: Any = data
+        data = holder[step] if isinstance(holder, list | dict) else None
+    return data
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
