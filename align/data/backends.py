@@ -86,8 +86,8 @@ _QWEN3_5 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_END_OF_TEXT = {name: "<|endoftext|>" for name in ("unk_token", "eos_token", "pad_token")}
-_GPT2_TOKENS = {name: "<|endoftext|>" for name in ("unk_token", "bos_token", "eos_token")}
+_END_OF_TEXT = dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>")
+_GPT2_TOKENS = dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>")
 
 
 def _types(names: str) -> frozenset[str]:

@@ -24,9 +24,10 @@ from align.data.audit import DataReport, Refusal, SourceReport, refusal_error
 from align.data.formats import FIELDS, LAYOUTS
 from align.data.formats.base import Layout, choose, refuse_media
 from align.data.order import epoch_order
+from align.data.readers import Row
 from align.data.records import Kind, Prompt, Record, RowError, check
 from align.data.render import Encoded, Tokens, draft, encode, fit
-from align.data.sources import Opened, Row, apply_columns, open_source
+from align.data.sources import Opened, apply_columns, open_source
 from align.data.tokenizer import ChatTokenizer
 from align.errors import DataError
 from align.protocols import PromptItem, Segment, Tree

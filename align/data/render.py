@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -185,16 +186,17 @@ def _incremental_spans(
         upto = text if k + 1 == len(messages) else tokenizer.render(dicts[: k + 1], False, tools)
         if not upto.startswith(before):
             raise _not_a_prefix(tokenizer, before, upto, f"what comes before turn {k}", f"the same with turn {k}")
-        if not text.startswith(upto):
+        end = _end_of_turn(tokenizer, upto)
+        if not text.startswith(upto[:end]):
             raise _not_a_prefix(tokenizer, upto, text, f"the messages up to turn {k}", "the whole conversation")
-        spans.append((len(before), _end_of_turn(tokenizer, upto, len(before))))
+        spans.append((len(before), end))
     return spans
 
 
-def _end_of_turn(tokenizer: ChatTokenizer, text: str, start: int) -> int:
-    """Where the turn that ends `text` ends: behind its end-of-turn token, without the newline that follows it."""
-    body = text[start:].rstrip()
-    return start + len(body) if body.endswith(tuple(tokenizer.special)) else len(text)
+def _end_of_turn(tokenizer: ChatTokenizer, text: str) -> int:
+    """Where the turn that ends `text` ends: behind its end-of-turn token, before what the template adds to it."""
+    scored, rest = tokenizer.turn_ending
+    return len(text) - len(rest) if text.endswith(scored + rest) else len(text)
 
 
 def _not_a_prefix(tokenizer: ChatTokenizer, shorter: str, longer: str, one: str, other: str) -> RowError:
@@ -214,7 +216,7 @@ def _not_a_prefix(tokenizer: ChatTokenizer, shorter: str, longer: str, one: str,
 def encode(drafts: Sequence[Draft], tokenizer: ChatTokenizer) -> list[Encoded | RowError]:
     """Token ids of many drafts, in one call of the tokenizer. A row that cannot be encoded is its RowError."""
     if tokenizer.marks_start:
-        return [_encode_whole(d, tokenizer) for d in drafts]
+        return _encode_whole(drafts, tokenizer)
     texts = [p.text for d in drafts for pieces in (d.trunk, *d.branches) for p in pieces]
     ids = iter(tokenizer.encode_batch(texts))
     out: list[Encoded | RowError] = []
@@ -266,27 +268,45 @@ def _tokens(pieces: list[tuple[list[int], bool]]) -> Tokens:
     return Tokens(ids, mask.astype(bool))
 
 
-def _encode_whole(d: Draft, tokenizer: ChatTokenizer) -> Encoded | RowError:
+def _encode_whole(drafts: Sequence[Draft], tokenizer: ChatTokenizer) -> list[Encoded | RowError]:
     """For tokenizers that mark the start of their input: every beginning must be a token prefix of the next."""
-    segments: list[list[tuple[list[int], bool]]] = []
-    head, head_ids = "", list[int]()
-    for pieces in (d.trunk, *d.branches):
-        text, ids, parts = head, head_ids, list[tuple[list[int], bool]]()
-        for piece in pieces:
-            text += piece.text
-            longer = tokenizer.encode(text, add_special_tokens=False)
-            if longer[: len(ids)] != ids:
-                n = next(i for i, (x, y) in enumerate(zip(ids, longer, strict=False)) if x != y)
-                return RowError(
-                    f"token {n} of the prompt, {tokenizer.token(ids[n])}, becomes {tokenizer.token(longer[n])} when "
-                    "the completion follows; move the space or newline between them into the prompt or out of it"
-                )
-            parts.append((longer[len(ids) :], piece.scored))
-            ids = longer
-        if not segments:
-            head, head_ids = text, ids
-        segments.append(parts)
-    return _assemble(d, segments, tokenizer)
+    texts = [text for d in drafts for beginnings in _beginnings(d) for text in beginnings]
+    ids = iter(tokenizer.encode_batch(texts))
+    out: list[Encoded | RowError] = []
+    for d in drafts:
+        encoded = [[next(ids) for _ in beginnings] for beginnings in _beginnings(d)]
+        try:
+            segments, head = [], list[int]()
+            for pieces, wholes in zip((d.trunk, *d.branches), encoded, strict=True):
+                segments.append(_differences(pieces, head, wholes, tokenizer))
+                head = encoded[0][-1]
+            out.append(_assemble(d, segments, tokenizer))
+        except RowError as e:
+            out.append(e)
+    return out
+
+
+def _beginnings(d: Draft) -> list[list[str]]:
+    """Per segment, the text from the record's start up to the end of each piece."""
+    trunk = list(accumulate(p.text for p in d.trunk))
+    return [trunk, *([trunk[-1] + text for text in accumulate(p.text for p in b)] for b in d.branches)]
+
+
+def _differences(
+    pieces: Sequence[Piece], head: list[int], wholes: list[list[int]], tokenizer: ChatTokenizer
+) -> list[tuple[list[int], bool]]:
+    parts = []
+    for piece, whole in zip(pieces, wholes, strict=True):
+        if whole[: len(head)] != head:
+            n = next((i for i, (x, y) in enumerate(zip(head, whole, strict=False)) if x != y), len(whole))
+            after = tokenizer.token(whole[n]) if n < len(whole) else "nothing"
+            raise RowError(
+                f"token {n}, {tokenizer.token(head[n])}, becomes {after} when the completion follows, so the prompt's "
+                "tokens are undefined; begin or end the completion differently (a space or newline often does it)"
+            )
+        parts.append((whole[len(head) :], piece.scored))
+        head = whole
+    return parts
 
 
 # ------------------------------------------------------------------------------------------------- lengths

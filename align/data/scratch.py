@@ -12,7 +12,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from align.data.sources import Row, apply_columns, open_source
+from align.data.readers import Row
+from align.data.sources import apply_columns, open_source
 from align.data.template import CHATML
 from align.errors import DataError
 from align.recipe.schema import TokenizerFromScratch

@@ -17,10 +17,9 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from align.data.backends import class_of, rebuild
+from align.data.records import RowError
 from align.data.template import NAMED, ChatTemplate, Span
 from align.errors import ModelError
-
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class ChatTokenizer:
@@ -47,8 +46,9 @@ class ChatTokenizer:
         self.pad_id = self._id("pad_token")
         self.eos_id = self._id("eos_token")
         self.eos_ids = tuple(sorted({*eos_ids, *(() if self.eos_id is None else (self.eos_id,))}))
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.special = frozenset(t.content for t in backend.get_added_tokens_decoder().values() if t.special)
+        added = backend.get_added_tokens_decoder()
+        self.vocab_size = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
+        self.special = frozenset(t.content for t in added.values() if t.special)
 
     def _id(self, name: str) -> int | None:
         text = self.named_tokens.get(name)
@@ -126,6 +126,24 @@ class ChatTokenizer:
         return self.encode(self.render(messages, add_generation_prompt, tools), add_special_tokens=False)
 
     @cached_property
+    def turn_ending(self) -> tuple[str, str]:
+        """What the template writes behind an assistant's content: (scored, not scored).
+
+        Scored is all up to the first special token, the end of the turn; behind it stand a newline or, in templates
+        that write a generation prompt unasked (Llama 3's first), the next header. ("", "") where a probe conversation
+        does not show it.
+        """
+        probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "the-answer"}]
+        try:
+            text = self.render(probe)
+        except RowError:
+            return "", ""
+        tail = text.rpartition("the-answer")[2]
+        ends = [at + len(token) for token in self.special if (at := tail.find(token)) >= 0]
+        end = min(ends, default=len(tail))
+        return tail[:end], tail[end:]
+
+    @cached_property
     def fingerprint(self) -> str:
         parts: list[Any] = [self.backend.to_str(), self.named_tokens, self.eos_ids]
         if self.template is not None:
@@ -162,7 +180,7 @@ def load_tokenizer(
     # add_bos_token and add_eos_token of the config do not count beside a tokenizer.json: its post-processor decides
     chosen = class_of(config, model_config)
     rebuild(backend, chosen, config)
-    named = {**(chosen.defaults if chosen else {}), **_special_tokens(folder, config)}
+    named = _special_tokens(folder, config, chosen.defaults if chosen else {})
     _add_tokens(backend, config, named)
     source, where = _template_source(folder, config, chat_template)
     template = None
@@ -203,12 +221,17 @@ def _content(token: Any) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Named special tokens; special_tokens_map.json counts only where the config has no added_tokens_decoder."""
-    values = dict(config)
+def _special_tokens(folder: Path, config: Mapping[str, Any], defaults: Mapping[str, str]) -> dict[str, str]:
+    """Named special tokens (any `*_token`; null removes a default of the class).
+
+    special_tokens_map.json counts only where the config has no added_tokens_decoder.
+    """
+    values = {**defaults, **config}
     if "added_tokens_decoder" not in config:
         values.update(_read_json(folder / "special_tokens_map.json"))
-    found = {name: _content(values.get(name)) for name in _NAMED_TOKENS}
+    extra = values.get("extra_special_tokens")
+    values.update(extra if isinstance(extra, dict) else {})
+    found = {name: _content(value) for name, value in values.items() if name.endswith("_token")}
     return {name: text for name, text in found.items() if text is not None}
 
 

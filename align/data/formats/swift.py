@@ -55,7 +55,8 @@ def _rejected_response(row: Row) -> Pair:
 def _rejected_messages(row: Row) -> Pair:
     chosen = _with_system(row, read_messages(row["messages"]))
     rejected = _with_system(row, read_messages(row["rejected_messages"], "rejected_messages"))
-    return Pair(*split_common(chosen, rejected), tools_of(row), weight_of(row))  # type: ignore[misc, arg-type]
+    prompt, chosen_rest, rejected_rest = split_common(chosen, rejected)
+    return Pair(prompt, chosen_rest, rejected_rest, tools_of(row), weight_of(row))
 
 
 def _labelled(column: str) -> Callable[[Row], Unpaired]:

@@ -11,8 +11,6 @@ makes a text prompt conversational (system turn, user turn), and so does a promp
 
 from __future__ import annotations
 
-import os
-
 from align.data.formats.base import Layout, Row, label_of, optional_text, text_of, tools_of, weight_of
 from align.data.formats.openai import read_messages
 from align.data.records import Conversation, Message, Pair, Prompt, RowError, Text, Unpaired, prompt_from
@@ -81,7 +79,10 @@ def split_common(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
     if chosen == rejected:
         raise RowError("chosen and rejected are the same")
     if isinstance(chosen, str) and isinstance(rejected, str):
-        n = len(os.path.commonprefix([chosen, rejected]))
+        n = next(
+            (i for i, (x, y) in enumerate(zip(chosen, rejected, strict=False)) if x != y),
+            min(len(chosen), len(rejected)),
+        )
         # As in TRL's extract_prompt: a space between prompt and completion belongs to the completion's first token.
         n -= 1 if n and chosen[n - 1] == " " else 0
         if n == 0:
