@@ -118,7 +118,7 @@ def inject(model: Any, config: LoraConfig, name: str = DEFAULT) -> PeftModel:
                 where="adapter.targets",
                 remedy="leave it out; a LoRA on the output head is offered",
             )
-    return peft.eval()  # type: ignore[no-any-return]
+    return peft.eval()
 
 
 def fresh_config(model: Any, adapter: Adapter) -> LoraConfig:
@@ -143,7 +143,7 @@ def fresh_config(model: Any, adapter: Adapter) -> LoraConfig:
     alpha = int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha
     return LoraConfig(
         r=adapter.rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_alpha=alpha,
         lora_dropout=adapter.dropout,
         target_modules=_resolve_targets(model, adapter.targets, linear),
         exclude_modules=sorted(adapter.exclude) or None,
@@ -249,7 +249,7 @@ def _config_of(folder: Path, use: str) -> LoraConfig:
     refuse_beyond_lora(read_adapter_config(folder), folder, use)
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = False
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def _check_agrees(model: Any, adapter: Adapter, config: LoraConfig, folder: Path) -> None:

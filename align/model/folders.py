@@ -75,7 +75,7 @@ def written_aside(folder: Path, what: str = "model") -> Iterator[Path]:
 
 
 def flush(folder: Path) -> None:
-    """Have the disk hold every file below `folder`: a rename may otherwise survive a crash that its content does not."""
+    """Have the disk hold every file below `folder`: a rename may survive a crash that its content does not."""
     for path in sorted(folder.rglob("*")):
         sync_path(path)
     sync_path(folder)

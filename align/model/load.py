@@ -76,7 +76,7 @@ def load_model(
     model.config.use_cache = False
     model.eval()
     model.to(device)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def check_folder(folder: Path) -> None:

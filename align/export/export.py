@@ -1,0 +1,222 @@
+"""A plain model folder for others to load, proved by loading it: in plain transformers and in the engine.
+
+Each proof runs in a child process with a time limit and compares log-probabilities of the same random tokens. An
+engine that is not installed is reported as not checked; one that is and cannot load the folder fails the export.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+import align
+from align.errors import ExportError, ModelError, Unsupported
+from align.export.checkpoint import open_checkpoint, rewrite, verify
+from align.export.compare import BOUNDS, random_tokens
+from align.export.load_probe import plain_logps
+from align.model.adapter_config import CONFIG as ADAPTER_CONFIG
+from align.model.folders import copy_all_but_weights, require_free, written_aside
+from align.model.load import resolve_dtype
+from align.model.weights import edit_config
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("safetensors",)
+ENGINES = ("vllm",)
+REPORT = "export_report.json"
+TIME_LIMIT_S = 900.0
+
+
+@dataclass(frozen=True)
+class LoadCheck:
+    """status: "proved", or "not checked" where the loader is not installed (message says why).
+
+    mean_difference, max_difference: of log-probabilities of the same tokens in nats: for plain transformers against
+    the source folder, for an engine against plain transformers on the exported folder; both in float32 where the
+    engine computes in it. bound: on the mean, and in float32 on the largest.
+    """
+
+    loader: str
+    status: Literal["proved", "not checked"]
+    seconds: float
+    mean_difference: float | None = None
+    max_difference: float | None = None
+    bound: float | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was exported and which loaders took it."""
+
+    source: str
+    out: str
+    format: str
+    dtype: str
+    tensors: int
+    bytes: int
+    files: tuple[str, ...]
+    checks: tuple[LoadCheck, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def export(
+    folder: Path,
+    out: Path,
+    *,
+    format: str = "safetensors",
+    dtype: str = "auto",
+    seed: int = 0,
+    time_limit_s: float = TIME_LIMIT_S,
+    engines: tuple[str, ...] = ENGINES,
+) -> ExportReport:
+    """Write the plain model in `folder` to the new folder `out` in `format` and `dtype`, proved by loading it.
+
+    dtype: "auto" keeps the stored one. engines: rollout engines that must load it, where they are installed.
+    Besides the model, `out` gets export_report.json.
+
+    Raises UserError where `out` holds files, ModelError or Unsupported where `folder` cannot be exported, ExportError
+    where a loader fails, takes longer than `time_limit_s` seconds, or computes something else; nothing is left then.
+    """
+    started = time.perf_counter()
+    folder, out = Path(folder), Path(out)
+    if format not in FORMATS:
+        raise Unsupported(f"export format {format!r}", where="format", remedy=f"choose one of {', '.join(FORMATS)}")
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ModelError("this is an adapter, not a whole model", where=folder, remedy="merge it first")
+    require_free(out, "export")
+    source = open_checkpoint(folder)
+    written = source.dtype if dtype == "auto" else resolve_dtype(dtype, "cpu")
+    with written_aside(out, "export") as aside:
+        size = rewrite(source, aside, written, {})
+        files = copy_all_but_weights(folder, aside)
+        edit_config(aside / "config.json", written)
+        count = verify(source, aside, written, {})
+        checks = prove_loading(folder, aside, written, seed, time_limit_s, engines)
+        report = ExportReport(
+            source=str(folder),
+            out=str(out),
+            format=format,
+            dtype=str(written).removeprefix("torch."),
+            tensors=count,
+            bytes=size,
+            files=tuple(sorted({*files, *source.files.values()})),
+            checks=checks,
+            seconds=round(time.perf_counter() - started, 3),
+        )
+        (aside / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    for check in checks:
+        if check.status != "proved":
+            log.warning("%s: loading in %s was not checked: %s", out, check.loader, check.message)
+    return report
+
+
+# ------------------------------------------------------------------------------------------------------- proofs
+
+
+def prove_loading(
+    source: Path, exported: Path, dtype: torch.dtype, seed: int, time_limit_s: float, engines: tuple[str, ...]
+) -> tuple[LoadCheck, ...]:
+    """Load the exported folder in every loader, each in a child, and compare. Raises ExportError."""
+    config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
+    vocabulary = config.get("vocab_size") or config["text_config"]["vocab_size"]
+    tokens = random_tokens(vocabulary, seed)
+    request = {
+        "tokens": [ids.tolist() for ids in tokens],
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+    reference = plain_logps(source, tokens)
+    answer, seconds = run_child("plain", exported, request, time_limit_s)
+    plain = _logps("transformers", exported, answer)
+    checks = [compare("transformers", plain, reference, dtype, seconds)]
+    for engine in engines:
+        answer, seconds = run_child(engine, exported, request, time_limit_s)
+        if answer["status"] == "unavailable":
+            checks.append(LoadCheck(engine, "not checked", seconds, message=answer["message"]))
+            continue
+        checks.append(compare(engine, _logps(engine, exported, answer), plain, dtype, seconds))
+    return tuple(checks)
+
+
+def compare(
+    loader: str, found: list[np.ndarray], wanted: list[np.ndarray], dtype: torch.dtype, seconds: float
+) -> LoadCheck:
+    """Compare f32[n - 1] log-probabilities. Raises ExportError beyond the dtype's bound."""
+    difference = np.abs(np.concatenate(found) - np.concatenate(wanted))
+    bound = BOUNDS[dtype].logp
+    decisive = float(difference.max() if dtype == torch.float32 else difference.mean())
+    if not decisive <= bound:
+        raise ExportError(
+            f"{loader} loads the exported folder but computes other log-probabilities: "
+            f"{'largest' if dtype == torch.float32 else 'mean'} difference {decisive:.2e} nats (at most {bound:.0e})",
+            remedy="nothing was written; report this model",
+        )
+    return LoadCheck(loader, "proved", seconds, float(difference.mean()), float(difference.max()), bound)
+
+
+def _logps(loader: str, folder: Path, answer: dict[str, Any]) -> list[np.ndarray]:
+    if answer["status"] != "loaded":
+        raise ExportError(f"{loader} cannot load the folder: {answer['message']}", where=folder)
+    return [np.array(row, dtype=np.float32) for row in answer["logps"]]
+
+
+def run_child(loader: str, folder: Path, request: dict[str, Any], time_limit_s: float) -> tuple[dict[str, Any], float]:
+    """Answer of `align.export.load_probe` and the seconds it took. Raises ExportError where the child dies or hangs."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="align-probe-") as scratch:
+        tokens, out, output = (Path(scratch, name) for name in ("request.json", "answer.json", "output.txt"))
+        tokens.write_text(json.dumps(request), encoding="utf-8")
+        command = [
+            sys.executable,
+            "-m",
+            "align.export.load_probe",
+            loader,
+            str(folder.resolve()),
+            str(tokens),
+            str(out),
+        ]
+        with output.open("w", encoding="utf-8") as stream:
+            code = _run(command, stream, time_limit_s)
+        tail = output.read_text(encoding="utf-8", errors="replace")[-2000:].strip()
+        if code is None:
+            raise ExportError(
+                f"{loader} did not load the folder within {time_limit_s:g} s; its last words: {tail[-500:]}",
+                where=folder,
+            )
+        if code != 0 or not out.is_file():
+            raise ExportError(f"{loader} died (exit code {code}) while it loaded the folder: {tail}", where=folder)
+        answer: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return answer, round(time.perf_counter() - started, 3)
+
+
+def _run(command: list[str], stream: Any, time_limit_s: float) -> int | None:
+    """Exit code, or None where the time was up. The child leads its own group, so that its children end with it.
+
+    It runs where our packages lie: `-m` looks in the working directory first, where a user's file may have our name.
+    """
+    home = Path(align.__file__).parents[1]
+    child = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True, cwd=home)
+    try:
+        return child.wait(time_limit_s)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()

@@ -1,0 +1,84 @@
+"""What a child process does to prove that a folder loads: load it, compute log-probabilities, write them, go.
+
+    python -m align.export.load_probe ENGINE FOLDER TOKENS OUT
+
+ENGINE: "plain" (transformers, float32) or a rollout engine's name. TOKENS: JSON {"tokens": [[...]], "dtype",
+"threads"}. OUT: JSON {"status": "loaded", "logps": [[...]]} or {"status": "unavailable" | "failed", "message"}.
+
+A process of its own, because engines cannot be unloaded without trace, may hang, and read the environment.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align.errors import AlignError, SetupError
+from align.protocols import Publication
+
+
+def plain_logps(folder: Path, tokens: list[np.ndarray]) -> list[np.ndarray]:
+    """f32[n - 1] per sequence by plain transformers in float32."""
+    import torch
+
+    from align.export.compare import log_probabilities
+    from align.model.load import load_model
+
+    model = load_model(folder, dtype=torch.float32)
+    found = log_probabilities(model, tokens)
+    return [
+        logps[:-1].gather(-1, torch.as_tensor(ids)[1:, None])[:, 0].numpy()
+        for logps, ids in zip(found, tokens, strict=True)
+    ]
+
+
+def engine_logps(name: str, folder: Path, tokens: list[np.ndarray], request: dict[str, Any]) -> list[np.ndarray]:
+    """f32[n - 1] per sequence by a rollout engine that serves the folder's own weights."""
+    base = importlib.import_module("rollout.base")  # by name: export stands beside rollout and does not import it
+    engine = base.make_engine(
+        base.EngineSpec(
+            name=name,
+            folder=str(folder),
+            dtype=request["dtype"],
+            max_tokens=1,
+            max_model_len=max(len(ids) for ids in tokens) + 1,
+            threads=request["threads"],
+        )
+    )
+    try:
+        engine.publish(Publication(version=0, kind="base", path=str(folder), digest=""))
+        result: list[np.ndarray] = engine.logps(tokens)
+    finally:
+        engine.close()
+    return result
+
+
+def probe(name: str, folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+    tokens = [np.array(ids, dtype=np.int64) for ids in request["tokens"]]
+    try:
+        logps = plain_logps(folder, tokens) if name == "plain" else engine_logps(name, folder, tokens, request)
+    except SetupError as error:
+        return {"status": "unavailable", "message": str(error)}
+    except (AlignError, ValueError, RuntimeError, OSError, KeyError) as error:
+        return {"status": "failed", "message": f"{type(error).__name__}: {error}"}
+    return {"status": "loaded", "logps": [row.tolist() for row in logps]}
+
+
+def main(arguments: list[str]) -> int:
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: do not outlive an export that was killed
+    name, folder, tokens, out = arguments
+    answer = probe(name, Path(folder), json.loads(Path(tokens).read_text(encoding="utf-8")))
+    Path(out).write_text(json.dumps(answer), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,275 @@
+"""Base and adapter into one plain model folder, proved equal to what was trained: plan, validate, apply, prove.
+
+1. Plan: which stored tensor each adapted module replaces; whether the head is untied. Refuses before it computes.
+2. Validate, in float32: each merged module against base + adapter (peft's own forward) on random inputs.
+3. Apply: rewrite the checkpoint file by file, aside.
+4. Prove: every tensor read back bit by bit; the folder loaded in plain transformers and compared with the adapter-on
+   model on random tokens. A fault in any step leaves nothing behind; only then the folder is renamed into place.
+
+Without an adapter the folder is copied and cast, under the same proofs.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from align.errors import ExportError, Unsupported
+from align.export.checkpoint import Checkpoint, Replacements, open_checkpoint, rewrite, verify
+from align.export.compare import BOUNDS, Distance, distance, log_probabilities, random_tokens, require_close
+from align.model.adapter_config import read_adapter_config, refuse_beyond_lora
+from align.model.adapters import load_frozen, lora_layers
+from align.model.folders import copy_all_but_weights, require_free, written_aside
+from align.model.load import load_model, resolve_dtype
+from align.model.weights import edit_config, merged_parameters
+
+log = logging.getLogger(__name__)
+
+MODULE_BOUND = 1e-5
+REPORT = "merge_report.json"
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was merged, and what the proofs measured.
+
+    module_error: largest relative error over modules and output features on random inputs, float32; worst_module: its
+    module. kl_mean, kl_max, top1: merged folder against adapter-on. adapter_kl: KL(adapter-on || base), that is, how
+    far the adapter moves the model; where the cast costs more than half of that, `warnings` says so.
+    """
+
+    base: str
+    adapter: str | None
+    out: str
+    dtype: str
+    modules: int
+    module_error: float
+    module_bound: float
+    worst_module: str | None
+    untied_head: bool
+    kl_mean: float
+    kl_max: float
+    kl_bound: float
+    top1: float
+    top1_bound: float
+    adapter_kl: float
+    tensors: int
+    bytes: int
+    seed: int
+    seconds: float
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """modules: path of each adapted module -> names of the stored weight and bias that it replaces."""
+
+    source: Checkpoint
+    adapter: Path | None
+    out: Path
+    dtype: torch.dtype
+    seed: int
+    modules: dict[str, tuple[str, str | None]]
+    untied: bool
+
+
+@dataclass(frozen=True)
+class Proofs:
+    """errors: by module path; cast: merged folder against adapter-on; moved: adapter-on against base."""
+
+    errors: dict[str, float]
+    cast: Distance
+    moved: Distance
+    tensors: int
+    bytes: int
+
+
+def merge(
+    base: Path,
+    adapter: Path | None,
+    out: Path,
+    *,
+    dtype: str = "auto",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> MergeReport:
+    """Write `base` with `adapter` merged in to the new folder `out`, proved as this module's docstring says.
+
+    dtype: of the written weights; "auto" keeps the base's. seed: of the random inputs and tokens of the proofs.
+    Besides the model, `out` gets merge_report.json.
+
+    Raises UserError where `out` holds files, ModelError or Unsupported where base or adapter cannot be used,
+    ExportError where a proof fails; nothing is left behind then.
+    """
+    started = time.perf_counter()
+    base, out, adapter = Path(base), Path(out), None if adapter is None else Path(adapter)
+    require_free(out, "merged model")
+    source = open_checkpoint(base)
+    if adapter is not None:
+        refuse_beyond_lora(read_adapter_config(adapter), adapter, "merge")
+    model: Any = load_model(base, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    tokens = random_tokens(model.config.get_text_config().vocab_size, seed)
+    without = log_probabilities(model, tokens)
+    tied = _is_tied(model)
+    peft = None if adapter is None else load_frozen(model, adapter, use="merge")
+    written = source.dtype if dtype == "auto" else resolve_dtype(dtype, "cpu")
+    plan = Plan(source, adapter, out, written, seed, *plan_modules(source, model, peft, tied))
+    errors = {} if peft is None else prove_modules(peft, seed)
+    trained = without if peft is None else log_probabilities(peft, tokens)
+    with written_aside(out, "merged model") as aside:
+        replaced = replacements(plan, peft)
+        size = rewrite(source, aside, plan.dtype, replaced)
+        copy_all_but_weights(base, aside)
+        edit_config(aside / "config.json", plan.dtype, untie=plan.untied)
+        count = verify(source, aside, plan.dtype, replaced)
+        replaced, peft, model = {}, None, None
+        gc.collect()  # the proof loads a second model: let go of the first
+        measured = prove_folder(aside, plan, trained, tokens, trust_remote_code)
+        proofs = Proofs(errors, measured, distance(trained, without), count, size)
+        report = _report(plan, proofs, time.perf_counter() - started)
+        (aside / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    for warning in report.warnings:
+        log.warning("%s: %s", out, warning)
+    return report
+
+
+def _is_tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def plan_modules(
+    source: Checkpoint, model: Any, peft: Any, tied: bool
+) -> tuple[dict[str, tuple[str, str | None]], bool]:
+    """The stored tensors that the adapted modules replace, and whether the head gets a weight of its own.
+
+    Raises Unsupported where a module's weight is not stored under its own name.
+    """
+    modules: dict[str, tuple[str, str | None]] = {}
+    untied = False
+    for path, layer in () if peft is None else lora_layers(peft):
+        is_tied_head = tied and layer is model.get_output_embeddings()
+        untied = untied or is_tied_head
+        weight, bias = f"{path}.weight", f"{path}.bias" if layer.lora_bias.get("default") else None
+        for name in (weight, bias):
+            if name is not None and name not in source.files and not is_tied_head:
+                raise Unsupported(
+                    f"the base stores {path!r} under another name or fused with others",
+                    where=source.folder,
+                    remedy="save the base once with model.save_pretrained(folder) in transformers",
+                )
+        modules[path] = (weight, bias)
+    return modules, untied
+
+
+def replacements(plan: Plan, peft: Any) -> Replacements:
+    """How to make each replaced tensor, float32, on demand: one merged weight exists at a time."""
+    if peft is None:
+        return {}
+    layers = dict(lora_layers(peft))
+    made: dict[str, Callable[[], Tensor]] = {}
+    for path, (weight, bias) in plan.modules.items():
+        made[weight] = partial(_merged, layers[path], 0)
+        if bias is not None:
+            made[bias] = partial(_merged, layers[path], 1)
+    return made
+
+
+def _merged(layer: Any, which: Literal[0, 1]) -> Tensor:
+    tensor = merged_parameters(layer, "default")[which]
+    assert tensor is not None
+    return tensor
+
+
+# ------------------------------------------------------------------------------------------------------- proofs
+
+
+def prove_modules(peft: Any, seed: int) -> dict[str, float]:
+    """Relative error of each merged module against base + adapter. Raises ExportError beyond MODULE_BOUND."""
+    errors = {}
+    for number, (path, layer) in enumerate(lora_layers(peft)):
+        weight, bias = merged_parameters(layer, "default")
+        errors[path] = module_error(layer, weight, bias, seed + number)
+        if not errors[path] <= MODULE_BOUND:
+            raise ExportError(
+                f"the merged {path} differs from base + adapter by {errors[path]:.1e} (at most {MODULE_BOUND:.0e})",
+                remedy="nothing was written; report this model and adapter",
+            )
+    return errors
+
+
+@torch.no_grad()
+def module_error(layer: Any, weight: Tensor, bias: Tensor | None, seed: int, samples: int = 32) -> float:
+    """Largest over output features of rms(difference) / rms(output), on standard normal inputs, in float32.
+
+    By feature, so that a wrong row shows however many right ones there are. A feature that is hardly ever used (below
+    a thousandth of the layer's rms) is measured against the layer's.
+    """
+    inner = weight.shape[0] if getattr(layer, "fan_in_fan_out", False) else weight.shape[1]
+    x = torch.randn(samples, inner, generator=torch.Generator().manual_seed(seed)).to(weight.device)
+    both = layer(x)
+    alone = x @ (weight if getattr(layer, "fan_in_fan_out", False) else weight.T)
+    alone = alone if bias is None else alone + bias
+    scale = both.square().mean(0).sqrt()
+    floor = 1e-3 * float(both.square().mean().sqrt())
+    return float(((both - alone).square().mean(0).sqrt() / scale.clamp(min=max(floor, 1e-30))).max())
+
+
+def prove_folder(
+    folder: Path, plan: Plan, trained: list[Tensor], tokens: list[np.ndarray], trust_remote_code: bool
+) -> Distance:
+    """Load a written folder in plain transformers and compare it with what was trained. Raises ExportError."""
+    model: Any = load_model(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    if plan.untied and model.config.get_text_config().tie_word_embeddings:
+        # transformers would see two weights and leave them apart; engines go by the config
+        raise ExportError("the head was untied, but the written config.json still ties it", where=plan.out)
+    measured = distance(trained, log_probabilities(model, tokens))
+    require_close(measured, BOUNDS[plan.dtype], "the merged model", plan.dtype)
+    return measured
+
+
+def _report(plan: Plan, proofs: Proofs, seconds: float) -> MergeReport:
+    dtype = str(plan.dtype).removeprefix("torch.")
+    worst = max(proofs.errors, key=lambda path: proofs.errors[path], default=None)
+    warnings = []
+    if plan.adapter is not None and proofs.cast.kl_mean > 0.5 * proofs.moved.kl_mean:
+        warnings.append(
+            f"rounding to {dtype} costs a KL of {proofs.cast.kl_mean:.1e}, of the {proofs.moved.kl_mean:.1e} that the "
+            "adapter moves the model by: merge in float32 to keep what was trained"
+        )
+    return MergeReport(
+        base=str(plan.source.folder),
+        adapter=None if plan.adapter is None else str(plan.adapter),
+        out=str(plan.out),
+        dtype=dtype,
+        modules=len(proofs.errors),
+        module_error=0.0 if worst is None else proofs.errors[worst],
+        module_bound=MODULE_BOUND,
+        worst_module=worst,
+        untied_head=plan.untied,
+        kl_mean=proofs.cast.kl_mean,
+        kl_max=proofs.cast.kl_max,
+        kl_bound=BOUNDS[plan.dtype].kl,
+        top1=proofs.cast.top1,
+        top1_bound=BOUNDS[plan.dtype].top1,
+        adapter_kl=proofs.moved.kl_mean,
+        tensors=proofs.tensors,
+        bytes=proofs.bytes,
+        seed=plan.seed,
+        seconds=round(seconds, 3),
+        warnings=tuple(warnings),
+    )
