@@ -168,10 +168,10 @@ def _nearest_choice(annotation: Any, raw: Any) -> str | None:
 
 
 def _value(data: Any, path: Path_) -> Any:
+    value: Any = data
     for step in path:
-        holder: Any = data
-        data = holder[step] if isinstance(holder, list | dict) else None
-    return data
+        value = value[step] if isinstance(value, list | dict) else None  # type: ignore[index]
+    return value
 
 
 def _show(value: Any) -> str:

@@ -1,0 +1,126 @@
+"""The command `align`. Verbs are imported when they are called, so that `align check` brings no torch.
+
+Exit codes: 0; 2 where the user's input must change; 1 where something failed; 130 where the user stopped it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import metadata
+
+from align.errors import AlignError
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code. Errors are one message on stderr, with place and remedy."""
+    debug = bool(os.environ.get("ALIGN_DEBUG"))
+    try:
+        arguments = _parse(argv)
+        debug = debug or arguments.debug
+        return int(arguments.verb(arguments) or 0)
+    except SystemExit as stop:  # argparse: --help, or a usage error that it has printed
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except AlignError as error:
+        return _failed(str(error), error.exit_code, debug)
+    except KeyboardInterrupt:
+        return _failed("interrupted", INTERRUPTED, debug)
+    except BrokenPipeError:  # the reader of our output has gone (`align check ... | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # noqa: BLE001  the last place that can turn a failure into one message
+        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        hint = "" if debug else "\n  -> this was not foreseen; the same command with --debug shows where it happened"
+        return _failed(f"{said}{hint}", 1, debug)
+
+
+def _failed(message: str, status: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return status
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # Overrides may stand after options, where argparse no longer takes positionals.
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(arguments, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)} (overrides are key=value)")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="align", description="Align language models to preferences and rewards.")
+    parser.add_argument("--version", action="version", version=f"align {metadata.version('align-rl')}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    run = verbs.add_parser("run", parents=[common], help="run a recipe from data to artefacts")
+    _recipe_arguments(run)
+    run.add_argument("--resume", action="store_true", help="continue an interrupted run; finished stages are kept")
+    run.add_argument("--from-stage", metavar="ID", help="run this stage and those after it again (implies --resume)")
+    run.add_argument("--address", metavar="ADDRESS", help="join a Ray cluster instead of starting one here")
+    run.set_defaults(verb=_run)
+
+    check = verbs.add_parser("check", parents=[common], help="check a recipe, its files and plugins; show the plan")
+    _recipe_arguments(check)
+    check.add_argument("--data", action="store_true", help="read every row, not only the first 1,000 of each source")
+    check.set_defaults(verb=_check)
+
+    doctor = verbs.add_parser("doctor", parents=[common], help="examine this machine; say what to do")
+    doctor.add_argument("--fix", action="store_true", help="repair torch packages that do not fit each other")
+    doctor.set_defaults(verb=_doctor)
+
+    merge = verbs.add_parser("merge", parents=[common], help="merge an adapter into its base, and prove it")
+    merge.add_argument("--base", required=True, help="model folder or hub id")
+    merge.add_argument("--adapter", required=True, help="peft adapter: folder or hub id")
+    merge.add_argument("--out", required=True, help="new folder for the merged model")
+    merge.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    merge.add_argument("--trust-remote-code", action="store_true", help="run model code from the base's folder")
+    merge.set_defaults(verb=_merge)
+    return parser
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as stages.grpo.rollout.workers=2, seed=3, name=second"
+    )
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from align.cli import run
+
+    return run.main(arguments)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from align.cli import check
+
+    return check.main(arguments)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from align.cli import doctor
+
+    return doctor.main(arguments)
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from align.cli import merge
+
+    return merge.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

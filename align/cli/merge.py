@@ -1,0 +1,32 @@
+"""`align merge`: one plain model folder from a base and an adapter, proved equal to the two together."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from align.hub import resolve_model_folder
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Merge, and print what the proofs measured. Raises ModelError, Unsupported or ExportError."""
+    base = resolve_model_folder(arguments.base)
+    adapter = resolve_model_folder(arguments.adapter)
+    from align.export.merge import merge  # torch: only once the folders are there
+    from align.report.quiet import quiet
+
+    quiet()
+    report = merge(
+        base, adapter, Path(arguments.out), dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code
+    )
+    print(f"merged {report.modules} modules into {report.out} ({report.dtype})")
+    print(f"  per module, float32: relative error {report.module_error:.1e} (bound {report.module_bound:.0e})")
+    print(
+        f"  against adapter-on: KL {report.kl_mean:.1e} (bound {report.kl_bound:.0e}), "
+        f"top-1 agreement {report.top1:.4f} (bound {report.top1_bound:.4f})"
+    )
+    if report.untied_head:
+        print("  the head is no longer tied to the embeddings: the adapter changes it alone")
+    for warning in report.warnings:
+        print(f"  note: {warning}")
+    return 0

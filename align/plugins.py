@@ -1,0 +1,183 @@
+"""From a name in a recipe to code: ours by bare name, an entry point, or the user's `pkg.mod:attr` / `file.py:attr`.
+
+`resolve` imports what it finds, so it is for code that this process will run anyway. What a user's file merely
+*offers* is asked of a child process (`describe_in_child`), which is killed at a limit: a plugin that hangs, exits or
+prints while it is imported costs `align check` a message and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pkgutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import align
+from align.errors import PluginError
+
+DESCRIBE_LIMIT_S = 30.0
+
+
+def resolve(
+    name: str, *, group: str, package: str | None = None, hidden: Sequence[str] = (), folder: Path | None = None
+) -> Any:
+    """The object that `name` stands for.
+
+    Args:
+        name: a module of `package`, an entry point of `group`, `pkg.mod:attr`, `file.py:attr` or `file.py` (a module).
+        group: entry-point group, such as "align.losses"; its last word names the kind of plugin in messages.
+        package: our package with one module per plugin; `hidden` are modules of it that are none.
+        folder: the recipe's; relative files and dotted modules are found from there.
+
+    Raises PluginError: not found (with the choices), no such attribute, or importing it failed.
+    """
+    if name.endswith(".py"):
+        return _from_file(name, folder, name)
+    if ":" in name:
+        return _attribute(name, folder)
+    ours = builtin_names(package, hidden) if package else ()
+    if name in ours:
+        return importlib.import_module(f"{package}.{name}")
+    points = {point.name: point for point in importlib.metadata.entry_points(group=group)}
+    if name in points:
+        return _imported(points[name].load, name)
+    raise _unknown(name, group, ours, sorted(points))
+
+
+def builtin_names(package: str, hidden: Sequence[str] = ()) -> tuple[str, ...]:
+    """Modules of one of our packages, without those that are `hidden` or private."""
+    path = importlib.import_module(package).__path__
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(path) if m.name not in hidden and m.name[0] != "_"))
+
+
+def _unknown(name: str, group: str, ours: Sequence[str], installed: Sequence[str]) -> PluginError:
+    kind = group.rpartition(".")[2].removesuffix("s")
+    near = difflib.get_close_matches(name, [*ours, *installed], n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    more = f"; installed: {', '.join(installed)}" if installed else ""
+    remedy = f"{hint}ours: {', '.join(ours)}{more}; or your own as file.py:name or package.module:name"
+    return PluginError(f"there is no {kind} named {name!r}", remedy=remedy)
+
+
+def _attribute(name: str, folder: Path | None) -> Any:
+    place, _, attribute = name.rpartition(":")
+    if place.endswith(".py"):
+        module = _from_file(place, folder, name)
+    else:
+        _append_to_path(folder)
+        module = _imported(lambda: importlib.import_module(place), name)
+    found = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            offered = ", ".join(k for k in vars(module) if not k.startswith("_")) or "none"
+            raise PluginError(f"{place} has no {attribute!r}", where=name, remedy=f"names there: {offered}")
+        found = getattr(found, part)
+    return found
+
+
+def _from_file(place: str, folder: Path | None, name: str) -> Any:
+    """A file under a module name of its own, so that it can neither hide nor become one of our packages."""
+    path = Path(place).expanduser()
+    path = (path if folder is None or path.is_absolute() else folder / path).resolve()
+    if not path.is_file():
+        raise PluginError(f"there is no file {path}", where=name, remedy="paths in a recipe start at its folder")
+    alias = f"align_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if alias in sys.modules:
+        return sys.modules[alias]
+    _append_to_path(path.parent)
+    spec = importlib.util.spec_from_file_location(alias, path)
+    assert spec is not None and spec.loader is not None
+    module, loader = importlib.util.module_from_spec(spec), spec.loader
+    sys.modules[alias] = module  # before execution: dataclasses look their module up there
+    try:
+        _imported(lambda: loader.exec_module(module), name)
+    except PluginError:
+        del sys.modules[alias]
+        raise
+    return module
+
+
+def _append_to_path(folder: Path | None) -> None:
+    """Sibling imports work, and nothing beside the recipe can hide an installed package: its folder goes last."""
+    if folder is not None and str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def _imported(load: Any, name: str) -> Any:
+    try:
+        return load()
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
+        raise PluginError(f"importing it failed: {type(error).__name__}: {error}", where=name) from error
+
+
+def describe_in_child(module: str, arguments: Sequence[str], *, name: str, limit_s: float = DESCRIBE_LIMIT_S) -> Any:
+    """What `python -m module arguments` answers as its last line of JSON; this process imports nothing of it.
+
+    Args:
+        module: one of ours that loads a plugin and describes it; {"error": {what, where, remedy}} is its refusal.
+        name: the plugin, for messages. limit_s: seconds after which the child and what it started are killed.
+
+    Raises PluginError with the child's refusal, or where it hangs, dies or answers no JSON.
+    """
+    # Our own root replaces the working directory at the head of sys.path: a user's rewards.py must not be imported.
+    root = str(Path(align.__file__).parents[1])
+    code = (
+        f"import runpy, sys; sys.path[0] = {root!r}; sys.argv[0] = {module!r}; "
+        f"runpy.run_module({module!r}, run_name='__main__')"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        out, err = child.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        raise PluginError(
+            f"did not load within {limit_s:g} s",
+            where=name,
+            remedy="keep slow work (models, connections) out of the module's top level: do it on first use",
+        ) from None
+    finally:
+        _end(child)
+    return _answer(name, child.returncode, out, err)
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """Kill the child's whole session: a plugin may have started processes of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    for stream in (child.stdout, child.stderr):
+        if stream is not None:
+            stream.close()
+
+
+def _answer(name: str, status: int, out: str, err: str) -> Any:
+    lines = out.strip().splitlines()
+    try:
+        answer = json.loads(lines[-1]) if lines else None
+    except json.JSONDecodeError:
+        answer = None
+    if not isinstance(answer, dict):
+        last = (err.strip().splitlines() or ["it printed nothing"])[-1]
+        raise PluginError(f"ended with status {status} while it was loaded: {last}", where=name)
+    if "error" in answer:
+        refusal = answer["error"]
+        raise PluginError(refusal["what"], where=refusal.get("where") or name, remedy=refusal.get("remedy"))
+    return answer
