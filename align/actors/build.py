@@ -12,16 +12,17 @@ from typing import Any
 import ray
 
 from align.actors import files
-from align.actors.cluster import REWARD_CPUS, Cluster, Places, Role, answer
+from align.actors.cluster import Cluster, Places, answer
 from align.actors.policy import PolicyActor, RayTrainer
 from align.actors.reference import ReferenceActor
 from align.actors.scoring import RayScorer
 from align.hub import resolve_model_folder
 from align.protocols import Fleet, Scorer
-from align.recipe.schema import Adapter, Model, Placement, ReferencePath, Rollout, Share
+from align.recipe.schema import Adapter, Model, Placement, ReferencePath, Rollout
 from align.stages import processes
 from align.stages.backend import FleetJob, Needs, ScorerJob, TrainerJob
 from align.stages.processes import ProcessId
+from align.stages.roles import Role, roles_of
 from align.train.spec import TrainerSpec
 from rollout.base import EngineSpec
 from rollout.fleet import RayFleet
@@ -51,43 +52,11 @@ class RayBackend:
             self._places = None
 
     def roles(self, needs: Needs) -> list[Role]:
-        """Bundles of a stage. By default trainer and engines halve the cores between them and each computes with all
-        of them: in a synchronous stage they take turns."""
-        cores, rewards = float(self.cluster.cores), needs.scorers * REWARD_CPUS
-        share = self.placement
-        sides = (1 if needs.trainer else 0) + (1 if needs.engines else 0)
-        side = (cores - rewards) / max(1, sides)
-        trained = side / 2 if needs.reference else side
-        gpus = self._gpu_share(needs)
-        roles = []
-        if needs.trainer:
-            roles.append(self._role("trainer", share.trainer, trained, gpus))
-        if needs.reference:
-            roles.append(self._role("reference", share.reference, trained, gpus))
-        for number in range(needs.engines):
-            roles.append(self._role(f"rollout-{number}", share.rollout, side / needs.engines, gpus))
-        for number in range(needs.scorers):
-            roles.append(self._role(f"rewards-{number}", share.rewards, REWARD_CPUS, 0.0, threads=1))
-        if needs.files:
-            roles.append(self._role("files", Share(), 1.0, 0.0, threads=self.cluster.cores))
-        return roles
-
-    def _role(self, name: str, share: Share, cpus: float, gpus: float, threads: int | None = None) -> Role:
-        kind = name.partition("-")[0]
-        chosen = share.threads or self._threads.get(kind) or threads or self.cluster.cores
-        self._threads[kind] = chosen
-        return Role(
-            name=name,
-            cpus=round(share.cpus if share.cpus is not None else cpus, 4),
-            gpus=share.gpus if share.gpus is not None else gpus,
-            threads=chosen,
-        )
-
-    def _gpu_share(self, needs: Needs) -> float:
-        """A GPU for each role that computes, or an equal part of those there are."""
-        users = int(needs.trainer) + int(needs.reference) + needs.engines
+        """Bundles of a stage on this cluster; the threads they get are kept for `threads`."""
         total = self.cluster.total("GPU")
-        return 0.0 if not total or not users else 1.0 if total >= users else int(100 * total / users) / 100
+        roles = roles_of(needs, self.placement, cores=self.cluster.cores, gpus=total, threads=self._threads)
+        self._threads |= {role.name.partition("-")[0]: role.threads for role in roles}
+        return roles
 
     def threads(self) -> Mapping[str, int]:
         return dict(self._threads)

@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,10 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from align.errors import AlignError, PlacementError, RunFolderError, SetupError
+from align.stages.roles import Role
 
 PLACEMENT_LIMIT_S = 30.0
 OBJECT_STORE_BYTES = 512 << 20  # trees, groups and packed batches; weights travel as files
-REWARD_CPUS = 0.01
 _PACKAGES = ("align", "rewards", "rollout")
 
 
@@ -65,21 +64,6 @@ def require_shared(token: Path) -> None:
             where=token.parent,
             remedy="use a shared path: output=<a folder that every node mounts>",
         )
-
-
-@dataclass(frozen=True)
-class Role:
-    """What one bundle of a stage reserves, and the threads its process computes with."""
-
-    name: str
-    cpus: float
-    gpus: float
-    threads: int
-
-    @property
-    def resources(self) -> dict[str, float]:
-        wanted = {"CPU": self.cpus, "GPU": self.gpus}
-        return {name: amount for name, amount in wanted.items() if amount > 0}
 
 
 class Cluster:

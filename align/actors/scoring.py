@@ -17,9 +17,10 @@ import ray
 
 import rewards
 from align import errors
-from align.actors.cluster import REWARD_CPUS, answer, die_with_parent
+from align.actors.cluster import answer, die_with_parent
 from align.protocols import Failure, Group, ScoreTable
 from align.recipe.schema import Reward
+from align.stages.roles import REWARD_CPUS
 from rewards.plugin import OVERRIDES, PluginSpec
 from rewards.pool import PoolResult, RewardPool
 

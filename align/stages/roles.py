@@ -1,0 +1,68 @@
+"""What runs at the same time in a stage and how much of a machine each part reserves. Arithmetic only: `align check`
+prints it, and the Ray backend asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from align.recipe.schema import Placement, Share
+from align.stages.backend import Needs
+
+REWARD_CPUS = 0.01  # reward actors wait for their plugins' processes and compute nothing themselves
+
+
+@dataclass(frozen=True)
+class Role:
+    """What one bundle of a stage reserves, and the threads its process computes with."""
+
+    name: str
+    cpus: float
+    gpus: float
+    threads: int
+
+    @property
+    def resources(self) -> dict[str, float]:
+        wanted = {"CPU": self.cpus, "GPU": self.gpus}
+        return {name: amount for name, amount in wanted.items() if amount > 0}
+
+
+def roles_of(needs: Needs, share: Placement, *, cores: int, gpus: float, threads: Mapping[str, int]) -> list[Role]:
+    """Bundles of a stage. By default trainer and engines halve the cores between them and each computes with all of
+    them: in a synchronous stage they take turns.
+
+    cores: of the largest node; gpus: of the whole cluster. threads: counts by kind of role that override the default
+    (those a resumed run began with).
+    """
+
+    def role(name: str, own: Share, cpus: float, gpu: float, default_threads: int) -> Role:
+        chosen = own.threads or threads.get(name.partition("-")[0]) or default_threads
+        return Role(
+            name=name,
+            cpus=round(own.cpus if own.cpus is not None else cpus, 4),
+            gpus=own.gpus if own.gpus is not None else gpu,
+            threads=chosen,
+        )
+
+    sides = (1 if needs.trainer else 0) + (1 if needs.engines else 0)
+    side = (float(cores) - needs.scorers * REWARD_CPUS) / max(1, sides)
+    trained = side / 2 if needs.reference else side
+    gpu = _gpu_share(needs, gpus)
+    roles = []
+    if needs.trainer:
+        roles.append(role("trainer", share.trainer, trained, gpu, cores))
+    if needs.reference:
+        roles.append(role("reference", share.reference, trained, gpu, cores))
+    for number in range(needs.engines):
+        roles.append(role(f"rollout-{number}", share.rollout, side / needs.engines, gpu, cores))
+    for number in range(needs.scorers):
+        roles.append(role(f"rewards-{number}", share.rewards, REWARD_CPUS, 0.0, 1))
+    if needs.files:
+        roles.append(role("files", Share(), 1.0, 0.0, cores))
+    return roles
+
+
+def _gpu_share(needs: Needs, gpus: float) -> float:
+    """A GPU for each role that computes, or an equal part of those there are."""
+    users = int(needs.trainer) + int(needs.reference) + needs.engines
+    return 0.0 if not gpus or not users else 1.0 if gpus >= users else int(100 * gpus / users) / 100
