@@ -46,17 +46,11 @@ class Finding:
         return self.remedy or self.note or ""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--fix",
-        action="store_true",
-        help="repair the torch packages of this environment: a CPU build of torch beside CUDA builds of torchvision, "
-        "torchaudio and torchcodec",
-    )
-
-
 def main(arguments: argparse.Namespace) -> int:
-    """Print the findings; 0 when all is right, 2 when something must be done, 1 when a repair failed."""
+    """Repair where `--fix` asks for it, then print the findings.
+
+    Returns 0 when all is right, 2 when something must be done, 1 when a repair failed.
+    """
     if arguments.fix and not _repair():
         return 1
     findings = examine()
@@ -258,5 +252,5 @@ def _show(findings: list[Finding]) -> None:
 
 if __name__ == "__main__":
     _parser = argparse.ArgumentParser(prog="align doctor", description="examine this machine and say what to do")
-    add_arguments(_parser)
+    _parser.add_argument("--fix", action="store_true", help="repair torch packages that do not fit each other")
     sys.exit(main(_parser.parse_args()))
