@@ -19,6 +19,7 @@ from align.actors.scoring import RayScorer
 from align.hub import resolve_model_folder
 from align.protocols import Fleet, Scorer
 from align.recipe.schema import Adapter, Model, Placement, ReferencePath, Rollout
+from align.recipe.support import publish_mode
 from align.stages import processes
 from align.stages.backend import FleetJob, Needs, ScorerJob, TrainerJob
 from align.stages.processes import ProcessId
@@ -95,7 +96,7 @@ class RayBackend:
             max_tokens=job.max_tokens,
             temperature=rollout.temperature if rollout else 1.0,
             reference="path" if isinstance(job.reference, ReferencePath) else job.reference,
-            publish="weights" if sends_weights(job.start.config, rollout) else "adapter",
+            publish=publish_mode(job.start.config, rollout) if rollout else "adapter",
             engine_dtype=engine_dtype(job.model, rollout, gpu) if rollout else "float32",
             seed=job.seed,
             threads=self._now.threads("trainer"),
@@ -191,11 +192,6 @@ class RayBackend:
 
     async def close(self) -> None:
         self.cluster.close()
-
-
-def sends_weights(config: Adapter, rollout: Rollout | None) -> bool:
-    """Whether engines receive whole weights: a full fine-tune has no adapter, `weights: merged` wants none."""
-    return config.kind == "full" or (rollout is not None and rollout.weights == "merged")
 
 
 def engine_dtype(model: Model, rollout: Rollout | None, gpu: bool) -> str:

@@ -11,6 +11,7 @@ from align.losses import configure
 from align.protocols import PromptItem, Sampling, Trainer
 from align.recipe.schema import OnlineStage as OnlineSettings
 from align.recipe.schema import ReferencePath, Reward, Rollout
+from align.recipe.support import publish_mode
 from align.stages.backend import FleetJob, Needs, ScorerJob, Start, TrainerJob, longest_prompt
 from align.stages.context import Context, opened
 from align.stages.defaults import resolved_optim
@@ -184,14 +185,13 @@ def sampling_of(rollout: Rollout) -> Sampling:
 
 
 def fleet_job(context: Context, stage: OnlineSettings, start: Start, prompts: list[PromptItem]) -> FleetJob:
-    whole = start.config.kind == "full" or stage.rollout.weights == "merged"
     return FleetJob(
         stage_id=stage.id,
         model=context.recipe.model,
         base=start.base,
         rollout=stage.rollout,
         group_size=stage.batch.group_size,
-        adapter_rank=0 if whole else start.config.rank,
+        adapter_rank=start.config.rank if publish_mode(start.config, stage.rollout) == "adapter" else 0,
         longest_prompt=longest_prompt(prompts),
         seed=context.recipe.seed,
     )
