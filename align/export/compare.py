@@ -52,10 +52,12 @@ class Distance:
     top1: float
 
 
-def random_tokens(vocabulary: int, seed: int, *, sequences: int = SEQUENCES, length: int = LENGTH) -> list[np.ndarray]:
-    """i64[length] token sequences, uniform over the vocabulary."""
-    generator = np.random.default_rng([seed, vocabulary])
-    return [generator.integers(0, vocabulary, length) for _ in range(sequences)]
+def random_tokens(config: Any, seed: int) -> list[np.ndarray]:
+    """i64[n] token sequences, uniform over the vocabulary of a transformers config; n leaves room for one more."""
+    text = config.get_text_config()
+    length = min(LENGTH, int(getattr(text, "max_position_embeddings", None) or LENGTH + 1) - 1)
+    generator = np.random.default_rng([seed, text.vocab_size])
+    return [generator.integers(0, text.vocab_size, length) for _ in range(SEQUENCES)]
 
 
 @torch.no_grad()

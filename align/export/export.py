@@ -82,6 +82,7 @@ def export(
     format: str = "safetensors",
     dtype: str = "auto",
     seed: int = 0,
+    trust_remote_code: bool = False,
     time_limit_s: float = TIME_LIMIT_S,
     engines: tuple[str, ...] = ENGINES,
 ) -> ExportReport:
@@ -107,7 +108,8 @@ def export(
         files = copy_all_but_weights(folder, aside)
         edit_config(aside / "config.json", written)
         count = verify(source, aside, written, {})
-        checks = prove_loading(folder, aside, written, seed, time_limit_s, engines)
+        request = make_request(aside, written, seed, trust_remote_code)
+        checks = prove_loading(folder, aside, written, request, time_limit_s, engines)
         report = ExportReport(
             source=str(folder),
             out=str(out),
@@ -129,19 +131,30 @@ def export(
 # ------------------------------------------------------------------------------------------------------- proofs
 
 
-def prove_loading(
-    source: Path, exported: Path, dtype: torch.dtype, seed: int, time_limit_s: float, engines: tuple[str, ...]
-) -> tuple[LoadCheck, ...]:
-    """Load the exported folder in every loader, each in a child, and compare. Raises ExportError."""
-    config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
-    vocabulary = config.get("vocab_size") or config["text_config"]["vocab_size"]
-    tokens = random_tokens(vocabulary, seed)
-    request = {
-        "tokens": [ids.tolist() for ids in tokens],
+def make_request(exported: Path, dtype: torch.dtype, seed: int, trust_remote_code: bool) -> dict[str, Any]:
+    """What `align.export.load_probe` is asked."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(exported, trust_remote_code=trust_remote_code, local_files_only=True)
+    return {
+        "tokens": [ids.tolist() for ids in random_tokens(config, seed)],
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "trust_remote_code": trust_remote_code,
     }
-    reference = plain_logps(source, tokens)
+
+
+def prove_loading(
+    source: Path,
+    exported: Path,
+    dtype: torch.dtype,
+    request: dict[str, Any],
+    time_limit_s: float,
+    engines: tuple[str, ...],
+) -> tuple[LoadCheck, ...]:
+    """Load the exported folder in every loader, each in a child, and compare. Raises ExportError."""
+    tokens = [np.array(ids, dtype=np.int64) for ids in request["tokens"]]
+    reference = plain_logps(source, tokens, request["trust_remote_code"])
     answer, seconds = run_child("plain", exported, request, time_limit_s)
     plain = _logps("transformers", exported, answer)
     checks = [compare("transformers", plain, reference, dtype, seconds)]

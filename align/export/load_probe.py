@@ -3,7 +3,8 @@
     python -m align.export.load_probe ENGINE FOLDER TOKENS OUT
 
 ENGINE: "plain" (transformers, float32) or a rollout engine's name. TOKENS: JSON {"tokens": [[...]], "dtype",
-"threads"}. OUT: JSON {"status": "loaded", "logps": [[...]]} or {"status": "unavailable" | "failed", "message"}.
+"threads", "trust_remote_code"}. OUT: JSON {"status": "loaded", "logps": [[...]]} or {"status": "unavailable" |
+"failed", "message"}.
 
 A process of its own, because engines cannot be unloaded without trace, may hang, and read the environment.
 """
@@ -24,14 +25,14 @@ from align.errors import AlignError, SetupError
 from align.protocols import Publication
 
 
-def plain_logps(folder: Path, tokens: list[np.ndarray]) -> list[np.ndarray]:
+def plain_logps(folder: Path, tokens: list[np.ndarray], trust_remote_code: bool = False) -> list[np.ndarray]:
     """f32[n - 1] per sequence by plain transformers in float32."""
     import torch
 
     from align.export.compare import log_probabilities
     from align.model.load import load_model
 
-    model = load_model(folder, dtype=torch.float32)
+    model = load_model(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
     found = log_probabilities(model, tokens)
     return [
         logps[:-1].gather(-1, torch.as_tensor(ids)[1:, None])[:, 0].numpy()
@@ -50,6 +51,7 @@ def engine_logps(name: str, folder: Path, tokens: list[np.ndarray], request: dic
             max_tokens=1,
             max_model_len=max(len(ids) for ids in tokens) + 1,
             threads=request["threads"],
+            trust_remote_code=request["trust_remote_code"],
         )
     )
     try:
@@ -63,7 +65,10 @@ def engine_logps(name: str, folder: Path, tokens: list[np.ndarray], request: dic
 def probe(name: str, folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     tokens = [np.array(ids, dtype=np.int64) for ids in request["tokens"]]
     try:
-        logps = plain_logps(folder, tokens) if name == "plain" else engine_logps(name, folder, tokens, request)
+        if name == "plain":
+            logps = plain_logps(folder, tokens, request["trust_remote_code"])
+        else:
+            logps = engine_logps(name, folder, tokens, request)
     except SetupError as error:
         return {"status": "unavailable", "message": str(error)}
     except (AlignError, ValueError, RuntimeError, OSError, KeyError) as error:

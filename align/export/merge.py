@@ -122,7 +122,7 @@ def merge(
     if adapter is not None:
         refuse_beyond_lora(read_adapter_config(adapter), adapter, "merge")
     model: Any = load_model(base, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    tokens = random_tokens(model.config.get_text_config().vocab_size, seed)
+    tokens = random_tokens(model.config, seed)
     without = log_probabilities(model, tokens)
     tied = _is_tied(model)
     peft = None if adapter is None else load_frozen(model, adapter, use="merge")

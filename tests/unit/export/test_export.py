@@ -96,7 +96,7 @@ def test_log_probabilities_that_are_not_numbers_are_no_proof():
 
 
 def test_a_child_that_hangs_or_dies_is_an_error_with_its_last_words(folder, monkeypatch):
-    request = {"tokens": [[1, 2, 3]], "dtype": "float32", "threads": 1}
+    request = {"tokens": [[1, 2, 3]], "dtype": "float32", "threads": 1, "trust_remote_code": False}
     real = exporting._run
     hang = [sys.executable, "-u", "-c", "import time; print('waiting for a lock'); time.sleep(60)"]
     monkeypatch.setattr(exporting, "_run", lambda command, stream, limit: real(hang, stream, limit))
@@ -122,7 +122,7 @@ def test_what_is_no_whole_model_or_no_known_format_is_refused(folder, tmp_path):
 
 
 def test_the_probe_names_what_failed(folder, tmp_path):
-    request = {"tokens": [[1, 2, 3]], "dtype": "float32", "threads": 1}
+    request = {"tokens": [[1, 2, 3]], "dtype": "float32", "threads": 1, "trust_remote_code": False}
     assert load_probe.probe("plain", tmp_path, request)["status"] == "failed"
     answer = load_probe.probe("plain", folder, request)
     assert answer["status"] == "loaded" and len(answer["logps"][0]) == 2
