@@ -39,7 +39,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --verbose | grep -E 'KEPT|BROKEN|Contracts:|->' ; exit $${PIPESTATUS[0]}
+	$(BIN)/lint-imports | grep -E 'KEPT|BROKEN|Contracts:|not allowed|->'; exit $${PIPESTATUS[0]}
 
 lint: SHELL := /bin/bash
 
