@@ -6,11 +6,9 @@ order of modules: lora_A ~ U(-1/sqrt(in), 1/sqrt(in)) as peft draws it (Kaiming 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +25,7 @@ from align.model.adapter_config import (
     refuse_beyond_lora,
 )
 from align.model.folders import written_aside
+from align.model.lora_targets import fresh_config, head_name, is_targeted, targeted_modules
 from align.model.weights import (
     digest,
     full_state,
@@ -36,7 +35,7 @@ from align.model.weights import (
     tensors_digest,
     weights_digest,
 )
-from align.recipe.schema import Adapter, Tune
+from align.recipe.schema import Adapter
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -103,7 +102,7 @@ def inject(model: Any, config: LoraConfig, name: str = DEFAULT) -> PeftModel:
     """Wrap the targeted modules, untying the head first where it is one of them. Draws nothing from global state."""
     from peft import get_peft_model
 
-    if _targets(config, _head_name(model)):
+    if is_targeted(config, head_name(model)):
         untie_head(model)
     config.base_model_name_or_path = model.name_or_path
     with torch.random.fork_rng(devices=[]):
@@ -121,100 +120,6 @@ def inject(model: Any, config: LoraConfig, name: str = DEFAULT) -> PeftModel:
     return peft.eval()
 
 
-def fresh_config(model: Any, adapter: Adapter) -> LoraConfig:
-    """peft's configuration for the recipe's `adapter:`; every target and every exclusion must match something."""
-    from peft import LoraConfig
-
-    if adapter.kind != "lora":
-        raise Unsupported(
-            f"adapter kind {adapter.kind!r} is no LoRA",
-            where="adapter.kind",
-            remedy="use kind: lora or kind: full",
-        )
-    if adapter.tune != Tune():
-        raise Unsupported(
-            "`tune` chooses among parts of vision-language models; a language model has one part",
-            where="adapter.tune",
-            remedy="remove it; use `targets` and `exclude` to choose modules",
-        )
-    linear = linear_modules(model)
-    for word in adapter.exclude:
-        _require_match(word, linear, "adapter.exclude")
-    alpha = int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha
-    return LoraConfig(
-        r=adapter.rank,
-        lora_alpha=alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=_resolve_targets(model, adapter.targets, linear),
-        exclude_modules=sorted(adapter.exclude) or None,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-
-
-def linear_modules(model: Any) -> list[str]:
-    """Paths of the layers that LoRA can be put on, adapters' own layers left out."""
-    from transformers.pytorch_utils import Conv1D
-
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and "lora_" not in name
-    ]
-
-
-def _resolve_targets(model: Any, targets: str | tuple[str, ...], linear: list[str]) -> list[str] | str:
-    if targets == "all-linear":
-        wanted = set(linear) - {_head_name(model)}
-        leaves = {name.rpartition(".")[2] for name in wanted}
-        matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves}
-        # short names where they mean the same: every tool reads them, and the file stays small
-        return sorted(leaves) if matched == wanted else sorted(wanted)
-    if isinstance(targets, str) and not re.fullmatch(r"[\w.]+", targets):
-        try:
-            matches = any(re.fullmatch(targets, name) for name in linear)
-        except re.error as error:
-            raise ModelError(
-                f"{targets!r} is no regular expression: {error}",
-                where="adapter.targets",
-            ) from error
-        if not matches:
-            raise ModelError(
-                f"{targets!r} matches no linear layer of the model",
-                where="adapter.targets",
-            )
-        return targets
-    words = (targets,) if isinstance(targets, str) else targets
-    for word in words:
-        _require_match(word, linear, "adapter.targets")
-    return sorted(words)
-
-
-def _require_match(word: str, linear: list[str], where: str) -> None:
-    if any(name == word or name.endswith(f".{word}") for name in linear):
-        return
-    leaves = sorted({name.rpartition(".")[2] for name in linear})
-    near = difflib.get_close_matches(word, leaves, n=1)
-    raise ModelError(
-        f"{word!r} is no linear layer of the model",
-        where=where,
-        remedy=(f"did you mean {near[0]!r}? " if near else "") + f"the model has {', '.join(leaves)}",
-    )
-
-
-def _head_name(model: Any) -> str:
-    head = model.get_output_embeddings()
-    return next((name for name, module in model.named_modules() if module is head), "")
-
-
-def _targets(config: LoraConfig, module: str) -> bool:
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    if config.target_modules == "all-linear" or not module:
-        return False
-    return bool(check_target_module_exists(config, module))
-
-
 def untie_head(model: Any) -> bool:
     """Give a head that shares the embedding's weight a copy of its own; the embedding stays. True if it was tied."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -223,7 +128,7 @@ def untie_head(model: Any) -> bool:
     head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=embedding.weight.requires_grad)
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.tie_word_embeddings = False
-    own = f"{_head_name(model)}.weight"
+    own = f"{head_name(model)}.weight"
     model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if own not in (k, v)}
     return True
 
@@ -259,7 +164,7 @@ def _check_agrees(model: Any, adapter: Adapter, config: LoraConfig, folder: Path
         "rank": (ours.r, config.r),
         "alpha": (ours.lora_alpha, config.lora_alpha),
         "dropout": (ours.lora_dropout, config.lora_dropout),
-        "targets": (_targeted(model, ours), _targeted(model, config)),
+        "targets": (targeted_modules(model, ours), targeted_modules(model, config)),
     }
     differing = [
         f"{name} {mine} in the recipe, {theirs} in the folder" if name != "targets" else "other target modules"
@@ -272,13 +177,6 @@ def _check_agrees(model: Any, adapter: Adapter, config: LoraConfig, folder: Path
             where=folder,
             remedy="put a merge stage between, or leave out `adapter:` to go on with this one",
         )
-
-
-def _targeted(model: Any, config: LoraConfig) -> set[str]:
-    linear = linear_modules(model)
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        return set(linear) - {_head_name(model)}
-    return {name for name in linear if _targets(config, name)}
 
 
 def _load_weights(peft: PeftModel, name: str, folder: Path) -> None:

@@ -1,0 +1,116 @@
+"""Which modules an adapter is put on: the recipe's words to peft's configuration, and back to module paths."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from align.errors import ModelError, Unsupported
+from align.recipe.schema import Adapter, Tune
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+def fresh_config(model: Any, adapter: Adapter) -> LoraConfig:
+    """peft's configuration for the recipe's `adapter:`; every target and every exclusion must match something."""
+    from peft import LoraConfig
+
+    if adapter.kind != "lora":
+        raise Unsupported(
+            f"adapter kind {adapter.kind!r} is no LoRA",
+            where="adapter.kind",
+            remedy="use kind: lora or kind: full",
+        )
+    if adapter.tune != Tune():
+        raise Unsupported(
+            "`tune` chooses among parts of vision-language models; a language model has one part",
+            where="adapter.tune",
+            remedy="remove it; use `targets` and `exclude` to choose modules",
+        )
+    linear = linear_modules(model)
+    for word in adapter.exclude:
+        _require_match(word, linear, "adapter.exclude")
+    alpha = int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha
+    return LoraConfig(
+        r=adapter.rank,
+        lora_alpha=alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=_resolve_targets(model, adapter.targets, linear),
+        exclude_modules=sorted(adapter.exclude) or None,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def linear_modules(model: Any) -> list[str]:
+    """Paths of the layers that LoRA can be put on, adapters' own layers left out."""
+    from transformers.pytorch_utils import Conv1D
+
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and "lora_" not in name
+    ]
+
+
+def _resolve_targets(model: Any, targets: str | tuple[str, ...], linear: list[str]) -> list[str] | str:
+    if targets == "all-linear":
+        wanted = set(linear) - {head_name(model)}
+        leaves = {name.rpartition(".")[2] for name in wanted}
+        matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves}
+        # short names where they mean the same: every tool reads them, and the file stays small
+        return sorted(leaves) if matched == wanted else sorted(wanted)
+    if isinstance(targets, str) and not re.fullmatch(r"[\w.]+", targets):
+        try:
+            matches = any(re.fullmatch(targets, name) for name in linear)
+        except re.error as error:
+            raise ModelError(
+                f"{targets!r} is no regular expression: {error}",
+                where="adapter.targets",
+            ) from error
+        if not matches:
+            raise ModelError(
+                f"{targets!r} matches no linear layer of the model",
+                where="adapter.targets",
+            )
+        return targets
+    words = (targets,) if isinstance(targets, str) else targets
+    for word in words:
+        _require_match(word, linear, "adapter.targets")
+    return sorted(words)
+
+
+def _require_match(word: str, linear: list[str], where: str) -> None:
+    if any(name == word or name.endswith(f".{word}") for name in linear):
+        return
+    leaves = sorted({name.rpartition(".")[2] for name in linear})
+    near = difflib.get_close_matches(word, leaves, n=1)
+    raise ModelError(
+        f"{word!r} is no linear layer of the model",
+        where=where,
+        remedy=(f"did you mean {near[0]!r}? " if near else "") + f"the model has {', '.join(leaves)}",
+    )
+
+
+def head_name(model: Any) -> str:
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), "")
+
+
+def is_targeted(config: LoraConfig, module: str) -> bool:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    if config.target_modules == "all-linear" or not module:
+        return False
+    return bool(check_target_module_exists(config, module))
+
+
+def targeted_modules(model: Any, config: LoraConfig) -> set[str]:
+    linear = linear_modules(model)
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        return set(linear) - {head_name(model)}
+    return {name for name in linear if is_targeted(config, name)}
