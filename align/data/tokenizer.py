@@ -21,6 +21,9 @@ from align.data.records import RowError
 from align.data.template import NAMED, ChatTemplate, Span
 from align.errors import ModelError
 
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""In the order in which AutoTokenizer gives ids to those that tokenizer.json lacks."""
+
 
 class ChatTokenizer:
     """Text to token ids and back, and messages to text.
@@ -231,7 +234,8 @@ def _special_tokens(folder: Path, config: Mapping[str, Any], defaults: Mapping[s
         values.update(_read_json(folder / "special_tokens_map.json"))
     extra = values.get("extra_special_tokens")
     values.update(extra if isinstance(extra, dict) else {})
-    found = {name: _content(value) for name, value in values.items() if name.endswith("_token")}
+    names = [*_NAMED_TOKENS, *(n for n in values if n.endswith("_token") and n not in _NAMED_TOKENS)]
+    found = {name: _content(values.get(name)) for name in names}
     return {name: text for name, text in found.items() if text is not None}
 
 

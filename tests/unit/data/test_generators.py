@@ -1,0 +1,88 @@
+"""Rows from a user's function, in a process of their own."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from align.data import generators
+from align.data.sources import open_source
+from align.errors import PluginError
+from tests.unit.data.build import source
+
+CODE = """
+import json as _json
+import helper
+
+def rows(count=3, word="x"):
+    print("a print of the user's must not matter")
+    for i in range(count):
+        yield {"prompt": f"{word}{i}", "answer": helper.double(i)}
+
+def wrong():
+    yield ["not", "a", "row"]
+
+def broken():
+    raise RuntimeError("the disk is on fire")
+    yield {}
+
+def endless():
+    while True:
+        pass
+    yield {}
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Path:
+    (tmp_path / "helper.py").write_text("def double(i):\n    return 2 * i\n")
+    (tmp_path / "made.py").write_text(CODE)
+    return tmp_path / "made.py"
+
+
+def test_rows_are_made_once_and_kept_by_content(plugin: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    given = source(f"{plugin}:rows", options={"count": 2, "word": "w"})
+    rows = list(open_source(given, cache=cache).rows())
+    assert [r.values for r in rows] == [{"prompt": "w0", "answer": 0}, {"prompt": "w1", "answer": 2}]
+    [kept] = cache.iterdir()
+    before = kept.stat().st_mtime_ns
+    assert open_source(given, cache=cache).files == (kept,) and kept.stat().st_mtime_ns == before
+    (plugin.parent / "helper.py").write_text("def double(i):\n    return 3 * i\n")
+    changed = list(open_source(given, cache=cache).rows())
+    assert [r.values["answer"] for r in changed] == [0, 3]
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_limit_stops_the_generator(plugin: Path) -> None:
+    rows = list(open_source(source(f"{plugin}:rows", options={"count": 10**12}), limit=2).rows())
+    assert len(rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("wrong", "a generator yields dicts"),
+        ("broken", "the disk is on fire"),
+        ("missing", "has no function 'missing'"),
+    ],
+)
+def test_a_generator_that_fails_is_named_with_its_error(plugin: Path, name: str, says: str) -> None:
+    with pytest.raises(PluginError, match=says) as error:
+        open_source(source(f"{plugin}:{name}"))
+    assert error.value.where == str(plugin)
+
+
+def test_a_generator_that_hangs_is_ended(plugin: Path, tmp_path: Path) -> None:
+    begun = time.monotonic()
+    with pytest.raises(PluginError, match="did not finish in 1 s"):
+        generators.run(source(f"{plugin}:endless"), cache=tmp_path / "cache", timeout_s=1.0)
+    assert time.monotonic() - begun < 20
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_generator_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PluginError, match="no such generator file"):
+        open_source(source(f"{tmp_path}/none.py:rows"))
