@@ -165,8 +165,7 @@ def test_a_tokenizer_that_marks_starts_gives_the_ids_of_the_whole_text(tmp_path:
     for branch, whole in zip(made.branches, ("the sky is blue", "the sky is green"), strict=True):
         assert [*made.trunk.ids, *branch.ids] == [*tokenizer.encode(whole), 2]
     [refused] = encode([draft(Conversation("the sk", "y is blue"), tokenizer)], tokenizer)
-    if tokenizer.encode("the sky")[: len(tokenizer.encode("the sk"))] != tokenizer.encode("the sk"):
-        assert isinstance(refused, RowError) and "becomes" in str(refused)
+    assert isinstance(refused, RowError) and "becomes" in str(refused)
 
 
 def test_without_bos_an_empty_prompt_cannot_have_branches(tokenizer: ChatTokenizer) -> None:

@@ -86,13 +86,13 @@ def _write(folder: Path, tokenizer: Tokenizer, config: dict[str, Any], model_typ
         (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
 
 
-@pytest.mark.parametrize("name", sorted(CLASSES))
-@pytest.mark.parametrize("by", ["class", "type"])
+@pytest.mark.parametrize(
+    ("name", "by"),
+    [(n, "class") for n in sorted(CLASSES)] + [(n, "type") for n in sorted(CLASSES) if CLASSES[n].model_types],
+)
 def test_classes_that_rebuild_their_tokenizer_are_followed(tmp_path: Path, name: str, by: str) -> None:
     """tokenizer.json says one thing (GPT-2's pre-tokenizer), the class another: AutoTokenizer follows the class."""
     types = sorted(CLASSES[name].model_types)
-    if by == "type" and not types:
-        pytest.skip("no model type implies this class")
     tokenizer = _trained(start=name in ("LlamaTokenizer", "GemmaTokenizer"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     config = {"tokenizer_class": name + "Fast"} if by == "class" else {}
@@ -176,11 +176,11 @@ def test_the_fingerprint_changes_with_whatever_changes_ids(folder: Path, tmp_pat
 
 
 def test_folders_without_a_usable_tokenizer_are_refused_with_a_remedy(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no tokenizer.json") as error:
+    with pytest.raises(ModelError, match=r"no tokenizer\.json") as error:
         load_tokenizer(tmp_path)
     assert "no model folder" in str(error.value)
     (tmp_path / "tokenizer.model").write_bytes(b"")
-    with pytest.raises(ModelError, match="no tokenizer.json") as error:
+    with pytest.raises(ModelError, match=r"no tokenizer\.json") as error:
         load_tokenizer(tmp_path)
     assert "convert it once" in str(error.value)
     (tmp_path / "tokenizer.json").write_text("{}")
