@@ -7,6 +7,7 @@ and exits with ``exit_code``: 2 where the user's input must change, 1 where some
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 class AlignError(Exception):
@@ -31,7 +32,7 @@ class AlignError(Exception):
         remedy = f"\n  -> {self.remedy}" if self.remedy else ""
         return f"{place}{self.what}{remedy}"
 
-    def __reduce__(self):  # keyword arguments do not survive pickle's default; Ray pickles exceptions
+    def __reduce__(self) -> tuple[Any, ...]:  # keyword arguments do not survive pickle's default; Ray pickles exceptions
         return _rebuild, (type(self), self.what, self.where, self.remedy)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -194,7 +195,7 @@ def collate(trees: Sequence[Tree], position_fn: PositionFn = text_positions) -> 
         "behavior_logps": torch.float32,
         "versions": torch.int32,
     }
-    scored = {
+    scored: dict[str, Any] = {
         name: torch.as_tensor(np.concatenate(parts) if parts else np.zeros(0)).to(dtypes[name])
         for name, parts in layout.scored.items()
     }

@@ -130,4 +130,4 @@ def fused_head(
     log_sum_sq are zero (and cost nothing) unless `statistics`.
     """
     assert hidden.ndim == 2 and labels.shape == hidden.shape[:1], (hidden.shape, labels.shape)
-    return _FusedHead.apply(hidden, weight, bias, labels, transform, statistics)  # type: ignore[no-any-return]
+    return _FusedHead.apply(hidden, weight, bias, labels, transform, statistics)
