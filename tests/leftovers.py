@@ -19,6 +19,8 @@ MARK = "ALIGN_TEST_RUN"
 """Environment variable of the test run; processes inherit it."""
 TITLES = ("ray::", "VLLM::", "raylet", "gcs_server")
 """Processes that set their own title, which overwrites the environment that others can read."""
+CACHES = ("pytest-of-", "torchinductor_")
+"""Folders that pytest and torch keep for the next run, one per user."""
 GRACE_S = 15.0
 
 
@@ -43,7 +45,13 @@ def processes(mark: str | None = None) -> dict[int, str]:
 def files() -> set[str]:
     """Entries of shared memory and of the folders in which Ray, vLLM, torch and we make temporary folders."""
     folders = {Path("/dev/shm"), Path("/tmp"), Path("/tmp/ray"), Path(tempfile.gettempdir())}
-    return {str(entry) for folder in folders if folder.is_dir() for entry in folder.iterdir()}
+    return {
+        str(entry)
+        for folder in folders
+        if folder.is_dir()
+        for entry in folder.iterdir()
+        if not entry.name.startswith(CACHES)
+    }
 
 
 def main(action: str, note: Path) -> int:

@@ -1,0 +1,56 @@
+"""The runner of the long proofs, and the entries that they leave."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.prove import __main__ as prove
+from tests.prove import entry
+
+
+@pytest.fixture
+def proofs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with two proofs, of which the first fails."""
+    folder = tmp_path / "tests" / "prove"
+    folder.mkdir(parents=True)
+    (folder / "prove_false.py").write_text("raise SystemExit(1)\n")
+    (folder / "prove_true.py").write_text("print('it is so')\n")
+    monkeypatch.setattr(prove, "FOLDER", folder)
+    monkeypatch.setattr(prove, "CHECKOUT", tmp_path)
+    return folder
+
+
+def test_a_failed_proof_keeps_no_other_from_running_and_fails_the_whole(
+    proofs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert prove.main([]) == 1
+    printed = capfd.readouterr().out
+    assert "it is so" in printed
+    assert printed.splitlines()[-1] == "1 proved, 1 failed: false"
+
+
+def test_a_name_chooses_and_an_unknown_one_lists_the_choices(proofs: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert prove.main(["true"]) == 0
+    assert prove.main(["maybe"]) == 2
+    assert "no proof called maybe; there are: false, true" in capfd.readouterr().err
+
+
+def test_a_folder_without_proofs_is_an_error(proofs: Path) -> None:
+    for path in proofs.iterdir():
+        path.unlink()
+    assert prove.main([]) == 2
+
+
+def test_an_entry_says_what_was_measured_with_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entry, "RESULTS", tmp_path / "results")
+    options = {"claim": "two is even", "command": ["python", "-m", "x"], "proved": True, "seconds": 1.25}
+    first = entry.record("even", figures={"remainder": 0}, **options)
+    second = entry.record("even", figures={"remainder": 0}, **options)
+    assert second.stem == f"{first.stem}-2"
+    written = json.loads(first.read_text())
+    assert (written["figures"], written["proved"], written["command"]) == ({"remainder": 0}, True, "python -m x")
+    assert written["versions"]["torch"].startswith("2.")
+    assert written["hardware"]["cores"] >= 1
