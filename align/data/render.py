@@ -24,10 +24,14 @@ import numpy as np
 
 from align.data.records import Conversation, Message, Pair, Prompt, Record, RowError, Text, Unpaired
 from align.data.template import Span
+from align.data.templates import NAMED
 from align.data.tokenizer import ChatTokenizer
 from align.errors import ModelError
 
-_TEMPLATE_REMEDY = "name a training template with generation markers by `model.chat_template`"
+_TEMPLATE_REMEDY = (
+    "name a training template with generation markers by `model.chat_template` "
+    f"(a file, or one of ours: {', '.join(sorted(NAMED))})"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from align.data.readers import Row
 from align.data.sources import apply_columns, open_source
-from align.data.template import CHATML
+from align.data.templates import CHATML
 from align.errors import DataError
 from align.recipe.schema import TokenizerFromScratch
 

@@ -21,29 +21,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from align.data.records import RowError
 from align.errors import ModelError
 
-CHATML = """\
-{%- if tools %}{{ raise_exception('this chat template has no place for tools') }}{% endif %}
-{%- for message in messages %}
-{{- '<|im_start|>' + message['role'] + '\\n' }}
-{%- if message['role'] == 'assistant' %}
-{%- if message['tool_calls'] is defined %}
-{{- raise_exception('this chat template has no place for tool calls') }}
-{%- endif %}
-{%- generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}
-{%- else %}
-{{- message['content'] + '<|im_end|>' }}
-{%- endif %}
-{{- '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-"""ChatML with generation markers: the header is not scored, the content and `<|im_end|>` are, the newline is not."""
-
-NAMED = {"chatml": CHATML}
-"""Training templates that `chat_template:` knows by name."""
-
 Span = tuple[int, int]
 
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")

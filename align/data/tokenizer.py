@@ -18,7 +18,8 @@ from tokenizers import AddedToken, Tokenizer
 
 from align.data.backends import class_of, rebuild
 from align.data.records import RowError
-from align.data.template import NAMED, ChatTemplate, Span
+from align.data.template import ChatTemplate, Span
+from align.data.templates import NAMED
 from align.errors import ModelError
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

@@ -101,6 +101,20 @@ def test_a_template_that_changes_earlier_turns_is_refused_with_the_first_differi
     assert "chat_template" in str(error.value)
 
 
+@pytest.mark.parametrize("thinking", [True, False])
+def test_the_qwen3_training_template_keeps_every_turns_reasoning(folder: Path, thinking: bool) -> None:
+    arguments = {} if thinking else {"enable_thinking": False}
+    tokenizer = load_tokenizer(folder, chat_template="qwen3", template_args=arguments)
+    empty = "<think>\n\n</think>\n\n"
+    record = Conversation((), messages("a", "<think>\nhm\n</think>\n\nb", "c", "d"))
+    whole, marked = shown(encoded(record, tokenizer).trunk, tokenizer)
+    assert marked == f"<think>\nhm\n</think>\n\nb<|im_end|>{empty if thinking else ''}d<|im_end|>"
+    assert whole.endswith(f"<|im_start|>assistant\n{empty}d<|im_end|>\n")
+    made = encoded(Pair(messages("a"), messages("x", "good")[1:], messages("x", "bad")[1:]), tokenizer)
+    assert shown(made.trunk, tokenizer)[0].endswith("assistant\n" + ("" if thinking else empty))
+    assert shown(made.branches[0], tokenizer)[1] == ("" if not thinking else empty) + "good<|im_end|>"
+
+
 def test_a_template_that_refuses_a_row_is_quoted(folder: Path) -> None:
     strict = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(RowError, match="roles must alternate"):

@@ -155,6 +155,35 @@ def test_what_is_not_there_or_not_understood_is_named_with_a_remedy(tmp_path: Pa
         open_source(source(tmp_path / "empty"))
 
 
+def test_hub_data_sets_are_read_by_name_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(path: str, split: str | None = None, **options: object) -> object:
+        asked.append((path, split, options))
+        rows = datasets.Dataset.from_list(ROWS)
+        return rows if split else datasets.DatasetDict({"train": rows, "test": rows})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    opened = open_source(source("org/name", split="train", options={"name": "main"}))
+    assert [(r.values, r.origin) for r in opened.rows()] == [(ROWS[i], f"org/name row {i}") for i in (0, 1)]
+    assert asked == [("org/name", "train", {"name": "main"})] and len(opened.digest()) == 64
+    with pytest.raises(DataError, match="splits train, test"):
+        open_source(source("org/name"))
+
+
+def test_a_hub_data_set_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(*args: object, **options: object) -> object:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match="ConnectionError: no network") as error:
+        open_source(source("org/name"))
+    assert error.value.where == "org/name"
+
+
 def test_only_names_without_a_data_suffix_can_be_hub_ids() -> None:
     assert is_hub_id("openai/gsm8k") and is_hub_id("imdb")
     assert not is_hub_id("data/train.jsonl") and not is_hub_id("/abs/path") and not is_hub_id("a/b/c")

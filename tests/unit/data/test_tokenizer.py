@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
 
 from align.data.backends import AS_IT_STANDS, CLASSES, TYPE_WINS
-from align.data.template import CHATML
+from align.data.templates import CHATML
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
 from align.errors import ModelError
 from tests.unit.data.build import turns
@@ -60,6 +61,15 @@ def test_our_own_tokenizer_gives_the_ids_and_masks_of_autotokenizer(folder: Path
     marked = "".join(rendered[a:b] for a, b in spans)
     scored = [i for i, m in zip(whole["input_ids"], whole["assistant_masks"], strict=True) if m]
     assert marked == "12+7 = 19.<|im_end|>Yes,  sure 😊<|im_end|>" and theirs.decode(scored) == marked
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama", "mistral"])
+def test_our_own_tokenizer_beside_a_models_config_is_still_that_of_autotokenizer(
+    folder: Path, tmp_path: Path, model_type: str
+) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": model_type}))
+    same_as_auto(tmp_path / "model")
 
 
 def _trained(start: bool) -> Tokenizer:
