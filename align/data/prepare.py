@@ -12,6 +12,7 @@ Prompts are not cached, because their rows must be read for the rewards anyway.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,7 @@ def _prepare_source(
     folder: Path | None,
 ) -> Table:
     _check_options(source, kind)
-    source = replace_max_length(source, max_length)
+    source = _with_max_length(source, max_length)
     limits = [n for n in (source.limit, first) if n is not None]
     limit = min(limits) if limits else None
     opened = open_source(source, folder=folder, cache=cache, limit=limit)
@@ -165,7 +166,7 @@ def _prepare_source(
     return table
 
 
-def replace_max_length(source: DataSource, max_length: int | None) -> DataSource:
+def _with_max_length(source: DataSource, max_length: int | None) -> DataSource:
     return source if source.max_length is not None else source.model_copy(update={"max_length": max_length})
 
 
@@ -177,8 +178,6 @@ def _check_options(source: DataSource, kind: Kind) -> None:
             remedy="prompts of an online stage are never cut: a cut prompt is another question. "
             "Use `overlong_prompts: filter` to leave long ones out",
         )
-    import difflib
-
     for name in source.columns:
         if name not in FIELDS:
             near = difflib.get_close_matches(name, FIELDS, n=1)

@@ -8,6 +8,7 @@ generator   `file.py:function`, called with `options` in a child process that ha
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
@@ -97,8 +98,6 @@ def is_hub_id(path: str) -> bool:
 
 
 def _missing(path: Path) -> DataError:
-    import difflib
-
     names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1)
     if near:
