@@ -17,13 +17,14 @@ from typing import Any
 
 from align.cli.check import validate
 from align.errors import Interrupted
-from align.recipe.load import dump_recipe, load_recipe
+from align.recipe.load import dump_recipe, load_document
 from align.recipe.schema import Recipe
 from align.report.progress import Reporter
 from align.report.quiet import quiet
 from align.stages import processes
+from align.stages.owned import sweep
 from align.stages.pipeline import run_pipeline
-from align.stages.publication import PublicationFolder, sweep
+from align.stages.publication import PublicationFolder
 from align.stages.runfolder import RunFolder
 
 _CHILDREN_LIMIT_S = 10.0
@@ -37,18 +38,18 @@ def main(arguments: argparse.Namespace) -> int:
     """
     quiet()
     signal.signal(signal.SIGTERM, _as_interrupt)
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    recipe, document = load_document(arguments.recipe, arguments.overrides)
     folder = Path(arguments.recipe).absolute().parent
-    plugins = validate(recipe, folder)
+    plugins = validate(recipe, folder, document=document, cluster=arguments.address is not None).plugins
     resume = arguments.resume or arguments.from_stage is not None
     run = RunFolder.open(recipe, dump_recipe(recipe), resume=resume, cwd=folder)
     with ExitStack() as stack:
+        stack.callback(run.ended)
         stack.callback(_end_children)
         reporter = Reporter(run.path, recipe)
         stack.callback(reporter.close)
         summary = _run(recipe, run, reporter, arguments, folder, plugins)
         reporter.closing_table(summary)
-    run.record_processes([])
     return 0
 
 

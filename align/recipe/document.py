@@ -95,6 +95,20 @@ class Document:
             steps[1] = str(stage.get("id", path[1])) if isinstance(stage, dict) else steps[1]
         return ".".join(steps)
 
+    def place(self, dotted: str) -> str:
+        """Where a dotted key such as `stages.grpo.rollout.max_tokens` stands, as far down as the file has it."""
+        path: Path_ = ()
+        value: Any = self.data
+        for step in dotted.split("."):
+            here: str | int = int(step) if step.isdigit() else step
+            if path == ("stages",) and isinstance(value, list):
+                ids = [stage.get("id") if isinstance(stage, dict) else None for stage in value]
+                here = ids.index(step) if step in ids else here
+            if here not in (range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else ()):
+                break
+            path, value = (*path, here), value[here]
+        return self.where(path)
+
     def base_of(self, path: Path_) -> Path:
         for length in range(len(path), -1, -1):
             if path[:length] in self.bases:

@@ -35,6 +35,8 @@ def _absolute(value: str, base: Path, kind: str) -> str:
         return f"{_join(head, base)}:{attribute}"
     if kind == "plugin":  # a bare name or a dotted path
         return value
+    if kind == "template" and "{" in value:  # the template itself
+        return value
     if _plainly_a_file(value, kind) or Path(_join(value, base)).exists():
         return _join(value, base)
     return value
@@ -43,8 +45,8 @@ def _absolute(value: str, base: Path, kind: str) -> str:
 def _plainly_a_file(value: str, kind: str) -> bool:
     if value.startswith(("/", "./", "../", "~")) or value in (".", ".."):
         return True
-    if kind == "template":
-        return "{" not in value  # a template file; text with braces is the template itself
+    if kind == "template":  # otherwise the name of one of ours
+        return value.endswith((".jinja", ".jinja2", ".j2", ".txt"))
     return kind == "data" and value.lower().endswith(DATA_SUFFIXES)
 
 

@@ -72,6 +72,26 @@ def unknown_key(path: Path_, model: Any, document: Document) -> Problem:
     return Problem(what, document.where(path), _remedy_for_key(key, model))
 
 
+def option_problems(error: ValidationError, given: dict[str, Any], model: Any, owner: str) -> list[Problem]:
+    """The same for the options of a loss, whose type is not part of the grammar. `where` is the option."""
+    problems = []
+    for detail in error.errors():
+        key = str(detail["loc"][0]) if detail["loc"] else ""
+        if detail["type"] == "extra_forbidden":
+            what = f"unknown option `{key}` of {owner} (value {_show(given.get(key))})"
+            problems.append(Problem(what, key, _remedy_for_key(key, model)))
+        elif detail["type"] == "value_error":
+            problems.append(Problem(f"{owner}: {detail['msg'].partition(', ')[2]}", key))
+        elif detail["type"].endswith(_WRONG_TYPE):
+            expected = grammar.keys_of(model).get(key)
+            what = f"`{key}` of {owner}: expected {grammar.words(expected)}, got {_show(given.get(key))}"
+            problems.append(Problem(what, key, _nearest_choice(expected, given.get(key))))
+        else:
+            said = detail["msg"].replace("Input should be", "must be")
+            problems.append(Problem(f"`{key}` of {owner} {said}, got {_show(given.get(key))}", key))
+    return problems
+
+
 def _remedy_for_key(key: str, model: Any) -> str:
     keys = grammar.keys_of(model) if grammar.is_model(model) else {}
     said: list[str] = []

@@ -9,10 +9,10 @@ from align.recipe.schema import Adapter, Optim
 # Learning rates by (stage kind, trains an adapter): what TRL, ms-swift and the LoRA papers use as starting points.
 LEARNING_RATES = {
     ("sft", True): 1e-4,
-    ("sft", False): 1e-5,
+    ("sft", False): 2e-5,
     ("preference", True): 5e-6,
     ("preference", False): 5e-7,
-    ("online", True): 5e-6,
+    ("online", True): 1e-5,
     ("online", False): 1e-6,
 }
 SCHEDULES = {"sft": ("cosine", 0.05), "preference": ("cosine", 0.05), "online": ("constant", 0.05)}

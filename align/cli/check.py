@@ -1,0 +1,135 @@
+"""`align check`: is everything there and sound, and what would run where? No torch; under five seconds on text."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+from align.cli.findings import Findings
+from align.cli.inputs import DataFacts, Origin, Rewards, open_origin, read_data
+from align.cli.plan import Machine, Plan, Planner, check_fits, lines, stage_roles
+from align.cli.rules import check_recipe
+from align.data.records import Kind
+from align.errors import RecipeError
+from align.hub import resolve_model_folder
+from align.model.adapter_config import read_adapter_config, refuse_beyond_lora
+from align.recipe.document import Document
+from align.recipe.load import load_document
+from align.recipe.schema import Recipe
+from align.stages.training import record_kind
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Check a recipe and print the plan; 0 where it can run. Raises UserError naming every problem."""
+    recipe, document = load_document(arguments.recipe, arguments.overrides)
+    folder = Path(arguments.recipe).absolute().parent
+    plan = validate(recipe, folder, document=document, every_row=arguments.data)
+    if recipe.run_folder.exists() and any(recipe.run_folder.iterdir()):
+        plan.notes.append(f"{recipe.run_folder} exists: `align run` needs --resume, or another name=")
+    print("\n".join(lines(plan, document.name)))
+    print("\nall right")
+    return 0
+
+
+def validate(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    document: Document | None = None,
+    every_row: bool = False,
+    machine: Machine | None = None,
+    cluster: bool = False,
+) -> Plan:
+    """Check everything that can be known before anything starts, and plan the run.
+
+    Args:
+        folder: the recipe's, where plugins are looked for. document: gives errors their lines.
+        every_row: read all data, not only the first 1,000 rows of each source.
+        machine: to plan for (default: this one). cluster: the run joins a cluster, whose size is not known here.
+
+    Raises UserError: the only problem in its own class, or one error that lists all of them.
+    """
+    found = Findings(document)
+    sound = check_recipe(recipe, found)
+    plan = Plan(recipe, machine or Machine.here())
+    rewards = Rewards(folder)
+    with ExitStack() as stack:
+        origin: Origin | None = None
+        with found.gather(key="model"):
+            if recipe.model.adapter is not None:
+                adapter = resolve_model_folder(recipe.model.adapter)
+                refuse_beyond_lora(read_adapter_config(adapter), adapter, "train")
+            origin = stack.enter_context(open_origin(recipe.model, folder))
+        planner = Planner(recipe, plan.machine, origin) if origin else None
+        for stage in recipe.stages:
+            _check_rewards(stage, rewards, found)
+            if stage.id not in sound:
+                continue
+            if not cluster:
+                with found.gather():
+                    check_fits(stage_roles(recipe, stage, plan.machine), plan.machine)
+            if planner is not None:
+                _check_stage(recipe, stage, planner, plan, found, folder, every_row)
+        plan.model = planner.model_line() if planner else ""
+    found.raise_any()
+    plan.plugins = dict(rewards.sources)
+    return plan
+
+
+def _check_rewards(stage: Any, rewards: Rewards, found: Findings) -> None:
+    """Plugins can be loaded, their objectives have names of their own, and weights name objectives that exist."""
+    evaluation = getattr(stage, "eval", None)
+    if evaluation is not None and evaluation.rewards and stage.kind == "online":
+        rewards.objectives(evaluation.rewards, stage.id, "eval.rewards", found)
+    if not getattr(stage, "rewards", ()):
+        return
+    names = rewards.objectives(stage.rewards, stage.id, "rewards", found)
+    if names is None or stage.kind != "online":
+        return
+    for name in stage.objectives.weights:
+        if name not in names:
+            found.add(
+                RecipeError(
+                    f"`objectives.weights` names {name!r}, which no reward of this stage gives",
+                    where=f"objectives.weights.{name}",
+                    remedy=f"the objectives here: {', '.join(names)}",
+                ),
+                stage.id,
+            )
+
+
+def _check_stage(
+    recipe: Recipe, stage: Any, planner: Planner, plan: Plan, found: Findings, folder: Path, every_row: bool
+) -> None:
+    """Read a stage's data, then plan it; what fails is kept in `found`."""
+    if not hasattr(stage, "data"):
+        with found.gather(stage.id):
+            plan.stages.append(planner.files(stage))
+        return
+    sampled = stage.kind == "online" or (stage.kind == "evaluate" and stage.rewards)
+    read: dict[str, DataFacts] = {}
+    sets = {"data": stage.data}
+    if getattr(stage, "eval", None) is not None:
+        sets["eval.data"] = stage.eval.data
+    for key, sources in sets.items():
+        with found.gather(stage.id, key):
+            read[key] = read_data(
+                recipe,
+                sources,
+                cast("Kind", "prompt" if sampled else record_kind(stage.loss)),
+                planner.origin.tokenizer,
+                seed_of=stage.id,
+                folder=folder,
+                every_row=every_row,
+            )
+    if len(read) < len(sets):
+        return
+    with found.gather(stage.id):
+        make = planner.evaluation if stage.kind == "evaluate" else planner.training
+        planned = make(stage, read["data"])
+        for key, facts in read.items():
+            planned.lines += [f"{key}: {line.strip()}" for line in (facts.report.summary if facts.report else [])]
+            planned.lines += [f"{key}: {note}" for note in facts.notes]
+        plan.stages.append(planned)

@@ -1,0 +1,184 @@
+"""What a recipe names outside itself: the model's folder, its tokenizer, data, and reward plugins. No torch."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from align.cli import memory
+from align.cli.findings import Findings
+from align.data.audit import DataReport
+from align.data.prepare import prepare
+from align.data.records import Kind
+from align.data.scratch import train_tokenizer
+from align.data.sources import is_hub_id
+from align.data.tokenizer import ChatTokenizer, load_tokenizer
+from align.errors import ModelError, PluginError, Unsupported
+from align.hub import resolve_model_folder
+from align.plugins import describe_in_child
+from align.protocols import PromptItem, Tree
+from align.recipe.schema import DataSource, Model, Recipe, Reward
+from align.stages.context import stage_seed
+
+FIRST_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model before the first stage. folder: None where it is made from scratch, and is not there yet."""
+
+    folder: Path | None
+    config: dict[str, Any]
+    tokenizer: ChatTokenizer
+
+
+@contextmanager
+def open_origin(model: Model, folder: Path) -> Iterator[Origin]:
+    """The model's configuration and tokenizer; from scratch, the tokenizer is trained into a temporary folder.
+
+    folder: the recipe's. Raises ModelError, DataError, Unsupported.
+    """
+    if model.path is not None:
+        found = resolve_model_folder(model.path, model.revision, weights=False)
+        config = memory.read_config(found)
+        if Path(model.path).is_dir() and not any(found.glob("*.safetensors")):
+            raise ModelError(
+                "the folder has no weights in safetensors (pickled weights are never read)",
+                where=found,
+                remedy="convert them once with model.save_pretrained(folder) in transformers",
+            )
+        _refuse_images(config, found)
+        yield Origin(found, config, _tokenizer(model, found))
+        return
+    assert model.tokenizer is not None and model.config is not None, "the grammar ties `config` and `tokenizer`"
+    with tempfile.TemporaryDirectory(prefix="align-check-") as aside:
+        train_tokenizer(model.tokenizer, aside, data_folder=folder)
+        yield Origin(None, dict(model.config), _tokenizer(model, Path(aside)))
+
+
+def _tokenizer(model: Model, folder: Path) -> ChatTokenizer:
+    return load_tokenizer(folder, chat_template=model.chat_template, template_args=model.template_args)
+
+
+def _refuse_images(config: dict[str, Any], folder: Path) -> None:
+    if "vision_config" in config or "audio_config" in config:
+        raise Unsupported(
+            f"a {config.get('model_type')} model has a vision or audio part; this version trains language models",
+            where=folder,
+            remedy="use a model of text alone",
+        )
+
+
+# ------------------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class DataFacts:
+    """What the rows that were read say about a stage's data.
+
+    whole: every row was read, so that `rows` is the epoch's size. longest, mean: tokens of the trees (a prompt's own
+    tokens for prompts). longest_pair: tokens of the largest tree that must stay together.
+    """
+
+    report: DataReport | None = None
+    rows: int = 0
+    whole: bool = False
+    longest: int = 0
+    mean: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+
+def read_data(
+    recipe: Recipe,
+    sources: tuple[DataSource, ...],
+    kind: Kind,
+    tokenizer: ChatTokenizer,
+    *,
+    seed_of: str,
+    folder: Path,
+    every_row: bool,
+) -> DataFacts:
+    """The first rows of each source (all with `every_row`) through tokenizer and template. Raises DataError.
+
+    A hub data set is opened with every row only: the library that reads it brings torch.
+    """
+    here = tuple(s for s in sources if every_row or not _on_hub(s, folder))
+    facts = DataFacts()
+    for source in sources:
+        if source not in here:
+            facts.notes.append(f"{source.path}: a hub data set, read by `align check --data` and by the run")
+    if not here:
+        return facts
+    first = None if every_row else FIRST_ROWS
+    seed = stage_seed(recipe.seed, seed_of)
+    prepared = prepare(here, kind, tokenizer, seed=seed, first=first, folder=folder)
+    lengths = [_tokens(item) for item in prepared.items]
+    limits = [min(n for n in (s.limit, first, float("inf")) if n is not None) for s in here]
+    cut = any(r.read >= limit and limit == first for r, limit in zip(prepared.report.sources, limits, strict=True))
+    facts.report = prepared.report
+    facts.rows, facts.whole = len(prepared.items), not cut and len(here) == len(sources)
+    facts.longest, facts.mean = max(lengths), sum(lengths) / len(lengths)
+    return facts
+
+
+def _tokens(item: Tree | PromptItem) -> int:
+    return item.tokens if isinstance(item, Tree) else len(item.token_ids)
+
+
+def _on_hub(source: DataSource, folder: Path) -> bool:
+    return not (folder / source.path).exists() and is_hub_id(source.path)
+
+
+# ------------------------------------------------------------------------------------------------- rewards
+
+
+def describe_reward(reward: Reward, folder: Path) -> dict[str, Any]:
+    """What a reward offers, from a child process; the `rewards.describe` answer. Raises PluginError."""
+    import json
+
+    from rewards.plugin import OVERRIDES
+
+    options = {name: getattr(reward, name) for name in OVERRIDES if getattr(reward, name) is not None}
+    arguments = [reward.use, "--folder", str(folder), "--signature", reward.signature]
+    arguments += ["--args", json.dumps(reward.args), "--options", json.dumps(options)]
+    arguments += ["--as", reward.as_] if reward.as_ else []
+    answer: dict[str, Any] = describe_in_child("rewards.describe", arguments, name=reward.use)
+    return answer
+
+
+class Rewards:
+    """Descriptions of a recipe's rewards, each asked for once."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.sources: dict[str, str] = {}
+        self._known: dict[str, dict[str, Any]] = {}
+
+    def objectives(self, rewards: tuple[Reward, ...], stage: str, key: str, found: Findings) -> list[str] | None:
+        """Objective names of a stage in order; None where a reward could not be described (it is in `found`)."""
+        from rewards.api import PluginError as RewardsPluginError
+        from rewards.naming import Named, objective_names
+
+        named = []
+        for number, reward in enumerate(rewards):
+            with found.gather(stage, f"{key}.{number}"):
+                described = self._describe(reward)
+                named.append(Named(described["name"], tuple(described["objectives"]), reward.as_ is not None))
+        if len(named) < len(rewards):
+            return None
+        try:
+            return [name for names in objective_names(named) for name in names]
+        except RewardsPluginError as error:
+            found.add(PluginError(error.what, where=key, remedy=error.remedy), stage)
+            return None
+
+    def _describe(self, reward: Reward) -> dict[str, Any]:
+        asked = reward.model_dump_json()
+        if asked not in self._known:
+            self._known[asked] = describe_reward(reward, self.folder)
+        self.sources[reward.use] = self._known[asked].get("sha256") or ""
+        return self._known[asked]

@@ -1,0 +1,168 @@
+"""Memory of a stage, estimated from config.json before anything is loaded.
+
+Exact where it can be (weights, adapters, optimizer state, KV cache: counts times bytes), a rule of thumb for
+activations. What a process needs beside (Python, torch, CUDA context) is not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.errors import ModelError
+from align.recipe.schema import Adapter
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ADAMW_BYTES = 8  # two float32 moments
+GRADIENT_BYTES = 4
+CHUNK_BYTES = (1 << 24) * 4  # the head's largest piece of logits, align.model.head.CHUNK_ELEMENTS in float32
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What of a decoder's architecture decides memory. linear: (in, out) of each linear layer of one block, by name."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    kv_width: int
+    linear: Mapping[str, tuple[int, int]]
+    tied: bool
+    max_positions: int | None
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the whole model; norms counted as two vectors a block."""
+        block = sum(rows * columns for rows, columns in self.linear.values()) + 2 * self.hidden
+        heads = 1 if self.tied else 2
+        return self.layers * block + heads * self.vocabulary * self.hidden + self.hidden
+
+    def adapter_parameters(self, adapter: Adapter) -> int:
+        """r (in + out) for each layer that gets LoRA."""
+        wanted = adapter.targets
+        names = set(self.linear) if wanted == "all-linear" else {wanted} if isinstance(wanted, str) else set(wanted)
+        chosen = [shape for name, shape in self.linear.items() if name in names and name not in adapter.exclude]
+        return self.layers * adapter.rank * sum(rows + columns for rows, columns in chosen)
+
+    def kv_bytes(self, dtype: str) -> int:
+        """Keys and values of one token in all layers."""
+        return 2 * self.layers * self.kv_width * BYTES[dtype]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder. Raises ModelError."""
+    file = folder / "config.json"
+    if not file.is_file():
+        is_adapter = (folder / "adapter_config.json").is_file()
+        remedy = "this is an adapter: give it as `model.adapter`, and its base as `model.path`" if is_adapter else None
+        raise ModelError(
+            "the folder has no config.json", where=folder, remedy=remedy or "give a folder in transformers layout"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"not valid JSON: {error}", where=file, remedy="copy the file again") from None
+    if not isinstance(config, dict):
+        raise ModelError("must hold a JSON object", where=file, remedy="copy the file again")
+    return config
+
+
+def sizes_of(config: Mapping[str, Any], vocabulary: int | None = None) -> Sizes | None:
+    """Sizes from a transformers configuration; None where it is no plain decoder that we can count.
+
+    vocabulary: the tokenizer's, where the configuration (of a model from scratch) has none.
+    """
+    text: Mapping[str, Any] = config.get("text_config") or config
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+    numbers = [text.get(name) for name in names]
+    vocab = text.get("vocab_size") or vocabulary
+    if not all(isinstance(n, int) and n > 0 for n in numbers) or not isinstance(vocab, int):
+        return None
+    layers, hidden, intermediate, heads = (int(n) for n in numbers if n)
+    head = int(text.get("head_dim") or hidden // heads)
+    kv_width = int(text.get("num_key_value_heads") or heads) * head
+    return Sizes(
+        layers=layers,
+        hidden=hidden,
+        intermediate=intermediate,
+        vocabulary=vocab,
+        kv_width=kv_width,
+        linear={
+            "q_proj": (hidden, heads * head),
+            "k_proj": (hidden, kv_width),
+            "v_proj": (hidden, kv_width),
+            "o_proj": (heads * head, hidden),
+            **_feed_forward(text, hidden, intermediate),
+        },
+        tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", True))),
+        max_positions=text.get("max_position_embeddings"),
+    )
+
+
+def _feed_forward(text: Mapping[str, Any], hidden: int, intermediate: int) -> dict[str, tuple[int, int]]:
+    experts = text.get("num_experts") or text.get("num_local_experts") or 1
+    width = int(text.get("moe_intermediate_size") or intermediate) * int(experts) if experts > 1 else intermediate
+    return {"gate_proj": (hidden, width), "up_proj": (hidden, width), "down_proj": (width, hidden)}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one process, by part."""
+
+    parts: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {human(size)}" for name, size in self.parts.items() if size)
+        return f"{human(self.total)} ({parts})"
+
+
+def trainer(
+    sizes: Sizes, adapter: Adapter, dtype: str, *, tokens: int, second_copy: bool, checkpointing: bool
+) -> Estimate:
+    """A trainer with microbatches of `tokens` tokens. second_copy: a frozen reference of the whole weights."""
+    weights, b = sizes.parameters, BYTES[dtype]
+    if adapter.kind == "full":
+        parts = {"weights": weights * 4.0, "optimizer": float(weights * (ADAMW_BYTES + GRADIENT_BYTES))}
+        parts["reference"] = float(weights * b) if second_copy else 0.0
+    else:
+        own = sizes.adapter_parameters(adapter)
+        parts = {"weights": float(weights * b), "adapter and optimizer": own * (4.0 + ADAMW_BYTES + GRADIENT_BYTES)}
+    # Kept for backward, per token and block: about 12 vectors of the hidden width and 4 of the feed-forward's.
+    block = (12 * sizes.hidden + 4 * sizes.intermediate) * b
+    kept = sizes.hidden * b * sizes.layers + block if checkpointing else block * sizes.layers
+    parts["activations"] = float(tokens * kept)
+    parts["logits"] = float(2 * min(CHUNK_BYTES, tokens * sizes.vocabulary * 4))
+    return Estimate(parts)
+
+
+def engine(sizes: Sizes, dtype: str, *, sequences: int, length: int) -> Estimate:
+    """An engine whose `sequences` completions all reach `length` tokens, prompt included."""
+    return Estimate(
+        {
+            "weights": float(sizes.parameters * BYTES[dtype]),
+            f"KV cache of {sequences} x {length} tokens": float(sequences * length * sizes.kv_bytes(dtype)),
+        }
+    )
+
+
+def human(size: float) -> str:
+    for unit, step in (("GiB", 2**30), ("MiB", 2**20)):
+        if size >= step:
+            return f"{size / step:.1f} {unit}"
+    return f"{math.ceil(size / 1024)} KiB"
+
+
+def count(number: int) -> str:
+    for unit, step in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= step:
+            return f"{number / step:.1f}{unit}"
+    return str(number)

@@ -1,0 +1,294 @@
+"""What a run will do, stage by stage: computed without torch, printed by `align check`, handed to `align run`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from align.cli import memory
+from align.cli.inputs import DataFacts, Origin
+from align.data.order import DEFAULT_BATCH, BatchPlan
+from align.errors import DataError, PlacementError, RecipeError
+from align.recipe.schema import Adapter, Recipe
+from align.recipe.support import publish_mode, reference_words
+from align.stages.backend import Needs
+from align.stages.context import stage_seed
+from align.stages.defaults import resolved_optim
+from align.stages.handover import adapter_of
+from align.stages.roles import Role, roles_of
+from align.stages.training import needs_of, online_turns, record_kind, reference_of
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Cores, GPUs and bytes of memory of the machine that a run would start its own cluster on."""
+
+    cores: int
+    gpus: float
+    memory: int
+
+    @classmethod
+    def here(cls) -> Machine:
+        return cls(os.cpu_count() or 1, _gpus(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _gpus() -> int:
+    """NVIDIA GPUs that Ray will count: those CUDA_VISIBLE_DEVICES leaves of those that the driver shows."""
+    present = list(Path("/proc/driver/nvidia/gpus").glob("*"))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return len(present)
+    return min(len(present), len([name for name in visible.split(",") if name.strip() not in ("", "-1")]))
+
+
+@dataclass
+class StagePlan:
+    """One stage. lines: what it does, for a person. steps: None where the data were not read to their end."""
+
+    id: str
+    kind: str
+    steps: int | None = None
+    roles: list[Role] = field(default_factory=list)
+    memory: dict[str, memory.Estimate] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Plan:
+    """The whole run. plugins: SHA-256 of each reward's source by its `use`, what a resumed run compares."""
+
+    recipe: Recipe
+    machine: Machine
+    model: str = ""
+    stages: list[StagePlan] = field(default_factory=list)
+    plugins: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+# ------------------------------------------------------------------------------------------------- a stage
+
+
+class Planner:
+    """Plans the stages of a recipe on a machine, from what was read of its inputs."""
+
+    def __init__(self, recipe: Recipe, machine: Machine, origin: Origin):
+        self.recipe, self.machine, self.origin = recipe, machine, origin
+        self.sizes = memory.sizes_of(origin.config, origin.tokenizer.vocab_size)
+
+    def model_line(self) -> str:
+        where = self.recipe.model.path or "from scratch"
+        kind = self.origin.config.get("model_type", "?")
+        size = f", {memory.count(self.sizes.parameters)} parameters" if self.sizes else ""
+        return f"{where} ({kind}{size}, {self.origin.tokenizer.vocab_size} tokens)"
+
+    def training(self, stage: Any, facts: DataFacts) -> StagePlan:
+        """A stage of kind sft, preference or online. Raises UserError where it cannot run."""
+        adapter = adapter_of(self.recipe, stage)
+        optim = resolved_optim(stage, adapter)
+        steps = self._steps(stage, facts)
+        plan = StagePlan(stage.id, stage.kind, steps, self.roles(stage))
+        losses = " + ".join(t.name if t.weight == 1 else f"{t.weight:g} {t.name}" for t in stage.loss)
+        plan.lines += [
+            f"starts from {stage.from_ or 'the model'}; trains {_adapter_words(adapter, self.sizes)}; loss {losses}",
+            f"reference: {reference_words(adapter, reference_of(stage), self._continues(stage))}",
+            f"{_steps_words(steps)} of {_batch_words(stage)}; lr {optim.lr:g} {optim.schedule}, "
+            f"warm-up {100 * (optim.warmup or 0):g} %",
+        ]
+        if stage.kind == "online":
+            self._check_length(stage.rollout, facts)
+            plan.lines.append(
+                f"engines: {stage.rollout.workers} x {stage.rollout.name}, "
+                f"receive {_PUBLISHED[publish_mode(adapter, stage.rollout)]}; "
+                f"at most {stage.rollout.max_tokens} tokens at temperature {stage.rollout.temperature:g}"
+            )
+        else:
+            self._check_positions(facts)
+        plan.lines += self._packing_notes(stage, facts)
+        self._estimate(plan, stage, adapter, facts)
+        return plan
+
+    def evaluation(self, stage: Any, facts: DataFacts) -> StagePlan:
+        plan = StagePlan(stage.id, stage.kind, len(stage.of), self.roles(stage))
+        how = f"greedy completions from {stage.rollout.name}" if stage.rewards else "loss metrics"
+        plan.lines.append(f"evaluates {', '.join(stage.of)}: {how} on {facts.rows}{'' if facts.whole else '+'} rows")
+        if stage.rewards:
+            self._check_length(stage.rollout, facts)
+        return plan
+
+    def files(self, stage: Any) -> StagePlan:
+        what = "merges" if stage.kind == "merge" else "exports"
+        line = f"{what} {stage.from_ or 'the model'} into {self.recipe.run_folder / stage.id / 'model'}"
+        return StagePlan(stage.id, stage.kind, 1, self.roles(stage), lines=[line])
+
+    def roles(self, stage: Any) -> list[Role]:
+        return stage_roles(self.recipe, stage, self.machine)
+
+    def _continues(self, stage: Any) -> bool:
+        """Whether the stage starts from an adapter that was trained before."""
+        if stage.from_ is None:
+            return self.recipe.model.adapter is not None
+        source = self.recipe.stage(stage.from_.partition("@")[0])
+        return source.kind not in ("merge", "export") and adapter_of(self.recipe, source).kind != "full"
+
+    # -------------------------------------------------------------------------------------------- lengths
+
+    def _steps(self, stage: Any, facts: DataFacts) -> int | None:
+        if stage.steps is None and not facts.whole:
+            return None
+        if stage.kind == "online":
+            return online_turns(stage, facts.rows)
+        return BatchPlan.of(stage, max(facts.rows, 1), stage_seed(self.recipe.seed, stage.id)).total
+
+    def _check_length(self, rollout: Any, facts: DataFacts) -> None:
+        """Prompt and completion must fit the engine, which fits the model."""
+        needed = facts.longest + rollout.max_tokens
+        limit, key = rollout.max_model_len, "rollout.max_model_len"
+        positions = self.sizes.max_positions if self.sizes else None
+        if positions is not None and (limit is None or limit > positions):
+            if limit is not None:
+                raise RecipeError(
+                    f"`{key}: {limit}` is more than the model's {positions} positions",
+                    where=key,
+                    remedy=f"at most {positions}",
+                )
+            limit, key = positions, "the model's `max_position_embeddings`"
+        if limit is not None and needed > limit:
+            raises = "" if limit == positions else "raise `rollout.max_model_len`, "
+            raise RecipeError(
+                f"the longest prompt ({facts.longest} tokens) and `rollout.max_tokens: {rollout.max_tokens}` need "
+                f"{needed} tokens, more than {key} ({limit})",
+                where="rollout.max_tokens",
+                remedy=f"lower `rollout.max_tokens`, {raises}or set `max_length` and `overlong_prompts: filter` on "
+                "the data",
+            )
+
+    def _check_positions(self, facts: DataFacts) -> None:
+        positions = self.sizes.max_positions if self.sizes else None
+        lengths = facts.report.lengths if facts.report else None
+        if positions is not None and lengths is not None and lengths.size and int(lengths.max()) > positions:
+            raise DataError(
+                f"{int((lengths > positions).sum())} rows are longer than the model's {positions} positions "
+                f"(the longest has {int(lengths.max())} tokens)",
+                where="data",
+                remedy=f"set `max_length: {positions}` with `truncate: right`, or leave these rows out",
+            )
+
+    def _packing_notes(self, stage: Any, facts: DataFacts) -> list[str]:
+        budget = stage.packing.max_tokens
+        if stage.kind == "online" or facts.longest <= budget:
+            return []
+        return [f"note: the largest example has {facts.longest} tokens and is computed alone (budget {budget})"]
+
+    # -------------------------------------------------------------------------------------------- memory
+
+    def _estimate(self, plan: StagePlan, stage: Any, adapter: Adapter, facts: DataFacts) -> None:
+        if self.sizes is None:
+            plan.lines.append("memory: not estimated, the architecture is not a plain decoder")
+            return
+        gpu = self.machine.gpus > 0
+        model, reference = self.recipe.model, reference_of(stage)
+        if stage.kind == "online":
+            sequences = stage.batch.groups * stage.batch.group_size
+            length = facts.longest + stage.rollout.max_tokens
+            tokens = min(stage.packing.max_tokens, stage.batch.groups * facts.longest + sequences * length)
+        else:
+            size = stage.batch.sequences or getattr(stage.batch, "pairs", None) or DEFAULT_BATCH
+            tokens = min(stage.packing.max_tokens, max(facts.longest, int(size * facts.mean)))
+        plan.memory["trainer"] = memory.trainer(
+            self.sizes,
+            adapter,
+            _dtype(gpu, model.dtype),
+            tokens=tokens,
+            second_copy=reference in ("start", "base"),
+            checkpointing=model.gradient_checkpointing,
+        )
+        if stage.kind == "online":
+            plan.memory["each engine"] = memory.engine(
+                self.sizes,
+                _dtype(gpu, stage.rollout.dtype, model.dtype),
+                sequences=-(-sequences // stage.rollout.workers),
+                length=length,
+            )
+        total = sum(estimate.total for estimate in plan.memory.values())
+        if not gpu and total > self.machine.memory:
+            plan.lines.append(f"note: about {memory.human(total)} in all; here are {memory.human(self.machine.memory)}")
+
+
+_PUBLISHED = {"adapter": "the adapter", "weights": "whole weights"}
+
+
+def stage_roles(recipe: Recipe, stage: Any, machine: Machine) -> list[Role]:
+    """What a stage of any kind reserves on the machine."""
+    if stage.kind in ("merge", "export"):
+        needs = Needs(files=True)
+    elif stage.kind != "evaluate":
+        needs = needs_of(stage)
+    elif stage.rewards:
+        needs = Needs(engines=stage.rollout.workers, scorers=1)
+    else:
+        needs = Needs(trainer=True)
+    return roles_of(needs, recipe.placement, cores=machine.cores, gpus=machine.gpus, threads={})
+
+
+def check_fits(roles: list[Role], machine: Machine) -> None:
+    """Raise PlacementError where the roles of a stage ask for more than the machine has."""
+    for resource, has in (("CPU", machine.cores), ("GPU", machine.gpus)):
+        wanted = sum(role.resources.get(resource, 0.0) for role in roles)
+        if wanted > has + 1e-6:
+            detail = ", ".join(f"{r.name} {r.resources[resource]:g}" for r in roles if resource in r.resources)
+            raise PlacementError(
+                f"{wanted:g} {resource}s are asked for ({detail}), this machine has {has:g}",
+                where="placement",
+                remedy=f"lower `placement.*.{resource.lower()}s` or `rollout.workers`, or join a larger cluster with "
+                "--address",
+            )
+
+
+def _dtype(gpu: bool, *names: str) -> str:
+    """The first that is not auto; else the device's usual one."""
+    return next((name for name in names if name != "auto"), "bfloat16" if gpu else "float32")
+
+
+def _adapter_words(adapter: Adapter, sizes: memory.Sizes | None) -> str:
+    if adapter.kind == "full":
+        return "all weights"
+    count = f" ({memory.count(sizes.adapter_parameters(adapter))} parameters)" if sizes else ""
+    targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
+    return f"LoRA of rank {adapter.rank}, alpha {adapter.alpha:g} on {targets}{count}"
+
+
+def _steps_words(steps: int | None) -> str:
+    return "as many steps as the data give," if steps is None else f"{steps} step{'s' if steps != 1 else ''}"
+
+
+def _batch_words(stage: Any) -> str:
+    batch: Mapping[str, Any] = stage.batch.model_dump(exclude_none=True)
+    if stage.kind == "online":
+        return f"{batch['groups']} groups x {batch['group_size']}"
+    unit = "pairs" if stage.kind == "preference" and record_kind(stage.loss) == "pair" else "sequences"
+    return f"{batch.get(unit, DEFAULT_BATCH)} {unit}"
+
+
+def lines(plan: Plan, shown: str) -> list[str]:
+    """The plan for a terminal."""
+    recipe, machine = plan.recipe, plan.machine
+    out = [
+        f"recipe   {shown}: {recipe.name}, seed {recipe.seed}, {len(recipe.stages)} stages -> {recipe.run_folder}",
+        f"model    {plan.model}",
+        f"machine  {machine.cores} cores, {machine.gpus:g} GPUs, {memory.human(machine.memory)}",
+    ]
+    for stage in plan.stages:
+        out.append(f"\n{stage.id} ({stage.kind})")
+        out += [f"  {line}" for line in stage.lines]
+        if stage.roles:
+            out.append("  placement: " + ", ".join(_role_words(role) for role in stage.roles))
+        out += [f"  memory, {who}: about {estimate}" for who, estimate in stage.memory.items()]
+    return out + ([""] + [f"note: {note}" for note in plan.notes] if plan.notes else [])
+
+
+def _role_words(role: Role) -> str:
+    gpus = f", {role.gpus:g} GPU" if role.gpus else ""
+    return f"{role.name} {role.cpus:g} CPU{gpus} ({role.threads} thread{'s' if role.threads != 1 else ''})"

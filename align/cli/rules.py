@@ -1,0 +1,225 @@
+"""What must hold within a recipe beyond its grammar: losses fit their stages, adapters and engines go together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from align.cli.findings import Findings
+from align.errors import PluginError, RecipeError, Unsupported
+from align.losses import configure, load
+from align.losses.base import Needs
+from align.recipe.problems import option_problems
+from align.recipe.schema import Adapter, Recipe, Rollout
+from align.recipe.support import check_adapter, publish_mode
+from align.stages.handover import adapter_of, check_adapters
+from rollout.base import check_engine_options
+
+_RECORDS = {"sft": ("conversation",), "preference": ("pair", "unpaired"), "online": ("group",)}
+_SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens")
+
+
+def check_recipe(recipe: Recipe, found: Findings) -> set[str]:
+    """Everything that the recipe alone decides, into `found`; returns the ids of stages whose losses are sound."""
+    sound: set[str] = set()
+    _check_whole(recipe, found)
+    with found.gather():
+        check_adapters(recipe)
+    for stage in recipe.stages:
+        _check_from(recipe, stage, found)
+        if not hasattr(stage, "loss") or check_losses(stage, found):
+            sound.add(stage.id)
+        if stage.kind in ("sft", "preference", "online"):
+            with found.gather(stage.id):
+                check_adapter(adapter_of(recipe, stage))
+            _check_evaluation(stage, found)
+        if stage.kind == "online":
+            _check_online(recipe, stage, found)
+        if stage.kind == "evaluate" and stage.rewards:
+            with found.gather(stage.id):
+                _check_engine(stage.rollout)
+    return sound
+
+
+def _check_whole(recipe: Recipe, found: Findings) -> None:
+    if recipe.media.model_dump(exclude_none=True):
+        found.add(
+            Unsupported(
+                "`media` is not offered by this version, which trains on text",
+                where="media",
+                remedy="leave it out",
+            )
+        )
+    for part in ("trainer", "reference", "rollout", "rewards"):
+        ranks = getattr(recipe.placement, part).ranks
+        if ranks != 1:
+            more = "use `rollout.workers`" if part == "rollout" else "one process holds each model: leave it out"
+            found.add(
+                Unsupported(
+                    f"`placement.{part}.ranks: {ranks}` is not offered by this version",
+                    where=f"placement.{part}.ranks",
+                    remedy=more,
+                )
+            )
+
+
+def _check_from(recipe: Recipe, stage: Any, found: Findings) -> None:
+    """`from: X@best` needs an X that chooses a best checkpoint."""
+    wanted = [("from", stage.from_)] if stage.from_ else []
+    wanted += [("of", name) for name in getattr(stage, "of", ())]
+    for key, text in wanted:
+        name, at, which = text.partition("@")
+        source = recipe.stage(name)
+        if at and which != "best":
+            what, remedy = f"`{text}`: there are no weights called {which!r}", f"write {name} or {name}@best"
+        elif at and getattr(getattr(source, "save", None), "best", None) is None:
+            what = f"`{text}`: stage {name!r} chooses no best checkpoint"
+            remedy = f"add `save: {{best: {{metric: ...}}}}` and `eval:` to {name!r}, or write {name}"
+        else:
+            continue
+        found.add(RecipeError(what, where=key, remedy=remedy), stage.id)
+
+
+# ------------------------------------------------------------------------------------------------- losses
+
+
+def check_losses(stage: Any, found: Findings) -> bool:
+    """Names, options and records of a stage's losses; whether all is well."""
+    before = len(found.errors)
+    needs: list[Needs] = []
+    for number, term in enumerate(stage.loss):
+        where = f"loss.{number}" if len(stage.loss) > 1 else "loss"
+        try:
+            options = load(term.name).Config
+            options(**term.options)
+            needs.append(configure(term.name, term.options)[2])
+        except PluginError as error:
+            found.add(PluginError(error.what, where=f"{where}.name", remedy=error.remedy), stage.id)
+        except ValidationError as error:
+            for problem in option_problems(error, term.options, options, f"loss {term.name!r}"):
+                found.add(RecipeError(problem.what, where=f"{where}.{problem.where}", remedy=problem.remedy), stage.id)
+    if len(needs) == len(stage.loss):
+        with found.gather(stage.id):
+            _check_needs(stage, needs)
+    return len(found.errors) == before
+
+
+def _check_needs(stage: Any, needs: list[Needs]) -> None:
+    allowed = _RECORDS.get(stage.kind, ("conversation", "pair", "unpaired"))
+    names = [term.name for term in stage.loss]
+    if needs[0].record not in allowed:
+        kinds = [kind for kind, records in _RECORDS.items() if needs[0].record in records]
+        raise RecipeError(
+            f"the loss {names[0]!r} learns from {_plural(needs[0].record)}, which a stage of kind {stage.kind} has not",
+            where="loss",
+            remedy=f"use `kind: {kinds[0]}`, or a loss for {_plural(allowed[0])}",
+        )
+    first = needs[0].record
+    for name, need in zip(names[1:], needs[1:], strict=True):
+        if need.record != first and not (first == "pair" and need.record == "conversation"):
+            raise RecipeError(
+                f"the losses {names[0]!r} and {name!r} learn from different records "
+                f"({_plural(first)} and {_plural(need.record)})",
+                where="loss",
+                remedy="train them in stages of their own; `sft` may stand after a loss on pairs",
+            )
+    covered = {need.nll for need in needs if need.nll != "none"}
+    if len(covered) > 1:
+        raise RecipeError(
+            f"the losses {' and '.join(names)} cover different tokens with their likelihood terms",
+            where="loss",
+            remedy="keep one likelihood term: set the other's weight to 0, or drop `sft`",
+        )
+    _check_units(stage, first)
+    if stage.kind != "evaluate" and stage.reference is not None and not any(need.reference for need in needs):
+        raise RecipeError(
+            f"`reference` is given, and the loss {' + '.join(names)} compares with none",
+            where="reference",
+            remedy="leave it out" + (", or set `loss.kl` above 0" if stage.kind == "online" else ""),
+        )
+
+
+def _check_units(stage: Any, record: str) -> None:
+    """A preference batch counts pairs, or sequences for losses on single completions."""
+    if stage.kind != "preference":
+        return
+    right, wrong = ("sequences", "pairs") if record == "unpaired" else ("pairs", "sequences")
+    if getattr(stage.batch, wrong) is not None:
+        raise RecipeError(
+            f"the batch of a loss on {_plural(record)} is counted in {right}",
+            where=f"batch.{wrong}",
+            remedy=f"write `batch: {{{right}: {getattr(stage.batch, wrong)}}}`",
+        )
+
+
+def _plural(record: str) -> str:
+    words = {"conversation": "conversations", "pair": "pairs", "unpaired": "labelled completions"}
+    return words.get(record, "groups of sampled completions")
+
+
+# ------------------------------------------------------------------------------------------------- stages
+
+
+def _check_evaluation(stage: Any, found: Findings) -> None:
+    best = stage.save.best
+    if best is not None and stage.eval is None:
+        found.add(
+            RecipeError("`save.best` needs an evaluation", where="save.best", remedy="add `eval: {data: ...}`"),
+            stage.id,
+        )
+    elif best is not None and not best.metric.startswith("eval/"):
+        found.add(
+            RecipeError(
+                f"`save.best.metric: {best.metric}` is no metric of the evaluation",
+                where="save.best.metric",
+                remedy=f"their names begin with eval/: eval/{best.metric.rpartition('/')[2]}",
+            ),
+            stage.id,
+        )
+    if stage.kind != "online" and stage.eval is not None and stage.eval.rewards:
+        found.add(
+            RecipeError(
+                "`eval.rewards` needs completions, which only online stages sample",
+                where="eval.rewards",
+                remedy="add a stage of kind evaluate, `of: [...]`, with these rewards",
+            ),
+            stage.id,
+        )
+
+
+def _check_online(recipe: Recipe, stage: Any, found: Findings) -> None:
+    if stage.staleness > 0:
+        found.add(
+            Unsupported(
+                f"`staleness: {stage.staleness}` is not offered by this version",
+                where="staleness",
+                remedy="use `staleness: 0`, which trains exactly on-policy",
+            ),
+            stage.id,
+        )
+    if stage.rollout.temperature == 0:
+        found.add(
+            RecipeError(
+                "`rollout.temperature: 0` samples equal completions, from which nothing can be learned",
+                where="rollout.temperature",
+                remedy="use 1.0",
+            ),
+            stage.id,
+        )
+    adapter: Adapter = adapter_of(recipe, stage)
+    with found.gather(stage.id):
+        publish_mode(adapter, stage.rollout)
+    with found.gather(stage.id):
+        _check_engine(stage.rollout)
+
+
+def _check_engine(rollout: Rollout) -> None:
+    for name in _SAMPLING:
+        if name in rollout.engine:
+            raise Unsupported(
+                f"`rollout.engine.{name}` changes the sampling distribution, and the importance ratio would be biased",
+                where=f"rollout.engine.{name}",
+                remedy="leave it out; `rollout.temperature` is offered",
+            )
+    check_engine_options(rollout.name, rollout.engine)
