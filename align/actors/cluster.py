@@ -27,6 +27,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from align.errors import AlignError, PlacementError, RunFolderError, SetupError
+from align.stages.owned import owned_folder
 from align.stages.roles import Role
 
 PLACEMENT_LIMIT_S = 30.0
@@ -78,7 +79,7 @@ class Cluster:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         self.run_folder, self.local = run_folder, address is None
         # sockets have paths of at most 107 bytes, so not in the run folder
-        self.folder = Path(tempfile.mkdtemp(prefix="align-ray-")) if self.local else None
+        self.folder = owned_folder(Path(tempfile.gettempdir())) if self.local else None
         own = {
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from align.data.prepare import prepare
+from align.data.records import Kind
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
 from align.protocols import PromptItem, Tree, group_seed
 from align.recipe.schema import DataSource, Recipe
@@ -44,12 +45,16 @@ class Context:
     def seed(self, stage_id: str) -> int:
         return stage_seed(self.recipe.seed, stage_id)
 
+    def record(self) -> None:
+        """Note in run.json what runs now: a later `--resume` ends it if this process could not."""
+        self.run.record(self.backend.processes(), self.backend.threads())
+
     def tokenizer(self, base: Path) -> ChatTokenizer:
         model = self.recipe.model
         return load_tokenizer(base, chat_template=model.chat_template, template_args=model.template_args)
 
     async def items(
-        self, stage: Any, sources: Sequence[DataSource], kind: str, tokenizer: ChatTokenizer, name: str = "data"
+        self, stage: Any, sources: Sequence[DataSource], kind: Kind, tokenizer: ChatTokenizer, name: str = "data"
     ) -> list[Any]:
         """Prepared trees or prompts of `sources`; the data report goes to `<stage>/<name>.json` and the screen."""
         prepared = await asyncio.to_thread(
@@ -69,7 +74,7 @@ class Context:
         return list(prepared.items)
 
     async def trees(
-        self, stage: Any, sources: Sequence[DataSource], kind: str, tokenizer: ChatTokenizer, name: str = "data"
+        self, stage: Any, sources: Sequence[DataSource], kind: Kind, tokenizer: ChatTokenizer, name: str = "data"
     ) -> list[Tree]:
         return await self.items(stage, sources, kind, tokenizer, name)
 

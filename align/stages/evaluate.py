@@ -19,7 +19,7 @@ from align.protocols import Metrics, Publication
 from align.recipe.schema import EvaluateStage, Optim
 from align.stages.backend import FleetJob, Needs, Start, TrainerJob, longest_prompt
 from align.stages.context import Context, opened
-from align.stages.handover import weights_of
+from align.stages.handover import adapter_of, weights_of
 from align.stages.loop import StageResult
 from align.stages.offline import eval_names
 from align.stages.online import greedy_metrics
@@ -76,13 +76,13 @@ async def _by_rewards(context: Context, stage: EvaluateStage, name: str) -> Metr
         needs = Needs(engines=stage.rollout.workers, scorers=1)
         await stack.enter_async_context(context.backend.places(needs))
         fleet, scorer = await opened(stack, context.backend.fleet(job), context.backend.scorer(judges))
-        context.run.record_processes(context.backend.processes())
+        context.record()
         await fleet.publish(Publication(version=0, kind="base", path=str(served), digest=""))
         groups = await fleet.generate(prompts, 1, sampling_of(stage.rollout))
         table = await scorer.score(groups)
     log = RolloutLog(folder / "rollouts" / name)
     log.cut_back(-1)
-    texts = [tokenizer.decode(g.prompt.token_ids, skip_special_tokens=False) for g in groups]
+    texts = [tokenizer.decode(g.prompt.token_ids.tolist(), skip_special_tokens=False) for g in groups]
     unknown = np.full(len(groups), np.nan, dtype=np.float32)
     log.add(0, groups, texts, table, unknown, np.zeros(len(groups), dtype=bool))
     log.close_file()
@@ -91,7 +91,8 @@ async def _by_rewards(context: Context, stage: EvaluateStage, name: str) -> Metr
 
 def _weights(context: Context, name: str) -> Start:
     stage_id, _, which = name.partition("@")
-    return weights_of(context.recipe, stage_id, which, context.run.finished())
+    config = adapter_of(context.recipe, context.recipe.stage(stage_id), context.origin)
+    return weights_of(context.recipe, stage_id, which, context.run.finished(), config)
 
 
 async def _plain_folder(context: Context, weights: Start, merged: Path) -> Path:
@@ -121,5 +122,5 @@ async def _by_loss(context: Context, stage: EvaluateStage, name: str) -> Metrics
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(context.backend.places(Needs(trainer=True)))
         [trainer] = await opened(stack, context.backend.trainer(job))
-        context.run.record_processes(context.backend.processes())
+        context.record()
         return eval_names(await trainer.evaluate(trees))

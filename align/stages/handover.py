@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.errors import RecipeError, RunFolderError
+from align.errors import ModelError, RecipeError, RunFolderError
 from align.recipe.schema import Adapter, Recipe
 from align.stages.backend import Start
-
-DEFAULT_ADAPTER = Adapter()
 
 
 @dataclass(frozen=True)
@@ -22,8 +21,9 @@ class Origin:
     adapter: Path | None
 
 
-def adapter_of(recipe: Recipe, stage: Any) -> Adapter:
-    """The adapter configuration a training stage uses: its own, or that of the nearest stage it builds on.
+def adapter_of(recipe: Recipe, stage: Any, origin: Origin | None = None) -> Adapter:
+    """The adapter configuration a training stage uses: its own, else that of the nearest stage it builds on, else that
+    of the adapter the recipe starts from, else LoRA as the grammar defaults it.
 
     A merge or export passes the configuration on: a stage after it trains a fresh adapter of the same kind.
     """
@@ -32,28 +32,53 @@ def adapter_of(recipe: Recipe, stage: Any) -> Adapter:
         if own is not None:
             return Adapter.model_validate(own)
         stage = recipe.stage(stage.from_.partition("@")[0]) if stage.from_ else None
-    return DEFAULT_ADAPTER
+    return adapter_in(origin.adapter) if origin is not None and origin.adapter is not None else Adapter()
 
 
-def check_adapters(recipe: Recipe) -> None:
-    """Refuse a stage that would continue an adapter under another configuration. Needs the recipe only."""
+def adapter_in(folder: Path) -> Adapter:
+    """The configuration of a peft folder, as far as a recipe can say it; whoever loads it checks the rest."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise ModelError("the folder has no adapter_config.json", where=folder, remedy="give a peft adapter")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    targets, exclude = config["target_modules"], config.get("exclude_modules") or ()
+    return Adapter(
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout", 0.0),
+        targets=targets if isinstance(targets, str) else tuple(sorted(targets)),
+        exclude=(exclude,) if isinstance(exclude, str) else tuple(sorted(exclude)),
+    )
+
+
+def check_adapters(recipe: Recipe, origin: Origin | None = None) -> None:
+    """Refuse a stage that would continue an adapter under another configuration. Without `origin`, the adapter that
+    the recipe starts from is not looked at."""
     for stage in recipe.stages:
         own = getattr(stage, "adapter", None)
-        if own is None or not stage.from_:
+        if own is None:
             continue
-        source = recipe.stage(stage.from_.partition("@")[0])
-        if source.kind in ("merge", "export"):
-            continue
-        inherited = adapter_of(recipe, source)
-        if inherited.kind == "full" or inherited == own:
+        inherited, name = _inherited(recipe, stage, origin)
+        if inherited is None or inherited.kind == "full" or inherited == own:
             continue
         ours, theirs = own.model_dump(), inherited.model_dump()
         keys = ", ".join(f"{k}: {theirs[k]!r} -> {ours[k]!r}" for k in ours if ours[k] != theirs[k])
         raise RecipeError(
-            f"stage {stage.id!r} continues the adapter of {source.id!r} under another configuration ({keys})",
+            f"stage {stage.id!r} continues the adapter of {name} under another configuration ({keys})",
             where=f"stages.{stage.id}.adapter",
-            remedy=f"put a merge stage between them, or leave `adapter:` out to continue {source.id!r}'s",
+            remedy="put a merge stage between them, or leave `adapter:` out to go on with that one",
         )
+
+
+def _inherited(recipe: Recipe, stage: Any, origin: Origin | None) -> tuple[Adapter | None, str]:
+    """The configuration of the adapter that `stage` would continue, None where it continues none, and whose it is."""
+    if stage.from_:
+        source = recipe.stage(stage.from_.partition("@")[0])
+        continues = source.kind not in ("merge", "export")
+        return (adapter_of(recipe, source, origin) if continues else None), f"stage {source.id!r}"
+    if origin is None or origin.adapter is None or stage.adapter.kind == "lora":
+        return None, ""  # whoever loads an adapter compares it: the same targets can be spelled in several ways
+    return adapter_in(origin.adapter), "model.adapter"
 
 
 def start_of(recipe: Recipe, stage: Any, origin: Origin, done: Mapping[str, Mapping[str, Any]]) -> Start:
@@ -62,20 +87,17 @@ def start_of(recipe: Recipe, stage: Any, origin: Origin, done: Mapping[str, Mapp
     done: run.json's entry per finished stage; its "start" says on which folders it was built, its "artefacts" what
     it left. Raises RunFolderError where `X@best` is asked of a stage that chose no best checkpoint.
     """
-    config = adapter_of(recipe, stage)
+    config = adapter_of(recipe, stage, origin)
     if stage.from_ is None:
         return Start(origin.base, origin.adapter, config)
     name, _, which = stage.from_.partition("@")
     return weights_of(recipe, name, which, done, config)
 
 
-def weights_of(
-    recipe: Recipe, name: str, which: str, done: Mapping[str, Mapping[str, Any]], config: Adapter | None = None
-) -> Start:
-    """Folders of finished stage `name`: its last weights, or its best where `which` is "best"."""
+def weights_of(recipe: Recipe, name: str, which: str, done: Mapping[str, Mapping[str, Any]], config: Adapter) -> Start:
+    """Folders of finished stage `name`, under `config`: its last weights, or its best where `which` is "best"."""
     source, entry = recipe.stage(name), done[name]
     artefacts = entry["artefacts"]
-    config = adapter_of(recipe, source) if config is None else config
     if source.kind in ("merge", "export"):
         return Start(Path(artefacts["model"]), None, config)
     prefix = "best_" if which else ""

@@ -86,7 +86,7 @@ class OnlineStage:
         cursor: PromptCursor,
         publications: PublicationFolder,
         log: RolloutLog,
-        decode: Callable[[Sequence[int]], str],
+        decode: Callable[[np.ndarray], str],
     ):
         self.plan, self.trainer, self.fleet, self.scorer = plan, trainer, fleet, scorer
         self.cursor, self.publications, self.log, self.decode = cursor, publications, log, decode

@@ -101,13 +101,14 @@ async def run_pipeline(
     plugins: source hash of each reward by its `use`. Raises what stages raise: Interrupted after a checkpoint when
     `stop` is set, AlignError with place and remedy otherwise.
     """
-    check_adapters(recipe)
     if from_stage is not None:
         for name in run.restart_from(recipe, from_stage):
             report.message(f"set aside: {name}")
+    run.record(backend.processes(), backend.threads())
     prints = {stage.id: fingerprint(recipe, stage, plugins) for stage in recipe.stages}
     run.compare(recipe, lambda stage: prints[stage.id])
     origin = await _origin(recipe, run, backend, report)
+    check_adapters(recipe, origin)
     context = Context(recipe, run, backend, report, publications, recipe_folder, stop, origin)
     for stage in recipe.stages:
         if stage.id in run.finished():

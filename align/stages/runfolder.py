@@ -64,7 +64,7 @@ class RunFolder:
                 f"the folder is not empty and has no {RUN}: it is no run", where=path, remedy="choose another name="
             )
         path.mkdir(parents=True, exist_ok=True)
-        state = read_json(path / RUN) if exists else {"stages": {}, "starts": 0, "processes": []}
+        state: dict[str, Any] = read_json(path / RUN) if exists else {"stages": {}, "starts": 0, "processes": []}
         run = cls(path, state)
         run._end_processes()
         (path / RECIPE).write_text(dumped, encoding="utf-8")
@@ -166,13 +166,15 @@ class RunFolder:
 
     # ------------------------------------------------------------------------------------------------- the rest
 
-    def record_processes(self, running: list[ProcessId]) -> None:
-        """Note what runs now, the driver included."""
+    def record(self, running: list[ProcessId], threads: Mapping[str, int]) -> None:
+        """Note what runs now, the driver included, and the computing threads of each role."""
         self.state["processes"] = [processes.this_process().to_json(), *(p.to_json() for p in running)]
+        self.state["threads"] = dict(threads)
         self.write()
 
-    def threads(self, current: Mapping[str, int]) -> None:
-        self.state["threads"] = dict(current)
+    def ended(self) -> None:
+        """Note that nothing of this run is left running."""
+        self.state["processes"] = []
         self.write()
 
     def summary(self) -> dict[str, Any]:

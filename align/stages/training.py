@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
 from align.data.order import BatchPlan
+from align.data.records import Kind
 from align.losses import configure
 from align.protocols import PromptItem, Sampling, Trainer
+from align.recipe.schema import LossTerm, ReferencePath, Reward, Rollout
 from align.recipe.schema import OnlineStage as OnlineSettings
-from align.recipe.schema import ReferencePath, Reward, Rollout
-from align.recipe.support import publish_mode
+from align.recipe.support import check_adapter, publish_mode
 from align.stages.backend import FleetJob, Needs, ScorerJob, Start, TrainerJob, longest_prompt
 from align.stages.context import Context, opened
 from align.stages.defaults import resolved_optim
@@ -24,9 +26,10 @@ from align.stages.rollout_log import RolloutLog
 from align.stages.runfolder import METRICS, cut_metrics
 
 
-def record_kind(losses: Any) -> str:
-    """The kind of tree the losses take: "conversation", "pair" or "unpaired"."""
+def record_kind(losses: Sequence[LossTerm]) -> Kind:
+    """The kind of record that the losses learn from: the first one's (`align check` proves that the others fit)."""
     _, _, needs = configure(losses[0].name, losses[0].options)
+    assert needs.record != "group", "losses on groups are for online stages"
     return needs.record
 
 
@@ -61,6 +64,7 @@ def needs_of(stage: Any) -> Needs:
 
 
 def trainer_job(context: Context, stage: Any, start: Start, total: int, rollout: Rollout | None = None) -> TrainerJob:
+    check_adapter(start.config)
     return TrainerJob(
         stage_id=stage.id,
         model=context.recipe.model,
@@ -112,7 +116,7 @@ async def run_offline(context: Context, stage: Any) -> StageResult:
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(context.backend.places(needs_of(stage)))
         [trainer] = await opened(stack, context.backend.trainer(job))
-        context.run.record_processes(context.backend.processes())
+        context.record()
         loop = make_loop(context, stage, start, trainer, order.total)
         if held:
             loop.evaluate = offline_evaluation(trainer, held)
@@ -137,7 +141,7 @@ async def run_online(context: Context, stage: OnlineSettings) -> StageResult:
             context.backend.fleet(fleet_job(context, stage, start, [*prompts, *held])),
             *(context.backend.scorer(scorer) for scorer in scorers),
         )
-        context.run.record_processes(context.backend.processes())
+        context.record()
         loop = make_loop(context, stage, start, trainer, plan.total)
         online = OnlineStage(
             plan,
@@ -147,7 +151,7 @@ async def run_online(context: Context, stage: OnlineSettings) -> StageResult:
             cursor=PromptCursor(prompts, stage.batch.groups, context.recipe.seed, stage.id, context.seed(stage.id)),
             publications=context.publications,
             log=RolloutLog(loop.folder / "rollouts"),
-            decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+            decode=lambda ids: tokenizer.decode(ids.tolist(), skip_special_tokens=False),
         )
         if held:
             loop.evaluate = lambda: online.evaluate(held, judges[-1])

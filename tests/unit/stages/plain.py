@@ -35,7 +35,9 @@ def prompt(number: int, length: int = 3) -> PromptItem:
 class PlainTrainer:
     """One weight w. A step moves it by progress-dependent arithmetic of the trees it is given, in their order."""
 
-    def __init__(self) -> None:
+    def __init__(self, base: Path | None = None) -> None:
+        """base: a model folder whose files a written model carries (its tokenizer)."""
+        self.base = base
         self.w = 1.0
         self.seen: list[list[int]] = []
         self.trees: list[Sequence[Tree]] = []
@@ -75,6 +77,8 @@ class PlainTrainer:
         self.w = json.loads((folder / "state.json").read_text())
 
     async def write_model(self, folder: Path) -> None:
+        for path in self.base.iterdir() if self.base else ():
+            (folder / path.name).write_bytes(path.read_bytes())
         (folder / "w.json").write_text(json.dumps(self.w))
 
     async def close(self) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_a_stage_reports_every_turn_and_writes_its_artefact(tmp_path: Path) -> N
     assert json.loads((tmp_path / "adapter" / "w.json").read_text()) == trainer.w
     assert result.artefacts == {"adapter": str(tmp_path / "adapter")}
     assert all(rows == sorted(rows) for rows in trainer.seen), "a batch is in order of tree id"
-    assert [sorted(sum(trainer.seen[k : k + 3], [])) for k in (0, 3, 6)] == [list(range(7))] * 3
+    assert [sorted(chain.from_iterable(trainer.seen[k : k + 3])) for k in (0, 3, 6)] == [list(range(7))] * 3
     assert [p.name for p in list_checkpoints(loop.checkpoints)] == ["step-000009", "step-000010"]
 
 

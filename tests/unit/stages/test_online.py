@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,7 @@ def test_groups_reach_the_trainer_by_id_and_cover_every_prompt_once_an_epoch(tmp
     run = Run(tmp_path, total=5)
     run()
     assert all(ids == sorted(ids) for ids in run.trainer.seen)
-    assert sorted(sum(run.trainer.seen, [])) == list(range(15)), "group id = epoch * rows + row: three epochs"
+    assert sorted(chain.from_iterable(run.trainer.seen)) == list(range(15)), "three epochs of five rows"
     trunks = {tree.id: tree.trunk.token_ids for trees in run.trainer.trees for tree in trees}
     assert all((trunks[i] == PROMPTS[i % 5].token_ids).all() for i in range(15))
 
