@@ -1,10 +1,11 @@
-"""The child process of a data generator: reads a job from stdin, writes rows to a file, exits."""
+"""The child process of a data generator: reads a job from stdin, writes rows to stdout as JSON lines, exits."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
 import json
+import os
 import signal
 import sys
 from itertools import islice
@@ -12,8 +13,11 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Run one job {file, function, options, limit, out}. Any failure is an exit status and a last line on stderr."""
+    """Run one job {file, function, options, limit}. Any failure is an exit status and a last line on stderr."""
     _die_with_parent()
+    # What the user prints goes to stderr; only rows go where the parent reads.
+    rows_to, sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8"), sys.stderr
+    os.dup2(2, 1)
     job = json.load(sys.stdin)
     file = Path(job["file"])
     sys.path.append(str(file.parent))  # appended, so that siblings import but cannot hide our modules
@@ -28,7 +32,7 @@ def main() -> None:
         names = ", ".join(sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_")))
         raise AttributeError(f"{file.name} has no function {job['function']!r} (it has: {names})")
     count = 0
-    with open(job["out"], "w", encoding="utf-8") as out:
+    with rows_to as out:
         for row in islice(function(**job["options"]), job["limit"]):
             if not isinstance(row, dict):
                 raise TypeError(f"row {count} is a {type(row).__name__}; a generator yields dicts")

@@ -1,21 +1,17 @@
 """Generated data: `file.py:function`, called with `options` in a child process that has a time limit.
 
-The function yields rows (dicts that JSON can hold). They are written to a file that is named after the source's hash
-and the options, so an unchanged generator runs once.
+The function yields rows (dicts that JSON can hold). In a cache folder they are kept in a file that is named after the
+generator's source, its options and the Python files beside it, so an unchanged generator runs once.
 """
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +35,28 @@ def run(
     cache: Path | None = None,
     limit: int | None = None,
     timeout_s: float = TIMEOUT_S,
-) -> Path:
-    """The .jsonl file of a generator's rows, made now unless it is there. limit: stop after that many rows.
+) -> bytes:
+    """A generator's rows as JSON lines. limit: stop after that many rows. cache: folder where rows are kept.
 
-    Raises PluginError where the file or function is missing or fails, DataError where a row is no JSON object.
+    Raises PluginError where the file or function is missing, fails, takes too long, or yields what is no dict.
     """
     match = _GENERATOR.fullmatch(source.path)
     if match is None:
         raise DataError("not a generator (file.py:function)", where=source.path)
-    file = Path(match["file"]) if folder is None else folder / match["file"]
+    file, function = Path(match["file"]), match["function"]
+    file = file if folder is None else folder / file
     if not file.is_file():
         raise PluginError("there is no such generator file", where=file, remedy="check `data.path`")
-    name = f"{file.stem}-{match['function']}-{_key(file, match['function'], source.options, limit)}.jsonl"
-    target = (cache or _temporary()) / name
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _run_child(file, match["function"], source.options, limit, target, timeout_s)
-    return target
+    if cache is None:
+        return _run_child(file, function, source.options, limit, timeout_s)
+    kept = cache / f"{file.stem}-{function}-{_key(file, function, source.options, limit)}.jsonl"
+    if not kept.exists():
+        rows = _run_child(file, function, source.options, limit, timeout_s)
+        cache.mkdir(parents=True, exist_ok=True)
+        aside = kept.with_name(f".{kept.name}.{os.getpid()}")
+        aside.write_bytes(rows)
+        aside.replace(kept)
+    return kept.read_bytes()
 
 
 def _key(file: Path, function: str, options: dict[str, Any], limit: int | None) -> str:
@@ -66,48 +67,26 @@ def _key(file: Path, function: str, options: dict[str, Any], limit: int | None) 
     return h.hexdigest()[:16]
 
 
-@lru_cache(maxsize=1)
-def _temporary() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="align-data-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-def _run_child(
-    file: Path, function: str, options: dict[str, Any], limit: int | None, target: Path, timeout_s: float
-) -> None:
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    job = {
-        "file": str(file.resolve()),
-        "function": function,
-        "options": options,
-        "limit": limit,
-        "out": str(aside.resolve()),
-    }
+def _run_child(file: Path, function: str, options: dict[str, Any], limit: int | None, timeout_s: float) -> bytes:
+    job = {"file": str(file.resolve()), "function": function, "options": options, "limit": limit}
     # Our own root replaces the working directory at the head of sys.path: a user's json.py there must not be imported.
     root = str(Path(align.__file__).parent.parent)
     code = f"import sys; sys.path[0] = {root!r}; from align.data.generator_child import main; main()"
+    command = [sys.executable, "-c", code]
     try:
+        # rows come through a pipe and not through a file: nothing is left behind whoever is killed
         child = subprocess.run(
-            [sys.executable, "-c", code],
-            input=json.dumps(job),
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
+            command, input=json.dumps(job).encode(), capture_output=True, timeout=timeout_s, check=False
         )
-        if child.returncode == 0:
-            aside.replace(target)
-            return
     except subprocess.TimeoutExpired as e:
         raise PluginError(
             f"the generator {function} did not finish in {timeout_s:g} s",
             where=file,
             remedy="make it faster, or write its rows to a .jsonl file once and name that",
         ) from e
-    finally:
-        aside.unlink(missing_ok=True)
-    lines = child.stderr.strip().splitlines() or [f"exit status {child.returncode}"]
+    if child.returncode == 0:
+        return child.stdout
+    lines = child.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {child.returncode}"]
     raise PluginError(
         f"the generator {function} failed: {lines[-1]}",
         where=file,

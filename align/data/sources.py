@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from align.data import generators
 from align.data.audit import Refusal
 from align.data.readers import SUFFIXES, Item, Row, read_file, suffix_of
 from align.errors import DataError, SetupError
@@ -32,6 +34,7 @@ class Opened:
 
     path: str
     files: tuple[Path, ...] = ()
+    generated: bytes | None = None  # JSON lines
     hub: Any = None  # a datasets.Dataset
 
     def digest(self) -> str:
@@ -41,18 +44,24 @@ class Opened:
             h.update(file.name.encode())
             with file.open("rb") as f:
                 h.update(hashlib.file_digest(f, "sha256").digest())
+        h.update(self.generated or b"")
         if self.hub is not None:
             h.update(self.hub._fingerprint.encode())
         return h.hexdigest()
 
     def rows(self, limit: int | None = None) -> Iterator[Item]:
         """Rows in order, numbered through all files, at most `limit` of them (refused lines count)."""
-        items = self._hub_rows() if self.hub is not None else (i for f in self.files for i in read_file(f))
+        if self.hub is not None:
+            items = self._numbered(self.hub)
+        elif self.generated is not None:
+            items = self._numbered(json.loads(line) for line in self.generated.splitlines())
+        else:
+            items = (item for file in self.files for item in read_file(file))
         for number, item in enumerate(islice(items, limit)):
             yield replace(item, row=number) if isinstance(item, Refusal) else replace(item, number=number)
 
-    def _hub_rows(self) -> Iterator[Item]:
-        for n, values in enumerate(self.hub):
+    def _numbered(self, rows: Iterable[Any]) -> Iterator[Item]:
+        for n, values in enumerate(rows):
             yield Row(dict(values), f"{self.path} row {n}", n)
 
 
@@ -61,14 +70,11 @@ def open_source(
 ) -> Opened:
     """Find a source without reading its rows (a generator is run, up to `limit` rows).
 
-    folder: what relative paths are relative to. cache: where generated rows are kept; None keeps them in a temporary
-    folder for as long as the process lives. Raises DataError where nothing is found.
+    folder: what relative paths are relative to. cache: where generated rows are kept, if anywhere.
+    Raises DataError where nothing is found.
     """
-    from align.data import generators
-
     if generators.is_generator(source.path):
-        file = generators.run(source, folder=folder, cache=cache, limit=limit)
-        return Opened(source.path, (file,))
+        return Opened(source.path, generated=generators.run(source, folder=folder, cache=cache, limit=limit))
     path = Path(source.path) if folder is None else folder / source.path
     if source.options and path.exists():
         raise DataError(
