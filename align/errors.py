@@ -32,7 +32,9 @@ class AlignError(Exception):
         remedy = f"\n  -> {self.remedy}" if self.remedy else ""
         return f"{place}{self.what}{remedy}"
 
-    def __reduce__(self) -> tuple[Any, ...]:  # keyword arguments do not survive pickle's default; Ray pickles exceptions
+    def __reduce__(
+        self,
+    ) -> tuple[Any, ...]:  # keyword arguments do not survive pickle's default; Ray pickles exceptions
         return _rebuild, (type(self), self.what, self.where, self.remedy)
 
 

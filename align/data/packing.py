@@ -106,8 +106,7 @@ class _Layout:
         self.segments: list[tuple[int, int, int, int]] = []
         self.scored: dict[str, list[np.ndarray]] = {
             name: []
-            for name in ("predict_at", "labels", "sequence_ids", "loss_mask", "nll_mask")
-            + ("advantages", "behavior_logps", "versions")
+            for name in ("predict_at", "labels", "sequence_ids", "loss_mask", "nll_mask", "advantages", "behavior_logps", "versions")
         }
         self.group_ids: list[int] = []
         self.pairs: list[tuple[int, int]] = []

@@ -64,7 +64,7 @@ class PolicyModule(nn.Module):
 
 
 def logit_transform(config: Any, temperature: float) -> LogitTransform:
-    """What the model's own forward does to its logits, read from its config (Gemma's cap, Cohere's and Granite's scale)."""
+    """What the model's own forward does to its logits, by its config (Gemma's cap, Cohere's and Granite's scale)."""
     text = config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0)
     scale /= float(getattr(text, "logits_scaling", None) or 1.0)
