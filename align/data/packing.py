@@ -96,6 +96,18 @@ def plan_microbatches(trees: Sequence[Tree], max_tokens: int, *, keep_together: 
     return [[parts[i] for i in members] for members in microbatches]
 
 
+SCORED_DTYPES = {
+    "predict_at": torch.int64,
+    "labels": torch.int64,
+    "sequence_ids": torch.int64,
+    "loss_mask": torch.bool,
+    "nll_mask": torch.bool,
+    "advantages": torch.float32,
+    "behavior_logps": torch.float32,
+    "versions": torch.int32,
+}
+
+
 class _Layout:
     """Collects the columns of a TokenBatch while trees are laid down one after another."""
 
@@ -104,10 +116,7 @@ class _Layout:
         self.tokens: list[np.ndarray] = []
         self.positions: list[np.ndarray] = []
         self.segments: list[tuple[int, int, int, int]] = []
-        self.scored: dict[str, list[np.ndarray]] = {
-            name: []
-            for name in ("predict_at", "labels", "sequence_ids", "loss_mask", "nll_mask", "advantages", "behavior_logps", "versions")
-        }
+        self.scored: dict[str, list[np.ndarray]] = {name: [] for name in SCORED_DTYPES}
         self.group_ids: list[int] = []
         self.pairs: list[tuple[int, int]] = []
         self.sequence_columns: list[dict[str, float]] = []
@@ -184,18 +193,8 @@ def collate(trees: Sequence[Tree], position_fn: PositionFn = text_positions) -> 
     layout = _Layout()
     for tree in trees:
         layout.add_tree(tree, position_fn)
-    dtypes = {
-        "predict_at": torch.int64,
-        "labels": torch.int64,
-        "sequence_ids": torch.int64,
-        "loss_mask": torch.bool,
-        "nll_mask": torch.bool,
-        "advantages": torch.float32,
-        "behavior_logps": torch.float32,
-        "versions": torch.int32,
-    }
     scored: dict[str, Any] = {
-        name: torch.as_tensor(np.concatenate(parts) if parts else np.zeros(0)).to(dtypes[name])
+        name: torch.as_tensor(np.concatenate(parts) if parts else np.zeros(0)).to(SCORED_DTYPES[name])
         for name, parts in layout.scored.items()
     }
     bounds = torch.tensor(layout.segments, dtype=torch.int32).reshape(-1, 4)
