@@ -51,7 +51,7 @@ CALLS: Mapping[str, str] = {
     "skip_special_tokens output_kind",
     "vllm.engine.arg_utils:EngineArgs": "model dtype seed max_model_len trust_remote_code logprobs_mode "
     "generation_config enable_lora max_loras max_lora_rank disable_log_stats use_tqdm_on_load enforce_eager "
-    "kv_cache_memory_bytes max_num_seqs",
+    "kv_cache_memory_bytes max_num_seqs enable_chunked_prefill",
     "vllm.v1.engine.llm_engine:LLMEngine": "add_lora remove_lora list_loras",
     "vllm.lora.request:LoRARequest": "lora_name lora_int_id lora_path",
     "vllm.lora.utils:parse_fine_tuned_lora_name": "name weights_mapper",
@@ -130,6 +130,17 @@ def _import_vllm() -> None:
         ) from error
 
 
+def require_vllm() -> None:
+    """Raise SetupError unless the installed vLLM can be imported and has every call of this file."""
+    lacks = missing_calls()
+    if lacks:
+        raise SetupError(
+            f"the installed vLLM does not fit: {'; '.join(lacks)}",
+            where="rollout.name",
+            remedy="install the vLLM that pyproject.toml names, or set rollout.name=transformers",
+        )
+
+
 def accepted_rank(rank: int) -> int:
     """The smallest rank that vLLM has kernels for and that holds `rank`; 0 stays 0.
 
@@ -162,7 +173,16 @@ def _arguments(spec: EngineSpec, max_rank: int) -> dict[str, Any]:
             "enforce_eager": True,
             "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES,
             "max_num_seqs": CPU_MAX_SEQUENCES,
+            "enable_chunked_prefill": False,
         }
+        for name in ("enable_chunked_prefill", "long_prefill_token_threshold"):
+            if spec.engine.get(name):
+                # a prompt's first part samples a token, discards it and rewinds the generator: CPU ones cannot
+                raise Unsupported(
+                    f"vLLM on CPU cannot compute a prompt in parts when each request has its seed ({name})",
+                    where=f"rollout.engine.{name}",
+                    remedy="remove it; a larger max_num_batched_tokens admits longer prompts",
+                )
     arguments |= spec.engine
     arguments |= {
         "model": spec.folder,
@@ -184,9 +204,8 @@ def start(spec: EngineSpec, max_rank: int) -> Any:
     random states and `torch.set_num_threads`.
 
     Raises:
-        SetupError: vLLM cannot be imported, or is a version that this file does not fit. EngineError: it did not start.
+        EngineError: it did not start. Unsupported: an option that vLLM cannot honour on this device.
     """
-    _import_vllm()
     import torch
     from vllm import LLM
 
@@ -197,11 +216,6 @@ def start(spec: EngineSpec, max_rank: int) -> Any:
         with _environment(spec.threads), _without_warnings():
             llm = LLM(**_arguments(spec, max_rank))
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        lacks = missing_calls()
-        if lacks:
-            raise SetupError(
-                f"this vLLM does not fit: {'; '.join(lacks)}", remedy="install the version that pyproject.toml pins"
-            ) from error
         raise EngineError(
             f"vLLM did not start with {spec.folder}: {error}",
             remedy="rollout.max_model_len and rollout.engine (kv_cache_memory_bytes, ...) reach vLLM unchanged",

@@ -45,6 +45,7 @@ class VllmEngine:
 
     def __init__(self, spec: EngineSpec):
         check_engine_options("vllm", spec.engine)
+        calls.require_vllm()
         self.spec = spec
         self.version: int | None = None
         self._max_rank = calls.accepted_rank(spec.lora_rank)

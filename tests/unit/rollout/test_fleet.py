@@ -21,17 +21,13 @@ from align.errors import AlignError, DataError, EngineError, PlacementError, Rec
 from align.protocols import Group, PromptItem, Publication, Sampling
 from rollout.base import EngineSpec, make_engine
 from rollout.fleet import LocalFleet, RayFleet, join, split
-from tests.ray_local import local_ray
 
 STUB = "tests.unit.rollout.stub_engine:StubEngine"
 SAMPLING = Sampling(max_tokens=5)
 VERSION = Publication(3, "adapter", "somewhere", "the digest")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_here() -> Iterator[None]:
-    with local_ray():
-        yield
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 def spec(**engine: Any) -> EngineSpec:
@@ -47,7 +43,7 @@ def prompts(count: int, **rows: str) -> list[PromptItem]:
 
 
 @pytest.fixture(scope="module")
-def pair(ray_here: None) -> Iterator[RayFleet]:
+def pair(ray_cluster: Any) -> Iterator[RayFleet]:
     """Two engines that no test harms."""
     fleet = RayFleet(spec(), 2, cpus=0.1)
     asyncio.run(fleet.publish(VERSION))
