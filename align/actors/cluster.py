@@ -32,6 +32,9 @@ from align.stages.roles import Role
 
 PLACEMENT_LIMIT_S = 30.0
 OBJECT_STORE_BYTES = 512 << 20  # trees, groups and packed batches; weights travel as files
+# our actors start their own workers, with threads of their own
+_SYSTEM_CONFIG = {"enable_worker_prestart": False, "prestart_worker_first_driver": False}
+_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 _PACKAGES = ("align", "rewards", "rollout")
 
 
@@ -75,8 +78,8 @@ class Cluster:
 
         Must be called from the main thread: Ray's processes die with the thread that started them.
         """
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         self.run_folder, self.local = run_folder, address is None
         # sockets have paths of at most 107 bytes, so not in the run folder
         self.folder = owned_folder(Path(tempfile.gettempdir())) if self.local else None
@@ -84,7 +87,7 @@ class Cluster:
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
             "_temp_dir": str(self.folder),
-            "_system_config": {"enable_worker_prestart": False, "prestart_worker_first_driver": False},
+            "_system_config": _SYSTEM_CONFIG,
         }
         try:
             ray.init(

@@ -25,7 +25,8 @@ from align.stages import processes
 from align.stages.owned import sweep
 from align.stages.pipeline import run_pipeline
 from align.stages.publication import PublicationFolder
-from align.stages.runfolder import RunFolder
+from align.stages.reaper import Reaper
+from align.stages.runfolder import RUN, RunFolder
 
 _CHILDREN_LIMIT_S = 10.0
 
@@ -69,6 +70,7 @@ def _run(
 
     with ExitStack() as stack:
         sweep(run.path)
+        stack.enter_context(Reaper(run.path / RUN))
         reporter.message(f"run folder: {run.path}")
         cluster = Cluster(arguments.address, run_folder=run.path)
         stack.callback(cluster.close)

@@ -1,0 +1,52 @@
+"""A small process that outlives a killed driver by a moment: it ends what the driver left and sweeps its folders.
+
+Ray's workers die with their raylet and that with the driver, at once. Its two agents would look for the dead cluster
+for another minute, and sockets and the memory file system would keep their folders until the next start.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+
+from align.stages.files import read_json
+from align.stages.owned import sweep
+from align.stages.processes import ProcessId, end, is_alive
+
+_GRACE_S = 2.0
+
+
+class Reaper:
+    """Around a run: it watches this process, and does nothing where the run ends in order."""
+
+    def __init__(self, run_file: Path):
+        """run_file: the run.json whose processes are to be ended."""
+        # a session of its own: Ctrl-C at the terminal is for the driver; -P: no folder of the user's on sys.path
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", __name__, str(run_file)], stdin=subprocess.PIPE, start_new_session=True
+        )
+
+    def __enter__(self) -> Reaper:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"done\n")
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def main(run_file: Path) -> None:
+    if sys.stdin.readline():
+        return  # the run ended in order; no line means that the driver is gone
+    listed = [ProcessId.from_json(entry) for entry in read_json(run_file)["processes"]]
+    if not any(process.what == "driver" and is_alive(process) for process in listed):
+        end((process for process in listed if process.pid != os.getpid()), grace_s=_GRACE_S)
+    sweep(run_file.parent)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
