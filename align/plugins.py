@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import pkgutil
+import re
 import signal
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def builtin_names(package: str, hidden: Sequence[str] = ()) -> tuple[str, ...]:
 
 
 def _unknown(name: str, group: str, ours: Sequence[str], installed: Sequence[str]) -> PluginError:
-    kind = group.rpartition(".")[2].removesuffix("s")
+    kind = re.sub(r"(ss)?e?s$", r"\1", group.rpartition(".")[2])  # losses, rewards: what one of them is called
     near = difflib.get_close_matches(name, [*ours, *installed], n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     more = f"; installed: {', '.join(installed)}" if installed else ""
@@ -91,7 +92,8 @@ def _from_file(place: str, folder: Path | None, name: str) -> Any:
     path = Path(place).expanduser()
     path = (path if folder is None or path.is_absolute() else folder / path).resolve()
     if not path.is_file():
-        raise PluginError(f"there is no file {path}", where=name, remedy="paths in a recipe start at its folder")
+        remedy = "paths in a recipe start at its folder, in an override at the working directory"
+        raise PluginError(f"there is no file {path}", where=name, remedy=remedy)
     alias = f"align_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if alias in sys.modules:
         return sys.modules[alias]

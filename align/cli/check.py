@@ -5,19 +5,17 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from align.cli.findings import Findings
-from align.cli.inputs import DataFacts, Origin, Rewards, open_origin, read_data
+from align.cli.inputs import DataFacts, Rewards, check_reference, open_model, read_data
 from align.cli.plan import Machine, Plan, Planner, check_fits, lines, stage_roles
 from align.cli.rules import check_recipe
-from align.data.records import Kind
 from align.errors import RecipeError
-from align.hub import resolve_model_folder
-from align.model.adapter_config import read_adapter_config, refuse_beyond_lora
 from align.recipe.document import Document
 from align.recipe.load import load_document
 from align.recipe.schema import Recipe
+from align.stages.handover import check_adapters
 from align.stages.training import record_kind
 
 
@@ -56,15 +54,15 @@ def validate(
     plan = Plan(recipe, machine or Machine.here())
     rewards = Rewards(folder)
     with ExitStack() as stack:
-        origin: Origin | None = None
+        planner: Planner | None = None
         with found.gather(key="model"):
-            if recipe.model.adapter is not None:
-                adapter = resolve_model_folder(recipe.model.adapter)
-                refuse_beyond_lora(read_adapter_config(adapter), adapter, "train")
-            origin = stack.enter_context(open_origin(recipe.model, folder))
-        planner = Planner(recipe, plan.machine, origin) if origin else None
+            model = stack.enter_context(open_model(recipe, folder))
+            planner = Planner(recipe, plan.machine, model)
+            check_adapters(recipe, model.origin)
         for stage in recipe.stages:
             _check_rewards(stage, rewards, found)
+            with found.gather(stage.id, "reference"):
+                check_reference(stage)
             if stage.id not in sound:
                 continue
             if not cluster:
@@ -118,8 +116,8 @@ def _check_stage(
             read[key] = read_data(
                 recipe,
                 sources,
-                cast("Kind", "prompt" if sampled else record_kind(stage.loss)),
-                planner.origin.tokenizer,
+                "prompt" if sampled else record_kind(stage.loss),
+                planner.model.tokenizer,
                 seed_of=stage.id,
                 folder=folder,
                 every_row=every_row,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,45 +20,74 @@ from align.data.sources import is_hub_id
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
 from align.errors import ModelError, PluginError, Unsupported
 from align.hub import resolve_model_folder
+from align.model.adapter_config import read_adapter_config, refuse_beyond_lora
 from align.plugins import describe_in_child
 from align.protocols import PromptItem, Tree
-from align.recipe.schema import DataSource, Model, Recipe, Reward
+from align.recipe.schema import DataSource, Model, Recipe, ReferencePath, Reward
 from align.stages.context import stage_seed
+from align.stages.handover import Origin
+from rewards.api import PluginError as RewardsPluginError
+from rewards.naming import Named, objective_names
+from rewards.plugin import OVERRIDES
 
 FIRST_ROWS = 1000
 
 
 @dataclass(frozen=True)
-class Origin:
-    """The model before the first stage. folder: None where it is made from scratch, and is not there yet."""
+class ModelFacts:
+    """The model before the first stage: its configuration and tokenizer, and where it (or its folder to be) is."""
 
-    folder: Path | None
     config: dict[str, Any]
     tokenizer: ChatTokenizer
+    origin: Origin
 
 
 @contextmanager
-def open_origin(model: Model, folder: Path) -> Iterator[Origin]:
+def open_model(recipe: Recipe, folder: Path) -> Iterator[ModelFacts]:
     """The model's configuration and tokenizer; from scratch, the tokenizer is trained into a temporary folder.
 
     folder: the recipe's. Raises ModelError, DataError, Unsupported.
     """
+    model = recipe.model
     if model.path is not None:
         found = resolve_model_folder(model.path, model.revision, weights=False)
         config = memory.read_config(found)
-        if Path(model.path).is_dir() and not any(found.glob("*.safetensors")):
-            raise ModelError(
-                "the folder has no weights in safetensors (pickled weights are never read)",
-                where=found,
-                remedy="convert them once with model.save_pretrained(folder) in transformers",
-            )
+        _refuse_without_weights(found, Path(model.path).expanduser().is_dir())
         _refuse_images(config, found)
-        yield Origin(found, config, _tokenizer(model, found))
+        yield ModelFacts(config, _tokenizer(model, found), Origin(found, _adapter(model.adapter)))
         return
     assert model.tokenizer is not None and model.config is not None, "the grammar ties `config` and `tokenizer`"
     with tempfile.TemporaryDirectory(prefix="align-check-") as aside:
         train_tokenizer(model.tokenizer, aside, data_folder=folder)
-        yield Origin(None, dict(model.config), _tokenizer(model, Path(aside)))
+        facts = _tokenizer(model, Path(aside))
+        yield ModelFacts(dict(model.config), facts, Origin(recipe.run_folder / "base", None))
+
+
+def _adapter(path: str | None) -> Path | None:
+    """The adapter that the first stages go on with. Raises ModelError or Unsupported where they cannot."""
+    if path is None:
+        return None
+    folder = resolve_model_folder(path)
+    refuse_beyond_lora(read_adapter_config(folder), folder, "train")
+    return folder
+
+
+def check_reference(stage: Any) -> None:
+    """A reference of its own must be there. Raises ModelError."""
+    reference = getattr(stage, "reference", None)
+    if isinstance(reference, ReferencePath):
+        memory.read_config(resolve_model_folder(reference.path, reference.revision, weights=False))
+        if reference.adapter is not None:
+            read_adapter_config(resolve_model_folder(reference.adapter))
+
+
+def _refuse_without_weights(folder: Path, local: bool) -> None:
+    if local and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            "the folder has no weights in safetensors (pickled weights are never read)",
+            where=folder,
+            remedy="convert them once with model.save_pretrained(folder) in transformers",
+        )
 
 
 def _tokenizer(model: Model, folder: Path) -> ChatTokenizer:
@@ -80,8 +110,7 @@ def _refuse_images(config: dict[str, Any], folder: Path) -> None:
 class DataFacts:
     """What the rows that were read say about a stage's data.
 
-    whole: every row was read, so that `rows` is the epoch's size. longest, mean: tokens of the trees (a prompt's own
-    tokens for prompts). longest_pair: tokens of the largest tree that must stay together.
+    whole: every row was read, so that `rows` is the epoch's size. longest, mean: tokens of a tree, or of a prompt.
     """
 
     report: DataReport | None = None
@@ -117,10 +146,12 @@ def read_data(
     seed = stage_seed(recipe.seed, seed_of)
     prepared = prepare(here, kind, tokenizer, seed=seed, first=first, folder=folder)
     lengths = [_tokens(item) for item in prepared.items]
-    limits = [min(n for n in (s.limit, first, float("inf")) if n is not None) for s in here]
-    cut = any(r.read >= limit and limit == first for r, limit in zip(prepared.report.sources, limits, strict=True))
+    cut = [
+        first is not None and (source.limit is None or source.limit > first) and report.read >= first
+        for source, report in zip(here, prepared.report.sources, strict=True)
+    ]
     facts.report = prepared.report
-    facts.rows, facts.whole = len(prepared.items), not cut and len(here) == len(sources)
+    facts.rows, facts.whole = len(prepared.items), not any(cut) and len(here) == len(sources)
     facts.longest, facts.mean = max(lengths), sum(lengths) / len(lengths)
     return facts
 
@@ -138,10 +169,6 @@ def _on_hub(source: DataSource, folder: Path) -> bool:
 
 def describe_reward(reward: Reward, folder: Path) -> dict[str, Any]:
     """What a reward offers, from a child process; the `rewards.describe` answer. Raises PluginError."""
-    import json
-
-    from rewards.plugin import OVERRIDES
-
     options = {name: getattr(reward, name) for name in OVERRIDES if getattr(reward, name) is not None}
     arguments = [reward.use, "--folder", str(folder), "--signature", reward.signature]
     arguments += ["--args", json.dumps(reward.args), "--options", json.dumps(options)]
@@ -160,9 +187,6 @@ class Rewards:
 
     def objectives(self, rewards: tuple[Reward, ...], stage: str, key: str, found: Findings) -> list[str] | None:
         """Objective names of a stage in order; None where a reward could not be described (it is in `found`)."""
-        from rewards.api import PluginError as RewardsPluginError
-        from rewards.naming import Named, objective_names
-
         named = []
         for number, reward in enumerate(rewards):
             with found.gather(stage, f"{key}.{number}"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from align.cli import memory
-from align.cli.inputs import DataFacts, Origin
+from align.cli.inputs import DataFacts, ModelFacts
 from align.data.order import DEFAULT_BATCH, BatchPlan
 from align.errors import DataError, PlacementError, RecipeError
 from align.recipe.schema import Adapter, Recipe
@@ -74,19 +74,19 @@ class Plan:
 class Planner:
     """Plans the stages of a recipe on a machine, from what was read of its inputs."""
 
-    def __init__(self, recipe: Recipe, machine: Machine, origin: Origin):
-        self.recipe, self.machine, self.origin = recipe, machine, origin
-        self.sizes = memory.sizes_of(origin.config, origin.tokenizer.vocab_size)
+    def __init__(self, recipe: Recipe, machine: Machine, model: ModelFacts):
+        self.recipe, self.machine, self.model = recipe, machine, model
+        self.sizes = memory.sizes_of(model.config, model.tokenizer.vocab_size)
 
     def model_line(self) -> str:
         where = self.recipe.model.path or "from scratch"
-        kind = self.origin.config.get("model_type", "?")
+        kind = self.model.config.get("model_type", "?")
         size = f", {memory.count(self.sizes.parameters)} parameters" if self.sizes else ""
-        return f"{where} ({kind}{size}, {self.origin.tokenizer.vocab_size} tokens)"
+        return f"{where} ({kind}{size}, {self.model.tokenizer.vocab_size} tokens)"
 
     def training(self, stage: Any, facts: DataFacts) -> StagePlan:
         """A stage of kind sft, preference or online. Raises UserError where it cannot run."""
-        adapter = adapter_of(self.recipe, stage)
+        adapter = adapter_of(self.recipe, stage, self.model.origin)
         optim = resolved_optim(stage, adapter)
         steps = self._steps(stage, facts)
         plan = StagePlan(stage.id, stage.kind, steps, self.roles(stage))
@@ -131,7 +131,9 @@ class Planner:
         if stage.from_ is None:
             return self.recipe.model.adapter is not None
         source = self.recipe.stage(stage.from_.partition("@")[0])
-        return source.kind not in ("merge", "export") and adapter_of(self.recipe, source).kind != "full"
+        return (
+            source.kind not in ("merge", "export") and adapter_of(self.recipe, source, self.model.origin).kind != "full"
+        )
 
     # -------------------------------------------------------------------------------------------- lengths
 

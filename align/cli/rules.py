@@ -10,9 +10,10 @@ from align.cli.findings import Findings
 from align.errors import PluginError, RecipeError, Unsupported
 from align.losses import configure, load
 from align.losses.base import Needs
+from align.plugins import describe_in_child
 from align.recipe.problems import option_problems
 from align.recipe.schema import Adapter, Recipe, Rollout
-from align.recipe.support import check_adapter, publish_mode
+from align.recipe.support import check_adapter, is_offered, publish_mode
 from align.stages.handover import adapter_of, check_adapters
 from rollout.base import check_engine_options
 
@@ -25,14 +26,15 @@ def check_recipe(recipe: Recipe, found: Findings) -> set[str]:
     sound: set[str] = set()
     _check_whole(recipe, found)
     with found.gather():
-        check_adapters(recipe)
+        check_adapters(recipe)  # again with the adapter that the recipe starts from, once its folder is known
     for stage in recipe.stages:
         _check_from(recipe, stage, found)
         if not hasattr(stage, "loss") or check_losses(stage, found):
             sound.add(stage.id)
         if stage.kind in ("sft", "preference", "online"):
-            with found.gather(stage.id):
-                check_adapter(adapter_of(recipe, stage))
+            if stage.adapter is not None:
+                with found.gather(stage.id):
+                    check_adapter(stage.adapter)
             _check_evaluation(stage, found)
         if stage.kind == "online":
             _check_online(recipe, stage, found)
@@ -91,6 +93,8 @@ def check_losses(stage: Any, found: Findings) -> bool:
     for number, term in enumerate(stage.loss):
         where = f"loss.{number}" if len(stage.loss) > 1 else "loss"
         try:
+            if ":" in term.name or term.name.endswith(".py"):  # the user's code: a child tries it first
+                describe_in_child("align.losses.describe", [term.name], name=term.name)
             options = load(term.name).Config
             options(**term.options)
             needs.append(configure(term.name, term.options)[2])
@@ -208,8 +212,9 @@ def _check_online(recipe: Recipe, stage: Any, found: Findings) -> None:
             stage.id,
         )
     adapter: Adapter = adapter_of(recipe, stage)
-    with found.gather(stage.id):
-        publish_mode(adapter, stage.rollout)
+    if is_offered(adapter):  # otherwise the stage that asks for it has been told
+        with found.gather(stage.id):
+            publish_mode(adapter, stage.rollout)
     with found.gather(stage.id):
         _check_engine(stage.rollout)
 

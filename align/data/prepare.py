@@ -268,7 +268,7 @@ def _fit(
             report.filtered += 1
             return None
         raise RowError(
-            f"the prompt has {encoded.length} tokens, more than {source.max_length} "
+            f"the prompt has {encoded.length} tokens, more than max_length {source.max_length} "
             "(`overlong_prompts: filter` leaves such prompts out)"
         )
     fitted, cut = fit(encoded, source.max_length, source.truncate, tokenizer.bos_id)

@@ -325,7 +325,7 @@ def fit(encoded: Encoded, max_length: int | None, truncate: str, bos_id: int | N
     if max_length is None or encoded.length <= max_length:
         return encoded, False
     if truncate == "error":
-        raise RowError(f"{encoded.length} tokens, more than max_length {max_length}")
+        raise RowError(f"{encoded.length} tokens, more than max_length {max_length} (`truncate: right` or `left` cuts)")
     if not encoded.branches:
         cut = Encoded(_cut_tokens(encoded.trunk, max_length, truncate, bos_id))
     elif truncate == "right":

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from types import ModuleType
 from typing import Any
 
@@ -12,20 +10,27 @@ from pydantic import ValidationError
 
 from align.errors import PluginError, RecipeError
 from align.losses.base import LossConfig, Needs
+from align.plugins import builtin_names, resolve
 
-_HELPERS = {"base", "pairs", "reduce"}
+_HELPERS = ("base", "describe", "pairs", "reduce")
 
 
 def names() -> tuple[str, ...]:
     """Names of the losses that this package has."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _HELPERS))
+    return builtin_names(__name__, _HELPERS)
 
 
 def load(name: str) -> ModuleType:
-    """The module of a loss. Raises PluginError listing the choices."""
-    if name not in names():
-        raise PluginError(f"there is no loss named {name!r}", remedy=f"choose one of: {', '.join(names())}")
-    return importlib.import_module(f"{__name__}.{name}")
+    """The module of a loss. Raises PluginError listing the choices, or naming what a user's module lacks."""
+    module: ModuleType = resolve(name, group=__name__, package=__name__, hidden=_HELPERS)
+    missing = [wanted for wanted in ("Config", "needs", "loss") if not hasattr(module, wanted)]
+    if missing:
+        raise PluginError(
+            f"a loss exports Config, needs and loss; this has no {' and no '.join(missing)}",
+            where=name,
+            remedy="align/losses/sft.py is a short example",
+        )
+    return module
 
 
 def configure(name: str, options: dict[str, Any]) -> tuple[ModuleType, LossConfig, Needs]:

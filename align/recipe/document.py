@@ -29,6 +29,19 @@ _SCALARS = [
     ),
     ("tag:yaml.org,2002:merge", r"<<", "<"),
 ]
+_PATTERNS = {tag: re.compile(pattern) for tag, pattern, _ in _SCALARS} | {"tag:yaml.org,2002:str": re.compile("(?s).*")}
+_CONTAINERS: dict[type[yaml.Node], str] = {
+    yaml.MappingNode: "tag:yaml.org,2002:map",
+    yaml.SequenceNode: "tag:yaml.org,2002:seq",
+}
+
+
+def _fits_its_tag(node: yaml.Node) -> bool:
+    """Whether the tag is of the core schema and right for the node: `!!int abc` and `!secret x` are not."""
+    if isinstance(node, yaml.ScalarNode):
+        pattern = _PATTERNS.get(node.tag)
+        return pattern is not None and pattern.fullmatch(node.value) is not None
+    return node.tag == _CONTAINERS[type(node)]
 
 
 def _use_core_schema(cls: type[yaml.resolver.Resolver]) -> None:
@@ -107,7 +120,7 @@ class Document:
             if here not in (range(len(value)) if isinstance(value, list) else value if isinstance(value, dict) else ()):
                 break
             path, value = (*path, here), value[here]
-        return self.where(path)
+        return self.where(path) if path else self.name
 
     def base_of(self, path: Path_) -> Path:
         for length in range(len(path), -1, -1):
@@ -124,6 +137,10 @@ class _Builder:
 
     def build(self, node: yaml.Node, path: Path_) -> Any:
         self.document.lines.setdefault(path, node.start_mark.line + 1)
+        if not _fits_its_tag(node):
+            what = f"the tag `{node.tag}` is not used in recipes, or not for this value"
+            self._problem(what, node.start_mark.line + 1, "write a plain value, list or map")
+            return None
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
@@ -169,12 +186,7 @@ class _Builder:
             return None
         if tag == "int":
             return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
-        if tag == "float":
-            return float(re.sub(r"\.(inf|nan)", r"\1", text.lower()))
-        self._problem(
-            f"tag `{node.tag}` is not used in recipes", node.start_mark.line + 1, "write a plain value, list or map"
-        )
-        return text
+        return float(re.sub(r"\.(inf|nan)", r"\1", text.lower()))
 
     def _problem(self, what: str, line: int, remedy: str | None = None) -> None:
         self.document.problems.append(Problem(what, f"{self.document.name}:{line}", remedy))

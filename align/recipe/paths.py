@@ -30,6 +30,8 @@ def absolutise(document: Document) -> None:
 
 
 def _absolute(value: str, base: Path, kind: str) -> str:
+    if kind == "plugin" and value.endswith(".py"):
+        return _join(value, base)
     head, colon, attribute = value.rpartition(":")
     if colon and head.endswith(".py"):
         return f"{_join(head, base)}:{attribute}"
@@ -69,6 +71,7 @@ def _places(data: dict[str, Any]) -> Iterator[tuple[Path_, str]]:
         here: Path_ = ("stages", i)
         yield from _data_places(stage, "data", here)
         yield from _reward_places(stage, here)
+        yield from ((place, "plugin") for place in _listed(stage, "loss", "name", here))
         if isinstance(stage.get("eval"), dict):
             yield from _data_places(stage["eval"], "data", (*here, "eval"))
             yield from _reward_places(stage["eval"], (*here, "eval"))

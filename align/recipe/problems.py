@@ -42,8 +42,8 @@ def from_validation(error: ValidationError, document: Document) -> list[Problem]
     problems: dict[tuple[Path_, str], Problem] = {}
     for detail in error.errors():
         path, raw, annotation = grammar.locate(detail["loc"], document.data)
-        if _other_branch(detail, raw):
-            continue
+        if _other_branch(detail, raw) or (detail["type"] == "too_short" and raw):
+            continue  # "too short" of a list whose items failed is about what was left of it
         problem = _problem(detail, path, raw, annotation, document)
         problems.setdefault((path, problem.what), problem)
     return list(problems.values())

@@ -46,6 +46,11 @@ def check_adapter(adapter: Adapter) -> None:
         )
 
 
+def is_offered(adapter: Adapter) -> bool:
+    """Whether `check_adapter` lets it pass."""
+    return adapter.kind not in _KINDS_NOT_BUILT and adapter.tune == Tune()
+
+
 def publish_mode(adapter: Adapter, rollout: Rollout) -> Publish:
     """What the engines of an online stage receive. Raises RecipeError or Unsupported for combinations that fail."""
     check_adapter(adapter)

@@ -3,6 +3,7 @@ prints it, and the Ray backend asks for it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ def roles_of(needs: Needs, share: Placement, *, cores: int, gpus: float, threads
         chosen = own.threads or threads.get(name.partition("-")[0]) or default_threads
         return Role(
             name=name,
-            cpus=round(own.cpus if own.cpus is not None else cpus, 4),
+            cpus=own.cpus if own.cpus is not None else math.floor(cpus * 1e4 + 1e-6) / 1e4,  # Ray counts 1/10,000
             gpus=own.gpus if own.gpus is not None else gpu,
             threads=chosen,
         )

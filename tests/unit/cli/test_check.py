@@ -1,0 +1,160 @@
+"""`align check`: the plan it prints, what it never does, and how it agrees with what a run does."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from align.cli.check import validate
+from align.cli.main import main
+from align.cli.memory import read_config, sizes_of
+from align.cli.plan import Machine, Plan
+from align.errors import PlacementError, UserError
+from align.recipe.load import load_document
+from align.recipe.schema import Adapter
+from tests.unit.cli.workshop import Workshop, conversation
+
+MACHINE = Machine(cores=8, gpus=0, memory=16 << 30)
+
+
+def plan_of(shop: Workshop, *overrides: str, machine: Machine = MACHINE, every_row: bool = False) -> Plan:
+    recipe, document = load_document(shop.recipe, overrides)
+    return validate(recipe, shop.folder, document=document, machine=machine, every_row=every_row)
+
+
+def test_a_sound_recipe_is_planned_stage_by_stage(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "recipe.yaml"]) == 0
+    out = capsys.readouterr().out
+    for words in (
+        "small, seed 3, 5 stages",
+        "sft (sft)",
+        "trains all weights",
+        "6 steps of 4 sequences",  # 12 rows, 3 batches an epoch, 2 epochs
+        "LoRA of rank 8",
+        "reference: start",
+        "3 steps of 4 pairs",  # 10 rows
+        "receive the adapter",
+        "5 steps of 2 groups x 4",
+        "evaluates sft, grpo",
+        "memory, trainer: about",
+        "all right",
+    ):
+        assert words in out, f"{words!r} is not in:\n{out}"
+    assert not (workshop.folder / "runs").exists()
+
+
+def test_check_imports_no_torch_and_takes_less_than_five_seconds(workshop: Workshop) -> None:
+    code = (
+        "import sys; from align.cli.main import main; code = main(['check', 'recipe.yaml']); "
+        "heavy = [m for m in ('torch', 'transformers', 'ray', 'vllm', 'datasets') if m in sys.modules]; "
+        "print(heavy); sys.exit(code or len(heavy))"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # processor seconds, the described plugins' included: wall time here depends on who else uses the cores
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5.0
+
+
+def test_only_the_first_thousand_rows_are_read_unless_all_are_asked_for(workshop: Workshop) -> None:
+    bad = {"messages": [{"role": "user", "content": "no answer"}]}
+    workshop.write("sft.jsonl", [conversation(n % 12) for n in range(1100)] + [bad])
+    plan = plan_of(workshop)
+    assert plan.stages[0].steps is None  # how many there are is not known
+    with pytest.raises(UserError, match=r"sft.jsonl:1101|assistant"):
+        plan_of(workshop, every_row=True)
+
+
+def test_the_plan_has_the_hash_of_every_plugin_as_a_run_compares_them(workshop: Workshop) -> None:
+    before = plan_of(workshop).plugins
+    assert set(before) == {"numeric", f"{workshop.folder}/judge.py:brevity"}
+    assert all(len(digest) == 64 for digest in before.values())
+    with workshop.folder.joinpath("judge.py").open("a") as file:
+        file.write("# changed\n")
+    after = plan_of(workshop).plugins
+    assert after["numeric"] == before["numeric"] and after != before
+
+
+def test_on_a_cluster_the_size_of_this_machine_does_not_count(workshop: Workshop) -> None:
+    recipe, document = load_document(workshop.recipe, ["placement.trainer.gpus=4"])
+    with pytest.raises(PlacementError, match="4 GPUs are asked for"):
+        validate(recipe, workshop.folder, document=document, machine=MACHINE)
+    validate(recipe, workshop.folder, document=document, machine=MACHINE, cluster=True)
+
+
+def test_trainer_and_engines_share_the_cores_by_default(workshop: Workshop) -> None:
+    grpo = plan_of(workshop, "stages.grpo.rollout.workers=3").stages[2]
+    assert [role.name for role in grpo.roles] == ["trainer", "rollout-0", "rollout-1", "rollout-2", "rewards-0"]
+    assert sum(role.cpus for role in grpo.roles) <= MACHINE.cores + 1e-6
+    assert grpo.roles[0].threads == MACHINE.cores
+
+
+def test_gpus_are_given_to_those_who_compute(workshop: Workshop) -> None:
+    roles = plan_of(workshop, machine=Machine(8, 2, 16 << 30)).stages[2].roles
+    assert {role.name: role.gpus for role in roles} == {"trainer": 1, "rollout-0": 1, "rewards-0": 0}
+
+
+def test_full_fine_tuning_sends_whole_weights(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "recipe.yaml", "stages.dpo.adapter={kind: full}"]) == 0
+    out = capsys.readouterr().out
+    assert "receive whole weights" in out and "a frozen second copy" in out
+
+
+def test_a_users_own_loss_is_tried_in_a_child_and_checked(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workshop.write("own.py", "from align.losses.sft import Config, loss, needs\n")
+    assert main(["check", "recipe.yaml", "stages.sft.loss=own.py"]) == 0
+    workshop.write("own.py", "import os\nos._exit(7)\n")
+    assert main(["check", "recipe.yaml", "stages.sft.loss=own.py"]) == 2
+    assert "ended with status 7" in capsys.readouterr().err
+
+
+def test_a_local_model_is_read_without_its_weights(
+    workshop: Workshop, tiny_model_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_model_folder()
+    text = workshop.recipe.read_text()
+    workshop.write("recipe.yaml", f"name: small\nmodel: {{path: {folder}}}\n{text[text.index('stages:') :]}")
+    assert main(["check", "recipe.yaml"]) == 0
+    assert "qwen3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False}, {"num_attention_heads": 4}])
+def test_estimated_parameters_are_those_of_the_model(
+    tiny_model_folder: Callable[..., Path], changes: dict[str, object]
+) -> None:
+    folder = tiny_model_folder(**changes)
+    header = (folder / "model.safetensors").read_bytes()
+    size = int.from_bytes(header[:8], "little")
+    shapes = [v["shape"] for k, v in json.loads(header[8 : 8 + size]).items() if k != "__metadata__"]
+    counted = sum(rows * (columns[0] if columns else 1) for rows, *columns in shapes)
+    sizes = sizes_of(read_config(folder))
+    assert sizes is not None
+    head_norms = 2 * 2 * 32  # Qwen 3 has two norms of head size in each of two blocks: not in the estimate
+    assert sizes.parameters == counted - head_norms
+
+
+def test_adapter_parameters_are_rank_times_in_and_out() -> None:
+    config = {"num_hidden_layers": 3, "hidden_size": 8, "intermediate_size": 32, "num_attention_heads": 2}
+    sizes = sizes_of({**config, "num_key_value_heads": 1, "vocab_size": 50})
+    assert sizes is not None
+    assert sizes.adapter_parameters(Adapter(rank=2, targets=("q_proj",))) == 3 * 2 * (8 + 8)
+    assert sizes.adapter_parameters(Adapter(rank=2, targets=("q_proj", "down_proj"))) == 3 * 2 * (16 + 40)
+    assert sizes.kv_bytes("bfloat16") == 2 * 3 * 4 * 2
+
+
+def test_an_architecture_that_cannot_be_counted_is_said_so(workshop: Workshop) -> None:
+    assert sizes_of({"model_type": "mamba", "vocab_size": 10}) is None
+    for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"):
+        text = workshop.recipe.read_text()
+        workshop.write("recipe.yaml", "\n".join(line for line in text.split("\n") if f" {key}:" not in line))
+    lines = plan_of(workshop).stages[0].lines
+    assert any("memory: not estimated" in line for line in lines)

@@ -1,0 +1,98 @@
+"""The table of adapters, engines and references, and folders of models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from align.errors import ModelError, RecipeError, Unsupported
+from align.hub import looks_like_hub_id, resolve_model_folder
+from align.recipe.schema import Adapter, ReferencePath, Rollout, Tune
+from align.recipe.support import check_adapter, publish_mode, reference_words
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights", "mode"),
+    [
+        ("lora", "auto", "adapter"),
+        ("lora", "adapter", "adapter"),
+        ("lora", "merged", "weights"),
+        ("full", "auto", "weights"),
+        ("full", "merged", "weights"),
+    ],
+)
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_engines_receive_the_adapter_where_there_is_one(kind: str, weights: str, mode: str, engine: str) -> None:
+    rollout = Rollout.model_validate({"name": engine, "weights": weights})
+    assert publish_mode(Adapter.model_validate({"kind": kind}), rollout) == mode
+
+
+def test_a_full_fine_tune_has_no_adapter_to_send() -> None:
+    with pytest.raises(RecipeError, match="no adapter to send"):
+        publish_mode(Adapter(kind="full"), Rollout(weights="adapter"))
+
+
+def test_ranks_beyond_vllms_kernels_are_refused_unless_merged() -> None:
+    with pytest.raises(Unsupported, match="up to rank 512"):
+        publish_mode(Adapter(rank=1024), Rollout())
+    assert publish_mode(Adapter(rank=1024), Rollout(weights="merged")) == "weights"
+    assert publish_mode(Adapter(rank=1024), Rollout(name="transformers")) == "adapter"
+
+
+@pytest.mark.parametrize("adapter", [Adapter(kind="qlora"), Adapter(kind="dora"), Adapter(tune=Tune(vision="lora"))])
+def test_adapters_of_later_versions_are_refused(adapter: Adapter) -> None:
+    with pytest.raises(Unsupported, match=r"not offered by this version|does not train"):
+        check_adapter(adapter)
+
+
+def test_the_largest_rank_is_the_one_that_vllm_names() -> None:
+    source = Path(__file__).parents[3] / "align" / "recipe" / "support.py"
+    assert "MaxLoRARanks" in source.read_text()
+    config = pytest.importorskip("vllm.config.lora")
+    from typing import get_args
+
+    from align.recipe.support import LARGEST_SERVED_RANK
+
+    assert max(get_args(config.MaxLoRARanks)) == LARGEST_SERVED_RANK["vllm"]
+
+
+def test_a_reference_is_described_as_it_will_be_had() -> None:
+    lora, full = Adapter(), Adapter(kind="full")
+    assert reference_words(lora, None, False) == "none"
+    assert "adapter off" in reference_words(lora, "start", False)
+    assert "frozen copy of the starting adapter" in reference_words(lora, "start", True)
+    assert "adapter off" in reference_words(lora, "base", True)
+    assert "second copy" in reference_words(full, "start", False)
+    assert "own" in reference_words(lora, ReferencePath(path="a/b"), False)
+
+
+def test_a_local_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model_folder("model") == tmp_path / "model"
+    with pytest.raises(ModelError, match="a local folder"):
+        resolve_model_folder("model", "main")
+
+
+@pytest.mark.parametrize("path", ["./none", "/none/at/all", "a/b/c", "~/none-of-this"])
+def test_a_missing_folder_is_not_taken_for_a_hub_id(path: str) -> None:
+    with pytest.raises(ModelError, match="no such folder"):
+        resolve_model_folder(path)
+
+
+def test_a_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_text("x")
+    with pytest.raises(ModelError, match="this is a file"):
+        resolve_model_folder(tmp_path / "model.gguf")
+
+
+def test_a_hub_id_that_is_not_here_and_cannot_be_fetched_says_how_to_fetch_it() -> None:
+    # tests run with HF_HUB_OFFLINE=1
+    with pytest.raises(ModelError, match="hf download no-owner/no-such-model"):
+        resolve_model_folder("no-owner/no-such-model", weights=False)
+
+
+def test_what_has_the_shape_of_a_hub_id() -> None:
+    assert looks_like_hub_id("owner/name") and looks_like_hub_id("gpt2")
+    assert not looks_like_hub_id("a/b/c") and not looks_like_hub_id("./a") and not looks_like_hub_id("/a")
