@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import importlib
 import logging
 import os
 import shutil
@@ -26,6 +25,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from align import packages
 from align.errors import AlignError, PlacementError, RunFolderError, SetupError
 from align.stages.owned import owned_folder
 from align.stages.roles import Role
@@ -35,22 +35,6 @@ OBJECT_STORE_BYTES = 512 << 20  # trees, groups and packed batches; weights trav
 # our actors start their own workers, with threads of their own
 _SYSTEM_CONFIG = {"enable_worker_prestart": False, "prestart_worker_first_driver": False}
 _ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-_PACKAGES = ("align", "rewards", "rollout")
-
-
-def worker_setup() -> None:
-    """Runs first in every worker (and in the driver): bind our packages before a folder of the user's is searched for
-    their names. Raises ImportError where another file has taken one of them already."""
-    ours = str(Path(__file__).resolve().parents[2])
-    sys.path.insert(0, ours)
-    try:
-        for name in _PACKAGES:
-            module = importlib.import_module(name)
-            found = Path(str(module.__file__)).resolve()
-            if found != Path(ours, name, "__init__.py"):
-                raise ImportError(f"the name {name!r} is taken by {found}; rename or move that file")
-    finally:
-        sys.path.remove(ours)
 
 
 def die_with_parent() -> None:
@@ -94,7 +78,7 @@ class Cluster:
                 address=address or "local",
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                runtime_env={"worker_process_setup_hook": worker_setup},
+                runtime_env={"worker_process_setup_hook": packages.bind},
                 **(own if self.local else {}),
             )
         except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import metadata
 
+from align import packages
 from align.errors import AlignError
 
 INTERRUPTED = 130
@@ -21,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code. Errors are one message on stderr, with place and remedy."""
     debug = bool(os.environ.get("ALIGN_DEBUG"))
     try:
+        packages.bind()
         arguments = _parse(argv)
         debug = debug or arguments.debug
         return int(arguments.verb(arguments) or 0)

@@ -63,10 +63,8 @@ def _run(
     plugins: Mapping[str, str],
 ) -> dict[str, Any]:
     """The pipeline on its cluster; both are gone when this returns or raises."""
-    from align.actors.cluster import Cluster, worker_setup
-
-    worker_setup()
     from align.actors.build import RayBackend
+    from align.actors.cluster import Cluster
 
     with ExitStack() as stack:
         sweep(run.path)

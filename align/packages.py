@@ -1,0 +1,28 @@
+"""Our three packages under their own names, whatever lies in the working directory.
+
+`rewards.py` is the most natural name for a user's file. Ray puts the working directory first in its workers, and so
+does `python -m`: whoever imports ours first, and checks, is safe from then on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+PACKAGES = ("align", "rewards", "rollout")
+
+
+def bind() -> None:
+    """Import our packages before a folder of the user's is searched for their names. Raises ImportError where another
+    file has taken one of the names already."""
+    ours = str(Path(__file__).resolve().parents[1])
+    sys.path.insert(0, ours)
+    try:
+        for name in PACKAGES:
+            module = importlib.import_module(name)
+            found = Path(str(module.__file__)).resolve()
+            if found != Path(ours, name, "__init__.py"):
+                raise ImportError(f"the name {name!r} is taken by {found}; rename or move that file")
+    finally:
+        sys.path.remove(ours)
