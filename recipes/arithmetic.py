@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 FIRST = range(100, 1000)
-SECOND = range(3, 8)  # half of all sums carry. With all ten digits here neither digit alone would say anything about the
-# last digit of the sum, and a small model stays at chance for as long as luck has it; with five it starts to climb at once
+# Half of all sums carry. With all ten digits here neither number's last digit alone would say anything about that of
+# the sum, and a small model stays at chance until luck helps it; with five, learning starts at once on every seed.
+SECOND = range(3, 8)
 HELD_OUT_SHARE = 10  # one sum in ten is held out
 
 TERSE = "{a} + {b}?"

@@ -69,7 +69,8 @@ class StageProgress:
 
 
 def headline(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The few numbers worth a place on the line, by metric name: loss, preference accuracy, mean of each objective."""
+    """The few numbers worth a place on the line, by metric name: loss, preference accuracy, mean of each objective,
+    and what an evaluation found."""
     shown: dict[str, float] = {}
     if "loss/total" in metrics:
         shown["loss"] = metrics["loss/total"]
@@ -79,6 +80,8 @@ def headline(metrics: Mapping[str, float]) -> dict[str, float]:
         group, _, rest = name.partition("/")
         if group == "objective" and rest.endswith("/mean"):
             shown[rest.removesuffix("/mean")] = value
+        elif rest in ("accuracy", "mean_length"):
+            shown[f"{group} {rest.replace('_', ' ')}"] = value
     return shown
 
 
@@ -134,7 +137,7 @@ class LiveDisplay:
 
 
 class PlainDisplay:
-    """Lines for a log file: the first step, then one about every ten seconds, then the stage's last."""
+    """Lines for a log file: the first step, one about every ten seconds, and the stage's end."""
 
     def __init__(self, console: Console):
         self._console = console
@@ -142,10 +145,13 @@ class PlainDisplay:
 
     def started(self, progress: StageProgress) -> None:
         behind = f", {progress.step} behind" if progress.step else ""
-        self._print(f"{progress.stage}: {progress.kind}, {progress.total} steps{behind}")
+        steps = f", {progress.total} steps" if progress.total > 1 else ""
+        self._print(f"{progress.stage}: {progress.kind}{steps}{behind}")
         self._printed_at = None
 
     def stepped(self, progress: StageProgress) -> None:
+        if progress.step >= progress.total:
+            return  # the stage's last line says the same
         now = time.monotonic()
         if self._printed_at is not None and now - self._printed_at < PLAIN_INTERVAL_S:
             return
