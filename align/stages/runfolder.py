@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ class RunFolder:
             "name": recipe.name,
             "seed": recipe.seed,
             "starts": state["starts"] + 1,
+            "started": round(time.time(), 3),
             "command": sys.argv,
             "versions": package_versions(),
             "git_commit": git_commit(cwd),
@@ -111,11 +113,17 @@ class RunFolder:
         return {k: v for k, v in self.state["stages"].items() if v["state"] == "finished"}
 
     def begin(self, stage_id: str, fingerprint: Mapping[str, Any], start: Mapping[str, Any]) -> None:
-        self.state["stages"][stage_id] = {"state": "running", "fingerprint": fingerprint, "start": dict(start)}
+        """`begun` and `ended` are in seconds since 1970, of the start that finished the stage."""
+        entry = {"state": "running", "fingerprint": fingerprint, "start": dict(start), "begun": round(time.time(), 3)}
+        self.state["stages"][stage_id] = entry
         self.write()
 
     def finish(self, stage_id: str, artefacts: Mapping[str, str]) -> None:
-        self.state["stages"][stage_id] |= {"state": "finished", "artefacts": dict(artefacts)}
+        self.state["stages"][stage_id] |= {
+            "state": "finished",
+            "artefacts": dict(artefacts),
+            "ended": round(time.time(), 3),
+        }
         self.write()
 
     def compare(self, recipe: Recipe, fingerprints: Callable[[Any], Mapping[str, Any]]) -> None:
