@@ -19,6 +19,7 @@ from align.cli.check import validate
 from align.errors import Interrupted
 from align.recipe.load import dump_recipe, load_document
 from align.recipe.schema import Recipe
+from align.report.plots import write_report
 from align.report.progress import Reporter
 from align.report.quiet import quiet
 from align.stages import processes
@@ -51,6 +52,9 @@ def main(arguments: argparse.Namespace) -> int:
         stack.callback(reporter.close)
         summary = _run(recipe, run, reporter, arguments, folder, plugins)
         reporter.closing_table(summary)
+        curves = write_report(run.path, summary)
+        if curves is not None:
+            reporter.message(f"curves in {curves}")
     return 0
 
 
