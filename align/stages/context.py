@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Context:
     recipe_folder: Path
     stop: asyncio.Event
     origin: Origin
+    _said: set[str] = field(default_factory=set)
 
     def seed(self, stage_id: str) -> int:
         return stage_seed(self.recipe.seed, stage_id)
@@ -69,8 +70,10 @@ class Context:
         folder = self.run.stage_folder(stage.id)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"{name}.json", prepared.report.to_json())
-        for line in prepared.report.summary:
-            self.report.message(f"{stage.id}: {line}")
+        for line in (f"{stage.id}: {line}" for line in prepared.report.summary):
+            if line not in self._said:  # an evaluate stage reads the same data once for every stage it judges
+                self._said.add(line)
+                self.report.message(line)
         return list(prepared.items)
 
     async def trees(
