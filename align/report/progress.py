@@ -62,7 +62,10 @@ class StageProgress:
 
     @property
     def headline(self) -> str:
-        parts = [f"{label} {value:.3f}" for label, value in headline(self.metrics).items()]
+        shown = headline(self.metrics).items()
+        parts = [
+            f"{label} {value:.1f}" if label.endswith("length") else f"{label} {value:.3f}" for label, value in shown
+        ]
         if self.tokens_per_second is not None:
             parts.append(f"{self.tokens_per_second:,.0f} tok/s")
         return "  ".join(parts)
@@ -70,7 +73,7 @@ class StageProgress:
 
 def headline(metrics: Mapping[str, float]) -> dict[str, float]:
     """The few numbers worth a place on the line, by metric name: loss, preference accuracy, mean of each objective,
-    and what an evaluation found."""
+    tokens of a completion, and what an evaluation found."""
     shown: dict[str, float] = {}
     if "loss/total" in metrics:
         shown["loss"] = metrics["loss/total"]
@@ -80,6 +83,8 @@ def headline(metrics: Mapping[str, float]) -> dict[str, float]:
         group, _, rest = name.partition("/")
         if group == "objective" and rest.endswith("/mean"):
             shown[rest.removesuffix("/mean")] = value
+        elif name == "completion/mean_length":
+            shown["length"] = value
         elif rest in ("accuracy", "mean_length"):
             shown[f"{group} {rest.replace('_', ' ')}"] = value
     return shown

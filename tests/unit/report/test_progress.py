@@ -163,6 +163,7 @@ def test_eta_and_rate_come_from_the_latest_steps_only() -> None:
 def test_the_line_shows_loss_preference_accuracy_and_each_objective() -> None:
     metrics = {"loss/total": 1.0, "rewards/accuracies": 0.7, "objective/short/mean": 0.2, "objective/short/std": 9.0}
     assert headline(metrics) == {"loss": 1.0, "accuracy": 0.7, "short": 0.2}
+    assert headline({"completion/mean_length": 4.06, "completion/truncated": 0.0}) == {"length": 4.06}
     assert headline({"sft/accuracy": 0.5, "sft/mean_length": 9.0, "sft/missing": 0.0}) == {
         "sft accuracy": 0.5,
         "sft mean length": 9.0,
