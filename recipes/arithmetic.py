@@ -3,8 +3,8 @@
 A recipe names a generator as `path: arithmetic.py:sft` and passes its keywords as `options:`. The same options give
 the same rows.
 
-A demonstrator answers tersely ("82") or in a whole sentence, mostly as the question was phrased, and is careless: of
-the sums with a carry he forgets the carry more often than not. A model that imitates him well is therefore right in
+A demonstrator answers tersely ("705") or in a whole sentence, mostly as the question was phrased, and carelessly: of
+the sums with a carry, more often than not the carry is forgotten. A model that imitates him well is therefore right in
 about half of all sums (those without a carry), whatever its seed; preference pairs and rewards have something left to
 teach: the carry, and brevity.
 """
@@ -53,7 +53,7 @@ class Sum:
         return hashlib.sha256(f"{self.a}+{self.b}".encode()).digest()[0] % HELD_OUT_SHARE == 0
 
 
-def sft(*, rows: int = 8000, seed: int = 0, careless: float = 0.6, in_kind: float = 0.8) -> Iterator[Row]:
+def sft(*, rows: int = 8000, seed: int = 0, careless: float = 0.65, in_kind: float = 0.8) -> Iterator[Row]:
     """Demonstrations {messages}.
 
     careless: how often a carry is forgotten, of the sums that have one. in_kind: how often a terse question gets a
