@@ -8,15 +8,18 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from align.stages import processes
+from align.stages.owned import PREFIX
 from align.stages.processes import ProcessId
 
 GONE_S = 20.0
@@ -159,17 +162,39 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes], 
         time.sleep(0.005)
 
 
-def stop_at(recipe: Path, reached: Callable[[], bool], number: int, *words: str) -> tuple[int, list[ProcessId]]:
-    """Start, send signal `number` to the driver once `reached`; returns exit code and what outlived it 20 s."""
+@dataclass(frozen=True)
+class Stopped:
+    """A run that got a signal: its exit code, and its processes and folders that were still there 20 s later."""
+
+    code: int
+    processes: list[ProcessId]
+    folders: list[Path]
+
+
+def stop_at(recipe: Path, reached: Callable[[], bool], number: int, *words: str) -> Stopped:
+    """Start, and send signal `number` to the driver once `reached`."""
     with started(recipe, *words) as process:
         wait_until(reached, process, recipe.with_suffix(".log"))
         below = family(process)
         os.kill(process.pid, number)
         code = process.wait(60)
     deadline = time.monotonic() + GONE_S
-    while any(processes.is_alive(p) for p in below) and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        left = Stopped(code, [p for p in below if processes.is_alive(p)], folders_of(process.pid))
+        if not (left.processes or left.folders):
+            break
         time.sleep(0.1)
-    return code, [p for p in below if processes.is_alive(p)]
+    return left
+
+
+def folders_of(pid: int) -> list[Path]:
+    """Folders outside the run folder (sockets, published versions) that belong to a driver."""
+    found = []
+    for place in (Path("/dev/shm"), Path(tempfile.gettempdir())):
+        for owner in place.glob(f"{PREFIX}*/owner.json") if place.is_dir() else ():
+            if json.loads(owner.read_text())["pid"] == pid:
+                found.append(owner.parent)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- what it left

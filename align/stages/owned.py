@@ -1,5 +1,5 @@
 """Folders outside the run folder that die with their process: each names its owner, and a later start sweeps those
-whose owner was killed."""
+whose owner was killed, with every process that still has a file open there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from align.stages.files import read_json, write_json
-from align.stages.processes import ProcessId, is_alive, this_process
+from align.stages.processes import ProcessId, end, is_alive, this_process, users
 
 MEMORY = Path("/dev/shm")
 PREFIX = "align-"
@@ -24,7 +24,8 @@ def owned_folder(root: Path) -> Path:
 
 
 def sweep(*roots: Path) -> list[Path]:
-    """Remove folders whose owner no longer lives, below the memory file system, the temporary folder and `roots`."""
+    """Remove folders whose owner no longer lives, below the memory file system, the temporary folder and `roots`, and
+    end who uses them: Ray's agents outlive a killed driver by a minute."""
     removed = []
     for root in (MEMORY, Path(tempfile.gettempdir()), *roots):
         for folder in root.glob(f"{PREFIX}*") if root.is_dir() else ():
@@ -33,6 +34,7 @@ def sweep(*roots: Path) -> list[Path]:
             owner = read_json(folder / _OWNER)
             # a container may share this file system: its process numbers mean nothing here
             if owner["namespace"] == _namespace() and not is_alive(ProcessId.from_json(owner)):
+                end(users(folder))
                 shutil.rmtree(folder, ignore_errors=True)
                 removed.append(folder)
     return removed

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -61,6 +62,16 @@ def descendants(what: str) -> list[ProcessId]:
         with contextlib.suppress(psutil.NoSuchProcess):
             if child.status() != psutil.STATUS_ZOMBIE:
                 found.append(ProcessId(child.pid, child.create_time(), f"{what}: {child.name()}"))
+    return found
+
+
+def users(folder: Path) -> list[ProcessId]:
+    """Processes of this user that have a file open below `folder`."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):  # ended meanwhile, or another user's
+            if process.pid != os.getpid() and any(Path(f.path).is_relative_to(folder) for f in process.open_files()):
+                found.append(ProcessId(process.pid, process.create_time(), process.name()))
     return found
 
 

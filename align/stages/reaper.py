@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -17,6 +18,7 @@ from align.stages.owned import sweep
 from align.stages.processes import ProcessId, end, is_alive
 
 _GRACE_S = 2.0
+_DRIVER_ENDS_S = 30.0
 
 
 class Reaper:
@@ -43,9 +45,13 @@ def main(run_file: Path) -> None:
     if sys.stdin.readline():
         return  # the run ended in order; no line means that the driver is gone
     listed = [ProcessId.from_json(entry) for entry in read_json(run_file)["processes"]]
-    if not any(process.what == "driver" and is_alive(process) for process in listed):
-        end((process for process in listed if process.pid != os.getpid()), grace_s=_GRACE_S)
-    sweep(run_file.parent)
+    deadline = time.monotonic() + _DRIVER_ENDS_S
+    while any(process.what == "driver" and is_alive(process) for process in listed):
+        if time.monotonic() > deadline:
+            return  # it closed the pipe and works on: nothing here is ours to end
+        time.sleep(0.02)  # the kernel closes a dying process's files before it counts as dead
+    end((process for process in listed if process.pid != os.getpid()), grace_s=_GRACE_S)
+    sweep(run_file.parent)  # what was started since the list was written is found by the files it has open
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ _PACKAGES = (
 class RunFolder:
     """The folder of one run, locked by the process that works in it."""
 
-    def __init__(self, path: Path, state: dict[str, Any]):
-        self.path, self.state = path, state
+    def __init__(self, path: Path, state: dict[str, Any], dumped: str):
+        self.path, self.state, self.dumped = path, state, dumped
 
     @classmethod
     def open(cls, recipe: Recipe, dumped: str, *, resume: bool, cwd: Path) -> RunFolder:
@@ -53,7 +53,8 @@ class RunFolder:
         where its driver still runs.
         """
         path = recipe.run_folder
-        exists = path.exists() and any(path.iterdir())
+        # hidden names are what a kill leaves of a first write: no run yet
+        exists = path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir())
         if exists and not resume:
             raise RunFolderError(
                 "the run folder exists",
@@ -66,10 +67,8 @@ class RunFolder:
             )
         path.mkdir(parents=True, exist_ok=True)
         state: dict[str, Any] = read_json(path / RUN) if exists else {"stages": {}, "starts": 0, "processes": []}
-        run = cls(path, state)
+        run = cls(path, state, dumped)
         run._end_processes()
-        (path / RECIPE).write_text(dumped, encoding="utf-8")
-        run.token.touch()
         state |= {
             "name": recipe.name,
             "seed": recipe.seed,
@@ -98,7 +97,7 @@ class RunFolder:
     @property
     def token(self) -> Path:
         """A file that every node of a cluster must see: the run folder is then a shared path."""
-        return self.path / ".run"
+        return self.path / RUN
 
     def write(self) -> None:
         write_json(self.path / RUN, self.state)
@@ -127,7 +126,8 @@ class RunFolder:
         self.write()
 
     def compare(self, recipe: Recipe, fingerprints: Callable[[Any], Mapping[str, Any]]) -> None:
-        """Refuse to resume where a stage that ran, or began, depends on something that changed since."""
+        """Refuse to resume where a stage that ran, or began, depends on something that changed since; else the recipe
+        is the run's from now on, and recipe.yaml says so."""
         for stage in recipe.stages:
             entry = self.state["stages"].get(stage.id)
             if entry is None:
@@ -148,6 +148,7 @@ class RunFolder:
                 where=self.path,
                 remedy="put it back, or choose another name=",
             )
+        (self.path / RECIPE).write_text(self.dumped, encoding="utf-8")
 
     def restart_from(self, recipe: Recipe, stage_id: str) -> list[str]:
         """Set stage `stage_id` and every later one aside as `<stage>.old-N`; returns the new names."""

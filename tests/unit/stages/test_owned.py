@@ -97,6 +97,21 @@ def test_a_living_owners_folder_stays_and_a_dead_ones_goes(tmp_path: Path, monke
     assert ProcessId.from_json(json.loads((mine / "owner.json").read_text())) == this_process()
 
 
+def test_sweeping_ends_who_has_a_file_open_in_a_dead_owners_folder(tmp_path: Path, monkeypatch, sleeper) -> None:
+    monkeypatch.setattr(owned, "MEMORY", tmp_path / "none")
+    dead = owned_folder(tmp_path)
+    owner = json.loads((dead / "owner.json").read_text())
+    (dead / "owner.json").write_text(json.dumps({**owner, "started": 1.0}))
+    script = "import sys, time; f = open(sys.argv[1], 'w'); time.sleep(60)"
+    user = subprocess.Popen([sys.executable, "-c", script, str(dead / "agent.log")])
+    while not (dead / "agent.log").exists():
+        time.sleep(0.01)
+    process = identity(user)
+    assert sweep(tmp_path) == [dead] and not dead.exists()
+    assert not is_alive(process) and sleeper.poll() is None
+    user.wait()
+
+
 def test_a_superseded_version_is_deleted_and_the_folder_ends_with_the_run(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("align.stages.publication.MEMORY", tmp_path / "none")
     publications = PublicationFolder(tmp_path)

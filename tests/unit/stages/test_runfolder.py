@@ -86,10 +86,28 @@ def test_a_folder_that_is_no_run_is_never_taken_over(tmp_path: Path) -> None:
 
 def test_what_a_run_is_stands_in_its_folder(tmp_path: Path) -> None:
     run = opened(recipe(tmp_path))
+    compare(run, recipe(tmp_path))
     state = read_json(run.path / "run.json")
     assert state["seed"] == 0 and state["versions"]["numpy"] and "git_commit" in state
     assert state["processes"] == [processes.this_process().to_json()]
     assert (run.path / "recipe.yaml").read_text() == "name: run\n"
+
+
+def test_a_refused_resume_leaves_the_runs_recipe_as_it_was(tmp_path: Path) -> None:
+    run = finished(recipe(tmp_path), "sft")
+    compare(run, recipe(tmp_path))
+    edited = recipe(tmp_path, sft_steps=8)
+    again = RunFolder.open(edited, "name: edited\n", resume=True, cwd=tmp_path)
+    with pytest.raises(RunFolderError):
+        compare(again, edited)
+    assert (run.path / "recipe.yaml").read_text() == "name: run\n"
+
+
+def test_what_a_kill_left_of_the_very_first_write_is_no_run(tmp_path: Path) -> None:
+    folder = recipe(tmp_path).run_folder
+    folder.mkdir(parents=True)
+    (folder / ".run.json.123").write_text("{")
+    assert opened(recipe(tmp_path)).state["starts"] == 1
 
 
 def test_a_second_driver_is_refused_while_the_first_one_works(tmp_path: Path) -> None:
