@@ -12,6 +12,9 @@ from align.data.order import epoch_order
 from align.protocols import Completion, Group, Metrics, PromptItem, ScoreTable, Segment, Tree, group_seed
 
 
+_NO_SIGNAL = 1e-7  # whitening leaves a rounding residue where the advantages of a group are all zero
+
+
 @dataclass(frozen=True)
 class PromptCursor:
     """The prompts of each turn, epoch after epoch in one stream, so that every turn has `groups` of them.
@@ -113,4 +116,4 @@ def group_metrics(groups: Sequence[Group], advantages: np.ndarray, masked: np.nd
 
 def _has_signal(advantages: np.ndarray) -> bool:
     known = advantages[np.isfinite(advantages)]
-    return bool(np.any(known != 0.0))
+    return bool(np.any(np.abs(known) > _NO_SIGNAL))

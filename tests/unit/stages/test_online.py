@@ -239,6 +239,12 @@ def test_groups_without_signal_are_counted_as_dead() -> None:
     assert metrics["staleness/mean"] == 1 and metrics["tokens/generated"] == 18
 
 
+def test_what_rounding_leaves_of_a_zero_advantage_is_no_signal() -> None:
+    groups = [Group(prompt(n), (completion(2), completion(4))) for n in range(2)]
+    advantages = np.asarray([3e-17, -3e-17, 1, -1], np.float32)
+    assert group_metrics(groups, advantages, np.zeros(4, bool), version=0)["groups/dead"] == 1
+
+
 def test_accuracy_is_the_objective_of_that_name_or_else_the_first() -> None:
     groups = [Group(prompt(n), (completion(n + 1),)) for n in range(2)]
     scores = np.asarray([[1.0, 0.0], [math.nan, 1.0]], np.float32)
