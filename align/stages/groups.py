@@ -11,7 +11,6 @@ import numpy as np
 from align.data.order import epoch_order
 from align.protocols import Completion, Group, Metrics, PromptItem, ScoreTable, Segment, Tree, group_seed
 
-
 _NO_SIGNAL = 1e-7  # whitening leaves a rounding residue where the advantages of a group are all zero
 
 
