@@ -65,7 +65,7 @@ def small_model(folder: Path, name: str, rows: list[dict[str, Any]], *, vocab_si
         "id": "sft",
         "kind": "sft",
         "adapter": {"kind": "full"},
-        "data": {"path": str(data), "max_length": 1024, "truncate": "right"},
+        "data": {"path": str(data), "max_length": 8192},
         "batch": {"sequences": 32},
         "optim": {"lr": 3e-3},
         "steps": steps,
