@@ -22,6 +22,7 @@ from align.recipe.schema import Adapter, Model, Placement, ReferencePath, Rollou
 from align.recipe.support import publish_mode
 from align.stages import processes
 from align.stages.backend import FleetJob, Needs, ScorerJob, TrainerJob
+from align.stages.handover import adapter_in
 from align.stages.processes import ProcessId
 from align.stages.roles import Role, roles_of
 from align.train.spec import TrainerSpec
@@ -111,7 +112,7 @@ class RayBackend:
             policy,
             base=str(base),
             adapter=str(adapter) if adapter else None,
-            adapter_config=job.start.config if adapter else Adapter(),
+            adapter_config=adapter_in(adapter) if adapter else Adapter(),
             losses=(),
             reference=None,
             threads=self._now.threads("reference"),

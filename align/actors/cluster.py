@@ -31,6 +31,7 @@ from align.stages.owned import owned_folder
 from align.stages.roles import Role
 
 PLACEMENT_LIMIT_S = 30.0
+_REACH_LIMIT_S = 10.0
 OBJECT_STORE_BYTES = 512 << 20  # trees, groups and packed batches; weights travel as files
 # our actors start their own workers, with threads of their own
 _SYSTEM_CONFIG = {"enable_worker_prestart": False, "prestart_worker_first_driver": False}
@@ -65,6 +66,8 @@ class Cluster:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self.run_folder, self.local = run_folder, address is None
+        if address is not None:
+            _check_reachable(address)
         # sockets have paths of at most 107 bytes, so not in the run folder
         self.folder = owned_folder(Path(tempfile.gettempdir())) if self.local else None
         own = {
@@ -122,6 +125,27 @@ class Cluster:
     def _remove_folder(self) -> None:
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _check_reachable(address: str) -> None:
+    """Raise SetupError where nothing listens at `host:port`: Ray itself would go on trying for minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        raise SetupError(
+            f"{address!r} is no address of a Ray cluster",
+            where="--address",
+            remedy="give host:port as `ray start --head` prints it, or auto; run on a machine of the cluster",
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=_REACH_LIMIT_S).close()
+    except OSError as error:
+        raise SetupError(
+            f"no Ray cluster answers at {address}: {error.strerror or error}",
+            where="--address",
+            remedy="check it with `ray status --address ...`; a cluster is started by `ray start --head`",
+        ) from error
 
 
 class Places:
@@ -214,16 +238,24 @@ def _free() -> str:
 
 
 async def answer(reference: Any, who: str) -> Any:
-    """Await an actor's or task's result; our own errors arrive as themselves, a dead process as an AlignError."""
+    """Await an actor's or task's result; our own errors arrive as themselves, others and a dead process as an
+    AlignError (the whole traceback is its cause, which --debug shows)."""
     try:
         return await asyncio.wrap_future(reference.future())
     except RayTaskError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, AlignError):
             raise cause from None
-        raise AlignError(f"{who} failed:\n{error}", remedy="the run folder's logs/ has what it printed") from error
+        said = f"{type(cause).__name__}: {_first_line(cause)}" if cause is not None else _first_line(error)
+        raise AlignError(
+            f"{who} failed: {said}", remedy="the same command with --debug shows where; logs/ has what it printed"
+        ) from error
     except RayActorError as error:
         raise AlignError(
-            f"{who} died: {error}",
+            f"{who} died: {_first_line(error)}",
             remedy="the run folder's logs/ has what it printed; out of memory is the usual cause. --resume continues",
         ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]

@@ -41,6 +41,7 @@ class Context:
     recipe_folder: Path
     stop: asyncio.Event
     origin: Origin
+    _prepared: tuple[tuple[str, ...], list[Any]] | None = None
     _said: set[str] = field(default_factory=set)
 
     def seed(self, stage_id: str) -> int:
@@ -57,14 +58,20 @@ class Context:
     async def items(
         self, stage: Any, sources: Sequence[DataSource], kind: Kind, tokenizer: ChatTokenizer, name: str = "data"
     ) -> list[Any]:
-        """Prepared trees or prompts of `sources`; the data report goes to `<stage>/<name>.json` and the screen."""
+        """Prepared trees or prompts of `sources`; the data report goes to `<stage>/<name>.json` and the screen.
+
+        Asked again for the same (an evaluate stage does so for every model it judges), it answers from memory.
+        """
+        asked = (stage.id, name, kind, tokenizer.fingerprint)
+        if self._prepared is not None and self._prepared[0] == asked:
+            return self._prepared[1]
         prepared = await asyncio.to_thread(
             prepare,
             sources,
             kind,
             tokenizer,
             seed=self.seed(stage.id),
-            cache=self.run.path / "cache",
+            cache=self.run.path.parent / ".cache",  # keyed by content: runs beside this one share it
             folder=self.recipe_folder,
         )
         folder = self.run.stage_folder(stage.id)
@@ -74,7 +81,8 @@ class Context:
             if line not in self._said:  # an evaluate stage reads the same data once for every stage it judges
                 self._said.add(line)
                 self.report.message(line)
-        return list(prepared.items)
+        self._prepared = (asked, list(prepared.items))
+        return self._prepared[1]
 
     async def trees(
         self, stage: Any, sources: Sequence[DataSource], kind: Kind, tokenizer: ChatTokenizer, name: str = "data"

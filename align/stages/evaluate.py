@@ -28,14 +28,17 @@ from align.stages.training import record_kind, sampling_of, scorer_job
 
 
 async def run_evaluate(context: Context, stage: EvaluateStage) -> StageResult:
-    """Metrics per evaluated stage go to summary.stages.<of>.metrics; this stage's own are named "<of>/<metric>"."""
+    """Metrics per evaluated stage go to summary.stages.<of>.metrics (those of `X@best` as "best/<metric>"); this
+    stage's own are named "<of>/<metric>"."""
     begun = time.perf_counter()
     context.report.stage_started(stage.id, len(stage.of), stage.kind)
     one = _by_rewards if stage.rewards else _by_loss
     collected: Metrics = {}
     for number, name in enumerate(stage.of, start=1):
         metrics = await one(context, stage, name)
-        context.run.summarise(name.partition("@")[0], {"metrics": metrics})
+        judged, _, which = name.partition("@")
+        named = {f"{which}/{key}": value for key, value in metrics.items()} if which else metrics
+        context.run.summarise(judged, {"metrics": named})
         collected |= {f"{name}/{key}": value for key, value in metrics.items()}
         context.report.step(stage.id, number, {f"{name}/{key}": value for key, value in metrics.items()})
         if context.stop.is_set() and number < len(stage.of):

@@ -166,24 +166,21 @@ class OnlineStage:
 def greedy_metrics(groups: Sequence[Group], table: ScoreTable) -> Metrics:
     """Means over greedy completions: each objective by name, accuracy, mean_length in tokens, shares.
 
-    accuracy is the objective of that name, else the first one; a missing score leaves its objective's mean.
+    accuracy is the objective of that name, else the first one; a missing score is left out of its mean, and a mean of
+    nothing is left out of the result.
     """
     completions = [c for group in groups for c in group.completions]
-    means = {name: _mean_known(table.scores[:, column]) for column, name in enumerate(table.objectives)}
-    accuracy = means.get("accuracy", means[table.objectives[0]])
+    columns = {name: table.scores[:, k] for k, name in enumerate(table.objectives)}
+    means = {name: float(np.nanmean(c, dtype=np.float64)) for name, c in columns.items() if np.isfinite(c).any()}
+    judged = "accuracy" if "accuracy" in columns else table.objectives[0]
     return {
         **means,
-        "accuracy": accuracy,
+        **({"accuracy": means[judged]} if judged in means else {}),
         "mean_length": float(np.mean([len(c.token_ids) for c in completions])),
         "truncated": float(np.mean([c.truncated for c in completions])),
         "missing": float(np.mean(~np.isfinite(table.scores))),
         "completions": float(len(completions)),
     }
-
-
-def _mean_known(scores: np.ndarray) -> float:
-    known = scores[np.isfinite(scores)]
-    return float(known.mean(dtype=np.float64)) if known.size else float("nan")
 
 
 class _Clock:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -194,7 +195,8 @@ class RunFolder:
         """Put a stage's result into summary.json, keeping metrics that an evaluate stage put there; returns all."""
         summary = self.summary()
         entry = summary["stages"].setdefault(stage_id, {"metrics": {}})
-        metrics = {**entry.get("metrics", {}), **result.get("metrics", {})}
+        known = {k: v for k, v in result.get("metrics", {}).items() if math.isfinite(v)}  # JSON has no NaN
+        metrics = {**entry.get("metrics", {}), **known}
         entry |= {**result, "metrics": metrics}
         write_json(self.path / SUMMARY, summary)
         return summary
