@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,17 @@ DEFAULT_BATCH = 32  # sequences or pairs, where the recipe gives none
 _MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
+@lru_cache(maxsize=2)  # every step of an epoch asks for it
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """i64[n]: a permutation of 0..n-1 that depends on (seed, epoch) alone, on every platform and numpy version.
+    """i64[n], read-only: a permutation of 0..n-1 that depends on (seed, epoch) alone, on every platform and numpy
+    version.
 
     Rows are sorted by SplitMix64 (Steele, Lea & Flood 2014) of their number, keyed by seed and epoch.
     """
     key = _mix(_mix(np.array([seed & int(_MASK)], np.uint64)) + np.uint64(epoch))
-    return np.argsort(_mix(np.arange(n, dtype=np.uint64) + key), kind="stable").astype(np.int64)
+    order = np.argsort(_mix(np.arange(n, dtype=np.uint64) + key), kind="stable").astype(np.int64)
+    order.setflags(write=False)
+    return order
 
 
 def _mix(z: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from typing import Any
 from align.data.prepare import prepare
 from align.data.records import Kind
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
+from align.errors import Interrupted
 from align.protocols import PromptItem, Tree, group_seed
 from align.recipe.schema import DataSource, Recipe
 from align.stages.backend import Backend
@@ -50,6 +51,17 @@ class Context:
     def record(self) -> None:
         """Note in run.json what runs now: a later `--resume` ends it if this process could not."""
         self.run.record(self.backend.processes(), self.backend.threads())
+
+    def raise_if_stopped(self, stage_id: str) -> None:
+        """Raise Interrupted where the user wants the run to end and nothing of the stage has begun yet."""
+        if self.stop.is_set():
+            raise Interrupted(f"stopped before stage {stage_id!r}", remedy="the same command with --resume continues")
+
+    def carry_template(self, folder: Path) -> None:
+        """Give a model folder the recipe's chat template, where it has one: what was trained is what is served."""
+        template = self.tokenizer(folder).template if self.recipe.model.chat_template is not None else None
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template.source, encoding="utf-8")
 
     def tokenizer(self, base: Path) -> ChatTokenizer:
         model = self.recipe.model

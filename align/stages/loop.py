@@ -7,6 +7,7 @@ else a turn needs is arithmetic of k, so that a resumed run repeats the undistur
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
@@ -93,7 +94,7 @@ class StageResult:
 def every_steps(every: int | str, total: int) -> int:
     """Turns between two events: a number, or a percentage of the stage rounded up to whole turns."""
     if isinstance(every, str):
-        return max(1, -(-round(float(every.rstrip("%")) * total) // 100))
+        return max(1, math.ceil(float(every.rstrip("%")) / 100 * total - 1e-9))
     return every
 
 
@@ -158,24 +159,26 @@ class Loop:
         metrics = await turn(step)
         seconds = time.perf_counter() - begun
         done = step + 1
-        last = done == self.total
-        saving = last or done % self.save_every == 0 or self.stop.is_set()
+        saves = done == self.total or done % self.save_every == 0
         tokens = metrics.get("tokens/trained", 0.0)
         metrics = {**metrics, "time/step": seconds, "tokens/per_second": tokens / seconds}
-        if self.evaluate is not None and self._evaluation_due(done, saving):
+        if self.evaluate is not None and self._evaluation_due(done, saves):
             metrics |= await self._evaluated()
         self.state = replace(
             self.state, step=done, tokens=self.state.tokens + tokens, seconds=self.state.seconds + seconds
         )
         self.last_metrics = metrics
         self.report.step(self.stage_id, done, metrics)
-        if saving:
-            await self._save(metrics)
+        if saves and self.save.best is not None:
+            self._note_best(self.save.best, metrics)
+        if saves or self.stop.is_set():
+            await self._save()
 
-    def _evaluation_due(self, done: int, saving: bool) -> bool:
+    def _evaluation_due(self, done: int, saves: bool) -> bool:
+        """At its own turns, and wherever a checkpoint is weighed against the best; a stop changes neither, so that a
+        resumed run evaluates where the undisturbed one does."""
         regular = self.eval_every is not None and (done % self.eval_every == 0 or done == self.total)
-        chooses_best = self.save.best is not None and saving and not self.stop.is_set()
-        return regular or chooses_best
+        return regular or (saves and self.save.best is not None)
 
     async def _evaluated(self) -> Metrics:
         assert self.evaluate is not None
@@ -184,10 +187,7 @@ class Loop:
         self.state = replace(self.state, evaluation=metrics)
         return {**metrics, "time/eval": time.perf_counter() - begun}
 
-    async def _save(self, metrics: Metrics) -> None:
-        best = self.save.best
-        if best is not None and (best.metric in metrics or not self.stop.is_set()):
-            self._note_best(best, metrics)
+    async def _save(self) -> None:
         self.state = replace(self.state, extra=self.extra())
         await write_checkpoint(self.checkpoints, self.state.step, self.state.to_json(), self.trainer.save)
         prune(self.checkpoints, self.save.keep, self.state.best[1] if self.state.best else None)

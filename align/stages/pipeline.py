@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from align.data.scratch import train_tokenizer
-from align.errors import Interrupted
 from align.hub import resolve_model_folder
 from align.recipe.schema import Recipe
-from align.stages.backend import Backend
+from align.stages.backend import Backend, Start
 from align.stages.context import Context, stage_seed
 from align.stages.evaluate import run_evaluate
 from align.stages.files import remove_folder, remove_leftovers, written_aside
@@ -28,47 +27,47 @@ from align.stages.training import run_offline, run_online
 
 
 async def run_merge(context: Context, stage: Any) -> StageResult:
-    """One plain model folder at `<stage>/model`, proved equal to base and adapter."""
-    start = start_of(context.recipe, stage, context.origin, context.run.finished())
-    target = context.run.stage_folder(stage.id) / "model"
-    if start.adapter is None:
-        return await _export(context, stage, start.base, target, "safetensors")
-    adapter = start.adapter
-    return await _one_folder(
-        context,
-        stage,
-        lambda: context.backend.merge(start.base, adapter, target, dtype=stage.dtype, seed=context.seed(stage.id)),
-        target,
-    )
+    """One plain model folder at `<stage>/model`, proved equal to base and adapter; without adapter, a copy."""
+
+    async def make(start: Start, target: Path) -> Mapping[str, Any]:
+        if start.adapter is None:
+            return await context.backend.export(start.base, target, format="safetensors", dtype=stage.dtype)
+        return await context.backend.merge(
+            start.base, start.adapter, target, dtype=stage.dtype, seed=context.seed(stage.id)
+        )
+
+    return await _one_folder(context, stage, make)
 
 
 async def run_export(context: Context, stage: Any) -> StageResult:
-    """The model folder of the stage before, converted and proved to load, at `<stage>/model`."""
-    start = start_of(context.recipe, stage, context.origin, context.run.finished())
-    target = context.run.stage_folder(stage.id) / "model"
-    if start.adapter is None:
-        return await _export(context, stage, start.base, target, stage.format)
-    merged = context.run.stage_folder(stage.id) / ".writing-merged"
-    await context.backend.merge(start.base, start.adapter, merged, dtype=stage.dtype, seed=context.seed(stage.id))
-    try:
-        return await _export(context, stage, merged, target, stage.format)
-    finally:
-        remove_leftovers(merged.parent)
+    """The model of the stage before, merged where it has an adapter, converted and proved to load."""
 
+    async def make(start: Start, target: Path) -> Mapping[str, Any]:
+        source = start.base
+        if start.adapter is not None:
+            source = target.with_name(".writing-merged")
+            await context.backend.merge(
+                start.base, start.adapter, source, dtype=stage.dtype, seed=context.seed(stage.id)
+            )
+        return await context.backend.export(source, target, format=stage.format, dtype=stage.dtype)
 
-async def _export(context: Context, stage: Any, source: Path, target: Path, form: str) -> StageResult:
-    return await _one_folder(
-        context, stage, lambda: context.backend.export(source, target, format=form, dtype=stage.dtype), target
-    )
+    return await _one_folder(context, stage, make)
 
 
 async def _one_folder(
-    context: Context, stage: Any, make: Callable[[], Awaitable[Mapping[str, Any]]], target: Path
+    context: Context, stage: Any, make: Callable[[Start, Path], Awaitable[Mapping[str, Any]]]
 ) -> StageResult:
+    """Have `make` write `<stage>/model` from what the stage starts from; numbers of its report are the metrics."""
     context.report.stage_started(stage.id, 1, stage.kind)
     begun = time.perf_counter()
+    start = start_of(context.recipe, stage, context.origin, context.run.finished())
+    target = context.run.stage_folder(stage.id) / "model"
     remove_folder(target)  # a run that was killed right after writing it
-    report = await make()
+    try:
+        report = await make(start, target)
+    finally:
+        remove_leftovers(target.parent)
+    context.carry_template(target)
     metrics = {k: float(v) for k, v in report.items() if isinstance(v, int | float)}
     context.report.step(stage.id, 1, metrics)
     return StageResult(1, time.perf_counter() - begun, 0.0, metrics, {"model": str(target)})
@@ -114,17 +113,16 @@ async def run_pipeline(
         if stage.id in run.finished():
             report.message(f"{stage.id}: finished before, kept")
             continue
-        if stop.is_set():
-            raise Interrupted(f"stopped before stage {stage.id!r}", remedy="the same command with --resume continues")
+        context.raise_if_stopped(stage.id)
         await _run_stage(context, stage, prints[stage.id])
     return run.summary()
 
 
-async def _run_stage(context: Context, stage: Any, print_: Mapping[str, Any]) -> None:
+async def _run_stage(context: Context, stage: Any, mark: Mapping[str, Any]) -> None:
     run = context.run
     run.stage_folder(stage.id).mkdir(parents=True, exist_ok=True)
     run.clean(stage.id)
-    run.begin(stage.id, print_, _start_json(context, stage))
+    run.begin(stage.id, mark, _start_json(context, stage))
     if stage.kind in ("merge", "export", "evaluate"):
         cut_metrics(run.stage_folder(stage.id) / METRICS, -1)  # they start over: nothing of them is resumed
     result = await RUNNERS[stage.kind](context, stage)

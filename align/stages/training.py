@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 from align.data.order import BatchPlan
@@ -113,6 +114,7 @@ async def run_offline(context: Context, stage: Any) -> StageResult:
     held = await context.trees(stage, stage.eval.data, kind, tokenizer, "eval") if stage.eval else []
     order = BatchPlan.of(stage, len(trees), context.seed(stage.id))
     job = trainer_job(context, stage, start, order.total)
+    context.raise_if_stopped(stage.id)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(context.backend.places(needs_of(stage)))
         [trainer] = await opened(stack, context.backend.trainer(job))
@@ -121,7 +123,7 @@ async def run_offline(context: Context, stage: Any) -> StageResult:
         if held:
             loop.evaluate = offline_evaluation(trainer, held)
         await resumed(context, loop)
-        return await loop.run(offline_turn(trainer, trees, order))
+        return finished(context, await loop.run(offline_turn(trainer, trees, order)))
 
 
 async def run_online(context: Context, stage: OnlineSettings) -> StageResult:
@@ -133,6 +135,7 @@ async def run_online(context: Context, stage: OnlineSettings) -> StageResult:
     plan = online_plan(stage, len(prompts))
     job = trainer_job(context, stage, start, plan.total, stage.rollout)
     scorers = [scorer_job(context, stage, rewards, number) for number, rewards in enumerate(reward_sets(stage))]
+    context.raise_if_stopped(stage.id)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(context.backend.places(needs_of(stage)))
         trainer, fleet, *judges = await opened(
@@ -158,7 +161,14 @@ async def run_online(context: Context, stage: OnlineSettings) -> StageResult:
         loop.extra = online.extra
         await resumed(context, loop)
         await online.start(loop.state.step, loop.state.extra)
-        return await loop.run(online.turn)
+        return finished(context, await loop.run(online.turn))
+
+
+def finished(context: Context, result: StageResult) -> StageResult:
+    """A whole model that was trained under a template of the recipe carries it."""
+    if "model" in result.artefacts:
+        context.carry_template(Path(result.artefacts["model"]))
+    return result
 
 
 def scorer_job(context: Context, stage: Any, rewards: tuple[Reward, ...], number: int = 0) -> ScorerJob:

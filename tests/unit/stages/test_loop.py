@@ -103,6 +103,35 @@ def test_a_stop_in_the_last_turn_lets_the_stage_finish(tmp_path: Path) -> None:
     assert (tmp_path / "adapter" / "w.json").is_file()
 
 
+def test_a_stop_that_comes_while_evaluating_is_saved_too(tmp_path: Path) -> None:
+    loop, _, _ = make(tmp_path, eval_every=5)
+    evaluate = loop.evaluate
+    assert evaluate is not None
+
+    async def stopped_meanwhile() -> dict[str, float]:
+        loop.stop.set()
+        return await evaluate()
+
+    loop.evaluate = stopped_meanwhile
+    with pytest.raises(Interrupted, match="step 5 of 10"):
+        asyncio.run(run(loop))
+    assert [p.name for p in list_checkpoints(loop.checkpoints)][-1] == "step-000005"
+
+
+def test_a_stop_at_a_regular_checkpoint_still_weighs_it_against_the_best(tmp_path: Path) -> None:
+    save = Save(every=2, keep=1, best=Best(metric="eval/loss", mode="max"))
+    whole, _, lines = make(tmp_path / "whole", save=save)
+    asyncio.run(run(whole))
+    first, trainer, before = make(tmp_path / "stopped", save=save)
+    trainer.during_step = lambda step: first.stop.set() if step == 3 else None
+    with pytest.raises(Interrupted):
+        asyncio.run(run(first))
+    again, _, after = make(tmp_path / "stopped", save=save)
+    asyncio.run(run(again))
+    assert before.timeless() + after.timeless() == lines.timeless()
+    assert again.state.best == whole.state.best
+
+
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path) -> None:
     loop, trainer, _ = make(tmp_path)
     trainer.during_step = lambda step: loop.stop.set() if step == 6 else None

@@ -247,6 +247,17 @@ def test_an_edited_stage_stops_a_resume_before_anything_starts(recipe: Recipe) -
     assert backend.jobs == []
 
 
+def test_a_template_of_the_recipe_travels_with_every_whole_model(recipe: Recipe) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+    )
+    model = recipe.model.model_copy(update={"chat_template": template})
+    start(recipe.model_copy(update={"model": model}), PlainBackend())
+    for folder in ("sft", "merged", "release"):
+        assert (recipe.run_folder / folder / "model" / "chat_template.jinja").read_text() == template, folder
+
+
 def test_what_was_made_is_closed_where_another_part_fails_to_start(recipe: Recipe) -> None:
     backend = PlainBackend(fail_at="fleet")
     with pytest.raises(AlignError, match="no engine"):
