@@ -15,7 +15,7 @@ from typing import Any
 
 from tests.prove.entry import CHECKOUT, record
 
-SEEDS = (0, 1, 2)
+SEEDS = (10, 11, 12)  # the recipe was tuned on 0, 1 and 2
 LIMIT_S = 600.0
 RECIPE = "recipes/demo.yaml"
 QUESTIONS = 100
