@@ -76,12 +76,14 @@ class Cluster:
             "_temp_dir": str(self.folder),
             "_system_config": _SYSTEM_CONFIG,
         }
+        # what libraries leave in the temporary folder (vLLM's rendezvous files, when it is killed) goes with the run
+        temporary = {"TMPDIR": str(self.folder)} if self.local else {}
         try:
             ray.init(
                 address=address or "local",
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                runtime_env={"worker_process_setup_hook": packages.bind},
+                runtime_env={"worker_process_setup_hook": packages.bind, "env_vars": temporary},
                 **(own if self.local else {}),
             )
         except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
