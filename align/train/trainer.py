@@ -20,7 +20,7 @@ from torch import Tensor
 from align.data.packing import collate, global_counts, mark_nll, plan_microbatches
 from align.errors import NonFiniteError
 from align.losses import configure
-from align.losses.base import LossInputs
+from align.losses.base import LossInputs, Metric
 from align.model.policy_module import PolicyModule, probe
 from align.protocols import Counts, Publication, Tree
 from align.train import policy
@@ -145,15 +145,13 @@ class PolicyTrainer:
         statistics = any(needs.head for _, _, needs, _ in self.losses)
         outputs: HeadOutputs = self.module(batch, statistics=statistics)
         total = outputs.logps.new_zeros(())
+        metrics: dict[str, Metric] = {}
         for (module, config, _, weight), term, own in zip(self.losses, self.spec.losses, stats, strict=True):
             inputs = LossInputs(outputs, batch, counts, reference_logps=reference, batch_stats=own)
             result = module.loss(inputs, config)
             total = total + weight * result.loss
-            sums.add(result.metrics, prefix=f"{term.name}/" if len(self.losses) > 1 else "")
-        if len(self.losses) > 1:
-            from align.losses.reduce import share_of_loss
-
-            sums.add({"loss/total": share_of_loss(total)})
+            join_terms(metrics, result.metrics, term.name if len(self.losses) > 1 else "total")
+        sums.add(metrics | {"loss/total": Metric(total.detach(), reduce="sum")})
         return total
 
     def _reference_logps(self, batch: TokenBatch) -> Tensor | None:
@@ -242,3 +240,13 @@ class PolicyTrainer:
 
     def close(self) -> None:
         """Nothing outlives the process."""
+
+
+def join_terms(metrics: dict[str, Metric], more: dict[str, Metric], term: str) -> None:
+    """Add a term's metrics to those of the terms before it. A name means the same in every loss, so the first to report
+    it is kept; a term's own total is called after the term ("loss/dpo", "loss/dpo-2")."""
+    name, number = f"loss/{term}", 2
+    while name in metrics:
+        name, number = f"loss/{term}-{number}", number + 1
+    for key, metric in more.items():
+        metrics.setdefault(name if key == "loss/total" else key, metric)

@@ -132,6 +132,21 @@ def test_the_packing_budget_changes_no_update(base: Path) -> None:
         torch.testing.assert_close(value, other[name], atol=1e-5, rtol=1e-4)
 
 
+def test_a_list_of_losses_is_a_weighted_sum_under_the_names_of_its_first_term(base: Path) -> None:
+    spec = make_spec(base, "dpo", reference="start")
+    terms = (LossTerm(name="dpo", weight=0.8), LossTerm(name="sft", weight=0.2), LossTerm(name="sft", weight=0.1))
+    both = PolicyTrainer(replace(spec, losses=terms))
+    alone = {name: PolicyTrainer(replace(spec, losses=(LossTerm(name=name),))) for name in ("dpo", "sft")}
+    metrics = both.evaluate(trees_for("dpo"))
+    parts = {name: trainer.evaluate(trees_for("dpo")) for name, trainer in alone.items()}
+    expected = 0.8 * parts["dpo"]["loss/total"] + 0.3 * parts["sft"]["loss/total"]
+    assert metrics["loss/total"] == pytest.approx(expected, rel=1e-6)
+    assert metrics["loss/dpo"] == pytest.approx(parts["dpo"]["loss/total"])
+    assert metrics["loss/sft"] == metrics["loss/sft-2"] == pytest.approx(parts["sft"]["loss/total"])
+    assert metrics["rewards/margins"] == parts["dpo"]["rewards/margins"]
+    assert "policy/token_probability" in metrics
+
+
 def test_logps_are_returned_per_tree_and_sequence_in_the_order_given(base: Path) -> None:
     trainer = PolicyTrainer(make_spec(base, "grpo", max_tokens=20))
     trees = list(reversed(trees_for("grpo", 5)))
