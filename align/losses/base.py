@@ -4,9 +4,9 @@
 `.item()`, no logging. They divide by `counts`, the global numbers of the whole update, never by a local mean, so that
 any split into microbatches and ranks gives the same gradient.
 
-A loss of scope "batch" also exports `auxiliary(trees, config)`, trees that only a no-grad pass before the step sees,
-and `batch_stats(ratios)`, which turns their sequences' summed log-ratios to the reference, f32[S] of the whole
-update, into the numbers that `loss` finds in `inputs.batch_stats`.
+A loss of scope "batch", whose value is no sum over sequences or pairs, also exports `batch_stats(found, config)`: it
+turns what a no-grad pass over the whole update found (`Prepass`) into the tensors that `loss` sees in
+`inputs.batch_stats`. With `auxiliary(trees, config)` it has that pass run over other trees than the update's own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from align.protocols import Counts
 
-__all__ = ["Counts", "LossConfig", "LossInputs", "LossOutput", "Metric", "Needs"]
+__all__ = ["Counts", "LossConfig", "LossInputs", "LossOutput", "Metric", "Needs", "Prepass"]
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,8 @@ class LossConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Needs:
-    """What the step must have ready. record: kind of tree; head: names of HeadOutputs beside logps;
+    """What the step must have ready. record: kind of tree; head: names of HeadOutputs beside logps ("entropy",
+    "log_sum_sq"; what is not named is not computed);
     scope "batch": the step first runs a no-grad pass over all microbatches and hands back `batch_stats`;
     nll: which tokens the negative log-likelihood term covers: all scored ones, the chosen side's, or those and the
     prompt's; the trainer marks them before packing."""
@@ -53,6 +54,22 @@ class Metric:
     sum: Tensor
     count: Tensor | float = 1.0
     reduce: Literal["mean", "max", "sum"] = "mean"
+
+
+@dataclass(frozen=True)
+class Prepass:
+    """What the no-grad pass before a step found, over all microbatches and ranks of the update.
+
+    Per sequence, in order of tree id and a pair's chosen side first: ids i64[S], the tree's id; logps f32[S], the sum
+    over its scored tokens; ratios f32[S], the same of logp - logp_ref (zeros without a reference); lengths f32[S].
+    entropy: f32[N] of all scored tokens, in that order too, where the loss needs it, else None.
+    """
+
+    ids: Tensor
+    logps: Tensor
+    ratios: Tensor
+    lengths: Tensor
+    entropy: Tensor | None = None
 
 
 @dataclass

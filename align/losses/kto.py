@@ -23,7 +23,7 @@ import numpy as np
 from pydantic import Field
 
 from align.errors import DataError
-from align.losses.base import LossConfig, LossInputs, LossOutput, Metric, Needs
+from align.losses.base import LossConfig, LossInputs, LossOutput, Metric, Needs, Prepass
 from align.protocols import Tree
 
 if TYPE_CHECKING:
@@ -62,9 +62,9 @@ def auxiliary(trees: Sequence[Tree], config: Config) -> list[Tree]:
     return mismatched
 
 
-def batch_stats(ratios: Tensor) -> dict[str, Tensor]:
-    """z f32[] from the mismatched pairs' log-ratios f32[S]: never negative, never a gradient."""
-    return {"z": ratios.mean().clamp(min=0).detach()}
+def batch_stats(found: Prepass, config: Config) -> dict[str, Tensor]:
+    """z f32[], the mean of the mismatched pairs' log-ratios: never negative, never a gradient."""
+    return {"z": found.ratios.mean().clamp(min=0).detach()}
 
 
 def loss(inputs: LossInputs, config: Config) -> LossOutput:

@@ -8,6 +8,7 @@ the layout they know.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from contextlib import nullcontext
 from typing import Any
 
@@ -37,8 +38,8 @@ class PolicyModule(nn.Module):
         model.config.use_cache = False
         model.set_attn_implementation(NAME)
 
-    def forward(self, batch: TokenBatch, statistics: bool = False) -> HeadOutputs:
-        """HeadOutputs with logps f32[N], and entropy and log_sum_sq f32[N] when `statistics`."""
+    def forward(self, batch: TokenBatch, want: Collection[str] = ()) -> HeadOutputs:
+        """HeadOutputs with logps f32[N], and of entropy and log_sum_sq f32[N] those named in `want`."""
         device = batch.token_ids.device
         context = nullcontext() if self.autocast is None else torch.autocast(device.type, dtype=self.autocast)
         with context:
@@ -50,17 +51,14 @@ class PolicyModule(nn.Module):
             ).last_hidden_state.squeeze(0)
         weight, bias = output_embedding(self.model)
         scored = hidden.index_select(0, batch.predict_at).to(self.autocast or weight.dtype)
-        logps, entropy, log_sum_sq = fused_head(
+        return fused_head(
             scored,
             weight.to(scored.dtype),
             batch.labels,
             bias=None if bias is None else bias.to(scored.dtype),
             transform=self.transform,
-            statistics=statistics,
+            want=want,
         )
-        if not statistics:
-            return HeadOutputs(logps=logps)
-        return HeadOutputs(logps=logps, entropy=entropy, log_sum_sq=log_sum_sq)
 
 
 def logit_transform(config: Any, temperature: float) -> LogitTransform:

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from align.protocols import Counts, Publication, Tree
 from align.train import policy
 from align.train.metrics import MetricSums
 from align.train.optim import lr_multiplier, make_optimizer
+from align.train.prepass import run_prepass
 from align.train.spec import TrainerSpec
 from align.train.state import load_state, save_state, trainable
 from align.types import HeadOutputs, TokenBatch
@@ -47,6 +49,7 @@ class PolicyTrainer:
             torch.set_num_threads(spec.threads)
         torch.manual_seed(spec.seed)
         self.losses = [(*configure(term.name, term.options), term.weight) for term in spec.losses]
+        self.wanted = tuple(sorted({name for _, _, needs, _ in self.losses for name in needs.head}))
         self.policy = policy.load(spec)
         self.device = self.policy.device
         self.module: PolicyModule = self.policy.module
@@ -121,29 +124,27 @@ class PolicyTrainer:
         groups = plan_microbatches(trees, self.spec.max_tokens, keep_together=self.keep_together)
         return [collate(group).to(self.device) for group in groups]
 
-    @torch.no_grad()
     def _batch_stats(self, trees: Sequence[Tree]) -> list[dict[str, Tensor]]:
-        """What each loss of scope "batch" finds in a pass over its auxiliary trees, before any gradient."""
-        found: list[dict[str, Tensor]] = []
+        """What each loss of scope "batch" makes of a pass over the update, or over trees of its own, before any
+        gradient."""
+        stats: list[dict[str, Tensor]] = []
         for module, config, needs, _ in self.losses:
             if needs.scope != "batch":
-                found.append({})
+                stats.append({})
                 continue
-            ratios: list[Tensor] = []
-            for batch in self._microbatches(module.auxiliary(trees, config)):
-                reference = self._reference_logps(batch)
-                assert reference is not None, "a loss of scope batch compares with a reference"
-                difference = self._quiet_logps(self.module, batch) - reference
-                sums = difference.new_zeros(batch.sequences)
-                ratios.append(sums.index_add(0, batch.sequence_ids, difference * batch.loss_mask))
-            found.append(module.batch_stats(torch.cat(ratios)))
-        return found
+            seen = module.auxiliary(trees, config) if hasattr(module, "auxiliary") else trees
+            found = run_prepass(
+                self._microbatches(seen),
+                partial(self._quiet, self.module, want=needs.head),
+                self._reference_logps if needs.reference else lambda batch: None,
+            )
+            stats.append(module.batch_stats(found, config))
+        return stats
 
     def _loss(self, batch: TokenBatch, counts: Counts, sums: MetricSums, stats: Sequence[dict[str, Tensor]]) -> Tensor:
         """This microbatch's share of the global loss, with gradient; its metrics are added to `sums`."""
         reference = self._reference_logps(batch)
-        statistics = any(needs.head for _, _, needs, _ in self.losses)
-        outputs: HeadOutputs = self.module(batch, statistics=statistics)
+        outputs: HeadOutputs = self.module(batch, want=self.wanted)
         total = outputs.logps.new_zeros(())
         metrics: dict[str, Metric] = {}
         for (module, config, _, weight), term, own in zip(self.losses, self.spec.losses, stats, strict=True):
@@ -160,18 +161,18 @@ class PolicyTrainer:
         if self._external_reference is not None:
             return self._external_reference(batch).to(self.device)
         with self.policy.reference() as module:
-            return self._quiet_logps(module, batch)
+            return self._quiet(module, batch).logps
 
     @torch.no_grad()
-    def _quiet_logps(self, module: PolicyModule, batch: TokenBatch) -> Tensor:
-        """Log-probabilities f32[N] without gradient and without dropout; the module's mode is put back."""
+    def _quiet(self, module: PolicyModule, batch: TokenBatch, want: Sequence[str] = ()) -> HeadOutputs:
+        """The forward without gradient and without dropout; the module's mode is put back."""
         was_training = module.training
         module.eval()
         try:
-            logps: Tensor = module(batch).logps
+            outputs: HeadOutputs = module(batch, want=want)
         finally:
             module.train(was_training)
-        return logps
+        return outputs
 
     def _clip(self) -> float:
         """Clip to the recipe's norm and return the norm before clipping."""
@@ -207,7 +208,7 @@ class PolicyTrainer:
         numbered = {id(tree): n for n, tree in enumerate(trees)}
         for group in plan_microbatches(trees, self.spec.max_tokens, keep_together=True):
             batch = collate(group).to(self.device)
-            logps = self._quiet_logps(self.module, batch).float().cpu().numpy()
+            logps = self._quiet(self.module, batch).logps.float().cpu().numpy()
             owner = batch.sequence_ids.cpu().numpy()
             first = 0
             for tree in group:
@@ -218,7 +219,7 @@ class PolicyTrainer:
 
     def batch_logps(self, batch: TokenBatch) -> Tensor:
         """f32[N] on the CPU for a packed batch: what a reference actor answers."""
-        return self._quiet_logps(self.module, batch.to(self.device)).cpu()
+        return self._quiet(self.module, batch.to(self.device)).logps.cpu()
 
     # ------------------------------------------------------------------------------------------ weights and state
 

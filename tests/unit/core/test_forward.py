@@ -120,7 +120,7 @@ def test_any_split_into_microbatches_gives_the_same_loss_and_gradient(name: str,
         module.zero_grad()
         for part in plan_microbatches(trees, max_tokens, keep_together=needs.record == "pair"):
             batch = collate(part)
-            outputs = module(batch, statistics=bool(needs.head))
+            outputs = module(batch, want=needs.head)
             reference = outputs.logps.detach() * 0.9 if needs.reference else None
             loss = loss_module.loss(LossInputs(outputs, batch, counts, reference_logps=reference), config).loss
             loss.backward()

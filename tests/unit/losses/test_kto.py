@@ -13,7 +13,7 @@ import torch
 from align.data.packing import collate, global_counts
 from align.errors import DataError
 from align.losses import configure, kto
-from align.losses.base import LossInputs
+from align.losses.base import LossInputs, Prepass
 from align.protocols import Tree
 from align.train.trainer import PolicyTrainer
 from align.types import HeadOutputs
@@ -66,9 +66,12 @@ def test_a_batch_of_one_prompt_is_refused_with_the_remedy() -> None:
 
 
 def test_the_reference_point_is_never_negative_and_has_no_gradient() -> None:
-    ratios = torch.tensor([-2.0, 1.0], requires_grad=True)
-    assert kto.batch_stats(ratios)["z"] == 0.0
-    z = kto.batch_stats(torch.tensor([2.0, 1.0], requires_grad=True))["z"]
+    def found(*ratios: float) -> Prepass:
+        values = torch.tensor(ratios, requires_grad=True)
+        return Prepass(torch.arange(len(ratios)), values, values, torch.ones(len(ratios)))
+
+    assert kto.batch_stats(found(-2.0, 1.0), kto.Config())["z"] == 0.0
+    z = kto.batch_stats(found(2.0, 1.0), kto.Config())["z"]
     assert z == 1.5 and not z.requires_grad
 
 
@@ -76,7 +79,9 @@ def test_microbatches_of_one_see_the_reference_point_of_the_whole_update(
     base: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kto, "batch_stats", lambda ratios: {"z": ratios.mean()})  # its sign is not what is tested
+    monkeypatch.setattr(
+        kto, "batch_stats", lambda found, config: {"z": found.ratios.mean()}
+    )  # its sign is not what is tested
     whole, split = (PolicyTrainer(make_spec(base, "kto", reference="start", max_tokens=n)) for n in (10_000, 1))
     for step in range(3):
         a, b = (t.step(rows(), step=step, progress=step / 10) for t in (whole, split))

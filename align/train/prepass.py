@@ -1,0 +1,48 @@
+"""The no-grad pass before a step, for losses whose value is no sum over sequences or pairs (scope "batch")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from align.losses.base import Prepass
+from align.types import HeadOutputs, TokenBatch
+
+
+@torch.no_grad()
+def run_prepass(
+    batches: Iterable[TokenBatch],
+    forward: Callable[[TokenBatch], HeadOutputs],
+    reference: Callable[[TokenBatch], Tensor | None],
+    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> Prepass:
+    """Summed log-probabilities of every sequence of the update, and the entropies that `forward` gives.
+
+    gather: joins a tensor of every rank along its first dimension (ranks may have different lengths).
+    """
+    rows: dict[str, list[Tensor]] = {name: [] for name in ("ids", "logps", "ratios", "lengths")}
+    tokens: dict[str, list[Tensor]] = {"owner": [], "entropy": []}
+    for batch in batches:
+        outputs, ref = forward(batch), reference(batch)
+        mask = batch.loss_mask
+        difference = torch.zeros_like(outputs.logps) if ref is None else outputs.logps - ref
+        for name, values in (
+            ("logps", outputs.logps),
+            ("ratios", difference),
+            ("lengths", torch.ones_like(difference)),
+        ):
+            zeros = values.new_zeros(batch.sequences)
+            rows[name].append(zeros.index_add(0, batch.sequence_ids, values * mask))
+        rows["ids"].append(batch.group_ids)
+        if outputs.entropy is not None:
+            tokens["owner"].append(batch.group_ids[batch.sequence_ids][mask])
+            tokens["entropy"].append(outputs.entropy[mask])
+    found = {name: gather(torch.cat(parts)) for name, parts in rows.items()}
+    order = torch.argsort(found["ids"], stable=True)
+    entropy = None
+    if tokens["entropy"]:
+        owner, entropy = (gather(torch.cat(tokens[name])) for name in ("owner", "entropy"))
+        entropy = entropy[torch.argsort(owner, stable=True)]
+    return Prepass(**{name: values[order] for name, values in found.items()}, entropy=entropy)
