@@ -12,6 +12,7 @@ from align.cli import memory
 from align.cli.inputs import DataFacts, ModelFacts
 from align.data.order import DEFAULT_BATCH, BatchPlan
 from align.errors import DataError, PlacementError, RecipeError
+from align.losses import configure
 from align.recipe.schema import Adapter, Recipe
 from align.recipe.support import publish_mode, reference_words
 from align.stages.backend import Needs
@@ -106,7 +107,7 @@ class Planner:
             )
         else:
             self._check_positions(facts)
-        plan.lines += self._packing_notes(stage, facts)
+        plan.lines += _loss_notes(stage) + self._packing_notes(stage, facts)
         self._estimate(plan, stage, adapter, facts)
         return plan
 
@@ -217,6 +218,13 @@ class Planner:
         total = sum(estimate.total for estimate in plan.memory.values())
         if not gpu and total > self.machine.memory:
             plan.lines.append(f"note: about {memory.human(total)} in all; here are {memory.human(self.machine.memory)}")
+
+
+def _loss_notes(stage: Any) -> list[str]:
+    """What the losses themselves say about options that are easily misread."""
+    chosen = [configure(term.name, term.options) for term in stage.loss]
+    said = [module.remarks(config) for module, config, _ in chosen if hasattr(module, "remarks")]
+    return [f"note: {line}" for lines in said for line in lines]
 
 
 _PUBLISHED = {"adapter": "the adapter", "weights": "whole weights"}

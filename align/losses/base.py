@@ -7,6 +7,8 @@ any split into microbatches and ranks gives the same gradient.
 A loss of scope "batch", whose value is no sum over sequences or pairs, also exports `batch_stats(found, config)`: it
 turns what a no-grad pass over the whole update found (`Prepass`) into the tensors that `loss` sees in
 `inputs.batch_stats`. With `auxiliary(trees, config)` it has that pass run over other trees than the update's own.
+
+`remarks(config) -> tuple[str, ...]` is optional: what the plan says about the options, where one is easily misread.
 """
 
 from __future__ import annotations

@@ -75,24 +75,25 @@ def loss(inputs: LossInputs, config: Config) -> LossOutput:
 
     logps, reference, batch = inputs.outputs.logps, inputs.reference_logps, inputs.batch
     assert reference is not None, "kto needs reference log-probabilities"
-    rho, _ = sequence_sums(logps - reference, inputs, batch.loss_mask)
+    rho, lengths = sequence_sums(logps - reference, inputs, batch.loss_mask)
+    scored = lengths > 0  # what has no scored token is in no count either
     sums, _ = sequence_sums(logps.detach(), inputs, batch.loss_mask)
     desirable = batch.columns["sequence/desirable"] > 0.5
     z = inputs.batch_stats["z"] if config.variant == "kto" else rho.new_zeros(())
     side = desirable.to(rho.dtype)
     sign = 2 * side - 1
     weight = side * config.desirable_weight + (1 - side) * config.undesirable_weight
-    terms = weight * (1 - torch.sigmoid(config.beta * sign * (rho - z)))
+    terms = scored * weight * torch.sigmoid(-config.beta * sign * (rho - z))  # 1 - s(x) = s(-x)
     total = terms.sum() / max(inputs.counts.sequences, 1)
     reward = config.beta * rho.detach()
     right = ((reward > config.beta * z) == desirable).float()
     metrics: dict[str, Metric] = {
         "loss/total": share_of_loss(total),
-        "rewards/chosen": masked_mean(reward, desirable),
-        "rewards/rejected": masked_mean(reward, ~desirable),
-        "rewards/accuracies": masked_mean(right, torch.ones_like(desirable)),
-        "logps/chosen": masked_mean(sums, desirable),
-        "logps/rejected": masked_mean(sums, ~desirable),
+        "rewards/chosen": masked_mean(reward, scored & desirable),
+        "rewards/rejected": masked_mean(reward, scored & ~desirable),
+        "rewards/accuracies": masked_mean(right, scored),
+        "logps/chosen": masked_mean(sums, scored & desirable),
+        "logps/rejected": masked_mean(sums, scored & ~desirable),
     }
     if config.variant == "kto":
         metrics["policy/reference_point"] = Metric(z, reduce="max")

@@ -33,6 +33,10 @@ def needs(config: Config) -> Needs:
     return Needs(record="pair", scope="pair", nll="chosen" if config.nll_weight else "none")
 
 
+def remarks(config: Config) -> tuple[str, ...]:
+    return (f"simpo: gamma {config.gamma:g} is the margin itself; gamma/beta is {config.gamma / config.beta:g}",)
+
+
 def implicit_reward(mean_logps: Tensor, alpha: float) -> Tensor:
     """r f32[P] of mean log-probabilities f32[P]; alpha = 0 is SimPO's own, the limit of AlphaPO's."""
     import torch

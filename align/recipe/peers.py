@@ -158,6 +158,8 @@ _SENTENCES = {  # their word -> the whole answer, where a key alone would mislea
     "completion_only_loss": "`completion_only_loss` is not needed: the loss is on assistant tokens only",
     "train_on_prompt": "not offered: the loss is on assistant tokens only",
     "simpo_gamma": "`simpo_gamma` is `loss: {name: simpo, gamma: ...}`, the margin itself (not gamma/beta)",
+    "gamma_beta_ratio": "`gamma_beta_ratio` is gamma/beta: multiply it by `beta` and write "
+    "`loss: {name: simpo, beta: ..., gamma: ...}`, the margin itself",
     "cpo_alpha": "`cpo_alpha` is `loss.nll_weight` of cpo and simpo",
     "rpo_alpha": "`rpo_alpha` is a second loss: `loss: [{name: dpo}, {name: sft, weight: ...}]`",
     "desirable_weight": "`desirable_weight` is `loss: {name: kto, desirable_weight: ...}`",
