@@ -1,0 +1,198 @@
+"""Loss x split on tensors: however an update is cut into microbatches, its shares of the loss add up to the same value,
+gradient and metrics. Every option of every loss is in a case: a new one without a case fails here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from align.data.packing import collate, global_counts, mark_nll, plan_microbatches
+from align.losses import configure, load, names
+from align.losses.base import LossInputs
+from align.protocols import Tree
+from align.train.metrics import MetricSums
+from align.train.prepass import run_prepass
+from align.types import HeadOutputs, TokenBatch
+from tests.unit.core.trees import conversation, group, pair, unpaired
+
+MAKE = {"conversation": conversation, "pair": pair, "unpaired": unpaired, "group": group}
+
+CASES: dict[str, list[dict[str, Any]]] = {
+    "sft": [{}, {"variant": "dft"}],
+    "dpo": [
+        {"beta": 0.3},
+        {"variant": "hinge"},
+        {"variant": "ipo"},
+        {"variant": "robust", "label_smoothing": 0.1},
+    ],
+    "kto": [{"beta": 0.4, "desirable_weight": 1.5, "undesirable_weight": 0.7}, {"variant": "apo_zero_unpaired"}],
+    "orpo": [{"lambda": 0.3}, {"nll": "response"}],
+    "simpo": [
+        {"beta": 1.5, "gamma": 0.7},
+        {"alpha": 0.25, "label_smoothing": 0.1},
+        {"nll_weight": 0.8},
+    ],
+    "cpo": [
+        {"beta": 0.3, "label_smoothing": 0.1},
+        {"nll_weight": 0.0},
+        {"variant": "hinge"},
+        {"variant": "ipo"},
+    ],
+    "reward_model": [{}, {"centre": 0.1}],
+    "grpo": [
+        {},
+        {"clip_low": 0.1, "clip_high": 0.3, "log_entropy": False},
+        {"kl": 0.1},
+        {"kl": 0.1, "kl_estimator": "k2"},
+        {"aggregation": "sequence", "entropy_bonus": 0.01},
+        {"aggregation": "constant", "constant_length": 16, "ratio": "sequence"},
+    ],
+}
+ALL = [pytest.param(name, options, id=f"{name}-{options}") for name, cases in CASES.items() for options in cases]
+
+
+# ------------------------------------------------------------------------------------------------- a forward of tensors
+
+
+def noise(batch: TokenBatch, salt: float) -> Tensor:
+    """f64[N] in (0, 1) that depends on a scored token, its position and its sequence's tree alone, never on packing."""
+    trees = batch.group_ids[batch.sequence_ids].double()
+    seed = 12.9898 * batch.labels + 78.233 * batch.position_ids[batch.predict_at] + 37.719 * trees + salt
+    return (43758.5453 * torch.sin(seed)).frac().abs()
+
+
+@dataclass
+class Forward:
+    """What a model would give for packed trees, as leaves, so that gradients are per scored token (or score)."""
+
+    leaves: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    def __call__(self, batch: TokenBatch) -> HeadOutputs:
+        made = {
+            "logps": -3 * noise(batch, 1.0) - 0.05,
+            "entropy": 2 * noise(batch, 2.0) + 0.1,
+            "log_sum_sq": -2 * noise(batch, 3.0) - 0.1,
+        }
+        made["scores"] = 4 * noise(batch, 6.0)[last_tokens(batch)][:, None] - 2
+        for leaf in made.values():
+            leaf.requires_grad_()
+        self.leaves[id(batch)] = made
+        return HeadOutputs(**made)
+
+    @staticmethod
+    def reference(batch: TokenBatch) -> Tensor:
+        return -3 * noise(batch, 1.0) - 0.05 + 0.8 * (noise(batch, 4.0) - 0.4)
+
+
+def last_tokens(batch: TokenBatch) -> Tensor:
+    """i64[S]: the last scored token of each sequence."""
+    last = torch.full((batch.sequences,), -1)
+    return last.scatter_reduce(0, batch.sequence_ids, torch.arange(batch.labels.numel()), "amax")
+
+
+def behaviour(batch: TokenBatch) -> TokenBatch:
+    """Sampler log-probabilities near the forward's, so that ratios fall inside and outside the clip range."""
+    batch.behavior_logps = -3 * noise(batch, 1.0) - 0.05 + 0.6 * (noise(batch, 5.0) - 0.5)
+    batch.advantages = batch.advantages.double()
+    return batch
+
+
+def gradient_by_token(batch: TokenBatch, leaves: dict[str, Tensor]) -> dict[tuple[Any, ...], float]:
+    """Gradient of each leaf's entry, by what the entry belongs to: tree, token, position."""
+    found: dict[tuple[Any, ...], float] = {}
+    owner = batch.group_ids[batch.sequence_ids].tolist()
+    keys = list(zip(owner, batch.labels.tolist(), batch.position_ids[batch.predict_at].tolist(), strict=True))
+    for name, leaf in leaves.items():
+        if leaf.grad is None:
+            continue
+        rows = keys if name != "scores" else [keys[at] for at in last_tokens(batch)]
+        for key, value in zip(rows, leaf.grad.reshape(len(rows), -1).sum(1).tolist(), strict=True):
+            found[(name, key)] = found.get((name, key), 0.0) + value
+    return found
+
+
+def run(name: str, options: dict[str, Any], trees: Sequence[Tree], max_tokens: int) -> tuple[float, Any, Any, int]:
+    """Loss, gradients by token, metrics and number of microbatches of one update, computed as the trainer does."""
+    module, config, needs = configure(name, options)
+    trees = [mark_nll(tree, needs.nll) for tree in trees]
+    counts, sums, forward = global_counts(trees), MetricSums(), Forward()
+    together = needs.record == "pair"
+
+    def packed(what: Sequence[Tree]) -> list[TokenBatch]:
+        return [behaviour(collate(part)) for part in plan_microbatches(what, max_tokens, keep_together=together)]
+
+    def outputs(batch: TokenBatch) -> HeadOutputs:
+        made = forward(batch)
+        unasked = {key: None for key in ("entropy", "log_sum_sq", "scores") if key not in needs.head}
+        return replace(made, **unasked)
+
+    stats = {}
+    if needs.scope == "batch":
+        seen = module.auxiliary(trees, config) if hasattr(module, "auxiliary") else trees
+        reference = forward.reference if needs.reference else lambda batch: None
+        stats = module.batch_stats(run_prepass(packed(seen), outputs, reference), config)
+    total, gradients = 0.0, dict[tuple[Any, ...], float]()
+    batches = packed(trees)
+    for batch in batches:
+        made = outputs(batch)
+        inputs = LossInputs(
+            made,
+            batch,
+            counts,
+            reference_logps=forward.reference(batch) if needs.reference else None,
+            batch_stats=stats,
+        )
+        result = module.loss(inputs, config)
+        if result.loss.requires_grad:
+            result.loss.backward()
+        total += result.loss.item()
+        sums.add(result.metrics)
+        for key, value in gradient_by_token(batch, forward.leaves[id(batch)]).items():
+            gradients[key] = gradients.get(key, 0.0) + value
+    return total, gradients, sums.result(), len(batches)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 40])
+@pytest.mark.parametrize(("name", "options"), ALL)
+def test_any_split_gives_the_same_loss_gradient_and_metrics(
+    name: str, options: dict[str, Any], max_tokens: int
+) -> None:
+    rng = np.random.default_rng(5)
+    trees = [MAKE[configure(name, options)[2].record](rng, 3 * i + 1) for i in range(7)]
+    loss, gradient, metrics, one = run(name, options, trees, 10_000)
+    split_loss, split_gradient, split_metrics, many = run(name, options, list(reversed(trees)), max_tokens)
+    assert one == 1 and many > 1
+    assert split_loss == pytest.approx(loss, abs=1e-9)
+    assert split_gradient.keys() == gradient.keys()
+    assert max(abs(value) for value in gradient.values()) > 1e-4
+    assert max(abs(gradient[key] - split_gradient[key]) for key in gradient) < 1e-9
+    assert split_metrics == pytest.approx(metrics, rel=1e-6, abs=1e-7)
+
+
+# ------------------------------------------------------------------------------------------------- completeness
+
+
+def choices(annotation: Any) -> list[Any]:
+    """Every value of the Literals anywhere within a field's annotation."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    inside = get_args(annotation)[:1] if get_origin(annotation) is Annotated else get_args(annotation)
+    return [value for part in inside for value in choices(part)]
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_choice_and_every_option_of_every_loss_has_a_case(name: str) -> None:
+    config = load(name).Config
+    given = [config(**options) for options in CASES.get(name, [])]
+    for key, info in config.model_fields.items():
+        values = [getattr(one, key) for one in given]
+        flat = {item for value in values for item in (value if isinstance(value, tuple | list) else [value])}
+        missing = [choice for choice in choices(info.annotation) if choice not in flat]
+        assert not missing, f"{name}.{key}: no case in CASES has {missing}"
+        assert any(value != info.default for value in values), f"{name}.{key}: no case in CASES sets it"
