@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,11 @@ import torch
 
 from align.data.packing import collate, global_counts, mark_nll
 from align.errors import PluginError, RecipeError
-from align.losses import configure
+from align.losses import configure, names
 from align.losses.base import LossInputs, LossOutput
-from align.protocols import Tree
+from align.protocols import Segment, Tree
 from align.types import HeadOutputs, TokenBatch
-from tests.unit.core.trees import conversation, group, pair
+from tests.unit.core.trees import conversation, group, pair, unpaired
 
 
 def run(
@@ -25,12 +26,14 @@ def run(
     logps: torch.Tensor,
     reference: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,
+    stats: dict[str, torch.Tensor] | None = None,
 ) -> tuple[LossOutput, TokenBatch]:
     module, config, needs = configure(name, options)
     trees = [mark_nll(tree, needs.nll) for tree in trees]
     batch = collate(trees)
     outputs = HeadOutputs(logps=logps, entropy=entropy)
-    return module.loss(LossInputs(outputs, batch, global_counts(trees), reference_logps=reference), config), batch
+    inputs = LossInputs(outputs, batch, global_counts(trees), reference_logps=reference, batch_stats=stats or {})
+    return module.loss(inputs, config), batch
 
 
 def random_logps(trees: list[Tree], seed: int, grad: bool = True) -> torch.Tensor:
@@ -95,31 +98,23 @@ def test_dpo_variants_equal_the_paper(variant: str, eps: float) -> None:
     assert out.loss.item() == pytest.approx(dpo_oracle(variant, 0.3, eps, rows), abs=1e-9)
 
 
-def reference_free_oracle(
-    name: str, options: dict[str, Any], sides: list[tuple[np.ndarray, np.ndarray]], nll: float
-) -> float:
-    losses = []
-    for chosen, rejected in sides:
-        if name == "orpo":
-            m_c, m_r = chosen.mean(), rejected.mean()
-            odds = (m_c - m_r) - (math.log(1 - math.exp(m_c)) - math.log(1 - math.exp(m_r)))
-            losses.append(-options.get("lambda", 0.1) * math.log(sigmoid(odds)))
-            continue
-        beta, eps = options.get("beta", 2.0 if name == "simpo" else 0.1), options.get("label_smoothing", 0.0)
-        if name == "simpo":
-            alpha = options.get("alpha", 0.0)
-            r = [x.mean() if not alpha else (1 - math.exp(x.mean()) ** -alpha) / alpha for x in (chosen, rejected)]
-            z = beta * (r[0] - r[1]) - options.get("gamma", 0.5)
-        else:
-            z = beta * (chosen.sum() - rejected.sum())
-        value = -(1 - eps) * math.log(sigmoid(z)) - eps * math.log(sigmoid(-z))
-        if options.get("variant") == "hinge":
-            value = max(0.0, 1 - z)
-        if options.get("variant") == "ipo":
-            value = (chosen.mean() - rejected.mean() - 1 / (2 * beta)) ** 2
-        losses.append(value)
-    weight = {"orpo": 1.0, "simpo": options.get("nll_weight", 0.0), "cpo": options.get("nll_weight", 1.0)}[name]
-    return float(np.mean(losses)) + weight * nll
+def reference_free_oracle(name: str, options: dict[str, Any], chosen: np.ndarray, rejected: np.ndarray) -> float:
+    """One pair's preference term, from the paper's formula."""
+    beta, eps = options.get("beta", 2.0 if name == "simpo" else 0.1), options.get("label_smoothing", 0.0)
+    if name == "orpo":  # 2403.07691 eqs. 4, 6, 7: odds(y) = p / (1 - p) with p the geometric mean probability
+        odds = [math.exp(x.mean()) / (1 - math.exp(x.mean())) for x in (chosen, rejected)]
+        return -float(options.get("lambda", 0.1)) * math.log(sigmoid(math.log(odds[0] / odds[1])))
+    if name == "simpo":  # 2405.14734 eq. 6; AlphaPO's reward is from 2501.03884
+        alpha = options.get("alpha", 0.0)
+        r = [x.mean() if not alpha else (1 - math.exp(x.mean()) ** -alpha) / alpha for x in (chosen, rejected)]
+        z = beta * (r[0] - r[1]) - options.get("gamma", 0.5)
+    else:
+        z = beta * (chosen.sum() - rejected.sum())  # 2401.08417 eq. 3
+    if options.get("variant") == "hinge":
+        return max(0.0, 1 - z)
+    if options.get("variant") == "ipo":
+        return float((chosen.mean() - rejected.mean() - 1 / (2 * beta)) ** 2)
+    return -(1 - eps) * math.log(sigmoid(z)) - eps * math.log(sigmoid(-z))
 
 
 REFERENCE_FREE = [
@@ -128,10 +123,12 @@ REFERENCE_FREE = [
     ("simpo", {}),
     ("simpo", {"nll_weight": 0.7, "label_smoothing": 0.1}),
     ("simpo", {"alpha": 0.25, "gamma": 1.0}),
+    ("simpo", {"alpha": -0.5, "gamma": 0.0, "label_smoothing": 0.3, "nll_weight": 0.2}),
     ("cpo", {}),
     ("cpo", {"nll_weight": 0.0, "label_smoothing": 0.2}),
     ("cpo", {"variant": "hinge"}),
-    ("cpo", {"variant": "ipo"}),
+    ("cpo", {"variant": "hinge", "nll_weight": 0.0, "beta": 0.02}),
+    ("cpo", {"variant": "ipo", "beta": 0.3}),
 ]
 
 
@@ -140,20 +137,72 @@ def test_reference_free_pair_losses_equal_the_paper(name: str, options: dict[str
     rng = np.random.default_rng(8)
     trees = [pair(rng, i) for i in range(4)]
     _, _, needs = configure(name, options)
-    marked = [mark_nll(tree, needs.nll) for tree in trees]
-    logps = random_logps(marked, 9)
+    logps = random_logps([mark_nll(tree, needs.nll) for tree in trees], 9)
     out, batch = run(name, options, trees, logps)
-    values, mask, owner = logps.detach().numpy(), batch.loss_mask.numpy(), batch.sequence_ids.numpy()
-    sides = [tuple(values[mask & (owner == s)] for s in (2 * p, 2 * p + 1)) for p in range(4)]
-    covered = [
-        t
-        for tree in trees
-        for t in range(len(tree.branches[0]) + (needs.nll == "prompt_and_chosen") * (len(tree.trunk) - 1))
+    terms, likelihood = [], []
+    for p, (tree, rows) in enumerate(zip(trees, by_tree(batch, logps), strict=True)):
+        prompt, chosen, rejected = rows
+        assert len(prompt) == (len(tree.trunk) - 1 if needs.nll == "prompt_and_chosen" else 0), p
+        assert [len(chosen), len(rejected)] == [len(branch) for branch in tree.branches]
+        terms.append(reference_free_oracle(name, options, chosen, rejected))
+        likelihood.append(np.concatenate([prompt, chosen]))
+    weight = {"orpo": 1.0, "simpo": options.get("nll_weight", 0.0), "cpo": options.get("nll_weight", 1.0)}[name]
+    expected = np.mean(terms) - weight * np.concatenate(likelihood).mean()
+    assert out.loss.item() == pytest.approx(expected, abs=1e-9)
+
+
+def by_tree(batch: TokenBatch, values: torch.Tensor) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Per pair: the values of its prompt's scored tokens (before its chosen side's), its chosen and its rejected."""
+    found, mask = values.detach().numpy(), batch.loss_mask.numpy()
+    owner = batch.sequence_ids.numpy()
+    return [
+        (found[~mask & (owner == c)], found[mask & (owner == c)], found[mask & (owner == r)])
+        for c, r in batch.pairs.tolist()
     ]
-    if needs.nll != "none":
-        assert int(batch.nll_mask.sum()) == len(covered)
-    nll = float(-values[batch.nll_mask.numpy()].mean())
-    assert out.loss.item() == pytest.approx(reference_free_oracle(name, options, sides, nll), abs=1e-9)
+
+
+def sequences_of(*lengths: int, trunk: int = 1) -> Tree:
+    """A tree whose branches have these lengths, all scored."""
+    branches = tuple(Segment(np.arange(n), np.ones(n, bool)) for n in lengths)
+    return Tree(0, Segment(np.arange(trunk), np.zeros(trunk, bool)), branches)
+
+
+HALF, QUARTER = math.log(0.5), math.log(0.25)
+BY_HAND = [
+    ("simpo", {"beta": 2.0, "gamma": 0.5}, 0.201413278),  # z = 2 (-1 + 2) - 0.5 = 1.5; ln(1 + e^-1.5)
+    ("simpo", {"beta": 2.0, "gamma": 0.5, "nll_weight": 0.5}, 0.701413278),  # the chosen side's mean NLL is 1
+    ("simpo", {"beta": 2.0, "gamma": 0.5, "label_smoothing": 0.2}, 0.501413278),  # + 0.2 * 1.5
+    ("simpo", {"beta": 0.5, "gamma": 0.25, "alpha": 1.0}, 0.117124157),  # r = 1 - e and 1 - e^2; z = 2.085387
+    ("cpo", {"beta": 0.25}, 1.313261688),  # z = 0.25 (-2 + 6) = 1; ln(1 + e^-1) + 1
+    ("cpo", {"beta": 0.25, "label_smoothing": 0.1, "nll_weight": 0.0}, 0.413261688),  # ln(1 + e^-1) + 0.1
+    ("cpo", {"beta": 0.1, "variant": "hinge", "nll_weight": 0.0}, 0.6),  # 1 - 0.1 * 4
+    ("cpo", {"beta": 0.25, "variant": "ipo", "nll_weight": 2.0}, 3.0),  # (1 - 2)^2 + 2 * 1
+]
+
+
+@pytest.mark.parametrize(("name", "options", "expected"), BY_HAND)
+def test_pair_losses_equal_values_computed_by_hand(name: str, options: dict[str, Any], expected: float) -> None:
+    logps = torch.tensor([-0.5, -1.5, -2.0, -2.0, -2.0], dtype=torch.float64)
+    out, _ = run(name, options, [sequences_of(2, 3)], logps)
+    assert out.loss.item() == pytest.approx(expected, abs=1e-8)
+
+
+def test_orpo_equals_a_value_computed_by_hand() -> None:
+    """Probabilities 1/2 and 1/4 have odds 1 and 1/3; s(ln 3) = 3/4. The prompt's one scored token has 1/4."""
+    logps = torch.tensor([HALF, HALF, QUARTER], dtype=torch.float64)
+    out, _ = run("orpo", {"lambda": 1.0, "nll": "response"}, [sequences_of(2, 1, trunk=2)], logps)
+    assert out.loss.item() == pytest.approx(-HALF - math.log(0.75), abs=1e-12)
+    logps = torch.tensor([QUARTER, HALF, HALF, QUARTER], dtype=torch.float64)
+    out, _ = run("orpo", {"lambda": 1.0}, [sequences_of(2, 1, trunk=2)], logps)
+    assert out.loss.item() == pytest.approx(-(QUARTER + 2 * HALF) / 3 - math.log(0.75), abs=1e-12)
+
+
+@pytest.mark.parametrize(("variant", "expected"), [("nll", 2.0), ("dft", 0.258620323)])
+def test_sft_equals_a_value_computed_by_hand(variant: str, expected: float) -> None:
+    """dft: (e^-1 * 1 + e^-3 * 3) / 2."""
+    tree = Tree(0, Segment(np.arange(4), np.array([False, True, False, True])))
+    out, _ = run("sft", {"variant": variant}, [tree], torch.tensor([-1.0, -3.0], dtype=torch.float64))
+    assert out.loss.item() == pytest.approx(expected, abs=1e-8)
 
 
 @pytest.mark.parametrize("mean_logp", [0.0, -1e-12, -200.0, -1000.0])
@@ -238,24 +287,80 @@ def test_grpo_equals_the_paper(options: dict[str, Any]) -> None:
     assert out.loss.item() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "make"),
-    [("sft", {}, conversation), ("dpo", {"variant": "ipo"}, pair), ("dpo", {}, pair), ("grpo", {"kl": 0.1}, group)],
-)
+DIFFERENTIABLE = [
+    ("sft", {}, conversation),
+    ("dpo", {"variant": "ipo"}, pair),
+    ("dpo", {}, pair),
+    ("grpo", {"kl": 0.1}, group),
+    ("kto", {"beta": 0.4, "desirable_weight": 1.5}, unpaired),
+    ("kto", {"beta": 0.4, "variant": "apo_zero_unpaired"}, unpaired),
+    *((name, options, pair) for name, options in REFERENCE_FREE),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "make"), DIFFERENTIABLE)
 def test_gradients_equal_finite_differences(name: str, options: dict[str, Any], make: Any) -> None:
+    """kto's reference point is frozen, as it is in a step."""
     rng = np.random.default_rng(4)
     trees = [make(rng, i) for i in range(3)]
-    reference = random_logps(trees, 5, grad=False)
-    logps = random_logps(trees, 6) if name != "grpo" else (collate(trees).behavior_logps.double()).requires_grad_()
+    marked = [mark_nll(tree, configure(name, options)[2].nll) for tree in trees]
+    reference = random_logps(marked, 5, grad=False)
+    logps = random_logps(marked, 6) if name != "grpo" else (collate(trees).behavior_logps.double()).requires_grad_()
+    stats = {"z": torch.tensor(0.3, dtype=torch.float64)}
     assert torch.autograd.gradcheck(
-        lambda x: run(name, options, trees, x, reference)[0].loss, (logps,), eps=1e-6, atol=1e-5, rtol=1e-4
+        lambda x: run(name, options, trees, x, reference, stats=stats)[0].loss, (logps,), eps=1e-6, atol=1e-6, rtol=1e-5
     )
+
+
+def test_dft_weighs_each_tokens_gradient_with_its_own_probability_and_not_through_it() -> None:
+    """2508.05629: the weight is detached, so finite differences of the value would be another gradient."""
+    trees = [conversation(np.random.default_rng(4), i) for i in range(2)]
+    logps = random_logps(trees, 6)
+    (gradient,) = torch.autograd.grad(run("sft", {"variant": "dft"}, trees, logps)[0].loss, logps)
+    torch.testing.assert_close(gradient, -logps.detach().exp() / logps.numel(), atol=1e-15, rtol=1e-12)
+
+
+UNSCORED = [("sft", {}, conversation), ("sft", {"variant": "dft"}, conversation), *DIFFERENTIABLE[4:]]
+
+
+@pytest.mark.parametrize(("name", "options", "make"), UNSCORED)
+def test_trees_without_a_scored_token_give_a_finite_loss_and_no_gradient(
+    name: str, options: dict[str, Any], make: Any
+) -> None:
+    _, _, needs = configure(name, options)
+    rng = np.random.default_rng(5)
+    silent = [unscored(make(rng, i)) for i in range(2)]
+    logps = random_logps([mark_nll(tree, needs.nll) for tree in silent], 7)
+    stats = {"z": torch.tensor(0.3, dtype=torch.float64)}
+    out, batch = run(name, options, silent, logps, logps.detach(), stats=stats)
+    (gradient,) = torch.autograd.grad(out.loss, logps)
+    assert math.isfinite(out.loss.item())
+    prompt = batch.nll_mask & ~batch.loss_mask  # ORPO's likelihood of the prompt is all that is left
+    assert not gradient[~prompt].any() and bool(gradient[prompt].isfinite().all())
+    if make is not pair:
+        assert out.loss.item() == 0.0
+
+
+def unscored(tree: Tree) -> Tree:
+    def silent(segment: Segment) -> Segment:
+        return replace(segment, loss_mask=np.zeros(len(segment), bool))
+
+    return replace(tree, trunk=silent(tree.trunk), branches=tuple(silent(branch) for branch in tree.branches))
+
+
+def test_an_unscored_row_leaves_ktos_mean_as_it_is() -> None:
+    rng = np.random.default_rng(5)
+    trees = [unpaired(rng, i) for i in range(3)]
+    logps, stats = random_logps(trees, 7), {"z": torch.tensor(0.3, dtype=torch.float64)}
+    alone = run("kto", {}, trees, logps, 0.9 * logps.detach(), stats=stats)[0]
+    more = run("kto", {}, [*trees, unscored(unpaired(rng, 3))], logps, 0.9 * logps.detach(), stats=stats)[0]
+    assert alone.loss.item() == more.loss.item()
+    for name in ("rewards/accuracies", "rewards/chosen", "logps/rejected"):
+        assert float(alone.metrics[name].count) == float(more.metrics[name].count)
 
 
 def test_a_group_whose_every_token_is_masked_trains_nothing_and_stays_finite() -> None:
     rng = np.random.default_rng(5)
-    from dataclasses import replace
-
     tree = group(rng, 0, size=2)
     tree = replace(tree, branches=tuple(replace(b, loss_mask=np.zeros(len(b), bool)) for b in tree.branches))
     out, _ = run("grpo", {}, [tree], torch.zeros(0, dtype=torch.float64, requires_grad=True))
@@ -263,7 +368,7 @@ def test_a_group_whose_every_token_is_masked_trains_nothing_and_stays_finite() -
 
 
 def test_an_unknown_loss_or_option_lists_the_choices() -> None:
-    with pytest.raises(PluginError, match="cpo, dpo, grpo, kto, orpo, sft, simpo"):
+    with pytest.raises(PluginError, match=", ".join(names())):
         configure("dop", {})
-    with pytest.raises(RecipeError, match="beta, variant, label_smoothing"):
-        configure("dpo", {"bta": 0.1})
+    with pytest.raises(RecipeError, match="beta, variant, label_smoothing, nll_weight"):
+        configure("cpo", {"bta": 0.1})
