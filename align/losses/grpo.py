@@ -2,41 +2,81 @@
 
 Per token, with ratio w to the policy that sampled it and advantage A (computed by `align.objectives`, not here):
 
-    -min(w A, clip(w, 1 - clip_low, 1 + clip_high) A) + kl * KL(policy || reference)
+    -surrogate(w, A) + kl * KL(policy || reference) - entropy_bonus * H
 
-Aggregation `token` is DAPO's (2503.14476), `sequence` the original's, `constant` Dr. GRPO's (2503.20783); ratio
-`sequence` is GSPO's geometric mean over the completion (2507.18071). The old policy is the sampler's own
-log-probabilities unless the step computed proximal ones.
+surrogate    `clip`: min(w A, clip(w, 1 - clip_low, 1 + clip_high) A), and `clip_delta` caps w itself (INTELLECT-2);
+             `cispo` (2506.13585): sg(min(w, cispo_cap)) A logp. The cap is absolute, 5 as in ScaleRL (2510.13786);
+             `sapo` (2511.20347): a soft gate in place of the clip.
+ratio        of each token, or of the `sequence`: GSPO's geometric mean over the completion (2507.18071). The old policy
+             is the sampler's own log-probabilities unless the step computed proximal ones.
+aggregation  `token` is DAPO's (2503.14476), `sequence` the original's, `constant` Dr. GRPO's (2503.20783),
+             `sequence_sum` LUSPO's (2602.05261), which goes with `ratio: sequence`.
+
+So TRL's loss_type is: grpo {aggregation: sequence}; dapo {aggregation: token}; dr_grpo {aggregation: constant}; gspo
+{ratio: sequence, aggregation: sequence}; luspo {ratio: sequence, aggregation: sequence_sum}; cispo {surrogate: cispo};
+sapo {surrogate: sapo, aggregation: sequence}.
 
 KL is an estimate from sampled tokens with u = logp_ref - logp: k3 = exp(u) - 1 - u (low variance; as a loss term its
-gradient is the forward KL's), k2 = u^2 / 2 (its gradient is the reverse KL's). k1 is refused as a loss term: its
-gradient has zero mean.
+gradient is the forward KL's), k2 = u^2 / 2 (its gradient is the reverse KL's where the sampler is the policy), w_k3 =
+w k3 with w to the sampler (DeepSeek-V3.2, 2512.02556: unbiased for any sampler, in value and as the reverse KL's
+gradient). w is the token's own here, whatever `ratio` is: a sequence's mean is no importance weight. k1 is refused as a
+loss term: its gradient has zero mean.
+
+top_entropy (2506.01939) trains the surrogate on that share of the tokens of the whole update, those of highest entropy,
+and the entropy bonus acts on the same tokens; the KL on all. The policy runs twice: a pass without gradient and dropout
+finds the threshold, the step's own forward is compared with it. off_policy_threshold (DeepSeek-V3.2, eq. 9) takes
+sequences of negative advantage whose mean log-ratio to the sampler drifted beyond it out of the surrogate. Neither mask
+changes a denominator. KL and bonus are aggregated as the surrogate is.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from align.losses.base import LossConfig, LossInputs, LossOutput, Metric, Needs
+from align.losses.base import LossConfig, LossInputs, LossOutput, Metric, Needs, Prepass
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LOG_RATIO_LIMIT = 20.0  # exp stays finite in float32; a ratio of 5e8 is far outside any clip range
+_OWNER = {  # option -> the surrogate that reads it
+    "clip_low": "clip",
+    "clip_high": "clip",
+    "clip_delta": "clip",
+    "cispo_cap": "cispo",
+    "sapo_temperature_pos": "sapo",
+    "sapo_temperature_neg": "sapo",
+}
 
 
 class Config(LossConfig):
+    surrogate: Literal["clip", "cispo", "sapo"] = "clip"
     clip_low: Annotated[float, Field(ge=0)] = 0.2
     clip_high: Annotated[float, Field(ge=0)] = 0.2
-    aggregation: Literal["token", "sequence", "constant"] = "token"
+    clip_delta: Annotated[float, Field(gt=1)] | None = None
+    cispo_cap: Annotated[float, Field(gt=0)] = 5.0
+    sapo_temperature_pos: Annotated[float, Field(gt=0)] = 1.0
+    sapo_temperature_neg: Annotated[float, Field(gt=0)] = 1.05
+    aggregation: Literal["token", "sequence", "constant", "sequence_sum"] = "token"
     constant_length: Annotated[int, Field(gt=0)] | None = None
     ratio: Literal["token", "sequence"] = "token"
     kl: Annotated[float, Field(ge=0)] = 0.0
-    kl_estimator: Literal["k2", "k3"] = "k3"
+    kl_estimator: Literal["k2", "k3", "w_k3"] = "k3"
     entropy_bonus: float = 0.0
+    top_entropy: Annotated[float, Field(gt=0, le=1)] = 1.0
+    off_policy_threshold: Annotated[float, Field(ge=0)] | None = None
     log_entropy: bool = True
+
+    @field_validator("kl_estimator", mode="before")
+    @classmethod
+    def _k1_is_no_loss_term(cls, value: Any) -> Any:
+        if value == "k1":
+            raise ValueError(
+                "k1 is no loss term: its gradient has zero mean. `w_k3` and `k2` have the reverse KL's gradient; "
+                "a KL inside the reward, where k1 belongs, is not offered by this version"
+            )
+        return value
 
     @model_validator(mode="after")
     def _constant_needs_length(self) -> Config:
@@ -44,71 +84,91 @@ class Config(LossConfig):
             raise ValueError("`aggregation: constant` and `constant_length` go together")
         return self
 
+    @model_validator(mode="after")
+    def _options_have_an_effect(self) -> Config:
+        given = self.model_fields_set
+        for option, owner in _OWNER.items():
+            if option in given and self.surrogate != owner:
+                own = [f"`{name}`" for name, whose in _OWNER.items() if whose == self.surrogate]
+                raise ValueError(
+                    f"`{option}` belongs to `surrogate: {owner}`; the surrogate here is {self.surrogate}, "
+                    f"which reads {', '.join(own)}"
+                )
+        if self.clip_delta is not None and self.clip_delta <= 1 + self.clip_high:
+            raise ValueError(
+                f"`clip_delta` {self.clip_delta:g} bounds the ratio itself and must lie above 1 + `clip_high` = "
+                f"{1 + self.clip_high:g}; INTELLECT-2 uses 4"
+            )
+        if "kl_estimator" in given and "kl" not in given:
+            raise ValueError("`kl_estimator` without `kl`: there is no KL term to estimate; set `kl`, its coefficient")
+        return self
+
 
 def needs(config: Config) -> Needs:
-    head = ("entropy",) if config.log_entropy or config.entropy_bonus else ()
-    return Needs(record="group", reference=config.kl > 0, head=head)
+    entropy = config.log_entropy or config.entropy_bonus or config.top_entropy < 1
+    scope: Literal["batch", "sequence"] = "batch" if config.top_entropy < 1 else "sequence"
+    return Needs(record="group", reference=config.kl > 0, head=("entropy",) if entropy else (), scope=scope)
 
 
-def kl_terms(logps: Tensor, reference: Tensor, estimator: str) -> Tensor:
-    """Per-token KL estimate f32[N]; see the module's docstring."""
-    u = (reference - logps).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return u.exp() - 1 - u if estimator == "k3" else 0.5 * u * u
+def batch_stats(found: Prepass, config: Config) -> dict[str, Tensor]:
+    """entropy_threshold f32[]: at or above it lies the share `top_entropy` of all scored tokens of the update."""
+    from align.losses.policy_terms import entropy_threshold
 
-
-def log_ratios(logps: Tensor, old: Tensor, inputs: LossInputs, config: Config) -> Tensor:
-    """log w per token f32[N]; for `ratio: sequence` each token carries its sequence's mean, with the gradient of
-    its own log-probability (GSPO-token, 2507.18071 eq. 14)."""
-    from align.losses.reduce import sequence_sums
-
-    difference = logps - old
-    if config.ratio == "token":
-        return difference
-    sums, lengths = sequence_sums(difference.detach(), inputs, inputs.batch.loss_mask)
-    sequence_mean = (sums / lengths.clamp(min=1))[inputs.batch.sequence_ids]
-    return sequence_mean + logps - logps.detach()
+    assert found.entropy is not None, "top_entropy needs the entropy of every scored token"
+    return {"entropy_threshold": entropy_threshold(found.entropy, config.top_entropy)}
 
 
 def loss(inputs: LossInputs, config: Config) -> LossOutput:
-    """Loss f32[]: the clipped surrogate, aggregated over the whole update, plus KL and minus the entropy bonus."""
+    """Loss f32[]: the surrogate, aggregated over the whole update, plus KL and minus the entropy bonus.
+
+    Needs reference_logps f32[N] where kl > 0, and batch_stats["entropy_threshold"] where top_entropy < 1.
+    """
     import torch
 
+    from align.losses import policy_terms
     from align.losses.reduce import aggregate, masked_mean
 
-    batch, logps = inputs.batch, inputs.outputs.logps
-    mask, advantages = batch.loss_mask, batch.advantages
+    def over_update(values: Tensor) -> Tensor:
+        return aggregate(values, inputs, config.aggregation, config.constant_length)
+
+    batch, logps, entropy = inputs.batch, inputs.outputs.logps, inputs.outputs.entropy
+    mask = batch.loss_mask
     old = batch.behavior_logps if inputs.proximal_logps is None else inputs.proximal_logps
-    ratio = log_ratios(logps, old, inputs, config).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
-    total = -aggregate(surrogate, inputs, config.aggregation, config.constant_length)
-    metrics: dict[str, Metric] = {
-        "loss/policy": Metric(total.detach(), reduce="sum"),
-        "policy/ratio": masked_mean(ratio, mask),
-        "policy/clip_fraction": masked_mean((surrogate < ratio * advantages).float(), mask),
-    }
+    ratio = policy_terms.ratios(logps, old, inputs, config.ratio)
+    surrogate, limited = policy_terms.SURROGATES[config.surrogate](ratio, logps, batch.advantages, config)
+    entropic, drifted, metrics = masks(inputs, config)
+    total = -over_update(torch.where(entropic & ~drifted, surrogate, torch.zeros_like(surrogate)))
+    metrics |= {"loss/policy": Metric(total.detach(), reduce="sum"), "policy/ratio": masked_mean(ratio, mask)}
+    metrics |= policy_terms.clip_metrics(limited, mask)
     if inputs.reference_logps is not None:
-        kl = kl_terms(logps, inputs.reference_logps, config.kl_estimator)
-        total = total + config.kl * aggregate(kl, inputs, config.aggregation, config.constant_length)
+        kl = policy_terms.kl_terms(logps, inputs.reference_logps, batch.behavior_logps, config.kl_estimator)
+        total = total + config.kl * over_update(kl)
         metrics["policy/kl"] = masked_mean(kl, mask)
-    if inputs.outputs.entropy is not None:
-        metrics["policy/entropy"] = masked_mean(inputs.outputs.entropy, mask)
+    if entropy is not None:
+        metrics["policy/entropy"] = masked_mean(entropy, mask)
         if config.entropy_bonus:
-            bonus = aggregate(inputs.outputs.entropy, inputs, config.aggregation, config.constant_length)
-            total = total - config.entropy_bonus * bonus
-    return LossOutput(total, metrics | {"loss/total": Metric(total.detach(), reduce="sum")} | mismatch(inputs))
+            total = total - config.entropy_bonus * over_update(
+                torch.where(entropic, entropy, torch.zeros_like(entropy))
+            )
+    metrics["loss/total"] = Metric(total.detach(), reduce="sum")
+    return LossOutput(total, metrics | policy_terms.mismatch(inputs))
 
 
-def mismatch(inputs: LossInputs) -> dict[str, Metric]:
-    """How far the trainer's log-probabilities are from the sampler's on the sampler's own tokens."""
-    from align.losses.reduce import largest, masked_mean
+def masks(inputs: LossInputs, config: Config) -> tuple[Tensor, Tensor, dict[str, Metric]]:
+    """Which tokens `top_entropy` trains, bool[N]; which `off_policy_threshold` does not, bool[N]; and their counts."""
+    import torch
 
-    mask = inputs.batch.loss_mask
-    difference = inputs.outputs.logps.detach() - inputs.batch.behavior_logps
-    weight = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    return {
-        "mismatch/kl": masked_mean(weight - 1 - difference, mask),
-        "mismatch/max_abs": largest(difference.abs(), mask),
-        "mismatch/weight": masked_mean(weight, mask),
-        "mismatch/weight_sq": masked_mean(weight**2, mask),
-    }
+    from align.losses.policy_terms import off_policy, sequences_with
+
+    entropic = torch.ones_like(inputs.batch.loss_mask)
+    drifted, metrics = ~entropic, {}
+    if config.top_entropy < 1:
+        assert inputs.outputs.entropy is not None, "top_entropy needs the entropy of every scored token"
+        threshold = inputs.batch_stats["entropy_threshold"]
+        entropic = inputs.outputs.entropy.detach() >= threshold
+        metrics["policy/top_entropy_tokens"] = Metric((entropic & inputs.batch.loss_mask).sum(), reduce="sum")
+        metrics["policy/entropy_threshold"] = Metric(threshold, reduce="max")
+    if config.off_policy_threshold is not None:
+        drifted = off_policy(inputs, config.off_policy_threshold)
+        metrics["policy/off_policy_sequences"] = sequences_with(drifted, inputs)
+    return entropic, drifted, metrics

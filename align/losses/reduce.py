@@ -9,7 +9,7 @@ from torch import Tensor
 
 from align.losses.base import LossInputs, Metric
 
-Aggregation = Literal["token", "sequence", "constant"]
+Aggregation = Literal["token", "sequence", "constant", "sequence_sum"]
 
 
 def sequence_sums(values: Tensor, inputs: LossInputs, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,8 @@ def aggregate(token_losses: Tensor, inputs: LossInputs, how: Aggregation, consta
     """One number from per-token losses f32[N], with global denominators.
 
     token: sum / all scored tokens (DAPO, 2503.14476); sequence: mean over sequences of their token means (GRPO,
-    2402.03300); constant: sum / (sequences * constant), Dr. GRPO's length-unbiased form (2503.20783).
+    2402.03300); constant: sum / (sequences * constant), Dr. GRPO's length-unbiased form (2503.20783); sequence_sum:
+    mean over sequences of their token sums (LUSPO, 2602.05261).
     """
     mask = inputs.batch.loss_mask
     if how == "sequence":
@@ -56,5 +57,7 @@ def aggregate(token_losses: Tensor, inputs: LossInputs, how: Aggregation, consta
     total = (token_losses * mask).sum()
     if how == "token":
         return total / max(inputs.counts.tokens, 1)
+    if how == "sequence_sum":
+        return total / max(inputs.counts.sequences, 1)
     assert constant, "constant aggregation divides by a number of tokens"
     return total / (max(inputs.counts.sequences, 1) * constant)
