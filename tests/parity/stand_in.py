@@ -1,4 +1,4 @@
-"""Stand-ins for TRL's trainers and models: their loss methods are called on our tensors, so the arithmetic is theirs."""
+"""Stand-ins for TRL's trainers and models: their loss methods run on our tensors, so the arithmetic is theirs."""
 
 from __future__ import annotations
 
