@@ -20,7 +20,9 @@ class TokenBatch:
     predict_at i64[N]: index of the hidden state that predicts scored token n (for a branch's first token, the
         trunk's last); labels i64[N]: its token id; sequence_ids i64[N]: its sequence, 0..S-1.
     loss_mask, nll_mask bool[N]; advantages, behavior_logps f32[N]; versions i32[N] (zeros where a stage has none).
-    pairs i64[P, 2]: sequence numbers of (chosen, rejected); group_ids i64[S]: tree of each sequence.
+    reference_logps f32[N] or None: log-probabilities under the reference, where the trees carry them.
+    pairs i64[P, 2]: sequence numbers of (chosen, rejected); group_ids i64[S]: tree of each sequence;
+    score_at i64[S]: index in the row of each sequence's last token, which a score head reads.
     columns: per sequence f32[S] ("sequence/<name>") and per pair f32[P] ("pair/<name>").
     """
 
@@ -40,8 +42,10 @@ class TokenBatch:
     versions: Tensor
     pairs: Tensor
     group_ids: Tensor
+    score_at: Tensor
     columns: dict[str, Tensor] = field(default_factory=dict)
     media: dict[str, Any] = field(default_factory=dict)
+    reference_logps: Tensor | None = None
 
     @property
     def sequences(self) -> int:
@@ -53,6 +57,8 @@ class TokenBatch:
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
                 moved[f.name] = value.to(device)
+            elif value is None:
+                moved[f.name] = None
             else:
                 moved[f.name] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in value.items()}
         return TokenBatch(**moved)
@@ -63,7 +69,8 @@ class HeadOutputs:
     """What a loss may ask the forward for; never logits. None where it was not asked.
 
     logps f32[N]: log-probability of each scored token at the batch's temperature; entropy f32[N], with gradient;
-    log_sum_sq f32[N]: log of the sum of squared probabilities; scores f32[S, K].
+    log_sum_sq f32[N]: log of the sum of squared probabilities; scores f32[S, K], and logps then f32[0]: a model with a
+    score head has no language model head.
     """
 
     logps: Tensor

@@ -8,7 +8,7 @@ how a batch is computed: losses divide by global counts, so every split gives th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -96,6 +96,67 @@ def plan_microbatches(trees: Sequence[Tree], max_tokens: int, *, keep_together: 
     return [[parts[i] for i in members] for members in microbatches]
 
 
+@dataclass(frozen=True)
+class Microbatch:
+    """What one rank computes at a time. counted: False where it only keeps the rank in step with the others (they have
+    one microbatch more): its loss is multiplied by 0, its metrics and pre-pass values are dropped."""
+
+    trees: list[Tree]
+    counted: bool = True
+
+
+def assign(sizes: Sequence[int], bins: int) -> list[list[int]]:
+    """Longest processing time first (Graham 1969): the largest goes to the least loaded bin; ties to the bin with
+    fewer, then the lower. The fullest bin holds at most 4/3 - 1/(3 bins) of the least possible. Indices ascend."""
+    shares: list[list[int]] = [[] for _ in range(bins)]
+    loads = [0] * bins
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        least = min(range(bins), key=lambda b: (loads[b], len(shares[b]), b))
+        shares[least].append(i)
+        loads[least] += sizes[i]
+    return [sorted(share) for share in shares]
+
+
+def plan_ranks(trees: Sequence[Tree], max_tokens: int, *, keep_together: bool, ranks: int) -> list[list[Microbatch]]:
+    """Microbatches of every rank: balanced by tokens, the same number for each, the same whatever the order of `trees`.
+
+    On one rank this is `plan_microbatches`. On more, trees are spread evenly over a multiple of `ranks` microbatches
+    where the budget allows, and cut finer (groups between branches) where there would be less of them than ranks.
+    """
+    planned = plan_microbatches(trees, max_tokens, keep_together=keep_together)
+    if ranks == 1 or not planned:
+        return [[Microbatch(group) for group in planned] for _ in range(ranks)]
+    planned = _spread(trees, planned, max_tokens, keep_together, ranks)
+    shares = assign([sum(tree.tokens for tree in group) for group in planned], ranks)
+    rounds = max(len(share) for share in shares)
+    least = min((tree for group in planned for tree in group), key=lambda tree: (tree.tokens, tree.id))
+    idle = Microbatch([least], counted=False)
+    return [[Microbatch(planned[i]) for i in share] + [idle] * (rounds - len(share)) for share in shares]
+
+
+def _spread(
+    trees: Sequence[Tree], planned: list[list[Tree]], max_tokens: int, keep_together: bool, ranks: int
+) -> list[list[Tree]]:
+    """`planned` again as a multiple of `ranks` microbatches of about one size, or as it is where that cannot be."""
+    wanted = -(-len(planned) // ranks) * ranks
+    budgets = [max_tokens]
+    if len(planned) < ranks:
+        budget = -(-sum(tree.tokens for tree in trees) // ranks)
+        while budget > 1:
+            budgets.append(budget)
+            budget = budget * 3 // 4
+        budgets.append(1)
+    ordered = sorted(trees, key=lambda tree: tree.id)
+    for budget in budgets:
+        parts = [part for tree in ordered for part in split_to_budget(tree, budget, keep_together)]
+        if len(parts) < wanted:
+            continue
+        even = [[parts[i] for i in share] for share in assign([part.tokens for part in parts], wanted)]
+        if all(len(group) == 1 or sum(part.tokens for part in group) <= max_tokens for group in even):
+            return even
+    return planned if len(planned) >= ranks else plan_microbatches(trees, 1, keep_together=keep_together)
+
+
 SCORED_DTYPES = {
     "predict_at": torch.int64,
     "labels": torch.int64,
@@ -117,7 +178,9 @@ class _Layout:
         self.positions: list[np.ndarray] = []
         self.segments: list[tuple[int, int, int, int]] = []
         self.scored: dict[str, list[np.ndarray]] = {name: [] for name in SCORED_DTYPES}
+        self.reference: list[np.ndarray] = []
         self.group_ids: list[int] = []
+        self.score_at: list[int] = []
         self.pairs: list[tuple[int, int]] = []
         self.sequence_columns: list[dict[str, float]] = []
         self.pair_columns: list[dict[str, float]] = []
@@ -135,6 +198,8 @@ class _Layout:
         """Add the scored tokens of a segment that begins at `start`; `before` predicts its first token (-1: none)."""
         nll_mask = segment.loss_mask if segment.nll_mask is None else segment.nll_mask
         local = np.flatnonzero(segment.loss_mask | nll_mask)
+        if segment.reference_logps is not None:
+            self.reference.append(segment.reference_logps[local])
         if local.size == 0:
             return
         predict_at = start + local - 1
@@ -165,9 +230,12 @@ class _Layout:
         # (ORPO's negative log-likelihood of the prompt).
         self.score(tree.trunk, trunk[0], -1, first, tree.origin)
         has_trunk = trunk[1] > trunk[0]
+        ends = [] if tree.branches else [trunk[1]]
         for n, (branch, positions) in enumerate(zip(tree.branches, branch_positions, strict=True)):
-            start, _ = self.lay(branch, positions, trunk if has_trunk else None)
+            start, end = self.lay(branch, positions, trunk if has_trunk else None)
+            ends.append(end if end > start else trunk[1])
             self.score(branch, start, trunk[1] - 1 if has_trunk else -1, first + n, tree.origin)
+        self.score_at += [end - 1 for end in ends]
         for segment in tree.sequences:
             self.group_ids.append(tree.id)
             self.sequence_columns.append(dict(segment.columns))
@@ -197,6 +265,9 @@ def collate(trees: Sequence[Tree], position_fn: PositionFn = text_positions) -> 
         name: torch.as_tensor(np.concatenate(parts) if parts else np.zeros(0)).to(SCORED_DTYPES[name])
         for name, parts in layout.scored.items()
     }
+    reference = torch.as_tensor(np.concatenate(layout.reference)) if layout.reference else None
+    whole = reference is None or reference.shape == scored["labels"].shape
+    assert whole, "some of these trees carry reference log-probabilities and others do not"
     bounds = torch.tensor(layout.segments, dtype=torch.int32).reshape(-1, 4)
     return TokenBatch(
         token_ids=torch.as_tensor(np.concatenate(layout.tokens)).to(torch.int64),
@@ -208,5 +279,7 @@ def collate(trees: Sequence[Tree], position_fn: PositionFn = text_positions) -> 
         **scored,
         pairs=torch.tensor(layout.pairs, dtype=torch.int64).reshape(-1, 2),
         group_ids=torch.tensor(layout.group_ids, dtype=torch.int64),
+        score_at=torch.tensor(layout.score_at, dtype=torch.int64),
         columns=_columns("sequence", layout.sequence_columns) | _columns("pair", layout.pair_columns),
+        reference_logps=reference,
     )

@@ -11,6 +11,8 @@ from align.recipe.schema import Adapter
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+HEAD = "score"  # the module of a reward model that is saved whole beside the adapter
+PEFT_HEADS = {HEAD, "classifier"}  # peft's task type SEQ_CLS names both, whichever the model has
 
 # Settings that make an adapter more than W + scaling * B A on linear layers, and what the user would call them.
 # "train": refused where the adapter is trained further; "merge": refused by the merge as well.
@@ -52,11 +54,27 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def refuse_beyond_lora(config: dict[str, Any], folder: Path, use: str) -> None:
-    """Raise Unsupported where the adapter is more than plain LoRA. use: "train" or "merge"."""
+def scores(config: dict[str, Any]) -> bool:
+    """Whether the adapter is a reward model's: LoRA and a score head."""
+    saved = config.get("modules_to_save")
+    return config.get("task_type") == "SEQ_CLS" and bool(saved) and set(saved) <= PEFT_HEADS
+
+
+def refuse_beyond_lora(config: dict[str, Any], folder: Path, use: str, *, score_head: bool = False) -> None:
+    """Raise Unsupported where the adapter is more than plain LoRA. use: "train" or "merge". score_head: the model
+    has one, and the adapter may bring its weights."""
     found = [
-        words for key, (words, refused_for) in BEYOND_LORA.items() if config.get(key) and use in ("train", refused_for)
+        words
+        for key, (words, refused_for) in BEYOND_LORA.items()
+        if config.get(key) and use in ("train", refused_for)
+        if not (key == "modules_to_save" and score_head and scores(config))
     ]
+    if not score_head and scores(config):
+        raise Unsupported(
+            "the adapter is a reward model's: LoRA and a score head, which a language model has not",
+            where=folder,
+            remedy="only a stage of kind reward_model goes on with it; start from another adapter",
+        )
     if config.get("bias", "none") != "none":
         found.append(f"trained biases (bias: {config['bias']})")
     init = config.get("init_lora_weights", True)

@@ -20,12 +20,15 @@ from torch import nn
 from align.errors import ModelError, Unsupported
 from align.model.adapter_config import (
     CONFIG,
+    HEAD,
     WEIGHTS,
     read_adapter_config,
     refuse_beyond_lora,
+    scores,
 )
 from align.model.folders import written_aside
-from align.model.lora_targets import fresh_config, head_name, is_targeted, targeted_modules
+from align.model.lora_targets import fresh_config, head_name, is_targeted, targeted_modules, with_score_head
+from align.model.score_head import has_score_head
 from align.model.weights import (
     digest,
     full_state,
@@ -63,7 +66,8 @@ DEFAULT = "default"
 
 
 def attach(model: Any, adapter: Adapter | None, folder: Path | None, *, seed: int) -> PeftModel:
-    """Put a trainable adapter named "default" on `model` (in place) and return the peft model around it.
+    """Put a trainable adapter named "default" on `model` (in place) and return the peft model around it; a score head
+    is trained whole beside it, and read from the folder where that has one.
 
     folder: an adapter in peft layout to go on with, under its own configuration; `adapter`, where given, must say the
     same. None: a fresh adapter as `adapter` says, drawn from `seed`. A tied head that gets LoRA is untied first.
@@ -79,7 +83,7 @@ def attach(model: Any, adapter: Adapter | None, folder: Path | None, *, seed: in
             )
         config = fresh_config(model, adapter)
     else:
-        config = _config_of(Path(folder), "train")
+        config = _config_of(model, Path(folder), "train")
         if adapter is not None:
             _check_agrees(model, adapter, config, Path(folder))
     peft = inject(model, config)
@@ -92,7 +96,7 @@ def attach(model: Any, adapter: Adapter | None, folder: Path | None, *, seed: in
 
 def load_frozen(model: Any, folder: Path, name: str = DEFAULT, *, use: Literal["merge", "generate"]) -> PeftModel:
     """Put the adapter in `folder` on `model`, frozen. For merging, DoRA and biases in lora_B are taken as well."""
-    peft = inject(model, _config_of(Path(folder), "merge" if use == "merge" else "train"), name)
+    peft = inject(model, _config_of(model, Path(folder), "merge" if use == "merge" else "train"), name)
     _load_weights(peft, name, Path(folder))
     peft.requires_grad_(False)
     return peft
@@ -104,12 +108,16 @@ def inject(model: Any, config: LoraConfig, name: str = DEFAULT) -> PeftModel:
 
     if is_targeted(config, head_name(model)):
         untie_head(model)
+    if has_score_head(model):
+        config = with_score_head(config)
     config.base_model_name_or_path = model.name_or_path
     with torch.random.fork_rng(devices=[]):
         try:
             peft = get_peft_model(model, config, adapter_name=name)
         except ValueError as error:
             raise ModelError(f"the adapter does not fit this model: {error}", where="adapter") from error
+    if has_score_head(model):
+        config.modules_to_save = [HEAD]  # peft adds names that this model has not
     for path, layer in list(peft.get_base_model().named_modules()):
         if getattr(layer, "lora_embedding_A", None):
             raise Unsupported(
@@ -148,10 +156,10 @@ def _draw(peft: PeftModel, seed: int) -> None:
 # ------------------------------------------------------------------------------------------------- loading
 
 
-def _config_of(folder: Path, use: str) -> LoraConfig:
+def _config_of(model: Any, folder: Path, use: str) -> LoraConfig:
     from peft import LoraConfig
 
-    refuse_beyond_lora(read_adapter_config(folder), folder, use)
+    refuse_beyond_lora(read_adapter_config(folder), folder, use, score_head=has_score_head(model))
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = False
     return config
@@ -197,7 +205,8 @@ def _load_weights(peft: PeftModel, name: str, folder: Path) -> None:
         result = set_peft_model_state_dict(peft, state, adapter_name=name)
     except (RuntimeError, SafetensorError) as error:
         raise ModelError(f"the adapter does not fit the model: {error}", where=file) from error
-    missing = [key for key in result.missing_keys if "lora_" in key and f".{name}" in key]
+    needed = ("lora_", f".{HEAD}.") if scores(read_adapter_config(folder)) else ("lora_",)
+    missing = [key for key in result.missing_keys if any(word in key for word in needed) and f".{name}" in key]
     for problem, keys in (
         ("lacks", missing),
         ("has, for modules that the model lacks,", result.unexpected_keys),
@@ -215,7 +224,7 @@ def _without_base(peft: PeftModel, state: dict[str, torch.Tensor], file: Path) -
     own = dict(peft.get_base_model().named_parameters())
     kept = {}
     for key, tensor in state.items():
-        if "lora_" in key:
+        if "lora_" in key or (key == f"base_model.model.{HEAD}.weight" and has_score_head(peft.get_base_model())):
             kept[key] = tensor
             continue
         plain = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
@@ -239,7 +248,7 @@ def add_frozen(peft: PeftModel, folder: Path | None, name: str = "reference") ->
             copied[f"{path}.A"] = layer.lora_A[DEFAULT].weight.detach().clone()
             copied[f"{path}.B"] = layer.lora_B[DEFAULT].weight.detach().clone()
     else:
-        config = _config_of(Path(folder), "train")
+        config = _config_of(peft.get_base_model(), Path(folder), "train")
     config.inference_mode = True
     training = peft.training
     with torch.random.fork_rng(devices=[]):

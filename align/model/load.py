@@ -5,6 +5,7 @@ transformers fills a weight that the checkpoint lacks with random numbers and a 
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from pathlib import Path
@@ -54,10 +55,28 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     folder = Path(folder)
+    refuse_scoring(folder)
+    model, info = from_folder(
+        AutoModelForCausalLM, folder, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code
+    )
+    require_complete(folder, info)
+    model.config.use_cache = False
+    model.eval()
+    model.to(device)
+    return model
+
+
+def from_folder(
+    kind: Any, folder: Path, *, dtype: torch.dtype, attention: str, trust_remote_code: bool, **settings: Any
+) -> tuple[Any, dict[str, Any]]:
+    """A model of transformers' auto class `kind`, and what its loader says of keys. Raises ModelError.
+
+    settings: of the configuration, in place of the folder's.
+    """
     check_folder(folder)
     try:
         with quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = kind.from_pretrained(
                 folder,
                 dtype=dtype,
                 attn_implementation="sdpa" if attention == "auto" else attention,
@@ -65,6 +84,7 @@ def load_model(
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
+                **settings,
             )
     except (ValueError, OSError, ImportError, RuntimeError, KeyError) as error:
         raise ModelError(
@@ -72,11 +92,20 @@ def load_model(
             where=folder,
             remedy="check that the folder is complete and of an architecture that this transformers version knows",
         ) from error
-    _check_complete(folder, info)
-    model.config.use_cache = False
-    model.eval()
-    model.to(device)
-    return model
+    return model, info
+
+
+def refuse_scoring(folder: Path) -> None:
+    """Raise ModelError where config.json says that the folder scores: with tied embeddings it would load, and forget
+    its head."""
+    file = folder / "config.json"
+    names = json.loads(file.read_text(encoding="utf-8")).get("architectures") if file.is_file() else None
+    if any(str(name).endswith(("ForSequenceClassification", "ForTokenClassification")) for name in names or ()):
+        raise ModelError(
+            f"the folder is a {names[0]}, a model that scores: it has no language model head",
+            where=folder,
+            remedy="give a causal language model; only a stage of kind reward_model starts from a reward model",
+        )
 
 
 def check_folder(folder: Path) -> None:
@@ -102,19 +131,29 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def _check_complete(folder: Path, info: dict[str, Any]) -> None:
+def require_complete(
+    folder: Path, info: dict[str, Any], *, fresh: tuple[str, ...] = (), left_out: tuple[str, ...] = ()
+) -> None:
+    """Raise ModelError where the checkpoint lacks weights; warn of those that nobody uses.
+
+    fresh: names that may be missing, because they are drawn; left_out: beginnings of names that are not missed.
+    """
     for key, problem in (
         ("missing_keys", "lacks"),
         ("mismatched_keys", "has with another shape"),
     ):
-        names = sorted(str(name) for name in info.get(key, ()))
+        names = sorted(str(name) for name in info.get(key, ()) if name not in fresh)
         if names:
             raise ModelError(
                 f"the checkpoint {problem} {len(names)} weights of the model: {', '.join(names[:4])}",
                 where=folder,
                 remedy="fetch the folder again, or correct its config.json",
             )
-    unused = [name for name in sorted(info.get("unexpected_keys", ())) if not COMPUTED_BUFFERS.search(name)]
+    unused = [
+        name
+        for name in sorted(info.get("unexpected_keys", ()))
+        if not COMPUTED_BUFFERS.search(name) and not name.startswith(left_out)
+    ]
     if unused:
         log.warning(
             "%s: %d weights are not used by the model: %s",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from align.errors import ModelError, Unsupported
+from align.model.adapter_config import HEAD
 from align.recipe.schema import Adapter, Tune
 
 if TYPE_CHECKING:
@@ -46,14 +47,21 @@ def fresh_config(model: Any, adapter: Adapter) -> LoraConfig:
     )
 
 
+def with_score_head(config: LoraConfig) -> LoraConfig:
+    """The same adapter for a model with a score head, which is trained whole beside it."""
+    config.task_type = "SEQ_CLS"
+    config.modules_to_save = [HEAD]
+    return config
+
+
 def linear_modules(model: Any) -> list[str]:
-    """Paths of the layers that LoRA can be put on, adapters' own layers left out."""
+    """Paths of the layers that LoRA can be put on, adapters' own layers and a score head (trained whole) left out."""
     from transformers.pytorch_utils import Conv1D
 
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and "lora_" not in name
+        if isinstance(module, (nn.Linear, Conv1D)) and "lora_" not in name and name.partition(".")[0] != HEAD
     ]
 
 

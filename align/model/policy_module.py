@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from align.errors import ModelError, Unsupported
 from align.model.attention import NAME, plan_attention
 from align.model.head import LogitTransform, fused_head
+from align.model.score_head import HEAD, has_score_head, score
 from align.types import HeadOutputs, TokenBatch
 
 
@@ -39,7 +40,8 @@ class PolicyModule(nn.Module):
         model.set_attn_implementation(NAME)
 
     def forward(self, batch: TokenBatch, want: Collection[str] = ()) -> HeadOutputs:
-        """HeadOutputs with logps f32[N], and of entropy and log_sum_sq f32[N] those named in `want`."""
+        """HeadOutputs with logps f32[N], and of entropy and log_sum_sq f32[N] those named in `want`. A model with a
+        score head gives scores f32[S, K] where they are wanted, and nothing else."""
         device = batch.token_ids.device
         context = nullcontext() if self.autocast is None else torch.autocast(device.type, dtype=self.autocast)
         with context:
@@ -49,6 +51,9 @@ class PolicyModule(nn.Module):
                 use_cache=False,
                 align_plan=plan_attention(batch),
             ).last_hidden_state.squeeze(0)
+        if has_score_head(self.model):
+            wanted = score(self.model, hidden.index_select(0, batch.score_at)) if "scores" in want else None
+            return HeadOutputs(logps=hidden.new_zeros(0, dtype=torch.float32), scores=wanted)
         weight, bias = output_embedding(self.model)
         scored = hidden.index_select(0, batch.predict_at).to(self.autocast or weight.dtype)
         return fused_head(
@@ -97,6 +102,7 @@ def two_tree_batch(vocabulary: int, device: torch.device | str, seed: int = 0) -
     predict_at: list[int] = []
     labels: list[int] = []
     sequence_ids: list[int] = []
+    score_at: list[int] = []
     plain: list[list[int]] = []
     for trunk_size, branch_sizes in sizes:
         trunk = torch.randint(0, vocabulary, (trunk_size,), generator=generator).tolist()
@@ -113,6 +119,7 @@ def two_tree_batch(vocabulary: int, device: torch.device | str, seed: int = 0) -
             predict_at += [start + trunk_size - 1, *range(at, at + size - 1)]
             labels += branch
             sequence_ids += [len(plain)] * size
+            score_at.append(len(tokens) - 1)
             plain.append(trunk + branch)
     n = len(labels)
     bounds = torch.tensor(segments, dtype=torch.int32)
@@ -133,6 +140,7 @@ def two_tree_batch(vocabulary: int, device: torch.device | str, seed: int = 0) -
         versions=torch.zeros(n, dtype=torch.int32),
         pairs=torch.tensor([[0, 1], [2, 3]]),
         group_ids=torch.tensor([0, 0, 1, 1]),
+        score_at=torch.tensor(score_at),
     )
     return batch.to(device), plain
 
@@ -149,22 +157,25 @@ def probe(module: PolicyModule) -> float:
     module.eval()
     device = next(model.parameters()).device
     batch, plain = two_tree_batch(model.config.get_text_config().vocab_size, device)
-    packed = module(batch).logps
+    scores = has_score_head(model)
+    packed = _unit_scores(model, module(batch, want=("scores",)).scores) if scores else module(batch).logps
     try:
         model.set_attn_implementation("sdpa")
-        padded = torch.cat([_plain_logps(module, tokens, device) for tokens in plain])
+        one = _plain_scores if scores else _plain_logps
+        padded = torch.cat([one(module, tokens, device) for tokens in plain])
     finally:
         model.set_attn_implementation(NAME)
         module.train(was_training)
-    scored = [len(tokens) - prefix for tokens, prefix in zip(plain, (7, 7, 4, 4), strict=True)]
-    ends = torch.tensor([len(tokens) - 1 for tokens in plain]).cumsum(0).tolist()
-    padded = torch.cat([padded[end - n : end] for end, n in zip(ends, scored, strict=True)])
+    if not scores:
+        scored = [len(tokens) - prefix for tokens, prefix in zip(plain, (7, 7, 4, 4), strict=True)]
+        ends = torch.tensor([len(tokens) - 1 for tokens in plain]).cumsum(0).tolist()
+        padded = torch.cat([padded[end - n : end] for end, n in zip(ends, scored, strict=True)])
     difference = (packed - padded).abs().max().item()
     low_precision = module.autocast is not None or next(model.parameters()).dtype != torch.float32
     if not math.isfinite(difference) or difference > (0.25 if low_precision else 1e-3):
         raise ModelError(
-            f"{type(model).__name__} gives other log-probabilities in packed trees than alone (largest difference "
-            f"{difference:.3g}): its layers look beyond the causal prefix, or carry state",
+            f"{type(model).__name__} gives other {'scores' if scores else 'log-probabilities'} in packed trees than "
+            f"alone (largest difference {difference:.3g}): its layers look beyond the causal prefix, or carry state",
             remedy="this version trains plain causal attention only; choose another model",
         )
     return difference
@@ -178,3 +189,19 @@ def _plain_logps(module: PolicyModule, tokens: list[int], device: torch.device) 
         logits = module.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
     log_p = torch.log_softmax(logits / module.transform.temperature, dim=-1)
     return log_p.gather(-1, ids[0, 1:, None])[:, 0]
+
+
+def _plain_scores(module: PolicyModule, tokens: list[int], device: torch.device) -> Tensor:
+    """Score f32[K] of a sequence's last token under the backbone's own forward, as `_unit_scores`."""
+    ids = torch.tensor([tokens], device=device)
+    context = nullcontext() if module.autocast is None else torch.autocast(device.type, dtype=module.autocast)
+    with context:
+        hidden = module.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return _unit_scores(module.model, score(module.model, hidden[:, -1]))
+
+
+def _unit_scores(model: Any, scores: Tensor | None) -> Tensor:
+    """f32[S * K]: scores in units of the head's length, so that a small fresh head hides no difference."""
+    assert scores is not None
+    weight = next(getattr(model, HEAD).parameters())
+    return (scores / weight.norm().clamp(min=1e-12)).flatten()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from align.errors import Unsupported
 from align.model.folders import copy_all_but_weights, written_aside
+from align.model.score_head import edit_score_config, has_score_head
 from align.protocols import digest_arrays
 
 MAX_SHARD = "5GB"
@@ -130,6 +131,10 @@ def _untied_state(model: Any) -> Iterator[tuple[str, Tensor]]:
         if any(part.startswith("lora_") for part in key.split(".")):
             continue
         plain = key.replace(".base_layer.", ".")
+        if ".modules_to_save." in plain:  # a score head's trained copy stands for the one that it was made from
+            plain = plain.replace(".modules_to_save.default.", ".")
+        elif ".original_module." in plain:
+            continue
         if plain not in tied:
             yield plain, tensor.detach()
 
@@ -157,6 +162,8 @@ def save_full(model: Any, folder: Path, *, base: Path, dtype: torch.dtype) -> No
         save_torch_state_dict(state, aside, max_shard_size=MAX_SHARD, metadata={"format": "pt"})
         copy_all_but_weights(Path(base), aside)
         edit_config(aside / "config.json", dtype)
+        if has_score_head(model):
+            edit_score_config(aside / "config.json", model)
 
 
 def edit_config(file: Path, dtype: torch.dtype, *, untie: bool = False) -> None:

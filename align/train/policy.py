@@ -8,15 +8,18 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from safetensors.torch import save_file
 
+from align.losses import configure
 from align.model import adapters
 from align.model.load import load_model, resolve_dtype
 from align.model.policy_module import PolicyModule
+from align.model.score_head import load_score_model
 from align.protocols import Publication
 
 if TYPE_CHECKING:
@@ -40,13 +43,16 @@ class Policy(Protocol):
 
 
 def load(spec: TrainerSpec) -> Policy:
-    """Build what `spec` describes, on its device."""
+    """Build what `spec` describes, on its device: with a score head in place of the language model head where a loss
+    needs scores."""
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if spec.device == "auto" else spec.device)
     return FullPolicy(spec, device) if spec.adapter_config.kind == "full" else LoraPolicy(spec, device)
 
 
 def _load_backbone(spec: TrainerSpec, dtype: torch.dtype, device: torch.device) -> Any:
-    model = load_model(
+    scored = any("scores" in configure(term.name, term.options)[2].head for term in spec.losses)
+    make = partial(load_score_model, seed=spec.seed) if scored else load_model
+    model: Any = make(
         Path(spec.base),
         dtype=dtype,
         attention="sdpa",
