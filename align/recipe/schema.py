@@ -200,7 +200,13 @@ class Objectives(Strict):
 
 
 class Rollout(Strict):
-    """Generation. Only what is listed may change the sampling distribution."""
+    """Generation. Only what is listed may change the sampling distribution.
+
+    truncated: what becomes of a completion that max_tokens cut off. mask: it is not trained on, and leaves every
+    denominator. keep: it is one like any other. penalise: it is kept, and the stage gets one more objective
+    `truncated`, a cost of 1 for such a completion, whose weight is `truncated_penalty`. With combine weighted_sum that
+    is a reward lowered by the penalty; with decoupled, as for every objective there, its scale in the group goes first.
+    """
 
     name: Literal["vllm", "transformers"] = "vllm"
     workers: PositiveInt = 1
@@ -212,7 +218,14 @@ class Rollout(Strict):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: PositiveInt | None = None
     engine: dict[str, Any] = Field(default_factory=dict)
-    truncated: Literal["mask", "keep"] = "mask"
+    truncated: Literal["mask", "keep", "penalise"] = "mask"
+    truncated_penalty: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _penalty_where_it_penalises(self) -> Rollout:
+        if (self.truncated == "penalise") != (self.truncated_penalty is not None):
+            raise ValueError("`truncated: penalise` and `truncated_penalty` (such as 1.0) go together")
+        return self
 
 
 class Share(Strict):
@@ -332,6 +345,12 @@ class EvaluateStage(StageBase):
     rollout: Rollout = Rollout(temperature=0.0)
     loss: LossField = (LossTerm(name="sft"),)
     packing: Packing = Packing()
+
+    @model_validator(mode="after")
+    def _one_weight_of_truncated(self) -> OnlineStage:
+        if self.rollout.truncated == "penalise" and "truncated" in self.objectives.weights:
+            raise ValueError("the weight of the objective `truncated` is `rollout.truncated_penalty`; give it there")
+        return self
 
 
 class MergeStage(StageBase):

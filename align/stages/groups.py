@@ -9,8 +9,11 @@ from typing import Literal
 import numpy as np
 
 from align.data.order import epoch_order
+from align.errors import RecipeError
 from align.protocols import Completion, Group, Metrics, PromptItem, ScoreTable, Segment, Tree, group_seed
+from align.recipe.schema import Objectives
 
+TRUNCATED = "truncated"  # the objective of `rollout.truncated: penalise`
 _NO_SIGNAL = 1e-7  # whitening leaves a rounding residue where the advantages of a group are all zero
 
 
@@ -48,7 +51,33 @@ def group_ids(groups: Sequence[Group]) -> np.ndarray:
     return np.asarray(ids, dtype=np.int64)
 
 
-def untrained(groups: Sequence[Group], table: ScoreTable, truncated: Literal["mask", "keep"]) -> np.ndarray:
+def penalise_truncated(
+    groups: Sequence[Group], table: ScoreTable, objectives: Objectives, penalty: float
+) -> tuple[ScoreTable, Objectives]:
+    """The table with one more objective, `truncated`: a cost of 1 where max_tokens cut the completion off, else 0, with
+    `penalty` as its weight.
+
+    An objective of its own is defined for every combiner and any number of objectives; a number taken from each score
+    would count as often as there are objectives, in units of each. Missing (NaN) where no objective is known, so that
+    a completion which could not be scored does not come back into the training by its length alone.
+    """
+    if TRUNCATED in table.objectives:
+        raise RecipeError(
+            f"`rollout.truncated: penalise` adds an objective {TRUNCATED!r}, and a reward of this stage has that name",
+            remedy="rename the reward's with `as:`, or use `truncated: keep`",
+        )
+    cut = np.asarray([c.truncated for group in groups for c in group.completions], dtype=np.float32)
+    cut[np.isnan(table.scores).all(axis=1)] = np.nan
+    more = replace(
+        table,
+        objectives=(*table.objectives, TRUNCATED),
+        kinds=(*table.kinds, "cost"),
+        scores=np.concatenate([table.scores, cut[:, None]], axis=1),
+    )
+    return more, objectives.model_copy(update={"weights": {**objectives.weights, TRUNCATED: penalty}})
+
+
+def untrained(groups: Sequence[Group], table: ScoreTable, truncated: Literal["mask", "keep", "penalise"]) -> np.ndarray:
     """bool[S]: completions that must not be trained on: of a dropped group, empty, or truncated where that masks."""
     dropped = set(table.dropped)
     flags = [

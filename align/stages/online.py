@@ -20,7 +20,7 @@ from align.errors import RewardError, Unsupported
 from align.objectives import combine
 from align.protocols import Fleet, Group, Metrics, PromptItem, Publication, Sampling, Scorer, ScoreTable, Trainer
 from align.recipe.schema import Objectives
-from align.stages.groups import PromptCursor, group_ids, group_metrics, to_trees, untrained
+from align.stages.groups import PromptCursor, group_ids, group_metrics, penalise_truncated, to_trees, untrained
 from align.stages.publication import PublicationFolder
 from align.stages.rollout_log import RolloutLog
 
@@ -34,7 +34,8 @@ class OnlinePlan:
     total: int
     sampling: Sampling
     objectives: Objectives
-    truncated: Literal["mask", "keep"] = "mask"
+    truncated: Literal["mask", "keep", "penalise"] = "mask"
+    truncated_penalty: float = 0.0
     staleness: int = 0
 
     def __post_init__(self) -> None:
@@ -140,10 +141,13 @@ class OnlineStage:
 
     def advantages(self, groups: Sequence[Group], table: ScoreTable, step: int) -> tuple[np.ndarray, Metrics]:
         """Advantages f32[S]; NaN for a dropped group and where no objective is known."""
+        objectives = self.plan.objectives
+        if self.plan.truncated == "penalise":
+            table, objectives = penalise_truncated(groups, table, objectives, self.plan.truncated_penalty)
         ids = group_ids(groups)
         assert table.scores.shape == (len(ids), len(table.objectives))
         advantages, self.objective_state, metrics = combine(
-            table.scores, ids, table.objectives, table.kinds, self.plan.objectives, self.objective_state, step
+            table.scores, ids, table.objectives, table.kinds, objectives, self.objective_state, step
         )
         return advantages, metrics
 

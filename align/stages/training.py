@@ -185,6 +185,7 @@ def online_plan(stage: OnlineSettings, rows: int) -> OnlinePlan:
         sampling=sampling_of(rollout),
         objectives=stage.objectives,
         truncated=rollout.truncated,
+        truncated_penalty=rollout.truncated_penalty or 0.0,
         staleness=stage.staleness,
     )
 
