@@ -28,6 +28,8 @@ class Segment:
     nll_mask: bool[n] or None (= loss_mask); tokens of the negative log-likelihood term, where a loss has one.
     advantages: f32[n] or None; behavior_logps: f32[n] or None, the sampler's log-probabilities;
     versions: i32[n] or None, the policy version that sampled each token.
+    reference_logps: f32[n] or None, log-probabilities under the reference where they are known before the stage
+        (`reference: cached`); 0 where no token is scored. They belong to this segment after this trunk and no other.
     columns: one float per name for this sequence (desirable, weight, score...).
     """
 
@@ -37,6 +39,7 @@ class Segment:
     advantages: np.ndarray | None = None
     behavior_logps: np.ndarray | None = None
     versions: np.ndarray | None = None
+    reference_logps: np.ndarray | None = None
     columns: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -222,7 +225,13 @@ class Trainer(Protocol):
     async def evaluate(self, trees: Sequence[Tree]) -> Metrics: ...
 
     async def logps(self, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
-        """Per tree, per sequence: f32[n] log-probabilities of its scored tokens under the policy."""
+        """Per tree, per sequence: f32[n] log-probabilities of its scored tokens under the policy, in order; those of
+        a trunk come before its first branch's."""
+        ...
+
+    async def numerics(self) -> dict[str, Any]:
+        """What log-probabilities depend on beside weights and tokens, as plain JSON: dtype, device, temperature,
+        versions of libraries and code. Values stored under it are never taken for those of another computation."""
         ...
 
     async def publish(self, folder: Path, version: int) -> Publication: ...

@@ -73,6 +73,10 @@ class RayTrainer:
         found: list[list[np.ndarray]] = await self._call("logps", list(trees))
         return found
 
+    async def numerics(self) -> dict[str, Any]:
+        facts: dict[str, Any] = await self._call("numerics")
+        return facts
+
     async def publish(self, folder: Path, version: int) -> Publication:
         publication: Publication = await self._call("publish", folder, version)
         return publication

@@ -142,6 +142,26 @@ def _check_needs(stage: Any, needs: list[Needs]) -> None:
             where="reference",
             remedy="leave it out" + (", or set `loss.kl` above 0" if stage.kind == "online" else ""),
         )
+    _check_cached(stage, needs)
+
+
+def _check_cached(stage: Any, needs: list[Needs]) -> None:
+    """Log-probabilities that are computed before the stage must be of sequences that it will train on."""
+    if getattr(stage, "reference", None) != "cached":
+        return
+    if stage.kind == "online":
+        why = "an online stage samples new completions at every step"
+    else:
+        pairs = zip(stage.loss, needs, strict=True)
+        others = [t.name for t, need in pairs if need.scope == "batch" and hasattr(load(t.name), "auxiliary")]
+        if not others:
+            return
+        why = f"the loss {others[0]!r} also compares sequences that are made of several rows of a batch"
+    raise RecipeError(
+        f"`reference: cached` is computed once, before the first step, and {why}",
+        where="reference",
+        remedy="write `reference: start`",
+    )
 
 
 def _check_units(stage: Any, record: str) -> None:

@@ -16,7 +16,6 @@ _NOT_YET = "not offered by this version"
 _VALUES: dict[tuple[str, Any], Later] = {
     ("kind", "classify"): Later(_NOT_YET, "offered kinds: sft, preference, online, evaluate, merge, export"),
     ("kind", "reward_model"): Later(_NOT_YET, "score with a reward plugin in an online stage, `rewards: [{use: ...}]`"),
-    ("reference", "cached"): Later(_NOT_YET, "use `reference: start`: it shares the policy's weights"),
     ("combine", "lagrangian"): Later(_NOT_YET, "use `combine: weighted_sum` or `combine: decoupled`"),
     ("combine", "chebyshev"): Later(_NOT_YET, "use `combine: weighted_sum` or `combine: decoupled`"),
     ("combine", "hypervolume"): Later(_NOT_YET, "use `combine: weighted_sum` or `combine: decoupled`"),

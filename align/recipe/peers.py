@@ -171,7 +171,7 @@ _SENTENCES = {  # their word -> the whole answer, where a key alone would mislea
     "colocate_all_models": "not needed: `placement` says where everything runs",
     "async_generate": "`async_generate` is `staleness: 1`, which this version does not offer yet",
     "async_train": "`async_train` is `staleness: 1`, which this version does not offer yet",
-    "precompute_ref_log_probs": "not needed: the reference shares the policy's weights, with its adapters off",
+    "precompute_ref_log_probs": "`precompute_ref_log_probs` is `reference: cached`",
     "padding_free": "`padding_free` is not needed: batches are always packed, without padding",
     "packing": "`packing` is a map, {max_tokens: 16384}; batches are always packed",
     "neat_packing": "`neat_packing` is not needed: packed sequences never see each other",

@@ -290,7 +290,7 @@ class TrainStage(StageBase):
     steps: PositiveInt | None = None
     eval: Eval | None = None
     save: Save = Save()
-    reference: Literal["start", "base"] | ReferencePath | None = None
+    reference: Literal["start", "base", "cached"] | ReferencePath | None = None
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainStage:

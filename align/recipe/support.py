@@ -75,6 +75,8 @@ def reference_words(adapter: Adapter, reference: object, continues_adapter: bool
     """How reference log-probabilities are had, for the plan. reference: as resolved; None where no loss needs one."""
     if reference is None:
         return "none"
+    if reference == "cached":
+        return "cached: computed once from what the stage starts from, before its first step, and stored"
     if reference not in ("start", "base"):
         return f"{getattr(reference, 'path', reference)}, in an actor of its own"
     if adapter.kind == "full":

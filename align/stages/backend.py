@@ -46,7 +46,7 @@ class TrainerJob:
     total: int
     max_tokens: int
     seed: int
-    reference: Literal["start", "base"] | ReferencePath | None = None
+    reference: Literal["start", "base", "cached"] | ReferencePath | None = None
     rollout: Rollout | None = None
     trainable: bool = True
 

@@ -23,6 +23,7 @@ from align.stages.handover import start_of
 from align.stages.loop import Loop, StageResult, every_steps, latest_checkpoint
 from align.stages.offline import offline_evaluation, offline_turn
 from align.stages.online import OnlinePlan, OnlineStage
+from align.stages.reference_cache import cached_reference
 from align.stages.rollout_log import RolloutLog
 from align.stages.runfolder import METRICS, cut_metrics
 
@@ -119,6 +120,8 @@ async def run_offline(context: Context, stage: Any) -> StageResult:
         await stack.enter_async_context(context.backend.places(needs_of(stage)))
         [trainer] = await opened(stack, context.backend.trainer(job))
         context.record()
+        if job.reference == "cached":
+            trees, held = await cached_reference(context, stage, start, trainer, trees, held)
         loop = make_loop(context, stage, start, trainer, order.total)
         if held:
             loop.evaluate = offline_evaluation(trainer, held)

@@ -14,7 +14,8 @@ class TrainerSpec:
 
     base: model folder; adapter: peft folder the stage starts from, or None. total_updates: optimizer updates of the
     whole stage, the length of the schedule. temperature: that of the rollouts. reference: where reference
-    log-probabilities come from ("path" is an actor of its own, handed over as a callable).
+    log-probabilities come from ("path" is an actor of its own, handed over as a callable; with "cached" the trees carry
+    them and nothing is kept for them here).
     publish, engine_dtype: how and in which dtype engines receive the policy.
     """
 
@@ -27,7 +28,7 @@ class TrainerSpec:
     adapter: str | None = None
     max_tokens: int = 16384
     temperature: float = 1.0
-    reference: Literal["start", "base", "path"] | None = None
+    reference: Literal["start", "base", "path", "cached"] | None = None
     publish: Literal["adapter", "weights"] = "adapter"
     engine_dtype: str = "float32"
     seed: int = 0

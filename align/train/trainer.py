@@ -26,6 +26,7 @@ from align.model.policy_module import PolicyModule, probe
 from align.protocols import Counts, Publication, Tree
 from align.train import policy
 from align.train.metrics import MetricSums
+from align.train.numerics import numerics
 from align.train.optim import lr_multiplier, make_optimizer
 from align.train.prepass import run_prepass
 from align.train.spec import TrainerSpec
@@ -133,6 +134,7 @@ class PolicyTrainer:
                 stats.append({})
                 continue
             seen = module.auxiliary(trees, config) if hasattr(module, "auxiliary") else trees
+            assert seen is trees or self.spec.reference != "cached", "values of one tree are not those of another"
             found = run_prepass(
                 self._microbatches(seen),
                 partial(self._quiet, self.module, want=needs.head),
@@ -158,6 +160,9 @@ class PolicyTrainer:
     def _reference_logps(self, batch: TokenBatch) -> Tensor | None:
         if not any(needs.reference for _, _, needs, _ in self.losses):
             return None
+        if batch.reference_logps is not None:
+            return batch.reference_logps
+        assert self.spec.reference != "cached", "the trees of this stage carry their reference log-probabilities"
         if self._external_reference is not None:
             return self._external_reference(batch).to(self.device)
         with self.policy.reference() as module:
@@ -216,6 +221,9 @@ class PolicyTrainer:
                 found[numbered[id(tree)]] = [logps[owner == first + k] for k in range(n)]
                 first += n
         return [found[n] for n in range(len(trees))]
+
+    def numerics(self) -> dict[str, Any]:
+        return numerics(self.spec, self.device)
 
     def batch_logps(self, batch: TokenBatch) -> Tensor:
         """f32[N] on the CPU for a packed batch: what a reference actor answers."""

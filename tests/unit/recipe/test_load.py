@@ -140,7 +140,7 @@ def test_a_duplicate_key_is_refused_with_both_lines(tmp_path: Path) -> None:
 
 def test_unions_show_what_is_expected_and_none_of_their_branches(tmp_path: Path) -> None:
     said = refusal(tmp_path, MINIMAL.replace("data: data", "reference: bse, adapter: {targets: 3}, data: data"))
-    assert "expected start or base or a map with keys path, revision, adapter, got 'bse'" in said
+    assert "expected start or base or cached or a map with keys path, revision, adapter, got 'bse'" in said
     assert "did you mean `base`?" in said and "expected text or a list of text, got 3" in said
     assert "literal[" not in said and "tuple[" not in said and said.count("stages.sft.reference") == 1
 
@@ -210,8 +210,8 @@ def exists(grammar, annotation, rest: list[str]) -> bool:  # type: ignore[no-unt
 
 def test_what_is_planned_but_not_built_is_unsupported_with_a_way_round(tmp_path: Path) -> None:
     with pytest.raises(Unsupported) as caught:
-        load(tmp_path, MINIMAL.replace("data: data", "reference: cached, data: data"))
-    assert "not offered by this version" in str(caught.value) and "reference: start" in str(caught.value)
+        load(tmp_path, MINIMAL.replace("data: data", "optim: {schedule: wsd}, data: data"))
+    assert "not offered by this version" in str(caught.value) and "cosine" in str(caught.value)
 
 
 def test_a_recipe_in_another_encoding_or_a_folder_is_refused(tmp_path: Path) -> None:

@@ -64,6 +64,8 @@ def test_a_reference_is_described_as_it_will_be_had() -> None:
     assert "frozen copy of the starting adapter" in reference_words(lora, "start", True)
     assert "adapter off" in reference_words(lora, "base", True)
     assert "second copy" in reference_words(full, "start", False)
+    assert reference_words(lora, "cached", True) == reference_words(full, "cached", False)
+    assert "computed once" in reference_words(full, "cached", False)
     assert "own" in reference_words(lora, ReferencePath(path="a/b"), False)
 
 

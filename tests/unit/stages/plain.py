@@ -61,6 +61,9 @@ class PlainTrainer:
     async def logps(self, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
         return [[np.full(int(s.loss_mask.sum()), -self.w, dtype=np.float32) for s in t.sequences] for t in trees]
 
+    async def numerics(self) -> dict[str, Any]:
+        return {"dtype": "float64"}
+
     async def publish(self, folder: Path, version: int) -> Publication:
         self.calls.append(f"publish {version}")
         folder.mkdir(exist_ok=True)
