@@ -100,6 +100,10 @@ class NonFiniteError(AlignError):
     """Loss or gradient was not finite for too many steps in a row."""
 
 
+class RanksError(AlignError):
+    """Another rank of the trainer ended, or stopped answering."""
+
+
 class Interrupted(AlignError):
     """The user stopped the run; a checkpoint was saved and ``--resume`` continues it."""
 

@@ -13,18 +13,20 @@ from align.types import HeadOutputs, TokenBatch
 
 @torch.no_grad()
 def run_prepass(
-    batches: Iterable[TokenBatch],
+    batches: Iterable[tuple[TokenBatch, bool]],
     forward: Callable[[TokenBatch], HeadOutputs],
     reference: Callable[[TokenBatch], Tensor | None],
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> Prepass:
     """Summed log-probabilities of every sequence of the update, and the entropies that `forward` gives.
 
+    batches: each with whether it counts; one that does not is computed and dropped (`align.data.packing.Microbatch`).
     gather: joins a tensor of every rank along its first dimension (ranks may have different lengths).
     """
     rows: dict[str, list[Tensor]] = {name: [] for name in ("ids", "logps", "ratios", "lengths")}
     tokens: dict[str, list[Tensor]] = {"owner": [], "entropy": []}
-    for batch in batches:
+    for batch, counted in batches:
+        some = slice(None) if counted else slice(0)
         outputs, ref = forward(batch), reference(batch)
         mask = batch.loss_mask
         difference = torch.zeros_like(outputs.logps) if ref is None else outputs.logps - ref
@@ -34,11 +36,11 @@ def run_prepass(
             ("lengths", torch.ones_like(difference)),
         ):
             zeros = values.new_zeros(batch.sequences)
-            rows[name].append(zeros.index_add(0, batch.sequence_ids, values * mask))
-        rows["ids"].append(batch.group_ids)
+            rows[name].append(zeros.index_add(0, batch.sequence_ids, values * mask)[some])
+        rows["ids"].append(batch.group_ids[some])
         if outputs.entropy is not None:
-            tokens["owner"].append(batch.group_ids[batch.sequence_ids][mask])
-            tokens["entropy"].append(outputs.entropy[mask])
+            tokens["owner"].append(batch.group_ids[batch.sequence_ids][mask][some])
+            tokens["entropy"].append(outputs.entropy[mask][some])
     found = {name: gather(torch.cat(parts)) for name, parts in rows.items()}
     order = torch.argsort(found["ids"], stable=True)
     entropy = None

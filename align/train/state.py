@@ -7,6 +7,7 @@ beside the adapter or model folder that other programs load.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,14 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def save_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, numbers: dict[str, Any]) -> None:
-    """Write parameters, optimizer moments, random state and `numbers` into an existing folder."""
+def save_state(
+    folder: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    numbers: dict[str, Any],
+    random: Sequence[dict[str, Tensor]],
+) -> None:
+    """Write parameters, optimizer moments, every rank's random state and `numbers` into an existing folder."""
     parameters = trainable(module)
     save_file({k: v.detach().cpu().contiguous() for k, v in parameters.items()}, folder / PARAMETERS)
     moments: dict[str, Tensor] = {}
@@ -37,12 +44,16 @@ def save_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
         for key, value in optimizer.state.get(parameter, {}).items():
             moments[f"{name}|{key}"] = value.detach().cpu().contiguous()
     save_file(moments, folder / OPTIMIZER)
-    save_file(_random_state(), folder / RANDOM)
+    states = {f"{rank}/{name}" if rank else name: s for rank, own in enumerate(random) for name, s in own.items()}
+    save_file(states, folder / RANDOM)
     (folder / NUMBERS).write_text(json.dumps(numbers, indent=1))
 
 
-def load_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore what `save_state` wrote; returns its numbers. Raises CheckpointError where the parameters differ."""
+def load_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0) -> dict[str, Any]:
+    """Restore what `save_state` wrote; returns its numbers. Raises CheckpointError where the parameters differ.
+
+    A rank that the checkpoint does not know (it was made on fewer) keeps the random state it has.
+    """
     parameters = trainable(module)
     saved = load_file(folder / PARAMETERS)
     if saved.keys() != parameters.keys():
@@ -68,12 +79,14 @@ def load_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
         # AdamW keeps its step counter on the CPU unless fused on CUDA, as torch's own load_state_dict does.
         device = parameter.device if field != "step" or parameter.is_cuda else torch.device("cpu")
         optimizer.state[parameter][field] = value.to(device)
-    _restore_random_state(load_file(folder / RANDOM))
+    prefix = f"{rank}/" if rank else ""
+    saved_random = load_file(folder / RANDOM)
+    _restore_random_state({k.removeprefix(prefix): s for k, s in saved_random.items() if k.startswith(prefix)})
     numbers: dict[str, Any] = json.loads((folder / NUMBERS).read_text())
     return numbers
 
 
-def _random_state() -> dict[str, Tensor]:
+def random_state() -> dict[str, Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state |= {f"cuda:{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
@@ -81,7 +94,8 @@ def _random_state() -> dict[str, Tensor]:
 
 
 def _restore_random_state(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             if f"cuda:{i}" in state:

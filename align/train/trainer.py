@@ -18,19 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.data.packing import collate, global_counts, mark_nll, plan_microbatches
+from align.data.packing import collate, global_counts, mark_nll, plan_ranks
 from align.errors import NonFiniteError
 from align.losses import configure
 from align.losses.base import LossInputs, Metric
 from align.model.policy_module import PolicyModule, probe
 from align.protocols import Counts, Publication, Tree
 from align.train import policy
-from align.train.metrics import MetricSums
+from align.train.metrics import MetricSums, join_terms
 from align.train.numerics import numerics
 from align.train.optim import lr_multiplier, make_optimizer
 from align.train.prepass import run_prepass
+from align.train.ranks import Ranks, random_stream
 from align.train.spec import TrainerSpec
-from align.train.state import load_state, save_state, trainable
+from align.train.state import load_state, random_state, save_state, trainable
 from align.types import HeadOutputs, TokenBatch
 
 log = logging.getLogger(__name__)
@@ -42,10 +43,17 @@ class PolicyTrainer:
     """See `align.protocols.Trainer`, whose methods these are, synchronous.
 
     reference: log-probabilities f32[N] of a batch under a reference of its own, where `spec.reference` is "path".
+    ranks: the processes that train this policy together. Each is given every call with the same arguments, answers
+    the same, and ends with the same weights; files are written by rank 0.
     """
 
-    def __init__(self, spec: TrainerSpec, reference: Callable[[TokenBatch], Tensor] | None = None):
-        self.spec = spec
+    def __init__(
+        self,
+        spec: TrainerSpec,
+        reference: Callable[[TokenBatch], Tensor] | None = None,
+        ranks: Ranks | None = None,
+    ):
+        self.spec, self.ranks = spec, ranks or Ranks()
         if spec.threads:
             torch.set_num_threads(spec.threads)
         torch.manual_seed(spec.seed)
@@ -58,6 +66,8 @@ class PolicyTrainer:
         self._external_reference = reference
         self._bad_steps = 0
         self.parameters = list(trainable(self.module).values())
+        self.ranks.broadcast(self.parameters)
+        random_stream(spec.seed, self.ranks.rank)
         self.optimizer = make_optimizer(self.parameters, spec.optim) if spec.trainable else None
 
     @property
@@ -73,6 +83,7 @@ class PolicyTrainer:
             "dtype": str(next(self.module.parameters()).dtype).removeprefix("torch."),
             "device": str(self.device),
             "threads": torch.get_num_threads(),
+            "ranks": self.ranks.size,
             "packing_probe": self.probe_difference,
         }
 
@@ -88,11 +99,13 @@ class PolicyTrainer:
         batches = self._microbatches(trees)
         counts = global_counts(trees)
         stats = self._batch_stats(trees)
-        for batch in batches:
-            loss = self._loss(batch, counts, sums, stats)
-            loss.backward()
+        for batch, counted in batches:
+            loss = self._loss(batch, counts, sums if counted else MetricSums(), stats)
+            (loss if counted else 0.0 * loss).backward()
+        self.ranks.sum_gradients(self.parameters)
         norm = self._clip()
-        metrics = sums.result()
+        sums.add(_work(batches))
+        metrics = sums.result(self.ranks.objects)
         middle = min(progress + 0.5 / self.spec.total_updates, 1.0)
         optim = self.spec.optim
         lr = float(optim.lr or 0.0) * lr_multiplier(optim.schedule or "cosine", optim.warmup or 0.0, middle)
@@ -105,15 +118,12 @@ class PolicyTrainer:
             self._refuse_update(step, trees, norm, metrics["loss/total"])
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
-        computed = sum(batch.token_ids.numel() for batch in batches)
         return metrics | {
             "optim/lr": lr,
             "optim/grad_norm": norm,
             "optim/skipped": float(self._bad_steps > 0),
             "time/train": seconds,
-            "tokens/trained": float(computed),
             "tokens/scored": float(counts.tokens),
-            "train/microbatches": float(len(batches)),
         }
 
     def _marked(self, trees: Sequence[Tree]) -> list[Tree]:
@@ -121,9 +131,10 @@ class PolicyTrainer:
         wanted = [needs.nll for _, _, needs, _ in self.losses if needs.nll != "none"]
         return [mark_nll(tree, wanted[0]) for tree in trees] if wanted else list(trees)
 
-    def _microbatches(self, trees: Sequence[Tree]) -> list[TokenBatch]:
-        groups = plan_microbatches(trees, self.spec.max_tokens, keep_together=self.keep_together)
-        return [collate(group).to(self.device) for group in groups]
+    def _microbatches(self, trees: Sequence[Tree]) -> list[tuple[TokenBatch, bool]]:
+        """This rank's share of the trees, and whether each counts (see `align.data.packing.Microbatch`)."""
+        planned = plan_ranks(trees, self.spec.max_tokens, keep_together=self.keep_together, ranks=self.ranks.size)
+        return [(collate(part.trees).to(self.device), part.counted) for part in planned[self.ranks.rank]]
 
     def _batch_stats(self, trees: Sequence[Tree]) -> list[dict[str, Tensor]]:
         """What each loss of scope "batch" makes of a pass over the update, or over trees of its own, before any
@@ -139,6 +150,7 @@ class PolicyTrainer:
                 self._microbatches(seen),
                 partial(self._quiet, self.module, want=needs.head),
                 self._reference_logps if needs.reference else lambda batch: None,
+                self.ranks.gather,
             )
             stats.append(module.batch_stats(found, config))
         return stats
@@ -203,23 +215,25 @@ class PolicyTrainer:
         trees = self._marked(trees)
         sums, counts = MetricSums(), global_counts(trees)
         stats = self._batch_stats(trees)
-        for batch in self._microbatches(trees):
-            self._loss(batch, counts, sums, stats)
-        return sums.result()
+        for batch, counted in self._microbatches(trees):
+            self._loss(batch, counts, sums if counted else MetricSums(), stats)
+        return sums.result(self.ranks.objects)
 
     def logps(self, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
         """Per tree, per sequence: f32[n] log-probabilities of its scored tokens under the policy."""
         found: dict[int, list[np.ndarray]] = {}
         numbered = {id(tree): n for n, tree in enumerate(trees)}
-        for group in plan_microbatches(trees, self.spec.max_tokens, keep_together=True):
-            batch = collate(group).to(self.device)
+        planned = plan_ranks(trees, self.spec.max_tokens, keep_together=True, ranks=self.ranks.size)
+        for part in planned[self.ranks.rank]:
+            batch = collate(part.trees).to(self.device)
             logps = self._quiet(self.module, batch).logps.float().cpu().numpy()
             owner = batch.sequence_ids.cpu().numpy()
             first = 0
-            for tree in group:
+            for tree in part.trees:
                 n = len(tree.sequences)
                 found[numbered[id(tree)]] = [logps[owner == first + k] for k in range(n)]
                 first += n
+        found = {n: logps for own in self.ranks.objects(found) for n, logps in own.items()}
         return [found[n] for n in range(len(trees))]
 
     def numerics(self) -> dict[str, Any]:
@@ -232,30 +246,35 @@ class PolicyTrainer:
     # ------------------------------------------------------------------------------------------ weights and state
 
     def publish(self, folder: Path, version: int) -> Publication:
-        return self.policy.publish(Path(folder), version)
+        published = self.policy.publish(Path(folder), version) if self.ranks.rank == 0 else None
+        answer: Publication = self.ranks.objects(published)[0]
+        return answer
 
     def save(self, folder: Path) -> None:
         assert self.optimizer is not None, "a reference has no state to save"
         folder = Path(folder)
+        random = self.ranks.objects(random_state())
         self.write_model(folder / self.policy.artefact)
-        save_state(folder, self.module, self.optimizer, {"bad_steps": self._bad_steps})
+        if self.ranks.rank == 0:
+            save_state(folder, self.module, self.optimizer, {"bad_steps": self._bad_steps}, random)
+        self.ranks.barrier()
 
     def restore(self, folder: Path) -> None:
         assert self.optimizer is not None, "a reference has no state to restore"
-        self._bad_steps = int(load_state(Path(folder), self.module, self.optimizer)["bad_steps"])
+        numbers = load_state(Path(folder), self.module, self.optimizer, self.ranks.rank)
+        self._bad_steps = int(numbers["bad_steps"])
 
     def write_model(self, folder: Path) -> None:
-        self.policy.write(Path(folder))
+        if self.ranks.rank == 0:
+            self.policy.write(Path(folder))
+        self.ranks.barrier()
 
     def close(self) -> None:
         """Nothing outlives the process."""
 
 
-def join_terms(metrics: dict[str, Metric], more: dict[str, Metric], term: str) -> None:
-    """Add a term's metrics to those of the terms before it. A name means the same in every loss, so the first to report
-    it is kept; a term's own total is called after the term ("loss/dpo", "loss/dpo-2")."""
-    name, number = f"loss/{term}", 2
-    while name in metrics:
-        name, number = f"loss/{term}-{number}", number + 1
-    for key, metric in more.items():
-        metrics.setdefault(name if key == "loss/total" else key, metric)
+def _work(batches: Sequence[tuple[TokenBatch, bool]]) -> dict[str, Metric]:
+    """Tokens computed and microbatches, over all ranks; those that do not count are left out."""
+    sizes = [batch.token_ids.numel() for batch, counted in batches if counted]
+    found = {"tokens/trained": sum(sizes), "train/microbatches": len(sizes)}
+    return {name: Metric(torch.tensor(float(n), dtype=torch.float64), reduce="sum") for name, n in found.items()}

@@ -1,0 +1,176 @@
+"""The processes that train one policy together (data parallel), and the few things they say to each other.
+
+Every rank is given all trees of an update, plans the same microbatches and computes its share of them. Losses divide by
+global counts, which every rank works out for itself, so gradients are summed and never averaged. `Ranks()` is a
+process on its own and says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from align.errors import RanksError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.distributed import Store
+
+BUCKET_ELEMENTS = 1 << 24  # of float32: 64 MiB are sent at a time
+SILENCE_LIMIT_S = 1800.0  # longer than one rank writes a checkpoint while the others wait
+
+
+class Ranks:
+    """One process of `size`, the `rank`-th. Every method but `join` is collective: all ranks call it, in one order.
+
+    Raises RanksError where another rank ended, or stayed silent for longer than the limit given to `join`.
+    """
+
+    def __init__(self) -> None:
+        self.size, self.rank = 1, 0
+        self.wire = torch.device("cpu")
+
+    @classmethod
+    def join(
+        cls,
+        rank: int,
+        size: int,
+        *,
+        store: Store | None = None,
+        init_method: str | None = None,
+        device: torch.device | str = "cpu",
+        limit_s: float = SILENCE_LIMIT_S,
+    ) -> Ranks:
+        """Meet the other ranks at a torch store or an address ("file:///...", "tcp://host:port").
+
+        device: "cuda" sends gradients by NCCL from that GPU, which no other rank may use; "cpu" sends them by gloo.
+        """
+        import torch.distributed as dist
+
+        ranks = cls()
+        ranks.size, ranks.rank, ranks.wire = size, rank, torch.device(device)
+        if size == 1:
+            return ranks
+        if ranks.wire.type == "cuda":
+            torch.cuda.set_device(ranks.wire.index or 0)
+        backend = "cpu:gloo,cuda:nccl" if ranks.wire.type == "cuda" else "gloo"
+        with ranks._together("meet"):
+            dist.init_process_group(
+                backend, init_method, timedelta(seconds=limit_s), world_size=size, rank=rank, store=store
+            )
+        return ranks
+
+    def leave(self) -> None:
+        """End the process group; afterwards this process is on its own."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
+        self.size, self.rank = 1, 0
+
+    @contextmanager
+    def _together(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
+            first = (str(error).strip().splitlines() or ["no message"])[0]
+            raise RanksError(
+                f"rank {self.rank} of {self.size} lost the others while they {doing}: {first}",
+                remedy="another rank failed first: its own error, or logs/, says why",
+            ) from error
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            import torch.distributed as dist
+
+            with self._together("waited for each other"):
+                dist.all_reduce(torch.zeros(1))
+
+    def objects(self, value: Any) -> list[Any]:
+        """`value` of every rank, by rank. For small, picklable things: numbers, random states, arrays."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.size
+        with self._together("exchanged numbers"):
+            dist.all_gather_object(found, value)
+        return found
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Tensors of all ranks joined along their first dimension, by rank; their lengths may differ, 0 included."""
+        if self.size == 1:
+            return tensor
+        import torch.distributed as dist
+
+        lengths = self.objects(tensor.shape[0])
+        padded = torch.zeros((max(lengths), *tensor.shape[1:]), dtype=tensor.dtype, device=self.wire)
+        padded[: tensor.shape[0]] = tensor
+        parts = [torch.empty_like(padded) for _ in lengths]
+        with self._together("gathered values"):
+            dist.all_gather(parts, padded)
+        return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]).to(tensor.device)
+
+    @torch.no_grad()
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every tensor by its sum over ranks, in place; added in float32, whatever the dtype."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            self._in_buckets(tensors, dist.all_reduce, torch.float32)
+
+    @torch.no_grad()
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        """Replace every tensor by rank 0's, in place."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            for dtype in dict.fromkeys(t.dtype for t in tensors):
+                same = [t for t in tensors if t.dtype == dtype]
+                self._in_buckets(same, lambda flat: dist.broadcast(flat, 0), dtype)
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum gradients over ranks. A parameter that no rank used stays without one, so that no optimizer moves it."""
+        parameters = list(parameters)
+        used = torch.tensor([float(p.grad is not None) for p in parameters], device=self.wire)
+        self.sum([used])
+        grads = []
+        for p, somewhere in zip(parameters, used.tolist(), strict=True):
+            if somewhere:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                grads.append(p.grad)
+        self.sum(grads)
+
+    def _in_buckets(self, tensors: Sequence[Tensor], send: Callable[[Tensor], Any], dtype: torch.dtype) -> None:
+        with self._together("exchanged tensors"):
+            for bucket in _buckets(tensors):
+                flat = torch.cat([t.reshape(-1).to(self.wire, dtype) for t in bucket])
+                send(flat)
+                for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                    tensor.copy_(part.view_as(tensor))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of tensors of at most BUCKET_ELEMENTS together; a larger tensor is a bucket of its own."""
+    bucket: list[Tensor] = []
+    room = BUCKET_ELEMENTS
+    for tensor in tensors:
+        if bucket and tensor.numel() > room:
+            yield bucket
+            bucket, room = [], BUCKET_ELEMENTS
+        bucket.append(tensor)
+        room -= tensor.numel()
+    if bucket:
+        yield bucket
+
+
+def random_stream(seed: int, rank: int) -> None:
+    """Give each rank its own dropout; rank 0 goes on with the stream that a process on its own would have."""
+    if rank:
+        torch.manual_seed(seed + 1_000_003 * rank)
