@@ -8,6 +8,7 @@ over the fastest matrix product that the same run measured between the rounds.
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tests.prove.entry import record
+from tests.prove import entry
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -31,6 +32,9 @@ DEVICE_PEAKS = {
     "A10G": 70e12,
     "4090": 165e12,
 }
+TOLERANCE = {"float32": (1e-3, 1e-3), "bfloat16": (3e-2, 1e-1)}
+"""Between two sides on the same weights: of the loss (absolute), of the gradient norm (relative)."""
+
 SHAPES = ((2048, 2048, 2048), (4096, 384, 1152), (4096, 1152, 384), (1024, 384, 8192))
 
 
@@ -84,6 +88,45 @@ def seconds_of(run: Callable[[], object]) -> float:
     run()
     synchronize()
     return time.perf_counter() - started
+
+
+def check_same_work(mine: tuple[float, float], theirs: tuple[float, float], dtype: str, where: str) -> None:
+    """Refuse unless loss and gradient norm of both sides agree."""
+    loss, norm = TOLERANCE[dtype]
+    line = f"loss {mine[0]:.6f} / {theirs[0]:.6f}, gradient norm {mine[1]:.5g} / {theirs[1]:.5g} (ours / TRL)"
+    if not (abs(mine[0] - theirs[0]) <= loss and abs(mine[1] - theirs[1]) <= norm * theirs[1]):
+        raise SystemExit(f"refused: {where}: the two sides compute different things: {line}")
+    print(f"  same work, {where}: {line}", flush=True)
+
+
+def fastest(settings: Sequence[Any], run: Callable[[Any], object], tell: str) -> tuple[Any, dict[str, float]]:
+    """Try every setting once; the fastest, and seconds by setting."""
+    seconds = {}
+    for setting in settings:
+        seconds[str(setting)] = seconds_of(lambda setting=setting: run(setting))
+        print(f"  {tell} {setting}: {seconds[str(setting)]:.2f} s", flush=True)
+    return min(settings, key=lambda setting: seconds[str(setting)]), seconds
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function(*arguments)` returns in a fresh process. RuntimeError where the process ends without an answer."""
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=_answer, args=(send, function, arguments))
+    child.start()
+    send.close()
+    try:
+        return receive.recv()
+    except EOFError:
+        child.join()
+        raise RuntimeError(f"{function.__name__} in a process of its own ended with code {child.exitcode}") from None
+    finally:
+        child.join()
+        receive.close()
+
+
+def _answer(send: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    send.send(function(*arguments))
 
 
 def synchronize() -> None:
@@ -173,6 +216,43 @@ def describe_ratio(ratio: Mapping[str, float]) -> str:
     return f"{ratio['median']:.2f}x faster (rounds: {ratio['min']:.2f}x to {ratio['max']:.2f}x)"
 
 
+def integers(text: str) -> list[int]:
+    """ "1,2,8" -> [1, 2, 8], for a command line."""
+    return [int(part) for part in text.split(",")]
+
+
+def report(
+    name: str,
+    sides: Sequence[Side],
+    rounds: Rounds,
+    *,
+    goal: float,
+    about: Mapping[str, Any],
+    tried: Mapping[str, float],
+    started: float,
+    record: bool,
+) -> dict[str, Any]:
+    """Print a comparison of "ours" with "TRL" and, with `record`, write it; returns the figures.
+
+    goal: the ratio asked for. tried: seconds of the settings on the first rows. started: of `time.perf_counter`."""
+    ratio = rounds.ratio("ours", "TRL")
+    print(table(sides, rounds.peak))
+    print(f"matmul peak in this run: {rounds.peak / 1e9:.0f} GFLOP/s")
+    print(f"ours is {describe_ratio(ratio)}; goal {goal}x")
+    figures = {
+        **about,
+        "ratio": ratio,
+        "matmul_peak_gflop_per_s": [round(peak / 1e9, 1) for peak in rounds.peaks],
+        "sides": {side.name: side.figures(rounds.peak) for side in sides},
+        "seconds": rounds.seconds,
+        "seconds_of_settings_on_the_first_rows": tried,
+    }
+    if record:
+        claim = f"one update at least {goal} times as fast as TRL 1.16 at its best setting"
+        write_result(name, goal=claim, met=ratio["median"] >= goal, figures=figures, started=started)
+    return figures
+
+
 def use_threads(threads: int | None) -> int:
     """Set torch's threads where a number is given; return what is used."""
     import torch
@@ -186,7 +266,7 @@ def write_result(
     name: str, *, goal: str, met: bool | None, figures: Mapping[str, Any], started: float, folder: Path = RESULTS
 ) -> Path:
     """results/<date>-<name>.json with command, commit, versions and hardware. met: None where nothing was asked."""
-    path = record(
+    path = entry.record(
         name,
         claim=goal,
         command=f"python -m tests.bench.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip(),

@@ -14,7 +14,7 @@ import argparse
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,6 @@ from align.protocols import Tree
 from tests.bench import common, peer, work
 
 GOALS = {("demo", "float32"): 1.7, ("demo", "bfloat16"): 2.0, ("long", "float32"): 2.0, ("long", "bfloat16"): 2.0}
-TOLERANCE = {"float32": (1e-3, 1e-2), "bfloat16": (3e-2, 1e-1)}
-"""Of the loss (absolute) and of the gradient norm (relative)."""
 CHECKED_ROWS = 4
 
 
@@ -38,31 +36,13 @@ def data_and_model(arguments: argparse.Namespace, folder: Path) -> tuple[work.Sh
     return shape, trees
 
 
-def check_same_work(mine: tuple[float, float], theirs: tuple[float, float], dtype: str, where: str) -> None:
-    """Refuse unless loss and gradient norm of both sides agree."""
-    loss, norm = TOLERANCE[dtype]
-    line = f"loss {mine[0]:.6f} / {theirs[0]:.6f}, gradient norm {mine[1]:.5g} / {theirs[1]:.5g} (ours / TRL)"
-    if not (abs(mine[0] - theirs[0]) <= loss and abs(mine[1] - theirs[1]) <= norm * theirs[1]):
-        raise SystemExit(f"refused: {where}: the two sides compute different things: {line}")
-    print(f"  same work, {where}: {line}", flush=True)
-
-
-def fastest(settings: Sequence[Any], run: Callable[[Any], object], tell: str) -> tuple[Any, dict[str, float]]:
-    """Try every setting once; the fastest, and seconds by setting."""
-    seconds = {}
-    for setting in settings:
-        seconds[str(setting)] = common.seconds_of(lambda setting=setting: run(setting))
-        print(f"  {tell} {setting}: {seconds[str(setting)]:.2f} s", flush=True)
-    return min(settings, key=lambda setting: seconds[str(setting)]), seconds
-
-
 def choose(
     arguments: argparse.Namespace, trainer: Any, folder: Path, trees: list[Tree]
 ) -> tuple[int, peer.Dpo, int, dict[str, Any]]:
     """(our token budget, TRL's trainer, its batch size, what was tried), each the fastest on the first rows."""
     some = trees[: arguments.select_rows]
     checked = trees[:CHECKED_ROWS]
-    adapter = work.draw_adapter(trainer.module)
+    work.draw_adapter(trainer.module)
     found = trainer.step(checked, step=0, progress=0.0)  # warms up as well
     mine = (found["loss/total"], found["optim/grad_norm"])
 
@@ -70,14 +50,14 @@ def choose(
         work.repack(trainer, budget)
         trainer.step(some, step=0, progress=0.0)
 
-    budget, tried = fastest(arguments.max_tokens, ours, "ours, max_tokens")
+    budget, tried = common.fastest(arguments.max_tokens, ours, "ours, max_tokens")
     best: tuple[float, peer.Dpo, int] | None = None
     for mode in peer.modes_for(arguments.dtype):
         theirs = peer.Dpo(folder, trees, mode)
-        theirs.load_adapter(adapter)
-        check_same_work(mine, theirs.update(checked, 2), arguments.dtype, mode)
+        theirs.draw_adapter()
+        common.check_same_work(mine, theirs.update(checked, 2), arguments.dtype, mode)
         run = functools.partial(theirs.update, some)
-        batch, seconds = fastest(arguments.batches, run, f"TRL, {mode}, batch")
+        batch, seconds = common.fastest(arguments.batches, run, f"TRL, {mode}, batch")
         tried |= {f"TRL, {mode}, batch {key}": value for key, value in seconds.items()}
         if best is None or seconds[str(batch)] < best[0]:
             best = (seconds[str(batch)], theirs, batch)
@@ -118,52 +98,27 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "TRL", f"{theirs.mode}, batch {batch}", rounds.seconds["TRL"], work.update_flop(shape, padded), units
         ),
     ]
-    return report(arguments, sides, rounds, tried, started)
-
-
-def report(
-    arguments: argparse.Namespace,
-    sides: list[common.Side],
-    rounds: common.Rounds,
-    tried: dict[str, float],
-    started: float,
-) -> dict[str, Any]:
-    ratio = rounds.ratio("ours", "TRL")
-    goal = GOALS[arguments.shape, arguments.dtype]
-    print(common.table(sides, rounds.peak))
-    print(f"matmul peak in this run: {rounds.peak / 1e9:.0f} GFLOP/s ({arguments.dtype})")
-    print(f"ours is {common.describe_ratio(ratio)}; goal {goal}x")
-    figures = {
-        "shape": arguments.shape,
-        "dtype": arguments.dtype,
-        "ratio": ratio,
-        "matmul_peak_gflop_per_s": [round(p / 1e9, 1) for p in rounds.peaks],
-        "sides": {side.name: side.figures(rounds.peak) for side in sides},
-        "seconds": rounds.seconds,
-        "seconds_of_settings_on_the_first_rows": tried,
-        "note": peer.HEAD_NOTE,
-    }
-    if not arguments.toy:
-        common.write_result(
-            f"dpo-against-trl-{arguments.shape}-{arguments.dtype}",
-            goal=f"one DPO update at least {goal} times as fast as TRL 1.16 at its best batch size",
-            met=ratio["median"] >= goal,
-            figures=figures,
-            started=started,
-        )
-    return figures
+    return common.report(
+        f"dpo-against-trl-{arguments.shape}-{arguments.dtype}",
+        sides,
+        rounds,
+        goal=GOALS[arguments.shape, arguments.dtype],
+        about={"shape": arguments.shape, "dtype": arguments.dtype, "note": peer.HEAD_NOTE},
+        tried=tried,
+        started=started,
+        record=not arguments.toy,
+    )
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = functools.partial(map, int)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--shape", choices=("demo", "long"), default="demo")
     parser.add_argument("--rows", type=int, help="default: 48 of demo, 16 of long")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--select-rows", type=int, default=12, help="rows that settings are chosen on")
-    parser.add_argument("--batches", type=lambda s: list(numbers(s.split(","))), default=[1, 2, 8], help="TRL's")
-    parser.add_argument("--max-tokens", type=lambda s: list(numbers(s.split(","))), default=[1024, 2048, 4096])
+    parser.add_argument("--batches", type=common.integers, default=[1, 2, 8], help="TRL's")
+    parser.add_argument("--max-tokens", type=common.integers, default=[1024, 2048, 4096])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--toy", action="store_true", help="a tiny model; nothing is recorded")
     return parser.parse_args(argv)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from align.protocols import Tree
-from tests.bench.work import ALPHA, LR, RANK, adapter_tensors
+from tests.bench.work import ALPHA, LR, RANK, draw_adapter
 
 HEAD_NOTE = "TRL's head compacts to scored positions only on CUDA (trl/trainer/utils.py, add_fused_lm_head: compact)"
 # name: dtype of the loaded model, mixed precision
@@ -87,21 +87,14 @@ class _Peer:
         trainer.model_wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         trainer.model_wrapped.train()
 
-    def load_adapter(self, tensors: dict[str, Any]) -> None:
-        import torch
-
-        mine = adapter_tensors(self.trainer.model)
-        if mine.keys() != tensors.keys():
-            raise SystemExit("refused: the two sides put LoRA on different layers: no comparison of different work")
-        with torch.no_grad():
-            for name, parameter in mine.items():
-                parameter.copy_(tensors[name])
+    def draw_adapter(self) -> None:
+        draw_adapter(self.trainer.model)
 
     def _window(self, inputs: Sequence[Any]) -> tuple[float, float]:
         """(loss, gradient norm) of one update over a window of batches, each a function that makes its input."""
         trainer = self.trainer
         trainer.current_gradient_accumulation_steps = len(inputs)
-        loss = sum(trainer.training_step(trainer.model_wrapped, make()) for make in inputs)
+        loss = sum(trainer.training_step(trainer.model_wrapped, make(), None) for make in inputs)
         norm = trainer.accelerator.clip_grad_norm_(trainer.model_wrapped.parameters(), trainer.args.max_grad_norm)
         trainer.optimizer.step()
         trainer.model_wrapped.zero_grad()
@@ -143,4 +136,98 @@ def as_row(tree: Tree) -> dict[str, list[int]]:
         "prompt_ids": tree.trunk.token_ids.tolist(),
         "chosen_ids": chosen.token_ids.tolist(),
         "rejected_ids": rejected.token_ids.tolist(),
+    }
+
+
+class Grpo(_Peer):
+    """GRPOTrainer's update on completions that are given: its reference pass over the whole generation batch, then its
+    training steps. Generation, rewards and advantages are left out; `_prepare_inputs`, which makes them, hands over."""
+
+    def __init__(
+        self,
+        folder: Path,
+        mode: str,
+        *,
+        group_size: int,
+        max_completion: int,
+        kl: float,
+        device: str = "cpu",
+        checkpointing: bool = False,
+    ):
+        super().__init__(folder, mode, device, checkpointing)
+        from datasets import Dataset
+        from transformers import AutoTokenizer
+        from trl import GRPOConfig, GRPOTrainer
+
+        class Given(GRPOTrainer):  # type: ignore[misc]
+            def _prepare_inputs(self, generation_batch: Any) -> Any:
+                return generation_batch
+
+        arguments = GRPOConfig(
+            **self._arguments(),
+            per_device_train_batch_size=group_size,
+            num_generations=group_size,
+            max_completion_length=max_completion,
+            beta=kl,
+            use_bias_correction_kl=False,  # plain k3, as ours by default
+            loss_type="dapo",  # TRL's default: the mean over all tokens of the update, our `aggregation: token`
+        )
+        self.trainer = Given(
+            model=self._model(),
+            reward_funcs=[lambda completions, **_: [0.0] * len(completions)],
+            args=arguments,
+            train_dataset=Dataset.from_list([{"prompt": "never read"}] * group_size),
+            processing_class=AutoTokenizer.from_pretrained(self.folder),
+            peft_config=self._lora(),
+        )
+        self._prepare()
+
+    def update(self, trees: Sequence[Tree], batch: int) -> tuple[float, float]:
+        """batch: completions per training step and per reference forward. All prompts of one length, and all
+        completions."""
+        whole = as_generation_batch(trees, self.device)
+        whole["ref_per_token_logps"] = self._reference(whole, batch)
+        count = whole["prompt_ids"].shape[0]
+        items = whole["completion_mask"].sum()
+        parts = [
+            {name: value[i : i + batch] for name, value in whole.items()} | {"num_items_in_batch": items}
+            for i in range(0, count, batch)
+        ]
+        self.trainer.args.steps_per_generation = len(parts)
+        return self._window([lambda part=part: part for part in parts])
+
+    def _reference(self, whole: dict[str, Any], batch: int) -> Any:
+        """As `_generate_and_score_completions` has it for an adapter that began at zero: the adapter switched off."""
+        import torch
+        from trl.models.utils import disable_gradient_checkpointing
+        from trl.trainer.utils import use_adapter
+
+        trainer = self.trainer
+        ids = torch.cat([whole["prompt_ids"], whole["completion_ids"]], dim=1)
+        mask = torch.cat([whole["prompt_mask"], whole["completion_mask"]], dim=1)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs),
+            use_adapter(model, adapter_name=None),
+        ):
+            kept = whole["completion_ids"].shape[1]
+            return trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, kept, batch_size=batch)[0]
+
+
+def as_generation_batch(trees: Sequence[Tree], device: str) -> dict[str, Any]:
+    """Groups as GRPOTrainer has them after generation, a row per completion."""
+    import numpy as np
+    import torch
+
+    rows = [(tree.trunk, branch) for tree in trees for branch in tree.branches]
+    prompts = torch.as_tensor(np.stack([trunk.token_ids for trunk, _ in rows])).to(device)
+    completions = torch.as_tensor(np.stack([branch.token_ids for _, branch in rows])).to(device)
+    advantages = [0.0 if branch.advantages is None else float(branch.advantages[0]) for _, branch in rows]
+    return {
+        "prompt_ids": prompts,
+        "prompt_mask": torch.ones_like(prompts),
+        "completion_ids": completions,
+        "completion_mask": torch.ones_like(completions),
+        "advantages": torch.tensor(advantages, device=device),
     }

@@ -253,14 +253,14 @@ def adapter_tensors(module: Any) -> dict[str, Any]:
     return {name[name.index("layers.") :]: p for name, p in module.named_parameters() if "lora_" in name}
 
 
-def draw_adapter(module: Any, spread: float = 0.05, seed: int = 1) -> dict[str, Any]:
-    """Give B random values, so that policy and reference differ and equal losses say something; return copies."""
+def draw_adapter(module: Any, spread: float = 0.05, seed: int = 1) -> None:
+    """Random values for A and B, the same for the same layers on any side. B is not zero, so that policy and reference
+    differ and equal losses say something."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     found = adapter_tensors(module)
     with torch.no_grad():
         for name in sorted(found):
-            if "lora_B" in name:
-                found[name].copy_(torch.randn(found[name].shape, generator=generator) * spread)
-    return {name: p.detach().clone() for name, p in found.items()}
+            scale = spread if "lora_B" in name else found[name].shape[1] ** -0.5
+            found[name].copy_(torch.randn(found[name].shape, generator=generator) * scale)

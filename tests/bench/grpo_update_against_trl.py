@@ -1,0 +1,142 @@
+"""One GRPO update without generation, ours against TRL's GRPOTrainer, on completions and advantages that are given.
+
+    python -m tests.bench.grpo_update_against_trl [--dtype float32|bfloat16] [--repeats 3]
+
+4 groups of 8 completions, prompt 512 and completion 128 tokens, random ids, KL to the reference at 0.04. The reference
+log-probabilities (a forward with the adapter off) are part of the update on both sides. The old log-probabilities cost
+neither side anything: ours are the sampler's, TRL takes the first forward's own where a generation batch is one update
+(`num_iterations` 1). Both sides report the entropy, as both do by default. Loss and gradient norm are compared first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from align.protocols import Tree
+from tests.bench import common, peer, work
+
+GOAL = 4.0
+KL = 0.04
+
+
+def with_sampler_logps(trainer: Any, trees: Sequence[Tree]) -> list[Tree]:
+    """The policy's own log-probabilities as the sampler's: ratios are 1, as TRL's are on its first pass."""
+    found = trainer.logps(trees)
+    return [
+        replace(
+            tree,
+            branches=tuple(
+                replace(branch, behavior_logps=logps) for branch, logps in zip(tree.branches, of_tree, strict=True)
+            ),
+        )
+        for tree, of_tree in zip(trees, found, strict=True)
+    ]
+
+
+def choose(
+    arguments: argparse.Namespace, trainer: Any, folder: Path, trees: list[Tree]
+) -> tuple[int, peer.Grpo, int, dict[str, float], list[Tree]]:
+    """(our token budget, TRL's trainer, its batch size, what was tried, the trees with sampler log-probabilities)."""
+    work.draw_adapter(trainer.module)
+    trees = with_sampler_logps(trainer, trees)
+    some = trees[: arguments.select_groups]
+    found = trainer.step(trees[:1], step=0, progress=0.0)
+    mine = (found["loss/total"], found["optim/grad_norm"])
+
+    def ours(budget: int) -> None:
+        work.repack(trainer, budget)
+        trainer.step(some, step=0, progress=0.0)
+
+    budget, tried = common.fastest(arguments.max_tokens, ours, "ours, max_tokens")
+    best: tuple[float, peer.Grpo, int] | None = None
+    for mode in peer.modes_for(arguments.dtype):
+        theirs = peer.Grpo(
+            folder, mode, group_size=arguments.group_size, max_completion=len(trees[0].branches[0]), kl=KL
+        )
+        theirs.draw_adapter()
+        common.check_same_work(mine, theirs.update(trees[:1], 2), arguments.dtype, mode)
+        run = functools.partial(theirs.update, some)
+        batch, seconds = common.fastest(arguments.batches, run, f"TRL, {mode}, batch")
+        tried |= {f"TRL, {mode}, batch {key}": value for key, value in seconds.items()}
+        if best is None or seconds[str(batch)] < best[0]:
+            best = (seconds[str(batch)], theirs, batch)
+    assert best is not None
+    return budget, best[1], best[2], tried, trees
+
+
+def padded(trees: Sequence[Tree], batch: int, *, compact: bool = False) -> work.Layout:
+    """Of TRL's batches: a row per completion."""
+    rows = [replace(tree, branches=(branch,)) for tree in trees for branch in tree.branches]
+    return work.padded_layout([rows[i : i + batch] for i in range(0, len(rows), batch)], compact_head=compact)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run and print; returns what is recorded."""
+    arguments = parse(argv)
+    started = time.perf_counter()
+    threads = common.use_threads(arguments.threads)
+    shape, prompt, completion = (work.TOY, 32, 8) if arguments.toy else (work.BENCH, 512, 128)
+    size = arguments.group_size
+    trees = work.random_trees(
+        arguments.groups, prompt, completion, vocabulary=shape.vocabulary, branches=size, rollout=True
+    )
+    print(f"{arguments.groups} groups of {size}, prompt {prompt}, completion {completion}, KL {KL}")
+    print(f"{shape.parameters / 1e6:.1f}M parameters, {arguments.dtype}, {threads} threads; generation left out")
+    print(peer.HEAD_NOTE)
+    with tempfile.TemporaryDirectory() as name:
+        folder = work.write_model(shape, Path(name))
+        loss = {"name": "grpo", "kl": KL}
+        trainer = work.make_trainer(folder, loss, dtype=arguments.dtype, device="cpu")
+        budget, theirs, batch, tried, trees = choose(arguments, trainer, folder, trees)
+        work.repack(trainer, budget)
+        rounds = common.alternate(
+            {
+                "ours": lambda: trainer.step(trees, step=0, progress=0.0),
+                "TRL": lambda: theirs.update(trees, batch),
+            },
+            arguments.repeats,
+            peak=lambda: common.matmul_peak(arguments.dtype, seconds=0.02 if arguments.toy else 0.2),
+        )
+    packed = work.packed_layout(trees, budget, keep_together=False)
+    units = {"completions": arguments.groups * size}
+    layouts = {"ours": packed, "TRL": padded(trees, batch)}
+    settings = {"ours": f"max_tokens {budget}", "TRL": f"{theirs.mode}, batch {batch}"}
+    sides = [
+        common.Side(side, settings[side], rounds.seconds[side], work.update_flop(shape, layouts[side]), units)
+        for side in ("ours", "TRL")
+    ]
+    return common.report(
+        f"grpo-update-against-trl-{arguments.dtype}",
+        sides,
+        rounds,
+        goal=GOAL,
+        about={"groups": arguments.groups, "group_size": size, "dtype": arguments.dtype, "note": peer.HEAD_NOTE},
+        tried=tried,
+        started=started,
+        record=not arguments.toy,
+    )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--groups", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--select-groups", type=int, default=1, help="groups that settings are chosen on")
+    parser.add_argument("--batches", type=common.integers, default=[1, 2, 8], help="TRL's, in completions")
+    parser.add_argument("--max-tokens", type=common.integers, default=[1536, 3072, 6144])
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--toy", action="store_true", help="a tiny model; nothing is recorded")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
