@@ -54,7 +54,7 @@ def open_model(recipe: Recipe, folder: Path) -> Iterator[ModelFacts]:
         config = memory.read_config(found)
         _refuse_without_weights(found, Path(model.path).expanduser().is_dir())
         _refuse_images(config, found)
-        yield ModelFacts(config, _tokenizer(model, found), Origin(found, _adapter(model.adapter)))
+        yield ModelFacts(config, _tokenizer(model, found), Origin(found, _adapter(recipe)))
         return
     assert model.tokenizer is not None and model.config is not None, "the grammar ties `config` and `tokenizer`"
     with tempfile.TemporaryDirectory(prefix="align-check-") as aside:
@@ -63,12 +63,13 @@ def open_model(recipe: Recipe, folder: Path) -> Iterator[ModelFacts]:
         yield ModelFacts(dict(model.config), facts, Origin(recipe.run_folder / "base", None))
 
 
-def _adapter(path: str | None) -> Path | None:
+def _adapter(recipe: Recipe) -> Path | None:
     """The adapter that the first stages go on with. Raises ModelError or Unsupported where they cannot."""
-    if path is None:
+    if recipe.model.adapter is None:
         return None
-    folder = resolve_model_folder(path)
-    refuse_beyond_lora(read_adapter_config(folder), folder, "train")
+    folder = resolve_model_folder(recipe.model.adapter)
+    first = {stage.kind for stage in recipe.stages if stage.from_ is None and stage.kind != "evaluate"}
+    refuse_beyond_lora(read_adapter_config(folder), folder, "train", score_head=first == {"reward_model"})
     return folder
 
 

@@ -126,9 +126,17 @@ class Estimate:
 
 
 def trainer(
-    sizes: Sizes, adapter: Adapter, dtype: str, *, tokens: int, second_copy: bool, checkpointing: bool
+    sizes: Sizes,
+    adapter: Adapter,
+    dtype: str,
+    *,
+    tokens: int,
+    second_copy: bool,
+    checkpointing: bool,
+    logits: bool = True,
 ) -> Estimate:
-    """A trainer with microbatches of `tokens` tokens. second_copy: a frozen reference of the whole weights."""
+    """A trainer with microbatches of `tokens` tokens. second_copy: a frozen reference of the whole weights. logits:
+    False for a model with a score head, which is too small to count."""
     weights, b = sizes.parameters, BYTES[dtype]
     if adapter.kind == "full":
         parts = {"weights": weights * 4.0, "optimizer": float(weights * (ADAMW_BYTES + GRADIENT_BYTES))}
@@ -140,7 +148,7 @@ def trainer(
     block = (12 * sizes.hidden + 4 * sizes.intermediate) * b
     kept = sizes.hidden * b * sizes.layers + block if checkpointing else block * sizes.layers
     parts["activations"] = float(tokens * kept)
-    parts["logits"] = float(2 * min(CHUNK_BYTES, tokens * sizes.vocabulary * 4))
+    parts["logits"] = float(2 * min(CHUNK_BYTES, tokens * sizes.vocabulary * 4)) if logits else 0.0
     return Estimate(parts)
 
 

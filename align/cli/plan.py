@@ -11,7 +11,7 @@ from typing import Any
 from align.cli import memory
 from align.cli.inputs import DataFacts, ModelFacts
 from align.data.order import DEFAULT_BATCH, BatchPlan
-from align.errors import DataError, PlacementError, RecipeError
+from align.errors import DataError, ModelError, PlacementError, RecipeError
 from align.losses import configure
 from align.recipe.schema import Adapter, Recipe
 from align.recipe.support import publish_mode, reference_words
@@ -86,14 +86,17 @@ class Planner:
         return f"{where} ({kind}{size}, {self.model.tokenizer.vocab_size} tokens)"
 
     def training(self, stage: Any, facts: DataFacts) -> StagePlan:
-        """A stage of kind sft, preference or online. Raises UserError where it cannot run."""
+        """A stage that trains. Raises UserError where it cannot run."""
+        if stage.kind != "reward_model" and stage.from_ is None:
+            self._refuse_reward_model()
         adapter = adapter_of(self.recipe, stage, self.model.origin)
         optim = resolved_optim(stage, adapter)
         steps = self._steps(stage, facts)
         plan = StagePlan(stage.id, stage.kind, steps, self.roles(stage))
         losses = " + ".join(t.name if t.weight == 1 else f"{t.weight:g} {t.name}" for t in stage.loss)
         plan.lines += [
-            f"starts from {stage.from_ or 'the model'}; trains {_adapter_words(adapter, self.sizes)}; loss {losses}",
+            f"starts from {stage.from_ or 'the model'}; trains {_adapter_words(adapter, self.sizes)}"
+            f"{' and a score head' if stage.kind == 'reward_model' else ''}; loss {losses}",
             f"reference: {reference_words(adapter, reference_of(stage), self._continues(stage))}",
             f"{_steps_words(steps)} of {_batch_words(stage)}; lr {optim.lr:g} {optim.schedule}, "
             f"warm-up {100 * (optim.warmup or 0):g} %",
@@ -107,6 +110,8 @@ class Planner:
             )
         else:
             self._check_positions(facts)
+            if stage.kind == "reward_model":
+                self._check_padding()
         plan.lines += _loss_notes(stage) + self._packing_notes(stage, facts)
         self._estimate(plan, stage, adapter, facts)
         return plan
@@ -179,6 +184,24 @@ class Planner:
                 remedy=f"set `max_length: {positions}` with `truncate: right`, or leave these rows out",
             )
 
+    def _refuse_reward_model(self) -> None:
+        names = [str(name) for name in self.model.config.get("architectures") or ()]
+        if any(name.endswith("ForSequenceClassification") for name in names):
+            raise ModelError(
+                f"the model is a {names[0]}: it scores, and has no language model head",
+                where="model.path",
+                remedy="give a causal language model; only a stage of kind reward_model starts from a reward model",
+            )
+
+    def _check_padding(self) -> None:
+        """A reward model's users pad, and find the end of a sequence by the padding token."""
+        if self.model.tokenizer.pad_id is None:
+            raise ModelError(
+                "the tokenizer has no padding token, by which users of a reward model find the end of a sequence",
+                where="model",
+                remedy="set `pad_token` in tokenizer_config.json to a token that ends no completion",
+            )
+
     def _packing_notes(self, stage: Any, facts: DataFacts) -> list[str]:
         budget = stage.packing.max_tokens
         if stage.kind == "online" or facts.longest <= budget:
@@ -207,6 +230,7 @@ class Planner:
             tokens=tokens,
             second_copy=reference in ("start", "base"),
             checkpointing=model.gradient_checkpointing,
+            logits=stage.kind != "reward_model",
         )
         if stage.kind == "online":
             plan.memory["each engine"] = memory.engine(
@@ -278,7 +302,7 @@ def _batch_words(stage: Any) -> str:
     batch: Mapping[str, Any] = stage.batch.model_dump(exclude_none=True)
     if stage.kind == "online":
         return f"{batch['groups']} groups x {batch['group_size']}"
-    unit = "pairs" if stage.kind == "preference" and record_kind(stage.loss) == "pair" else "sequences"
+    unit = "pairs" if record_kind(stage.loss) == "pair" else "sequences"
     return f"{batch.get(unit, DEFAULT_BATCH)} {unit}"
 
 

@@ -17,7 +17,12 @@ from align.recipe.support import check_adapter, is_offered, publish_mode
 from align.stages.handover import adapter_of, check_adapters
 from rollout.base import check_engine_options
 
-_RECORDS = {"sft": ("conversation",), "preference": ("pair", "unpaired"), "online": ("group",)}
+_RECORDS = {
+    "sft": ("conversation",),
+    "preference": ("pair", "unpaired"),
+    "reward_model": ("pair",),
+    "online": ("group",),
+}
 _SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens")
 
 
@@ -29,9 +34,10 @@ def check_recipe(recipe: Recipe, found: Findings) -> set[str]:
         check_adapters(recipe)  # again with the adapter that the recipe starts from, once its folder is known
     for stage in recipe.stages:
         _check_from(recipe, stage, found)
+        _check_score_head(recipe, stage, found)
         if not hasattr(stage, "loss") or check_losses(stage, found):
             sound.add(stage.id)
-        if stage.kind in ("sft", "preference", "online"):
+        if stage.kind in ("sft", "preference", "reward_model", "online"):
             if stage.adapter is not None:
                 with found.gather(stage.id):
                     check_adapter(stage.adapter)
@@ -53,10 +59,10 @@ def _check_whole(recipe: Recipe, found: Findings) -> None:
                 remedy="leave it out",
             )
         )
-    for part in ("trainer", "reference", "rollout", "rewards"):
+    for part in ("reference", "rollout", "rewards"):
         ranks = getattr(recipe.placement, part).ranks
         if ranks != 1:
-            more = "use `rollout.workers`" if part == "rollout" else "one process holds each model: leave it out"
+            more = "use `rollout.workers`" if part == "rollout" else "one process holds it: leave it out"
             found.add(
                 Unsupported(
                     f"`placement.{part}.ranks: {ranks}` is not offered by this version",
@@ -81,6 +87,26 @@ def _check_from(recipe: Recipe, stage: Any, found: Findings) -> None:
         else:
             continue
         found.add(RecipeError(what, where=key, remedy=remedy), stage.id)
+
+
+def _check_score_head(recipe: Recipe, stage: Any, found: Findings) -> None:
+    """A reward model has a score head where others have the language model's: only its own kind goes on with it."""
+    if stage.kind == "reward_model":
+        return
+    for name in (stage.from_, *getattr(stage, "of", ())):
+        if name is None or recipe.stage(name.partition("@")[0]).kind != "reward_model":
+            continue
+        key, remedy = "from", f"build on the stage before {name!r}; its folder is what others load"
+        if stage.kind == "evaluate":
+            key, remedy = "of", f"give {name!r} an `eval: {{data: ...}}` with pairs: it reports accuracies"
+        found.add(
+            RecipeError(
+                f"{name!r} is a reward model: it scores, and a stage of kind {stage.kind} needs a language model",
+                where=key,
+                remedy=remedy,
+            ),
+            stage.id,
+        )
 
 
 # ------------------------------------------------------------------------------------------------- losses
@@ -112,6 +138,16 @@ def check_losses(stage: Any, found: Findings) -> bool:
 def _check_needs(stage: Any, needs: list[Needs]) -> None:
     allowed = _RECORDS.get(stage.kind, ("conversation", "pair", "unpaired"))
     names = [term.name for term in stage.loss]
+    for name, need in zip(names, needs, strict=True):
+        if ("scores" in need.head) == (stage.kind == "reward_model"):
+            continue
+        if stage.kind == "reward_model":
+            what = f"a stage of kind reward_model has a score head, and the loss {name!r} needs a language model's"
+            remedy = "leave `loss` out, or use `kind: preference`"
+        else:
+            what = f"the loss {name!r} needs a score head, which a stage of kind {stage.kind} has not"
+            remedy = "use `kind: reward_model`"
+        raise RecipeError(what, where="loss", remedy=remedy)
     if needs[0].record not in allowed:
         kinds = [kind for kind, records in _RECORDS.items() if needs[0].record in records]
         raise RecipeError(
@@ -165,8 +201,8 @@ def _check_cached(stage: Any, needs: list[Needs]) -> None:
 
 
 def _check_units(stage: Any, record: str) -> None:
-    """A preference batch counts pairs, or sequences for losses on single completions."""
-    if stage.kind != "preference":
+    """A batch counts pairs, or sequences for losses on single completions."""
+    if stage.kind not in ("preference", "reward_model"):
         return
     right, wrong = ("sequences", "pairs") if record == "unpaired" else ("pairs", "sequences")
     if getattr(stage.batch, wrong) is not None:

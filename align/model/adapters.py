@@ -60,6 +60,7 @@ __all__ = [
 ]
 
 DEFAULT = "default"
+PEFT_HEAD = f"base_model.model.{HEAD}.weight"
 
 
 # ------------------------------------------------------------------------------------------------- making
@@ -201,12 +202,13 @@ def _load_weights(peft: PeftModel, name: str, folder: Path) -> None:
             remedy="load the adapter once in peft and save it again: it writes safetensors",
         )
     try:
-        state = _without_base(peft, load_file(file), file)
-        result = set_peft_model_state_dict(peft, state, adapter_name=name)
+        own = _without_base(peft, load_file(file), file)
+        result = set_peft_model_state_dict(peft, _fresh_head(peft) | own, adapter_name=name)
     except (RuntimeError, SafetensorError) as error:
         raise ModelError(f"the adapter does not fit the model: {error}", where=file) from error
-    needed = ("lora_", f".{HEAD}.") if scores(read_adapter_config(folder)) else ("lora_",)
-    missing = [key for key in result.missing_keys if any(word in key for word in needed) and f".{name}" in key]
+    missing = [key for key in result.missing_keys if "lora_" in key and f".{name}" in key]
+    if has_score_head(peft.get_base_model()) and PEFT_HEAD not in own and scores(read_adapter_config(folder)):
+        missing.append(PEFT_HEAD)
     for problem, keys in (
         ("lacks", missing),
         ("has, for modules that the model lacks,", result.unexpected_keys),
@@ -219,12 +221,19 @@ def _load_weights(peft: PeftModel, name: str, folder: Path) -> None:
             )
 
 
+def _fresh_head(peft: PeftModel) -> dict[str, torch.Tensor]:
+    """The score head as it was loaded or drawn, under the name that an adapter's own has: a language model's adapter
+    has none, and peft insists on one."""
+    model: Any = peft.get_base_model()
+    return {PEFT_HEAD: model.score.original_module.weight.detach()} if has_score_head(model) else {}
+
+
 def _without_base(peft: PeftModel, state: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
     """Leave out copies of base weights (peft stores a targeted head's); refuse base weights that were changed."""
     own = dict(peft.get_base_model().named_parameters())
     kept = {}
     for key, tensor in state.items():
-        if "lora_" in key or (key == f"base_model.model.{HEAD}.weight" and has_score_head(peft.get_base_model())):
+        if "lora_" in key or (key == PEFT_HEAD and has_score_head(peft.get_base_model())):
             kept[key] = tensor
             continue
         plain = key.removeprefix("base_model.model.").replace(".base_layer.", ".")

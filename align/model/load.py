@@ -99,8 +99,9 @@ def refuse_scoring(folder: Path) -> None:
     """Raise ModelError where config.json says that the folder scores: with tied embeddings it would load, and forget
     its head."""
     file = folder / "config.json"
-    names = json.loads(file.read_text(encoding="utf-8")).get("architectures") if file.is_file() else None
-    if any(str(name).endswith(("ForSequenceClassification", "ForTokenClassification")) for name in names or ()):
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    names = [str(name) for name in config.get("architectures") or ()]
+    if any(name.endswith(("ForSequenceClassification", "ForTokenClassification")) for name in names):
         raise ModelError(
             f"the folder is a {names[0]}, a model that scores: it has no language model head",
             where=folder,

@@ -70,8 +70,8 @@ def load_score_model(
         trust_remote_code=trust_remote_code,
         num_labels=1,
     )
-    head = getattr(model, HEAD, None)
-    if not isinstance(head, nn.Linear) or head.bias is not None:
+    head: Any = getattr(model, HEAD, None)
+    if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
         raise ModelError(
             f"transformers' {type(model).__name__} has no linear layer `{HEAD}` for scores",
             where=folder,
@@ -135,8 +135,8 @@ def padding_token(folder: Path, config: Any) -> int:
         raise ModelError(
             "the tokenizer has no padding token" if found is None else f"the padding token {found} has no embedding",
             where=folder,
-            remedy="transformers finds the end of a sequence by it: set `pad_token` in tokenizer_config.json to a token "
-            "that ends no completion",
+            remedy="transformers finds the end of a sequence by it: set `pad_token` in tokenizer_config.json to a "
+            "token that ends no completion",
         )
     return int(found)
 

@@ -14,8 +14,9 @@ class Later(NamedTuple):
 
 _NOT_YET = "not offered by this version"
 _VALUES: dict[tuple[str, Any], Later] = {
-    ("kind", "classify"): Later(_NOT_YET, "offered kinds: sft, preference, online, evaluate, merge, export"),
-    ("kind", "reward_model"): Later(_NOT_YET, "score with a reward plugin in an online stage, `rewards: [{use: ...}]`"),
+    ("kind", "classify"): Later(
+        _NOT_YET, "offered kinds: sft, preference, reward_model, online, evaluate, merge, export"
+    ),
     ("combine", "lagrangian"): Later(_NOT_YET, "use `combine: weighted_sum` or `combine: decoupled`"),
     ("combine", "chebyshev"): Later(_NOT_YET, "use `combine: weighted_sum` or `combine: decoupled`"),
     ("combine", "hypervolume"): Later(_NOT_YET, "use `combine: weighted_sum` or `combine: decoupled`"),

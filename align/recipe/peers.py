@@ -28,6 +28,7 @@ _MEANS = {  # their word -> where ours stands
     "tau_neg": "loss.sapo_temperature_neg",
     "kl_coef": "loss.kl",
     "label_smoothing": "loss.label_smoothing",
+    "center_rewards_coefficient": "loss.centre",
     "learning_rate": "optim.lr",
     "lr": "optim.lr",
     "lr_scheduler_type": "optim.schedule",
@@ -216,7 +217,8 @@ _SENTENCES = {  # their word -> the whole answer, where a key alone would mislea
     "tensor_model_parallel_size": "not offered by this version: an engine is one process; use `rollout.workers`",
     "actor_rollout_ref": "`actor_rollout_ref` is `model`, `rollout` and `reference`",
     "algorithm": "`algorithm` is `objectives` and `loss` of an online stage",
-    "reward_model": "`reward_model` is a reward: `rewards: [{use: ...}]` of an online stage",
+    "reward_model": "`reward_model` is a stage, `kind: reward_model`, where one is trained; rewards of an online stage "
+    "are `rewards: [{use: ...}]`",
     "trainer": "`trainer` is the recipe itself: `name`, `output`, `report`, and `epochs` or `steps` of a stage",
     "logging_steps": "not needed: every step is logged",
     "top_p": "`top_p` is refused: it changes the sampling distribution and biases the importance ratio",

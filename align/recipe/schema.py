@@ -325,6 +325,14 @@ class PreferenceStage(TrainStage):
     batch: PairBatch = PairBatch()
 
 
+class RewardModelStage(TrainStage):
+    """A language model with a score head in place of its own, on preference pairs."""
+
+    kind: Literal["reward_model"]
+    loss: LossField = (LossTerm(name="reward_model"),)
+    batch: PairBatch = PairBatch()
+
+
 class OnlineStage(TrainStage):
     kind: Literal["online"]
     loss: LossField = (LossTerm(name="grpo"),)
@@ -333,6 +341,12 @@ class OnlineStage(TrainStage):
     rollout: Rollout = Rollout()
     rewards: Annotated[RewardField, Field(min_length=1)]
     objectives: Objectives = Objectives()
+
+    @model_validator(mode="after")
+    def _one_weight_of_truncated(self) -> OnlineStage:
+        if self.rollout.truncated == "penalise" and "truncated" in self.objectives.weights:
+            raise ValueError("the weight of the objective `truncated` is `rollout.truncated_penalty`; give it there")
+        return self
 
 
 class EvaluateStage(StageBase):
@@ -345,12 +359,6 @@ class EvaluateStage(StageBase):
     rollout: Rollout = Rollout(temperature=0.0)
     loss: LossField = (LossTerm(name="sft"),)
     packing: Packing = Packing()
-
-    @model_validator(mode="after")
-    def _one_weight_of_truncated(self) -> OnlineStage:
-        if self.rollout.truncated == "penalise" and "truncated" in self.objectives.weights:
-            raise ValueError("the weight of the objective `truncated` is `rollout.truncated_penalty`; give it there")
-        return self
 
 
 class MergeStage(StageBase):
@@ -365,7 +373,8 @@ class ExportStage(StageBase):
 
 
 Stage = Annotated[
-    SftStage | PreferenceStage | OnlineStage | EvaluateStage | MergeStage | ExportStage, Field(discriminator="kind")
+    SftStage | PreferenceStage | RewardModelStage | OnlineStage | EvaluateStage | MergeStage | ExportStage,
+    Field(discriminator="kind"),
 ]
 
 
@@ -413,5 +422,5 @@ class Recipe(Strict):
 TokenizerFromScratch.model_rebuild()
 Eval.model_rebuild()
 Model.model_rebuild()
-for _stage in (TrainStage, SftStage, PreferenceStage, OnlineStage, EvaluateStage, Recipe):
+for _stage in (TrainStage, SftStage, PreferenceStage, RewardModelStage, OnlineStage, EvaluateStage, Recipe):
     _stage.model_rebuild()

@@ -12,10 +12,17 @@ LEARNING_RATES = {
     ("sft", False): 2e-5,
     ("preference", True): 5e-6,
     ("preference", False): 5e-7,
+    ("reward_model", True): 1e-4,
+    ("reward_model", False): 1e-5,
     ("online", True): 1e-5,
     ("online", False): 1e-6,
 }
-SCHEDULES = {"sft": ("cosine", 0.05), "preference": ("cosine", 0.05), "online": ("constant", 0.05)}
+SCHEDULES = {
+    "sft": ("cosine", 0.05),
+    "preference": ("cosine", 0.05),
+    "reward_model": ("cosine", 0.05),
+    "online": ("constant", 0.05),
+}
 
 
 def resolved_optim(stage: Any, adapter: Adapter) -> Optim:

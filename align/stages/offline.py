@@ -1,4 +1,4 @@
-"""SFT and preference stages: batches of prepared trees in a fixed order, one update each.
+"""SFT, preference and reward model stages: batches of prepared trees in a fixed order, one update each.
 
 Turn k's batch is arithmetic of (seed, k): no iterator state exists, so a resumed stage draws what an undisturbed one
 would have drawn.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 
 from align.data.order import BatchPlan
+from align.errors import DataError
 from align.protocols import Metrics, Trainer, Tree
 
 EVAL_NAMES = {"loss/total": "eval/loss", "rewards/accuracies": "eval/accuracies"}
@@ -31,6 +32,20 @@ def offline_evaluation(trainer: Trainer, trees: Sequence[Tree]) -> Callable[[], 
         return eval_names(await trainer.evaluate(trees))
 
     return evaluate
+
+
+def refuse_padding_at_end(trees: Sequence[Tree], pad_id: int | None) -> None:
+    """Raise DataError where a sequence to be scored ends in the padding token: whoever loads the reward model in
+    transformers has the token before it scored."""
+    for tree in trees:
+        for sequence in tree.sequences:
+            last = sequence if len(sequence) else tree.trunk
+            if pad_id is not None and int(last.token_ids[-1]) == pad_id:
+                raise DataError(
+                    f"a sequence ends in the tokenizer's padding token ({pad_id}), which hides where it ends",
+                    where=tree.origin or None,
+                    remedy="set `pad_token` in the model's tokenizer_config.json to a token that ends no completion",
+                )
 
 
 def eval_names(metrics: Metrics) -> Metrics:

@@ -76,6 +76,7 @@ async def _one_folder(
 RUNNERS: dict[str, Callable[[Context, Any], Awaitable[StageResult]]] = {
     "sft": run_offline,
     "preference": run_offline,
+    "reward_model": run_offline,
     "online": run_online,
     "evaluate": run_evaluate,
     "merge": run_merge,

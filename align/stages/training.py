@@ -1,4 +1,4 @@
-"""Setting up and running the stages that train: sft, preference and online."""
+"""Setting up and running the stages that train: sft, preference, reward_model and online."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from align.stages.defaults import resolved_optim
 from align.stages.groups import PromptCursor
 from align.stages.handover import start_of
 from align.stages.loop import Loop, StageResult, every_steps, latest_checkpoint
-from align.stages.offline import offline_evaluation, offline_turn
+from align.stages.offline import offline_evaluation, offline_turn, refuse_padding_at_end
 from align.stages.online import OnlinePlan, OnlineStage
 from align.stages.reference_cache import cached_reference
 from align.stages.rollout_log import RolloutLog
@@ -107,12 +107,14 @@ async def resumed(context: Context, loop: Loop) -> None:
 
 
 async def run_offline(context: Context, stage: Any) -> StageResult:
-    """An sft or preference stage from its start, or from its newest checkpoint."""
+    """An sft, preference or reward_model stage from its start, or from its newest checkpoint."""
     start = start_of(context.recipe, stage, context.origin, context.run.finished())
     tokenizer = context.tokenizer(start.base)
     kind = record_kind(stage.loss)
     trees = await context.trees(stage, stage.data, kind, tokenizer)
     held = await context.trees(stage, stage.eval.data, kind, tokenizer, "eval") if stage.eval else []
+    if stage.kind == "reward_model":
+        refuse_padding_at_end([*trees, *held], tokenizer.pad_id)
     order = BatchPlan.of(stage, len(trees), context.seed(stage.id))
     job = trainer_job(context, stage, start, order.total)
     context.raise_if_stopped(stage.id)
