@@ -47,9 +47,15 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "reward_model": [{}, {"centre": 0.1}],
     "grpo": [
         {},
-        {"clip_low": 0.1, "clip_high": 0.3, "log_entropy": False},
+        {"clip_low": 0.1, "clip_high": 0.15, "clip_delta": 1.25, "log_entropy": False},
+        {"surrogate": "cispo", "cispo_cap": 1.1},
+        {"surrogate": "sapo", "sapo_temperature_pos": 0.9, "sapo_temperature_neg": 1.2, "aggregation": "sequence"},
+        {"ratio": "sequence", "aggregation": "sequence_sum"},
+        {"top_entropy": 0.3, "entropy_bonus": 0.02},
+        {"off_policy_threshold": 0.02},
         {"kl": 0.1},
         {"kl": 0.1, "kl_estimator": "k2"},
+        {"kl": 0.1, "kl_estimator": "w_k3"},
         {"aggregation": "sequence", "entropy_bonus": 0.01},
         {"aggregation": "constant", "constant_length": 16, "ratio": "sequence"},
     ],
@@ -136,7 +142,7 @@ def run(name: str, options: dict[str, Any], trees: Sequence[Tree], max_tokens: i
     if needs.scope == "batch":
         seen = module.auxiliary(trees, config) if hasattr(module, "auxiliary") else trees
         reference = forward.reference if needs.reference else lambda batch: None
-        stats = module.batch_stats(run_prepass(packed(seen), outputs, reference), config)
+        stats = module.batch_stats(run_prepass([(batch, True) for batch in packed(seen)], outputs, reference), config)
     total, gradients = 0.0, dict[tuple[Any, ...], float]()
     batches = packed(trees)
     for batch in batches:
