@@ -15,7 +15,7 @@ from torch import Tensor
 from align.data.packing import collate, global_counts, mark_nll, plan_microbatches
 from align.losses import configure, load, names
 from align.losses.base import LossInputs
-from align.protocols import Tree
+from align.protocols import Counts, Tree
 from align.train.metrics import MetricSums
 from align.train.prepass import run_prepass
 from align.types import HeadOutputs, TokenBatch
@@ -30,6 +30,15 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"variant": "hinge"},
         {"variant": "ipo"},
         {"variant": "robust", "label_smoothing": 0.1},
+        {"variant": "sigmoid_norm", "divergence": "js"},
+        {"variant": "exo_pair", "divergence": "forward_kl"},
+        {"variant": "discopop", "discopop_tau": 0.1},
+        {"divergence": "alpha", "divergence_alpha": 0.3},
+        *({"variant": name} for name in ("nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down")),
+        {"variant": "aot"},
+        {"variant": "aot_unpaired", "label_smoothing": 0.1},
+        {"weighting": "wpo"},
+        {"ld_alpha": 0.3},
     ],
     "kto": [{"beta": 0.4, "desirable_weight": 1.5, "undesirable_weight": 0.7}, {"variant": "apo_zero_unpaired"}],
     "orpo": [{"lambda": 0.3}, {"nll": "response"}],
@@ -179,6 +188,20 @@ def test_any_split_gives_the_same_loss_gradient_and_metrics(
     assert max(abs(value) for value in gradient.values()) > 1e-4
     assert max(abs(gradient[key] - split_gradient[key]) for key in gradient) < 1e-9
     assert split_metrics == pytest.approx(metrics, rel=1e-6, abs=1e-7)
+
+
+def test_a_loss_that_divides_by_its_own_microbatch_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpo = load("cpo")
+    right = cpo.loss
+
+    def local(inputs: LossInputs, config: Any) -> Any:
+        batch = inputs.batch
+        own = Counts(batch.labels.numel(), int(batch.nll_mask.sum()), batch.sequences, len(batch.pairs))
+        return right(replace(inputs, counts=own), config)
+
+    monkeypatch.setattr(cpo, "loss", local)
+    with pytest.raises(AssertionError):
+        test_any_split_gives_the_same_loss_gradient_and_metrics("cpo", {}, 40)
 
 
 # ------------------------------------------------------------------------------------------------- completeness
