@@ -7,6 +7,7 @@ over the fastest matrix product that the same run measured between the rounds.
 
 from __future__ import annotations
 
+import functools
 import gc
 import multiprocessing
 import sys
@@ -70,7 +71,7 @@ def alternate(
     for number in range(repeats):
         if peak is not None:
             rounds.peaks.append(peak())
-        order = list(sides) if number % 2 == 0 else list(reversed(sides))
+        order = list(sides) if number % 2 == 0 else list(sides)[::-1]
         for name in order:
             rounds.seconds[name].append(seconds_of(sides[name]))
         line = "  ".join(f"{name} {rounds.seconds[name][-1]:.2f} s" for name in sides)
@@ -103,7 +104,7 @@ def fastest(settings: Sequence[Any], run: Callable[[Any], object], tell: str) ->
     """Try every setting once; the fastest, and seconds by setting."""
     seconds = {}
     for setting in settings:
-        seconds[str(setting)] = seconds_of(lambda setting=setting: run(setting))
+        seconds[str(setting)] = seconds_of(functools.partial(run, setting))
         print(f"  {tell} {setting}: {seconds[str(setting)]:.2f} s", flush=True)
     return min(settings, key=lambda setting: seconds[str(setting)]), seconds
 

@@ -73,8 +73,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shape, trees = data_and_model(arguments, folder)
-        batches = [b for b in arguments.batches if len(trees) % b == 0]
-        arguments.batches = batches or [1]
+        arguments.batches = peer.usable(arguments.batches, len(trees)) or [1]
         print(f"{len(trees)} pairs, {shape.parameters / 1e6:.1f}M parameters, {arguments.dtype}, {threads} threads")
         print(peer.HEAD_NOTE)
         loss = {"name": "dpo", "beta": 0.1}

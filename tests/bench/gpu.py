@@ -103,7 +103,7 @@ def trl_settings(case: Case, folder: Path, checkpointing: bool) -> Iterator[Sett
             completion = len(trees[0].branches[0])
             side = peer.Grpo(folder, mode, group_size=GROUP_SIZE, max_completion=completion, kl=KL, **options)
         items = len(trees) * (1 if case.loss == "dpo" else GROUP_SIZE)
-        for batch in (b for b in case.batches if items % b == 0):
+        for batch in peer.usable(case.batches, items) or [1]:
             if case.loss == "dpo":
                 layout = work.padded_layout(peer.windows_of(trees, batch), compact_head=compact)
             else:

@@ -87,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     trees = work.random_trees(
         arguments.groups, prompt, completion, vocabulary=shape.vocabulary, branches=size, rollout=True
     )
+    arguments.batches = peer.usable(arguments.batches, arguments.groups * size) or [1]
     print(f"{arguments.groups} groups of {size}, prompt {prompt}, completion {completion}, KL {KL}")
     print(f"{shape.parameters / 1e6:.1f}M parameters, {arguments.dtype}, {threads} threads; generation left out")
     print(peer.HEAD_NOTE)

@@ -10,6 +10,7 @@ TRL's head runs on scored positions only where `_use_triton(device)` holds: `com
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,12 @@ def windows_of(trees: Sequence[Tree], batch: int) -> list[list[Tree]]:
     return [list(ordered[i : i + batch]) for i in range(0, len(ordered), batch)]
 
 
+def usable(batches: Sequence[int], items: int) -> list[int]:
+    """Of the batch sizes asked for, those that divide an update evenly, none above it: TRL weighs an uneven last batch
+    like the others, which would be another gradient."""
+    return sorted({min(batch, items) for batch in batches if items % min(batch, items) == 0})
+
+
 class _Peer:
     """A TRL trainer made ready as its `train` would, one update at a time."""
 
@@ -45,6 +52,7 @@ class _Peer:
     def __init__(self, folder: Path, mode: str, device: str, checkpointing: bool):
         self.folder, self.mode, self.device = folder, mode, device
         self.checkpointing = checkpointing
+        warnings.filterwarnings("ignore", message="TRL currently supports vLLM")  # no engine runs here
 
     def _model(self) -> Any:
         import torch
@@ -110,7 +118,7 @@ class Dpo(_Peer):
         from transformers import AutoTokenizer
         from trl import DPOConfig, DPOTrainer
 
-        class Given(DPOTrainer):  # type: ignore[misc]
+        class Given(DPOTrainer):
             def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
                 return dataset  # the ids are given
 
@@ -159,7 +167,7 @@ class Grpo(_Peer):
         from transformers import AutoTokenizer
         from trl import GRPOConfig, GRPOTrainer
 
-        class Given(GRPOTrainer):  # type: ignore[misc]
+        class Given(GRPOTrainer):
             def _prepare_inputs(self, generation_batch: Any) -> Any:
                 return generation_batch
 
