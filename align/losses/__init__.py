@@ -12,7 +12,7 @@ from align.errors import PluginError, RecipeError
 from align.losses.base import LossConfig, Needs
 from align.plugins import builtin_names, resolve
 
-_HELPERS = ("base", "describe", "pairs", "policy_terms", "reduce")
+_HELPERS = ("base", "describe", "dpo_terms", "pairs", "policy_terms", "reduce")
 
 
 def names() -> tuple[str, ...]:
