@@ -91,10 +91,10 @@ def _check_from(recipe: Recipe, stage: Any, found: Findings) -> None:
 
 def _check_score_head(recipe: Recipe, stage: Any, found: Findings) -> None:
     """A reward model has a score head where others have the language model's: only its own kind goes on with it."""
-    if stage.kind == "reward_model":
+    if stage.kind in ("reward_model", "merge", "export"):
         return
     for name in (stage.from_, *getattr(stage, "of", ())):
-        if name is None or recipe.stage(name.partition("@")[0]).kind != "reward_model":
+        if name is None or not _makes_reward_model(recipe, name):
             continue
         key, remedy = "from", f"build on the stage before {name!r}; its folder is what others load"
         if stage.kind == "evaluate":
@@ -107,6 +107,13 @@ def _check_score_head(recipe: Recipe, stage: Any, found: Findings) -> None:
             ),
             stage.id,
         )
+
+
+def _makes_reward_model(recipe: Recipe, name: str) -> bool:
+    source = recipe.stage(name.partition("@")[0])
+    while source.kind in ("merge", "export") and source.from_:
+        source = recipe.stage(source.from_.partition("@")[0])
+    return bool(source.kind == "reward_model")
 
 
 # ------------------------------------------------------------------------------------------------- losses

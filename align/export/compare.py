@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from align.errors import ExportError
+from align.model.score_head import has_score_head, score
 
 SEQUENCES, LENGTH = 4, 64
 
@@ -62,11 +63,20 @@ def random_tokens(config: Any, seed: int) -> list[np.ndarray]:
 
 @torch.no_grad()
 def log_probabilities(model: Any, tokens: Sequence[np.ndarray]) -> list[Tensor]:
-    """f32[n, V] per sequence on the CPU: the distribution after each token."""
+    """f32[n, V] per sequence on the CPU: the distribution after each token.
+
+    Of a reward model f32[n, 2]: how likely the text up to each token is preferred to one of score 0, and not.
+    """
     device = next(model.parameters()).device
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     found = []
     for ids in tokens:
-        logits = model(input_ids=torch.as_tensor(ids, device=device)[None], use_cache=False).logits[0].float()
+        inputs = {"input_ids": torch.as_tensor(ids, device=device)[None], "use_cache": False}
+        if has_score_head(plain):
+            scores = score(plain, plain.base_model(**inputs).last_hidden_state[0])
+            logits = torch.cat([scores, torch.zeros_like(scores)], dim=-1)
+        else:
+            logits = model(**inputs).logits[0].float()
         found.append(torch.log_softmax(logits, dim=-1).cpu())
     return found
 

@@ -29,6 +29,7 @@ from align.export.load_probe import plain_logps
 from align.model.adapter_config import CONFIG as ADAPTER_CONFIG
 from align.model.folders import copy_all_but_weights, require_free, written_aside
 from align.model.load import resolve_dtype
+from align.model.score_head import is_reward_model
 from align.model.weights import edit_config
 
 log = logging.getLogger(__name__)
@@ -159,6 +160,9 @@ def prove_loading(
     plain = _logps("transformers", exported, answer)
     checks = [compare("transformers", plain, reference, dtype, seconds)]
     for engine in engines:
+        if is_reward_model(exported):
+            checks.append(LoadCheck(engine, "not checked", 0.0, message="it generates, and a reward model scores"))
+            continue
         answer, seconds = run_child(engine, exported, request, time_limit_s)
         if answer["status"] == "unavailable":
             checks.append(LoadCheck(engine, "not checked", seconds, message=answer["message"]))

@@ -7,6 +7,9 @@
    model on random tokens. A fault in any step leaves nothing behind; only then the folder is renamed into place.
 
 Without an adapter the folder is copied and cast, under the same proofs.
+
+A reward model's adapter brings a score head: it takes the place of the language model head, and the proofs compare, in
+place of the next token's distribution, whether a text is preferred to one of score 0.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -28,10 +31,19 @@ from torch import Tensor
 from align.errors import ExportError, Unsupported
 from align.export.checkpoint import Checkpoint, Replacements, open_checkpoint, rewrite, verify
 from align.export.compare import BOUNDS, Distance, distance, log_probabilities, random_tokens, require_close
-from align.model.adapter_config import read_adapter_config, refuse_beyond_lora
+from align.model.adapter_config import read_adapter_config, refuse_beyond_lora, scores
 from align.model.adapters import load_frozen, lora_layers
 from align.model.folders import copy_all_but_weights, require_free, written_aside
 from align.model.load import load_model, resolve_dtype
+from align.model.score_head import (
+    LANGUAGE_HEAD,
+    WEIGHT,
+    edit_score_config,
+    has_score_head,
+    is_reward_model,
+    load_score_model,
+    trained_head,
+)
 from align.model.weights import edit_config, merged_parameters
 
 log = logging.getLogger(__name__)
@@ -119,9 +131,13 @@ def merge(
     base, out, adapter = Path(base), Path(out), None if adapter is None else Path(adapter)
     require_free(out, "merged model")
     source = open_checkpoint(base)
-    if adapter is not None:
-        refuse_beyond_lora(read_adapter_config(adapter), adapter, "merge")
-    model: Any = load_model(base, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    config = None if adapter is None else read_adapter_config(adapter)
+    scored = is_reward_model(base) or (config is not None and scores(config))
+    if adapter is not None and config is not None:
+        refuse_beyond_lora(config, adapter, "merge", score_head=scored)
+    if scored:
+        source = replace(source, files={k: v for k, v in source.files.items() if not k.startswith(LANGUAGE_HEAD)})
+    model: Any = _load(base, scored, trust_remote_code)
     tokens = random_tokens(model.config, seed)
     without = log_probabilities(model, tokens)
     tied = _is_tied(model)
@@ -135,6 +151,8 @@ def merge(
         size = rewrite(source, aside, plan.dtype, replaced)
         copy_all_but_weights(base, aside)
         edit_config(aside / "config.json", plan.dtype, untie=plan.untied)
+        if scored:
+            edit_score_config(aside / "config.json", model)
         count = verify(source, aside, plan.dtype, replaced)
         replaced, peft, model = {}, None, None
         gc.collect()  # the proof loads a second model: let go of the first
@@ -145,6 +163,12 @@ def merge(
     for warning in report.warnings:
         log.warning("%s: %s", out, warning)
     return report
+
+
+def _load(folder: Path, scored: bool, trust_remote_code: bool) -> Any:
+    if scored:
+        return load_score_model(folder, dtype=torch.float32, seed=0, trust_remote_code=trust_remote_code)
+    return load_model(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
 
 
 def _is_tied(model: Any) -> bool:
@@ -186,6 +210,9 @@ def replacements(plan: Plan, peft: Any) -> Replacements:
         made[weight] = partial(_merged, layers[path], 0)
         if bias is not None:
             made[bias] = partial(_merged, layers[path], 1)
+    model = peft.get_base_model()
+    if has_score_head(model):
+        made[WEIGHT] = lambda: trained_head(model).weight.detach()
     return made
 
 
@@ -233,7 +260,7 @@ def prove_folder(
     folder: Path, plan: Plan, trained: list[Tensor], tokens: list[np.ndarray], trust_remote_code: bool
 ) -> Distance:
     """Load a written folder in plain transformers and compare it with what was trained. Raises ExportError."""
-    model: Any = load_model(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model = _load(folder, is_reward_model(folder), trust_remote_code)
     if plan.untied and model.config.get_text_config().tie_word_embeddings:
         # transformers would see two weights and leave them apart; engines go by the config
         raise ExportError("the head was untied, but the written config.json still ties it", where=plan.out)

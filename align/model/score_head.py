@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WEIGHT = f"{HEAD}.weight"
+LANGUAGE_HEAD = "lm_head."
 CLASSIFIER = "ForSequenceClassification"
 # heads of other layouts: a checkpoint that has one was made to score, but not by `score`
 FOREIGN_HEADS = ("score.", "v_head.", "value_head.", "classifier.", "reward_head.", "regression_layer.")
@@ -33,6 +34,14 @@ FOREIGN_HEADS = ("score.", "v_head.", "value_head.", "classifier.", "reward_head
 
 def has_score_head(model: Any) -> bool:
     return isinstance(getattr(model, HEAD, None), nn.Module)
+
+
+def trained_head(model: Any) -> nn.Linear:
+    """The head that scores: peft's trained copy, where it made one."""
+    head: Any = getattr(model, HEAD)
+    copies = getattr(head, "modules_to_save", None)
+    found: nn.Linear = head if copies is None else copies["default"]
+    return found
 
 
 def score(model: Any, hidden: Tensor) -> Tensor:
@@ -61,7 +70,7 @@ def load_score_model(
     from transformers import AutoModelForSequenceClassification
 
     folder = Path(folder)
-    scored = _is_classifier(folder)
+    scored = is_reward_model(folder)
     model, info = from_folder(
         AutoModelForSequenceClassification,
         folder,
@@ -79,7 +88,7 @@ def load_score_model(
         )
     _refuse_foreign_head(folder, info)
     fresh = not scored and WEIGHT in info["missing_keys"]
-    require_complete(folder, info, fresh=(WEIGHT,) if fresh else (), left_out=("lm_head.",))
+    require_complete(folder, info, fresh=(WEIGHT,) if fresh else (), left_out=(LANGUAGE_HEAD,))
     head.float()
     if fresh:
         draw(head, model.config, seed)
@@ -90,7 +99,7 @@ def load_score_model(
     return model
 
 
-def _is_classifier(folder: Path) -> bool:
+def is_reward_model(folder: Path) -> bool:
     """Whether config.json names a sequence classifier. Raises ModelError for one with other than one label."""
     file = folder / "config.json"
     if not file.is_file():

@@ -137,3 +137,16 @@ def test_a_reward_models_adapter_is_continued_by_a_reward_model_stage_only(
     else:
         with pytest.raises(UserError, match="the adapter is a reward model's"):
             plan_of(workshop)
+
+
+def test_a_reward_model_is_merged_and_exported_and_stays_one(workshop: Workshop) -> None:
+    files = "  - {id: merged-rm, kind: merge, from: rm}\n  - {id: release, kind: export, from: merged-rm}\n"
+    add(workshop, STAGE % "dpo" + files + STAGE.replace("id: rm", "id: more") % "release")
+    assert [stage.kind for stage in plan_of(workshop).stages[-4:]] == [
+        "reward_model",
+        "merge",
+        "export",
+        "reward_model",
+    ]
+    with pytest.raises(UserError, match="'merged-rm' is a reward model: it scores"):
+        plan_of(workshop, "stages.more.kind=preference", "stages.more.from=merged-rm")

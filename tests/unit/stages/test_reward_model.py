@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from align.data.scratch import train_tokenizer
 from align.errors import DataError, Interrupted
+from align.export.merge import merge
 from align.model import scratch
 from align.recipe.schema import Adapter, LossTerm, Model, Optim, Recipe
 from align.stages.backend import TrainerJob
@@ -92,6 +93,9 @@ class LocalBackend(PlainBackend):
     async def write_base(self, model: Model, folder: Path, seed: int) -> None:
         scratch.write_base(model, folder, seed)
 
+    async def merge(self, base: Path, adapter: Path, out: Path, *, dtype: str, seed: int) -> Mapping[str, Any]:
+        return merge(base, adapter, out, dtype=dtype, seed=seed).to_json()
+
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -114,6 +118,7 @@ def make_recipe(folder: Path, adapter: dict[str, Any], name: str = "run") -> Rec
                  "optim": {"lr": lr}, "save": {"every": 2}},
                 {"id": "rm", "kind": "reward_model", "from": "sft", "data": train, "batch": {"pairs": 30}, "epochs": 2,
                  "optim": {"lr": lr}, "eval": {"data": held, "every": "50%"}, "save": {"every": 10}},
+                {"id": "merged", "kind": "merge", "from": "rm"},
             ],
         }
     )  # fmt: skip
@@ -139,24 +144,29 @@ def test_a_reward_model_learns_a_rule_and_applies_it_to_pairs_it_has_not_seen(fi
 
 def test_anybody_loads_the_folder_and_ranks_the_held_out_answers(finished: tuple[Recipe, Any]) -> None:
     recipe, stage = finished
-    base = Path(recipe.run_folder) / "base"
-    if "model" in stage["artefacts"]:
-        folder = Path(stage["artefacts"]["model"])
-        model: Any = AutoModelForSequenceClassification.from_pretrained(folder)
-        assert model.config.pad_token_id == AutoTokenizer.from_pretrained(folder).pad_token_id
-    else:
-        plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
-        model = PeftModel.from_pretrained(plain, stage["artefacts"]["adapter"])
+    base = recipe.run_folder / "base"
+    for folder in (*map(Path, stage["artefacts"].values()), recipe.run_folder / "merged" / "model"):
+        if (folder / "adapter_config.json").is_file():
+            plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+            model: Any = PeftModel.from_pretrained(plain, folder)
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(folder)
+            assert model.config.pad_token_id == AutoTokenizer.from_pretrained(folder).pad_token_id
+        assert ranked(model, base) > 0.9, folder
+
+
+@torch.no_grad()
+def ranked(model: Any, base: Path) -> float:
+    """Share of held-out pairs whose better answer scores higher, by right-padded batches in plain transformers."""
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="right")
     rows = polite_pairs(150, seed=1)
-    with torch.no_grad():
-        chosen, rejected = (
-            model.eval()(
-                **tokenizer([r["prompt"] + r[side] + "<|im_end|>" for r in rows], return_tensors="pt", padding=True)
-            ).logits[:, 0]
-            for side in ("chosen", "rejected")
-        )
-    assert (chosen > rejected).float().mean() > 0.9
+    chosen, rejected = (
+        model.eval()(
+            **tokenizer([r["prompt"] + r[side] + "<|im_end|>" for r in rows], return_tensors="pt", padding=True)
+        ).logits[:, 0]
+        for side in ("chosen", "rejected")
+    )
+    return float((chosen > rejected).float().mean())
 
 
 def test_the_metrics_are_those_of_every_pair_loss(finished: tuple[Recipe, Any]) -> None:
