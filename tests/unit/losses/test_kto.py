@@ -18,6 +18,7 @@ from align.protocols import Tree
 from align.train.trainer import PolicyTrainer
 from align.types import HeadOutputs
 from tests.unit.core.trees import unpaired
+from tests.unit.losses.test_oracles import run, sequences_of
 from tests.unit.train.test_trainer import base, make_spec  # noqa: F401
 
 
@@ -48,6 +49,31 @@ def test_kto_equals_the_paper(variant: str) -> None:
             margin = rho if s % 2 else -rho
         expected.append((1.5 if s % 2 else 0.7) * (1 - 1 / (1 + math.exp(-0.4 * margin))))
     assert module.loss(inputs, config).loss.item() == pytest.approx(np.mean(expected), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("variant", "z", "expected"),
+    [
+        ("kto", 0.5, 0.403412132),  # s(-1) = 0.268941421 on both rows: (2 + 1) / 2 of it
+        ("kto", 0.0, 0.371195858),  # (2 s(-1.5) + s(-0.5)) / 2
+        ("apo_zero_unpaired", 0.5, 0.371195858),  # has no reference point
+    ],
+)
+def test_kto_equals_a_value_computed_by_hand(variant: str, z: float, expected: float) -> None:
+    """A desirable completion with rho 1.5 and an undesirable one with rho -0.5; beta 1, weights 2 and 1."""
+    made = [sequences_of(2), sequences_of(1)]
+    trees = [
+        replace(tree, id=i, branches=(replace(tree.branches[0], columns={"desirable": float(i == 0)}),))
+        for i, tree in enumerate(made)
+    ]
+    logps = torch.tensor([-1.0, -0.5, -2.0], dtype=torch.float64)
+    reference = torch.tensor([-2.0, -1.0, -1.5], dtype=torch.float64)
+    options = {"beta": 1.0, "desirable_weight": 2.0, "variant": variant}
+    out, _ = run("kto", options, trees, logps, reference, stats={"z": torch.tensor(z, dtype=torch.float64)})
+    assert out.loss.item() == pytest.approx(expected, abs=1e-8)
+    told = {name: float(metric.sum) / float(metric.count) for name, metric in out.metrics.items()}
+    assert told["rewards/chosen"] == 1.5 and told["rewards/rejected"] == -0.5 and told["rewards/accuracies"] == 1.0
+    assert told["logps/chosen"] == -1.5 and told["logps/rejected"] == -2.0
 
 
 def test_no_prompt_is_matched_with_a_completion_of_its_own_even_when_prompts_repeat() -> None:
