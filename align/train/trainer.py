@@ -22,6 +22,7 @@ from align.data.packing import collate, global_counts, mark_nll, plan_ranks
 from align.errors import NonFiniteError
 from align.losses import configure
 from align.losses.base import LossInputs, Metric
+from align.model.dropout import switch_off_own_dropout
 from align.model.policy_module import PolicyModule, probe
 from align.protocols import Counts, Publication, Tree
 from align.train import policy
@@ -62,6 +63,9 @@ class PolicyTrainer:
         self.policy = policy.load(spec)
         self.device = self.policy.device
         self.module: PolicyModule = self.policy.module
+        if any(needs.record != "conversation" for _, _, needs, _ in self.losses):
+            # Losses on ratios start at a ratio of 1 only without it; likelihoods alone may have it.
+            switch_off_own_dropout(self.module)
         self.probe_difference = probe(self.module)
         self._external_reference = reference
         self._bad_steps = 0

@@ -378,6 +378,26 @@ def test_14_dropout_is_off_by_default_and_in_every_reference_pass(base: Path) ->
     assert first == second
 
 
+@pytest.mark.parametrize("loss", ["grpo", "dpo", "sft"])
+def test_14_a_models_own_dropout_is_off_where_ratios_are_learnt_and_an_adapters_is_as_the_recipe_says(
+    tmp_path: Path, loss: str
+) -> None:
+    make_model("qwen3", attention_dropout=0.5).save_pretrained(tmp_path / "model")
+    spec = make_spec(tmp_path / "model", loss, reference="start" if loss == "dpo" else None)
+    batch = collate(trees_for(loss))
+
+    def repeats(dropout: float) -> bool:
+        adapter = Adapter(rank=4, alpha=8, dropout=dropout)
+        module = PolicyTrainer(replace(spec, adapter_config=adapter)).module.train()
+        for parameter in module.parameters():
+            parameter.data.normal_(0, 0.3)
+        with torch.no_grad():
+            return torch.equal(module(batch).logps, module(batch).logps)
+
+    assert repeats(0.0) == (loss != "sft")
+    assert not repeats(0.5)
+
+
 def test_14_before_an_update_the_ratio_is_exactly_1_in_the_same_packing_and_within_1e_4_in_another(
     base: Path,  # noqa: F811
 ) -> None:
