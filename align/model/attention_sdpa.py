@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from align.model.attention_tree import plan_trees, tree_attention
+
 if TYPE_CHECKING:
     from align.model.attention import AttentionPlan
 
@@ -102,6 +104,10 @@ def sdpa_attention(
 
     sliding_window w: a token sees itself and the w - 1 before it, its trunk's among them.
     """
+    if sliding_window is None and dropout == 0.0 and query.device.type == "cpu":
+        trees = plan.derived("trees", plan_trees)
+        if trees is not None and query.dtype == key.dtype == value.dtype:
+            return tree_attention(query, key, value, trees, scaling)
     own = plan.derived("sdpa", plan_sdpa)
     queries = _segments(query, own.query_index, [(b.size, b.queries) for b in own.buckets])
     keys = _segments(key, own.key_index, [(b.size, b.keys) for b in own.buckets])

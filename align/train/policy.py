@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from align.losses import configure
 from align.model import adapters
+from align.model.fused import fuse
 from align.model.load import load_model, resolve_dtype
 from align.model.policy_module import PolicyModule
 from align.model.score_head import load_score_model
@@ -87,6 +88,7 @@ class LoraPolicy:
                 self.frozen = "reference"
         else:
             model.requires_grad_(False)
+        fuse(model)
         self.module = PolicyModule(model, temperature=spec.temperature)
 
     @contextmanager
@@ -123,11 +125,13 @@ class FullPolicy:
         autocast = None if self.dtype == torch.float32 else self.dtype
         model = _load_backbone(spec, torch.float32, device)
         model.requires_grad_(spec.trainable)
+        fuse(model)
         self.module = PolicyModule(model, temperature=spec.temperature, autocast=autocast)
         self._reference: PolicyModule | None = None
         if spec.reference in ("start", "base") and spec.trainable:
             frozen = _load_backbone(spec, self.dtype, device)
             frozen.requires_grad_(False)
+            fuse(frozen)
             self._reference = PolicyModule(frozen.eval(), temperature=spec.temperature)
 
     def reference(self) -> AbstractContextManager[PolicyModule]:

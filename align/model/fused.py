@@ -1,0 +1,196 @@
+"""Fewer passes over memory in what is not a matrix product: LoRA's sum and RMS norms.
+
+transformers and peft compute these as chains of element-wise operations, each of which reads and writes every
+activation and keeps an intermediate for backward. Here each is one autograd function that works in place, keeps its
+inputs and a few numbers per token, and folds LoRA's scale and sum into the matrix products.
+
+`fuse` exchanges the classes of modules that it recognises by their parts, and keeps an exchange only where the new
+forward and its gradients equal the old ones on random numbers: a model that computes something else under the same
+names keeps its own code.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import Counter
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+log = logging.getLogger(__name__)
+
+
+# ------------------------------------------------------------------------------------------------- LoRA
+
+
+class _LoraLinear(torch.autograd.Function):
+    """y = x W' + b + s (x A') B': the multiplication itself adds the low-rank product to the large one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        a_low, b_low = a.to(x.dtype), b.to(x.dtype)
+        narrow = rows @ a_low.T
+        y = F.linear(rows, weight, bias).addmm_(narrow, b_low.T, alpha=scaling)
+        ctx.save_for_backward(rows, narrow, weight, a, b)
+        ctx.scaling, ctx.has_bias = scaling, bias is not None
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, narrow, weight, a, b = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
+        shape = (*grad.shape[:-1], rows.shape[-1])
+        grad = grad.reshape(-1, grad.shape[-1])
+        grad_narrow = (grad @ b.to(grad.dtype)).mul_(ctx.scaling)
+        grad_x = (grad @ weight).addmm_(grad_narrow, a.to(grad.dtype)).view(shape) if needs_x else None
+        return (
+            grad_x,
+            grad.T @ rows if needs_weight else None,
+            grad.sum(0) if ctx.has_bias and needs_bias else None,
+            (grad_narrow.T @ rows).to(a.dtype) if needs_a else None,
+            (grad.T @ narrow).mul_(ctx.scaling).to(b.dtype) if needs_b else None,
+            None,
+        )
+
+
+class FusedLoraLinear(LoraLinear):
+    """peft's LoRA layer: the fused product where one plain adapter is active, peft's own code for everything else."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name = self._fusable(x) if not args and not kwargs else None
+        if name is None:
+            result: Tensor = super().forward(x, *args, **kwargs)
+            return result
+        base = self.get_base_layer()
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        fused: Tensor = _LoraLinear.apply(x, base.weight, base.bias, a, b, self.scaling[name])
+        return fused
+
+    def _fusable(self, x: Tensor) -> str | None:
+        """The one adapter to add, or None: none or several are active, dropout is on, a variant (DoRA), autocast."""
+        base = self.get_base_layer()
+        if self.disable_adapters or self.merged or self.lora_variant or type(base) is not nn.Linear:
+            return None
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if len(active) != 1 or self.lora_bias[active[0]]:
+            return None
+        dropout = getattr(self.lora_dropout[active[0]], "p", 0.0) if self.training else 0.0
+        if dropout or x.dtype != base.weight.dtype or torch.is_autocast_enabled(x.device.type):
+            return None
+        return str(active[0])
+
+
+# ------------------------------------------------------------------------------------------------- RMS norm
+
+
+class _RmsNorm(torch.autograd.Function):
+    """y = (w + offset) x / sqrt(mean(x^2) + eps), 1910.07467; statistics in float32. Keeps x and one number per row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.offset = offset
+        return (x * inverse).to(x.dtype).mul_(weight + offset if offset else weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * x).mul_(inverse).flatten(0, -2).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            weighted = grad * (weight + ctx.offset if ctx.offset else weight)
+            along = torch.linalg.vecdot(weighted, x).unsqueeze(-1) * (inverse**3 / -x.shape[-1])
+            grad_x = (weighted * inverse).addcmul_(x, along).to(x.dtype)
+        return grad_x, grad_weight, None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """x [..., D], weight [D] of one dtype -> [..., D]. offset 1.0: Gemma's form, where weights are around zero."""
+    if x.is_cuda:  # torch has a kernel of its own there
+        return F.rms_norm(x, weight.shape, weight + offset if offset else weight, eps)
+    out: Tensor = _RmsNorm.apply(x, weight, eps, offset)
+    return out
+
+
+def fused_norm(kind: type[nn.Module], offset: float) -> type[nn.Module]:
+    """A subclass of a model's own norm with the fused forward; its own for inputs of another dtype than the weight."""
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        if hidden_states.dtype != self.weight.dtype:
+            plain: Tensor = kind.forward(self, hidden_states)
+            return plain
+        return rms_norm(hidden_states, self.weight, _epsilon(self), offset)
+
+    return type(f"Fused{kind.__name__}", (kind,), {"forward": forward})
+
+
+def _epsilon(norm: Any) -> float:
+    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
+
+
+# ------------------------------------------------------------------------------------------------- exchange
+
+
+def fuse(model: nn.Module) -> Counter[str]:
+    """Exchange what can be; returns how many modules of each of the models' classes were."""
+    exchanged: Counter[str] = Counter()
+    norms: dict[type[nn.Module], type[nn.Module] | None] = {}
+    for module in model.modules():
+        kind = type(module)
+        if kind is LoraLinear:
+            module.__class__ = FusedLoraLinear
+        elif _looks_like_norm(module):
+            if kind not in norms:
+                norms[kind] = _equal_norm(module)
+            fused = norms[kind]
+            if fused is None:
+                continue
+            module.__class__ = fused
+        else:
+            continue
+        exchanged[kind.__name__] += 1
+    return exchanged
+
+
+def _looks_like_norm(module: nn.Module) -> bool:
+    parameters = dict(module.named_parameters())
+    only_weight = set(parameters) == {"weight"} and parameters["weight"].ndim == 1
+    has_epsilon = hasattr(module, "variance_epsilon") or hasattr(module, "eps")
+    return only_weight and has_epsilon and not type(module).__name__.startswith("Fused")
+
+
+def _equal_norm(module: nn.Module) -> type[nn.Module] | None:
+    """The fused class whose values and gradients are those of `module` on random numbers, or None."""
+    single = copy.deepcopy(module).to("cpu", torch.float32).requires_grad_(True)
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(3, single.weight.shape[0], generator=generator) for _ in range(2))
+    try:
+        expected = _values(single, x, grad)
+        for offset in (0.0, 1.0):
+            fused = fused_norm(type(module), offset)
+            single.__class__ = fused
+            found = _values(single, x, grad)
+            if all(torch.allclose(a, b, atol=1e-5, rtol=1e-5) for a, b in zip(found, expected, strict=True)):
+                return fused
+            single.__class__ = type(module)
+    except (TypeError, RuntimeError, AttributeError) as error:  # another signature: not a plain norm
+        log.debug("%s keeps its own forward: %s", type(module).__name__, error)
+        return None
+    log.debug("%s keeps its own forward: it computes something else", type(module).__name__)
+    return None
+
+
+def _values(norm: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    y = norm(x)
+    return [y, *torch.autograd.grad(y, [x, norm.weight], grad)]

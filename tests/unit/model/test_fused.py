@@ -1,0 +1,176 @@
+"""Fused modules compute what the modules that they replace compute; what is something else stays as it was."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from align.data.packing import collate
+from align.model.fused import FusedLoraLinear, fuse
+from align.model.policy_module import PolicyModule
+from tests.unit.core.test_forward import make_model
+from tests.unit.core.trees import pair
+from tests.unit.model.tiny import train_a_little
+
+
+def grads(module: nn.Module, x: Tensor, cotangent: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    y = module(x)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y, [x, *parameters], cotangent.to(y.dtype))]
+
+
+def lora(bias: bool = False, dropout: float = 0.0, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(12, 20, bias=bias)),
+        LoraConfig(r=4, lora_alpha=6, target_modules=["0"], lora_dropout=dropout, **options),
+    )
+    train_a_little(model)
+    return model
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("trained_base", [False, True])
+def test_lora_values_and_gradients_equal_pefts(bias: bool, trained_base: bool) -> None:
+    plain = lora(bias).double()
+    for p in plain.parameters():
+        p.requires_grad_(p.requires_grad or trained_base)
+    fused = copy.deepcopy(plain)
+    assert fuse(fused) == {"Linear": 1}
+    x, g = torch.randn(2, 5, 12).double(), torch.randn(2, 5, 20).double()
+    for mine, theirs in zip(grads(fused, x, g), grads(plain, x, g), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-12)
+
+
+def test_lora_gradients_equal_finite_differences() -> None:
+    model = lora(bias=True).double()
+    fuse(model)
+    assert torch.autograd.gradcheck(model, [torch.randn(3, 12).double().requires_grad_()])
+
+
+def test_a_bfloat16_base_with_float32_masters_computes_in_bfloat16_and_learns_in_float32() -> None:
+    exact = lora()
+    model = copy.deepcopy(exact)
+    base = model.base_model.model[0].get_base_layer()
+    base.to(torch.bfloat16)
+    fuse(model)
+    x, g = torch.randn(64, 12), torch.randn(64, 20)
+    found, expected = grads(model, x.bfloat16(), g), grads(exact, x, g)
+    assert [t.dtype for t in found] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine.float() - theirs).norm() / theirs.norm() < 0.02
+
+
+@pytest.mark.parametrize("case", ["dropout", "dora", "disabled", "two adapters", "merged", "other dtype"])
+def test_what_is_not_one_plain_adapter_runs_pefts_own_code(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora(dropout=0.5 if case == "dropout" else 0.0, use_dora=case == "dora").train()
+    x = torch.randn(4, 12)
+    layer = model.base_model.model[0]
+    if case == "two adapters":
+        model.add_adapter("second", LoraConfig(r=4, target_modules=["0"]))
+        model.base_model.set_adapter(["default", "second"])
+    elif case == "merged":
+        model.merge_adapter()
+    elif case == "disabled":
+        layer.enable_adapters(False)
+    elif case == "other dtype":
+        x = x.double()
+        model = model.double()
+        layer.lora_A.float(), layer.lora_B.float()
+        layer.get_base_layer().float()
+        x = x.float().bfloat16()
+    calls: list[str] = []
+    original = LoraLinear.forward
+    monkeypatch.setattr(LoraLinear, "forward", lambda self, *a, **k: calls.append("peft") or original(self, *a, **k))
+    fuse(model)
+    assert type(layer) is FusedLoraLinear
+    if case == "other dtype":
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(x)
+    else:
+        model(x)
+    assert calls == ["peft"]
+
+
+@pytest.mark.parametrize("kind", [Qwen3RMSNorm, Gemma3RMSNorm])
+@pytest.mark.parametrize("shape", [(7, 16), (2, 3, 5, 16)])
+def test_norms_equal_the_models_own(kind: type[nn.Module], shape: tuple[int, ...]) -> None:
+    plain = kind(16)
+    with torch.no_grad():
+        plain.weight.add_(0.3 * torch.randn(16))
+    fused = copy.deepcopy(plain)
+    assert fuse(fused) == {kind.__name__: 1}
+    x, g = 3 * torch.randn(shape), torch.randn(shape)
+    for mine, theirs in zip(grads(fused, x, g), grads(plain, x, g), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_norm_in_bfloat16_is_as_close_to_the_exact_one_as_the_models_own() -> None:
+    exact = Qwen3RMSNorm(64)
+    x, g = torch.randn(50, 64).bfloat16(), torch.randn(50, 64).bfloat16()
+    expected = grads(exact, x.float(), g.float())
+    plain = copy.deepcopy(exact).bfloat16()
+    fused = copy.deepcopy(plain)
+    fuse(fused)
+    for mine, theirs, truth in zip(grads(fused, x, g), grads(plain, x, g), expected, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert (mine.float() - truth).norm() < 1.2 * (theirs.float() - truth).norm() + 1e-6
+
+
+class Lookalike(nn.Module):
+    """A norm by its parts, and another function: it subtracts the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return self.weight * centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+class Gated(Lookalike):
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return super().forward(x) * gate
+
+
+@pytest.mark.parametrize("kind", [Lookalike, Gated])
+def test_a_module_that_computes_something_else_keeps_its_own_forward(kind: type[nn.Module]) -> None:
+    module = kind()
+    assert not fuse(module) and type(module) is kind
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_a_whole_model_computes_the_same_fused(family: str) -> None:
+    from align.model import adapters
+    from align.recipe.schema import Adapter
+
+    batch = collate([pair(torch_rng(), i) for i in range(3)])
+    results = []
+    for fused in (False, True):
+        model = make_model(family)
+        peft = adapters.attach(model, Adapter(rank=4, alpha=8), None, seed=0)
+        train_a_little(peft)
+        if fused:
+            counts = fuse(model)
+            assert counts["Linear"] == 14 and sum(counts.values()) >= 14 + 5
+        logps = PolicyModule(model)(batch).logps
+        trained = [p for p in model.parameters() if p.requires_grad]
+        results.append([logps, *torch.autograd.grad((logps * torch.arange(len(logps))).sum(), trained)])
+    for mine, theirs in zip(*results, strict=True):
+        assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max().clamp(min=1.0)
+
+
+def torch_rng() -> Any:
+    import numpy as np
+
+    return np.random.default_rng(0)
