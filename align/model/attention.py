@@ -3,6 +3,9 @@
 Registered with transformers as the attention implementation `align_packed`. No mask function is registered for it,
 so the models build none: who sees whom is described by segments, and no T x T mask exists anywhere. The plan is made
 once per microbatch and used by every layer.
+
+Four kernels compute the same: `sdpa` (anywhere), `varlen` (flash attention, NVIDIA, half precision) and `flex`
+(FlexAttention, NVIDIA); on the CPU, soft-capping and sinks go through a softmax that is written out.
 """
 
 from __future__ import annotations
@@ -16,10 +19,14 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from align.errors import Unsupported
+from align.model.attention_flex import flex_attention_over
 from align.model.attention_sdpa import sdpa_attention
+from align.model.attention_softmax import softmax_attention
+from align.model.attention_varlen import varlen_attention
 from align.types import TokenBatch
 
 NAME = "align_packed"
+KERNELS = ("sdpa", "varlen", "flex")
 
 
 @dataclass
@@ -27,11 +34,13 @@ class AttentionPlan:
     """Who sees whom in one row of tokens, for every layer of a microbatch.
 
     segments: (query_start, query_end, parent_start, parent_end) of each; parent bounds are 0, 0 for a trunk.
-    device: the batch's. What a kernel derives from the segments (indices, masks) is kept by `derived`.
+    device: the batch's. kernel: one of KERNELS. What a kernel derives from the segments (indices, masks) is kept by
+    `derived`.
     """
 
     segments: list[tuple[int, int, int, int]]
     device: torch.device
+    kernel: str = "sdpa"
     cache: dict[str, Any] = field(default_factory=dict)
 
     def derived(self, name: str, make: Callable[[AttentionPlan], Any]) -> Any:
@@ -41,11 +50,37 @@ class AttentionPlan:
         return self.cache[name]
 
 
-def plan_attention(batch: TokenBatch) -> AttentionPlan:
+def plan_attention(batch: TokenBatch, kernel: str = "sdpa") -> AttentionPlan:
     """The plan of a packed batch."""
     rows = torch.stack([batch.query_start, batch.query_end, batch.parent_start, batch.parent_end], dim=1).tolist()
     segments = [(a, b, max(c, 0), d if c >= 0 else 0) for a, b, c, d in rows]
-    return AttentionPlan(segments, batch.token_ids.device)
+    return AttentionPlan(segments, batch.token_ids.device, kernel)
+
+
+def kernels_for(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """Kernels to try, best first, for the recipe's word. Raises Unsupported where the word asks for what cannot be."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    if wanted == "auto":
+        return ("varlen", "flex", "sdpa") if device.type == "cuda" and half else ("sdpa",)
+    if wanted not in KERNELS:
+        raise Unsupported(
+            f"`model.attention: {wanted}` is no attention of this version",
+            where="model.attention",
+            remedy=f"one of auto, {', '.join(KERNELS)}",
+        )
+    if wanted != "sdpa" and device.type != "cuda":
+        raise Unsupported(
+            f"`model.attention: {wanted}` needs an NVIDIA GPU, and the model is on {device.type}",
+            where="model.attention",
+            remedy="use auto",
+        )
+    if wanted == "varlen" and not half:
+        raise Unsupported(
+            f"`model.attention: varlen` computes in bfloat16 or float16, not in {str(dtype).removeprefix('torch.')}",
+            where="model.attention",
+            remedy="set `model.dtype: bfloat16`, or use auto",
+        )
+    return (wanted,)
 
 
 def packed_attention_forward(
@@ -57,21 +92,70 @@ def packed_attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     align_plan: AttentionPlan | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D]."""
+    """transformers' attention signature: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D].
+
+    softcap: scores become softcap * tanh(scores / softcap). s_aux [Hq]: attention sinks, a score that takes part in
+    the softmax and has no value.
+    """
     if align_plan is None:
         raise RuntimeError(f"attention implementation {NAME!r} needs `align_plan`: call the model through PolicyModule")
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
+    _refuse(module, attention_mask, kwargs)
+    kernel = align_plan.kernel
+    if kernel == "flex":
+        out = flex_attention_over(
+            query,
+            key,
+            value,
+            align_plan,
+            scaling=scaling,
+            dropout=dropout,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=s_aux,
+        )
+    elif softcap is not None or s_aux is not None:
+        if kernel == "varlen":
             raise Unsupported(
-                f"attention with {name!r} ({type(module).__name__}) has no packed implementation in this version",
-                remedy="use a model without it",
+                f"varlen attention has no {'soft-capping' if softcap is not None else 'sinks'}, which "
+                f"{type(module).__name__} uses",
+                where="model.attention",
+                remedy="use auto",
             )
-    return sdpa_attention(
-        query, key, value, align_plan, scaling=scaling, dropout=dropout, sliding_window=sliding_window
-    ), None
+        out = softmax_attention(
+            query,
+            key,
+            value,
+            align_plan,
+            scaling=scaling,
+            dropout=dropout,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=s_aux,
+        )
+    else:
+        compute = varlen_attention if kernel == "varlen" else sdpa_attention
+        out = compute(query, key, value, align_plan, scaling=scaling, dropout=dropout, sliding_window=sliding_window)
+    return out, None
+
+
+def _refuse(module: torch.nn.Module, mask: Tensor | None, kwargs: dict[str, object]) -> None:
+    """Raise Unsupported for what the segments do not describe."""
+    both_ways = kwargs.get("is_causal", getattr(module, "is_causal", True)) is False
+    for found, what in (
+        (mask is not None, "a mask of its own"),
+        (kwargs.get("position_bias") is not None, "a position bias"),
+        (both_ways, "a view of what comes after"),
+    ):
+        if found:
+            raise Unsupported(
+                f"{type(module).__name__} attends with {what}, which has no packed implementation in this version",
+                remedy="use a model with plain causal attention",
+            )
 
 
 AttentionInterface.register(NAME, packed_attention_forward)

@@ -7,18 +7,18 @@ the layout they know.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
-from contextlib import nullcontext
-from typing import Any
+from contextlib import nullcontext, suppress
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from align.errors import ModelError, Unsupported
+from align.model import unshared
 from align.model.attention import NAME, plan_attention
 from align.model.head import LogitTransform, fused_head
-from align.model.score_head import HEAD, has_score_head, score
+from align.model.score_head import has_score_head, score
 from align.types import HeadOutputs, TokenBatch
 
 
@@ -29,33 +29,51 @@ class PolicyModule(nn.Module):
         model: a transformers causal LM; peft layers may have been injected into it.
         temperature: log-probabilities are those of softmax(logits / temperature); 1.0 except for online stages.
         autocast: compute dtype for float32 master weights (full fine-tuning in bfloat16), or None.
+        attention: the recipe's word; which kernel and layout it comes to is for `align.model.probe` to find.
+
+    layout: "shared" (packed trees, a trunk stands once) or "unshared" (a sequence a row, by the model's own attention).
+    attention: the kernel of the packed layout, or transformers' name of the model's own.
     """
 
-    def __init__(self, model: Any, *, temperature: float = 1.0, autocast: torch.dtype | None = None):
+    def __init__(
+        self,
+        model: Any,
+        *,
+        temperature: float = 1.0,
+        autocast: torch.dtype | None = None,
+        attention: str = "auto",
+    ):
         super().__init__()
         self.model = model
         self.autocast = autocast
         self.transform = logit_transform(model.config, temperature)
         model.config.use_cache = False
-        model.set_attn_implementation(NAME)
+        self.wanted_attention = attention
+        self.use("shared", "sdpa")
+
+    def use(self, layout: Literal["shared", "unshared"], attention: str) -> None:
+        """Compute in this layout from now on."""
+        self.layout, self.attention = layout, attention
+        set_attention(self.model, NAME if layout == "shared" else attention)
+
+    def follow(self, other: PolicyModule) -> None:
+        """Compute as `other` does: a reference in its policy's layout."""
+        if (self.layout, self.attention) != (other.layout, other.attention):
+            self.use(other.layout, other.attention)
 
     def forward(self, batch: TokenBatch, want: Collection[str] = ()) -> HeadOutputs:
         """HeadOutputs with logps f32[N], and of entropy and log_sum_sq f32[N] those named in `want`. A model with a
         score head gives scores f32[S, K] where they are wanted, and nothing else."""
         device = batch.token_ids.device
         context = nullcontext() if self.autocast is None else torch.autocast(device.type, dtype=self.autocast)
+        scores = has_score_head(self.model)
         with context:
-            hidden = self.model.base_model(
-                input_ids=batch.token_ids[None],
-                position_ids=batch.position_ids[None],
-                use_cache=False,
-                align_plan=plan_attention(batch),
-            ).last_hidden_state.squeeze(0)
-        if has_score_head(self.model):
-            wanted = score(self.model, hidden.index_select(0, batch.score_at)) if "scores" in want else None
+            hidden = self._hidden(batch, batch.score_at if scores else batch.predict_at)
+        if scores:
+            wanted = score(self.model, hidden) if "scores" in want else None
             return HeadOutputs(logps=hidden.new_zeros(0, dtype=torch.float32), scores=wanted)
         weight, bias = output_embedding(self.model)
-        scored = hidden.index_select(0, batch.predict_at).to(self.autocast or weight.dtype)
+        scored = hidden.to(self.autocast or weight.dtype)
         return fused_head(
             scored,
             weight.to(scored.dtype),
@@ -64,6 +82,48 @@ class PolicyModule(nn.Module):
             transform=self.transform,
             want=want,
         )
+
+    def _hidden(self, batch: TokenBatch, at: Tensor) -> Tensor:
+        """Hidden states [K, D] of the tokens at places `at` i64[K] of the packed row."""
+        if batch.media:
+            raise Unsupported(
+                "images, video and audio have no forward in this version: a model may attend both ways inside an image",
+                remedy="train on text",
+            )
+        backbone = text_backbone(self.model)
+        if self.layout == "unshared":
+            return unshared.hidden_states(backbone, batch, at)
+        if self.model.config.get_text_config()._attn_implementation != NAME:
+            raise ModelError(f"{type(self.model).__name__} lets no attention be registered for it", remedy=_OTHER_MODEL)
+        positions = batch.position_ids[..., None, :]
+        plan = plan_attention(batch, self.attention)
+        try:
+            out = backbone(input_ids=batch.token_ids[None], position_ids=positions, use_cache=False, align_plan=plan)
+        except TypeError as error:
+            if "unexpected keyword argument" not in str(error):
+                raise
+            raise ModelError(
+                f"{type(self.model).__name__} cannot be run over packed trees: {error}", remedy=_OTHER_MODEL
+            ) from error
+        hidden: Tensor = out.last_hidden_state.squeeze(0)
+        return hidden.index_select(0, at)
+
+
+_OTHER_MODEL = "choose another model, one whose attention goes through transformers' AttentionInterface"
+
+
+def text_backbone(model: Any) -> Any:
+    """The decoder that makes hidden states of text; of a model for images too, its language model."""
+    return model.base_model if model.config.get_text_config() is model.config else model.get_decoder()
+
+
+def set_attention(model: Any, name: str) -> None:
+    """Set the attention of the text layers; a vision tower keeps its own. A model that lets none be set keeps its."""
+    config = model.config
+    text = config.get_text_config()
+    key = next((key for key in config.sub_configs if getattr(config, key, None) is text), None)
+    with suppress(ValueError):
+        model.set_attn_implementation(name if key is None else {key: name})
 
 
 def logit_transform(config: Any, temperature: float) -> LogitTransform:
@@ -90,118 +150,3 @@ def output_embedding(model: Any) -> tuple[Tensor, Tensor | None]:
         delta = head.lora_B[name].weight @ head.lora_A[name].weight
         weight = weight + (head.scaling[name] * delta).to(weight.dtype)
     return weight, base.bias
-
-
-def two_tree_batch(vocabulary: int, device: torch.device | str, seed: int = 0) -> tuple[TokenBatch, list[list[int]]]:
-    """Two random trees of two branches as a packed batch, and the same four sequences as plain token lists."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = [(7, (5, 3)), (4, (6, 1))]
-    tokens: list[int] = []
-    positions: list[int] = []
-    segments: list[tuple[int, int, int, int]] = []
-    predict_at: list[int] = []
-    labels: list[int] = []
-    sequence_ids: list[int] = []
-    score_at: list[int] = []
-    plain: list[list[int]] = []
-    for trunk_size, branch_sizes in sizes:
-        trunk = torch.randint(0, vocabulary, (trunk_size,), generator=generator).tolist()
-        start = len(tokens)
-        tokens += trunk
-        positions += range(trunk_size)
-        segments.append((start, start + trunk_size, -1, -1))
-        for size in branch_sizes:
-            branch = torch.randint(0, vocabulary, (size,), generator=generator).tolist()
-            at = len(tokens)
-            tokens += branch
-            positions += range(trunk_size, trunk_size + size)
-            segments.append((at, at + size, start, start + trunk_size))
-            predict_at += [start + trunk_size - 1, *range(at, at + size - 1)]
-            labels += branch
-            sequence_ids += [len(plain)] * size
-            score_at.append(len(tokens) - 1)
-            plain.append(trunk + branch)
-    n = len(labels)
-    bounds = torch.tensor(segments, dtype=torch.int32)
-    batch = TokenBatch(
-        token_ids=torch.tensor(tokens),
-        position_ids=torch.tensor(positions),
-        query_start=bounds[:, 0],
-        query_end=bounds[:, 1],
-        parent_start=bounds[:, 2],
-        parent_end=bounds[:, 3],
-        predict_at=torch.tensor(predict_at),
-        labels=torch.tensor(labels),
-        sequence_ids=torch.tensor(sequence_ids),
-        loss_mask=torch.ones(n, dtype=torch.bool),
-        nll_mask=torch.ones(n, dtype=torch.bool),
-        advantages=torch.zeros(n),
-        behavior_logps=torch.zeros(n),
-        versions=torch.zeros(n, dtype=torch.int32),
-        pairs=torch.tensor([[0, 1], [2, 3]]),
-        group_ids=torch.tensor([0, 0, 1, 1]),
-        score_at=torch.tensor(score_at),
-    )
-    return batch.to(device), plain
-
-
-@torch.no_grad()
-def probe(module: PolicyModule) -> float:
-    """Compare the packed forward with the model's own padded forward on two trees; return the largest difference.
-
-    A model whose layers carry state, attend both ways or treat positions specially shows here, whatever its name.
-    Raises ModelError where the two differ by more than the dtype's noise.
-    """
-    model = module.model
-    was_training = module.training
-    module.eval()
-    device = next(model.parameters()).device
-    batch, plain = two_tree_batch(model.config.get_text_config().vocab_size, device)
-    scores = has_score_head(model)
-    packed = _unit_scores(model, module(batch, want=("scores",)).scores) if scores else module(batch).logps
-    try:
-        model.set_attn_implementation("sdpa")
-        one = _plain_scores if scores else _plain_logps
-        padded = torch.cat([one(module, tokens, device) for tokens in plain])
-    finally:
-        model.set_attn_implementation(NAME)
-        module.train(was_training)
-    if not scores:
-        scored = [len(tokens) - prefix for tokens, prefix in zip(plain, (7, 7, 4, 4), strict=True)]
-        ends = torch.tensor([len(tokens) - 1 for tokens in plain]).cumsum(0).tolist()
-        padded = torch.cat([padded[end - n : end] for end, n in zip(ends, scored, strict=True)])
-    difference = (packed - padded).abs().max().item()
-    low_precision = module.autocast is not None or next(model.parameters()).dtype != torch.float32
-    if not math.isfinite(difference) or difference > (0.25 if low_precision else 1e-3):
-        raise ModelError(
-            f"{type(model).__name__} gives other {'scores' if scores else 'log-probabilities'} in packed trees than "
-            f"alone (largest difference {difference:.3g}): its layers look beyond the causal prefix, or carry state",
-            remedy="this version trains plain causal attention only; choose another model",
-        )
-    return difference
-
-
-def _plain_logps(module: PolicyModule, tokens: list[int], device: torch.device) -> Tensor:
-    """Log-probabilities f32[n - 1] of a sequence under the model's own forward, logits and all."""
-    ids = torch.tensor([tokens], device=device)
-    context = nullcontext() if module.autocast is None else torch.autocast(device.type, dtype=module.autocast)
-    with context:
-        logits = module.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-    log_p = torch.log_softmax(logits / module.transform.temperature, dim=-1)
-    return log_p.gather(-1, ids[0, 1:, None])[:, 0]
-
-
-def _plain_scores(module: PolicyModule, tokens: list[int], device: torch.device) -> Tensor:
-    """Score f32[K] of a sequence's last token under the backbone's own forward, as `_unit_scores`."""
-    ids = torch.tensor([tokens], device=device)
-    context = nullcontext() if module.autocast is None else torch.autocast(device.type, dtype=module.autocast)
-    with context:
-        hidden = module.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return _unit_scores(module.model, score(module.model, hidden[:, -1]))
-
-
-def _unit_scores(model: Any, scores: Tensor | None) -> Tensor:
-    """f32[S * K]: scores in units of the head's length, so that a small fresh head hides no difference."""
-    assert scores is not None
-    weight = next(getattr(model, HEAD).parameters())
-    return (scores / weight.norm().clamp(min=1e-12)).flatten()

@@ -23,7 +23,8 @@ from align.errors import NonFiniteError
 from align.losses import configure
 from align.losses.base import LossInputs, Metric
 from align.model.dropout import switch_off_own_dropout
-from align.model.policy_module import PolicyModule, probe
+from align.model.policy_module import PolicyModule
+from align.model.probe import probe
 from align.protocols import Counts, Publication, Tree
 from align.train import policy
 from align.train.metrics import MetricSums, join_terms
@@ -88,6 +89,8 @@ class PolicyTrainer:
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             "ranks": self.ranks.size,
+            "layout": self.module.layout,
+            "attention": self.module.attention,
             "packing_probe": self.probe_difference,
         }
 

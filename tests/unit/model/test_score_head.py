@@ -17,7 +17,8 @@ from align.data.packing import collate
 from align.errors import ModelError, Unsupported
 from align.model import adapters
 from align.model.load import load_model
-from align.model.policy_module import PolicyModule, probe
+from align.model.policy_module import PolicyModule
+from align.model.probe import probe
 from align.model.score_head import WEIGHT, load_score_model
 from align.protocols import Segment, Tree
 from tests.unit.core.trees import conversation, pair
@@ -94,17 +95,10 @@ def test_a_backbone_that_looks_ahead_is_found_by_the_probe_whatever_the_length_o
     model = load_score_model(base, dtype=F32, seed=5)
     with torch.no_grad():
         model.score.weight.mul_(1e-4)
-    module, attention = PolicyModule(model), model.model.layers[1].self_attn
-    weights = attention.v_proj.weight.clone()
-    count = iter(range(100))
-
-    def shaken(*_: Any) -> None:  # the layer computes something else each time it is asked
-        attention.v_proj.weight.data.copy_(weights * (1 + 0.2 * next(count)))
-
-    handle = attention.register_forward_pre_hook(shaken)
+    layer = model.model.layers[0].mlp
+    layer.register_forward_hook(lambda module, args, out: out + 0.5 * out.roll(-1, dims=1))
     with pytest.raises(ModelError, match="other scores in packed trees"):
-        probe(module)
-    handle.remove()
+        probe(PolicyModule(model))
 
 
 # ------------------------------------------------------------------------------------------------- loading

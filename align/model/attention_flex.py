@@ -1,0 +1,141 @@
+"""Attention over packed trees by FlexAttention: one compiled kernel a layer, with soft-capping and sinks.
+
+Four numbers per token say what it sees: where its segment begins, where its trunk begins and ends, and its place in
+its sequence. The block mask is laid out from the segments, block by block; nothing of size T x T is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from align.errors import Unsupported
+
+if TYPE_CHECKING:
+    from align.model.attention import AttentionPlan
+
+BLOCK = 128
+
+
+@dataclass
+class FlexPlan:
+    """starts, parent_starts, parent_ends, places i64[T]: of each token's segment, its trunk, and its place in its
+    sequence; masks: block masks by window, made once."""
+
+    starts: Tensor
+    parent_starts: Tensor
+    parent_ends: Tensor
+    places: Tensor
+    masks: dict[int | None, BlockMask] = field(default_factory=dict)
+
+    def visible(self, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """FlexAttention's mask_mod."""
+        starts, parent_starts, parent_ends, places = self.starts, self.parent_starts, self.parent_ends, self.places
+
+        def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return ((k >= starts[q]) & (k <= q)) | ((k >= parent_starts[q]) & (k < parent_ends[q]))
+
+        if window is None:
+            return sees
+        nearest = window
+
+        def sees_near(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return sees(batch, head, q, k) & (places[q] - places[k] < nearest)
+
+        return sees_near
+
+    def mask(self, plan: AttentionPlan, window: int | None) -> BlockMask:
+        if window not in self.masks:
+            tokens = int(self.starts.shape[0])
+            blocks = torch.as_tensor(touched_blocks(plan.segments, tokens, window))
+            order = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True).to(torch.int32)
+            self.masks[window] = BlockMask.from_kv_blocks(
+                blocks.sum(-1).to(torch.int32)[None, None].to(plan.device),
+                order[None, None].to(plan.device),
+                BLOCK_SIZE=BLOCK,
+                mask_mod=self.visible(window),
+                seq_lengths=(tokens, tokens),
+            )
+        return self.masks[window]
+
+
+def plan_flex(plan: AttentionPlan) -> FlexPlan:
+    """What each token sees. Tensors are on the batch's device."""
+    bounds = torch.tensor(plan.segments)
+    lengths = bounds[:, 1] - bounds[:, 0]
+    starts, _, parent_starts, parent_ends = bounds.repeat_interleave(lengths, dim=0).T
+    places = torch.arange(len(starts)) - starts + parent_ends - parent_starts
+    return FlexPlan(*(x.contiguous().to(plan.device) for x in (starts, parent_starts, parent_ends, places)))
+
+
+def touched_blocks(segments: list[tuple[int, int, int, int]], tokens: int, window: int | None) -> np.ndarray:
+    """bool[nq, nk]: blocks of queries by blocks of keys that hold at least one pair that may see each other."""
+    n = -(-tokens // BLOCK)
+    touched = np.zeros((n, n), dtype=bool)
+    for start, end, parent_start, parent_end in segments:
+        before = parent_end - parent_start
+        for block in range(start // BLOCK, -(-end // BLOCK)):
+            first, last = max(start, block * BLOCK), min(end, (block + 1) * BLOCK) - 1
+            # the first query's nearest place out of sight bounds what this block of queries sees
+            reach = 0 if window is None else max(0, before + first - start - window + 1)
+            own = max(start, start + reach - before)
+            touched[block, own // BLOCK : last // BLOCK + 1] = True
+            if parent_start + reach < parent_end:
+                touched[block, (parent_start + reach) // BLOCK : -(-parent_end // BLOCK)] = True
+    return touched
+
+
+@cache
+def _compiled() -> Any:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def flex_attention_over(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: AttentionPlan,
+    *,
+    scaling: float | None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """query [1, Hq, T, D], key and value [1, Hkv, T, D], sinks [Hq] or None -> [1, T, Hq, D].
+
+    On the CPU it runs without a compiler and makes T x T scores: for tests.
+    """
+    if dropout > 0:
+        raise Unsupported(
+            "FlexAttention has no dropout on attention weights", where="model.attention", remedy="use auto"
+        )
+    own: FlexPlan = plan.derived("flex", plan_flex)
+
+    cap = softcap or 1.0
+
+    def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    compute = _compiled() if query.is_cuda else flex_attention
+    out, aux = compute(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else capped,
+        block_mask=own.mask(plan, sliding_window),
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+        return_aux=AuxRequest(lse=True),
+    )
+    if sinks is not None:
+        # exp(lse) / (exp(lse) + exp(sink)): the sink joins the denominator after the fact
+        out = out * torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype)[None, :, None])[..., None].to(out.dtype)
+    return out.transpose(1, 2)
