@@ -264,17 +264,20 @@ def use_threads(threads: int | None) -> int:
 
 
 def write_result(
-    name: str, *, goal: str, met: bool | None, figures: Mapping[str, Any], started: float, folder: Path = RESULTS
+    name: str, *, goal: str, met: bool, figures: Mapping[str, Any], started: float, folder: Path | None = None
 ) -> Path:
-    """results/<date>-<name>.json with command, commit, versions and hardware. met: None where nothing was asked."""
+    """<date>-<name>.json with command, commit, versions and hardware, in `folder` or results/. started: of
+    `time.perf_counter`."""
+    import torch
+
     path = entry.record(
         name,
         claim=goal,
         command=f"python -m tests.bench.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip(),
-        figures={**figures, "goal_met": met},
-        proved=bool(met),
+        figures={"torch_threads": torch.get_num_threads(), **figures},
+        proved=met,
         seconds=time.perf_counter() - started,
-        folder=folder,
+        folder=folder or RESULTS,
     )
     print(f"written: {path}")
     return path

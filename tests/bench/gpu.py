@@ -170,7 +170,9 @@ def peak_of(device: str, seconds: float) -> tuple[float, str, str]:
     return known or common.matmul_peak("bfloat16", device, seconds), source, name
 
 
-def compare(case: Case, folder: Path, peak: tuple[float, str, str], out: Path | None) -> dict[str, Any]:
+def compare(
+    case: Case, folder: Path, peak: tuple[float, str, str], *, out: Path | None, record: bool
+) -> dict[str, Any]:
     started = time.perf_counter()
     found = {name: common.apart(measure, name, case, folder) for name in ("ours", "TRL")}
     where = f"{case.model} {case.loss} at {case.length}"
@@ -194,7 +196,7 @@ def compare(case: Case, folder: Path, peak: tuple[float, str, str], out: Path | 
     print(common.table(sides, peak[0]))
     memory = ", ".join(f"{name} {f['bytes'] / 2**30:.1f} GiB" for name, f in found.items())
     print(f"{where}: ours is {common.describe_ratio(ratio)}; peak memory: {memory}", flush=True)
-    if out is not None:
+    if record:
         mfu = figures["sides"]["ours"]["share_of_peak"]
         common.write_result(
             f"gpu-{case.model}-{case.loss}-{case.length}",
@@ -228,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 for length in lengths:
                     budgets, batches = tuple(arguments.max_tokens), tuple(arguments.batches)
                     case = Case(model, loss, length, tokens, arguments.repeats, budgets, batches, device)
-                    results.append(compare(case, folder, peak, None if arguments.toy else arguments.out))
+                    results.append(compare(case, folder, peak, out=arguments.out, record=not arguments.toy))
     return results
 
 
@@ -245,7 +247,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batches", type=common.integers, default=[1, 2, 8], help="TRL's")
     parser.add_argument("--max-tokens", type=common.integers, default=[8192, 16384, 32768], help="ours")
-    parser.add_argument("--out", type=Path, default=common.RESULTS, help="where results are written")
+    parser.add_argument("--out", type=Path, default=None, help="where results are written; default: results/ here")
     parser.add_argument("--toy", action="store_true")
     return parser.parse_args(argv)
 

@@ -6,6 +6,7 @@ data loading are left out. The rows of a window are sorted by length, so that la
 
 TRL's head runs on scored positions only where `_use_triton(device)` holds: `compact` in `add_fused_lm_head`
 (trl/trainer/utils.py), CUDA and XPU. On a CPU it scores every position of the padded batch and masks afterwards.
+`padding_free` is not tried: this version of DPOTrainer switches it off with a warning (dpo_trainer.py).
 """
 
 from __future__ import annotations

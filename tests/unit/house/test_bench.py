@@ -130,11 +130,20 @@ def test_a_process_that_dies_is_an_error_and_not_a_wait() -> None:
         common.apart(os._exit, 3)
 
 
-def test_a_result_has_date_hardware_and_versions(tmp_path: Path) -> None:
-    path = common.write_result("some-bench", goal="fast", met=True, figures={"x": 1}, started=0.0, folder=tmp_path)
+def test_a_comparison_is_recorded_with_date_hardware_and_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    rounds = common.Rounds({"ours": [1.0, 2.0], "TRL": [3.0, 5.0]}, [1e9, 2e9, 3e9])
+    sides = [common.Side(name, "", seconds, 1e9, {"pairs": 2}) for name, seconds in rounds.seconds.items()]
+    common.report("one-bench", sides, rounds, goal=2.0, about={}, tried={}, started=0.0, record=True)
+    (path,) = tmp_path.iterdir()
     entry = json.loads(path.read_text())
-    assert path.name == f"{entry['date']}-some-bench.json"
-    assert entry["hardware"]["cpu"] and entry["versions"]["torch"] and entry["figures"]["goal_met"]
+    assert path.name == f"{entry['date']}-one-bench.json"
+    assert entry["hardware"]["cpu"] and entry["versions"]["torch"] and entry["proved"]
+    assert entry["figures"]["torch_threads"] == torch.get_num_threads()
+    assert entry["figures"]["ratio"] == {"median": 2.75, "min": 2.5, "max": 3.0}
+    assert entry["figures"]["sides"]["ours"]["share_of_peak"] == pytest.approx(1 / 3)
 
 
 # ----------------------------------------------------------------------------------------------------- command lines
@@ -162,12 +171,15 @@ def test_grpo_is_compared_on_the_same_work(capsys: pytest.CaptureFixture[str]) -
     assert figures["sides"]["ours"]["tflop"] < figures["sides"]["TRL"]["tflop"]
 
 
-def test_the_heads_memory_is_less_than_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_heads_memory_is_less_than_the_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(common, "apart", lambda function, *arguments: function(*arguments))  # here, which is quicker
     sizes = ["--tokens", "4096", "--vocabulary", "16384", "--hidden", "32", "--threads", "1"]
-    cases = head_memory.main(["--toy", *sizes])["cases"]
+    cases = head_memory.main(sizes)["cases"]
     logits = 4096 * 16384 * 4 / 1e9
     assert cases["frozen head"]["gb"] < logits / 2 < cases["plain logits"]["gb"]
+    (path,) = tmp_path.iterdir()
+    assert json.loads(path.read_text())["figures"]["cases"] == cases
 
 
 def test_the_cost_of_a_token_is_measured_at_every_size(capsys: pytest.CaptureFixture[str]) -> None:
