@@ -24,7 +24,7 @@ from align.stages import processes
 from align.stages.backend import FleetJob, Needs, ScorerJob, TrainerJob
 from align.stages.handover import adapter_in
 from align.stages.processes import ProcessId
-from align.stages.roles import Role, roles_of
+from align.stages.roles import Role, roles_of, trainer_names
 from align.train.spec import TrainerSpec
 from rollout.base import EngineSpec
 from rollout.fleet import RayFleet
@@ -75,11 +75,14 @@ class RayBackend:
 
     async def trainer(self, job: TrainerJob) -> RayTrainer:
         spec = self._trainer_spec(job)
-        others = []
+        reference = None
         if isinstance(job.reference, ReferencePath):
-            others.append(await self._reference(job, job.reference, spec))
-        actor = ray.remote(PolicyActor).options(**self._now.at("trainer")).remote()
-        trainer = RayTrainer(actor, job.stage_id, *others)
+            reference = await self._reference(job, job.reference, spec)
+        names = trainer_names(self.placement.trainer.ranks)
+        actors = [ray.remote(PolicyActor).options(**self._now.at(name)).remote() for name in names]
+        # NCCL wants a GPU for each rank; ranks that share one send their gradients through the CPU
+        wire = "cuda" if self._now.roles["trainer"][1].gpus >= 1 else "cpu"
+        trainer = RayTrainer(actors, job.stage_id, reference, wire)
         await trainer.start(spec, self.token)
         return trainer
 

@@ -1,8 +1,14 @@
-"""The policy in its own process: a thin Ray shell around `PolicyTrainer`, and the proxy that stages speak to."""
+"""The policy in processes of its own: a thin Ray shell around `PolicyTrainer`, and the proxy that stages speak to.
+
+A trainer of several ranks is several actors. Each is sent every call with the same arguments, in the same order; rank
+0's answer counts. They meet at a store that rank 0's process holds, and exchange gradients without Ray.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +16,7 @@ import numpy as np
 import ray
 
 from align.actors.cluster import answer, die_with_parent, require_shared
+from align.errors import RanksError
 from align.protocols import Metrics, Publication, Tree
 from align.train.spec import TrainerSpec
 
@@ -17,6 +24,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from align.types import TokenBatch
+
+
+CAUSE_LIMIT_S = 15.0  # where ranks say that they lost another: how long to wait for that one's own error
+TOGETHER_LIMIT_S = 2.0  # an error that all ranks have arrives from all within this
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Which of how many ranks an actor is, where they meet, and the device that sends its gradients."""
+
+    rank: int
+    size: int
+    address: tuple[str, int]
+    wire: str
 
 
 class PolicyActor:
@@ -28,38 +49,87 @@ class PolicyActor:
     def __init__(self) -> None:
         die_with_parent()
 
-    def start(self, spec: TrainerSpec, token: Path, reference: Any = None) -> None:
+    def host(self, size: int) -> tuple[str, int]:
+        """Open the store at which `size` ranks meet; its address."""
+        from torch.distributed import TCPStore
+
+        address = ray.util.get_node_ip_address()
+        self.store = TCPStore(address, 0, size, is_master=True, wait_for_workers=False)
+        return address, self.store.port
+
+    def start(self, spec: TrainerSpec, token: Path, reference: Any = None, seat: Seat | None = None) -> None:
         """token: see `require_shared`; reference: handle of a `ReferenceActor`, then given every packed batch."""
         require_shared(token)
+        from align.train.ranks import Ranks
         from align.train.trainer import PolicyTrainer
+
+        ranks = Ranks()
+        if seat is not None:
+            ranks = Ranks.join(seat.rank, seat.size, store=self._store(seat), device=seat.wire)
 
         def remote_reference(batch: TokenBatch) -> Tensor:
             logps: Tensor = ray.get(reference.batch_logps.remote(batch))
             return logps
 
-        self.trainer = PolicyTrainer(spec, None if reference is None else remote_reference)
+        self.trainer = PolicyTrainer(spec, None if reference is None else remote_reference, ranks)
+
+    def _store(self, seat: Seat) -> Any:
+        from torch.distributed import TCPStore
+
+        return self.store if seat.rank == 0 else TCPStore(*seat.address, seat.size, is_master=False)
 
     def call(self, method: str, *arguments: Any, **options: Any) -> Any:
-        return getattr(self.trainer, method)(*arguments, **options)
+        """What the trainer answers; None from ranks after the first, whose answer would be the same."""
+        found = getattr(self.trainer, method)(*arguments, **options)
+        return found if self.trainer.ranks.rank == 0 else None
 
 
 class RayTrainer:
-    """`align.protocols.Trainer` over a `PolicyActor`."""
+    """`align.protocols.Trainer` over a `PolicyActor` for each rank."""
 
-    def __init__(self, actor: Any, stage_id: str, *others: Any):
-        """others: actors that live and end with this one (its reference)."""
-        self.actor, self.others, self.who = actor, others, f"the trainer of stage {stage_id!r}"
+    def __init__(self, actors: Sequence[Any], stage_id: str, reference: Any = None, wire: str = "cpu"):
+        """reference: an actor that lives and ends with these. wire: the device that sends gradients between ranks."""
+        self.actors, self.reference, self.wire = list(actors), reference, wire
+        self.who = f"the trainer of stage {stage_id!r}"
 
     async def start(self, spec: TrainerSpec, token: Path) -> None:
         """Load the model; what is wrong with it is raised here. A failed start ends the actors."""
         try:
-            await answer(self.actor.start.remote(spec, token, *self.others), self.who)
+            seats: list[Seat | None] = [None]
+            size = len(self.actors)
+            if size > 1:
+                address = await answer(self.actors[0].host.remote(size), self.who)
+                seats = [Seat(rank, size, address, self.wire) for rank in range(size)]
+            started = [a.start.remote(spec, token, self.reference, s) for a, s in zip(self.actors, seats, strict=True)]
+            await self._answers(started)
         except BaseException:
             await self.close()
             raise
 
     async def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
-        return await answer(self.actor.call.remote(method, *arguments, **options), self.who)
+        if len(self.actors) > 1:
+            arguments = tuple(ray.put(argument) for argument in arguments)  # trees are stored once, not once a rank
+        return await self._answers([actor.call.remote(method, *arguments, **options) for actor in self.actors])
+
+    async def _answers(self, references: Sequence[Any]) -> Any:
+        """Rank 0's answer, when all have answered. An error of one rank ends the others: they would wait for it."""
+        if len(references) == 1:
+            return await answer(references[0], self.who)
+        names = [f"rank {rank} of {self.who}" for rank in range(len(references))]
+        tasks = [asyncio.ensure_future(answer(r, name)) for r, name in zip(references, names, strict=True)]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            if not _errors(tasks):
+                return tasks[0].result()
+            known = any(not isinstance(error, RanksError) for error in _errors(tasks))
+            await asyncio.wait(tasks, timeout=TOGETHER_LIMIT_S if known else CAUSE_LIMIT_S)
+        finally:
+            for task in tasks:
+                task.cancel()
+        errors = _errors(tasks)
+        if len(errors) < len(tasks) or len({type(error) for error in errors}) > 1:
+            await self.close()  # they are no longer in step
+        raise min(errors, key=lambda error: isinstance(error, RanksError))  # the cause, rather than its echo
 
     async def step(self, trees: Sequence[Tree], *, step: int, progress: float) -> Metrics:
         metrics: Metrics = await self._call("step", list(trees), step=step, progress=progress)
@@ -95,5 +165,12 @@ class RayTrainer:
         return described
 
     async def close(self) -> None:
-        for actor in (self.actor, *self.others):
-            ray.kill(actor)
+        for actor in (*self.actors, self.reference):
+            if actor is not None:
+                ray.kill(actor)
+
+
+def _errors(tasks: Sequence[asyncio.Task[Any]]) -> list[BaseException]:
+    """What the finished ones of `tasks` raised, by rank."""
+    found = [task.exception() for task in tasks if task.done() and not task.cancelled()]
+    return [error for error in found if error is not None]

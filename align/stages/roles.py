@@ -30,7 +30,7 @@ class Role:
 
 def roles_of(needs: Needs, share: Placement, *, cores: int, gpus: float, threads: Mapping[str, int]) -> list[Role]:
     """Bundles of a stage. By default trainer and engines halve the cores between them and each computes with all of
-    them: in a synchronous stage they take turns.
+    them: in a synchronous stage they take turns. The trainer's ranks compute at the same time: they divide both.
 
     cores: of the largest node; gpus: of the whole cluster. threads: counts by kind of role that override the default
     (those a resumed run began with).
@@ -48,10 +48,12 @@ def roles_of(needs: Needs, share: Placement, *, cores: int, gpus: float, threads
     sides = (1 if needs.trainer else 0) + (1 if needs.engines else 0)
     side = (float(cores) - needs.scorers * REWARD_CPUS) / max(1, sides)
     trained = side / 2 if needs.reference else side
-    gpu = _gpu_share(needs, gpus)
+    ranks = share.trainer.ranks
+    gpu = _gpu_share(needs, gpus, ranks)
     roles = []
     if needs.trainer:
-        roles.append(role("trainer", share.trainer, trained, gpu, cores))
+        for name in trainer_names(ranks):
+            roles.append(role(name, share.trainer, trained / ranks, gpu, max(1, cores // ranks)))
     if needs.reference:
         roles.append(role("reference", share.reference, trained, gpu, cores))
     for number in range(needs.engines):
@@ -63,7 +65,12 @@ def roles_of(needs: Needs, share: Placement, *, cores: int, gpus: float, threads
     return roles
 
 
-def _gpu_share(needs: Needs, gpus: float) -> float:
-    """A GPU for each role that computes, or an equal part of those there are."""
-    users = int(needs.trainer) + int(needs.reference) + needs.engines
-    return 0.0 if not gpus or not users else 1.0 if gpus >= users else int(100 * gpus / users) / 100
+def trainer_names(ranks: int) -> list[str]:
+    """Names of the roles of a trainer's ranks, by rank."""
+    return [f"trainer-{rank}" if rank else "trainer" for rank in range(ranks)]
+
+
+def _gpu_share(needs: Needs, gpus: float, ranks: int) -> float:
+    """A GPU for each process that computes, or an equal part: of 4 GPUs, 5 processes get half a one each."""
+    users = int(needs.trainer) * ranks + int(needs.reference) + needs.engines
+    return 0.0 if not gpus or not users else int(100 / math.ceil(users / gpus)) / 100

@@ -151,7 +151,11 @@ RECIPE = [
         ("1000 GPUs are asked for", "this machine has"),
         more=("placement.trainer.gpus=1000",),
     ),
-    Case("more than one trainer", ("placement.trainer.ranks: 2", "not offered"), more=("placement.trainer.ranks=2",)),
+    Case(
+        "more ranks of what has one",
+        ("placement.reference.ranks: 2", "not offered"),
+        more=("placement.reference.ranks=2",),
+    ),
 ]
 
 OVERRIDES = [
