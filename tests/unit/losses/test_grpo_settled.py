@@ -26,6 +26,7 @@ from tests.unit.core.test_forward import make_model, padded_logps
 from tests.unit.core.trees import group
 from tests.unit.losses.test_grpo import AGGREGATIONS, SURROGATES, TERMS, Case, run
 from tests.unit.stages.plain import prompt
+from tests.unit.stages.test_online import Run
 from tests.unit.train.test_trainer import make_spec, trees_for
 
 
@@ -209,6 +210,16 @@ def test_a_penalty_weighs_its_own_scale_where_objectives_are_decoupled() -> None
 
 def test_a_penalty_brings_no_unscored_completion_back() -> None:
     assert np.isnan(penalised([[1], [float("nan")], [0]], Objectives())).tolist() == [False, True, False]
+
+
+def test_an_online_stage_penalises_as_its_plan_says_and_reports_the_share(tmp_path: Path) -> None:
+    stage = Run(tmp_path, truncated="penalise").stage
+    stage.plan = replace(stage.plan, truncated_penalty=0.5, objectives=Objectives(scale="none"))
+    groups = [Group(prompt(0), (completion(2), completion(3, "length")))]
+    table = ScoreTable(("a",), np.zeros((2, 1), np.float32), ("reward",))
+    advantages, metrics = stage.advantages(groups, table, 0)
+    assert advantages.tolist() == pytest.approx([0.25, -0.25]) and metrics["objective/truncated/mean"] == 0.5
+    assert table.objectives == ("a",), "what the rewards gave is logged as they gave it"
 
 
 def test_penalised_completions_keep_their_tokens() -> None:
