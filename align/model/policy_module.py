@@ -48,6 +48,7 @@ class PolicyModule(nn.Module):
         self.autocast = autocast
         self.transform = logit_transform(model.config, temperature)
         model.config.use_cache = False
+        model.config.get_text_config().output_router_logits = False  # losses of a mixture's router are off
         self.wanted_attention = attention
         self.use("shared", "sdpa")
 
