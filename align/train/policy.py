@@ -89,7 +89,7 @@ class LoraPolicy:
         else:
             model.requires_grad_(False)
         fuse(model)
-        self.module = PolicyModule(model, temperature=spec.temperature)
+        self.module = PolicyModule(model, temperature=spec.temperature, attention=spec.model.attention)
 
     @contextmanager
     def reference(self) -> Iterator[PolicyModule]:
@@ -126,7 +126,9 @@ class FullPolicy:
         model = _load_backbone(spec, torch.float32, device)
         model.requires_grad_(spec.trainable)
         fuse(model)
-        self.module = PolicyModule(model, temperature=spec.temperature, autocast=autocast)
+        self.module = PolicyModule(
+            model, temperature=spec.temperature, autocast=autocast, attention=spec.model.attention
+        )
         self._reference: PolicyModule | None = None
         if spec.reference in ("start", "base") and spec.trainable:
             frozen = _load_backbone(spec, self.dtype, device)
@@ -136,6 +138,7 @@ class FullPolicy:
 
     def reference(self) -> AbstractContextManager[PolicyModule]:
         assert self._reference is not None, "this trainer was made without a reference"
+        self._reference.follow(self.module)
         return nullcontext(self._reference)
 
     def publish(self, folder: Path, version: int) -> Publication:
