@@ -70,7 +70,7 @@ def plan_trees(plan: AttentionPlan) -> TreePlan | None:
                 return None
             span[1] = end
     batches = [_batch(members, length) for length, members in sorted(short.items())]
-    return TreePlan(slices, batches, [(*trunk, *span) for trunk, span in trunks.items()])
+    return TreePlan(slices, batches, [(*trunk, span[0], span[1]) for trunk, span in trunks.items()])
 
 
 def _batch(members: list[tuple[int, int]], length: int) -> Batch:

@@ -169,9 +169,9 @@ def _looks_like_norm(module: nn.Module) -> bool:
     return only_weight and has_epsilon and not type(module).__name__.startswith("Fused")
 
 
-def _equal_norm(module: nn.Module) -> type[nn.Module] | None:
+def _equal_norm(module: Any) -> type[nn.Module] | None:
     """The fused class whose values and gradients are those of `module` on random numbers, or None."""
-    single = copy.deepcopy(module).to("cpu", torch.float32).requires_grad_(True)
+    single: Any = copy.deepcopy(module).to("cpu", torch.float32).requires_grad_(True)
     generator = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(3, single.weight.shape[0], generator=generator) for _ in range(2))
     try:
@@ -190,7 +190,7 @@ def _equal_norm(module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
-def _values(norm: nn.Module, x: Tensor, grad: Tensor) -> list[Tensor]:
+def _values(norm: Any, x: Tensor, grad: Tensor) -> list[Tensor]:
     x = x.clone().requires_grad_()
     y = norm(x)
     return [y, *torch.autograd.grad(y, [x, norm.weight], grad)]
