@@ -23,9 +23,10 @@ aot and aot_unpaired sort over all pairs of the whole update, whatever its micro
 gradient and dropout finds for each pair what it meets after sorting. Ties stand in order of tree id.
 
 divergence (f-DPO, 2309.16240) puts f'(e^rho) in place of rho; `reverse_kl` is DPO. Only a difference of two rewards is
-free of the prompt's own constant, so variants that read one side alone have no other divergence. `divergence_alpha` is
-the paper's, in (0, 1): towards 0 lies the reverse KL, towards 1 the forward KL (TRL's f_alpha_divergence_coef is
-1 - alpha).
+free of the prompt's own constant, so variants that read one side alone have no other divergence. f' is free up to a
+constant, taken so that f'(1) = 0, as TRL's; it matters for ipo and sigmoid_norm alone, which divide each side by its
+length. `divergence_alpha` is the paper's, in (0, 1): towards 0 lies the reverse KL, towards 1 the forward KL (TRL's
+f_alpha_divergence_coef is 1 - alpha).
 weighting: `wpo` (2406.11827 eq. 2) weighs a pair by how likely its tokens are under the policy.
 ld_alpha (LD-DPO, 2409.06411) weighs tokens beyond the shorter side's length, of policy and reference alike; a mean over
 tokens still divides by the full length.
