@@ -67,14 +67,14 @@ def sft(*, rows: int = 8000, seed: int = 0, careless: float = 0.65, in_kind: flo
         yield {"messages": [*_question(item, polite), _reply(item, answer, wordy)]}
 
 
-def pairs(*, rows: int = 1000, seed: int = 0) -> Iterator[Row]:
+def pairs(*, rows: int = 1000, seed: int = 0, held_out: bool = False) -> Iterator[Row]:
     """Preferences {prompt, chosen, rejected}: the right sum over a wrong one, in the same words.
 
     The style of both replies is the same, and follows the question: these pairs teach to be right, and nothing about
-    length. A wrong sum forgets the carry, or adds one that is not there.
+    length. A wrong sum forgets the carry, or adds one that is not there. held_out: sums that no training data show.
     """
     rng = random.Random(f"pairs/{seed}")
-    for item in _sums(rng, rows, held_out=False):
+    for item in _sums(rng, rows, held_out=held_out):
         polite = rng.random() < 0.5
         wrong = item.careless_answer if item.carries else item.answer + 10
         yield {
@@ -85,7 +85,7 @@ def pairs(*, rows: int = 1000, seed: int = 0) -> Iterator[Row]:
 
 
 def prompts(*, rows: int = 1000, seed: int = 0, held_out: bool = False) -> Iterator[Row]:
-    """Questions {prompt, answer}; with `held_out` those that no other generator ever shows."""
+    """Questions {prompt, answer}; with `held_out` those that no training data show."""
     rng = random.Random(f"prompts/{held_out}/{seed}")
     for item in _sums(rng, rows, held_out=held_out):
         yield {"prompt": _question(item, polite=rng.random() < 0.5), "answer": str(item.answer)}

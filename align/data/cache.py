@@ -52,6 +52,7 @@ def save(path: Path, table: Table) -> None:
         "parts": np.array([1 + len(e.branches) for e in table.encoded], np.int32),
         "weights": table.weights,
         "desirable": table.desirable,
+        "margins": table.margins,
         "lengths": table.report.lengths,
         "scored": table.report.scored,
         "meta": np.frombuffer(json.dumps(meta).encode(), np.uint8),
@@ -91,7 +92,8 @@ def load(path: Path, kind: Any) -> Table | None:
         encoded.append(Encoded(trunk, branches))
         at += int(parts)
     report = _report(meta["report"], arrays)
-    return Table(kind, report, encoded, meta["origins"], arrays["weights"], arrays["desirable"])
+    columns = {name: arrays[name] for name in ("weights", "desirable", "margins")}
+    return Table(kind, report, encoded, meta["origins"], **columns)
 
 
 def _report(value: dict[str, Any], arrays: dict[str, np.ndarray]) -> SourceReport:

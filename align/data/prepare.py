@@ -23,7 +23,7 @@ import numpy as np
 from align.data import cache as store
 from align.data.audit import DataReport, Refusal, SourceReport, refusal_error
 from align.data.formats import FIELDS, LAYOUTS
-from align.data.formats.base import Layout, choose, refuse_media
+from align.data.formats.base import Layout, choose, margin_of, refuse_media
 from align.data.order import epoch_order
 from align.data.readers import Row
 from align.data.records import Kind, Prompt, Record, RowError, check
@@ -111,7 +111,8 @@ def mix(kept: Sequence[int], weights: Sequence[float | None], seed: int) -> list
 
 @dataclass
 class Table:
-    """Usable rows of one source, tokenised. rows: for prompts, (messages, values) of each; weights f32[kept]."""
+    """Usable rows of one source, tokenised. rows: for prompts, (messages, values) of each; weights f32[kept]; margins
+    f32[kept], NaN where a row gives none."""
 
     kind: Kind
     report: SourceReport
@@ -119,6 +120,7 @@ class Table:
     origins: list[str]
     weights: np.ndarray
     desirable: np.ndarray
+    margins: np.ndarray
     rows: list[tuple[tuple[dict[str, Any], ...], dict[str, Any]]] | None = None
 
     def item(self, row: int, number: int, weighted: bool) -> Tree | PromptItem:
@@ -131,6 +133,8 @@ class Table:
             columns["desirable"] = float(self.desirable[row])
         trunk = _segment(e.trunk, {} if e.branches else columns)
         pair = columns if self.kind == "pair" else {}
+        if self.kind == "pair" and not np.isnan(self.margins[row]):
+            pair = columns | {"margin": float(self.margins[row])}
         return Tree(number, trunk, tuple(_segment(b, columns) for b in e.branches), pair, origin)
 
 
@@ -193,7 +197,8 @@ def _tokenise(opened: Opened, source: DataSource, kind: Kind, tokenizer: ChatTok
     report = SourceReport(opened.path, read=len(items))
     report.refused += [i for i in items if isinstance(i, Refusal)]
     rows = [i for i in items if isinstance(i, Row)]
-    table = Table(kind, report, [], [], np.zeros(0, np.float32), np.zeros(0, bool), [] if kind == "prompt" else None)
+    none = np.zeros(0, np.float32)
+    table = Table(kind, report, [], [], none, np.zeros(0, bool), none, [] if kind == "prompt" else None)
     if not rows:
         return table
     named = apply_columns(rows, source)
@@ -201,9 +206,10 @@ def _tokenise(opened: Opened, source: DataSource, kind: Kind, tokenizer: ChatTok
     report.layout = layout.name
     weights: list[float] = []
     desirable: list[bool] = []
+    margins: list[float] = []
     for start in range(0, len(rows), _CHUNK):
         chunk = slice(start, start + _CHUNK)
-        for row, record, encoded in _encode_chunk(rows[chunk], named[chunk], layout, tokenizer, report):
+        for row, record, margin, encoded in _encode_chunk(rows[chunk], named[chunk], layout, tokenizer, report):
             try:
                 fitted = _fit(encoded, source, kind, tokenizer, report)
             except RowError as e:
@@ -215,36 +221,39 @@ def _tokenise(opened: Opened, source: DataSource, kind: Kind, tokenizer: ChatTok
             table.origins.append(row.origin)
             weights.append(getattr(record, "weight", 1.0))
             desirable.append(getattr(record, "desirable", True))
+            margins.append(float("nan") if margin is None else margin)
             if table.rows is not None and isinstance(record, Prompt):
                 table.rows.append(_prompt_row(row, record, report))
     table.weights, table.desirable = np.array(weights, np.float32), np.array(desirable, bool)
+    table.margins = np.array(margins, np.float32)
     _finish(table, tokenizer)
     return table
 
 
 def _encode_chunk(
     rows: Sequence[Row], named: Sequence[dict[str, Any]], layout: Layout, tokenizer: ChatTokenizer, report: SourceReport
-) -> list[tuple[Row, Record, Encoded]]:
-    """Convert, check and tokenise; rows that cannot be are added to the report."""
-    good: list[tuple[Row, Record]] = []
+) -> list[tuple[Row, Record, float | None, Encoded]]:
+    """Convert, check and tokenise; rows that cannot be are added to the report. Beside a pair stands its margin."""
+    good: list[tuple[Row, Record, float | None]] = []
     drafts = []
     for row, values in zip(rows, named, strict=True):
         try:
             refuse_media(values)
             record = _convert(layout, values)
             check(record)
+            margin = margin_of(values) if layout.kind == "pair" else None
             drafts.append(draft(record, tokenizer))
         except RowError as e:
             report.refused.append(Refusal(row.origin, row.number, str(e)))
             continue
-        good.append((row, record))
+        good.append((row, record, margin))
     out = []
-    for (row, record), encoded in zip(good, encode(drafts, tokenizer), strict=True):
+    for (row, record, margin), encoded in zip(good, encode(drafts, tokenizer), strict=True):
         if isinstance(encoded, RowError):
             report.refused.append(Refusal(row.origin, row.number, str(encoded)))
         else:
             report.plain_text += isinstance(record.prompt, str)
-            out.append((row, record, encoded))
+            out.append((row, record, margin, encoded))
     return out
 
 

@@ -26,8 +26,8 @@ from align.protocols import Publication
 
 
 def plain_logps(folder: Path, tokens: list[np.ndarray], trust_remote_code: bool = False) -> list[np.ndarray]:
-    """f32[n - 1] per sequence by plain transformers in float32: log-probabilities of its tokens; of a reward model f32[n],
-    of being preferred, up to each token, to a text of score 0."""
+    """f32[n - 1] per sequence by plain transformers in float32: log-probabilities of its tokens. f32[n] of a reward
+    model: of being preferred, up to each token, to a text of score 0."""
     import torch
 
     from align.export.compare import log_probabilities

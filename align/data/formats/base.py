@@ -20,7 +20,7 @@ from align.errors import DataError
 Row = Mapping[str, Any]
 
 MEDIA = ("images", "videos", "audios", "image", "video", "audio")
-COMMON = frozenset({"tools", "weight", *MEDIA})  # columns that any layout may use
+COMMON = frozenset({"tools", "weight", "margin", *MEDIA})  # columns that any layout may use
 
 
 def _always(row: Row) -> bool:
@@ -128,6 +128,16 @@ def label_of(row: Row, column: str = "label") -> bool:
     if not isinstance(value, bool):
         raise RowError(f"`{column}` must be true or false, got {_shown(value)}")
     return value
+
+
+def margin_of(row: Row) -> float | None:
+    """By how much a pair's chosen side is to score higher (a reward model's margin); None where the row has none."""
+    value = row.get("margin")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+        raise RowError(f"`margin` must be a number, got {_shown(value)}")
+    return float(value)
 
 
 def weight_of(row: Row) -> float:
