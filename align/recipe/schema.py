@@ -39,7 +39,7 @@ class Model(Strict):
     revision: str | None = None
     adapter: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    attention: Literal["auto", "sdpa"] = "auto"
+    attention: Literal["auto", "sdpa", "varlen", "flex"] = "auto"
     chat_template: str | None = None
     template_args: dict[str, Any] = Field(default_factory=dict)
     trust_remote_code: bool = False

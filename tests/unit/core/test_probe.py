@@ -1,0 +1,181 @@
+"""The probe at load: what it accepts, what it gives a row per sequence, what it refuses, and what it says."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from align.data.packing import collate
+from align.errors import ModelError, Unsupported
+from align.model import policy_module
+from align.model.attention import NAME, AttentionPlan
+from align.model.policy_module import PolicyModule
+from align.model.probe import probe, two_tree_batch
+from tests.unit.core.families import BASE, make_family
+from tests.unit.core.test_families import trees
+
+
+def hooked(model: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> PolicyModule:
+    """The model with a first layer whose feed-forward output is changed."""
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: change(out))
+    return PolicyModule(model)
+
+
+def test_a_layer_that_looks_one_token_back_gets_a_row_a_sequence_and_a_line_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    module = hooked(make_family("qwen3"), lambda out: out + torch.nn.functional.pad(out, (0, 0, 1, 0))[:, :-1])
+    with caplog.at_level(logging.INFO, logger="align.model.probe"):
+        assert probe(module) < 1e-5
+    assert (module.layout, module.attention) == ("unshared", "sdpa")
+    assert len(caplog.messages) == 1
+    assert "a sequence a row" in caplog.text and "shared (sdpa): largest difference" in caplog.text
+
+
+def test_a_layer_that_looks_ahead_is_refused_with_what_was_tried() -> None:
+    module = hooked(make_family("qwen3"), lambda out: out + torch.nn.functional.pad(out, (0, 0, 0, 1))[:, 1:])
+    with pytest.raises(ModelError, match=r"beyond the causal prefix.*shared \(sdpa\).*unshared \(eager\)"):
+        probe(module)
+
+
+def test_dropout_that_is_left_on_outside_training_is_refused() -> None:
+    module = hooked(make_family("qwen3"), lambda out: torch.nn.functional.dropout(out, 0.1, training=True))
+    with pytest.raises(ModelError, match="other values each time"):
+        probe(module)
+    assert probe(PolicyModule(make_family("qwen3", attention_dropout=0.3).train())) < 1e-5
+
+
+@pytest.mark.parametrize("window", [3, 4096])
+def test_a_window_that_the_kernel_forgets_is_found_however_long_it_is(
+    window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_family("mistral", sliding_window=window)
+    assert probe(PolicyModule(model)) < 1e-5
+    assert model.config.sliding_window == window
+    from align.model import attention
+
+    whole = attention.sdpa_attention
+    monkeypatch.setattr(attention, "sdpa_attention", lambda *a, **kw: whole(*a, **(kw | {"sliding_window": None})))
+    module = PolicyModule(model)
+    assert probe(module) < 1e-5
+    assert module.layout == "unshared"
+    assert model.config.sliding_window == window
+
+
+def test_wrong_positions_of_m_rope_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_family("qwen2_5_vl")
+    text = model.model.language_model
+    rotate = text.rotary_emb.forward
+
+    def of_the_row(x: torch.Tensor, positions: torch.Tensor) -> Any:
+        return rotate(x, torch.arange(x.shape[1]).expand(positions.shape))
+
+    text.rotary_emb.forward = of_the_row  # a branch no longer continues its trunk
+    module = PolicyModule(model)
+    assert probe(module) < 1e-5
+    assert module.layout == "unshared"
+
+
+def test_the_vision_tower_keeps_its_own_attention() -> None:
+    module = PolicyModule(make_family("qwen2_5_vl"))
+    config = module.model.config
+    assert config.text_config._attn_implementation == NAME
+    assert config.vision_config._attn_implementation == "eager"
+
+
+def test_images_are_refused_until_they_have_a_forward() -> None:
+    batch = collate(trees())
+    batch.media = {"pixel_values": torch.zeros(1)}
+    with pytest.raises(Unsupported, match="images"):
+        PolicyModule(make_family("qwen2_5_vl"))(batch)
+
+
+def test_a_forward_that_takes_no_plan_is_told_clearly_and_gets_a_row_a_sequence() -> None:
+    model = make_family("llama")
+    whole = model.model.forward
+
+    def narrow(input_ids: Any, attention_mask: Any = None, position_ids: Any = None, use_cache: bool = False) -> Any:
+        return whole(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache)
+
+    module = PolicyModule(model)
+    model.model.forward = narrow
+    with pytest.raises(
+        ModelError, match=r"cannot be run over packed trees: .*unexpected keyword argument 'align_plan'"
+    ):
+        module(collate(trees()))
+    monkey = model.forward
+    model.forward = lambda input_ids, attention_mask=None, use_cache=False: _logits(model, input_ids, attention_mask)
+    assert probe(module) < 1e-5
+    assert module.layout == "unshared"
+    model.forward = monkey
+
+
+def _logits(model: Any, input_ids: Any, attention_mask: Any) -> Any:
+    hidden = model.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    return type("Output", (), {"logits": model.lm_head(hidden)})
+
+
+def test_a_model_whose_attention_cannot_be_registered_gets_a_row_a_sequence() -> None:
+    config = AutoConfig.for_model("bloom", **BASE, n_head=4, n_layer=2)
+    module = PolicyModule(AutoModelForCausalLM.from_config(config))
+    with pytest.raises(ModelError, match="lets no attention be registered"):
+        module(collate(trees()))
+    assert probe(module) < 1e-5
+    assert module.layout == "unshared"
+
+
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_in_bfloat16_noise_passes_and_a_wrong_plan_does_not(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_family("qwen3")
+    if how == "weights":
+        model = model.to(torch.bfloat16)
+    module = PolicyModule(model, autocast=torch.bfloat16 if how == "autocast" else None)
+    assert 0 < probe(module) < 0.25
+    assert module.layout == "shared"
+
+    def parentless(batch: Any, kernel: str) -> AttentionPlan:
+        plan = plan_attention(batch, kernel)
+        return AttentionPlan([(a, b, 0, 0) for a, b, *_ in plan.segments], plan.device, kernel)
+
+    plan_attention = policy_module.plan_attention
+    monkeypatch.setattr(policy_module, "plan_attention", parentless)
+    probe(module)
+    assert module.layout == "unshared"
+
+
+def test_a_reference_follows_its_policys_layout() -> None:
+    policy, reference = PolicyModule(make_family("qwen3_next")), PolicyModule(make_family("qwen3_next"))
+    probe(policy)
+    reference.follow(policy)
+    batch, _ = two_tree_batch(97, "cpu")
+    assert reference.layout == "unshared"
+    assert torch.equal(reference(batch).logps, policy(batch).logps)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "qwen3_moe", "qwen3_5_text"])
+def test_gradient_checkpointing_changes_neither_values_nor_gradients(family: str) -> None:
+    module = PolicyModule(make_family(family))
+    probe(module)
+    batch = collate(trees())
+
+    def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        module.train().zero_grad()
+        logps = module(batch).logps
+        logps.square().sum().backward()
+        return logps.detach(), [torch.zeros_like(p) if p.grad is None else p.grad for p in module.parameters()]
+
+    values, grads = run()
+    module.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    module.model.enable_input_require_grads()
+    seen: list[int] = []
+    module.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: seen.append(1))
+    again, again_grads = run()
+    assert len(seen) == 2 or module.layout == "unshared"  # once forward, once again for backward
+    assert torch.equal(values, again)
+    largest = max(g.abs().max() for g in grads)
+    assert max((a - b).abs().max() for a, b in zip(grads, again_grads, strict=True)) / largest < 1e-6
