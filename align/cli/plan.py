@@ -83,12 +83,21 @@ class Planner:
         where = self.recipe.model.path or "from scratch"
         kind = self.model.config.get("model_type", "?")
         size = f", {memory.count(self.sizes.parameters)} parameters" if self.sizes else ""
-        return f"{where} ({kind}{size}, {self.model.tokenizer.vocab_size} tokens)"
+        return f"{where} ({kind}{size}, {self.model.tokenizer.vocab_size} tokens), attention {self.attention()}"
+
+    def attention(self) -> str:
+        """The kernel that is meant; the probe at load may find that the model needs another."""
+        model = self.recipe.model
+        if model.attention != "auto":
+            return model.attention
+        half = self.machine.gpus > 0 and _dtype(True, model.dtype) != "float32"
+        return f"auto ({'varlen' if half else 'sdpa'})"
 
     def training(self, stage: Any, facts: DataFacts) -> StagePlan:
         """A stage that trains. Raises UserError where it cannot run."""
         if stage.kind != "reward_model" and stage.from_ is None:
             self._refuse_reward_model()
+        self._check_attention()
         adapter = adapter_of(self.recipe, stage, self.model.origin)
         optim = resolved_optim(stage, adapter)
         steps = self._steps(stage, facts)
@@ -128,6 +137,22 @@ class Planner:
         what = "merges" if stage.kind == "merge" else "exports"
         line = f"{what} {stage.from_ or 'the model'} into {self.recipe.run_folder / stage.id / 'model'}"
         return StagePlan(stage.id, stage.kind, 1, self.roles(stage), lines=[line])
+
+    def _check_attention(self) -> None:
+        """Kernels of a GPU need one, and flash attention half precision."""
+        model = self.recipe.model
+        if model.attention in ("varlen", "flex") and not self.machine.gpus:
+            raise PlacementError(
+                f"`model.attention: {model.attention}` needs an NVIDIA GPU, and this machine has none",
+                where="model.attention",
+                remedy="use auto, which is sdpa here",
+            )
+        if model.attention == "varlen" and model.dtype == "float32":
+            raise RecipeError(
+                "`model.attention: varlen` computes in half precision, and `model.dtype` is float32",
+                where="model.attention",
+                remedy="set `model.dtype: bfloat16`, or use auto",
+            )
 
     def roles(self, stage: Any) -> list[Role]:
         return stage_roles(self.recipe, stage, self.machine)
@@ -223,7 +248,9 @@ class Planner:
         else:
             size = stage.batch.sequences or getattr(stage.batch, "pairs", None) or DEFAULT_BATCH
             tokens = min(stage.packing.max_tokens, max(facts.longest, int(size * facts.mean)))
-        plan.memory["trainer"] = memory.trainer(
+        ranks = self.recipe.placement.trainer.ranks
+        trainer = "trainer" if ranks == 1 else f"each of {ranks} trainer ranks"
+        plan.memory[trainer] = memory.trainer(
             self.sizes,
             adapter,
             _dtype(gpu, model.dtype),
@@ -239,7 +266,8 @@ class Planner:
                 sequences=-(-sequences // stage.rollout.workers),
                 length=length,
             )
-        total = sum(estimate.total for estimate in plan.memory.values())
+        times = {trainer: ranks, "each engine": stage.rollout.workers if stage.kind == "online" else 0}
+        total = sum(times[who] * estimate.total for who, estimate in plan.memory.items())
         if not gpu and total > self.machine.memory:
             plan.lines.append(f"note: about {memory.human(total)} in all; here are {memory.human(self.machine.memory)}")
 

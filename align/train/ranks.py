@@ -135,6 +135,18 @@ class Ranks:
                 same = [t for t in tensors if t.dtype == dtype]
                 self._in_buckets(same, lambda flat: dist.broadcast(flat, 0), dtype)
 
+    @torch.no_grad()
+    def require_equal(self, tensors: Iterable[Tensor]) -> None:
+        """Raise RanksError where ranks hold other values, to the bit. Sums of integers do not depend on their order."""
+        if self.size > 1:
+            found = self.objects([int(t.reshape(-1).view(torch.int16).sum(dtype=torch.int64)) for t in tensors])
+            if any(own != found[0] for own in found):
+                raise RanksError(
+                    f"the weights of the {self.size} ranks have drifted apart",
+                    remedy="ranks need processors of one kind and the same versions of torch; resume from the last "
+                    "checkpoint on such, or with `placement.trainer.ranks: 1`",
+                )
+
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum gradients over ranks. A parameter that no rank used stays without one, so that no optimizer moves it."""
         parameters = list(parameters)

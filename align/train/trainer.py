@@ -199,9 +199,11 @@ class PolicyTrainer:
         return outputs
 
     def _clip(self) -> float:
-        """Clip to the recipe's norm and return the norm before clipping."""
+        """Clip to the recipe's norm and return the norm before clipping: rank 0's, so that all decide alike."""
         limit = self.spec.optim.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = torch.tensor(self.ranks.objects(float(norm))[0], device=self.device)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, math.inf if limit is None else limit, norm)
         return float(norm)
 
     def _refuse_update(self, step: int, trees: Sequence[Tree], norm: float, loss: float) -> None:
@@ -260,6 +262,7 @@ class PolicyTrainer:
     def save(self, folder: Path) -> None:
         assert self.optimizer is not None, "a reference has no state to save"
         folder = Path(folder)
+        self.ranks.require_equal(self.parameters)
         random = self.ranks.objects(random_state())
         self.write_model(folder / self.policy.artefact)
         if self.ranks.rank == 0:

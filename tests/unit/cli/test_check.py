@@ -96,6 +96,17 @@ def test_trainer_and_engines_share_the_cores_by_default(workshop: Workshop) -> N
     assert grpo.roles[0].threads == MACHINE.cores
 
 
+def test_ranks_of_the_trainer_divide_its_cores_and_are_counted(workshop: Workshop) -> None:
+    ranks = "placement.trainer.ranks"
+    plan = plan_of(workshop, f"{ranks}=2").stages[2]
+    assert [role.name for role in plan.roles] == ["trainer", "trainer-1", "rollout-0", "rewards-0"]
+    assert [role.threads for role in plan.roles[:2]] == [MACHINE.cores // 2] * 2
+    assert sum(role.cpus for role in plan.roles) <= MACHINE.cores + 1e-6
+    assert "each of 2 trainer ranks" in plan.memory
+    five = plan_of(workshop, f"{ranks}=4", machine=Machine(16, 4, 64 << 30)).stages[2]
+    assert [role.gpus for role in five.roles[:5]] == [0.5] * 5, "two to a GPU at most, where one each are not there"
+
+
 def test_gpus_are_given_to_those_who_compute(workshop: Workshop) -> None:
     roles = plan_of(workshop, machine=Machine(8, 2, 16 << 30)).stages[2].roles
     assert {role.name: role.gpus for role in roles} == {"trainer": 1, "rollout-0": 1, "rewards-0": 0}
@@ -158,3 +169,31 @@ def test_an_architecture_that_cannot_be_counted_is_said_so(workshop: Workshop) -
         workshop.write("recipe.yaml", "\n".join(line for line in text.split("\n") if f" {key}:" not in line))
     lines = plan_of(workshop).stages[0].lines
     assert any("memory: not estimated" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "overrides", "words"),
+    [
+        (0, (), "attention auto (sdpa)"),
+        (1, (), "attention auto (varlen)"),
+        (1, ("model.dtype=float32",), "attention auto (sdpa)"),
+        (1, ("model.attention=flex",), "attention flex"),
+    ],
+)
+def test_the_plan_says_which_attention_is_meant(workshop: Workshop, gpus: int, overrides: tuple, words: str) -> None:
+    assert plan_of(workshop, *overrides, machine=Machine(cores=8, gpus=gpus, memory=16 << 30)).model.endswith(words)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "overrides", "words"),
+    [
+        (0, ("model.attention=varlen",), "needs an NVIDIA GPU"),
+        (0, ("model.attention=flex",), "needs an NVIDIA GPU"),
+        (1, ("model.attention=varlen", "model.dtype=float32"), "computes in half precision"),
+    ],
+)
+def test_an_attention_that_the_machine_or_the_dtype_rules_out_is_refused(
+    workshop: Workshop, gpus: int, overrides: tuple, words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        plan_of(workshop, *overrides, machine=Machine(cores=8, gpus=gpus, memory=16 << 30))
