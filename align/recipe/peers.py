@@ -28,6 +28,8 @@ _MEANS = {  # their word -> where ours stands
     "tau_neg": "loss.sapo_temperature_neg",
     "kl_coef": "loss.kl",
     "label_smoothing": "loss.label_smoothing",
+    "discopop_tau": "loss.discopop_tau",
+    "ld_alpha": "loss.ld_alpha",
     "center_rewards_coefficient": "loss.centre",
     "learning_rate": "optim.lr",
     "lr": "optim.lr",
@@ -100,6 +102,7 @@ _MEANS = {  # their word -> where ours stands
     "finetuning_type": "adapter.kind",
     "pref_beta": "loss.beta",
     "pref_loss": "loss.variant",
+    "dpo_label_smoothing": "loss.label_smoothing",
     "cutoff_len": "data.max_length",
     "template": "model.chat_template",
     "adapter_name_or_path": "model.adapter",
@@ -141,7 +144,8 @@ _SENTENCES = {  # their word -> the whole answer, where a key alone would mislea
     "ppo_micro_batch_size_per_gpu": "not needed: `packing.max_tokens` bounds memory",
     "ppo_mini_batch_size": "not needed: one optimizer update takes the whole `batch`",
     "beta": "`beta` is `loss.beta` of a preference loss, and `loss.kl` of grpo",
-    "loss_type": "`loss_type` is `loss.name` with `loss.variant` (preference). For `loss: {name: grpo}`: "
+    "loss_type": "`loss_type` is `loss.name` with `loss.variant` (preference); several are a list of "
+    "losses with weights. For `loss: {name: grpo}`: "
     "grpo is {aggregation: sequence}; dapo and bnpo are {aggregation: token}, the default; "
     "dr_grpo is {aggregation: constant, constant_length: max_tokens}; "
     "gspo is {ratio: sequence, aggregation: sequence}; luspo is {ratio: sequence, aggregation: sequence_sum}; "
@@ -183,6 +187,20 @@ _SENTENCES = {  # their word -> the whole answer, where a key alone would mislea
     "gamma_beta_ratio": "`gamma_beta_ratio` is gamma/beta: multiply it by `beta` and write "
     "`loss: {name: simpo, beta: ..., gamma: ...}`, the margin itself",
     "cpo_alpha": "`cpo_alpha` is `loss.nll_weight` of cpo and simpo",
+    "loss_weights": "`loss_weights` are the weights of a list: `loss: [{name: dpo, weight: 0.8}, "
+    "{name: dpo, variant: bco_pair, weight: 0.2}, {name: sft}]`",
+    "f_divergence_type": "`f_divergence_type` is `loss.divergence` of dpo: reverse_kl, forward_kl, js or alpha",
+    "f_alpha_divergence_coef": "`f_alpha_divergence_coef` is 1 - `loss.divergence_alpha`: 0.5 is 0.5, 0.3 is 0.7; "
+    "in the paper's alpha, which is ours, the forward KL lies towards 1",
+    "use_weighting": "`use_weighting: true` is `loss: {name: dpo, weighting: wpo}`",
+    "reference_free": "`reference_free: true` is a loss without a reference: `loss: {name: simpo}` or `{name: cpo}`",
+    "sync_ref_model": "not offered by this version: the reference stays what `reference` names",
+    "ref_model_mixup_alpha": "not offered by this version: the reference stays what `reference` names",
+    "ref_model_sync_steps": "not offered by this version: the reference stays what `reference` names",
+    "pref_ftx": "`pref_ftx` is a second loss: `loss: [{name: dpo}, {name: sft, weight: ...}]`",
+    "pref_bco_weight": "`pref_bco_weight` is a second loss: "
+    "`loss: [{name: dpo}, {name: dpo, variant: bco_pair, weight: ...}]`",
+    "nll_loss_coef": "`nll_loss_coef` is a second loss: `loss: [{name: dpo}, {name: sft, weight: ...}]`",
     "rpo_alpha": "`rpo_alpha` is a second loss: `loss: [{name: dpo}, {name: sft, weight: ...}]`",
     "desirable_weight": "`desirable_weight` is `loss: {name: kto, desirable_weight: ...}`",
     "undesirable_weight": "`undesirable_weight` is `loss: {name: kto, undesirable_weight: ...}`",
