@@ -46,24 +46,36 @@ def load_model(
     trust_remote_code: bool = False,
     device: str = "cpu",
 ) -> PreTrainedModel:
-    """Load a causal language model in transformers layout from `folder`, weights in safetensors.
+    """Load a causal language model in transformers layout from `folder`, weights in safetensors. A model for images too
+    is loaded whole, to be used on text.
 
-    attention: "auto" (= "sdpa") or any implementation that transformers knows, registered ones included.
+    attention: "auto" (transformers' choice, but never one that leaves out soft-capping) or any implementation that
+    transformers knows, registered ones included.
     Returns the model in eval mode on `device`, parameters in `dtype`, key-value cache off.
     Raises ModelError where the folder is no model, or its checkpoint lacks weights or has some of another shape.
     """
-    from transformers import AutoModelForCausalLM
-
     folder = Path(folder)
     refuse_scoring(folder)
     model, info = from_folder(
-        AutoModelForCausalLM, folder, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code
+        _auto_class(folder), folder, dtype=dtype, attention=attention, trust_remote_code=trust_remote_code
     )
     require_complete(folder, info)
     model.config.use_cache = False
     model.eval()
     model.to(device)
     return model
+
+
+def _auto_class(folder: Path) -> Any:
+    """transformers' auto class for what config.json describes."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as known
+
+    file = folder / "config.json"
+    name = json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None
+    images = name in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    alone = name in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForImageTextToText if images and not alone else AutoModelForCausalLM
 
 
 def from_folder(
@@ -79,7 +91,7 @@ def from_folder(
             model, info = kind.from_pretrained(
                 folder,
                 dtype=dtype,
-                attn_implementation="sdpa" if attention == "auto" else attention,
+                attn_implementation=None if attention == "auto" else attention,
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
                 use_safetensors=True,
@@ -92,6 +104,8 @@ def from_folder(
             where=folder,
             remedy="check that the folder is complete and of an architecture that this transformers version knows",
         ) from error
+    if attention == "auto" and getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # transformers' sdpa leaves the cap out without a word
     return model, info
 
 

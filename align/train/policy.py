@@ -56,7 +56,6 @@ def _load_backbone(spec: TrainerSpec, dtype: torch.dtype, device: torch.device) 
     model: Any = make(
         Path(spec.base),
         dtype=dtype,
-        attention="sdpa",
         trust_remote_code=spec.model.trust_remote_code,
         device=str(device),
     )

@@ -140,8 +140,16 @@ class PolicyTrainer:
 
     def _microbatches(self, trees: Sequence[Tree]) -> list[tuple[TokenBatch, bool]]:
         """This rank's share of the trees, and whether each counts (see `align.data.packing.Microbatch`)."""
-        planned = plan_ranks(trees, self.spec.max_tokens, keep_together=self.keep_together, ranks=self.ranks.size)
+        planned = plan_ranks(trees, self._budget(trees), keep_together=self.keep_together, ranks=self.ranks.size)
         return [(collate(part.trees).to(self.device), part.counted) for part in planned[self.ranks.rank]]
+
+    def _budget(self, trees: Sequence[Tree]) -> int:
+        """Packed tokens of a microbatch; so many fewer where trunks are repeated, that as many are computed."""
+        if self.module.layout == "shared":
+            return self.spec.max_tokens
+        repeated = sum(len(tree.trunk) * (len(tree.sequences) - 1) for tree in trees)
+        packed = sum(tree.tokens for tree in trees)
+        return max(1, self.spec.max_tokens * packed // max(1, packed + repeated))
 
     def _batch_stats(self, trees: Sequence[Tree]) -> list[dict[str, Tensor]]:
         """What each loss of scope "batch" makes of a pass over the update, or over trees of its own, before any
@@ -232,7 +240,7 @@ class PolicyTrainer:
         """Per tree, per sequence: f32[n] log-probabilities of its scored tokens under the policy."""
         found: dict[int, list[np.ndarray]] = {}
         numbered = {id(tree): n for n, tree in enumerate(trees)}
-        planned = plan_ranks(trees, self.spec.max_tokens, keep_together=True, ranks=self.ranks.size)
+        planned = plan_ranks(trees, self._budget(trees), keep_together=True, ranks=self.ranks.size)
         for part in planned[self.ranks.rank]:
             batch = collate(part.trees).to(self.device)
             logps = self._quiet(self.module, batch).logps.float().cpu().numpy()
