@@ -79,9 +79,10 @@ class Config(LossConfig):
     @model_validator(mode="before")
     @classmethod
     def _own_default(cls, given: Any) -> Any:
-        if isinstance(given, dict) and "label_smoothing" not in given and given.get("variant") in _SMOOTHING:
-            return given | {"label_smoothing": _SMOOTHING[given["variant"]]}
-        return given
+        if not isinstance(given, dict) or "label_smoothing" in given:
+            return given
+        own = [e for variant, e in _SMOOTHING.items() if variant == given.get("variant")]  # which may be a list
+        return given | {"label_smoothing": own[0]} if own else given
 
     @model_validator(mode="after")
     def _smoothing_is_used(self) -> Config:

@@ -110,6 +110,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     *(({"variant": v, "weighting": "wpo"}, "no `weighting`.*different pairs.*drop one") for v in RANKS),
     *(({"variant": v, "ld_alpha": 0.5}, "no `ld_alpha`.*drop one") for v in RANKS),
     ({"ld_alpha": 1.5}, "less than or equal to 1"),
+    ({"variant": ["sigmoid", "bco_pair"]}, "variant: Input should be 'sigmoid'"),
 ]
 
 
