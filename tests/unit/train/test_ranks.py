@@ -56,6 +56,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "orpo": ("orpo", {}, 7),
     "simpo": ("simpo", {"nll_weight": 1.0}, 7),
     "cpo": ("cpo", {}, 7),
+    "reward-model": ("reward_model", {"centre": 0.05}, 7),
     "grpo-token": ("grpo", {"kl": 0.1, "entropy_bonus": 0.01}, 5),
     "grpo-sequence": ("grpo", {"kl": 0.1, "aggregation": "sequence"}, 5),
     "grpo-constant": ("grpo", {"kl": 0.1, "aggregation": "constant", "constant_length": 16}, 5),
@@ -113,7 +114,7 @@ def run_case(base: Path, case: str, kind: str, ranks: Ranks) -> dict[str, Any]:
     trainer.optimizer.register_step_pre_hook(
         lambda *_: grads.extend(p.grad.clone() for p in trainer.parameters if p.grad is not None)
     )
-    found = {"evaluated": trainer.evaluate(trees), "logps": trainer.logps(trees)}
+    found = {"evaluated": trainer.evaluate(trees), "logps": trainer.logps(trees) if loss != "reward_model" else []}
     found["metrics"] = trainer.step(trees, step=0, progress=0.0)
     return found | {"grads": grads, "weights": weights(trainer)}
 
@@ -211,7 +212,9 @@ def partner_lost(ranks: Ranks) -> tuple[float, str]:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "model"
-    make_model("qwen3").save_pretrained(folder)
+    model = make_model("qwen3")
+    model.config.pad_token_id = 0  # a reward model wants one
+    model.save_pretrained(folder)
     return folder
 
 
