@@ -54,11 +54,10 @@ class FlexPlan:
     def mask(self, plan: AttentionPlan, window: int | None) -> BlockMask:
         if window not in self.masks:
             tokens = int(self.starts.shape[0])
-            blocks = torch.as_tensor(touched_blocks(plan.segments, tokens, window))
-            order = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True).to(torch.int32)
+            touched, whole = touched_blocks(plan.segments, tokens, window)
             self.masks[window] = BlockMask.from_kv_blocks(
-                blocks.sum(-1).to(torch.int32)[None, None].to(plan.device),
-                order[None, None].to(plan.device),
+                *_listed(touched & ~whole, plan.device),
+                *_listed(whole, plan.device),
                 BLOCK_SIZE=BLOCK,
                 mask_mod=self.visible(window),
                 seq_lengths=(tokens, tokens),
@@ -75,21 +74,33 @@ def plan_flex(plan: AttentionPlan) -> FlexPlan:
     return FlexPlan(*(x.contiguous().to(plan.device) for x in (starts, parent_starts, parent_ends, places)))
 
 
-def touched_blocks(segments: list[tuple[int, int, int, int]], tokens: int, window: int | None) -> np.ndarray:
-    """bool[nq, nk]: blocks of queries by blocks of keys that hold at least one pair that may see each other."""
+def _listed(blocks: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """bool[nq, nk] as FlexAttention wants it: number of blocks i32[1, 1, nq], and their places i32[1, 1, nq, nk]."""
+    dense = torch.as_tensor(blocks).int()[None, None]
+    order = torch.argsort(dense, dim=-1, descending=True, stable=True)
+    return dense.sum(-1).to(device, torch.int32), order.to(device, torch.int32)
+
+
+def touched_blocks(
+    segments: list[tuple[int, int, int, int]], tokens: int, window: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Two bool[nq, nk], blocks of queries by blocks of keys: which hold a pair that sees each other, and which surely
+    hold nothing else (the kernel asks no mask there)."""
     n = -(-tokens // BLOCK)
-    touched = np.zeros((n, n), dtype=bool)
+    touched, whole = np.zeros((n, n), dtype=bool), np.zeros((n, n), dtype=bool)
     for start, end, parent_start, parent_end in segments:
         before = parent_end - parent_start
         for block in range(start // BLOCK, -(-end // BLOCK)):
             first, last = max(start, block * BLOCK), min(end, (block + 1) * BLOCK) - 1
-            # the first query's nearest place out of sight bounds what this block of queries sees
-            reach = 0 if window is None else max(0, before + first - start - window + 1)
-            own = max(start, start + reach - before)
-            touched[block, own // BLOCK : last // BLOCK + 1] = True
-            if parent_start + reach < parent_end:
-                touched[block, (parent_start + reach) // BLOCK : -(-parent_end // BLOCK)] = True
-    return touched
+            # places in the sequence from which on the first query sees, and all queries of the block see
+            some, all_ = (0 if window is None else max(0, before + q - start - window + 1) for q in (first, last))
+            touched[block, max(start, start + some - before) // BLOCK : last // BLOCK + 1] = True
+            if parent_start + some < parent_end:
+                touched[block, (parent_start + some) // BLOCK : -(-parent_end // BLOCK)] = True
+            if last - first + 1 == BLOCK:
+                whole[block, -(-max(start, start + all_ - before) // BLOCK) : first // BLOCK] = True
+                whole[block, -(-(parent_start + all_) // BLOCK) : parent_end // BLOCK] = True
+    return touched, whole
 
 
 @cache

@@ -138,23 +138,27 @@ def test_heads_of_odd_width_and_without_parents_go_through_varlen(monkeypatch: p
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("window", [None, 1, 60, 128, 200])
-def test_blocks_hold_every_visible_pair_and_no_block_without_one(window: int | None) -> None:
+@pytest.mark.parametrize("window", [None, 1, 60, 128, 500])
+def test_blocks_hold_every_visible_pair_and_whole_ones_nothing_else(window: int | None) -> None:
     rng = np.random.default_rng(0)
     segments, at = [], 0
     for _ in range(4):
-        trunk = (at, at + int(rng.integers(1, 300)))
+        trunk = (at, at + int(rng.integers(200, 700)))
         segments.append((*trunk, 0, 0))
         at = trunk[1]
         for _ in range(int(rng.integers(0, 4))):
-            size = int(rng.integers(1, 200))
+            size = int(rng.integers(1, 400))
             segments.append((at, at + size, *trunk))
             at += size
     pad = -at % BLOCK
     seen = np.pad(visible(segments, window), ((0, pad), (0, pad)))
     n = seen.shape[0] // BLOCK
-    exact = seen.reshape(n, BLOCK, n, BLOCK).any(axis=(1, 3))
-    assert np.array_equal(touched_blocks(segments, at, window), exact)
+    blocks = seen.reshape(n, BLOCK, n, BLOCK)
+    touched, whole = touched_blocks(segments, at, window)
+    assert np.array_equal(touched, blocks.any(axis=(1, 3)))
+    exact = blocks.all(axis=(1, 3))  # a block of queries of two branches asks the mask even for their trunk
+    assert not (whole & ~exact).any() and whole.sum() >= 0.5 * exact.sum()
+    assert whole.any() == (window is None or window > BLOCK)
 
 
 def test_what_the_segments_do_not_describe_is_refused() -> None:
