@@ -56,8 +56,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 def scores(config: dict[str, Any]) -> bool:
     """Whether the adapter is a reward model's: LoRA and a score head."""
-    saved = config.get("modules_to_save")
-    return config.get("task_type") == "SEQ_CLS" and bool(saved) and set(saved) <= PEFT_HEADS
+    saved = set(config.get("modules_to_save") or ())
+    return config.get("task_type") == "SEQ_CLS" and bool(saved) and saved <= PEFT_HEADS
 
 
 def refuse_beyond_lora(config: dict[str, Any], folder: Path, use: str, *, score_head: bool = False) -> None:

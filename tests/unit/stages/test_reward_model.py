@@ -20,6 +20,7 @@ from align.data.scratch import train_tokenizer
 from align.errors import DataError, Interrupted
 from align.export.merge import merge
 from align.model import scratch
+from align.protocols import Tree
 from align.recipe.schema import Adapter, LossTerm, Model, Optim, Recipe
 from align.stages.backend import TrainerJob
 from align.train.spec import TrainerSpec
@@ -196,18 +197,36 @@ def test_a_stopped_stage_ends_with_the_weights_and_metrics_of_an_undisturbed_one
     assert len(resumed.steps) == 3
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_the_packing_budget_changes_no_update(kind: str, tmp_path: Path) -> None:
-    base = tmp_path / "base"
+def small_spec(base: Path, kind: str, dtype: str = "float32", checkpointing: bool = False) -> TrainerSpec:
     model = make_model("qwen3")
     model.config.pad_token_id = 0
     model.save_pretrained(base)
-    trees = [pair(np.random.default_rng(i), i) for i in range(6)]
-    spec = TrainerSpec(
-        model=Model(path=str(base), dtype="float32"), base=str(base), adapter_config=Adapter(**KINDS[kind]),
-        losses=(LossTerm(name="reward_model", centre=0.01),), optim=Optim(lr=1e-2, schedule="constant", warmup=0.0),
-        total_updates=10, device="cpu",
+    return TrainerSpec(
+        model=Model(path=str(base), dtype=dtype, gradient_checkpointing=checkpointing), base=str(base),
+        adapter_config=Adapter(**KINDS[kind]), losses=(LossTerm(name="reward_model", centre=0.01),),
+        optim=Optim(lr=1e-2, schedule="constant", warmup=0.0), total_updates=10, device="cpu",
     )  # fmt: skip
+
+
+def some_pairs() -> list[Tree]:
+    return [pair(np.random.default_rng(i), i) for i in range(6)]
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(("dtype", "checkpointing"), [("bfloat16", False), ("float32", True)])
+def test_low_precision_and_gradient_checkpointing_lower_the_loss_too(
+    kind: str, dtype: str, checkpointing: bool, tmp_path: Path
+) -> None:
+    trainer = PolicyTrainer(small_spec(tmp_path / "base", kind, dtype, checkpointing))
+    losses = [trainer.step(some_pairs(), step=n, progress=n / 10)["loss/total"] for n in range(6)]
+    assert losses[-1] < 0.5 * losses[0]
+    head = next(p for name, p in trainable(trainer.module).items() if "score" in name)
+    assert head.dtype == torch.float32, "a bfloat16 head would round small steps away"
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_the_packing_budget_changes_no_update(kind: str, tmp_path: Path) -> None:
+    spec, trees = small_spec(tmp_path / "base", kind), some_pairs()
     whole, split = (PolicyTrainer(replace(spec, max_tokens=n)) for n in (10_000, 12))
     a, b = (trainer.step(trees, step=0, progress=0.0) for trainer in (whole, split))
     assert b["train/microbatches"] > a["train/microbatches"] == 1
