@@ -97,7 +97,7 @@ class RayBackend:
             optim=job.optim,
             total_updates=job.total,
             adapter=str(job.start.adapter) if job.start.adapter else None,
-            max_tokens=job.max_tokens,
+            max_tokens=job.packing.budget(gpu),
             temperature=rollout.temperature if rollout else 1.0,
             reference="path" if isinstance(job.reference, ReferencePath) else job.reference,
             publish=publish_mode(job.start.config, rollout) if rollout else "adapter",

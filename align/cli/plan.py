@@ -228,7 +228,7 @@ class Planner:
             )
 
     def _packing_notes(self, stage: Any, facts: DataFacts) -> list[str]:
-        budget = stage.packing.max_tokens
+        budget = stage.packing.budget(self.machine.gpus > 0)
         if stage.kind == "online" or facts.longest <= budget:
             return []
         return [f"note: the largest example has {facts.longest} tokens and is computed alone (budget {budget})"]
@@ -240,14 +240,15 @@ class Planner:
             plan.lines.append("memory: not estimated, the architecture is not a plain decoder")
             return
         gpu = self.machine.gpus > 0
+        budget = stage.packing.budget(gpu)
         model, reference = self.recipe.model, reference_of(stage)
         if stage.kind == "online":
             sequences = stage.batch.groups * stage.batch.group_size
             length = facts.longest + stage.rollout.max_tokens
-            tokens = min(stage.packing.max_tokens, stage.batch.groups * facts.longest + sequences * length)
+            tokens = min(budget, stage.batch.groups * facts.longest + sequences * length)
         else:
             size = stage.batch.sequences or getattr(stage.batch, "pairs", None) or DEFAULT_BATCH
-            tokens = min(stage.packing.max_tokens, max(facts.longest, int(size * facts.mean)))
+            tokens = min(budget, max(facts.longest, int(size * facts.mean)))
         ranks = self.recipe.placement.trainer.ranks
         trainer = "trainer" if ranks == 1 else f"each of {ranks} trainer ranks"
         plan.memory[trainer] = memory.trainer(

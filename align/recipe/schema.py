@@ -119,7 +119,13 @@ class Optim(Strict):
 
 
 class Packing(Strict):
-    max_tokens: PositiveInt = 16384
+    """How a batch is computed: microbatches of at most `max_tokens`. "auto" is what computes fastest: on a CPU as much
+    as its cache holds of a layer's activations (measured: tests/bench/results), on a GPU what fills it."""
+
+    max_tokens: PositiveInt | Literal["auto"] = "auto"
+
+    def budget(self, gpu: bool) -> int:
+        return self.max_tokens if self.max_tokens != "auto" else 16384 if gpu else 4096
 
 
 def _every(value: Any) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from align.protocols import Fleet, PromptItem, Scorer, Trainer
-from align.recipe.schema import Adapter, LossTerm, Model, Optim, ReferencePath, Reward, Rollout
+from align.recipe.schema import Adapter, LossTerm, Model, Optim, Packing, ReferencePath, Reward, Rollout
 from align.stages.processes import ProcessId
 
 
@@ -44,7 +44,7 @@ class TrainerJob:
     losses: tuple[LossTerm, ...]
     optim: Optim
     total: int
-    max_tokens: int
+    packing: Packing
     seed: int
     reference: Literal["start", "base", "cached"] | ReferencePath | None = None
     rollout: Rollout | None = None

@@ -118,7 +118,7 @@ async def _by_loss(context: Context, stage: EvaluateStage, name: str) -> Metrics
         losses=stage.loss,
         optim=Optim(),
         total=1,
-        max_tokens=stage.packing.max_tokens,
+        packing=stage.packing,
         seed=context.seed(stage.id),
         trainable=False,
     )

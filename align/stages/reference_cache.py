@@ -57,7 +57,7 @@ async def cached_reference(
             facts=facts,
             trainer=trainer,
             label=f"{stage.id}{name}: reference log-probabilities",
-            chunk_tokens=CHUNK_BUDGETS * stage.packing.max_tokens,
+            chunk_tokens=CHUNK_BUDGETS * stage.packing.budget(gpu=True),
             say=context.report.message,
             raise_if_stopped=lambda: context.raise_if_stopped(stage.id),
         )

@@ -74,7 +74,7 @@ def trainer_job(context: Context, stage: Any, start: Start, total: int, rollout:
         losses=stage.loss,
         optim=resolved_optim(stage, start.config),
         total=total,
-        max_tokens=stage.packing.max_tokens,
+        packing=stage.packing,
         seed=context.seed(stage.id),
         reference=reference_of(stage),
         rollout=rollout,

@@ -80,7 +80,7 @@ class LocalBackend(PlainBackend):
                 losses=job.losses,
                 optim=job.optim,
                 total_updates=job.total,
-                max_tokens=job.max_tokens,
+                max_tokens=job.packing.budget(gpu=False),
                 seed=job.seed,
                 threads=1,
                 adapter=str(job.start.adapter) if job.start.adapter else None,
