@@ -57,11 +57,14 @@ def plan_attention(batch: TokenBatch, kernel: str = "sdpa") -> AttentionPlan:
     return AttentionPlan(segments, batch.token_ids.device, kernel)
 
 
-def kernels_for(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
-    """Kernels to try, best first, for the recipe's word. Raises Unsupported where the word asks for what cannot be."""
+def kernels_for(wanted: str, device: torch.device, dtype: torch.dtype, *, dropout: bool = False) -> tuple[str, ...]:
+    """Kernels to try, best first, for the recipe's word. Raises Unsupported where the word asks for what cannot be.
+
+    dropout: whether attention weights are dropped in training, which only sdpa does.
+    """
     half = dtype in (torch.float16, torch.bfloat16)
     if wanted == "auto":
-        return ("varlen", "flex", "sdpa") if device.type == "cuda" and half else ("sdpa",)
+        return ("varlen", "flex", "sdpa") if device.type == "cuda" and half and not dropout else ("sdpa",)
     if wanted not in KERNELS:
         raise Unsupported(
             f"`model.attention: {wanted}` is no attention of this version",
@@ -73,6 +76,12 @@ def kernels_for(wanted: str, device: torch.device, dtype: torch.dtype) -> tuple[
             f"`model.attention: {wanted}` needs an NVIDIA GPU, and the model is on {device.type}",
             where="model.attention",
             remedy="use auto",
+        )
+    if wanted != "sdpa" and dropout:
+        raise Unsupported(
+            f"`model.attention: {wanted}` drops no attention weights, and the model's config asks for it",
+            where="model.attention",
+            remedy="use auto, or set `attention_dropout` to 0 in its config.json",
         )
     if wanted == "varlen" and not half:
         raise Unsupported(

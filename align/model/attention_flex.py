@@ -44,10 +44,10 @@ class FlexPlan:
 
         if window is None:
             return sees
-        nearest = window
+        unseen = places - window  # a tensor, and no number in the closure: dynamic shapes would make a symbol of it
 
         def sees_near(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return sees(batch, head, q, k) & (places[q] - places[k] < nearest)
+            return sees(batch, head, q, k) & (places[k] > unseen[q])
 
         return sees_near
 
@@ -130,13 +130,14 @@ def flex_attention_over(
         )
     own: FlexPlan = plan.derived("flex", plan_flex)
 
-    cap = softcap or 1.0
+    cap = plan.derived(f"cap {softcap}", lambda plan: torch.tensor(softcap or 1.0, device=plan.device))
 
     def capped(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return cap * torch.tanh(score / cap)
 
     compute = _compiled() if query.is_cuda else flex_attention
-    out, aux = compute(
+    options = {} if sinks is None else {"return_aux": AuxRequest(lse=True)}
+    found = compute(
         query,
         key,
         value,
@@ -144,9 +145,12 @@ def flex_attention_over(
         block_mask=own.mask(plan, sliding_window),
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
-        return_aux=AuxRequest(lse=True),
+        **options,
     )
-    if sinks is not None:
+    if sinks is None:
+        out: Tensor = found
+    else:
+        out, aux = found
         # exp(lse) / (exp(lse) + exp(sink)): the sink joins the denominator after the fact
         out = out * torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype)[None, :, None])[..., None].to(out.dtype)
     return out.transpose(1, 2)

@@ -106,7 +106,7 @@ def sdpa_attention(
     """
     if sliding_window is None and dropout == 0.0 and query.device.type == "cpu":
         trees = plan.derived("trees", plan_trees)
-        if trees is not None and query.dtype == key.dtype == value.dtype:
+        if trees is not None and query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1]:
             return tree_attention(query, key, value, trees, scaling)
     own = plan.derived("sdpa", plan_sdpa)
     queries = _segments(query, own.query_index, [(b.size, b.queries) for b in own.buckets])

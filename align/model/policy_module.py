@@ -57,6 +57,12 @@ class PolicyModule(nn.Module):
         self.layout, self.attention = layout, attention
         set_attention(self.model, NAME if layout == "shared" else attention)
 
+    def trains_with_attention_dropout(self) -> bool:
+        """Whether a layer drops attention weights in training: a probability that its config brought along."""
+        found = (getattr(m, name, 0) for m in self.model.modules() for name in ("attention_dropout", "attn_dropout"))
+        chances = (one.p if isinstance(one, nn.Dropout) else one for one in found)
+        return any(isinstance(chance, float) and chance > 0 for chance in chances)
+
     def follow(self, other: PolicyModule) -> None:
         """Compute as `other` does: a reference in its policy's layout."""
         if (self.layout, self.attention) != (other.layout, other.attention):

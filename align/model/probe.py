@@ -130,8 +130,9 @@ def probe(module: PolicyModule) -> float:
 
 def _candidates(module: PolicyModule) -> Iterator[tuple[Layout, str]]:
     """Layouts and attentions to try, best first."""
-    dtype = module.autocast or next(module.model.parameters()).dtype
-    for kernel in kernels_for(module.wanted_attention, next(module.model.parameters()).device, dtype):
+    weight = next(module.model.parameters())
+    dropout = module.trains_with_attention_dropout()
+    for kernel in kernels_for(module.wanted_attention, weight.device, module.autocast or weight.dtype, dropout=dropout):
         yield "shared", kernel
     yield "unshared", "sdpa"
     yield "unshared", "eager"

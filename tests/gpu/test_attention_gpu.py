@@ -85,7 +85,7 @@ def test_models_agree_under_every_kernel(family: str) -> None:
     """Gradients of all parameters, in bfloat16, against the sdpa path in float32."""
     batch = collate(trees(), *([mrope_positions] if family == "qwen2_5_vl" else [])).to("cuda")
     model = make_family(family).to("cuda")
-    kernels = [k for k in KERNELS if k != "varlen" or family not in ("gemma2", "gpt_oss")]
+    kernels = [k for k in KERNELS if k != "varlen" or family not in ("gemma2", "gpt_oss", "deepseek_v3")]
 
     def run(module: PolicyModule, kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
         module.use("shared", kernel)

@@ -190,7 +190,9 @@ def test_auto_is_sdpa_on_a_cpu_and_flash_in_half_precision_on_a_gpu() -> None:
     gpu = torch.device("cuda")
     assert kernels_for("auto", CPU, BF16) == ("sdpa",)
     assert kernels_for("auto", gpu, BF16)[0] == "varlen" and kernels_for("auto", gpu, F32) == ("sdpa",)
-    assert kernels_for("flex", gpu, F32) == ("flex",)
+    assert kernels_for("flex", gpu, F32) == ("flex",) and kernels_for("auto", gpu, BF16, dropout=True) == ("sdpa",)
+    with pytest.raises(Unsupported, match="drops no attention weights"):
+        kernels_for("varlen", gpu, BF16, dropout=True)
     for word, device, dtype, what in (
         ("varlen", CPU, BF16, "needs an NVIDIA GPU"),
         ("flex", CPU, F32, "needs an NVIDIA GPU"),

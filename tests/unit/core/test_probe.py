@@ -47,7 +47,10 @@ def test_dropout_that_is_left_on_outside_training_is_refused() -> None:
     module = hooked(make_family("qwen3"), lambda out: torch.nn.functional.dropout(out, 0.1, training=True))
     with pytest.raises(ModelError, match="other values each time"):
         probe(module)
-    assert probe(PolicyModule(make_family("qwen3", attention_dropout=0.3).train())) < 1e-5
+    in_training = PolicyModule(make_family("qwen3", attention_dropout=0.3).train())
+    assert probe(in_training) < 1e-5
+    assert in_training.trains_with_attention_dropout()
+    assert not PolicyModule(make_family("qwen3")).trains_with_attention_dropout()
 
 
 @pytest.mark.parametrize("window", [3, 4096])
