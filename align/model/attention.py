@@ -115,6 +115,8 @@ def packed_attention_forward(
         raise RuntimeError(f"attention implementation {NAME!r} needs `align_plan`: call the model through PolicyModule")
     _refuse(module, attention_mask, kwargs)
     kernel = align_plan.kernel
+    if kernel != "sdpa":  # under autocast, rotations leave queries and keys in float32, which these kernels do not mix
+        query, key = query.to(value.dtype), key.to(value.dtype)
     if kernel == "flex":
         out = flex_attention_over(
             query,

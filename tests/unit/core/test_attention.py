@@ -4,19 +4,24 @@ signature stands in for it, so that what is proved here is the gathering; tests/
 from __future__ import annotations
 
 import itertools
+import shutil
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.nn.attention.flex_attention import flex_attention
 
 from align.data.packing import collate
 from align.errors import Unsupported
-from align.model import attention_varlen
+from align.model import attention_flex, attention_varlen
 from align.model.attention import AttentionPlan, kernels_for, packed_attention_forward, plan_attention
-from align.model.attention_flex import BLOCK, touched_blocks
+from align.model.attention_flex import BLOCK, flex_attention_over, touched_blocks
+from align.model.policy_module import PolicyModule
 from align.protocols import Segment, Tree
+from tests.unit.core.families import make_family
 from tests.unit.core.trees import conversation, group, pair
 
 CPU, F32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
@@ -70,6 +75,7 @@ def plain_varlen(
 ) -> Tensor:
     """torch.nn.attention.varlen.varlen_attn, written out: bottom-right aligned, window as (tokens before, after)."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and window_size[1] == 0 and query.shape[-1] % 8 == 0
+    assert query.dtype == key.dtype == value.dtype
     assert enable_gqa == (query.shape[1] != key.shape[1]) and scale is not None
     bounds = zip(itertools.pairwise(cu_seq_q.tolist()), itertools.pairwise(cu_seq_k.tolist()), strict=True)
     outputs = []
@@ -136,6 +142,42 @@ def test_heads_of_odd_width_and_without_parents_go_through_varlen(monkeypatch: p
     ]
     for a, b in zip(*(outcome(out, inputs) for out in outs), strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
+
+
+def test_under_autocast_flash_attention_gets_half_precision_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[torch.dtype] = set()
+
+    def spying(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.add(query.dtype)
+        return plain_varlen(query, *args, **kwargs)
+
+    monkeypatch.setattr(attention_varlen, "varlen_attn", spying)
+    module = PolicyModule(make_family("qwen3"), autocast=BF16)
+    batch = collate(some_trees())
+    expected = module(batch).logps
+    module.use("shared", "varlen")
+    assert (module(batch).logps - expected).abs().mean() < 0.05
+    assert seen == {BF16}
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++")
+@pytest.mark.parametrize("options", [{}, {"window": 200}, {"softcap": 2.0}])
+def test_flex_attention_compiles_once_for_rows_of_all_lengths(options: dict[str, Any]) -> None:
+    """Forward only: compiled FlexAttention has no backward on a CPU. Blocks that need no mask are among them."""
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention, dynamic=True)
+    counters["stats"].clear()
+    for first, second in ((300, 130), (413, 390), (129, 512)):
+        segments = [(0, first, 0, 0), (first, first + second, 0, first), (first + second, first + second + 260, 0, 0)]
+        plan = AttentionPlan(segments, CPU, "flex")
+        q, k, v = (x.detach() for x in tensors(segments[-1][1]))
+        window, softcap = options.get("window"), options.get("softcap")
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention_flex, "flex_attention", compiled)
+            out = flex_attention_over(q, k, v, plan, scaling=0.3, sliding_window=window, softcap=softcap)
+        wanted = dense(q, k, v, torch.tensor(visible(segments, window)), 0.3, softcap, None)
+        torch.testing.assert_close(out, wanted, atol=2e-5, rtol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("window", [None, 1, 60, 128, 500])
