@@ -49,8 +49,8 @@ def load_model(
     """Load a causal language model in transformers layout from `folder`, weights in safetensors. A model for images too
     is loaded whole, to be used on text.
 
-    attention: "auto" (transformers' choice, but never one that leaves out soft-capping) or any implementation that
-    transformers knows, registered ones included.
+    attention: "auto" (sdpa, and eager where the model has what SDPA has not) or any implementation that transformers
+    knows, registered ones included.
     Returns the model in eval mode on `device`, parameters in `dtype`, key-value cache off.
     Raises ModelError where the folder is no model, or its checkpoint lacks weights or has some of another shape.
     """
@@ -86,18 +86,28 @@ def from_folder(
     settings: of the configuration, in place of the folder's.
     """
     check_folder(folder)
+
+    def read(implementation: str) -> tuple[Any, dict[str, Any]]:
+        found: tuple[Any, dict[str, Any]] = kind.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=implementation,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **settings,
+        )
+        return found
+
     try:
         with quiet():
-            model, info = kind.from_pretrained(
-                folder,
-                dtype=dtype,
-                attn_implementation=None if attention == "auto" else attention,
-                trust_remote_code=trust_remote_code,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-                **settings,
-            )
+            try:
+                model, info = read("sdpa" if attention == "auto" else attention)
+            except ValueError as error:
+                if attention != "auto" or "scaled_dot_product_attention" not in str(error):
+                    raise
+                model, info = read("eager")  # gpt-oss: SDPA has no sinks
     except (ValueError, OSError, ImportError, RuntimeError, KeyError) as error:
         raise ModelError(
             f"transformers cannot load this model: {error}",
