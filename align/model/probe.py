@@ -141,7 +141,7 @@ def _candidates(module: PolicyModule) -> Iterator[tuple[Layout, str]]:
 def _report(module: PolicyModule, tried: list[str]) -> None:
     if module.layout == "unshared":
         log.warning(
-            "%s is computed a sequence a row, trunks repeated: packed trees give other values. %s",
+            "%s is computed a sequence a row, trunks repeated: packed trees do not serve it. %s",
             type(module.model).__name__,
             "; ".join(tried),
         )
