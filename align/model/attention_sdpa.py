@@ -90,6 +90,11 @@ def _segments(x: Tensor, index: Tensor, sizes: list[tuple[int, int]]) -> list[Te
     ]
 
 
+def longest_sequence(plan: AttentionPlan) -> int:
+    """Tokens of the longest sequence: of a branch, its trunk's too."""
+    return max(end - start + last - first for start, end, first, last in plan.segments)
+
+
 def sdpa_attention(
     query: Tensor,
     key: Tensor,
@@ -104,6 +109,8 @@ def sdpa_attention(
 
     sliding_window w: a token sees itself and the w - 1 before it, its trunk's among them.
     """
+    if sliding_window is not None and sliding_window >= plan.derived("longest", longest_sequence):
+        sliding_window = None  # it reaches to the beginning of every sequence
     if sliding_window is None and dropout == 0.0 and query.device.type == "cpu":
         trees = plan.derived("trees", plan_trees)
         if trees is not None and query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1]:

@@ -1,4 +1,4 @@
-"""Fewer passes over memory in what is not a matrix product: LoRA's sum and RMS norms.
+"""Fewer passes over memory in what is not a matrix product: LoRA's sum and RMS norms (and `align.model.fused_mlp`).
 
 transformers and peft compute these as chains of element-wise operations, each of which reads and writes every
 activation and keeps an intermediate for backward. Here each is one autograd function that works in place, keeps its
@@ -64,7 +64,7 @@ class FusedLoraLinear(LoraLinear):
     """peft's LoRA layer: the fused product where one plain adapter is active, peft's own code for everything else."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = self._fusable(x) if not args and not kwargs else None
+        name = self.fusable(x) if not args and not kwargs else None
         if name is None:
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
@@ -73,7 +73,7 @@ class FusedLoraLinear(LoraLinear):
         fused: Tensor = _LoraLinear.apply(x, base.weight, base.bias, a, b, self.scaling[name])
         return fused
 
-    def _fusable(self, x: Tensor) -> str | None:
+    def fusable(self, x: Tensor) -> str | None:
         """The one adapter to add, or None: none or several are active, dropout is on, a variant (DoRA), autocast."""
         base = self.get_base_layer()
         if self.disable_adapters or self.merged or self.lora_variant or type(base) is not nn.Linear:
@@ -143,22 +143,24 @@ def _epsilon(norm: Any) -> float:
 
 def fuse(model: nn.Module) -> Counter[str]:
     """Exchange what can be; returns how many modules of each of the models' classes were."""
+    from align.model.fused_mlp import computes_gated_silu, fused_mlp, looks_like_mlp
+
     exchanged: Counter[str] = Counter()
-    norms: dict[type[nn.Module], type[nn.Module] | None] = {}
-    for module in model.modules():
+    known: dict[type[nn.Module], type[nn.Module] | None] = {LoraLinear: FusedLoraLinear}
+    # from the inside out: a feed-forward is judged by what its projections have become
+    for module in reversed(list(model.modules())):
         kind = type(module)
-        if kind is LoraLinear:
-            module.__class__ = FusedLoraLinear
-        elif _looks_like_norm(module):
-            if kind not in norms:
-                norms[kind] = _equal_norm(module)
-            fused = norms[kind]
-            if fused is None:
+        if kind not in known:
+            if _looks_like_norm(module):
+                known[kind] = _equal_norm(module)
+            elif looks_like_mlp(module):
+                known[kind] = fused_mlp(kind) if computes_gated_silu(module) else None
+            else:
                 continue
+        fused = known[kind]
+        if fused is not None:
             module.__class__ = fused
-        else:
-            continue
-        exchanged[kind.__name__] += 1
+            exchanged[kind.__name__] += 1
     return exchanged
 
 

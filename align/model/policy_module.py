@@ -18,6 +18,7 @@ from align.errors import ModelError, Unsupported
 from align.model import unshared
 from align.model.attention import NAME, plan_attention
 from align.model.head import LogitTransform, fused_head
+from align.model.last_layer import LastLayer
 from align.model.score_head import has_score_head, score
 from align.types import HeadOutputs, TokenBatch
 
@@ -49,6 +50,7 @@ class PolicyModule(nn.Module):
         self.transform = logit_transform(model.config, temperature)
         model.config.use_cache = False
         model.config.get_text_config().output_router_logits = False  # losses of a mixture's router are off
+        self.last_layer = LastLayer(text_backbone(model))
         self.wanted_attention = attention
         self.use("shared", "sdpa")
 
@@ -90,6 +92,9 @@ class PolicyModule(nn.Module):
             want=want,
         )
 
+    def _checkpoints(self) -> bool:
+        return self.training and bool(getattr(self.model, "is_gradient_checkpointing", False))
+
     def _hidden(self, batch: TokenBatch, at: Tensor) -> Tensor:
         """Hidden states [K, D] of the tokens at places `at` i64[K] of the packed row."""
         if batch.media:
@@ -104,8 +109,13 @@ class PolicyModule(nn.Module):
             raise ModelError(f"{type(self.model).__name__} lets no attention be registered for it", remedy=_OTHER_MODEL)
         positions = batch.position_ids[..., None, :]
         plan = plan_attention(batch, self.attention)
+        # checkpointing runs layers again in backward, long after this block
+        trimmed = nullcontext() if self._checkpoints() else self.last_layer.reading(at, batch.token_ids.shape[0])
         try:
-            out = backbone(input_ids=batch.token_ids[None], position_ids=positions, use_cache=False, align_plan=plan)
+            with trimmed:
+                out = backbone(
+                    input_ids=batch.token_ids[None], position_ids=positions, use_cache=False, align_plan=plan
+                )
         except TypeError as error:
             if "unexpected keyword argument" not in str(error):
                 raise

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from align.model.attention import AttentionPlan
+from align.model.attention_sdpa import sdpa_attention
 from align.model.attention_tree import SHORT, plan_trees, tree_attention
 
 TREES = {
@@ -87,3 +88,15 @@ def test_half_precision_is_computed_in_float32() -> None:
     expected = dense(*(x.detach().double() for x in (q, k, v)), visible(segments), 0.25)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=2**-8)
+
+
+@pytest.mark.parametrize(("window", "path"), [(12, "trees"), (13, "trees"), (11, "masked")])
+def test_a_window_that_reaches_over_every_sequence_is_none(window: int, path: str) -> None:
+    plan = AttentionPlan(row([(5, (3, 7)), (2, ())]), torch.device("cpu"))
+    q, k, v = tensors(17, (4, 2))
+    out = sdpa_attention(q, k, v, plan, scaling=0.3, sliding_window=window)
+    assert ("sdpa" not in plan.cache) == (path == "trees")
+    distance = torch.tensor([*range(5), *range(5, 8), *range(5, 12), *range(2)])
+    near = distance[:, None] - distance[None] < window
+    expected = dense(*(x.detach().double() for x in (q, k, v)), visible(plan.segments) & near, 0.3)
+    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)

@@ -14,6 +14,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from align.data.packing import collate
+from align.model import fused_mlp
 from align.model.fused import FusedLoraLinear, fuse
 from align.model.policy_module import PolicyModule
 from tests.unit.core.test_forward import make_model
@@ -174,3 +175,70 @@ def torch_rng() -> Any:
     import numpy as np
 
     return np.random.default_rng(0)
+
+
+class Mlp(nn.Module):
+    def __init__(self, act: nn.Module, bias: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.gate_proj, self.up_proj = nn.Linear(12, 20, bias=bias), nn.Linear(12, 20, bias=bias)
+        self.down_proj, self.act_fn = nn.Linear(20, 12, bias=bias), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def mlp(targets: list[str], act: nn.Module | None = None, bias: bool = False) -> nn.Module:
+    module = nn.Sequential(Mlp(act or nn.SiLU(), bias))
+    if not targets:
+        return module
+    model = get_peft_model(module, LoraConfig(r=4, lora_alpha=6, target_modules=targets))
+    train_a_little(model)
+    return model
+
+
+@pytest.mark.parametrize("targets", [[], ["gate_proj"], ["down_proj"], ["gate_proj", "up_proj", "down_proj"]], ids=str)
+@pytest.mark.parametrize("trained_base", [False, True])
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_a_gated_feed_forward_equals_the_models_own(
+    targets: list[str], trained_base: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_mlp, "MIN_ROWS", 64)
+    monkeypatch.setattr(fused_mlp, "SLICE_BYTES", 1)
+    plain = mlp(targets).double()
+    for p in plain.parameters():
+        p.requires_grad_((p.requires_grad and bool(targets)) or trained_base)
+    fused = copy.deepcopy(plain)
+    assert fuse(fused)["Mlp"] == 1
+    x, g = torch.randn(1, rows, 12).double(), torch.randn(1, rows, 12).double()
+    for mine, theirs in zip(grads(fused, x, g), grads(plain, x, g), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=1e-10)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), plain(x), atol=1e-10, rtol=1e-10)
+
+
+def test_a_gated_feed_forward_with_its_adapter_off_is_the_bases() -> None:
+    model = mlp(["gate_proj", "up_proj", "down_proj"])
+    base = mlp([])
+    fuse(model)
+    x = torch.randn(5, 12)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), base(x))
+    assert (model(x) - base(x)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("module", [mlp([], nn.GELU()), mlp([], bias=True)], ids=["gelu", "bias"])
+def test_another_feed_forward_keeps_its_own_forward(module: nn.Module) -> None:
+    assert not fuse(module)
+
+
+def test_a_feed_forward_in_bfloat16_is_as_close_to_the_exact_one_as_the_models_own() -> None:
+    exact = mlp([])
+    x, g = torch.randn(200, 12).bfloat16(), torch.randn(200, 12).bfloat16()
+    expected = grads(exact, x.float(), g.float())
+    plain = copy.deepcopy(exact).bfloat16()
+    fused = copy.deepcopy(plain)
+    assert fuse(fused)["Mlp"] == 1
+    for mine, theirs, truth in zip(grads(fused, x, g), grads(plain, x, g), expected, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert (mine.float() - truth).norm() < 1.2 * (theirs.float() - truth).norm() + 1e-3 * truth.norm()

@@ -1,0 +1,197 @@
+"""The gated feed-forward, down(silu(gate x) * (up x)) (2002.05202), a slice of rows at a time.
+
+Its inner activations are the widest of a layer, and element-wise work on them runs at the speed of memory. A slice of
+rows stays in the cache from one product to the next: what is only passed on (the product that `down` reads, and in
+backward the gradients of both branches) is never written out. Kept for backward are the input, gate and up; without a
+gradient nothing is. LoRA on any of the three is folded into the products, as in `align.model.fused`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from align.model.fused import FusedLoraLinear
+
+SLICE_BYTES = 1 << 21  # of one inner activation
+MIN_ROWS = 128
+NAMES = ("gate_proj", "up_proj", "down_proj")
+
+
+class Part(NamedTuple):
+    """One of the three: y = x W' + s (x A') B'. weight [out, in], a [r, in] and b [out, r], or None; one dtype."""
+
+    weight: Tensor
+    a: Tensor | None
+    b: Tensor | None
+    scaling: float
+
+    def apply(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        y = torch.mm(x, self.weight.T, out=out) if out is not None else x @ self.weight.T
+        if self.a is not None and self.b is not None:
+            y.addmm_(x @ self.a.T, self.b.T, alpha=self.scaling)
+        return y
+
+    def pull(self, grad: Tensor, into: Tensor | None = None) -> Tensor:
+        """Gradient of the input [n, in]; added to `into` where there is one."""
+        into = grad @ self.weight if into is None else into.addmm_(grad, self.weight)
+        if self.a is not None and self.b is not None:
+            into.addmm_(grad @ self.b, self.a, alpha=self.scaling)
+        return into
+
+
+class _Grads:
+    """Gradients of one part's parameters, added up over slices in float32."""
+
+    def __init__(self, part: Part, needs: tuple[bool, bool, bool]):
+        self.part = part
+        tensors = (part.weight, part.a, part.b)
+        self.sums = [
+            torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) if on and t is not None else None
+            for t, on in zip(tensors, needs, strict=True)
+        ]
+
+    def add(self, x: Tensor, grad: Tensor) -> None:
+        weight, a, b = self.sums
+        if weight is not None:
+            _add(weight, grad.T, x)
+        if a is not None and self.part.b is not None:
+            _add(a, (grad @ self.part.b).mul_(self.part.scaling).T, x)
+        if b is not None and self.part.a is not None:
+            _add(b, grad.T, (x @ self.part.a.T).mul_(self.part.scaling))
+
+
+def _add(into: Tensor, left: Tensor, right: Tensor) -> None:
+    if into.dtype == left.dtype:
+        into.addmm_(left, right)
+    else:
+        into += left @ right
+
+
+def _slices(rows: int, width: int, like: Tensor) -> Iterator[slice]:
+    """On a CPU, slices whose inner activation fits the cache; elsewhere all rows."""
+    step = rows
+    if like.device.type == "cpu":
+        step = max(MIN_ROWS, SLICE_BYTES // (width * like.element_size()))
+    yield from (slice(i, i + step) for i in range(0, rows, max(step, 1)))
+
+
+class _GatedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scalings: tuple[float, float, float], *tensors: Tensor | None) -> Tensor:
+        parts = _parts(tensors, scalings, x.dtype)
+        gate, up, down = parts
+        rows, width = x.reshape(-1, x.shape[-1]), gate.weight.shape[0]
+        y = rows.new_empty(len(rows), down.weight.shape[0])
+        keep = any(ctx.needs_input_grad)
+        kept = [rows.new_empty(len(rows), width) for _ in range(2)] if keep else []
+        for some in _slices(len(rows), width, rows):
+            g, u = (part.apply(rows[some], kept[n][some] if keep else None) for n, part in enumerate((gate, up)))
+            down.apply(F.silu(g).mul_(u), y[some])
+        ctx.save_for_backward(rows, *kept, *tensors)
+        ctx.scalings, ctx.shape = scalings, x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        rows, gates, ups, *tensors = ctx.saved_tensors
+        gate, up, down = parts = _parts(tensors, ctx.scalings, rows.dtype)
+        needs_x, _, *needs = ctx.needs_input_grad
+        sums = [_Grads(part, tuple(needs[3 * n : 3 * n + 3])) for n, part in enumerate(parts)]
+        grad = grad.reshape(-1, grad.shape[-1])
+        grad_x = torch.empty_like(rows) if needs_x else None
+        for some in _slices(len(rows), gates.shape[1], rows):
+            x, g, u, dy = rows[some], gates[some], ups[some], grad[some]
+            activated = F.silu(g)
+            dh = down.pull(dy)
+            sums[2].add(activated * u, dy)
+            du = activated.mul_(dh)
+            dg = torch.ops.aten.silu_backward(dh.mul_(u), g)
+            sums[0].add(x, dg)
+            sums[1].add(x, du)
+            if grad_x is not None:
+                grad_x[some] = up.pull(du, gate.pull(dg))
+        found = [
+            None if total is None else total.to(tensor.dtype)
+            for one, own in zip(sums, zip(*[iter(tensors)] * 3, strict=True), strict=True)
+            for total, tensor in zip(one.sums, own, strict=True)
+        ]
+        return None if grad_x is None else grad_x.view(ctx.shape), None, *found
+
+
+def _parts(tensors: Any, scalings: tuple[float, float, float], dtype: torch.dtype) -> tuple[Part, Part, Part]:
+    """Weights as they are; A and B, float32 masters of a bfloat16 base perhaps, in the dtype that computes."""
+    made = []
+    for n, scaling in enumerate(scalings):
+        weight, a, b = tensors[3 * n : 3 * n + 3]
+        made.append(Part(weight, None if a is None else a.to(dtype), None if b is None else b.to(dtype), scaling))
+    return made[0], made[1], made[2]
+
+
+def _source(linear: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, float] | None:
+    """Weight, A, B and scale of a linear layer with or without one plain adapter; None for anything else."""
+    if type(linear) is nn.Linear:
+        return (linear.weight, None, None, 1.0) if getattr(linear, "bias", None) is None else None
+    if not isinstance(linear, FusedLoraLinear):
+        return None
+    base = linear.get_base_layer()
+    if type(base) is not nn.Linear or getattr(base, "bias", None) is not None or linear.merged:
+        return None
+    active = [name for name in linear.active_adapters if name in linear.lora_A]
+    if linear.disable_adapters or not active:
+        return base.weight, None, None, 1.0
+    name = linear.fusable(x)
+    if name is None:
+        return None
+    return base.weight, linear.lora_A[name].weight, linear.lora_B[name].weight, float(linear.scaling[name])
+
+
+def _fused(module: Any, x: Tensor) -> Tensor | None:
+    """The fused product, or None where it does not hold: other dtypes, biases, several adapters, dropout, autocast."""
+    if torch.is_autocast_enabled(x.device.type):
+        return None
+    found = [_source(getattr(module, name), x) for name in NAMES]
+    sources = [one for one in found if one is not None and one[0].dtype == x.dtype]
+    if len(sources) < len(NAMES):
+        return None
+    tensors = [tensor for weight, a, b, _ in sources for tensor in (weight, a, b)]
+    out: Tensor = _GatedMlp.apply(x, tuple(scaling for *_, scaling in sources), *tensors)
+    return out
+
+
+def fused_mlp(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a model's own feed-forward; its own forward where the fused one does not hold."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        fused = _fused(self, x)
+        if fused is not None:
+            return fused
+        plain: Tensor = kind.forward(self, x)
+        return plain
+
+    return type(f"Fused{kind.__name__}", (kind,), {"forward": forward})
+
+
+def looks_like_mlp(module: nn.Module) -> bool:
+    """Three projections and an activation, no more, under their usual names."""
+    return set(dict(module.named_children())) == {*NAMES, "act_fn"} and not type(module).__name__.startswith("Fused")
+
+
+@torch.no_grad()
+def computes_gated_silu(module: Any) -> bool:
+    """Whether the activation is SiLU, and a few random tokens come out as from the fused product."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.linspace(-6, 6, 25)
+    weight = getattr(module.gate_proj, "weight", None)
+    try:
+        if weight is None or not torch.allclose(module.act_fn(z), F.silu(z), atol=1e-6):
+            return False
+        x = torch.randn(3, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
+        fused, own = _fused(module, x), module(x)
+    except (TypeError, RuntimeError, AttributeError):
+        return False
+    return fused is not None and bool((fused - own).float().norm() <= 0.02 * own.float().norm())
