@@ -40,7 +40,7 @@ class _LoraLinear(torch.autograd.Function):
         y = F.linear(rows, weight, bias).addmm_(narrow, b_low.T, alpha=scaling)
         ctx.save_for_backward(rows, narrow, weight, a, b)
         ctx.scaling, ctx.has_bias = scaling, bias is not None
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

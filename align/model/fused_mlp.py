@@ -94,7 +94,7 @@ class _GatedMlp(torch.autograd.Function):
             down.apply(F.silu(g).mul_(u), y[some])
         ctx.save_for_backward(rows, *kept, *tensors)
         ctx.scalings, ctx.shape = scalings, x.shape
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

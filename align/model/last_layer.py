@@ -32,7 +32,7 @@ class LastLayer:
     def reading(self, at: Tensor, tokens: int) -> Iterator[None]:
         """Within the block, of a row of `tokens` only those at places `at` i64[K] are needed after the last layer."""
         rows = torch.unique(at)
-        self._rows, self._tokens = (rows if len(rows) < WORTH_IT * tokens else None), tokens
+        self._rows, self._tokens = (rows if 0 < len(rows) < WORTH_IT * tokens else None), tokens
         try:
             yield
         finally:

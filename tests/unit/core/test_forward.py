@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from align.data.packing import collate, global_counts, mark_nll, plan_microbatch
 from align.errors import ModelError
 from align.losses import configure
 from align.losses.base import LossInputs
+from align.model.fused import fuse
 from align.model.policy_module import PolicyModule
 from align.model.probe import probe
 from align.protocols import Tree
@@ -121,3 +123,15 @@ def test_any_split_into_microbatches_gives_the_same_loss_and_gradient(name: str,
     torch.testing.assert_close(whole, split, atol=1e-6, rtol=1e-6)
     scale = max(g.abs().max() for g in whole_grads)
     assert max((a - b).abs().max() for a, b in zip(whole_grads, split_grads, strict=True)) / scale < 1e-5
+
+
+def test_a_batch_without_a_scored_token_has_a_forward_and_a_gradient_of_zero() -> None:
+    """A step whose every completion was masked (truncated, failed scores)."""
+    tree = pair(np.random.default_rng(0), 0)
+    silent = [replace(branch, loss_mask=np.zeros(len(branch), bool)) for branch in tree.branches]
+    module = PolicyModule(make_model("qwen3"))
+    fuse(module.model)
+    out = module(collate([replace(tree, branches=tuple(silent))]), want=("entropy", "log_sum_sq"))
+    assert out.logps.shape == (0,)
+    out.logps.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in module.parameters())

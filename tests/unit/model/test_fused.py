@@ -199,7 +199,7 @@ def mlp(targets: list[str], act: nn.Module | None = None, bias: bool = False) ->
 
 @pytest.mark.parametrize("targets", [[], ["gate_proj"], ["down_proj"], ["gate_proj", "up_proj", "down_proj"]], ids=str)
 @pytest.mark.parametrize("trained_base", [False, True])
-@pytest.mark.parametrize("rows", [1, 7, 300])
+@pytest.mark.parametrize("rows", [0, 1, 7, 300])
 def test_a_gated_feed_forward_equals_the_models_own(
     targets: list[str], trained_base: bool, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
