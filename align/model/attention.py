@@ -117,18 +117,9 @@ def packed_attention_forward(
     kernel = align_plan.kernel
     if kernel != "sdpa":  # under autocast, rotations leave queries and keys in float32, which these kernels do not mix
         query, key = query.to(value.dtype), key.to(value.dtype)
+    shared: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
     if kernel == "flex":
-        out = flex_attention_over(
-            query,
-            key,
-            value,
-            align_plan,
-            scaling=scaling,
-            dropout=dropout,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            sinks=s_aux,
-        )
+        out = flex_attention_over(query, key, value, align_plan, softcap=softcap, sinks=s_aux, **shared)
     elif softcap is not None or s_aux is not None:
         if kernel == "varlen":
             raise Unsupported(
@@ -137,20 +128,10 @@ def packed_attention_forward(
                 where="model.attention",
                 remedy="use auto",
             )
-        out = softmax_attention(
-            query,
-            key,
-            value,
-            align_plan,
-            scaling=scaling,
-            dropout=dropout,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            sinks=s_aux,
-        )
+        out = softmax_attention(query, key, value, align_plan, softcap=softcap, sinks=s_aux, **shared)
     else:
         compute = varlen_attention if kernel == "varlen" else sdpa_attention
-        out = compute(query, key, value, align_plan, scaling=scaling, dropout=dropout, sliding_window=sliding_window)
+        out = compute(query, key, value, align_plan, **shared)
     return out, None
 
 

@@ -4,9 +4,8 @@ transformers and peft compute these as chains of element-wise operations, each o
 activation and keeps an intermediate for backward. Here each is one autograd function that works in place, keeps its
 inputs and a few numbers per token, and folds LoRA's scale and sum into the matrix products.
 
-`fuse` exchanges the classes of modules that it recognises by their parts, and keeps an exchange only where the new
-forward and its gradients equal the old ones on random numbers: a model that computes something else under the same
-names keeps its own code.
+`fuse` exchanges the classes of modules that it recognises by their parts, and only where random numbers come out the
+same (of norms their gradients too): a model that computes something else under the same names keeps its own code.
 """
 
 from __future__ import annotations

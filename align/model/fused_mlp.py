@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from align.model.fused import FusedLoraLinear
+from align.model.head import add_product
 
 SLICE_BYTES = 1 << 21  # of one inner activation
 MIN_ROWS = 128
@@ -58,18 +59,11 @@ class _Grads:
     def add(self, x: Tensor, grad: Tensor) -> None:
         weight, a, b = self.sums
         if weight is not None:
-            _add(weight, grad.T, x)
+            add_product(weight, grad.T, x)
         if a is not None and self.part.b is not None:
-            _add(a, (grad @ self.part.b).mul_(self.part.scaling).T, x)
+            add_product(a, (grad @ self.part.b).mul_(self.part.scaling).T, x)
         if b is not None and self.part.a is not None:
-            _add(b, grad.T, (x @ self.part.a.T).mul_(self.part.scaling))
-
-
-def _add(into: Tensor, left: Tensor, right: Tensor) -> None:
-    if into.dtype == left.dtype:
-        into.addmm_(left, right)
-    else:
-        into += left @ right
+            add_product(b, grad.T, (x @ self.part.a.T).mul_(self.part.scaling))
 
 
 def _slices(rows: int, width: int, like: Tensor) -> Iterator[slice]:

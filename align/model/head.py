@@ -245,7 +245,7 @@ class _Recomputed:
             if total is not None:
                 total += (grad @ self.head.weight[columns]).to(total.dtype)
             if self.grad_weight is not None:
-                _add_product(self.grad_weight[columns], grad.T, hidden)
+                add_product(self.grad_weight[columns], grad.T, hidden)
             if self.grad_bias is not None:
                 self.grad_bias[columns] += grad.sum(0, dtype=self.grad_bias.dtype)
         if self.grad_hidden is not None:
@@ -280,7 +280,7 @@ class _Recomputed:
         return values[rows, None]
 
 
-def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
     """into += a @ b, in place where the dtypes allow it."""
     if into.dtype == a.dtype:
         into.addmm_(a, b)
