@@ -97,14 +97,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         trainer = work.make_trainer(folder, loss, dtype=arguments.dtype, device="cpu")
         budget, theirs, batch, tried, trees = choose(arguments, trainer, folder, trees)
         work.repack(trainer, budget)
-        rounds = common.alternate(
-            {
-                "ours": lambda: trainer.step(trees, step=0, progress=0.0),
-                "TRL": lambda: theirs.update(trees, batch),
-            },
-            arguments.repeats,
-            peak=lambda: common.matmul_peak(arguments.dtype, seconds=0.02 if arguments.toy else 0.2),
-        )
+        rounds = peer.in_turn(trainer, theirs, trees, batch, arguments)
     packed = work.packed_layout(trees, budget, keep_together=False)
     units = {"completions": arguments.groups * size}
     layouts = {"ours": packed, "TRL": padded(trees, batch)}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from align.protocols import Tree
+from tests.bench import common
 from tests.bench.work import ALPHA, LR, RANK, draw_adapter
 
 HEAD_NOTE = "TRL's head compacts to scored positions only on CUDA (trl/trainer/utils.py, add_fused_lm_head: compact)"
@@ -31,6 +32,18 @@ MODES = {
 
 def modes_for(dtype: str) -> list[str]:
     return ["float32"] if dtype == "float32" else ["autocast", "bfloat16", "bfloat16, no autocast"]
+
+
+def in_turn(trainer: Any, theirs: Any, trees: Sequence[Tree], batch: int, arguments: Any) -> common.Rounds:
+    """One update of all trees by our trainer and by TRL's, `arguments.repeats` times, with the peak in between."""
+    return common.alternate(
+        {
+            "ours": lambda: trainer.step(trees, step=0, progress=0.0),
+            "TRL": lambda: theirs.update(trees, batch),
+        },
+        arguments.repeats,
+        peak=lambda: common.matmul_peak(arguments.dtype, seconds=0.02 if arguments.toy else 0.2),
+    )
 
 
 def windows_of(trees: Sequence[Tree], batch: int) -> list[list[Tree]]:
