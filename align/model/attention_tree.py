@@ -35,14 +35,23 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 @dataclass(frozen=True)
 class Batch:
-    """B short segments of up to L tokens. gather i64[B*L]: their tokens, the last one repeated up to L; real i64[n]:
-    which of the B*L places are no repetition; tokens i64[n]: the token at each of these."""
+    """B short segments of up to L tokens. gather i64[B, L]: their tokens, the last one repeated up to L; padding
+    bool[B, L]: which places are such repetitions, or None where none is."""
 
     size: int
     length: int
     gather: Tensor
-    real: Tensor
-    tokens: Tensor
+    padding: Tensor | None
+
+    def places(self, heads: int) -> Tensor:
+        """i64[B * Hkv * L]: in a row of tokens by key heads, [T * Hkv, ...], where each place is."""
+        return (self.gather[:, None] * heads + torch.arange(heads)[:, None]).flatten()
+
+    def kept(self, heads: int) -> Tensor | None:
+        """i64: of the B * Hkv * L places those that are no repetition; None: all."""
+        if self.padding is None:
+            return None
+        return (~self.padding[:, None].expand(-1, heads, -1)).flatten().nonzero()[:, 0]
 
 
 @dataclass(frozen=True)
@@ -76,9 +85,9 @@ def plan_trees(plan: AttentionPlan) -> TreePlan | None:
 def _batch(members: list[tuple[int, int]], length: int) -> Batch:
     bounds = torch.tensor(members)
     places = bounds[:, :1] + torch.arange(length)
-    inside = places < bounds[:, 1:]
+    padding = places >= bounds[:, 1:]
     gather = torch.minimum(places, bounds[:, 1:] - 1)
-    return Batch(len(members), length, gather.flatten(), inside.flatten().nonzero()[:, 0], places[inside])
+    return Batch(len(members), length, gather, padding if bool(padding.any()) else None)
 
 
 def tree_attention(query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, scaling: float | None) -> Tensor:
@@ -92,49 +101,98 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, sc
     return out.to(query.dtype)
 
 
-def _grouped(x: Tensor, heads: int) -> Tensor:
-    """[1, H, T, D] -> [Hkv, H / Hkv, T, D], a view."""
-    return x[0].unflatten(0, (heads, -1))
+def _rows(x: Tensor, heads: int) -> Tensor:
+    """[1, H, T, D] -> [T * Hkv, H / Hkv * D], in the order of memory where that is by token: then a view."""
+    return x[0].transpose(0, 1).reshape(x.shape[2] * heads, -1)
+
+
+def _by_head(rows: Tensor, heads: int, repeat: int) -> Tensor:
+    """[T * Hkv, R * D] -> [Hkv, R, T, D], a view. Of keys and values R is one, expanded to `repeat` with stride zero."""
+    x = rows.view(-1, heads, rows.shape[1]).transpose(0, 1)
+    return x.unsqueeze(1).expand(-1, repeat, -1, -1)
+
+
+def _queries(rows: Tensor, heads: int, repeat: int) -> Tensor:
+    """[T * Hkv, R * D] -> [Hkv, R, T, D], a view."""
+    return rows.view(-1, heads, repeat, rows.shape[1] // repeat).permute(1, 2, 0, 3)
+
+
+class _Short:
+    """The segments of a batch out of rows [T * Hkv, ...], and results back into them. Places of a key head's segment
+    stand side by side, so that a batch is [B * Hkv, R, L, D] and keys are not repeated for the R query heads."""
+
+    def __init__(self, batch: Batch, heads: int, repeat: int):
+        self.batch, self.heads, self.repeat = batch, heads, repeat
+        self.index, self.kept = batch.places(heads), batch.kept(heads)
+        self.target = self.index if self.kept is None else self.index[self.kept]
+
+    def _take(self, rows: Tensor) -> Tensor:
+        return rows.index_select(0, self.index).view(self.batch.size * self.heads, self.batch.length, -1)
+
+    def queries(self, rows: Tensor) -> Tensor:
+        """[T * Hkv, R * D] -> [B * Hkv, R, L, D]"""
+        return self._take(rows).unflatten(2, (self.repeat, -1)).transpose(1, 2)
+
+    def keys(self, rows: Tensor) -> Tensor:
+        """[T * Hkv, D] -> [B * Hkv, R, L, D], with stride zero over R"""
+        return self._take(rows).unsqueeze(1).expand(-1, self.repeat, -1, -1)
+
+    def put(self, rows: Tensor, found: Tensor) -> None:
+        """found [B * Hkv, L, ...] into rows [T * Hkv, ...], repetitions left out."""
+        flat = found.reshape(self.index.shape[0], -1)
+        rows.index_copy_(0, self.target, flat if self.kept is None else flat.index_select(0, self.kept))
+
+    def without_padding(self, grad: Tensor) -> Tensor:
+        """[B * Hkv, R, L, D] with zeros at repetitions: they give no gradient."""
+        if self.batch.padding is None:
+            return grad
+        padding = self.batch.padding.repeat_interleave(self.heads, dim=0)
+        return grad.masked_fill(padding[:, None, :, None], 0)
 
 
 class _TreeAttention(torch.autograd.Function):
-    """Heads are [Hkv, R, ...] throughout, R query heads to a key head; log-sum-exps are f32[Hkv, R, T]."""
+    """Rows are [T * Hkv, ...]: a token's R query heads to a key head side by side. Log-sum-exps are f32[T * Hkv, R]."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: TreePlan, scaling: float | None) -> Tensor:
-        heads, tokens = key.shape[1], query.shape[2]
-        q, (k, v) = _grouped(query, heads), (_shared(x, query.shape[1] // heads) for x in (key, value))
-        joined = query.new_empty(tokens, query.shape[1], query.shape[3])
-        out = joined.unflatten(1, (heads, -1)).permute(1, 2, 0, 3)
-        lse = query.new_empty(heads, tokens, q.shape[1]).transpose(1, 2)
+        heads, repeat = key.shape[1], query.shape[1] // key.shape[1]
+        rows = [_rows(x, heads) for x in (query, key, value)]
+        joined, sums = torch.empty_like(rows[0]), rows[0].new_empty(rows[0].shape[0], repeat)
+        q, out = (_queries(x, heads, repeat) for x in (rows[0], joined))
+        k, v = (_by_head(x, heads, repeat) for x in rows[1:])
+        lse = _queries(sums, heads, repeat).squeeze(3)
         for start, end in plan.slices:
             own = slice(start, end)
             out[:, :, own], lse[:, :, own] = _flash(q[:, :, own], k[:, :, own], v[:, :, own], 0.0, True, scale=scaling)
         for batch in plan.batches:
-            part, sums = _flash(*(_gathered(x, batch) for x in (q, k, v)), 0.0, True, scale=scaling)
-            joined.index_copy_(0, batch.tokens, part.transpose(1, 2).flatten(0, 1).index_select(0, batch.real))
-            sums = sums.transpose(1, 2).flatten(0, 1).index_select(0, batch.real)
-            lse.permute(2, 0, 1).index_copy_(0, batch.tokens, sums.unflatten(1, (heads, -1)))
+            short = _Short(batch, heads, repeat)
+            part, found = _flash(
+                short.queries(rows[0]), short.keys(rows[1]), short.keys(rows[2]), 0.0, True, scale=scaling
+            )
+            short.put(joined, part.transpose(1, 2))
+            short.put(sums, found.transpose(1, 2))
         for trunk_start, trunk_end, start, end in plan.trunks:
             trunk, own = slice(trunk_start, trunk_end), slice(start, end)
-            part, sums = _flash(q[:, :, own], k[:, :, trunk], v[:, :, trunk], 0.0, False, scale=scaling)
-            both = torch.logaddexp(lse[:, :, own], sums)
+            part, found = _flash(q[:, :, own], k[:, :, trunk], v[:, :, trunk], 0.0, False, scale=scaling)
+            both = torch.logaddexp(lse[:, :, own], found)
             out[:, :, own].mul_((lse[:, :, own] - both).exp_().unsqueeze(-1))
-            out[:, :, own].addcmul_(part, (sums - both).exp_().unsqueeze(-1))
+            out[:, :, own].addcmul_(part, (found - both).exp_().unsqueeze(-1))
             lse[:, :, own] = both
-        ctx.save_for_backward(query, key, value, joined, lse)
-        ctx.plan, ctx.scaling = plan, scaling
-        return joined.unsqueeze(0)
+        ctx.save_for_backward(*rows, joined, sums)
+        ctx.plan, ctx.scaling, ctx.heads = plan, scaling, (heads, repeat)
+        return joined.view(1, query.shape[2], query.shape[1], -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, joined, lse = ctx.saved_tensors
-        plan, heads, scaling = ctx.plan, key.shape[1], ctx.scaling
-        q, (k, v) = _grouped(query, heads), (_shared(x, query.shape[1] // heads) for x in (key, value))
-        out, g = (x.unflatten(1, (heads, -1)).permute(1, 2, 0, 3) for x in (joined, grad[0]))
-        rows = [torch.empty_like(joined), *(key.new_empty(key.shape[2], heads, key.shape[3]) for _ in "kv")]
-        dq = rows[0].unflatten(1, (heads, -1)).permute(1, 2, 0, 3)
-        dk, dv = (x.transpose(0, 1) for x in rows[1:])
+        *rows, joined, sums = ctx.saved_tensors
+        plan, scaling, (heads, repeat) = ctx.plan, ctx.scaling, ctx.heads
+        given = grad.reshape(joined.shape)
+        g, q, out = (_queries(x, heads, repeat) for x in (given, rows[0], joined))
+        k, v = (_by_head(x, heads, repeat) for x in rows[1:])
+        lse = _queries(sums, heads, repeat).squeeze(3)
+        found = [torch.empty_like(x) for x in rows]
+        dq = _queries(found[0], heads, repeat)
+        dk, dv = (x.view(-1, heads, x.shape[1]).transpose(0, 1) for x in found[1:])
 
         def part(queries: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
             of = (x[:, :, queries] for x in (g, q))
@@ -147,37 +205,22 @@ class _TreeAttention(torch.autograd.Function):
             own = slice(start, end)
             dq[:, :, own], dk[:, own], dv[:, own] = part(own, own, True)
         for batch in plan.batches:
-            found = _batch_backward(batch, g, q, k, v, out, lse, scaling)
-            for into, one in zip(rows, found, strict=True):
-                into.index_copy_(0, batch.tokens, one)
+            short = _Short(batch, heads, repeat)
+            a, b, c = _flash_backward(
+                short.without_padding(short.queries(given)),
+                short.queries(rows[0]),
+                *(short.keys(x) for x in rows[1:]),
+                short.queries(joined),
+                short.queries(sums).squeeze(3),
+                0.0,
+                True,
+                scale=scaling,
+            )
+            for into, one in zip(found, (a.transpose(1, 2), b.sum(1), c.sum(1)), strict=True):
+                short.put(into, one)
         for trunk_start, trunk_end, start, end in plan.trunks:
             trunk, own = slice(trunk_start, trunk_end), slice(start, end)
             for into, one in zip((dq[:, :, own], dk[:, trunk], dv[:, trunk]), part(own, trunk, False), strict=True):
                 into += one
-        return *(x.transpose(0, 1).unsqueeze(0) for x in rows), None, None
-
-
-def _shared(x: Tensor, repeat: int) -> Tensor:
-    """Keys or values [1, Hkv, T, D] for R query heads each: [Hkv, R, T, D] with stride zero."""
-    return x[0].unsqueeze(1).expand(-1, repeat, -1, -1)
-
-
-def _gathered(x: Tensor, batch: Batch) -> Tensor:
-    """[Hkv, R, T, D] -> [B, Hkv * R, L, D]: the batch's segments."""
-    rows = x.flatten(0, 1).index_select(1, batch.gather)
-    return rows.unflatten(1, (batch.size, batch.length)).transpose(0, 1)
-
-
-def _batch_backward(
-    batch: Batch, g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scaling: float | None
-) -> list[Tensor]:
-    """Gradients of the own part of a batch's queries [n, Hq, D], keys and values [n, Hkv, D]. Repeated places get a
-    gradient of zero, and give none."""
-    grad = _gathered(g, batch)
-    padding = torch.ones(batch.size * batch.length, dtype=torch.bool).index_fill_(0, batch.real, False)
-    grad.masked_fill_(padding.view(batch.size, 1, batch.length, 1), 0)
-    own = [_gathered(x, batch) for x in (q, k, v, out, lse.unsqueeze(-1))]
-    found = _flash_backward(grad, *own[:4], own[4].squeeze(-1), 0.0, True, scale=scaling)
-    rows = [x.transpose(1, 2).flatten(0, 1).index_select(0, batch.real) for x in found]
-    heads = k.shape[0]
-    return [rows[0], *(x.unflatten(1, (heads, -1)).sum(2) for x in rows[1:])]
+        tokens = grad.shape[1]
+        return *(x.view(1, tokens, -1, q.shape[3]).transpose(1, 2) for x in found), None, None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -22,39 +22,81 @@ from torch.nn import functional as F
 
 log = logging.getLogger(__name__)
 
+FOLD_FROM = 4  # rows (out + in) / (out in): thin products over many rows are as slow as their memory
+
 
 # ------------------------------------------------------------------------------------------------- LoRA
 
 
+class LowRank(NamedTuple):
+    """One linear map with its adapter, y = x W' + s (x A') B'. weight [out, in], a [r, in] and b [out, r], or None; one
+    dtype. folded: W + s B A, where that was worth making."""
+
+    weight: Tensor
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scaling: float = 1.0
+    folded: Tensor | None = None
+
+    @classmethod
+    def over(cls, rows: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, scaling: float) -> LowRank:
+        """For a product with rows [n, in]: A and B, float32 masters of a bfloat16 base perhaps, in their dtype; folded
+        where a product of the weight's size costs less than thin ones over all rows. Never in half precision, whose
+        rounding of W + s B A would swallow a small update."""
+        if a is None or b is None:
+            return cls(weight)
+        a, b = a.to(rows.dtype), b.to(rows.dtype)
+        wide, width = weight.shape
+        worth_it = rows.shape[0] * (wide + width) >= FOLD_FROM * wide * width
+        exact = rows.dtype in (torch.float32, torch.float64)
+        folded = torch.addmm(weight, b, a, alpha=scaling) if exact and worth_it else None
+        return cls(weight, a, b, scaling, folded)
+
+    def apply(self, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """x [n, in] -> [n, out], into `out` where there is one."""
+        weight = self.weight if self.folded is None else self.folded
+        y = F.linear(x, weight, bias) if out is None else torch.mm(x, weight.T, out=out)
+        if self.a is not None and self.b is not None and self.folded is None:
+            y.addmm_(x @ self.a.T, self.b.T, alpha=self.scaling)
+        return y
+
+    def pull(self, grad: Tensor, into: Tensor | None = None) -> Tensor:
+        """Gradient of the input [n, in]; added to `into` where there is one."""
+        weight = self.weight if self.folded is None else self.folded
+        into = grad @ weight if into is None else into.addmm_(grad, weight)
+        if self.a is not None and self.b is not None and self.folded is None:
+            into.addmm_(grad @ self.b, self.a, alpha=self.scaling)
+        return into
+
+
 class _LoraLinear(torch.autograd.Function):
-    """y = x W' + b + s (x A') B': the multiplication itself adds the low-rank product to the large one."""
+    """y = x W' + b + s (x A') B': the sum is in the weight, or the multiplication itself adds the low-rank product."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        a_low, b_low = a.to(x.dtype), b.to(x.dtype)
-        narrow = rows @ a_low.T
-        y = F.linear(rows, weight, bias).addmm_(narrow, b_low.T, alpha=scaling)
-        ctx.save_for_backward(rows, narrow, weight, a, b)
+        y = LowRank.over(rows, weight, a, b, scaling).apply(rows, bias)
+        ctx.save_for_backward(rows, weight, a, b)
         ctx.scaling, ctx.has_bias = scaling, bias is not None
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, narrow, weight, a, b = ctx.saved_tensors
+        rows, weight, a, b = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
         shape = (*grad.shape[:-1], rows.shape[-1])
         grad = grad.reshape(-1, grad.shape[-1])
-        grad_narrow = (grad @ b.to(grad.dtype)).mul_(ctx.scaling)
-        grad_x = (grad @ weight).addmm_(grad_narrow, a.to(grad.dtype)).view(shape) if needs_x else None
+        grad_x = LowRank.over(rows, weight, a, b, ctx.scaling).pull(grad).view(shape) if needs_x else None
+        grad_narrow = (grad @ b.to(grad.dtype)).mul_(ctx.scaling) if needs_a else None
+        narrow = (rows @ a.to(rows.dtype).T).mul_(ctx.scaling) if needs_b else None
         return (
             grad_x,
             grad.T @ rows if needs_weight else None,
             grad.sum(0) if ctx.has_bias and needs_bias else None,
-            (grad_narrow.T @ rows).to(a.dtype) if needs_a else None,
-            (grad.T @ narrow).mul_(ctx.scaling).to(b.dtype) if needs_b else None,
+            None if grad_narrow is None else (grad_narrow.T @ rows).to(a.dtype),
+            None if narrow is None else (grad.T @ narrow).to(b.dtype),
             None,
         )
 
@@ -143,6 +185,7 @@ def _epsilon(norm: Any) -> float:
 def fuse(model: nn.Module) -> Counter[str]:
     """Exchange what can be; returns how many modules of each of the models' classes were."""
     from align.model.fused_mlp import computes_gated_silu, fused_mlp, looks_like_mlp
+    from align.model.fused_rotary import calls_rotation, fused_rotary
 
     exchanged: Counter[str] = Counter()
     known: dict[type[nn.Module], type[nn.Module] | None] = {LoraLinear: FusedLoraLinear}
@@ -154,6 +197,8 @@ def fuse(model: nn.Module) -> Counter[str]:
                 known[kind] = _equal_norm(module)
             elif looks_like_mlp(module):
                 known[kind] = fused_mlp(kind) if computes_gated_silu(module) else None
+            elif calls_rotation(module):
+                known[kind] = fused_rotary(kind)
             else:
                 continue
         fused = known[kind]

@@ -9,46 +9,24 @@ gradient nothing is. LoRA on any of the three is folded into the products, as in
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from align.model.fused import FusedLoraLinear
+from align.model.fused import FusedLoraLinear, LowRank
 from align.model.head import add_product
 
-SLICE_BYTES = 1 << 21  # of one inner activation
+SLICE_BYTES = 1 << 23  # of one inner activation
 MIN_ROWS = 128
 NAMES = ("gate_proj", "up_proj", "down_proj")
-
-
-class Part(NamedTuple):
-    """One of the three: y = x W' + s (x A') B'. weight [out, in], a [r, in] and b [out, r], or None; one dtype."""
-
-    weight: Tensor
-    a: Tensor | None
-    b: Tensor | None
-    scaling: float
-
-    def apply(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        y = torch.mm(x, self.weight.T, out=out) if out is not None else x @ self.weight.T
-        if self.a is not None and self.b is not None:
-            y.addmm_(x @ self.a.T, self.b.T, alpha=self.scaling)
-        return y
-
-    def pull(self, grad: Tensor, into: Tensor | None = None) -> Tensor:
-        """Gradient of the input [n, in]; added to `into` where there is one."""
-        into = grad @ self.weight if into is None else into.addmm_(grad, self.weight)
-        if self.a is not None and self.b is not None:
-            into.addmm_(grad @ self.b, self.a, alpha=self.scaling)
-        return into
 
 
 class _Grads:
     """Gradients of one part's parameters, added up over slices in float32."""
 
-    def __init__(self, part: Part, needs: tuple[bool, bool, bool]):
+    def __init__(self, part: LowRank, needs: tuple[bool, bool, bool]):
         self.part = part
         tensors = (part.weight, part.a, part.b)
         self.sums = [
@@ -77,15 +55,15 @@ def _slices(rows: int, width: int, like: Tensor) -> Iterator[slice]:
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scalings: tuple[float, float, float], *tensors: Tensor | None) -> Tensor:
-        parts = _parts(tensors, scalings, x.dtype)
-        gate, up, down = parts
-        rows, width = x.reshape(-1, x.shape[-1]), gate.weight.shape[0]
+        rows = x.reshape(-1, x.shape[-1])
+        gate, up, down = parts = _parts(tensors, scalings, rows)
+        width = gate.weight.shape[0]
         y = rows.new_empty(len(rows), down.weight.shape[0])
         keep = any(ctx.needs_input_grad)
         kept = [rows.new_empty(len(rows), width) for _ in range(2)] if keep else []
         for some in _slices(len(rows), width, rows):
-            g, u = (part.apply(rows[some], kept[n][some] if keep else None) for n, part in enumerate((gate, up)))
-            down.apply(F.silu(g).mul_(u), y[some])
+            g, u = (part.apply(rows[some], out=kept[n][some] if keep else None) for n, part in enumerate((gate, up)))
+            down.apply(F.silu(g).mul_(u), out=y[some])
         ctx.save_for_backward(rows, *kept, *tensors)
         ctx.scalings, ctx.shape = scalings, x.shape
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -93,7 +71,7 @@ class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         rows, gates, ups, *tensors = ctx.saved_tensors
-        gate, up, down = parts = _parts(tensors, ctx.scalings, rows.dtype)
+        gate, up, down = parts = _parts(tensors, ctx.scalings, rows)
         needs_x, _, *needs = ctx.needs_input_grad
         sums = [_Grads(part, tuple(needs[3 * n : 3 * n + 3])) for n, part in enumerate(parts)]
         grad = grad.reshape(-1, grad.shape[-1])
@@ -117,13 +95,10 @@ class _GatedMlp(torch.autograd.Function):
         return None if grad_x is None else grad_x.view(ctx.shape), None, *found
 
 
-def _parts(tensors: Any, scalings: tuple[float, float, float], dtype: torch.dtype) -> tuple[Part, Part, Part]:
-    """Weights as they are; A and B, float32 masters of a bfloat16 base perhaps, in the dtype that computes."""
-    made = []
-    for n, scaling in enumerate(scalings):
-        weight, a, b = tensors[3 * n : 3 * n + 3]
-        made.append(Part(weight, None if a is None else a.to(dtype), None if b is None else b.to(dtype), scaling))
-    return made[0], made[1], made[2]
+def _parts(tensors: Any, scalings: tuple[float, float, float], rows: Tensor) -> tuple[LowRank, LowRank, LowRank]:
+    """Gate, up and down, for products with as many rows."""
+    gate, up, down = (LowRank.over(rows, *tensors[3 * n : 3 * n + 3], scaling) for n, scaling in enumerate(scalings))
+    return gate, up, down
 
 
 def _source(linear: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, float] | None:

@@ -28,7 +28,7 @@ from torch.nn.functional import linear
 from align.types import HeadOutputs
 
 # Elements of a tile, and its largest width. On a CPU a tile should stay in the cache between its passes.
-TILE = {"cpu": (1 << 21, 1 << 13), "cuda": (1 << 27, 1 << 18)}
+TILE = {"cpu": (1 << 21, 1 << 11), "cuda": (1 << 27, 1 << 18)}
 STATISTICS = ("entropy", "log_sum_sq")
 
 

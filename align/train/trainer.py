@@ -27,6 +27,7 @@ from align.model.policy_module import PolicyModule
 from align.model.probe import probe
 from align.protocols import Counts, Publication, Tree
 from align.train import policy
+from align.train.memory import keep_freed_memory
 from align.train.metrics import MetricSums, join_terms
 from align.train.numerics import numerics
 from align.train.optim import lr_multiplier, make_optimizer
@@ -63,6 +64,8 @@ class PolicyTrainer:
         self.wanted = tuple(sorted({name for _, _, needs, _ in self.losses for name in needs.head}))
         self.policy = policy.load(spec)
         self.device = self.policy.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.module: PolicyModule = self.policy.module
         if any(needs.record != "conversation" for _, _, needs, _ in self.losses):
             # Losses on ratios start at a ratio of 1 only without it; likelihoods alone may have it.
