@@ -72,8 +72,13 @@ def test_before_any_update_the_ratio_to_the_samplers_log_probs_is_one_within_1e_
                 branches=tuple(replace(b, behavior_logps=r.numpy()) for b, r in zip(tree.branches, rows, strict=True)),
             )
         )
-    metrics = trainer.evaluate(seen)
+    uncorrected = PolicyTrainer(make_spec(Path(trainer.spec.base), "grpo", loss_options={"correction": "off"}))
+    metrics = uncorrected.evaluate(seen)
     assert metrics["policy/ratio"] == pytest.approx(1.0, abs=1e-4) and metrics["mismatch/max_abs"] < 1e-4
+    corrected = trainer.evaluate(seen)
+    assert corrected["policy/ratio"] == 1.0 and corrected["mismatch/correction"] == pytest.approx(1.0, abs=1e-4)
+    assert corrected["mismatch/max_abs"] == metrics["mismatch/max_abs"] and corrected["mismatch/ess"] > 1 - 1e-6
+    assert corrected["loss/total"] == pytest.approx(metrics["loss/total"], abs=1e-4), "nothing changes"
 
 
 # ------------------------------------------------------------------------------------------ item 16
