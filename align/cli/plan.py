@@ -333,8 +333,11 @@ def _updates_words(stage: Any) -> list[str]:
     passes, parts = stage.updates_per_batch, stage.minibatches
     if passes * parts == 1:
         return []
-    times = f"{passes} times over" if passes > 1 else "once"
-    return [f"updates: {passes * parts} a step, each of {stage.batch.groups // parts} groups; every group {times}"]
+    groups = stage.batch.groups // parts
+    times = f"{passes} times" if passes > 1 else "once"
+    return [
+        f"updates: {passes * parts} a step, each of {groups} group{'s' if groups != 1 else ''}; every group {times}"
+    ]
 
 
 def _batch_words(stage: Any) -> str:

@@ -72,13 +72,12 @@ class Correction(LossConfig):
     @model_validator(mode="after")
     def _has_a_bound(self) -> Correction:
         if self.cap is None and self.floor is None:
-            raise ValueError(
-                "`correction` needs `cap`, `floor` or both: a weight without a bound has no finite variance"
-            )
+            raise ValueError("`correction` needs `cap`, `floor` or both: without one a few weights decide an update")
         return self
 
 
 def _switch(value: Any) -> Any:
+    """`off` is none, `on` the default."""
     words: dict[Any, Any] = {False: None, "off": None, True: {}, "on": {}}
     return words.get(value, value) if isinstance(value, bool | str) else value
 

@@ -106,7 +106,7 @@ def merged(found: Sequence[Metrics]) -> Metrics:
     for name in dict.fromkeys(name for metrics in found for name in metrics):
         values = [metrics[name] for metrics in found if name in metrics]
         if name.endswith("/max_abs"):
-            out[name] = max(values)
+            out[name] = float(np.max(values))  # NaN where any is
         elif name.startswith(_SUMMED) or name.endswith(_COUNTED):
             out[name] = sum(values)
         else:

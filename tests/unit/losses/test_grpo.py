@@ -323,8 +323,8 @@ def test_an_update_whose_every_token_is_masked_is_zero_and_finite(surrogate: str
         assert (n > 0) == nll and not batch.loss_mask.any()
         values = [torch.linspace(-3.0, -1.0, n, dtype=torch.float64) for _ in range(4)]
         leaf = values[0].clone().requires_grad_()
-        for options in combinations(surrogate, terms):
-            output = run(options, Case(masked, batch, leaf, *values[1:]))
+        for options, proximal in product(combinations(surrogate, terms), (False, True)):
+            output = run(options, Case(masked, batch, leaf, *values[1:]), proximal)
             (gradient,) = torch.autograd.grad(output.loss, leaf)
             assert output.loss.item() == 0.0 and not gradient.any(), options
             sums = MetricSums()
@@ -342,9 +342,10 @@ def test_a_token_far_from_sampler_and_reference_stays_finite(
     logps = (case.batch.behavior_logps + far).to(dtype).requires_grad_()
     batch = replace(case.batch, advantages=case.batch.advantages.to(dtype))
     reference = case.batch.behavior_logps.to(dtype)
-    moved = replace(case, batch=batch, logps=logps, reference=reference, entropy=case.entropy.to(dtype))
-    for options in combinations(surrogate, terms):
-        output = run(options, moved)
+    start = (case.batch.behavior_logps - far).to(dtype)
+    moved = replace(case, batch=batch, logps=logps, reference=reference, entropy=case.entropy.to(dtype), proximal=start)
+    for options, proximal in product(combinations(surrogate, terms), (False, True)):
+        output = run(options, moved, proximal)
         (gradient,) = torch.autograd.grad(output.loss, logps, allow_unused=True, materialize_grads=True)
         assert output.loss.isfinite() and gradient.isfinite().all(), options
 

@@ -181,8 +181,10 @@ def test_a_masked_completion_leaves_every_denominator(how: dict[str, Any], terms
     assert global_counts(trees) == global_counts(without)
     assert global_counts(trees).sequences == 6 and global_counts(trees).tokens == 18
     values = [torch.as_tensor(rng.standard_normal(18)) for _ in range(4)]
-    losses = [run({**TERMS[terms], **how}, Case(t, collate(t), *values)).loss for t in (trees, without)]
-    assert losses[0] == losses[1] != 0
+    for proximal in (False, True):
+        cases = (Case(t, collate(t), *values) for t in (trees, without))
+        losses = [run({**TERMS[terms], **how}, case, proximal).loss.item() for case in cases]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-14) != 0
 
 
 def penalised(scores: list[list[float]], objectives: Objectives, penalty: float = 0.5) -> np.ndarray:
