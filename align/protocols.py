@@ -30,6 +30,8 @@ class Segment:
     versions: i32[n] or None, the policy version that sampled each token.
     reference_logps: f32[n] or None, log-probabilities under the reference where they are known before the stage
         (`reference: cached`); 0 where no token is scored. They belong to this segment after this trunk and no other.
+    proximal_logps: f32[n] or None, log-probabilities under the policy at the start of a batch that makes several
+        updates; 0 where no token is scored.
     columns: one float per name for this sequence (desirable, weight, score...).
     """
 
@@ -40,6 +42,7 @@ class Segment:
     behavior_logps: np.ndarray | None = None
     versions: np.ndarray | None = None
     reference_logps: np.ndarray | None = None
+    proximal_logps: np.ndarray | None = None
     columns: Mapping[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -226,7 +229,8 @@ class Trainer(Protocol):
 
     async def logps(self, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
         """Per tree, per sequence: f32[n] log-probabilities of its scored tokens under the policy, in order; those of
-        a trunk come before its first branch's."""
+        a trunk come before its first branch's. Computed without dropout in the packing of a `step` over the same trees,
+        so that before an update they are that step's own, to the bit."""
         ...
 
     async def numerics(self) -> dict[str, Any]:

@@ -20,7 +20,8 @@ class TokenBatch:
     predict_at i64[N]: index of the hidden state that predicts scored token n (for a branch's first token, the
         trunk's last); labels i64[N]: its token id; sequence_ids i64[N]: its sequence, 0..S-1.
     loss_mask, nll_mask bool[N]; advantages, behavior_logps f32[N]; versions i32[N] (zeros where a stage has none).
-    reference_logps f32[N] or None: log-probabilities under the reference, where the trees carry them.
+    reference_logps, proximal_logps f32[N] or None: log-probabilities under the reference, and under the policy at the
+        start of the batch, where the trees carry them.
     pairs i64[P, 2]: sequence numbers of (chosen, rejected); group_ids i64[S]: tree of each sequence;
     score_at i64[S]: index in the row of each sequence's last token, which a score head reads.
     columns: per sequence f32[S] ("sequence/<name>") and per pair f32[P] ("pair/<name>").
@@ -46,6 +47,7 @@ class TokenBatch:
     columns: dict[str, Tensor] = field(default_factory=dict)
     media: dict[str, Any] = field(default_factory=dict)
     reference_logps: Tensor | None = None
+    proximal_logps: Tensor | None = None
 
     @property
     def sequences(self) -> int:

@@ -117,6 +117,7 @@ class Planner:
                 f"receive {_PUBLISHED[publish_mode(adapter, stage.rollout)]}; "
                 f"at most {stage.rollout.max_tokens} tokens at temperature {stage.rollout.temperature:g}"
             )
+            plan.lines += _updates_words(stage)
         else:
             self._check_positions(facts)
             if stage.kind == "reward_model":
@@ -325,6 +326,18 @@ def _adapter_words(adapter: Adapter, sizes: memory.Sizes | None) -> str:
 
 def _steps_words(steps: int | None) -> str:
     return "as many steps as the data give," if steps is None else f"{steps} step{'s' if steps != 1 else ''}"
+
+
+def _updates_words(stage: Any) -> list[str]:
+    """Where a step makes several updates: how many, of what."""
+    passes, parts = stage.updates_per_batch, stage.minibatches
+    if passes * parts == 1:
+        return []
+    groups = stage.batch.groups // parts
+    times = f"{passes} times" if passes > 1 else "once"
+    return [
+        f"updates: {passes * parts} a step, each of {groups} group{'s' if groups != 1 else ''}; every group {times}"
+    ]
 
 
 def _batch_words(stage: Any) -> str:

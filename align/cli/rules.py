@@ -186,6 +186,7 @@ def _check_needs(stage: Any, needs: list[Needs]) -> None:
             remedy="leave it out" + (", or set `loss.kl` above 0" if stage.kind == "online" else ""),
         )
     _check_cached(stage, needs)
+    _check_updates(stage, needs)
 
 
 def _check_cached(stage: Any, needs: list[Needs]) -> None:
@@ -205,6 +206,21 @@ def _check_cached(stage: Any, needs: list[Needs]) -> None:
         where="reference",
         remedy="write `reference: start`",
     )
+
+
+def _check_updates(stage: Any, needs: list[Needs]) -> None:
+    """After a batch's first update the policy is no longer the one that sampled: a ratio must say how far it went."""
+    if stage.kind != "online" or stage.updates_per_batch * stage.minibatches == 1:
+        return
+    names = [term.name for term, need in zip(stage.loss, needs, strict=True) if need.ratio == "none"]
+    if names:
+        key = "updates_per_batch" if stage.updates_per_batch > 1 else "minibatches"
+        raise RecipeError(
+            f"`{key}: {getattr(stage, key)}` trains on samples of an earlier policy, and the loss {names[0]!r} has no "
+            "importance ratio",
+            where=key,
+            remedy=f"leave `{key}` out, use grpo, or say in `needs` which policy the ratio is to (`Needs.ratio`)",
+        )
 
 
 def _check_units(stage: Any, record: str) -> None:

@@ -169,6 +169,9 @@ SCORED_DTYPES = {
 }
 
 
+CARRIED = ("reference_logps", "proximal_logps")  # f32 per scored token, where every tree has them
+
+
 class _Layout:
     """Collects the columns of a TokenBatch while trees are laid down one after another."""
 
@@ -178,7 +181,7 @@ class _Layout:
         self.positions: list[np.ndarray] = []
         self.segments: list[tuple[int, int, int, int]] = []
         self.scored: dict[str, list[np.ndarray]] = {name: [] for name in SCORED_DTYPES}
-        self.reference: list[np.ndarray] = []
+        self.carried: dict[str, list[np.ndarray]] = {name: [] for name in CARRIED}
         self.group_ids: list[int] = []
         self.score_at: list[int] = []
         self.pairs: list[tuple[int, int]] = []
@@ -198,8 +201,10 @@ class _Layout:
         """Add the scored tokens of a segment that begins at `start`; `before` predicts its first token (-1: none)."""
         nll_mask = segment.loss_mask if segment.nll_mask is None else segment.nll_mask
         local = np.flatnonzero(segment.loss_mask | nll_mask)
-        if segment.reference_logps is not None:
-            self.reference.append(segment.reference_logps[local])
+        for name, parts in self.carried.items():
+            values = getattr(segment, name)
+            if values is not None:
+                parts.append(values[local])
         if local.size == 0:
             return
         predict_at = start + local - 1
@@ -265,9 +270,11 @@ def collate(trees: Sequence[Tree], position_fn: PositionFn = text_positions) -> 
         name: torch.as_tensor(np.concatenate(parts) if parts else np.zeros(0)).to(SCORED_DTYPES[name])
         for name, parts in layout.scored.items()
     }
-    reference = torch.as_tensor(np.concatenate(layout.reference)) if layout.reference else None
-    whole = reference is None or reference.shape == scored["labels"].shape
-    assert whole, "some of these trees carry reference log-probabilities and others do not"
+    carried: dict[str, Any] = {
+        name: torch.as_tensor(np.concatenate(parts)) for name, parts in layout.carried.items() if parts
+    }
+    for name, values in carried.items():
+        assert values.shape == scored["labels"].shape, f"some of these trees carry {name} and others do not"
     bounds = torch.tensor(layout.segments, dtype=torch.int32).reshape(-1, 4)
     return TokenBatch(
         token_ids=torch.as_tensor(np.concatenate(layout.tokens)).to(torch.int64),
@@ -281,5 +288,5 @@ def collate(trees: Sequence[Tree], position_fn: PositionFn = text_positions) -> 
         group_ids=torch.tensor(layout.group_ids, dtype=torch.int64),
         score_at=torch.tensor(layout.score_at, dtype=torch.int64),
         columns=_columns("sequence", layout.sequence_columns) | _columns("pair", layout.pair_columns),
-        reference_logps=reference,
+        **carried,
     )

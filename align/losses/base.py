@@ -39,6 +39,9 @@ class Needs:
     """What the step must have ready. record: kind of tree; head: names of HeadOutputs beside logps ("entropy",
     "log_sum_sq"; what is not named is not computed);
     scope "batch": the step first runs a no-grad pass over all microbatches and hands back `batch_stats`;
+    ratio: the policy that the loss's importance ratio is to. "sampler": batch.behavior_logps; "proximal": that at the
+    start of the batch, whose log-probabilities the loss is given; "none": it has no ratio, and is right only where a
+    batch makes one update;
     nll: which tokens the negative log-likelihood term covers: all scored ones, the chosen side's, or those and the
     prompt's; the trainer marks them before packing."""
 
@@ -47,6 +50,7 @@ class Needs:
     head: tuple[str, ...] = ()
     scope: Literal["sequence", "pair", "batch"] = "sequence"
     nll: Literal["none", "scored", "chosen", "prompt_and_chosen"] = "none"
+    ratio: Literal["none", "sampler", "proximal"] = "none"
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,9 @@ class Prepass:
 
 @dataclass
 class LossInputs:
+    """What a loss sees of one microbatch. reference_logps f32[N]: under the reference, where the loss needs one;
+    proximal_logps f32[N]: under the policy at the start of the batch, where `Needs.ratio` is "proximal"."""
+
     outputs: HeadOutputs
     batch: TokenBatch
     counts: Counts

@@ -1,20 +1,31 @@
 """Group relative policy optimisation (2402.03300) on groups of completions with given advantages.
 
-Per token, with ratio w to the policy that sampled it and advantage A (computed by `align.objectives`, not here):
+Per token, with ratio w to the policy at the start of the batch, weight c of that policy to the sampler, and advantage A
+(computed by `align.objectives`, not here):
 
-    -surrogate(w, A) + kl * KL(policy || reference) - entropy_bonus * H
+    -c surrogate(w, A) + kl * KL(policy || reference) - entropy_bonus * H
 
 surrogate    `clip`: min(w A, clip(w, 1 - clip_low, 1 + clip_high) A), and `clip_delta` caps w itself (INTELLECT-2);
              `cispo` (2506.13585): sg(min(w, cispo_cap)) A logp. The cap is absolute, 5 as in ScaleRL (2510.13786);
              `sapo` (2511.20347): a soft gate in place of the clip.
-ratio        of each token, or of the `sequence`: GSPO's geometric mean over the completion (2507.18071). The old policy
-             is the sampler's own log-probabilities unless the step computed proximal ones.
+ratio        of each token, or of the `sequence`: GSPO's geometric mean over the completion (2507.18071).
 aggregation  `token` is DAPO's (2503.14476), `sequence` the original's, `constant` Dr. GRPO's (2503.20783),
              `sequence_sum` LUSPO's (2602.05261), which goes with `ratio: sequence`.
 
 So TRL's loss_type is: grpo {aggregation: sequence}; dapo {aggregation: token}; dr_grpo {aggregation: constant}; gspo
 {ratio: sequence, aggregation: sequence}; luspo {ratio: sequence, aggregation: sequence_sum}; cispo {surrogate: cispo};
 sapo {surrogate: sapo, aggregation: sequence}.
+
+correction is c, without gradient: exp(logp at the start of the batch - logp of the sampler). It takes the sampler's
+arithmetic and age out of the gradient, and leaves the clip range to the batch's own updates (decoupled PPO, 2110.00641;
+for language models AReaL, 2505.24298). `level: token`, or `sequence`: the product over a completion's scored tokens,
+which is unbiased, and the further from 1 the longer the completion. `mode: truncate` keeps c within [floor, cap] (TIS,
+as V-trace's weights, 1802.01561); `mask` makes it 0 outside (MIS, IcePop). A masked token stays in every denominator,
+as in TRL; verl's rejection sampling takes it out. KL and bonus are not weighted. TRL's vllm_importance_sampling_mode is
+<level>_<mode>. It is on by default, as in TRL: where sampler and trainer agree, c is 1 (within 1e-4 in float32) and
+nothing changes. TRL's own choice, sequence_mask at 3, drops whole completions, long ones first; ours is TIS per token
+at 2 (verl's decoupled_token_is), which keeps them whatever their length. `correction: off` takes w to the sampler
+itself: the clip range then also bounds mismatch and staleness, which is ordinary PPO (verl's bypass mode).
 
 KL is an estimate from sampled tokens with u = logp_ref - logp: k3 = exp(u) - 1 - u (low variance; as a loss term its
 gradient is the forward KL's), k2 = u^2 / 2 (its gradient is the reverse KL's where the sampler is the policy), w_k3 =
@@ -33,7 +44,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from align.losses.base import LossConfig, LossInputs, LossOutput, Metric, Needs, Prepass
 
@@ -48,6 +59,27 @@ _OWNER = {  # option -> the surrogate that reads it
     "sapo_temperature_pos": "sapo",
     "sapo_temperature_neg": "sapo",
 }
+
+
+class Correction(LossConfig):
+    """The weight of the policy at the start of a batch to the sampler, and what becomes of it outside [floor, cap]."""
+
+    level: Literal["token", "sequence"] = "token"
+    mode: Literal["truncate", "mask"] = "truncate"
+    cap: Annotated[float, Field(ge=1)] | None = 2.0
+    floor: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _has_a_bound(self) -> Correction:
+        if self.cap is None and self.floor is None:
+            raise ValueError("`correction` needs `cap`, `floor` or both: without one a few weights decide an update")
+        return self
+
+
+def _switch(value: Any) -> Any:
+    """`off` is none, `on` the default."""
+    words: dict[Any, Any] = {False: None, "off": None, True: {}, "on": {}}
+    return words.get(value, value) if isinstance(value, bool | str) else value
 
 
 class Config(LossConfig):
@@ -66,6 +98,7 @@ class Config(LossConfig):
     entropy_bonus: float = 0.0
     top_entropy: Annotated[float, Field(gt=0, le=1)] = 1.0
     off_policy_threshold: Annotated[float, Field(ge=0)] | None = None
+    correction: Annotated[Correction | None, BeforeValidator(_switch)] = Correction()
     log_entropy: bool = True
 
     @field_validator("kl_estimator", mode="before")
@@ -107,7 +140,19 @@ class Config(LossConfig):
 def needs(config: Config) -> Needs:
     entropy = config.log_entropy or config.entropy_bonus or config.top_entropy < 1
     scope: Literal["batch", "sequence"] = "batch" if config.top_entropy < 1 else "sequence"
-    return Needs(record="group", reference=config.kl > 0, head=("entropy",) if entropy else (), scope=scope)
+    head = ("entropy",) if entropy else ()
+    ratio: Literal["sampler", "proximal"] = "sampler" if config.correction is None else "proximal"
+    return Needs(record="group", reference=config.kl > 0, head=head, scope=scope, ratio=ratio)
+
+
+def remarks(config: Config) -> tuple[str, ...]:
+    """What the ratio is to and what is done about the sampler's own probabilities."""
+    c = config.correction
+    if c is None:
+        return ("`correction: off`: ratio and clip range are to the sampler, and bound its mismatch and staleness too",)
+    bounds = [f"{word} {bound:g}" for word, bound in (("below", c.floor), ("above", c.cap)) if bound is not None]
+    done = "truncated" if c.mode == "truncate" else "masked"
+    return (f"the weight of each {c.level} to the sampler is {done} {' and '.join(bounds)} (`correction`)",)
 
 
 def batch_stats(found: Prepass, config: Config) -> dict[str, Tensor]:
@@ -121,7 +166,8 @@ def batch_stats(found: Prepass, config: Config) -> dict[str, Tensor]:
 def loss(inputs: LossInputs, config: Config) -> LossOutput:
     """Loss f32[]: the surrogate, aggregated over the whole update, plus KL and minus the entropy bonus.
 
-    Needs reference_logps f32[N] where kl > 0, and batch_stats["entropy_threshold"] where top_entropy < 1.
+    Needs reference_logps f32[N] where kl > 0, and batch_stats["entropy_threshold"] where top_entropy < 1. Without
+    proximal_logps f32[N] the ratio is to the sampler, and `correction` has nothing to act on.
     """
     import torch
 
@@ -137,7 +183,12 @@ def loss(inputs: LossInputs, config: Config) -> LossOutput:
     ratio = policy_terms.ratios(logps, old, inputs, config.ratio)
     surrogate, limited = policy_terms.SURROGATES[config.surrogate](ratio, logps, batch.advantages, config)
     entropic, drifted, metrics = masks(inputs, config)
-    total = -over_update(torch.where(entropic & ~drifted, surrogate, torch.zeros_like(surrogate)))
+    surrogate = torch.where(entropic & ~drifted, surrogate, torch.zeros_like(surrogate))
+    if inputs.proximal_logps is not None and config.correction is not None:
+        weight, outside = policy_terms.corrections(inputs, config.correction)
+        surrogate = weight * surrogate
+        metrics |= policy_terms.correction_metrics(weight, outside, inputs, config.correction)
+    total = -over_update(surrogate)
     metrics |= {"loss/policy": Metric(total.detach(), reduce="sum"), "policy/ratio": masked_mean(ratio, mask)}
     metrics |= policy_terms.clip_metrics(limited, mask)
     if inputs.reference_logps is not None:
@@ -151,7 +202,8 @@ def loss(inputs: LossInputs, config: Config) -> LossOutput:
                 torch.where(entropic, entropy, torch.zeros_like(entropy))
             )
     metrics["loss/total"] = Metric(total.detach(), reduce="sum")
-    return LossOutput(total, metrics | policy_terms.mismatch(inputs))
+    level = "token" if config.correction is None else config.correction.level
+    return LossOutput(total, metrics | policy_terms.mismatch(inputs, level))
 
 
 def masks(inputs: LossInputs, config: Config) -> tuple[Tensor, Tensor, dict[str, Metric]]:

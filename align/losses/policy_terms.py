@@ -13,7 +13,9 @@ from align.losses.base import LossInputs, Metric
 from align.losses.reduce import largest, masked_mean, sequence_sums
 
 if TYPE_CHECKING:
-    from align.losses.grpo import Config
+    from align.losses.grpo import Config, Correction
+
+Level = Literal["token", "sequence"]
 
 LOG_RATIO_LIMIT = 20.0  # exp stays finite in float32; a ratio of 5e8 is far outside any clip range
 
@@ -21,7 +23,7 @@ Limited = dict[str, Tensor]  # "low", "high", "delta" -> bool[N]: the tokens who
 Surrogate = Callable[[Tensor, Tensor, Tensor, "Config"], tuple[Tensor, Limited]]
 
 
-def ratios(logps: Tensor, old: Tensor, inputs: LossInputs, level: Literal["token", "sequence"]) -> Tensor:
+def ratios(logps: Tensor, old: Tensor, inputs: LossInputs, level: Level) -> Tensor:
     """w per token f32[N], to the policy that gave `old` f32[N].
 
     Level "sequence": each token carries its sequence's geometric mean, with the gradient of its own log-probability
@@ -124,15 +126,70 @@ def clip_metrics(limited: Limited, mask: Tensor) -> dict[str, Metric]:
     return metrics | {f"policy/clip_fraction_{k}": masked_mean(v.float(), mask) for k, v in limited.items()}
 
 
-def mismatch(inputs: LossInputs) -> dict[str, Metric]:
-    """How far the trainer's log-probabilities are from the sampler's on the sampler's own tokens."""
+# ------------------------------------------------------------------------------------------ sampler and trainer
+
+
+def gap(inputs: LossInputs) -> Tensor:
+    """log p_trainer - log p_sampler f32[N], without gradient: of the policy at the start of the batch where the step
+    knows it, else of the policy as it is."""
+    policy = inputs.outputs.logps.detach() if inputs.proximal_logps is None else inputs.proximal_logps
+    return policy - inputs.batch.behavior_logps
+
+
+def importance_weights(inputs: LossInputs, level: Level) -> Tensor:
+    """p_trainer / p_sampler: f32[N] at level "token"; f32[S] at level "sequence", the product over the completion's
+    scored tokens. Bounded to exp(+-LOG_RATIO_LIMIT)."""
+    log_weight = gap(inputs)
+    if level == "sequence":
+        log_weight, _ = sequence_sums(log_weight, inputs, inputs.batch.loss_mask)
+    return log_weight.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
+def corrections(inputs: LossInputs, correction: Correction) -> tuple[Tensor, Tensor]:
+    """The weight of each token's surrogate, f32[N] without gradient, and where the bounds changed it, bool[N]."""
+    weight = importance_weights(inputs, correction.level)
+    if correction.level == "sequence":
+        weight = weight[inputs.batch.sequence_ids]
+    low = 0.0 if correction.floor is None else correction.floor
+    high = math.inf if correction.cap is None else correction.cap
+    outside = (weight < low) | (weight > high)
+    if correction.mode == "mask":
+        return torch.where(outside, torch.zeros_like(weight), weight), outside
+    return weight.clamp(low, high), outside
+
+
+def correction_metrics(
+    weight: Tensor, outside: Tensor, inputs: LossInputs, correction: Correction
+) -> dict[str, Metric]:
+    """mismatch/correction: the mean weight over tokens. mismatch/{truncated, masked}_{tokens, sequences}: how many the
+    bounds changed, in units of the level."""
     mask = inputs.batch.loss_mask
-    difference = inputs.outputs.logps.detach() - inputs.batch.behavior_logps
+    if correction.level == "sequence":
+        changed = sequences_with(outside, inputs)
+    else:
+        changed = Metric((outside & mask).sum(), reduce="sum")
+    done = "masked" if correction.mode == "mask" else "truncated"
+    return {"mismatch/correction": masked_mean(weight, mask), f"mismatch/{done}_{correction.level}s": changed}
+
+
+def mismatch(inputs: LossInputs, level: Level) -> dict[str, Metric]:
+    """How far the trainer at the start of the batch (else: as it is) is from the sampler, on the sampler's own tokens.
+
+    mismatch/kl: KL(sampler || trainer) in nats per token, estimated by k3 with r = p_trainer / p_sampler: the mean of
+    r - 1 - log r (Schulman 2020), unbiased and never negative. mismatch/max_abs: the largest |log r|. The sums of
+    weights and of their squares become mismatch/ess (`align.train.metrics`): the effective sample size
+    (sum w)^2 / (n sum w^2) in (0, 1], over the n tokens or, at level "sequence", the n sequences with a scored token;
+    w without cap and floor, so that it tells how much the bounds had to do.
+    """
+    mask, difference = inputs.batch.loss_mask, gap(inputs)
+    weight, counted = importance_weights(inputs, level), mask
+    if level == "sequence":
+        _, lengths = sequence_sums(difference, inputs, mask)
+        counted = lengths > 0
     bounded = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    weight = bounded.exp()
     return {
         "mismatch/kl": masked_mean(torch.expm1(bounded) - difference, mask),
         "mismatch/max_abs": largest(difference.abs(), mask),
-        "mismatch/weight": masked_mean(weight, mask),
-        "mismatch/weight_sq": masked_mean(weight**2, mask),
+        "mismatch/weight": masked_mean(weight, counted),
+        "mismatch/weight_sq": masked_mean(weight**2, counted),
     }

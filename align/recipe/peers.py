@@ -27,6 +27,10 @@ _MEANS = {  # their word -> where ours stands
     "tau_pos": "loss.sapo_temperature_pos",
     "tau_neg": "loss.sapo_temperature_neg",
     "kl_coef": "loss.kl",
+    "num_iterations": "updates_per_batch",
+    "vllm_importance_sampling_clip_max": "loss.correction.cap",
+    "vllm_importance_sampling_cap": "loss.correction.cap",
+    "vllm_importance_sampling_clip_min": "loss.correction.floor",
     "label_smoothing": "loss.label_smoothing",
     "discopop_tau": "loss.discopop_tau",
     "ld_alpha": "loss.ld_alpha",
@@ -40,7 +44,6 @@ _MEANS = {  # their word -> where ours stands
     "max_grad_norm": "optim.max_grad_norm",
     "num_train_epochs": "epochs",
     "num_epochs": "epochs",
-    "max_epochs": "epochs",
     "total_epochs": "epochs",
     "max_steps": "steps",
     "save_steps": "save.every",
@@ -90,6 +93,7 @@ _MEANS = {  # their word -> where ours stands
     "freeze_multi_modal_projector": "adapter.tune.projector",
     "freeze_llm": "adapter.tune.language",
     "freeze_language_model": "adapter.tune.language",
+    "rollout_importance_sampling_threshold": "loss.correction.cap",
     "num_infer_workers": "rollout.workers",
     "infer_backend": "rollout.name",
     "output_dir": "output",
@@ -122,6 +126,7 @@ _MEANS = {  # their word -> where ours stands
     # verl
     "rollout.n": "batch.group_size",
     "kl_loss_coef": "loss.kl",
+    "ppo_epochs": "updates_per_batch",
     "clip_ratio": "loss.clip_low",
     "clip_ratio_high": "loss.clip_high",
     "max_response_length": "rollout.max_tokens",
@@ -142,7 +147,8 @@ _SENTENCES = {  # their word -> the whole answer, where a key alone would mislea
     "gradient_accumulation_steps": "`gradient_accumulation_steps` is not needed: `batch` is global",
     "micro_train_batch_size": "`micro_train_batch_size` is not needed: `packing.max_tokens` bounds memory",
     "ppo_micro_batch_size_per_gpu": "not needed: `packing.max_tokens` bounds memory",
-    "ppo_mini_batch_size": "not needed: one optimizer update takes the whole `batch`",
+    "ppo_mini_batch_size": "`ppo_mini_batch_size` is `batch.groups` divided by `minibatches` (1 by default: one update "
+    "takes the whole `batch`)",
     "beta": "`beta` is `loss.beta` of a preference loss, and `loss.kl` of grpo",
     "loss_type": "`loss_type` is `loss.name` with `loss.variant` (preference); several are a list of "
     "losses with weights. For `loss: {name: grpo}`: "
@@ -153,16 +159,33 @@ _SENTENCES = {  # their word -> the whole answer, where a key alone would mislea
     "epsilon_high": "`epsilon_high` is `loss.clip_high`; with cispo it is `loss.cispo_cap`, the largest weight itself",
     "delta": "`delta` is `loss.clip_delta`",
     "use_bias_correction_kl": "`use_bias_correction_kl: true` is `loss.kl_estimator: w_k3`, false is k3 (the default)",
-    "vllm_importance_sampling_correction": "not offered by this version; the ratio is to the sampler's own "
-    "log-probabilities, so nothing is left to correct while a batch makes one update",
+    "vllm_importance_sampling_correction": "`vllm_importance_sampling_correction` is `loss.correction`, on by default "
+    "(each token truncated at 2); `off` takes the ratio to the sampler itself",
+    "vllm_importance_sampling_mode": "`vllm_importance_sampling_mode` is `loss.correction`: sequence_mask is "
+    "{level: sequence, mode: mask}, token_truncate is {level: token, mode: truncate} (the default)",
+    "rollout_importance_sampling_mode": "`rollout_importance_sampling_mode` is `loss.correction`: sequence_mask is "
+    "{level: sequence, mode: mask}, token_truncate is {level: token, mode: truncate} (the default)",
+    "rollout_is": "`rollout_is` is `loss.correction.level`: token (the default) or sequence; null is `correction: off`",
+    "rollout_is_threshold": "`rollout_is_threshold: 2.0` is `loss.correction: {cap: 2.0}`; "
+    '"0.5_5.0" is {mode: mask, floor: 0.5, cap: 5.0}',
+    "rollout_rs": "`rollout_rs` is `loss.correction: {mode: mask}`: token_k1 with level token, seq_sum_k1 with level "
+    "sequence; masked tokens stay in the denominators. The others are not offered by this version",
+    "rollout_rs_threshold": "`rollout_rs_threshold` is `loss.correction.floor` and `cap`, with `mode: mask`",
+    "rollout_is_batch_normalize": "not offered by this version: weights are used as they are",
+    "bypass_mode": "`bypass_mode: true` is `loss.correction: off`: the ratio is to the sampler itself",
+    "enable_vllm_is_correction": "`enable_vllm_is_correction` is `loss.correction`, on by default; `off` takes the "
+    "ratio to the sampler itself",
+    "vllm_is_truncated_threshold": "`vllm_is_truncated_threshold` is `loss.correction.floor` and `cap`",
+    "vllm_is_correction_type": "`vllm_is_correction_type` is `loss.correction`: tis is {mode: truncate} (the default), "
+    "icepop is {mode: mask}",
     "use_adaptive_entropy": "not offered by this version: `loss.entropy_bonus` is constant",
     "vespo_k_pos": "not offered by this version: vespo",
     "vespo_k_neg": "not offered by this version: vespo",
     "vespo_lambda_pos": "not offered by this version: vespo",
     "vespo_lambda_neg": "not offered by this version: vespo",
-    "num_iterations": "not offered by this version: a batch of rollouts makes one optimizer update",
-    "ppo_epochs": "not offered by this version: a batch of rollouts makes one optimizer update",
-    "steps_per_generation": "not needed: every step generates `batch.groups` groups; `staleness` says how far ahead",
+    "max_epochs": "`max_epochs` is `epochs`; over the same rollouts (PPO), `updates_per_batch` of an online stage",
+    "steps_per_generation": "`steps_per_generation` over `gradient_accumulation_steps` is `minibatches`; "
+    "`batch.groups` are all that is generated at once, and `staleness` says how far ahead",
     "reward_funcs": "`reward_funcs` is `rewards: [{use: ...}]`; a TRL function works with `signature: trl`",
     "external_plugins": "`external_plugins` is `rewards: [{use: file.py:function, signature: swift}]`",
     "remote_rm_url": "write a reward that calls the URL: `rewards: [{use: file.py:function}]`",

@@ -76,20 +76,30 @@ def option_problems(error: ValidationError, given: dict[str, Any], model: Any, o
     """The same for the options of a loss, whose type is not part of the grammar. `where` is the option."""
     problems = []
     for detail in error.errors():
-        key = str(detail["loc"][0]) if detail["loc"] else ""
+        key, value, expected, parent = _option(detail["loc"], given, model)
+        last = key.rpartition(".")[2]
         if detail["type"] == "extra_forbidden":
-            what = f"unknown option `{key}` of {owner} (value {_show(given.get(key))})"
-            problems.append(Problem(what, key, _remedy_for_key(key, model)))
+            what = f"unknown option `{key}` of {owner} (value {_show(value)})"
+            problems.append(Problem(what, key, _remedy_for_key(last, parent)))
         elif detail["type"] == "value_error":
             problems.append(Problem(f"{owner}: {detail['msg'].partition(', ')[2]}", key))
         elif detail["type"].endswith(_WRONG_TYPE):
-            expected = grammar.keys_of(model).get(key)
-            what = f"`{key}` of {owner}: expected {grammar.words(expected)}, got {_show(given.get(key))}"
-            problems.append(Problem(what, key, _nearest_choice(expected, given.get(key))))
+            what = f"`{key}` of {owner}: expected {grammar.words(expected)}, got {_show(value)}"
+            problems.append(Problem(what, key, _nearest_choice(expected, value)))
         else:
             said = detail["msg"].replace("Input should be", "must be")
-            problems.append(Problem(f"`{key}` of {owner} {said}, got {_show(given.get(key))}", key))
+            problems.append(Problem(f"`{key}` of {owner} {said}, got {_show(value)}", key))
     return problems
+
+
+def _option(loc: Sequence[str | int], given: Any, model: Any) -> tuple[str, Any, Any, Any]:
+    """Of an option at `loc`: its dotted name, the value given, its type, and the type of the map that it stands in."""
+    value, expected, parent = given, model, model
+    for step in loc:
+        parent = grammar.choose(expected, value)
+        expected = grammar.descend(expected, step, value)
+        value = value.get(step) if isinstance(value, dict) else None
+    return ".".join(map(str, loc)), value, expected, parent
 
 
 def _remedy_for_key(key: str, model: Any) -> str:

@@ -340,13 +340,26 @@ class RewardModelStage(TrainStage):
 
 
 class OnlineStage(TrainStage):
+    """updates_per_batch: how often every group is trained on before new ones are sampled; minibatches: equal parts of a
+    batch of groups, one optimizer update each. A step makes updates_per_batch * minibatches updates and one publish."""
+
     kind: Literal["online"]
     loss: LossField = (LossTerm(name="grpo"),)
     batch: GroupBatch = GroupBatch()
+    updates_per_batch: PositiveInt = 1
+    minibatches: PositiveInt = 1
     staleness: Annotated[int, Field(ge=0)] = 0
     rollout: Rollout = Rollout()
     rewards: Annotated[RewardField, Field(min_length=1)]
     objectives: Objectives = Objectives()
+
+    @model_validator(mode="after")
+    def _minibatches_of_whole_groups(self) -> OnlineStage:
+        groups, parts = self.batch.groups, self.minibatches
+        if groups % parts:
+            divisors = ", ".join(str(n) for n in range(1, groups + 1) if groups % n == 0)
+            raise ValueError(f"`minibatches: {parts}` does not divide `batch.groups: {groups}`; it takes {divisors}")
+        return self
 
     @model_validator(mode="after")
     def _one_weight_of_truncated(self) -> OnlineStage:

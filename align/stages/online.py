@@ -23,6 +23,7 @@ from align.recipe.schema import Objectives
 from align.stages.groups import PromptCursor, group_ids, group_metrics, penalise_truncated, to_trees, untrained
 from align.stages.publication import PublicationFolder
 from align.stages.rollout_log import RolloutLog
+from align.stages.updates import UpdatePlan, Updates
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class OnlinePlan:
     truncated: Literal["mask", "keep", "penalise"] = "mask"
     truncated_penalty: float = 0.0
     staleness: int = 0
+    updates: UpdatePlan = field(default_factory=UpdatePlan)
 
     def __post_init__(self) -> None:
         if self.staleness != 0:
@@ -91,6 +93,7 @@ class OnlineStage:
     ):
         self.plan, self.trainer, self.fleet, self.scorer = plan, trainer, fleet, scorer
         self.cursor, self.publications, self.log, self.decode = cursor, publications, log, decode
+        self.updates = Updates(trainer, plan.updates)
         self.admission = Admission()
         self.objective_state: dict[str, Any] = {}
         self.version = 0
@@ -124,7 +127,7 @@ class OnlineStage:
                 where=f"stage {self.plan.stage_id!r}, step {step}",
                 remedy="train it to answer first (an sft stage), or look at the prompts in rollouts/",
             )
-        trained = await self.trainer.step(trees, step=step, progress=step / self.plan.total)
+        trained = await self.updates.train(trees, step=step, total=self.plan.total)
         clock.lap("time/train")
         self.admission.consumed(groups)
         published = await self._publish(step + 1)

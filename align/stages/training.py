@@ -26,6 +26,7 @@ from align.stages.online import OnlinePlan, OnlineStage
 from align.stages.reference_cache import cached_reference
 from align.stages.rollout_log import RolloutLog
 from align.stages.runfolder import METRICS, cut_metrics
+from align.stages.updates import UpdatePlan
 
 
 def record_kind(losses: Sequence[LossTerm]) -> Kind:
@@ -137,8 +138,8 @@ async def run_online(context: Context, stage: OnlineSettings) -> StageResult:
     tokenizer = context.tokenizer(start.base)
     prompts = await context.prompts(stage, stage.data, tokenizer)
     held = await context.prompts(stage, stage.eval.data, tokenizer, "eval") if stage.eval else []
-    plan = online_plan(stage, len(prompts))
-    job = trainer_job(context, stage, start, plan.total, stage.rollout)
+    plan = online_plan(stage, len(prompts), context.seed(stage.id))
+    job = trainer_job(context, stage, start, plan.total * plan.updates.per_turn, stage.rollout)
     scorers = [scorer_job(context, stage, rewards, number) for number, rewards in enumerate(reward_sets(stage))]
     context.raise_if_stopped(stage.id)
     async with AsyncExitStack() as stack:
@@ -181,7 +182,7 @@ def scorer_job(context: Context, stage: Any, rewards: tuple[Reward, ...], number
     return ScorerJob(stage.id, rewards, context.recipe_folder, context.recipe.seed, logs, number)
 
 
-def online_plan(stage: OnlineSettings, rows: int) -> OnlinePlan:
+def online_plan(stage: OnlineSettings, rows: int, seed: int) -> OnlinePlan:
     rollout = stage.rollout
     return OnlinePlan(
         stage_id=stage.id,
@@ -192,6 +193,7 @@ def online_plan(stage: OnlineSettings, rows: int) -> OnlinePlan:
         truncated=rollout.truncated,
         truncated_penalty=rollout.truncated_penalty or 0.0,
         staleness=stage.staleness,
+        updates=UpdatePlan.of(stage, seed),
     )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.data.packing import collate, global_counts, mark_nll, plan_ranks
+from align.data.packing import Microbatch, collate, global_counts, mark_nll, plan_ranks
 from align.errors import NonFiniteError
 from align.losses import configure
 from align.losses.base import LossInputs, Metric
@@ -141,10 +141,14 @@ class PolicyTrainer:
         wanted = [needs.nll for _, _, needs, _ in self.losses if needs.nll != "none"]
         return [mark_nll(tree, wanted[0]) for tree in trees] if wanted else list(trees)
 
-    def _microbatches(self, trees: Sequence[Tree]) -> list[tuple[TokenBatch, bool]]:
-        """This rank's share of the trees, and whether each counts (see `align.data.packing.Microbatch`)."""
+    def _planned(self, trees: Sequence[Tree]) -> list[Microbatch]:
+        """This rank's share of the trees."""
         planned = plan_ranks(trees, self._budget(trees), keep_together=self.keep_together, ranks=self.ranks.size)
-        return [(collate(part.trees).to(self.device), part.counted) for part in planned[self.ranks.rank]]
+        return planned[self.ranks.rank]
+
+    def _microbatches(self, trees: Sequence[Tree]) -> list[tuple[TokenBatch, bool]]:
+        """This rank's share, packed, and whether each counts (see `align.data.packing.Microbatch`)."""
+        return [(collate(part.trees).to(self.device), part.counted) for part in self._planned(trees)]
 
     def _budget(self, trees: Sequence[Tree]) -> int:
         """Packed tokens of a microbatch; so many fewer where trunks are repeated, that as many are computed."""
@@ -179,8 +183,11 @@ class PolicyTrainer:
         outputs: HeadOutputs = self.module(batch, want=self.wanted)
         total = outputs.logps.new_zeros(())
         metrics: dict[str, Metric] = {}
-        for (module, config, _, weight), term, own in zip(self.losses, self.spec.losses, stats, strict=True):
-            inputs = LossInputs(outputs, batch, counts, reference_logps=reference, batch_stats=own)
+        # Where the trees carry none, this update is the first of its batch: its own forward is the policy at the start.
+        start = outputs.logps.detach() if batch.proximal_logps is None else batch.proximal_logps
+        for (module, config, needs, weight), term, own in zip(self.losses, self.spec.losses, stats, strict=True):
+            proximal = start if needs.ratio == "proximal" else None
+            inputs = LossInputs(outputs, batch, counts, reference, proximal, own)
             result = module.loss(inputs, config)
             total = total + weight * result.loss
             join_terms(metrics, result.metrics, term.name if len(self.losses) > 1 else "total")
@@ -240,21 +247,20 @@ class PolicyTrainer:
         return sums.result(self.ranks.objects)
 
     def logps(self, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
-        """Per tree, per sequence: f32[n] log-probabilities of its scored tokens under the policy."""
-        found: dict[int, list[np.ndarray]] = {}
-        numbered = {id(tree): n for n, tree in enumerate(trees)}
-        planned = plan_ranks(trees, self._budget(trees), keep_together=True, ranks=self.ranks.size)
-        for part in planned[self.ranks.rank]:
+        """See `align.protocols.Trainer.logps`."""
+        found: dict[tuple[int, int], np.ndarray] = {}
+        place = {(tree.id, id(s)): (n, k) for n, tree in enumerate(trees) for k, s in enumerate(tree.sequences)}
+        for part in self._planned(trees):
             batch = collate(part.trees).to(self.device)
             logps = self._quiet(self.module, batch).logps.float().cpu().numpy()
+            if not part.counted:
+                continue
             owner = batch.sequence_ids.cpu().numpy()
-            first = 0
-            for tree in part.trees:
-                n = len(tree.sequences)
-                found[numbered[id(tree)]] = [logps[owner == first + k] for k in range(n)]
-                first += n
-        found = {n: logps for own in self.ranks.objects(found) for n, logps in own.items()}
-        return [found[n] for n in range(len(trees))]
+            # a group may be cut between its branches: each is found by itself
+            keys = [(tree.id, id(sequence)) for tree in part.trees for sequence in tree.sequences]
+            found |= {place[key]: logps[owner == s] for s, key in enumerate(keys)}
+        found = {at: logps for own in self.ranks.objects(found) for at, logps in own.items()}
+        return [[found[n, k] for k in range(len(tree.sequences))] for n, tree in enumerate(trees)]
 
     def numerics(self) -> dict[str, Any]:
         return numerics(self.spec, self.device)

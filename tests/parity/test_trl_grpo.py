@@ -3,6 +3,9 @@ goes another way the test's name says which."""
 
 from __future__ import annotations
 
+import inspect
+import math
+import textwrap
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +22,7 @@ from align.losses.base import LossInputs, LossOutput, Prepass
 from align.losses.grpo import Config
 from align.protocols import Tree
 from align.recipe.peers import translate
+from align.recipe.schema import OnlineStage
 from align.types import HeadOutputs, TokenBatch
 from tests.parity.stand_in import padded, same, stand_in
 from tests.unit.core.trees import group
@@ -76,7 +80,8 @@ class Case:
 
 
 def ours(case: Case, **options: Any) -> LossOutput:
-    module, config, needs = configure("grpo", options)
+    """Uncorrected where `options` ask for no correction, as `trls` is."""
+    module, config, needs = configure("grpo", {"correction": "off", **options})
     stats = {}
     if needs.scope == "batch":
         nothing = torch.zeros(0)
@@ -108,10 +113,11 @@ def trls(case: Case, loss_type: str, level: str = "token", **settings: Any) -> t
         "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None, "beta": 0.0, "entropy_coef": 0.0,
         "epsilon_low": 0.2, "epsilon_high": 0.2, **settings,
     }  # fmt: skip
+    weights = attributes.pop("weights", None)  # importance_sampling_ratio, as TRL computes it when it has generated
     trainer = stand_in(
         _get_per_token_logps_and_entropies=lambda *a, **k: (new, entropy, None),
-        get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
-        importance_sampling_level=level, loss_type=loss_type, use_vllm=False, use_adaptive_entropy=False,
+        get_off_policy_mask=GRPOTrainer.get_off_policy_mask, vllm_importance_sampling_correction=weights is not None,
+        importance_sampling_level=level, loss_type=loss_type, use_vllm=weights is not None, use_adaptive_entropy=False,
         _entropy_bonus_enabled=attributes["entropy_coef"] != 0, max_completion_length=16,
         args=SimpleNamespace(**args), **attributes,
     )  # fmt: skip
@@ -123,7 +129,7 @@ def trls(case: Case, loss_type: str, level: str = "token", **settings: Any) -> t
         "sampling_per_token_logps": sampler, "num_items_in_batch": mask.sum(),
         "advantages": torch.stack([batch.advantages[owner == k].sum() / max(int((owner == k).sum()), 1)
                                    for k in range(s)]),
-        "ref_per_token_logps": padded(case.reference, owner, s, 0)[0],
+        "ref_per_token_logps": padded(case.reference, owner, s, 0)[0], "importance_sampling_ratio": weights,
     }  # fmt: skip
     loss = GRPOTrainer._compute_loss(trainer, None, inputs)
     return loss, {name: values[-1] for name, values in trainer._metrics["eval"].items()}
@@ -271,6 +277,88 @@ def test_trl_counts_masked_completions_in_the_mean_over_sequences_and_ours_leave
     same(ours(masked, **options, **own).loss, theirs * s / (s - 1), logps)
 
 
+MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+CORRECTION_BOUNDS = {"cap": (1.15, None), "floor": (None, 0.9), "both": (1.15, 0.9)}
+
+
+def trls_weights(case: Case, mode: str, cap: float | None, floor: float | None) -> torch.Tensor:
+    """TRL's importance_sampling_ratio of this batch: the lines of its `_generate_and_score_completions` that make it,
+    run on our tensors."""
+    lines = inspect.getsource(GRPOTrainer._generate_and_score_completions).splitlines()
+    first = next(n for n, line in enumerate(lines) if line.strip().startswith("mask = completion_mask if tool_mask"))
+    last = next(n for n, line in enumerate(lines) if line.strip().startswith("# Compute the per-token log prob"))
+    block = textwrap.dedent("\n".join(lines[first:last]))
+    assert case.proximal is not None
+    owner, s = case.batch.sequence_ids, case.batch.sequences
+    old, mask = padded(case.proximal, owner, s, 0)
+    names = {
+        "torch": torch, "math": math, "tool_mask": None, "completion_mask": mask, "old_per_token_logps": old,
+        "sampling_per_token_logps": padded(case.batch.behavior_logps, owner, s, 0)[0],
+        "self": SimpleNamespace(
+            vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_max=cap,
+            vllm_importance_sampling_clip_min=floor,
+        ),
+    }  # fmt: skip
+    exec(block, names)
+    weights: torch.Tensor = names["vllm_importance_sampling_ratio"]  # type: ignore[assignment]
+    return weights
+
+
+def corrected_case(seed: int) -> Case:
+    case = Case.make(seed)
+    g = torch.Generator().manual_seed(seed)
+    return replace(case, proximal=case.batch.behavior_logps + 0.2 * torch.randn(case.logps.shape, generator=g))
+
+
+@pytest.mark.parametrize("bounds", CORRECTION_BOUNDS)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", TYPES)
+def test_the_correction_equals_trls_vllm_importance_sampling(name: str, mode: str, bounds: str) -> None:
+    loss_type, level, options = TYPES[name]
+    own, peer = BOUNDS[options.get("surrogate", "clip")]
+    (cap, floor), (corrected, how) = CORRECTION_BOUNDS[bounds], mode.split("_")
+    case = corrected_case(11)
+    weights = trls_weights(case, mode, cap, floor)
+    correction = {"level": corrected, "mode": how, "cap": cap, "floor": floor}
+    mine = ours(case, **options, **own, kl=0.3, correction=correction)
+    theirs, _ = trls(case, loss_type, level, **peer, beta=0.3, weights=weights)
+    if level == "sequence" and corrected == "token":
+        torch.testing.assert_close(mine.loss, theirs, atol=1e-5, rtol=1e-5)  # the gradient: below
+    else:
+        same(mine.loss, theirs, case.logps)
+    assert mine.loss != ours(case, **options, **own, kl=0.3).loss
+    done = {"truncate": "truncated", "mask": "masked"}[how]
+    assert 0 < mine.metrics[f"mismatch/{done}_{corrected}s"].sum < getattr(global_counts(case.trees), f"{corrected}s")
+
+
+def test_with_a_sequence_ratio_trl_spreads_a_tokens_weight_over_its_sequence_and_ours_weighs_the_token() -> None:
+    """The values are equal, and the sums over each sequence: only where within it the gradient falls differs."""
+    loss_type, level, options = TYPES["gspo"]
+    case = corrected_case(12)
+    wide = ({"clip_low": 9.0, "clip_high": 9.0}, {"epsilon_low": 9.0, "epsilon_high": 9.0})
+    weights = trls_weights(case, "token_truncate", 1.15, None)
+    losses = (
+        ours(case, **options, **wide[0], correction={"cap": 1.15}).loss,
+        trls(case, loss_type, level, **wide[1], weights=weights)[0],
+    )
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
+    mine, theirs = (torch.autograd.grad(loss, case.logps)[0] for loss in losses)
+    owner, s = case.batch.sequence_ids, case.batch.sequences
+    sums = [torch.zeros(s).index_add(0, owner, g) for g in (mine, theirs)]
+    torch.testing.assert_close(*sums, atol=1e-5, rtol=1e-5)
+    assert (mine - theirs).abs().max() > 1e-4
+    assert all(theirs[owner == k].std() < 1e-6 for k in range(s) if (owner == k).sum() > 1)
+
+
+def test_off_takes_the_ratio_to_the_sampler_and_bounds_of_one_are_trls_uncorrected_ratio() -> None:
+    """TRL's switch leaves the ratio to the policy at the start of the batch, and the mismatch uncorrected."""
+    case = corrected_case(13)
+    sampler = replace(case, proximal=None)
+    same(ours(sampler, correction="off").loss, trls(sampler, "dapo")[0], case.logps)
+    limits = {"correction": {"cap": 1.0, "floor": 1.0}}  # every weight is 1
+    same(ours(case, **limits).loss, trls(case, "dapo")[0], case.logps)
+
+
 KEYS = {  # what TRL's GRPOConfig has about the loss -> what the answer must name
     "loss_type": ("aggregation", "surrogate", "ratio", "constant_length"),
     "beta": ("kl",),
@@ -284,6 +372,10 @@ KEYS = {  # what TRL's GRPOConfig has about the loss -> what the answer must nam
     "use_bias_correction_kl": ("kl_estimator",),
     "sapo_temperature_pos": ("sapo_temperature_pos",),
     "sapo_temperature_neg": ("sapo_temperature_neg",),
+    "vllm_importance_sampling_correction": ("correction",),
+    "vllm_importance_sampling_mode": ("correction",),
+    "vllm_importance_sampling_clip_max": ("correction",),
+    "vllm_importance_sampling_clip_min": ("correction",),
 }
 
 
@@ -292,10 +384,11 @@ def test_every_key_of_trls_about_the_loss_is_answered_with_ours() -> None:
     for key, options in KEYS.items():
         assert key in fields and set(options) <= set(Config.model_fields), key
         assert all(option in (translate(key) or "") for option in options), key
-    others = ("num_iterations", "steps_per_generation", "use_adaptive_entropy", "vllm_importance_sampling_correction")
     vespo = tuple(key for key in fields if key.startswith("vespo_"))
-    for key in (*others, *vespo):
+    for key in ("use_adaptive_entropy", *vespo):
         assert key in fields and "not" in (translate(key) or ""), key
+    for key, own in (("num_iterations", "updates_per_batch"), ("steps_per_generation", "minibatches")):
+        assert key in fields and own in OnlineStage.model_fields and own in (translate(key) or ""), key
     assert "rollout.truncated" in (translate("mask_truncated_completions") or "")
 
 

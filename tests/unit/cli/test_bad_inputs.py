@@ -42,6 +42,16 @@ def chat(*turns: tuple[str, str]) -> dict[str, object]:
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
+REINFORCE = """\
+from align.losses.base import LossConfig as Config, Needs
+
+def needs(config):
+    return Needs(record="group")
+
+def loss(inputs, config):
+    raise NotImplementedError
+"""
+
 RECIPE = [
     Case(
         "an unknown key",
@@ -137,6 +147,22 @@ RECIPE = [
         changed("rollout: {max_tokens: 32}", "rollout: {max_tokens: 32, temperature: 0}"),
     ),
     Case(
+        "minibatches that do not divide the groups",
+        ("stages.grpo", "`minibatches: 4` does not divide `batch.groups: 6`", "it takes 1, 2, 3, 6"),
+        more=("stages.grpo.batch.groups=6", "stages.grpo.minibatches=4"),
+    ),
+    Case(
+        "verl's ppo_epochs",
+        ("recipe.yaml:36", "`ppo_epochs` is `updates_per_batch`"),
+        changed("    rewards:\n", "    ppo_epochs: 2\n    rewards:\n"),
+    ),
+    Case(
+        "several updates with a loss that has no ratio",
+        ("updates_per_batch: 2", "reinforce.py' has no importance ratio", "use grpo"),
+        lambda shop: shop.write("reinforce.py", REINFORCE),
+        more=("stages.grpo.loss=reinforce.py", "stages.grpo.updates_per_batch=2"),
+    ),
+    Case(
         "an unknown engine option",
         ("max_num_seq", "did you mean", "max_num_seqs"),
         more=("stages.grpo.rollout.engine.max_num_seq=4",),
@@ -183,6 +209,31 @@ OVERRIDES = [
 ]
 
 LOSSES = [
+    Case(
+        "an unknown option within an option",
+        ("`correction.lvel` of loss 'grpo'", "did you mean `level`"),
+        more=("stages.grpo.loss={name: grpo, correction: {lvel: token}}",),
+    ),
+    Case(
+        "a choice within an option that there is not",
+        ("`correction.mode` of loss 'grpo'", "truncate or mask", "'clip'"),
+        more=("stages.grpo.loss={name: grpo, correction: {mode: clip}}",),
+    ),
+    Case(
+        "a correction without a bound",
+        ("`correction` needs `cap`, `floor` or both",),
+        more=("stages.grpo.loss={name: grpo, correction: {cap: null}}",),
+    ),
+    Case(
+        "a cap that cuts what needs no correction",
+        ("`correction.cap` of loss 'grpo'", "greater than or equal to 1", "0.5"),
+        more=("stages.grpo.loss={name: grpo, correction: {cap: 0.5}}",),
+    ),
+    Case(
+        "TRL's correction",
+        ("vllm_importance_sampling_mode", "`loss.correction`", "{level: sequence, mode: mask}"),
+        more=("stages.grpo.loss={name: grpo, vllm_importance_sampling_mode: sequence_mask}",),
+    ),
     Case(
         "an unknown loss",
         ("recipe.yaml:29", "no loss named 'dpoo'", "did you mean 'dpo'"),

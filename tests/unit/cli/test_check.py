@@ -118,6 +118,28 @@ def test_full_fine_tuning_sends_whole_weights(workshop: Workshop, capsys: pytest
     assert "receive whole weights" in out and "a frozen second copy" in out
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("minibatches=2",), "updates: 2 a step, each of 1 group; every group once"),
+        (("updates_per_batch=3",), "updates: 3 a step, each of 2 groups; every group 3 times"),
+        (("updates_per_batch=2", "minibatches=2"), "updates: 4 a step, each of 1 group; every group 2 times"),
+        ((), "note: the weight of each token to the sampler is truncated above 2 (`correction`)"),
+        (
+            ("loss={name: grpo, correction: {level: sequence, mode: mask, cap: 3, floor: 0.5}}",),
+            "note: the weight of each sequence to the sampler is masked below 0.5 and above 3 (`correction`)",
+        ),
+        (("loss={name: grpo, correction: off}",), "note: `correction: off`: ratio and clip range are to the sampler"),
+    ],
+)
+def test_the_plan_says_how_often_a_batch_is_trained_on_and_what_corrects_its_age(
+    workshop: Workshop, overrides: tuple[str, ...], words: str
+) -> None:
+    lines = plan_of(workshop, *(f"stages.grpo.{change}" for change in overrides)).stages[2].lines
+    assert any(line.startswith(words) for line in lines), lines
+    assert overrides or not any(line.startswith("updates:") for line in lines), "one update needs no line"
+
+
 def test_a_users_own_loss_is_tried_in_a_child_and_checked(
     workshop: Workshop, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,7 @@ import torch
 from align.data.packing import collate, global_counts
 from align.losses import configure
 from align.losses.base import LossInputs, LossOutput, Prepass
-from align.protocols import Counts, Tree
+from align.protocols import Counts, Segment, Tree
 from align.train.metrics import MetricSums
 from align.types import HeadOutputs, TokenBatch
 from tests.unit.core.trees import group
@@ -36,12 +36,18 @@ TERMS: dict[str, dict[str, Any]] = {
     "bonus": {"entropy_bonus": 0.2},
     "top-entropy": {"top_entropy": 0.35, "entropy_bonus": 0.2},
     "off-policy": {"off_policy_threshold": 0.02},
+    "off": {"correction": "off"},
+    "token-truncate": {"correction": {"cap": 1.1, "floor": 0.95}},
+    "token-mask": {"correction": {"mode": "mask", "cap": 1.15, "floor": 0.9}},
+    "sequence-truncate": {"correction": {"level": "sequence", "cap": None, "floor": 0.8}},
+    "sequence-mask": {"correction": {"level": "sequence", "mode": "mask", "cap": 1.3}},
     "all": {
         "kl": 0.3,
         "kl_estimator": "w_k3",
         "entropy_bonus": 0.2,
         "top_entropy": 0.35,
         "off_policy_threshold": 0.02,
+        "correction": {"level": "sequence", "mode": "mask", "cap": 1.5, "floor": 0.7},
     },
 }
 AGGREGATIONS: tuple[dict[str, Any], ...] = (
@@ -144,6 +150,19 @@ def surrogate_of(row: Row, o: dict[str, Any], w: np.ndarray, at: np.ndarray) -> 
     return np.minimum(np.minimum(w, o.get("clip_delta", np.inf)) * adv, inside * adv)
 
 
+def correction_of(row: Row, o: dict[str, Any]) -> np.ndarray:
+    """The policy at the start of the batch over the sampler, bounded; 1 where the ratio is to the sampler itself."""
+    c = o.get("correction", {})
+    if c == "off":
+        return np.ones_like(row["old"])
+    log_c = row["old"] - row["sampler"]
+    weight = np.exp(np.full_like(log_c, log_c.sum()) if c.get("level") == "sequence" else log_c)
+    low, high = c.get("floor") or 0.0, c.get("cap", 2.0) or np.inf
+    if c.get("mode") == "mask":
+        return np.where((low <= weight) & (weight <= high), weight, 0.0)
+    return np.clip(weight, low, high)
+
+
 def kl_of(row: Row, estimator: str) -> np.ndarray:
     u = row["ref"] - row["new"]
     k3 = np.exp(u) - 1 - u
@@ -161,6 +180,7 @@ def oracle(o: dict[str, Any], rows: list[Row], at: list[Row] | None = None) -> f
         if row["adv"][0] < 0 and drift > o.get("off_policy_threshold", np.inf):
             gain = np.zeros_like(gain)
         chosen = held["entropy"] >= threshold
+        gain = gain * correction_of(row, o)
         terms = -gain * chosen - o.get("entropy_bonus", 0.0) * row["entropy"] * chosen
         per_sequence.append(terms + o.get("kl", 0.0) * kl_of(row, o.get("kl_estimator", "k3")))
     if o["aggregation"] == "sequence":
@@ -182,20 +202,22 @@ def test_every_combination_equals_the_papers(surrogate: str, terms: str) -> None
 @every_combination
 def test_every_gradient_equals_finite_differences_of_the_papers_formula(surrogate: str, terms: str) -> None:
     """cispo's is the gradient of its surrogate with the weight held (its stop-gradient): its value is no objective.
-    With `ratio: sequence` and chosen tokens, each token has the gradient of its own log-probability (GSPO-token)
-    and not of its sequence's mean, which the value's derivative would be: tested below."""
+    With `ratio: sequence` and chosen or weighted tokens, each token has the gradient of its own log-probability
+    (GSPO-token) and not of its sequence's mean, which the value's derivative would be: tested below."""
     case = Case.make(1)
     logps, entropy = case.logps.numpy(), case.entropy.numpy()
-    old = case.batch.behavior_logps
     rng, eps = np.random.default_rng(2), 1e-6
-    for options in combinations(surrogate, terms):
-        if options["ratio"] == "sequence" and options.get("top_entropy") and surrogate != "cispo":
+    for options, proximal in product(combinations(surrogate, terms), (False, True)):
+        old = case.proximal if proximal else case.batch.behavior_logps
+        weighted = proximal and options.get("correction", {}) != "off"
+        by_token = weighted and options.get("correction", {}).get("level") != "sequence"
+        if options["ratio"] == "sequence" and (options.get("top_entropy") or by_token) and surrogate != "cispo":
             continue
         leaves = [torch.tensor(x, requires_grad=True) for x in (logps, entropy)]
-        loss = run(options, replace(case, logps=leaves[0], entropy=leaves[1])).loss
+        loss = run(options, replace(case, logps=leaves[0], entropy=leaves[1]), proximal).loss
         gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         at = case.rows(logps, entropy, old)
-        for _ in range(3):
+        for _ in range(2):
             steps = [rng.standard_normal(logps.shape) for _ in leaves]
             ends = [
                 oracle(options, case.rows(logps + sign * eps * steps[0], entropy + sign * eps * steps[1], old), at)
@@ -225,6 +247,22 @@ def test_a_sequence_ratio_with_chosen_tokens_moves_only_these() -> None:
     ).loss.backward()
     chosen = case.entropy >= torch.quantile(case.entropy, 0.65)
     assert leaf.grad is not None and (leaf.grad[~chosen] == 0).all() and (leaf.grad[chosen] != 0).any()
+
+
+@pytest.mark.parametrize("surrogate", ["clip", "sapo"])
+def test_with_a_sequence_ratio_each_tokens_own_gradient_has_its_own_weight(surrogate: str) -> None:
+    case = Case.make(3)
+    wide = {"clip_low": 9.0, "clip_high": 9.0} if surrogate == "clip" else SURROGATES["sapo"]
+    options = {**wide, "ratio": "sequence", "aggregation": "sequence"}
+
+    def gradient(correction: Any) -> torch.Tensor:
+        leaf = case.logps.clone().requires_grad_()
+        run({**options, "correction": correction}, replace(case, logps=leaf), proximal=True).loss.backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    weight = (case.proximal - case.batch.behavior_logps).exp().clamp(max=1.1)
+    torch.testing.assert_close(gradient({"cap": 1.1}), weight * gradient("off"), atol=1e-14, rtol=1e-10)
 
 
 def parts(case: Case) -> Iterator[Case]:
@@ -285,8 +323,8 @@ def test_an_update_whose_every_token_is_masked_is_zero_and_finite(surrogate: str
         assert (n > 0) == nll and not batch.loss_mask.any()
         values = [torch.linspace(-3.0, -1.0, n, dtype=torch.float64) for _ in range(4)]
         leaf = values[0].clone().requires_grad_()
-        for options in combinations(surrogate, terms):
-            output = run(options, Case(masked, batch, leaf, *values[1:]))
+        for options, proximal in product(combinations(surrogate, terms), (False, True)):
+            output = run(options, Case(masked, batch, leaf, *values[1:]), proximal)
             (gradient,) = torch.autograd.grad(output.loss, leaf)
             assert output.loss.item() == 0.0 and not gradient.any(), options
             sums = MetricSums()
@@ -304,9 +342,10 @@ def test_a_token_far_from_sampler_and_reference_stays_finite(
     logps = (case.batch.behavior_logps + far).to(dtype).requires_grad_()
     batch = replace(case.batch, advantages=case.batch.advantages.to(dtype))
     reference = case.batch.behavior_logps.to(dtype)
-    moved = replace(case, batch=batch, logps=logps, reference=reference, entropy=case.entropy.to(dtype))
-    for options in combinations(surrogate, terms):
-        output = run(options, moved)
+    start = (case.batch.behavior_logps - far).to(dtype)
+    moved = replace(case, batch=batch, logps=logps, reference=reference, entropy=case.entropy.to(dtype), proximal=start)
+    for options, proximal in product(combinations(surrogate, terms), (False, True)):
+        output = run(options, moved, proximal)
         (gradient,) = torch.autograd.grad(output.loss, logps, allow_unused=True, materialize_grads=True)
         assert output.loss.isfinite() and gradient.isfinite().all(), options
 
@@ -336,3 +375,109 @@ def test_masks_are_counted() -> None:
     rows = case.rows(case.logps.numpy(), case.entropy.numpy(), case.batch.behavior_logps)
     gone = [r["adv"][0] < 0 and np.mean(r["sampler"] - r["new"]) > 0.05 for r in rows]
     assert 0 < sum(gone) == found["policy/off_policy_sequences"] < len(rows)
+
+
+# ------------------------------------------------------------------------------------------ sampler and trainer
+
+
+def corrected(
+    correction: Any, log_weights: list[list[float]], advantage: float = 1.0
+) -> tuple[LossOutput, torch.Tensor]:
+    """The loss of one group whose completions have these log-weights per token, and its gradient."""
+    ones = [np.ones(len(row), np.float32) for row in log_weights]
+    branches = tuple(
+        Segment(np.arange(len(x)), np.ones(len(x), bool), advantages=advantage * x, behavior_logps=-x) for x in ones
+    )
+    trees = [Tree(0, Segment(np.arange(3), np.zeros(3, bool)), branches)]
+    proximal = torch.tensor([w for row in log_weights for w in row], dtype=torch.float64) - 1
+    leaf = proximal.clone().requires_grad_()
+    batch = in_float64(collate(trees))
+    module, config, _ = configure("grpo", {"correction": correction})
+    output = module.loss(LossInputs(HeadOutputs(leaf), batch, global_counts(trees), proximal_logps=proximal), config)
+    return output, torch.autograd.grad(output.loss, leaf)[0]
+
+
+LN = {w: float(np.log(w)) for w in (0.25, 0.5, 0.8, 1.0, 1.5, 3.0, 4.0)}
+
+
+@pytest.mark.parametrize(
+    ("correction", "weights", "counts"),
+    [
+        ({"cap": 2.0}, [0.25, 4 / 2, 1.5, 0.5], {"mismatch/truncated_tokens": 1}),
+        ({"cap": 2.0, "floor": 0.4}, [0.4, 2.0, 1.5, 0.5], {"mismatch/truncated_tokens": 2}),
+        ({"mode": "mask"}, [0.25, 0.0, 1.5, 0.5], {"mismatch/masked_tokens": 1}),
+        ({"mode": "mask", "cap": None, "floor": 0.4}, [0.0, 4.0, 1.5, 0.5], {"mismatch/masked_tokens": 1}),
+        # the first completion's product is 1, the second's 0.75
+        ({"level": "sequence"}, [1.0, 1.0, 0.75, 0.75], {"mismatch/truncated_sequences": 0}),
+        ({"level": "sequence", "floor": 0.9}, [1.0, 1.0, 0.9, 0.9], {"mismatch/truncated_sequences": 1}),
+        ({"level": "sequence", "mode": "mask", "floor": 0.9}, [1.0, 1.0, 0.0, 0.0], {"mismatch/masked_sequences": 1}),
+    ],
+)
+def test_a_correction_weighs_each_gradient_as_computed_by_hand_and_counts_what_it_bounded(
+    correction: dict[str, Any], weights: list[float], counts: dict[str, int]
+) -> None:
+    output, gradient = corrected(correction, [[LN[0.25], LN[4.0]], [LN[1.5], LN[0.5]]])
+    assert (-4 * gradient).tolist() == pytest.approx(weights), "a mean over four tokens, whatever is masked"
+    sums = MetricSums()
+    sums.add(output.metrics)
+    found = sums.result()
+    assert {name: found[name] for name in found if "truncated" in name or "masked" in name} == counts
+    assert found["mismatch/correction"] == pytest.approx(np.mean(weights))
+    assert found["policy/ratio"] == 1.0 and found["policy/clip_fraction"] == 0.0
+
+
+def test_the_mismatch_is_kl_by_k3_its_largest_gap_and_the_effective_sample_size_of_the_unbounded_weights() -> None:
+    rows = [[LN[0.25], LN[4.0], LN[1.0]], [LN[1.5], LN[0.5]]]
+    for level, w in (("token", np.array([0.25, 4, 1, 1.5, 0.5])), ("sequence", np.array([1.0, 0.75]))):
+        sums = MetricSums()
+        sums.add(corrected({"level": level, "cap": 1.0}, rows)[0].metrics)
+        found = sums.result()
+        assert found["mismatch/ess"] == pytest.approx(w.sum() ** 2 / len(w) / (w**2).sum())
+        assert found["mismatch/max_abs"] == pytest.approx(np.log(4))
+        tokens = np.array([0.25, 4, 1, 1.5, 0.5])
+        assert found["mismatch/kl"] == pytest.approx(np.mean(tokens - 1 - np.log(tokens)))
+
+
+def test_the_kl_estimate_of_the_mismatch_is_unbiased_for_kl_of_sampler_and_trainer() -> None:
+    """By enumeration of a vocabulary: each token weighted with the sampler's probability of it."""
+    g = torch.Generator().manual_seed(3)
+    sampler, trainer = (torch.log_softmax(torch.randn(7, generator=g, dtype=torch.float64), -1) for _ in range(2))
+    terms = [corrected(None, [[w]])[0].metrics["mismatch/kl"].sum.item() for w in (trainer - sampler).tolist()]
+    exact = float((sampler.exp() * (sampler - trainer)).sum())
+    assert float((sampler.exp() * torch.tensor(terms, dtype=torch.float64)).sum()) == pytest.approx(exact, abs=1e-9)
+
+
+def test_an_equal_sampler_has_an_effective_sample_size_of_exactly_one_and_corrects_nothing() -> None:
+    rows = [[0.0] * 3, [0.0] * 5, [0.0]]
+    for correction in ("off", {}, {"level": "sequence", "mode": "mask", "cap": 3.0}):
+        output, gradient = corrected(correction, rows)
+        sums = MetricSums()
+        sums.add(output.metrics)
+        found = sums.result()
+        assert found["mismatch/ess"] == 1.0 and found["mismatch/kl"] == found["mismatch/max_abs"] == 0.0
+        assert torch.equal(gradient, corrected("off", rows)[1])
+
+
+def test_a_correction_carries_no_gradient_and_leaves_kl_and_bonus_as_they_are() -> None:
+    case = Case.make(11)
+    silent = replace(case, batch=replace(case.batch, advantages=torch.zeros_like(case.batch.advantages)))
+    options = {"kl": 0.3, "entropy_bonus": 0.2}
+    for correction in ({"cap": 1.01}, {"level": "sequence", "mode": "mask", "cap": 1.0}):
+        losses = [run({**options, "correction": c}, silent, proximal=True).loss for c in (correction, "off")]
+        assert losses[0] == losses[1] != 0
+
+
+def test_a_masked_row_counts_neither_in_a_correction_nor_in_the_mismatch() -> None:
+    """A completion without a scored token (truncated, unscored) may have any sampler log-probabilities."""
+    case = Case.make(12)
+    options = {"correction": {"level": "sequence", "mode": "mask", "cap": 1.5, "floor": 0.7}}
+    trees = [replace(tree, branches=tuple(b for b in tree.branches if b.loss_mask.any())) for tree in case.trees]
+    assert sum(len(t.branches) for t in trees) == sum(len(t.branches) for t in case.trees) - 1
+    without = replace(case, trees=trees, batch=in_float64(collate(trees)))
+    found = []
+    for each in (case, without):
+        sums = MetricSums()
+        output = run(options, each, proximal=True)
+        sums.add(output.metrics)
+        found.append((output.loss.item(), sums.result()))
+    assert found[0] == found[1] and 0 < found[0][1]["mismatch/masked_sequences"] < len(trees[0].branches) * 3

@@ -72,8 +72,13 @@ def test_before_any_update_the_ratio_to_the_samplers_log_probs_is_one_within_1e_
                 branches=tuple(replace(b, behavior_logps=r.numpy()) for b, r in zip(tree.branches, rows, strict=True)),
             )
         )
-    metrics = trainer.evaluate(seen)
+    uncorrected = PolicyTrainer(make_spec(Path(trainer.spec.base), "grpo", loss_options={"correction": "off"}))
+    metrics = uncorrected.evaluate(seen)
     assert metrics["policy/ratio"] == pytest.approx(1.0, abs=1e-4) and metrics["mismatch/max_abs"] < 1e-4
+    corrected = trainer.evaluate(seen)
+    assert corrected["policy/ratio"] == 1.0 and corrected["mismatch/correction"] == pytest.approx(1.0, abs=1e-4)
+    assert corrected["mismatch/max_abs"] == metrics["mismatch/max_abs"] and corrected["mismatch/ess"] > 1 - 1e-6
+    assert corrected["loss/total"] == pytest.approx(metrics["loss/total"], abs=1e-4), "nothing changes"
 
 
 # ------------------------------------------------------------------------------------------ item 16
@@ -176,8 +181,10 @@ def test_a_masked_completion_leaves_every_denominator(how: dict[str, Any], terms
     assert global_counts(trees) == global_counts(without)
     assert global_counts(trees).sequences == 6 and global_counts(trees).tokens == 18
     values = [torch.as_tensor(rng.standard_normal(18)) for _ in range(4)]
-    losses = [run({**TERMS[terms], **how}, Case(t, collate(t), *values)).loss for t in (trees, without)]
-    assert losses[0] == losses[1] != 0
+    for proximal in (False, True):
+        cases = (Case(t, collate(t), *values) for t in (trees, without))
+        losses = [run({**TERMS[terms], **how}, case, proximal).loss.item() for case in cases]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-14) != 0
 
 
 def penalised(scores: list[list[float]], objectives: Objectives, penalty: float = 0.5) -> np.ndarray:

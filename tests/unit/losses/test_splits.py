@@ -62,6 +62,11 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"ratio": "sequence", "aggregation": "sequence_sum"},
         {"top_entropy": 0.3, "entropy_bonus": 0.02},
         {"off_policy_threshold": 0.02},
+        {"correction": "off"},
+        {"correction": {"cap": 1.1, "floor": 0.95}},
+        {"correction": {"mode": "mask", "cap": 1.1, "floor": 0.9}},
+        {"correction": {"level": "sequence", "cap": 1.3}},
+        {"correction": {"level": "sequence", "mode": "mask", "cap": 1.5}, "aggregation": "sequence"},
         {"kl": 0.1},
         {"kl": 0.1, "kl_estimator": "k2"},
         {"kl": 0.1, "kl_estimator": "w_k3"},
@@ -99,6 +104,10 @@ class Forward:
             leaf.requires_grad_()
         self.leaves[id(batch)] = made
         return HeadOutputs(**made)
+
+    @staticmethod
+    def proximal(batch: TokenBatch) -> Tensor:
+        return -3 * noise(batch, 1.0) - 0.05 + 0.3 * (noise(batch, 7.0) - 0.5)
 
     @staticmethod
     def reference(batch: TokenBatch) -> Tensor:
@@ -161,6 +170,7 @@ def run(name: str, options: dict[str, Any], trees: Sequence[Tree], max_tokens: i
             batch,
             counts,
             reference_logps=forward.reference(batch) if needs.reference else None,
+            proximal_logps=forward.proximal(batch) if needs.ratio == "proximal" else None,
             batch_stats=stats,
         )
         result = module.loss(inputs, config)

@@ -169,6 +169,14 @@ def test_a_key_of_another_place_is_answered_with_its_place(tmp_path: Path) -> No
         ("n_samples_per_prompt", "`n_samples_per_prompt` is `batch.group_size`"),
         ("actor_rollout_ref.rollout.n", "is `batch.group_size`"),
         ("algorithm.adv_estimator", "objectives"),
+        ("actor_rollout_ref.actor.ppo_epochs", "is `updates_per_batch`"),
+        ("actor_rollout_ref.actor.ppo_mini_batch_size", "`batch.groups` divided by `minibatches`"),
+        ("algorithm.rollout_correction.rollout_is", "`loss.correction.level`"),
+        ("algorithm.rollout_correction.bypass_mode", "`loss.correction: off`"),
+        ("enable_vllm_is_correction", "`loss.correction`"),
+        ("vllm_is_truncated_threshold", "`loss.correction.floor` and `cap`"),
+        ("rollout_importance_sampling_mode", "{level: sequence, mode: mask}"),
+        ("max_epochs", "`updates_per_batch` of an online stage"),
     ],
 )
 def test_words_of_peers_are_answered_with_ours(word: str, answer: str) -> None:

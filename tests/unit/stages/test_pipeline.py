@@ -165,6 +165,18 @@ def start(recipe: Recipe, backend: PlainBackend, *, resume: bool = False, from_s
         run.ended()
 
 
+def test_the_steps_of_an_online_stage_count_turns_and_its_schedule_updates(recipe: Recipe) -> None:
+    often = recipe.stages[2].model_copy(update={"updates_per_batch": 2, "minibatches": 5})
+    backend = PlainBackend()
+    start(recipe.model_copy(update={"stages": (*recipe.stages[:2], often)}), backend)
+    job = next(job for job in backend.jobs if isinstance(job, TrainerJob) and job.stage_id == "grpo")
+    steps = [call for call in backend.trainers[2].calls if call.startswith("step")]
+    assert job.total == len(steps) == 5 * 2 * 5
+    assert [call for call in backend.trainers[2].calls if call.startswith("publish")] == [
+        f"publish {version}" for version in range(6)
+    ]
+
+
 def test_a_recipe_runs_from_scratch_to_its_evaluation(recipe: Recipe) -> None:
     backend = PlainBackend()
     summary, _ = start(recipe, backend)

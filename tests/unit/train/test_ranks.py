@@ -27,6 +27,7 @@ from align.errors import NonFiniteError, RanksError
 from align.losses.base import Metric
 from align.protocols import Segment, Tree
 from align.recipe.schema import Adapter, LossTerm, Model, Optim
+from align.stages.updates import carrying
 from align.train.metrics import MetricSums
 from align.train.ranks import Ranks
 from align.train.spec import TrainerSpec
@@ -62,11 +63,18 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "grpo-constant": ("grpo", {"kl": 0.1, "aggregation": "constant", "constant_length": 16}, 5),
     "grpo-top-entropy": ("grpo", {"top_entropy": 0.3, "kl": 0.1}, 5),
     "grpo-gspo": ("grpo", {"kl": 0.1, "aggregation": "sequence", "ratio": "sequence"}, 5),
+    "grpo-corrected": ("grpo", {"correction": {"level": "sequence", "mode": "mask", "floor": 0.05}, "kl": 0.1}, 5),
     "grpo-of-one": ("grpo", {"kl": 0.1}, 1),
     "sft-of-one": ("sft", {}, 1),
     "dpo-of-one": ("dpo", {}, 1),
 }
-LORA_ONLY = ("sft-dft", "dpo-wpo", "kto-apo", "grpo-gspo")  # more of a loss that is run in full anyway
+LORA_ONLY = (
+    "sft-dft",
+    "dpo-wpo",
+    "kto-apo",
+    "grpo-gspo",
+    "grpo-corrected",
+)  # more of a loss that is run in full anyway
 RUNS = [(c, kind) for c in CASES for kind in KINDS if kind == "lora" or not ("-of-" in c or c in LORA_ONLY)]
 REFERENCED = ("dpo", "kto", "grpo")
 OWN = ("time/", "train/microbatches", "tokens/trained")  # of how it was computed
@@ -117,6 +125,18 @@ def run_case(base: Path, case: str, kind: str, ranks: Ranks) -> dict[str, Any]:
     found = {"evaluated": trainer.evaluate(trees), "logps": trainer.logps(trees) if loss != "reward_model" else []}
     found["metrics"] = trainer.step(trees, step=0, progress=0.0)
     return found | {"grads": grads, "weights": weights(trainer)}
+
+
+def run_proximal(base: Path, ranks: Ranks) -> list[dict[str, float]]:
+    """Two updates against the policy before the first: on five groups, and on one that is cut between its branches."""
+    metrics = []
+    for n in (5, 1):
+        trainer = PolicyTrainer(make_spec(base, "grpo", LORA), ranks=ranks)
+        perturb(trainer)
+        trees = trees_of("grpo", n)
+        trees = [carrying(tree, logps) for tree, logps in zip(trees, trainer.logps(trees), strict=True)]
+        metrics += [trainer.step(trees, step=step, progress=step / 10) for step in range(2)]
+    return metrics
 
 
 def run_bad_steps(base: Path, ranks: Ranks) -> dict[str, Any]:
@@ -193,6 +213,7 @@ def work(rank: int, base: Path, folder: Path, size: int) -> None:
     found: dict[str, Any] = {"cases": {}}
     for case, kind in RUNS:
         found["cases"][case, kind] = run_case(base, case, kind, ranks)
+    found["proximal"] = run_proximal(base, ranks)
     found["bad"] = run_bad_steps(base, ranks)
     found["resume"] = run_resume(base, folder / "checkpoint", ranks)
     found["odds"] = run_odds(base, folder / "published", ranks)
@@ -261,6 +282,16 @@ def test_two_ranks_give_the_loss_gradients_metrics_and_weights_of_one(results: A
     for name, value in alone["weights"].items():
         assert torch.equal(first["weights"][name], second["weights"][name])
         torch.testing.assert_close(first["weights"][name], value, rtol=1e-5, atol=1e-5 * float(value.abs().max()))
+
+
+def test_the_ratio_of_two_ranks_is_exactly_one_before_an_update_and_that_of_one_rank_after(
+    results: Any, base: Path
+) -> None:
+    first, second = (rank["proximal"] for rank in results[0])
+    alone = run_proximal(base, Ranks())
+    for mine, other, expected in zip(first, second, alone, strict=True):
+        assert comparable(mine) == comparable(other) == pytest.approx(comparable(expected), rel=1e-4, abs=1e-5)
+    assert [m["policy/ratio"] == 1.0 for m in first] == [True, False, True, False]
 
 
 def test_the_zero_point_of_kto_is_not_zero_in_these_cases(results: Any) -> None:
