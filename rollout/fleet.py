@@ -162,7 +162,7 @@ class RayFleet:
             self._give_up([request.ticket for request in requests])
 
     def metrics(self) -> Metrics:
-        """Since the last call: `rollout/restarts` of engines, `rollout/reissued` groups, `rollout/lost_s` (seconds in
+        """Since the last call: `rollout/restarts` of engines, `rollout/reissued` groups, `time/engine_lost` (seconds in
         which an engine was missing, summed over engines), `rollout/failed_prompts`."""
         counts, self._counts = self._counts, _zeros()
         return counts
@@ -227,7 +227,7 @@ class RayFleet:
     def _serve(self, member: Member, digest: str, newest: Publication) -> None:
         compare_digest(digest, newest, member.place)
         if member.lost_at is not None:
-            self._counts["rollout/lost_s"] += time.monotonic() - member.lost_at
+            self._counts["time/engine_lost"] += time.monotonic() - member.lost_at
             member.lost_at = None
         self._send(self._ledger.serve(member.index))
 
@@ -312,4 +312,4 @@ class RayFleet:
 
 
 def _zeros() -> Metrics:
-    return dict.fromkeys(("rollout/restarts", "rollout/reissued", "rollout/lost_s", "rollout/failed_prompts"), 0.0)
+    return dict.fromkeys(("rollout/restarts", "rollout/reissued", "time/engine_lost", "rollout/failed_prompts"), 0.0)

@@ -226,7 +226,7 @@ def test_an_engine_that_is_killed_or_frozen_in_the_middle_loses_no_group_and_rep
             counts = fleet.metrics()
             assert counts["rollout/restarts"] == 1
             assert 8 <= counts["rollout/reissued"] <= 13
-            assert 0 < counts["rollout/lost_s"] < 60
+            assert 0 < counts["time/engine_lost"] < 60
             assert not any(fleet.metrics().values())
 
     asyncio.run(run())
