@@ -71,7 +71,8 @@ class EngineSpec:
     layout. dtype: "float32", "bfloat16" or "float16". group_size, max_tokens, temperature, stop: what will be asked of
     it, for engines that plan memory. max_model_len: longest prompt + completion in tokens; None is the model's own.
     lora_rank: the largest rank that will be published, 0 where none will (weights or base only). versions: how many
-    may be in use at once (staleness + 1). seed: of the run. threads: CPU threads to compute with. engine: the engine's
+    may be in use at once (staleness + 1). in_flight: whole weights are loaded between two steps of the requests that
+    run, which go on with them. seed: of the run. threads: CPU threads to compute with. engine: the engine's
     own options, checked by `check_engine_options`.
     """
 
@@ -83,6 +84,7 @@ class EngineSpec:
     max_model_len: int | None = None
     lora_rank: int = 0
     versions: int = 1
+    in_flight: bool = False
     seed: int = 0
     threads: int = 1
     temperature: float = 1.0
@@ -145,7 +147,7 @@ class Engine(Protocol):
 
     def publish(self, publication: Publication) -> str:
         """Load a version for the requests to come and return the digest of what is held in memory now. Requests that
-        run finish on the version that they began with.
+        run finish on the version that they began with, or go on with this one where `EngineSpec.in_flight` says so.
 
         An adapter's or a model's files are read before this returns and not again: who wrote them deletes them. When
         this raises, the engine still serves the version it held before, unless the message says otherwise.

@@ -178,9 +178,9 @@ class RayFleet:
         self._tell_streams(self._refusal("finish a stream"))
         answers = [member.closing() for member in self._members]
         limit = self._members[0].limits.close
-        await asyncio.to_thread(ray.wait, answers, num_returns=len(answers), timeout=limit)
-        for member in self._members:
-            member.end()
+        closed, _ = await asyncio.to_thread(ray.wait, answers, num_returns=len(answers), timeout=limit)
+        for member, answer in zip(self._members, answers, strict=True):
+            member.end(hung=answer not in closed)
 
     # ------------------------------------------------------------------------------------------ keeping engines at work
 
@@ -242,7 +242,7 @@ class RayFleet:
 
         Raises EngineError where it was lost too often, or has not started once.
         """
-        member.end()
+        member.end(hung=lost.hung)
         if not member.starts:
             raise lost_for_good(lost, member.place)
         if member.lost_at is None:

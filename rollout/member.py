@@ -25,11 +25,12 @@ POLL_S = 1.0
 
 
 class Lost(Exception):
-    """The engine is gone or of no use: what is known of the cause. Another start may help."""
+    """The engine is gone or of no use: what is known of the cause. Another start may help. hung: its process may be
+    stopped, and hear nothing."""
 
-    def __init__(self, what: str, remedy: str | None = None):
+    def __init__(self, what: str, remedy: str | None = None, *, hung: bool = False):
         super().__init__(what)
-        self.what, self.remedy = what, remedy
+        self.what, self.remedy, self.hung = what, remedy, hung
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,12 @@ class Member:
             raise Lost(
                 f"the engine has work and made no step within {self.limits.request:g} s",
                 "where single steps take so long, raise rollout.request_timeout_s",
+                hung=True,
             )
 
-    def end(self) -> None:
-        """Kill the actor's process, hung or not. Loads that are under way are answered with None."""
+    def end(self, *, hung: bool = False) -> None:
+        """Kill the actor; hung: by its process id too, for a stopped process does not hear Ray. Loads that are under
+        way are answered with None."""
         self.up = False
         loads, self.loads = self.loads, {}
         for load in loads.values():
@@ -132,9 +135,8 @@ class Member:
                 load.set_result(None)
         ray.kill(self._actor)
         home, self._home = self._home, None
-        if home is None:
+        if home is None or not hung:
             return
-        # a stopped process does not hear Ray
         if home.node == ray.get_runtime_context().get_node_id():
             _kill(home.pid)
         else:
@@ -156,7 +158,7 @@ class Member:
                 break  # else this process itself stood still, and the answer may be on its way
         try:
             if not done:
-                raise Lost(f"the engine did not {what} within {timeout_s:g} s")
+                raise Lost(f"the engine did not {what} within {timeout_s:g} s", hung=True)
             return future.result()
         except RayTaskError as error:
             if isinstance(error.cause, AlignError):

@@ -2,15 +2,18 @@
 
 What vLLM must offer, in the words of version 0.32 (`CALLS` is the same list for `missing_calls`, which a test runs):
 
-* `vllm.LLM`: apply_model, collective_rpc, reset_prefix_cache, get_tokenizer; llm_engine, model_config;
+* `vllm.LLM`: apply_model, collective_rpc, reset_prefix_cache (reset_running_requests), get_tokenizer; llm_engine,
+  model_config;
 * `vllm.SamplingParams`: n (child i of n samples with seed + i), temperature, max_tokens, seed, stop, stop_token_ids,
   logprobs, prompt_logprobs, detokenize, skip_special_tokens, output_kind;
 * `vllm.engine.arg_utils.EngineArgs`: the names in `_arguments`;
 * `vllm.v1.engine.llm_engine.LLMEngine`: add_request (request_id, prompt, params, lora_request), step,
-  abort_request, add_lora, remove_lora, list_loras; its vllm_config.cache_config.block_size;
+  abort_request, add_lora, remove_lora, list_loras, set_weight_version; its vllm_config.cache_config.block_size;
 * `vllm.inputs.engine.tokens_input`: prompt_token_ids;
 * `vllm.RequestOutput`: request_id (the one given to add_request), finished, outputs, prompt_logprobs,
   num_cached_tokens;
+* `vllm.outputs.CompletionOutput`: token_ids, logprobs, finish_reason, stop_reason, weight_versions (spans of tokens
+  with the label that set_weight_version gave when they were sampled);
 * `vllm.lora.request.LoRARequest`: lora_name, lora_int_id, lora_path. The prefix cache is keyed by name and path, the
   worker's cache by id: all of them are unique to a publication here, or old weights would be served under a new name;
 * `vllm.lora.utils.parse_fine_tuned_lora_name`: how a module of the adapter is called in the engine;
@@ -50,13 +53,16 @@ CPU_MAX_SEQUENCES = 256
 
 CALLS: Mapping[str, str] = {
     "vllm:LLM": "apply_model collective_rpc reset_prefix_cache get_tokenizer",
+    "vllm:LLM.reset_prefix_cache": "reset_running_requests",
+    "vllm.outputs:CompletionOutput": "token_ids logprobs finish_reason stop_reason weight_versions",
     "vllm:RequestOutput": "request_id finished outputs prompt_logprobs num_cached_tokens",
     "vllm:SamplingParams": "n temperature max_tokens seed stop stop_token_ids logprobs prompt_logprobs detokenize "
     "skip_special_tokens output_kind",
     "vllm.engine.arg_utils:EngineArgs": "model dtype seed max_model_len trust_remote_code logprobs_mode "
     "generation_config enable_lora max_loras max_lora_rank disable_log_stats use_tqdm_on_load enforce_eager "
     "kv_cache_memory_bytes max_num_seqs enable_chunked_prefill",
-    "vllm.v1.engine.llm_engine:LLMEngine": "add_request step abort_request add_lora remove_lora list_loras",
+    "vllm.v1.engine.llm_engine:LLMEngine": "add_request step abort_request add_lora remove_lora list_loras "
+    "set_weight_version",
     "vllm.v1.engine.llm_engine:LLMEngine.add_request": "request_id prompt params lora_request",
     "vllm.inputs.engine:tokens_input": "prompt_token_ids",
     "vllm.lora.request:LoRARequest": "lora_name lora_int_id lora_path",

@@ -14,8 +14,9 @@ Each adapter is a new vLLM adapter with a name and an integer id of its own; it 
 with the trainer's digest, and only then serves new requests, so a publish that fails leaves the older version serving.
 Running requests finish on the adapter they began with, and one that no request uses is removed. Its part of the prefix
 cache is keyed by its name: no other version finds it. Whole weights replace the model's own. They wait until no request
-runs, a failure leaves the engine without a version, and the prefix cache is emptied, which is checked by looking a
-prompt up in it.
+runs, or (`EngineSpec.in_flight`) take over between two steps: the cache of what the requests have read and written so
+far is then computed again by the new weights, and each token knows the version that sampled it. A failure leaves the
+engine without a version. The prefix cache is emptied, which is checked by looking a prompt up in it.
 """
 
 from __future__ import annotations
@@ -102,16 +103,19 @@ class VllmEngine:
             self._running[name] = _Running(request, self.version, self._adapter)
 
     def step(self) -> list[Answer]:
+        if self._running and not self._answers:
+            self._note(calls.step(self._llm))
         answers, self._answers = self._answers, []
-        if answers or not self._running:
-            return answers
-        for output in calls.step(self._llm):
+        return answers
+
+    def _note(self, outputs: Sequence[Any]) -> None:
+        """Make answers of vLLM's outputs."""
+        for output in outputs:
             running = self._running.pop(output.request_id)
             completions = tuple(self._completion(drawn, running) for drawn in output.outputs)
-            answers.append((running.request.ticket, Group(running.request.prompt, completions)))
-        if answers:
+            self._answers.append((running.request.ticket, Group(running.request.prompt, completions)))
+        if outputs:
             self._retire()
-        return answers
 
     def abandon(self, tickets: Sequence[int]) -> None:
         dropped = set(tickets)
@@ -133,10 +137,17 @@ class VllmEngine:
         return Completion(
             token_ids=token_ids,
             logps=logps,
-            versions=np.full(len(token_ids), running.version, dtype=np.int32),
+            versions=self._versions(drawn, running),
             text=self._tokenizer.decode(drawn.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
             finish=self._finish(drawn, running.request.sampling),
         )
+
+    def _versions(self, drawn: Any, running: _Running) -> np.ndarray:
+        """i32[n]: of each token, the version that sampled it."""
+        versions = np.full(len(drawn.token_ids), running.version, dtype=np.int32)
+        for span in drawn.weight_versions if self.spec.in_flight else ():
+            versions[span.start : span.end] = int(span.version)
+        return versions
 
     def _finish(self, drawn: Any, sampling: Sampling) -> Literal["eos", "stop", "length"]:
         if drawn.finish_reason == "length":
@@ -169,21 +180,27 @@ class VllmEngine:
         return np.array([score[token].logprob for score, token in pairs], dtype=np.float32)
 
     def _alone(self, token_ids: np.ndarray, parameters: Any, adapter: Any) -> Any:
-        """vLLM's output for a prompt that nothing else is computed with: its adapter kernels on CPU cannot take a
-        prompt whose own log-probabilities are asked for together with another sequence."""
-        if self._running:
+        """vLLM's output for a prompt. With adapters nothing else may run: on CPU, vLLM's kernels cannot take a prompt
+        whose own log-probabilities are asked for together with another sequence."""
+        if self._running and self._max_rank:
             raise EngineError(f"the engine was asked to score while {len(self._running)} requests ran")
-        calls.add_request(self._llm, str(next(self._ids)), token_ids, parameters, adapter)
-        while not (outputs := calls.step(self._llm)):
-            pass
-        return outputs[0]
+        name = str(next(self._ids))
+        calls.add_request(self._llm, name, token_ids, parameters, adapter)
+        while True:
+            outputs = calls.step(self._llm)
+            self._note([output for output in outputs if output.request_id != name])
+            for output in outputs:
+                if output.request_id == name:
+                    return output
 
     # -------------------------------------------------------------------------------------------- weights
 
     def accepts(self, publication: Publication) -> bool:
         if not self._running or publication.kind == "base":
             return True
-        return publication.kind == "adapter" and self._probed and len(self._adapters) < self._slots
+        if publication.kind == "weights":
+            return self.spec.in_flight
+        return self._probed and len(self._adapters) < self._slots
 
     def publish(self, publication: Publication) -> str:
         """See `rollout.base.Engine`. For kind "base" nothing is loaded and the publication's own digest is returned."""
@@ -215,7 +232,7 @@ class VllmEngine:
 
     def _publish_weights(self, publication: Publication) -> str:
         self._need(self._max_rank == 0, publication, "it was started for adapters")
-        self._need(not self._running, publication, f"{len(self._running)} requests run on the weights it holds")
+        self._need(self.accepts(publication), publication, f"{len(self._running)} requests run on those it holds")
         files = sorted(Path(publication.path).glob("*.safetensors"))
         shapes = tensor_shapes(files, publication)
         dtype = self._llm.model_config.dtype
@@ -224,17 +241,20 @@ class VllmEngine:
         tied = self._apply(tied_groups)
         calls.reload_weights(self._llm, read_tensors(files, dtype))
         self._apply(lambda model: retie(model, tied))
-        self._empty_prefix_cache()
-        stale = self._cached_tokens()
-        self._need(stale == 0, publication, f"its prefix cache still serves {stale} tokens of the version before")
         held = self._apply(lambda model: held_weights(model, shapes, dtype, calls.parameter_renamer(model)))
         digest = digest_arrays(held)
         self._compare(digest, publication)
+        self._empty_prefix_cache()
         self._serve(None, publication)
+        stale = self._cached_tokens()
+        if stale:
+            self.version = None
+        self._need(stale == 0, publication, f"its prefix cache still serves {stale} tokens of the version before")
         return digest
 
     def _empty_prefix_cache(self) -> None:
-        if not self._llm.reset_prefix_cache():
+        """Of everything: requests that run read their prompts and what they have written so far again."""
+        if not self._llm.reset_prefix_cache(reset_running_requests=bool(self._running)):
             raise EngineError("vLLM's prefix cache could not be emptied: a request still holds it")
 
     def _cached_tokens(self) -> int:
@@ -252,6 +272,7 @@ class VllmEngine:
 
     def _serve(self, adapter: Any, publication: Publication) -> None:
         self._adapter, self.version = adapter, publication.version
+        self._llm.llm_engine.set_weight_version(str(publication.version))
         self._retire()
 
     def _retire(self) -> None:

@@ -146,6 +146,7 @@ class RayBackend:
             max_model_len=rollout.max_model_len or job.longest_prompt + rollout.max_tokens,
             lora_rank=job.adapter_rank,
             versions=job.versions,
+            in_flight=rollout.publish == "in_flight",
             seed=job.seed,
             threads=role.threads,
             temperature=rollout.temperature,

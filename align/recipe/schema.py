@@ -213,6 +213,9 @@ class Rollout(Strict):
     `truncated`, a cost of 1 for such a completion, whose weight is `truncated_penalty`. With combine weighted_sum that
     is a reward lowered by the penalty; with decoupled, as for every objective there, its scale in the group goes first.
 
+    publish: whether whole weights wait for the requests that run (drain), or take over between two of their tokens
+    (in_flight). With an adapter, requests always finish on the version they began with.
+
     heartbeat_s: an engine whose process does not answer for so long is killed and restarted; request_timeout_s: one
     that answers, has work, and finishes no step for so long is too.
     """
@@ -224,6 +227,7 @@ class Rollout(Strict):
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     weights: Literal["auto", "adapter", "merged"] = "auto"
+    publish: Literal["drain", "in_flight"] = "drain"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: PositiveInt | None = None
     engine: dict[str, Any] = Field(default_factory=dict)

@@ -602,7 +602,39 @@ def test_a_prefix_cache_that_keeps_the_version_before_is_caught(
     whole.publish(publication)
     for answer, match in ((True, "still serves 128 tokens"), (False, "could not be emptied")):
         with monkeypatch.context() as patched:
-            patched.setattr(whole._llm, "reset_prefix_cache", lambda answer=answer: answer)
+            patched.setattr(whole._llm, "reset_prefix_cache", lambda answer=answer, **options: answer)
             with pytest.raises(EngineError, match=match):
                 whole.publish(publication)
     assert whole.publish(publication) == publication.digest
+
+
+def test_whole_weights_in_flight_take_over_between_two_tokens_and_each_token_knows_its_version(
+    whole: Any, policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the change everything before it has been read again by the new weights: log-probabilities are theirs."""
+    monkeypatch.setattr(whole, "spec", replace(whole.spec, in_flight=True))
+    models = {}
+    publications = {}
+    for version in (21, 22):
+        randomize(policy, version)
+        publications[version], models[version] = merged(policy, tmp_path / f"v{version}", version)
+    whole.publish(publications[21])
+    items = [*prompts(5), replace(LONG, group_id=5)]
+    whole.add([Request(item.group_id, item, 4, replace(SAMPLING, max_tokens=40)) for item in items])
+    answers: dict[int, Any] = {}
+    stepped(whole, answers, 8)
+    assert whole.accepts(publications[22])
+    whole.publish(publications[22])
+    while whole.running:
+        stepped(whole, answers, 1)
+    groups = [answers[item.group_id] for item in items]
+    seen = set()
+    for group in groups:
+        by_model = {version: trainer_logps(model, group, TEMPERATURE) for version, model in models.items()}
+        for number, completion in enumerate(group.completions):
+            versions = completion.versions.tolist()
+            assert versions == sorted(versions)
+            seen.add(tuple(sorted(set(versions))))
+            expected = [by_model[v][number][position] for position, v in enumerate(versions)]
+            assert np.abs(np.array(expected) - completion.logps).max() < 1e-4
+    assert (21, 22) in seen
