@@ -35,8 +35,9 @@ class Lost(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds. place: until the actor has a process; start: until its engine is up; heartbeat: until a poll is
-    answered; request: that an engine with work may go without progress; close: to shut down before it is ended."""
+    """Seconds. place: until a restarted actor has a process (the first has what was reserved for it); start: until its
+    engine is up; heartbeat: until a poll is answered; request: that an engine with work may go without progress; close:
+    to shut down before it is ended."""
 
     place: float = 60.0
     start: float = 300.0
@@ -76,7 +77,8 @@ class Member:
     async def started(self) -> None:
         """Wait for the engine. Raises Lost where it does not come up in time or dies. What its start raises is passed
         on the first time; later the engine is known to start, so that may be a matter of time (memory to be freed)."""
-        self._home = await self._answer(self._homed, self.limits.place, f"get a process with {self._resources()}")
+        limit_s = self.limits.place if self.starts else max(self.limits.place, self.limits.start)
+        self._home = await self._answer(self._homed, limit_s, f"get a process with {self._resources()}")
         try:
             await self._answer(self._starting, self.limits.start, "start")
         except EngineError as error:

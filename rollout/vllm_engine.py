@@ -16,7 +16,8 @@ Running requests finish on the adapter they began with, and one that no request 
 cache is keyed by its name: no other version finds it. Whole weights replace the model's own. They wait until no request
 runs, or (`EngineSpec.in_flight`) take over between two steps: the cache of what the requests have read and written so
 far is then computed again by the new weights, and each token knows the version that sampled it. A failure leaves the
-engine without a version. The prefix cache is emptied, which is checked by looking a prompt up in it.
+engine without a version. The prefix cache is emptied, which is checked by looking a prompt up in it (by vLLM itself
+where requests run).
 """
 
 from __future__ import annotations
@@ -103,19 +104,16 @@ class VllmEngine:
             self._running[name] = _Running(request, self.version, self._adapter)
 
     def step(self) -> list[Answer]:
-        if self._running and not self._answers:
-            self._note(calls.step(self._llm))
         answers, self._answers = self._answers, []
-        return answers
-
-    def _note(self, outputs: Sequence[Any]) -> None:
-        """Make answers of vLLM's outputs."""
-        for output in outputs:
+        if answers or not self._running:
+            return answers
+        for output in calls.step(self._llm):
             running = self._running.pop(output.request_id)
             completions = tuple(self._completion(drawn, running) for drawn in output.outputs)
-            self._answers.append((running.request.ticket, Group(running.request.prompt, completions)))
-        if outputs:
+            answers.append((running.request.ticket, Group(running.request.prompt, completions)))
+        if answers:
             self._retire()
+        return answers
 
     def abandon(self, tickets: Sequence[int]) -> None:
         dropped = set(tickets)
@@ -180,18 +178,14 @@ class VllmEngine:
         return np.array([score[token].logprob for score, token in pairs], dtype=np.float32)
 
     def _alone(self, token_ids: np.ndarray, parameters: Any, adapter: Any) -> Any:
-        """vLLM's output for a prompt. With adapters nothing else may run: on CPU, vLLM's kernels cannot take a prompt
-        whose own log-probabilities are asked for together with another sequence."""
-        if self._running and self._max_rank:
+        """vLLM's output for a prompt that nothing else is computed with: on CPU, its adapter kernels cannot take a
+        prompt whose own log-probabilities are asked for together with another sequence."""
+        if self._running:
             raise EngineError(f"the engine was asked to score while {len(self._running)} requests ran")
-        name = str(next(self._ids))
-        calls.add_request(self._llm, name, token_ids, parameters, adapter)
-        while True:
-            outputs = calls.step(self._llm)
-            self._note([output for output in outputs if output.request_id != name])
-            for output in outputs:
-                if output.request_id == name:
-                    return output
+        calls.add_request(self._llm, str(next(self._ids)), token_ids, parameters, adapter)
+        while not (outputs := calls.step(self._llm)):
+            pass
+        return outputs[0]
 
     # -------------------------------------------------------------------------------------------- weights
 
@@ -236,7 +230,9 @@ class VllmEngine:
         files = sorted(Path(publication.path).glob("*.safetensors"))
         shapes = tensor_shapes(files, publication)
         dtype = self._llm.model_config.dtype
-        self._cached_tokens()  # from here on the cache knows the prompt that is looked up below
+        idle = not self._running
+        if idle:
+            self._cached_tokens()  # from here on the cache knows the prompt that is looked up below
         self.version, self._base_intact = None, False  # from here on it holds neither the old version nor the new one
         tied = self._apply(tied_groups)
         calls.reload_weights(self._llm, read_tensors(files, dtype))
@@ -245,11 +241,9 @@ class VllmEngine:
         digest = digest_arrays(held)
         self._compare(digest, publication)
         self._empty_prefix_cache()
-        self._serve(None, publication)
-        stale = self._cached_tokens()
-        if stale:
-            self.version = None
+        stale = self._cached_tokens() if idle else 0
         self._need(stale == 0, publication, f"its prefix cache still serves {stale} tokens of the version before")
+        self._serve(None, publication)
         return digest
 
     def _empty_prefix_cache(self) -> None:
