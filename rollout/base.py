@@ -212,7 +212,6 @@ _MEMORY_WORDS = (
     "free memory on device",
     "kv cache memory",
     "memoryerror",
-    "outofmemoryerror",
 )
 
 
