@@ -8,7 +8,7 @@ a virtual clock in the simulator.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -147,6 +147,18 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class FailedPrompt:
+    """A prompt that cannot be sampled (too long for the engine, ...): a fault of the data, not of an engine.
+
+    cause: one word or two, the same for all prompts that fail in this way; message: one sentence with the numbers.
+    """
+
+    prompt: PromptItem
+    cause: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """A score that could not be had: which sample and objective, the cause, and the first lines of the error."""
 
@@ -260,10 +272,34 @@ class Scorer(Protocol):
 
 
 class Fleet(Protocol):
-    """The engines. `publish` returns when every engine holds the version and its digest was compared."""
+    """The engines, as one."""
 
-    async def publish(self, publication: Publication) -> Metrics: ...
+    async def publish(self, publication: Publication) -> Metrics:
+        """Returns when every live engine holds the version and its digest was compared. Requests that are running
+        finish on the version they began with (adapters), or are drained first (whole weights)."""
+        ...
 
-    async def generate(self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> list[Group]: ...
+    def stream(
+        self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling
+    ) -> AsyncIterator[Group | FailedPrompt]:
+        """Every prompt exactly once, in the order in which groups finish.
+
+        The whole list is admitted at once, so that with one engine and nothing else running, which sequences are
+        computed together is a function of the list alone (bit-equal runs at staleness 0). Several streams may be open
+        at once. Engines that die are restarted, and the groups they held are reissued with the same ids and seeds on
+        the newest version; the caller sees it in `metrics` only. A stream that is cancelled or closed gives its
+        requests up.
+
+        Raises EngineError when engines cannot be kept alive.
+        """
+        ...
+
+    async def generate(self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> list[Group]:
+        """All of `stream`, in the order of prompts, for evaluation. Raises DataError for a prompt that fails."""
+        ...
+
+    def metrics(self) -> Metrics:
+        """Counters since the last call, by flat name: "rollout/restarts", seconds lost, groups reissued, ..."""
+        ...
 
     async def close(self) -> None: ...

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from align.errors import RecipeError, Unsupported
-from align.protocols import Group, PromptItem, Publication, Sampling
+from align.errors import DataError, EngineError, RecipeError, Unsupported
+from align.protocols import FailedPrompt, Group, PromptItem, Publication, Sampling
 
 ENGINES: Mapping[str, str] = {
     "vllm": "rollout.vllm_engine:VllmEngine",
@@ -70,8 +70,10 @@ class EngineSpec:
     name: a key of `ENGINES`, or `package.module:Class` of one's own. folder: model and tokenizer in transformers
     layout. dtype: "float32", "bfloat16" or "float16". group_size, max_tokens, temperature, stop: what will be asked of
     it, for engines that plan memory. max_model_len: longest prompt + completion in tokens; None is the model's own.
-    lora_rank: the largest rank that will be published, 0 where none will (weights or base only). seed: of the run.
-    threads: CPU threads to compute with. engine: the engine's own options, checked by `check_engine_options`.
+    lora_rank: the largest rank that will be published, 0 where none will (weights or base only). versions: how many
+    may be in use at once (staleness + 1). in_flight: whole weights are loaded between two steps of the requests that
+    run, which go on with them. seed: of the run. threads: CPU threads to compute with. engine: the engine's
+    own options, checked by `check_engine_options`.
     """
 
     name: str
@@ -81,6 +83,8 @@ class EngineSpec:
     max_tokens: int = 512
     max_model_len: int | None = None
     lora_rank: int = 0
+    versions: int = 1
+    in_flight: bool = False
     seed: int = 0
     threads: int = 1
     temperature: float = 1.0
@@ -89,26 +93,61 @@ class EngineSpec:
     engine: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Engine(Protocol):
-    """A model that generates, in this process.
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A group to draw. ticket: the caller's number for it, unique among the requests that an engine holds."""
 
-    `version` is the version it holds, None before the first `publish`. The same prompts, seeds and weights give the
-    same completions, bit for bit, on the same machine with the same number of threads and the same list of prompts.
+    ticket: int
+    prompt: PromptItem
+    group_size: int
+    sampling: Sampling
+
+
+Answer = tuple[int, Group | FailedPrompt]
+"""A request's ticket, and what became of it."""
+
+
+class Engine(Protocol):
+    """A model that generates, in this process, a step at a time. One thread uses it.
+
+    `version` is the version that new requests are sampled from, None before the first `publish`; `running` is how many
+    requests it holds unanswered. What an idle engine computes is a function of the requests that are added before its
+    next step: the same prompts, seeds and weights then give the same completions, bit for bit, on the same machine
+    with the same number of threads.
     """
 
     version: int | None
 
-    def generate(self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> list[Group]:
-        """G completions of each prompt, in the order of `prompts`.
+    @property
+    def running(self) -> int: ...
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """Take requests on, all G completions of each. A prompt that does not fit is answered as a FailedPrompt.
 
         Raises:
-            DataError: prompt and completion do not fit the model's length.
-            EngineError: nothing was published yet, or the engine failed.
+            EngineError: nothing was published yet. Unsupported: see `check_sampling`.
         """
         ...
 
+    def step(self) -> list[Answer]:
+        """Compute a little further; what has finished by then, in any order. Nothing to do: an empty list.
+
+        Raises:
+            EngineError: the engine failed, or the policy gives numbers that are not finite.
+        """
+        ...
+
+    def abandon(self, tickets: Sequence[int]) -> None:
+        """Drop those of these requests that are unanswered. They are never answered."""
+        ...
+
+    def accepts(self, publication: Publication) -> bool:
+        """Whether `publish` may be called now. False: requests that run must finish first. An idle engine accepts."""
+        ...
+
     def publish(self, publication: Publication) -> str:
-        """Load a version and return the digest of what is held in memory now.
+        """Load a version for the requests to come and return the digest of what is held in memory now. Requests that
+        run finish on the version that they began with, or go on with this one where `EngineSpec.in_flight` says so.
 
         An adapter's or a model's files are read before this returns and not again: who wrote them deletes them. When
         this raises, the engine still serves the version it held before, unless the message says otherwise.
@@ -120,12 +159,73 @@ class Engine(Protocol):
 
     def logps(self, token_ids: Sequence[np.ndarray]) -> list[np.ndarray]:
         """f32[n - 1] per sequence of n tokens: log-probability of each token after the first, at temperature 1, under
-        the version held now."""
+        the version held now. For an idle engine."""
         ...
 
     def close(self) -> None:
         """Free the model. The engine cannot be used afterwards; closing twice is harmless."""
         ...
+
+
+def generate(engine: Engine, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> list[Group]:
+    """G completions of each prompt by an idle engine, in the order of `prompts`.
+
+    Raises:
+        DataError: a prompt does not fit. Whatever the engine raises.
+    """
+    engine.add([Request(number, prompt, group_size, sampling) for number, prompt in enumerate(prompts)])
+    answers: dict[int, Group | FailedPrompt] = {}
+    while engine.running:
+        answers.update(engine.step())
+    return [require_group(answers[number]) for number in range(len(prompts))]
+
+
+def require_group(answer: Group | FailedPrompt) -> Group:
+    """The group; DataError for a prompt that could not be sampled."""
+    if isinstance(answer, Group):
+        return answer
+    prompt = answer.prompt
+    raise DataError(
+        answer.message,
+        where=prompt.origin or f"group {prompt.group_id}",
+        remedy="raise rollout.max_model_len, lower rollout.max_tokens, or set data.max_length with "
+        "overlong_prompts: filter",
+    )
+
+
+def check_sampling(group_size: int, sampling: Sampling) -> None:
+    """Raise Unsupported for a group whose completions would all be the same."""
+    if sampling.temperature == 0 and group_size > 1:
+        raise Unsupported(
+            f"greedy sampling would draw {group_size} equal completions of each prompt",
+            where="rollout.temperature",
+            remedy="set a temperature above 0, or ask for one completion",
+        )
+
+
+_MEMORY_WORDS = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "no available memory",
+    "free memory on device",
+    "kv cache memory",
+    "memoryerror",
+)
+
+
+def start_error(error: BaseException, folder: str) -> EngineError:
+    """What kept an engine from starting, as an EngineError; one that is for want of memory says what asks for less."""
+    said = f"{type(error).__name__}: {error}"
+    memory = any(word in said.lower() for word in _MEMORY_WORDS)
+    return EngineError(
+        f"the engine did not start with {folder}{', for want of memory' if memory else ''}: {said}",
+        remedy="ask for less: rollout.max_model_len, rollout.engine.max_num_seqs, rollout.engine.kv_cache_memory_bytes "
+        "or gpu_memory_utilization, fewer rollout.workers on a device"
+        if memory
+        else "rollout.max_model_len and rollout.engine (kv_cache_memory_bytes, ...) reach the engine unchanged",
+    )
 
 
 def make_engine(spec: EngineSpec) -> Engine:

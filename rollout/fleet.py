@@ -1,86 +1,50 @@
-"""Engines as one: prompts are split over them, versions reach all of them, failures name the one that failed.
+"""Engines as one: groups are spread over them, versions reach all of them, and one that dies is started again.
 
-`RayFleet` and `LocalFleet` implement `align.protocols.Fleet`.
+`RayFleet` implements `align.protocols.Fleet`, as `rollout.local_fleet.LocalFleet` does with one engine in this process.
+
+Errors are of two kinds. What a start of the engine may cure (a process that died or hangs, an exception that is not
+ours) costs a restart: the engine is killed, started in its place, brought to the newest version, and the groups that it
+had are drawn again, by the other engines where there are any. What it would only meet again (weights that differ from
+what was published, an adapter that is not applied, logits that are not finite) ends the fleet.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
-from collections.abc import Awaitable, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Sequence
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from align.errors import AlignError, EngineError, PlacementError
-from align.protocols import Group, Metrics, PromptItem, Publication, Sampling
-from rollout.base import Engine, EngineSpec, check_engine_options
-from rollout.worker import EngineWorker, worker_environment
+from align.protocols import FailedPrompt, Group, Metrics, PromptItem, Publication, Sampling
+from rollout.base import Answer, EngineSpec, Request, check_engine_options, check_sampling
+from rollout.ledger import Ledger, Routed
+from rollout.local_fleet import compare_digest, in_order
+from rollout.member import Limits, Lost, Member, lost_for_good, placed
+from rollout.stepping import Abandon, Refusal, Report, Result
 
-
-def split(prompts: Sequence[PromptItem], workers: int) -> list[list[PromptItem]]:
-    """Prompt i goes to worker i mod `workers`, with all of its completions: which engine draws a group, and in which
-    company, depends on nothing but the list."""
-    return [list(prompts[worker::workers]) for worker in range(workers)]
-
-
-def join(parts: Sequence[Sequence[Group]]) -> list[Group]:
-    """Undo `split`: groups in the order of the prompts."""
-    count = sum(len(part) for part in parts)
-    return [parts[i % len(parts)][i // len(parts)] for i in range(count)]
-
-
-def generation_metrics(groups: Sequence[Group], seconds: float) -> Metrics:
-    """Seconds, tokens and tokens per second of one `generate`."""
-    tokens = sum(len(completion.token_ids) for group in groups for completion in group.completions)
-    return {
-        "time/generate": seconds,
-        "tokens/generated": float(tokens),
-        "tokens/generated_per_second": tokens / seconds if seconds > 0 else 0.0,
-    }
-
-
-class LocalFleet:
-    """One engine in this process, for evaluation and tests without Ray. Calls block the event loop while it computes.
-
-    `metrics` holds `generation_metrics` of the last `generate`.
-    """
-
-    def __init__(self, engine: Engine):
-        self._engine = engine
-        self.metrics: Metrics = {}
-
-    async def publish(self, publication: Publication) -> Metrics:
-        started = time.perf_counter()
-        compare_digests([self._engine.publish(publication)], publication)
-        return {"time/publish": time.perf_counter() - started}
-
-    async def generate(self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> list[Group]:
-        started = time.perf_counter()
-        groups = self._engine.generate(prompts, group_size, sampling)
-        self.metrics = generation_metrics(groups, time.perf_counter() - started)
-        return groups
-
-    async def close(self) -> None:
-        self._engine.close()
+MAX_LOSSES = 3
+"""Restarts of one engine without a finished group between them, and of engines that had the same group, before it is
+given up: 3 are bad luck, the fourth is a cause that stays."""
 
 
 class RayFleet:
-    """`workers` engines, each in an actor of its own.
+    """`workers` engines, each in an actor of its own. See `align.protocols.Fleet`; for one event loop.
 
-    Actors are created here and start side by side; `ready` (or the first publish or generate) waits for them.
+    Actors are created here and start side by side; `ready` (or the first publish) waits for them. An engine that does
+    not start the first time is an error; later ones are restarted, see `MAX_LOSSES`.
 
     Args:
         spec: what each engine is.
         workers: how many.
         cpus, gpus: reserved per actor; fractions are allowed.
         placement_group, bundles: where; bundle `bundles[i]` holds worker i (all of them anywhere in the group when
-            bundles is None; anywhere in the cluster when placement_group is None).
-        start_timeout_s, request_timeout_s: after these an engine counts as hung. A request is one publish, or one
-            worker's part of one generate. close_timeout_s: how long `close` waits before it kills.
+            bundles is None; anywhere in the cluster when placement_group is None). A restart stays in its bundle.
+        limits: after how many seconds an engine counts as lost.
 
     Raises:
         RecipeError: an engine option that the engine does not have (before any actor is created).
@@ -95,9 +59,7 @@ class RayFleet:
         gpus: float = 0.0,
         placement_group: PlacementGroup | None = None,
         bundles: Sequence[int] | None = None,
-        start_timeout_s: float = 300.0,
-        request_timeout_s: float = 1800.0,
-        close_timeout_s: float = 10.0,
+        limits: Limits | None = None,
     ):
         if workers < 1 or (bundles is not None and len(bundles) != workers):
             raise PlacementError(
@@ -106,131 +68,248 @@ class RayFleet:
                 remedy="give at least one worker, and one bundle for each",
             )
         check_engine_options(spec.name, spec.engine)
-        self.metrics: Metrics = {}
-        self._start_timeout_s = start_timeout_s
-        self._request_timeout_s = request_timeout_s
-        self._close_timeout_s = close_timeout_s
-        actor = ray.remote(EngineWorker)
-        self._workers: list[Any] = []
-        self._starts: list[Any] = []
+        self._members = []
         for index in range(workers):
-            options: dict[str, Any] = {
-                "num_cpus": cpus,
-                "num_gpus": gpus,
-                "max_restarts": 0,
-                "runtime_env": {"env_vars": worker_environment(spec)},
-            }
+            options: dict[str, object] = {"num_cpus": cpus, "num_gpus": gpus}
             if placement_group is not None:
                 options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                     placement_group=placement_group,
                     placement_group_bundle_index=-1 if bundles is None else bundles[index],
                 )
-            worker: Any = actor.options(**options).remote()
-            self._workers.append(worker)
-            self._starts.append(worker.start.remote(spec))
+            self._members.append(Member(index, spec, options, limits or Limits()))
+        self._ledger = Ledger(workers)
+        self._tickets = itertools.count()
+        self._queues: dict[int, asyncio.Queue[Answer | AlignError]] = {}  # by ticket: the stream that asked for it
+        self._newest: Publication | None = None
+        self._error: AlignError | None = None
+        self._closed = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self._first: list[asyncio.Future[None]] = []  # by member: has it started once?
+        self._counts: Metrics = _zeros()
+        for member in self._members:
+            member.launch()
 
     async def ready(self) -> None:
-        """Wait until every engine has started.
+        """Wait until every engine has started once.
 
         Raises:
             EngineError: an engine did not start in time. Whatever its start raised otherwise, as it raised it.
         """
-        if self._starts:
-            await self._all(self._starts, self._start_timeout_s, "start")
-            self._starts = []
+        self._require_open("start")
+        if not self._tasks:
+            loop = asyncio.get_running_loop()
+            self._first = [loop.create_future() for _ in self._members]
+            self._tasks = [loop.create_task(self._keep(member)) for member in self._members]
+            for task in self._tasks:
+                task.add_done_callback(self._ended)
+        await asyncio.wait(self._first, return_when=asyncio.FIRST_EXCEPTION)
+        self._require_open("start")
+
+    # ------------------------------------------------------------------------------------------ what stages ask for
 
     async def publish(self, publication: Publication) -> Metrics:
-        """Every engine loads the version at once; returns `{"time/publish": seconds}` when all digests agree.
+        """See `align.protocols.Fleet`; returns `{"time/publish": seconds}`. An engine that is being restarted loads
+        this version when it is up, and takes no group before.
 
         Raises:
-            EngineError: an engine holds other weights than were published, failed, or did not answer in time.
+            EngineError: an engine holds other weights than were published, or cannot be kept alive.
         """
         await self.ready()
         started = time.perf_counter()
-        answers = [worker.publish.remote(publication) for worker in self._workers]
-        what = f"load version {publication.version}"
-        compare_digests(await self._all(answers, self._request_timeout_s, what), publication)
+        self._newest = publication
+        self._ledger.forget_prefixes()
+        loads = {member: member.load(publication) for member in self._members if member.up}
+        if loads:
+            await asyncio.wait(loads.values())
+        for member, load in loads.items():
+            digest = load.result()
+            if digest is not None:  # else it was lost, and loads this version when it is up again
+                compare_digest(digest, publication, member.place)
+        self._require_open("load a version")
         return {"time/publish": time.perf_counter() - started}
 
-    async def generate(self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> list[Group]:
-        """G completions of each prompt, in order. `metrics` then describes this call (see `generation_metrics`).
+    async def stream(
+        self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling
+    ) -> AsyncIterator[Group | FailedPrompt]:
+        """See `align.protocols.Fleet`.
 
         Raises:
-            EngineError: an engine failed or did not answer in time. DataError: a prompt does not fit.
+            EngineError: nothing was published yet, or engines cannot be kept alive. Unsupported: see `check_sampling`.
         """
+        async for _, answer in self._drawn(prompts, group_size, sampling):
+            yield answer
+
+    async def generate(self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> list[Group]:
+        """All of `stream`, in the order of prompts. Raises DataError for a prompt that fails."""
+        return await in_order(self._drawn(prompts, group_size, sampling))
+
+    async def _drawn(self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> AsyncIterator[Answer]:
         await self.ready()
-        started = time.perf_counter()
-        answers = [
-            worker.generate.remote(part, group_size, sampling)
-            for worker, part in zip(self._workers, split(prompts, len(self._workers)), strict=True)
-        ]
-        groups = join(await self._all(answers, self._request_timeout_s, "generate"))
-        self.metrics = generation_metrics(groups, time.perf_counter() - started)
-        return groups
+        if self._newest is None:
+            raise EngineError("the fleet was asked to generate before a version was published to it")
+        check_sampling(group_size, sampling)
+        requests = [Request(next(self._tickets), prompt, group_size, sampling) for prompt in prompts]
+        queue: asyncio.Queue[Answer | AlignError] = asyncio.Queue()
+        self._queues |= {request.ticket: queue for request in requests}
+        self._send(self._ledger.admit(requests))
+        try:
+            for _ in requests:
+                answer = await queue.get()
+                if isinstance(answer, AlignError):
+                    raise answer
+                yield answer
+        finally:
+            self._give_up([request.ticket for request in requests])
+
+    def metrics(self) -> Metrics:
+        """Since the last call: `rollout/restarts` of engines, `rollout/reissued` groups, `time/engine_lost` (seconds in
+        which an engine was missing, summed over engines), `rollout/failed_prompts`."""
+        counts, self._counts = self._counts, _zeros()
+        return counts
 
     async def close(self) -> None:
         """Let every engine shut down, then end its actor; one that is hung or dead is ended without."""
-        workers, self._workers, self._starts = self._workers, [], []
-        answers = [worker.close.remote() for worker in workers]
-        if answers:
-            await asyncio.to_thread(ray.wait, answers, num_returns=len(answers), timeout=self._close_timeout_s)
-        for worker in workers:
-            ray.kill(worker)
+        if self._closed:
+            return
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tell_streams(self._refusal("finish a stream"))
+        answers = [member.closing() for member in self._members]
+        limit = self._members[0].limits.close
+        closed, _ = await asyncio.to_thread(ray.wait, answers, num_returns=len(answers), timeout=limit)
+        for member, answer in zip(self._members, answers, strict=True):
+            member.end(hung=answer not in closed)
 
-    async def _all(self, answers: Sequence[Any], timeout_s: float, what: str) -> list[Any]:
-        """Every worker's answer, or the first failure, with the worker named."""
-        if not answers:
-            raise EngineError(f"the fleet was asked to {what} after it was closed")
-        tasks = [asyncio.ensure_future(self._one(i, ref, timeout_s, what)) for i, ref in enumerate(answers)]
+    # ------------------------------------------------------------------------------------------ keeping engines at work
+
+    async def _keep(self, member: Member) -> None:
+        """Keep one engine at work until the fleet closes or fails."""
         try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
+            while True:
+                try:
+                    await member.started()
+                    self._started(member)
+                    while True:
+                        report = await member.poll()
+                        self._take(member, report)
+                        member.require_working(report)
+                except Lost as lost:
+                    self._restart(member, lost)
+        except AlignError as error:
+            self._fail(error)
+
+    def _started(self, member: Member) -> None:
+        """The engine is up: it takes groups once it holds the newest version."""
+        if self._newest is not None:
+            member.load(self._newest)
+        if not self._first[member.index].done():
+            self._first[member.index].set_result(None)
+
+    def _take(self, member: Member, report: Report) -> None:
+        incarnation = self._ledger.incarnations[member.index]
+        for ticket, result in report.finished:
+            request = self._ledger.finish(ticket, member.index, incarnation)
+            if request is not None:  # else its stream was closed
+                member.losses = 0
+                self._queues.pop(ticket).put_nowait((ticket, self._answer(request, result)))
+        for version, held in report.published:
+            load = member.loads.pop(version)
+            if isinstance(held, AlignError):
+                error = placed(held, member.place)
+                load.set_exception(error)
+                raise error
+            load.set_result(held)
+            if self._newest is not None and version == self._newest.version:
+                self._serve(member, held, self._newest)
+
+    def _serve(self, member: Member, digest: str, newest: Publication) -> None:
+        compare_digest(digest, newest, member.place)
+        if member.lost_at is not None:
+            self._counts["time/engine_lost"] += time.monotonic() - member.lost_at
+            member.lost_at = None
+        self._send(self._ledger.serve(member.index))
+
+    def _answer(self, request: Request, result: Result) -> Group | FailedPrompt:
+        if isinstance(result, Refusal):
+            self._counts["rollout/failed_prompts"] += 1
+            return FailedPrompt(request.prompt, result.cause, result.message)
+        return Group(request.prompt, result)
+
+    def _restart(self, member: Member, lost: Lost) -> None:
+        """Kill what is left of the engine, hand its groups to the others, and start it again.
+
+        Raises EngineError where it was lost too often, or has not started once.
+        """
+        member.end(hung=lost.hung)
+        if not member.starts:
+            raise lost_for_good(lost, member.place)
+        if member.lost_at is None:
+            member.lost_at = time.monotonic()
+        requests = self._ledger.lose(member.index)
+        member.losses += 1
+        if member.losses > MAX_LOSSES:
+            raise lost_for_good(lost, member.place, f"; it was restarted {MAX_LOSSES} times without finishing a group")
+        fatal = [request.prompt for request in requests if self._ledger.losses(request) > MAX_LOSSES]
+        if fatal:
+            others = f" or one of {len(fatal) - 1} others" if len(fatal) > 1 else ""
+            place = fatal[0].origin or f"group {fatal[0].group_id}"
+            raise lost_for_good(lost, place, f"; so did every engine that had this prompt{others}")
+        self._counts["rollout/restarts"] += 1
+        self._counts["rollout/reissued"] += len(requests)
+        self._send(self._ledger.admit(requests))
+        member.launch()
+
+    def _send(self, routed: Routed) -> None:
+        for engine, requests in routed.items():
+            self._members[engine].give(requests)
+
+    def _give_up(self, tickets: Sequence[int]) -> None:
+        """A stream ended: what it still waits for is drawn no further."""
+        for ticket in tickets:
+            self._queues.pop(ticket, None)
+        for engine, dropped in self._ledger.forget(tickets).items():
+            if self._members[engine].up and not self._closed:
+                self._members[engine].give(Abandon(tuple(dropped)))
+
+    # ------------------------------------------------------------------------------------------ failing
+
+    def _fail(self, error: AlignError) -> None:
+        """The fleet works no more: whoever waits for it gets the error, and so does who asks later."""
+        if self._error is not None:
+            return
+        self._error = error
+        for task, member in zip(self._tasks, self._members, strict=True):
+            if task is not asyncio.current_task():
                 task.cancel()
+            member.end()
+        self._tell_streams(self._error)
+        for first in self._first:
+            if not first.done():
+                first.set_exception(self._error)
+                first.exception()  # seen, whether somebody waits for it or not
 
-    async def _one(self, index: int, answer: Awaitable[Any], timeout_s: float, what: str) -> Any:
-        place = f"rollout worker {index}"
-        try:
-            return await asyncio.wait_for(_awaited(answer), timeout_s)
-        except TimeoutError:
-            raise EngineError(
-                f"the engine did not {what} within {timeout_s:g} s",
-                where=place,
-                remedy="it hangs or is overloaded: fewer groups, shorter rollout.max_tokens, or more rollout.workers",
-            ) from None
-        except RayTaskError as error:
-            raise _placed(error.cause, place, what) from error
-        except RayActorError as error:
-            raise EngineError(
-                f"the engine's process died when asked to {what}: {_first_line(error)}",
-                where=place,
-                remedy="often memory: see the worker's log in Ray's session folder",
-            ) from error
-        except RayError as error:
-            raise EngineError(f"Ray failed to {what}: {_first_line(error)}", where=place) from error
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """An error of a kind that nobody expected ends the fleet too: without the task an engine would be waited for
+        for ever."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._fail(EngineError(f"the fleet failed: {type(error).__name__}: {error}"))
 
+    def _tell_streams(self, error: AlignError) -> None:
+        for queue in set(self._queues.values()):
+            queue.put_nowait(error)
 
-def compare_digests(digests: Sequence[str], publication: Publication) -> None:
-    """Raise EngineError unless every engine holds what was published."""
-    for index, digest in enumerate(digests):
-        if digest != publication.digest:
-            raise EngineError(
-                f"holds other weights than version {publication.version} was published with "
-                f"(digest {digest[:12]}, the trainer's is {publication.digest[:12]})",
-                where=f"rollout worker {index}",
-            )
+    def _require_open(self, what: str) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._closed:
+            raise self._refusal(what)
+
+    def _refusal(self, what: str) -> EngineError:
+        return EngineError(f"the fleet was asked to {what} after it was closed")
 
 
-async def _awaited(answer: Awaitable[Any]) -> Any:
-    return await answer
-
-
-def _placed(cause: BaseException, place: str, what: str) -> AlignError:
-    """Our errors as they are, with the worker named where they name no place; others as an EngineError."""
-    if isinstance(cause, AlignError):
-        return type(cause)(cause.what, where=cause.where or place, remedy=cause.remedy)
-    return EngineError(f"the engine failed to {what}: {type(cause).__name__}: {_first_line(cause)}", where=place)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _zeros() -> Metrics:
+    return dict.fromkeys(("rollout/restarts", "rollout/reissued", "time/engine_lost", "rollout/failed_prompts"), 0.0)

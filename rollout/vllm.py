@@ -2,11 +2,18 @@
 
 What vLLM must offer, in the words of version 0.32 (`CALLS` is the same list for `missing_calls`, which a test runs):
 
-* `vllm.LLM`: generate, apply_model, collective_rpc, reset_prefix_cache, get_tokenizer; llm_engine, model_config;
+* `vllm.LLM`: apply_model, collective_rpc, reset_prefix_cache (reset_running_requests), get_tokenizer; llm_engine,
+  model_config;
 * `vllm.SamplingParams`: n (child i of n samples with seed + i), temperature, max_tokens, seed, stop, stop_token_ids,
   logprobs, prompt_logprobs, detokenize, skip_special_tokens, output_kind;
 * `vllm.engine.arg_utils.EngineArgs`: the names in `_arguments`;
-* `vllm.v1.engine.llm_engine.LLMEngine`: add_lora, remove_lora, list_loras;
+* `vllm.v1.engine.llm_engine.LLMEngine`: add_request (request_id, prompt, params, lora_request), step,
+  abort_request, add_lora, remove_lora, list_loras, set_weight_version; its vllm_config.cache_config.block_size;
+* `vllm.inputs.engine.tokens_input`: prompt_token_ids;
+* `vllm.RequestOutput`: request_id (the one given to add_request), finished, outputs, prompt_logprobs,
+  num_cached_tokens;
+* `vllm.outputs.CompletionOutput`: token_ids, logprobs, finish_reason, stop_reason, weight_versions (spans of tokens
+  with the label that set_weight_version gave when they were sampled);
 * `vllm.lora.request.LoRARequest`: lora_name, lora_int_id, lora_path. The prefix cache is keyed by name and path, the
   worker's cache by id: all of them are unique to a publication here, or old weights would be served under a new name;
 * `vllm.lora.utils.parse_fine_tuned_lora_name`: how a module of the adapter is called in the engine;
@@ -31,9 +38,9 @@ from typing import Any, get_args
 
 import numpy as np
 
-from align.errors import EngineError, SetupError, Unsupported
+from align.errors import SetupError, Unsupported
 from align.protocols import PromptItem, Sampling
-from rollout.base import VLLM_ARGUMENTS_FILE, EngineSpec
+from rollout.base import VLLM_ARGUMENTS_FILE, EngineSpec, start_error
 
 ENVIRONMENT: Mapping[str, str] = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: no second process to die or to wait for
@@ -45,14 +52,19 @@ CPU_KV_CACHE_BYTES = 1 << 30
 CPU_MAX_SEQUENCES = 256
 
 CALLS: Mapping[str, str] = {
-    "vllm:LLM": "generate apply_model collective_rpc reset_prefix_cache get_tokenizer",
-    "vllm:LLM.generate": "prompts sampling_params use_tqdm lora_request",
+    "vllm:LLM": "apply_model collective_rpc reset_prefix_cache get_tokenizer",
+    "vllm:LLM.reset_prefix_cache": "reset_running_requests",
+    "vllm.outputs:CompletionOutput": "token_ids logprobs finish_reason stop_reason weight_versions",
+    "vllm:RequestOutput": "request_id finished outputs prompt_logprobs num_cached_tokens",
     "vllm:SamplingParams": "n temperature max_tokens seed stop stop_token_ids logprobs prompt_logprobs detokenize "
     "skip_special_tokens output_kind",
     "vllm.engine.arg_utils:EngineArgs": "model dtype seed max_model_len trust_remote_code logprobs_mode "
     "generation_config enable_lora max_loras max_lora_rank disable_log_stats use_tqdm_on_load enforce_eager "
     "kv_cache_memory_bytes max_num_seqs enable_chunked_prefill",
-    "vllm.v1.engine.llm_engine:LLMEngine": "add_lora remove_lora list_loras",
+    "vllm.v1.engine.llm_engine:LLMEngine": "add_request step abort_request add_lora remove_lora list_loras "
+    "set_weight_version",
+    "vllm.v1.engine.llm_engine:LLMEngine.add_request": "request_id prompt params lora_request",
+    "vllm.inputs.engine:tokens_input": "prompt_token_ids",
     "vllm.lora.request:LoRARequest": "lora_name lora_int_id lora_path",
     "vllm.lora.utils:parse_fine_tuned_lora_name": "name weights_mapper",
     "vllm.config.lora:MaxLoRARanks": "",
@@ -195,8 +207,14 @@ def _arguments(spec: EngineSpec, max_rank: int) -> dict[str, Any]:
     if spec.max_model_len is not None:
         arguments["max_model_len"] = spec.max_model_len
     if max_rank:
-        arguments |= {"enable_lora": True, "max_lora_rank": max_rank, "max_loras": 2}  # the old one serves till checked
+        arguments |= {"enable_lora": True, "max_lora_rank": max_rank, "max_loras": adapter_slots(spec)}
     return arguments
+
+
+def adapter_slots(spec: EngineSpec) -> int:
+    """Adapters held at once: those in use, and a new one beside them until it is checked. vLLM would evict the oldest
+    of more, and read its file again when a request of it runs on."""
+    return spec.versions + 1
 
 
 def start(spec: EngineSpec, max_rank: int) -> Any:
@@ -204,7 +222,7 @@ def start(spec: EngineSpec, max_rank: int) -> Any:
     random states and `torch.set_num_threads`.
 
     Raises:
-        EngineError: it did not start. Unsupported: an option that vLLM cannot honour on this device.
+        EngineError: it did not start; see `start_error`. Unsupported: an option that vLLM cannot honour on this device.
     """
     import torch
     from vllm import LLM
@@ -215,11 +233,8 @@ def start(spec: EngineSpec, max_rank: int) -> Any:
     try:
         with _environment(spec.threads), _without_warnings():
             llm = LLM(**_arguments(spec, max_rank))
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        raise EngineError(
-            f"vLLM did not start with {spec.folder}: {error}",
-            remedy="rollout.max_model_len and rollout.engine (kv_cache_memory_bytes, ...) reach vLLM unchanged",
-        ) from error
+    except (ValueError, RuntimeError, OSError, ImportError, MemoryError) as error:
+        raise start_error(error, spec.folder) from error
     finally:
         torch.set_num_threads = set_num_threads
         random.setstate(states[0])
@@ -266,11 +281,37 @@ def sampling_parameters(item: PromptItem, group_size: int, sampling: Sampling, e
     )
 
 
-def scoring_parameters() -> Any:
-    """vLLM's parameters for the log-probabilities of a prompt's own tokens."""
+def scoring_parameters(*, cached: bool = False) -> Any:
+    """vLLM's parameters for the log-probabilities of a prompt's own tokens, which it computes without its prefix cache.
+    cached: for the prompt alone, with it."""
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
-    return SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        prompt_logprobs=None if cached else 0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def add_request(llm: Any, request_id: str, token_ids: np.ndarray, parameters: Any, adapter: Any) -> None:
+    """Give a request to the scheduler: it takes part in the next step. adapter: an `adapter_request`, or None."""
+    from vllm.inputs.engine import tokens_input
+
+    prompt = tokens_input(prompt_token_ids=token_ids.tolist())
+    llm.llm_engine.add_request(request_id, prompt, parameters, lora_request=adapter)
+
+
+def step(llm: Any) -> list[Any]:
+    """One step of the engine; vLLM's outputs of the requests that finished in it."""
+    return [output for output in llm.llm_engine.step() if output.finished]
+
+
+def block_size(llm: Any) -> int:
+    """Tokens of a block of the key-value cache, the unit in which prompts share it."""
+    return int(llm.llm_engine.vllm_config.cache_config.block_size)
 
 
 def adapter_request(name: str, adapter_id: int, path: Path) -> Any:

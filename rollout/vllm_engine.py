@@ -1,34 +1,51 @@
-"""The vLLM engine: its offline `LLM`, in this process.
+"""The vLLM engine: its offline `LLM` in this process, a step of its scheduler at a time.
 
-Why offline and in process: the whole batch is admitted before its first step and nothing else shares the scheduler, so
-which sequences are computed together, and with that every sum, is a function of the list of prompts alone. Tokens and
-log-probabilities are then bit-equal from one process to the next, given equal prompts, seeds, weights and threads. The
-prefix cache is emptied before each call, for the same reason; within a call the G completions of a prompt share it.
+Why in process and by our own steps: whatever is added before an idle engine's next step is admitted together and
+nothing else shares the scheduler, so which sequences are computed together, and with that every sum, is a function of
+that list alone. Tokens and log-probabilities are then bit-equal from one process to the next, given equal prompts,
+seeds, weights and threads. An idle engine empties its prefix cache before it takes requests, for the same reason. The
+same steps serve asynchronous stages: requests are added and versions published between two of them.
 
 At temperature 0 (greedy) log-probabilities are those of temperature 1: there is no distribution at 0, and greedy
 completions are for evaluation, never for training.
 
 Publishing. Files are read before `publish` returns and never again: the trainer's side, which wrote them, deletes them.
-Each adapter is a new vLLM adapter with a name and an integer id of its own; it is loaded beside the one that serves,
-compared with the trainer's digest, and only then takes over, so a publish that fails leaves the older version serving.
-Whole weights replace the model's own, so there a failure leaves the engine without a version.
+Each adapter is a new vLLM adapter with a name and an integer id of its own; it is loaded beside those in use, compared
+with the trainer's digest, and only then serves new requests, so a publish that fails leaves the older version serving.
+Running requests finish on the adapter they began with, and one that no request uses is removed. Its part of the prefix
+cache is keyed by its name: no other version finds it. Whole weights replace the model's own. They wait until no request
+runs, or (`EngineSpec.in_flight`) take over between two steps: the cache of what the requests have read and written so
+far is then computed again by the new weights, and each token knows the version that sampled it. A failure leaves the
+engine without a version. The prefix cache is emptied, which is checked by looking a prompt up in it (by vLLM itself
+where requests run).
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from align.errors import DataError, EngineError, Unsupported
-from align.protocols import Completion, Group, PromptItem, Publication, Sampling, digest_arrays
+from align.errors import EngineError
+from align.protocols import Completion, FailedPrompt, Group, Publication, Sampling, digest_arrays
 from rollout import vllm as calls
-from rollout.base import EngineSpec, check_engine_options
+from rollout.base import Answer, EngineSpec, Request, check_engine_options, check_sampling
+from rollout.vllm_files import end_ids, read_tensors, tensor_shapes, write_probe_adapter
 from rollout.vllm_held import held_adapter, held_weights, retie, tied_groups
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A request that vLLM has. adapter: vLLM's LoRARequest that it samples with, None for the model's own weights."""
+
+    request: Request
+    version: int
+    adapter: Any
 
 
 class VllmEngine:
@@ -49,7 +66,12 @@ class VllmEngine:
         self.spec = spec
         self.version: int | None = None
         self._max_rank = calls.accepted_rank(spec.lora_rank)
-        self._request: Any = None  # the adapter that serves
+        self._slots = calls.adapter_slots(spec)
+        self._running: dict[str, _Running] = {}  # by vLLM's request id
+        self._answers: list[Answer] = []
+        self._ids = itertools.count()
+        self._adapter: Any = None  # the one that serves new requests
+        self._adapters: list[Any] = []  # all that are held
         self._loaded = 0  # adapters so far; each gets the next number as its id
         self._base_intact = True
         self._probed = False
@@ -59,78 +81,71 @@ class VllmEngine:
 
     # -------------------------------------------------------------------------------------------- generation
 
-    def generate(self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> list[Group]:
+    @property
+    def running(self) -> int:
+        return len(self._running) + len(self._answers)
+
+    def add(self, requests: Sequence[Request]) -> None:
         if self.version is None:
             raise EngineError("the engine was asked to generate before a version was published to it")
-        if sampling.temperature == 0 and group_size > 1:
-            raise Unsupported(
-                f"greedy sampling would draw {group_size} equal completions of each prompt",
-                where="rollout.temperature",
-                remedy="set a temperature above 0, or ask for one completion",
-            )
-        if not prompts:
-            return []
-        self._check_lengths(prompts, sampling)
-        parameters = [calls.sampling_parameters(item, group_size, sampling, self._end_ids) for item in prompts]
-        outputs = self._run([item.token_ids for item in prompts], parameters, self._request)
-        return [
-            Group(item, tuple(self._completion(drawn, sampling) for drawn in output.outputs))
-            for item, output in zip(prompts, outputs, strict=True)
-        ]
+        for request in requests:
+            check_sampling(request.group_size, request.sampling)
+        if requests and not self._running:
+            self._empty_prefix_cache()
+        for request in requests:
+            failed = self._too_long(request)
+            if failed is not None:
+                self._answers.append((request.ticket, failed))
+                continue
+            name = str(next(self._ids))
+            item = request.prompt
+            parameters = calls.sampling_parameters(item, request.group_size, request.sampling, self._end_ids)
+            calls.add_request(self._llm, name, item.token_ids, parameters, self._adapter)
+            self._running[name] = _Running(request, self.version, self._adapter)
 
-    def logps(self, token_ids: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return self._prompt_logps(token_ids, self._request)
+    def step(self) -> list[Answer]:
+        answers, self._answers = self._answers, []
+        if answers or not self._running:
+            return answers
+        for output in calls.step(self._llm):
+            running = self._running.pop(output.request_id)
+            completions = tuple(self._completion(drawn, running) for drawn in output.outputs)
+            answers.append((running.request.ticket, Group(running.request.prompt, completions)))
+        if answers:
+            self._retire()
+        return answers
 
-    def _prompt_logps(self, token_ids: Sequence[np.ndarray], request: Any) -> list[np.ndarray]:
-        outputs = self._run(token_ids, [calls.scoring_parameters()] * len(token_ids), request)
-        return [
-            np.array(
-                [
-                    scores[token].logprob
-                    for scores, token in zip(out.prompt_logprobs[1:], ids[1:].tolist(), strict=True)
-                ],
-                dtype=np.float32,
-            )
-            for out, ids in zip(outputs, token_ids, strict=True)
-        ]
+    def abandon(self, tickets: Sequence[int]) -> None:
+        dropped = set(tickets)
+        names = [name for name, running in self._running.items() if running.request.ticket in dropped]
+        self._llm.llm_engine.abort_request(names)
+        for name in names:
+            del self._running[name]
+        self._answers = [answer for answer in self._answers if answer[0] not in dropped]
+        self._retire()
 
-    def _run(self, token_ids: Sequence[np.ndarray], parameters: Sequence[Any], request: Any) -> list[Any]:
-        self._empty_prefix_cache()
-        prompts = [{"prompt_token_ids": ids.tolist()} for ids in token_ids]
-        outputs: list[Any] = self._llm.generate(prompts, parameters, use_tqdm=False, lora_request=request)
-        return outputs
-
-    def _empty_prefix_cache(self) -> None:
-        if not self._llm.reset_prefix_cache():
-            raise EngineError("vLLM's prefix cache could not be emptied: a request still holds it")
-
-    def _check_lengths(self, prompts: Sequence[PromptItem], sampling: Sampling) -> None:
-        longest = self._llm.model_config.max_model_len
-        for item in prompts:
-            if len(item.token_ids) + sampling.max_tokens > longest:
-                raise DataError(
-                    f"a prompt of {len(item.token_ids)} tokens and a completion of up to {sampling.max_tokens} do not "
-                    f"fit the engine's length of {longest}",
-                    where=item.origin or f"group {item.group_id}",
-                    remedy="raise rollout.max_model_len, lower rollout.max_tokens, or set data.max_length with "
-                    "overlong_prompts: filter",
-                )
-
-    def _completion(self, drawn: Any, sampling: Sampling) -> Completion:
+    def _completion(self, drawn: Any, running: _Running) -> Completion:
         token_ids = np.array(drawn.token_ids, dtype=np.int64)
         logps = np.array([s[t].logprob for s, t in zip(drawn.logprobs, drawn.token_ids, strict=True)], dtype=np.float32)
         if not np.isfinite(logps).all():
             raise EngineError(
-                f"version {self.version} gives a sampled token a log-probability that is not finite",
+                f"version {running.version} gives a sampled token a log-probability that is not finite",
                 remedy="the policy has diverged: lower optim.lr, or continue from an earlier checkpoint",
             )
         return Completion(
             token_ids=token_ids,
             logps=logps,
-            versions=np.full(len(token_ids), self.version, dtype=np.int32),
+            versions=self._versions(drawn, running),
             text=self._tokenizer.decode(drawn.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-            finish=self._finish(drawn, sampling),
+            finish=self._finish(drawn, running.request.sampling),
         )
+
+    def _versions(self, drawn: Any, running: _Running) -> np.ndarray:
+        """i32[n]: of each token, the version that sampled it."""
+        versions = np.full(len(drawn.token_ids), running.version, dtype=np.int32)
+        for span in drawn.weight_versions if self.spec.in_flight else ():
+            versions[span.start : span.end] = int(span.version)
+        return versions
 
     def _finish(self, drawn: Any, sampling: Sampling) -> Literal["eos", "stop", "length"]:
         if drawn.finish_reason == "length":
@@ -142,7 +157,44 @@ class VllmEngine:
                 return "stop"
         raise EngineError(f"vLLM ended a completion for {drawn.finish_reason!r} ({drawn.stop_reason!r})")
 
+    def _too_long(self, request: Request) -> FailedPrompt | None:
+        prompt, tokens = request.prompt, request.sampling.max_tokens
+        longest = self._llm.model_config.max_model_len
+        if len(prompt.token_ids) + tokens <= longest:
+            return None
+        return FailedPrompt(
+            prompt,
+            "too long",
+            f"a prompt of {len(prompt.token_ids)} tokens and a completion of up to {tokens} do not fit the engine's "
+            f"length of {longest}",
+        )
+
+    def logps(self, token_ids: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [self._prompt_logps(ids, self._adapter) for ids in token_ids]
+
+    def _prompt_logps(self, token_ids: np.ndarray, adapter: Any) -> np.ndarray:
+        scores = self._alone(token_ids, calls.scoring_parameters(), adapter).prompt_logprobs[1:]
+        pairs = zip(scores, token_ids[1:].tolist(), strict=True)
+        return np.array([score[token].logprob for score, token in pairs], dtype=np.float32)
+
+    def _alone(self, token_ids: np.ndarray, parameters: Any, adapter: Any) -> Any:
+        """vLLM's output for a prompt that nothing else is computed with: on CPU, its adapter kernels cannot take a
+        prompt whose own log-probabilities are asked for together with another sequence."""
+        if self._running:
+            raise EngineError(f"the engine was asked to score while {len(self._running)} requests ran")
+        calls.add_request(self._llm, str(next(self._ids)), token_ids, parameters, adapter)
+        while not (outputs := calls.step(self._llm)):
+            pass
+        return outputs[0]
+
     # -------------------------------------------------------------------------------------------- weights
+
+    def accepts(self, publication: Publication) -> bool:
+        if not self._running or publication.kind == "base":
+            return True
+        if publication.kind == "weights":
+            return self.spec.in_flight
+        return self._probed and len(self._adapters) < self._slots
 
     def publish(self, publication: Publication) -> str:
         """See `rollout.base.Engine`. For kind "base" nothing is loaded and the publication's own digest is returned."""
@@ -157,39 +209,76 @@ class VllmEngine:
     def _publish_adapter(self, publication: Publication) -> str:
         self._need(self._base_intact, publication, "its base weights were replaced by an earlier version")
         self._need(publication.rank <= self._max_rank, publication, f"it was started for rank {self.spec.lora_rank}")
+        self._need(len(self._adapters) < self._slots, publication, f"{len(self._adapters)} versions are in use")
         path = Path(publication.path)
         shapes = tensor_shapes([path / "adapter_model.safetensors"], publication)
         self._probe_once(path, shapes)
-        request = self._load_adapter(path, f"version {publication.version}")
+        adapter = self._load_adapter(path, f"version {publication.version}")
         try:
-            digest = digest_arrays(self._held_adapter(request.lora_int_id, shapes))
+            digest = digest_arrays(self._held_adapter(adapter.lora_int_id, shapes))
             self._compare(digest, publication)
         except BaseException:
-            self._llm.llm_engine.remove_lora(request.lora_int_id)
+            self._llm.llm_engine.remove_lora(adapter.lora_int_id)
             raise
-        self._serve(request, publication)
+        self._adapters.append(adapter)
+        self._serve(adapter, publication)
         return digest
 
     def _publish_weights(self, publication: Publication) -> str:
         self._need(self._max_rank == 0, publication, "it was started for adapters")
+        self._need(self.accepts(publication), publication, f"{len(self._running)} requests run on those it holds")
         files = sorted(Path(publication.path).glob("*.safetensors"))
         shapes = tensor_shapes(files, publication)
         dtype = self._llm.model_config.dtype
+        idle = not self._running
+        if idle:
+            self._cached_tokens()  # from here on the cache knows the prompt that is looked up below
         self.version, self._base_intact = None, False  # from here on it holds neither the old version nor the new one
         tied = self._apply(tied_groups)
-        calls.reload_weights(self._llm, _tensors(files, dtype))
+        calls.reload_weights(self._llm, read_tensors(files, dtype))
         self._apply(lambda model: retie(model, tied))
-        self._empty_prefix_cache()
         held = self._apply(lambda model: held_weights(model, shapes, dtype, calls.parameter_renamer(model)))
         digest = digest_arrays(held)
         self._compare(digest, publication)
+        self._empty_prefix_cache()
+        stale = self._cached_tokens() if idle else 0
+        self._need(stale == 0, publication, f"its prefix cache still serves {stale} tokens of the version before")
         self._serve(None, publication)
         return digest
 
-    def _serve(self, request: Any, publication: Publication) -> None:
-        previous, self._request, self.version = self._request, request, publication.version
-        if previous is not None:
-            self._llm.llm_engine.remove_lora(previous.lora_int_id)
+    def _empty_prefix_cache(self) -> None:
+        """Of everything: requests that run read their prompts and what they have written so far again."""
+        if not self._llm.reset_prefix_cache(reset_running_requests=bool(self._running)):
+            raise EngineError("vLLM's prefix cache could not be emptied: a request still holds it")
+
+    def _cached_tokens(self) -> int:
+        """Tokens of a fixed prompt of one whole block that the prefix cache knows; afterwards it knows them all."""
+        length = calls.block_size(self._llm) + 1
+        if length >= self._llm.model_config.max_model_len:
+            return 0  # no prompt fills a block
+        tokens = self._spread_tokens(length)
+        output = self._alone(tokens, calls.scoring_parameters(cached=True), None)
+        return int(output.num_cached_tokens or 0)
+
+    def _spread_tokens(self, length: int) -> np.ndarray:
+        """i64[length]: ids from all over the vocabulary."""
+        return np.linspace(0, self._llm.model_config.get_vocab_size() - 1, length).astype(np.int64)
+
+    def _serve(self, adapter: Any, publication: Publication) -> None:
+        self._adapter, self.version = adapter, publication.version
+        self._llm.llm_engine.set_weight_version(str(publication.version))
+        self._retire()
+
+    def _retire(self) -> None:
+        """Remove every adapter that neither serves nor is used by a request."""
+        if len(self._adapters) <= (self._adapter is not None):
+            return
+        used = {running.adapter.lora_int_id for running in self._running.values() if running.adapter is not None}
+        kept = [a for a in self._adapters if a is self._adapter or a.lora_int_id in used]
+        for adapter in self._adapters:
+            if adapter not in kept:
+                self._llm.llm_engine.remove_lora(adapter.lora_int_id)
+        self._adapters = kept
 
     def _need(self, holds: bool, publication: Publication, why: str) -> None:
         if not holds:
@@ -208,12 +297,14 @@ class VllmEngine:
 
     def _load_adapter(self, path: Path, name: str) -> Any:
         self._loaded += 1
-        request = calls.adapter_request(f"{name} #{self._loaded}", self._loaded, path)
+        adapter = calls.adapter_request(f"{name} #{self._loaded}", self._loaded, path)
+        if adapter.lora_int_id in self._llm.llm_engine.list_loras():  # vLLM would serve what it has under that id
+            raise EngineError(f"vLLM holds an adapter with the id {adapter.lora_int_id} of {name} already", where=path)
         try:
-            self._llm.llm_engine.add_lora(request)
+            self._llm.llm_engine.add_lora(adapter)
         except (ValueError, RuntimeError, OSError) as error:
             raise EngineError(f"vLLM cannot load the adapter of {name}: {error}", where=path) from error
-        return request
+        return adapter
 
     def _held_adapter(self, adapter_id: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
         held: dict[str, np.ndarray] = self._apply(
@@ -231,15 +322,14 @@ class VllmEngine:
         """
         if self._probed:
             return
-        length = min(16, self._llm.model_config.max_model_len - 1)
-        tokens = [np.linspace(0, self._llm.model_config.get_vocab_size() - 1, length).astype(np.int64)]
-        with tempfile.TemporaryDirectory(prefix=".probe-", dir=like.parent) as folder:
+        tokens = self._spread_tokens(min(16, self._llm.model_config.max_model_len - 1))
+        with tempfile.TemporaryDirectory(prefix=".probe-", dir=like) as folder:  # lives no longer than the version does
             write_probe_adapter(Path(folder), like, shapes)
-            request = self._load_adapter(Path(folder), "probe")
+            adapter = self._load_adapter(Path(folder), "probe")
             try:
-                (with_adapter,), (without,) = self._prompt_logps(tokens, request), self._prompt_logps(tokens, None)
+                with_adapter, without = self._prompt_logps(tokens, adapter), self._prompt_logps(tokens, None)
             finally:
-                self._llm.llm_engine.remove_lora(request.lora_int_id)
+                self._llm.llm_engine.remove_lora(adapter.lora_int_id)
         moved = float(np.abs(with_adapter - without).max())
         if not moved > (1e-3 if self.spec.dtype == "float32" else 5e-2):
             raise EngineError(
@@ -251,66 +341,6 @@ class VllmEngine:
     def close(self) -> None:
         if self._llm is None:
             return
-        llm, self._llm, self._request, self.version = self._llm, None, None, None
+        llm, self._llm, self._adapter, self.version = self._llm, None, None, None
+        self._running, self._answers, self._adapters = {}, [], []
         calls.stop(llm)
-
-
-# ------------------------------------------------------------------------------------------------ files
-
-
-def end_ids(folder: Path, tokenizer_eos: int | None) -> frozenset[int]:
-    """Token ids that end a turn: the tokenizer's, and those of generation_config.json (else config.json)."""
-    found: set[int] = set() if tokenizer_eos is None else {tokenizer_eos}
-    for name in ("generation_config.json", "config.json"):
-        file = folder / name
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        ids = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
-        if ids is not None:
-            return frozenset(found.union(ids if isinstance(ids, list) else [ids]))
-    return frozenset(found)
-
-
-def tensor_shapes(files: Sequence[Path], publication: Publication) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in `files`, from their headers alone.
-
-    Raises:
-        EngineError: there is no such file, or one of them is not a safetensors file.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    shapes: dict[str, tuple[int, ...]] = {}
-    try:
-        for file in files:
-            with safe_open(file, framework="np") as tensors:
-                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise EngineError(f"version {publication.version} cannot be read: {error}", where=publication.path) from error
-    if not shapes:
-        raise EngineError(f"version {publication.version} has no tensors", where=publication.path)
-    return shapes
-
-
-def _tensors(files: Sequence[Path], dtype: Any) -> Iterator[tuple[str, Any]]:
-    from safetensors import safe_open
-
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
-                tensor = tensors.get_tensor(name)
-                if tensor.dtype != dtype:
-                    raise EngineError(
-                        f"{name} was published in {tensor.dtype}, the engine computes in {dtype}", where=file
-                    )
-                yield name, tensor
-
-
-def write_probe_adapter(folder: Path, like: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """An adapter of the shape and configuration of the one in `like`, with standard normal weights."""
-    from safetensors.numpy import save_file
-
-    generator = np.random.default_rng(0)
-    save_file(
-        {name: generator.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()},
-        folder / "adapter_model.safetensors",
-    )
-    (folder / "adapter_config.json").write_bytes((like / "adapter_config.json").read_bytes())

@@ -6,12 +6,15 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ray
 
 from align.errors import EngineError
-from align.protocols import Group, PromptItem, Publication, Sampling
-from rollout.base import Engine, EngineSpec, make_engine
+from rollout.base import EngineSpec, make_engine, start_error
+from rollout.stepping import Command, Report, Stepper
 
+WATCH = "watch"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -46,34 +49,47 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Where a worker lives: Ray's id of the node, and the process id there."""
+
+    node: str
+    pid: int
+
+
 class EngineWorker:
-    """What runs in the actor. Methods are those of `rollout.base.Engine`; Ray runs them one after another.
+    """What runs in the actor: a `Stepper`, and nothing else. Commands return before they are carried out; `poll`, which
+    Ray runs beside them (concurrency group `WATCH`), says what came of them and that the process lives.
 
     The engine starts in `start`, not in the constructor: of an exception there, Ray passes on the text alone.
     """
 
     def __init__(self) -> None:
         die_with_parent()
-        self._engine: Engine | None = None
+        self._stepper: Stepper | None = None
+
+    def home(self) -> Home:
+        return Home(ray.get_runtime_context().get_node_id(), os.getpid())
 
     def start(self, spec: EngineSpec) -> None:
-        self._engine = make_engine(spec)
+        """Start the engine. Raises what it raises, and EngineError for what is no error of ours."""
+        try:
+            self._stepper = Stepper(lambda: make_engine(spec))
+        except (RuntimeError, ValueError, OSError, MemoryError) as error:
+            raise start_error(error, spec.folder) from error
 
-    def ping(self) -> int | None:
-        """Answer with the version held: the engine is up and not busy."""
-        return self._started().version
+    def give(self, command: Command) -> None:
+        self._started.give(command)
 
-    def generate(self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> list[Group]:
-        return self._started().generate(prompts, group_size, sampling)
-
-    def publish(self, publication: Publication) -> str:
-        return self._started().publish(publication)
+    def poll(self, timeout_s: float) -> Report:
+        return self._started.report(timeout_s)
 
     def close(self) -> None:
-        if self._engine is not None:
-            self._engine.close()
+        if self._stepper is not None:
+            self._stepper.close()
 
-    def _started(self) -> Engine:
-        if self._engine is None:
+    @property
+    def _started(self) -> Stepper:
+        if self._stepper is None:
             raise EngineError("the engine was used before it started")
-        return self._engine
+        return self._stepper

@@ -28,6 +28,7 @@ from align.stages.roles import Role, roles_of, trainer_names
 from align.train.spec import TrainerSpec
 from rollout.base import EngineSpec
 from rollout.fleet import RayFleet
+from rollout.member import Limits
 
 
 class RayBackend:
@@ -144,6 +145,8 @@ class RayBackend:
             max_tokens=rollout.max_tokens,
             max_model_len=rollout.max_model_len or job.longest_prompt + rollout.max_tokens,
             lora_rank=job.adapter_rank,
+            versions=job.versions,
+            in_flight=rollout.publish == "in_flight",
             seed=job.seed,
             threads=role.threads,
             temperature=rollout.temperature,
@@ -158,6 +161,7 @@ class RayBackend:
             gpus=role.gpus,
             placement_group=self._now.group,
             bundles=[self._now.roles[f"rollout-{number}"][0] for number in range(rollout.workers)],
+            limits=Limits(heartbeat=rollout.heartbeat_s, request=rollout.request_timeout_s),
         )
         try:
             await fleet.ready()

@@ -10,7 +10,9 @@ At temperature 0 (greedy) log-probabilities are those of temperature 1: there is
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from align.errors import AlignError, DataError, EngineError, Unsupported
+from align.errors import AlignError, EngineError, Unsupported
 from align.model import adapters
 from align.model.load import load_model, quiet, resolve_dtype
-from align.protocols import Completion, Group, PromptItem, Publication, Sampling
+from align.protocols import Completion, FailedPrompt, Group, PromptItem, Publication, Sampling
 
 MAX_ROWS = 64  # completions computed at once: bounds the key-value cache
 
@@ -43,6 +45,19 @@ class Spec(Protocol):
     def max_model_len(self) -> int | None: ...
     @property
     def trust_remote_code(self) -> bool: ...
+
+
+class Request(Protocol):
+    """What this engine reads of `rollout.base.Request`."""
+
+    @property
+    def ticket(self) -> int: ...
+    @property
+    def prompt(self) -> PromptItem: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def sampling(self) -> Sampling: ...
 
 
 @dataclass
@@ -81,6 +96,8 @@ class TransformersEngine:
         self._adapter: str | None = None  # the one that serves
         self._loaded = 0  # adapters so far; each gets a name of its own
         self._base_intact = True
+        self._waiting: deque[Request] = deque()
+        self._answers: list[tuple[int, Group | FailedPrompt]] = []
 
     def _load(self) -> Any:
         return load_model(
@@ -92,23 +109,53 @@ class TransformersEngine:
 
     # ------------------------------------------------------------------------------------------ generation
 
-    def generate(self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> list[Group]:
-        """G completions of each prompt, in the order of `prompts`. Raises DataError where one cannot fit the model."""
+    @property
+    def running(self) -> int:
+        return len(self._waiting) + len(self._answers)
+
+    def add(self, requests: Sequence[Request]) -> None:
+        """See `rollout.base.Engine`. A request is sampled from the version that is held when its batch begins."""
         self._require_version("generate")
-        if sampling.temperature == 0 and group_size > 1:
-            raise Unsupported(
-                f"greedy sampling would draw {group_size} equal completions of each prompt",
-                where="rollout.temperature",
-                remedy="set a temperature above 0, or ask for one completion",
-            )
-        for item in prompts:
-            self._check_length(item, sampling)
-        rows: list[_Row] = []
-        per_batch = max(1, MAX_ROWS // group_size)
-        for start in range(0, len(prompts), per_batch):
-            rows += self._generate_batch(prompts[start : start + per_batch], group_size, sampling)
-        finished = [self._completion(row) for row in rows]
-        return [Group(item, tuple(finished[n * group_size : (n + 1) * group_size])) for n, item in enumerate(prompts)]
+        for request in requests:
+            if request.sampling.temperature == 0 and request.group_size > 1:
+                raise Unsupported(
+                    f"greedy sampling would draw {request.group_size} equal completions of each prompt",
+                    where="rollout.temperature",
+                    remedy="set a temperature above 0, or ask for one completion",
+                )
+        for request in requests:
+            failed = self._too_long(request)
+            if failed is None:
+                self._waiting.append(request)
+            else:
+                self._answers.append((request.ticket, failed))
+
+    def step(self) -> list[tuple[int, Group | FailedPrompt]]:
+        """One batch, from beginning to end: the oldest requests that ask for the same, up to `MAX_ROWS` completions."""
+        if not self._answers and self._waiting:
+            self._require_version("generate")
+            batch = self._next_batch()
+            size = batch[0].group_size
+            rows = self._generate_batch([request.prompt for request in batch], size, batch[0].sampling)
+            done = [self._completion(row) for row in rows]
+            for n, request in enumerate(batch):
+                self._waiting.popleft()
+                group = Group(request.prompt, tuple(done[n * size : (n + 1) * size]))
+                self._answers.append((request.ticket, group))
+        answers, self._answers = self._answers, []
+        return answers
+
+    def _next_batch(self) -> list[Request]:
+        first = self._waiting[0]
+        oldest = itertools.islice(self._waiting, max(1, MAX_ROWS // first.group_size))
+        return list(
+            itertools.takewhile(lambda r: (r.group_size, r.sampling) == (first.group_size, first.sampling), oldest)
+        )
+
+    def abandon(self, tickets: Sequence[int]) -> None:
+        dropped = set(tickets)
+        self._waiting = deque(request for request in self._waiting if request.ticket not in dropped)
+        self._answers = [answer for answer in self._answers if answer[0] not in dropped]
 
     @torch.no_grad()
     def _generate_batch(self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> list[_Row]:
@@ -198,16 +245,16 @@ class TransformersEngine:
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
-    def _check_length(self, item: PromptItem, sampling: Sampling) -> None:
-        needed = len(item.token_ids) + sampling.max_tokens
-        if self._longest is not None and needed > self._longest:
-            raise DataError(
-                f"a prompt of {len(item.token_ids)} tokens and a completion of up to {sampling.max_tokens} do not "
-                f"fit the engine's length of {self._longest}",
-                where=item.origin or f"group {item.group_id}",
-                remedy="raise rollout.max_model_len, lower rollout.max_tokens, or set data.max_length with "
-                "overlong_prompts: filter",
-            )
+    def _too_long(self, request: Request) -> FailedPrompt | None:
+        length, tokens = len(request.prompt.token_ids), request.sampling.max_tokens
+        if self._longest is None or length + tokens <= self._longest:
+            return None
+        return FailedPrompt(
+            request.prompt,
+            "too long",
+            f"a prompt of {length} tokens and a completion of up to {tokens} do not fit the engine's length of "
+            f"{self._longest}",
+        )
 
     @torch.no_grad()
     def logps(self, token_ids: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -226,6 +273,9 @@ class TransformersEngine:
             raise EngineError(f"the engine was asked to {what} before a version was published to it")
 
     # ------------------------------------------------------------------------------------------ weights
+
+    def accepts(self, publication: Publication) -> bool:
+        return True  # between two batches nothing runs
 
     def publish(self, publication: Publication) -> str:
         """Load a version and return the digest of what is held. For kind "base" the publication's own is returned.
@@ -322,6 +372,8 @@ class TransformersEngine:
     def close(self) -> None:
         """Free the model."""
         self._model = self._peft = self._adapter = self.version = None
+        self._waiting.clear()
+        self._answers.clear()
 
 
 def _uniforms(seed: int, number: int, count: int) -> np.ndarray:

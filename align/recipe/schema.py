@@ -212,6 +212,12 @@ class Rollout(Strict):
     denominator. keep: it is one like any other. penalise: it is kept, and the stage gets one more objective
     `truncated`, a cost of 1 for such a completion, whose weight is `truncated_penalty`. With combine weighted_sum that
     is a reward lowered by the penalty; with decoupled, as for every objective there, its scale in the group goes first.
+
+    publish: whether whole weights wait for the requests that run (drain), or take over between two of their tokens
+    (in_flight). With an adapter, requests always finish on the version they began with.
+
+    heartbeat_s: an engine whose process does not answer for so long is killed and restarted; request_timeout_s: one
+    that answers, has work, and finishes no step for so long is too.
     """
 
     name: Literal["vllm", "transformers"] = "vllm"
@@ -221,9 +227,12 @@ class Rollout(Strict):
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     weights: Literal["auto", "adapter", "merged"] = "auto"
+    publish: Literal["drain", "in_flight"] = "drain"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: PositiveInt | None = None
     engine: dict[str, Any] = Field(default_factory=dict)
+    heartbeat_s: Annotated[float, Field(gt=0)] = 60.0
+    request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     truncated: Literal["mask", "keep", "penalise"] = "mask"
     truncated_penalty: Annotated[float, Field(gt=0)] | None = None
 

@@ -61,6 +61,13 @@ def publish_mode(adapter: Adapter, rollout: Rollout) -> Publish:
             where="rollout.weights",
             remedy=verdict[1],
         )
+    if rollout.publish == "in_flight" and (verdict == "adapter" or rollout.name != "vllm"):
+        why = "adapters" if verdict == "adapter" else f"`rollout.name: {rollout.name}`"
+        raise Unsupported(
+            f"`rollout.publish: in_flight` with {why}: requests finish on the version that they began with",
+            where="rollout.publish",
+            remedy="leave it out; it is for whole weights (full fine-tuning, `rollout.weights: merged`) on vllm",
+        )
     largest = LARGEST_SERVED_RANK.get(rollout.name)
     if verdict == "adapter" and largest is not None and adapter.rank > largest:
         raise Unsupported(

@@ -53,7 +53,8 @@ class TrainerJob:
 
 @dataclass(frozen=True)
 class FleetJob:
-    """Engines to start. adapter_rank: 0 where whole weights or nothing is published; longest_prompt: tokens."""
+    """Engines to start. adapter_rank: 0 where whole weights or nothing is published; longest_prompt: tokens; versions:
+    how many may be in use at once."""
 
     stage_id: str
     model: Model
@@ -63,6 +64,7 @@ class FleetJob:
     adapter_rank: int
     longest_prompt: int
     seed: int
+    versions: int = 1
 
 
 @dataclass(frozen=True)

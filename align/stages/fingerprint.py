@@ -20,6 +20,8 @@ def fingerprint(recipe: Recipe, stage: Any, plugins: Mapping[str, str]) -> dict[
     """
     part = stage.model_dump(mode="json", by_alias=True)
     part.get("save", {}).pop("keep", None)
+    for limit in ("heartbeat_s", "request_timeout_s"):  # when an engine counts as lost: its groups are the same
+        part.get("rollout", {}).pop(limit, None)
     return {
         "stage": part,
         "model": recipe.model.model_dump(mode="json"),

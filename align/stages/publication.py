@@ -28,7 +28,8 @@ class PublicationFolder:
         return path
 
     def supersede(self, newest: Path) -> None:
-        """Delete every version but `newest`; called once all engines hold it and no request runs on an older one."""
+        """Delete every version but `newest`; called once every live engine holds it. Engines read a version's files
+        when they load it and never again, whatever runs on it, and one that is restarted later loads `newest`."""
         for path in self.root.iterdir():
             if path.is_dir() and path != newest:
                 shutil.rmtree(path)

@@ -216,4 +216,5 @@ def fleet_job(context: Context, stage: OnlineSettings, start: Start, prompts: li
         adapter_rank=start.config.rank if publish_mode(start.config, stage.rollout) == "adapter" else 0,
         longest_prompt=longest_prompt(prompts),
         seed=context.recipe.seed,
+        versions=stage.staleness + 1,
     )

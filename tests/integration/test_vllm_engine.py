@@ -18,10 +18,11 @@ import torch
 
 from align.errors import AlignError, DataError, EngineError, RecipeError, SetupError, Unsupported
 from align.model.adapters import attach, digest, merged_state, save, use_adapter, weights_digest
-from align.protocols import Group, PromptItem, Publication, Sampling, group_seed
+from align.protocols import FailedPrompt, Group, PromptItem, Publication, Sampling, group_seed
 from align.recipe.schema import Adapter
-from rollout.base import EngineSpec, check_engine_options, make_engine
+from rollout.base import EngineSpec, Request, check_engine_options, generate, make_engine
 from rollout.fleet import RayFleet
+from rollout.vllm import add_request
 from tests.tiny_models import END_ID, write_tiny_qwen3
 
 TEMPERATURE = 0.7
@@ -179,7 +180,7 @@ def test_engine_options_are_checked_by_name_before_anything_starts() -> None:
 
 
 def test_log_probabilities_are_those_of_transformers_with_the_adapter(serving: Any, policy: Any) -> None:
-    groups = serving.generate(prompts(), 4, SAMPLING)
+    groups = generate(serving, prompts(), 4, SAMPLING)
     assert largest_gap(policy, groups) < 1e-4
     with use_adapter(policy, None):
         assert largest_gap(policy, groups) > 0.1  # the adapter matters here, so agreement without it would be no proof
@@ -187,7 +188,7 @@ def test_log_probabilities_are_those_of_transformers_with_the_adapter(serving: A
 
 def test_completions_come_with_text_versions_and_the_reason_they_ended(serving: Any) -> None:
     items = prompts(8)
-    groups = serving.generate(items, 4, SAMPLING)
+    groups = generate(serving, items, 4, SAMPLING)
     assert [g.prompt.group_id for g in groups] == [p.group_id for p in items]
     finishes = set()
     for completion in (c for g in groups for c in g.completions):
@@ -203,9 +204,9 @@ def test_completions_come_with_text_versions_and_the_reason_they_ended(serving: 
 
 
 def test_a_stop_string_ends_a_completion_and_stays_in_its_text_and_its_tokens(serving: Any, policy: Any) -> None:
-    free = serving.generate(prompts(), 4, SAMPLING)
+    free = generate(serving, prompts(), 4, SAMPLING)
     letter = next(ch for g in free for c in g.completions for ch in c.text[3:-3] if ch.isascii() and ch.isalpha())
-    groups = serving.generate(prompts(), 4, replace(SAMPLING, stop=(letter,)))
+    groups = generate(serving, prompts(), 4, replace(SAMPLING, stop=(letter,)))
     stopped = [c for g in groups for c in g.completions if c.finish == "stop"]
     assert stopped
     for completion in stopped:
@@ -215,9 +216,9 @@ def test_a_stop_string_ends_a_completion_and_stays_in_its_text_and_its_tokens(se
 
 
 def test_a_stop_token_ends_a_completion_and_is_scored(serving: Any, policy: Any) -> None:
-    free = serving.generate(prompts(), 4, SAMPLING)
+    free = generate(serving, prompts(), 4, SAMPLING)
     token = int(free[0].completions[0].token_ids[2])
-    groups = serving.generate(prompts(), 4, replace(SAMPLING, stop_token_ids=(token,)))
+    groups = generate(serving, prompts(), 4, replace(SAMPLING, stop_token_ids=(token,)))
     first = groups[0].completions[0]
     assert (first.finish, int(first.token_ids[-1])) == ("stop", token)
     assert largest_gap(policy, groups) < 1e-4
@@ -227,24 +228,24 @@ def test_greedy_completions_do_not_depend_on_seeds_and_groups_of_them_are_refuse
     greedy = replace(SAMPLING, temperature=0.0)
     items = prompts(4)
     again = [replace(item, seed=item.seed // 2) for item in items]
-    groups = serving.generate(items, 1, greedy)
-    assert as_json(groups) == as_json(serving.generate(again, 1, greedy))
+    groups = generate(serving, items, 1, greedy)
+    assert as_json(groups) == as_json(generate(serving, again, 1, greedy))
     assert largest_gap(policy, groups, temperature=1.0) < 1e-4
     with pytest.raises(Unsupported, match="greedy"):
-        serving.generate(items, 2, greedy)
+        generate(serving, items, 2, greedy)
 
 
 def test_the_same_call_gives_the_same_bits_again_whatever_ran_before(serving: Any) -> None:
-    once = as_json(serving.generate(prompts(), 8, SAMPLING))
-    serving.generate(prompts(9, seed=5), 3, SAMPLING)
-    assert as_json(serving.generate(prompts(), 8, SAMPLING)) == once
+    once = as_json(generate(serving, prompts(), 8, SAMPLING))
+    generate(serving, prompts(9, seed=5), 3, SAMPLING)
+    assert as_json(generate(serving, prompts(), 8, SAMPLING)) == once
 
 
 def test_more_prompts_than_one_step_admits_give_the_same_log_probabilities(serving: Any, policy: Any) -> None:
     """vLLM would cut the last prompt that a step admits in two, which it cannot do on CPU with seeded requests."""
     items = [PromptItem(i, np.arange(3, 93) + i, group_seed(2, "many", i)) for i in range(8)]
     assert sum(len(item.token_ids) for item in items) > 2 * STEP_TOKENS
-    assert largest_gap(policy, serving.generate(items, 2, SAMPLING)) < 1e-4
+    assert largest_gap(policy, generate(serving, items, 2, SAMPLING)) < 1e-4
 
 
 def test_computing_a_prompt_in_parts_is_refused_on_cpu(model_folder: Path) -> None:
@@ -260,8 +261,8 @@ def test_long_prompts_shared_by_a_group_give_the_same_bits_again(serving: Any) -
     """Longer than a block of the key-value cache (128 tokens on CPU), so that the completions share cached blocks."""
     ids = np.random.default_rng(1).integers(3, 259, 200)
     items = [PromptItem(i, ids[: 200 - i], group_seed(1, "long", i)) for i in range(3)]
-    once = as_json(serving.generate(items, 4, SAMPLING))
-    assert as_json(serving.generate(items, 4, SAMPLING)) == once
+    once = as_json(generate(serving, items, 4, SAMPLING))
+    assert as_json(generate(serving, items, 4, SAMPLING)) == once
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -274,12 +275,12 @@ def test_an_engine_in_a_ray_actor_gives_the_same_bits(serving: Any, model_folder
         finally:
             await fleet.close()
 
-    assert as_json(asyncio.run(run())) == as_json(serving.generate(prompts(), 8, SAMPLING))
+    assert as_json(asyncio.run(run())) == as_json(generate(serving, prompts(), 8, SAMPLING))
 
 
 def test_a_prompt_that_does_not_fit_is_named(serving: Any) -> None:
     with pytest.raises(DataError, match="256") as caught:
-        serving.generate([replace(prompts(1)[0], token_ids=np.arange(3, 253))], 1, SAMPLING)
+        generate(serving, [replace(prompts(1)[0], token_ids=np.arange(3, 253))], 1, SAMPLING)
     assert caught.value.where == "row 0"
 
 
@@ -289,37 +290,37 @@ def test_a_prompt_that_does_not_fit_is_named(serving: Any) -> None:
 def test_publishing_changes_what_is_sampled_and_returns_the_trainers_digest(
     serving: Any, policy: Any, first: Publication, tmp_path: Path
 ) -> None:
-    before = serving.generate(prompts(), 4, SAMPLING)
+    before = generate(serving, prompts(), 4, SAMPLING)
     randomize(policy, 1)
     try:
         second = published(policy, tmp_path / "v2", 2)
         assert second.digest != first.digest
         assert serving.publish(second) == second.digest
         shutil.rmtree(second.path)  # the files are not needed once the version is held
-        groups = serving.generate(prompts(), 4, SAMPLING)
+        groups = generate(serving, prompts(), 4, SAMPLING)
         assert as_json(groups) != as_json(before)
         assert set(groups[0].completions[0].versions) == {2}
         assert largest_gap(policy, groups) < 1e-4
     finally:
         randomize(policy, 0)
     assert serving.publish(first) == first.digest
-    assert as_json(serving.generate(prompts(), 4, SAMPLING)) == as_json(before)
+    assert as_json(generate(serving, prompts(), 4, SAMPLING)) == as_json(before)
 
 
 def test_the_base_serves_without_any_adapter(serving: Any, policy: Any) -> None:
     serving.publish(Publication(7, "base", "", ""))
-    groups = serving.generate(prompts(), 2, SAMPLING)
+    groups = generate(serving, prompts(), 2, SAMPLING)
     with use_adapter(policy, None):
         assert largest_gap(policy, groups) < 1e-4
 
 
 def refused(serving: Any, publication: Publication, match: str) -> AlignError:
     """Publishing must fail, and version 1 must go on serving, unchanged."""
-    before = as_json(serving.generate(prompts(2), 2, SAMPLING))
+    before = as_json(generate(serving, prompts(2), 2, SAMPLING))
     with pytest.raises(EngineError, match=match) as caught:
         serving.publish(publication)
     assert serving.version == 1
-    assert as_json(serving.generate(prompts(2), 2, SAMPLING)) == before
+    assert as_json(generate(serving, prompts(2), 2, SAMPLING)) == before
     return caught.value
 
 
@@ -363,18 +364,106 @@ def test_an_engine_that_drops_the_adapter_is_caught(
         refused(serving, replace(first, version=2), "holds no adapter")
 
 
+def without_adapter(add: Any) -> Any:
+    """`rollout.vllm.add_request` as a vLLM would have it that forgets the adapter."""
+    return lambda llm, request_id, token_ids, parameters, adapter: add(llm, request_id, token_ids, parameters, None)
+
+
 def test_an_engine_that_holds_the_adapter_but_computes_with_the_base_is_caught(
     serving: Any, first: Publication, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate = serving._llm.generate
     monkeypatch.setattr(serving, "_probed", False)
     with monkeypatch.context() as patched:
-        patched.setattr(
-            serving._llm, "generate", lambda *args, **kwargs: generate(*args, **kwargs | {"lora_request": None})
-        )
+        patched.setattr("rollout.vllm.add_request", without_adapter(add_request))
         with pytest.raises(EngineError, match="adapter not applied"):
             serving.publish(replace(first, version=2))
     assert serving.publish(first) == first.digest
+
+
+def test_the_previous_version_under_its_own_integer_id_is_refused(
+    serving: Any, first: Publication, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM keeps adapters by id: asked to load another under an id that it has, it serves the one it has."""
+    with monkeypatch.context() as patched:
+        patched.setattr(serving, "_loaded", serving._adapter.lora_int_id - 1)
+        refused(serving, replace(first, version=2), "holds an adapter with the id")
+
+
+def test_a_scaled_adapter_is_refused(serving: Any, first: Publication, tmp_path: Path) -> None:
+    shutil.copytree(first.path, tmp_path / "v2")
+    file = tmp_path / "v2" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "lora_alpha": 2 * config["lora_alpha"]}))
+    refused(serving, replace(first, version=2, path=str(tmp_path / "v2")), "version 2")
+
+
+# ------------------------------------------------------------------------------------------------ versions in flight
+
+
+def stepped(engine: Any, answers: dict[int, Any], steps: int) -> None:
+    for _ in range(steps):
+        answers.update(engine.step())
+
+
+def test_requests_that_run_finish_on_their_version_while_new_ones_get_the_next(
+    serving: Any, policy: Any, first: Publication, tmp_path: Path
+) -> None:
+    """And a version that nobody uses any more is gone from vLLM's memory, its files having gone long before."""
+    items, long = prompts(4), replace(SAMPLING, max_tokens=40)
+    answers: dict[int, Any] = {}
+    randomize(policy, 1)
+    second = published(policy, tmp_path / "v2", 2)
+    randomize(policy, 0)
+    serving.add([Request(i, item, 4, long) for i, item in enumerate(items)])
+    stepped(serving, answers, 5)
+    assert serving.running == 4 and serving.accepts(second)
+    serving.publish(second)
+    shutil.rmtree(second.path)
+    assert not serving.accepts(replace(second, version=3)), "both of its slots are in use"
+    serving.add([Request(10 + i, item, 4, long) for i, item in enumerate(items)])
+    while serving.running:
+        stepped(serving, answers, 1)
+    old, new = [answers[i] for i in range(4)], [answers[10 + i] for i in range(4)]
+    for groups, version in ((old, 1), (new, 2)):
+        assert {int(v) for g in groups for c in g.completions for v in c.versions} == {version}
+    assert largest_gap(policy, old) < 1e-4
+    randomize(policy, 1)
+    try:
+        assert largest_gap(policy, new) < 1e-4
+    finally:
+        randomize(policy, 0)
+    assert len(serving._llm.llm_engine.list_loras()) == 1
+
+
+def test_log_probabilities_of_several_sequences_are_those_of_each(serving: Any, policy: Any) -> None:
+    items = prompts(3)
+    for item, found in zip(items, serving.logps([item.token_ids for item in items]), strict=True):
+        ids = torch.from_numpy(item.token_ids)[None]
+        with torch.no_grad():
+            expected = policy(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        assert np.allclose(found, expected, atol=1e-4)
+
+
+def test_abandoned_requests_are_never_answered(serving: Any) -> None:
+    answers: dict[int, Any] = {}
+    serving.add([Request(i, item, 4, SAMPLING) for i, item in enumerate(prompts(4))])
+    stepped(serving, answers, 2)
+    serving.abandon([0, 2, 99])
+    while serving.running:
+        stepped(serving, answers, 1)
+    assert sorted(answers) == [1, 3]
+    assert serving._llm.reset_prefix_cache(), "nothing of them is left in the cache"
+
+
+def test_a_prompt_that_does_not_fit_is_answered_among_those_that_do(serving: Any) -> None:
+    items = [replace(prompts(1)[0], token_ids=np.arange(3, 253)), *prompts(2)]
+    serving.add([Request(i, item, 2, SAMPLING) for i, item in enumerate(items)])
+    answers: dict[int, Any] = {}
+    while serving.running:
+        stepped(serving, answers, 1)
+    assert isinstance(answers[0], FailedPrompt) and answers[0].cause == "too long"
+    assert "250 tokens" in answers[0].message and "256" in answers[0].message
+    assert isinstance(answers[1], Group) and isinstance(answers[2], Group)
 
 
 def test_an_adapter_wider_than_the_engine_or_missing_is_refused(
@@ -425,11 +514,11 @@ def merged(policy: Any, folder: Path, version: int) -> tuple[Publication, Any]:
 def test_an_engine_without_a_version_does_not_generate(whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(whole, "version", None)
     with pytest.raises(EngineError, match="before a version"):
-        whole.generate(prompts(1), 1, SAMPLING)
+        generate(whole, prompts(1), 1, SAMPLING)
 
 
 def test_whole_weights_replace_the_models_own_tied_head_included(whole: Any, policy: Any, tmp_path: Path) -> None:
-    before = whole.generate(prompts(), 4, SAMPLING)
+    before = generate(whole, prompts(), 4, SAMPLING)
     model = None
     for version in (1, 2):
         randomize(policy, version)
@@ -437,7 +526,7 @@ def test_whole_weights_replace_the_models_own_tied_head_included(whole: Any, pol
             policy.get_base_model().get_input_embeddings().weight.mul_(1.25)  # tied: the head must follow
         publication, model = merged(policy, tmp_path / f"v{version}", version)
         assert whole.publish(publication) == publication.digest
-        groups = whole.generate(prompts(), 4, SAMPLING)
+        groups = generate(whole, prompts(), 4, SAMPLING)
         assert as_json(groups) != as_json(before)
         assert largest_gap(model, groups) < 1e-4
     with pytest.raises(EngineError, match="replaced"):
@@ -452,7 +541,7 @@ def test_weights_other_than_published_are_refused_and_then_nothing_is_served(
     with pytest.raises(EngineError, match="version 5"):
         whole.publish(replace(publication, version=5, digest="0" * 64))
     with pytest.raises(EngineError, match="before a version"):
-        whole.generate(prompts(1), 1, SAMPLING)
+        generate(whole, prompts(1), 1, SAMPLING)
     assert whole.publish(publication) == publication.digest
 
 
@@ -481,3 +570,71 @@ def test_a_head_that_computes_with_its_old_packed_copy_is_caught(
         with pytest.raises(EngineError, match="packed copy is older"):
             whole.publish(publication)
     assert whole.publish(publication) == publication.digest
+
+
+LONG = PromptItem(0, np.random.default_rng(3).integers(3, 259, 200), seed=5)
+
+
+def test_whole_weights_wait_for_the_requests_that_run_and_leave_nothing_of_theirs_in_the_prefix_cache(
+    whole: Any, policy: Any, tmp_path: Path
+) -> None:
+    """The prompt is longer than a block of the key-value cache: the next version must not find it there."""
+    publication, _ = merged(policy, tmp_path / "v10", 10)
+    whole.publish(publication)
+    whole.add([Request(0, LONG, 2, SAMPLING)])
+    whole.step()
+    randomize(policy, 10)
+    publication, model = merged(policy, tmp_path / "v11", 11)
+    assert not whole.accepts(publication)
+    with pytest.raises(EngineError, match="1 requests run"):
+        whole.publish(publication)
+    while whole.running:
+        whole.step()
+    assert whole.accepts(publication)
+    whole.publish(publication)
+    assert largest_gap(model, generate(whole, [LONG], 4, SAMPLING)) < 1e-4
+
+
+def test_a_prefix_cache_that_keeps_the_version_before_is_caught(
+    whole: Any, policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publication, _ = merged(policy, tmp_path / "v12", 12)
+    whole.publish(publication)
+    for answer, match in ((True, "still serves 128 tokens"), (False, "could not be emptied")):
+        with monkeypatch.context() as patched:
+            patched.setattr(whole._llm, "reset_prefix_cache", lambda answer=answer, **options: answer)
+            with pytest.raises(EngineError, match=match):
+                whole.publish(publication)
+    assert whole.publish(publication) == publication.digest
+
+
+def test_whole_weights_in_flight_take_over_between_two_tokens_and_each_token_knows_its_version(
+    whole: Any, policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the change everything before it has been read again by the new weights: log-probabilities are theirs."""
+    monkeypatch.setattr(whole, "spec", replace(whole.spec, in_flight=True))
+    models = {}
+    publications = {}
+    for version in (21, 22):
+        randomize(policy, version)
+        publications[version], models[version] = merged(policy, tmp_path / f"v{version}", version)
+    whole.publish(publications[21])
+    items = [*prompts(5), replace(LONG, group_id=5)]
+    whole.add([Request(item.group_id, item, 4, replace(SAMPLING, max_tokens=40)) for item in items])
+    answers: dict[int, Any] = {}
+    stepped(whole, answers, 8)
+    assert whole.accepts(publications[22])
+    whole.publish(publications[22])
+    while whole.running:
+        stepped(whole, answers, 1)
+    groups = [answers[item.group_id] for item in items]
+    seen = set()
+    for group in groups:
+        by_model = {version: trainer_logps(model, group, TEMPERATURE) for version, model in models.items()}
+        for number, completion in enumerate(group.completions):
+            versions = completion.versions.tolist()
+            assert versions == sorted(versions)
+            seen.add(tuple(sorted(set(versions))))
+            expected = [by_model[v][number][position] for position, v in enumerate(versions)]
+            assert np.abs(np.array(expected) - completion.logps).max() < 1e-4
+    assert (21, 22) in seen

@@ -14,6 +14,7 @@ from align.model.generate import TransformersEngine
 from align.model.load import load_model
 from align.protocols import Completion, PromptItem, Publication, Sampling
 from align.train.policy import write_weights
+from rollout.base import Request, generate
 from tests.unit.model.tiny import LLAMA, QWEN3, logits, lora, train_a_little, write_tiny
 
 BASE = Publication(0, "base", "", "")
@@ -69,7 +70,7 @@ def test_log_probabilities_are_those_of_a_plain_forward_at_the_sampling_temperat
     engine = TransformersEngine(Spec(str(folder)))
     engine.publish(BASE)
     prompts = [prompt(1, 3), prompt(2, 11), prompt(3, 6)]
-    groups = engine.generate(prompts, 1 if temperature == 0 else 3, Sampling(temperature, max_tokens=9))
+    groups = generate(engine, prompts, 1 if temperature == 0 else 3, Sampling(temperature, max_tokens=9))
     model = load_model(folder, dtype=torch.float32)
     for group in groups:
         for completion in group.completions:
@@ -83,13 +84,13 @@ def test_log_probabilities_are_those_of_a_plain_forward_at_the_sampling_temperat
 def test_a_completion_depends_on_its_prompt_seed_and_number_and_not_on_its_company(engine):
     sampling = Sampling(1.0, max_tokens=12)
     prompts = [prompt(n, 4 + 3 * n, group_id=n) for n in range(4)]
-    together = engine.generate(prompts, 40, sampling)  # more rows than one batch holds
-    alone = [engine.generate([item], 5, sampling)[0] for item in reversed(prompts)][::-1]
+    together = generate(engine, prompts, 40, sampling)  # more rows than one batch holds
+    alone = [generate(engine, [item], 5, sampling)[0] for item in reversed(prompts)][::-1]
     for group, single in zip(together, alone, strict=True):
         for a, b in zip(group.completions[:5], single.completions, strict=True):
             assert np.array_equal(a.token_ids, b.token_ids)
             assert np.allclose(a.logps, b.logps, atol=1e-5)
-    again = engine.generate(prompts, 40, sampling)
+    again = generate(engine, prompts, 40, sampling)
     assert all(
         np.array_equal(a.logps, b.logps)
         for one, two in zip(together, again, strict=True)
@@ -107,7 +108,7 @@ def test_tokens_are_drawn_from_the_model_s_distribution(engine, folder):
     first = [
         int(completion.token_ids[0])
         for n in range(100)
-        for completion in engine.generate([PromptItem(0, item.token_ids, seed=n)], 64, Sampling(0.5, max_tokens=1))[
+        for completion in generate(engine, [PromptItem(0, item.token_ids, seed=n)], 64, Sampling(0.5, max_tokens=1))[
             0
         ].completions
     ]
@@ -119,7 +120,7 @@ def test_tokens_are_drawn_from_the_model_s_distribution(engine, folder):
 
 def test_every_way_to_finish_is_named_and_the_token_that_finishes_is_kept(engine):
     items = [prompt(n, 5) for n in range(6)]
-    free = [c for g in engine.generate(items, 8, Sampling(1.0, max_tokens=30)) for c in g.completions]
+    free = [c for g in generate(engine, items, 8, Sampling(1.0, max_tokens=30)) for c in g.completions]
     lengths = [c for c in free if c.finish == "length"]
     assert lengths and all(len(c.token_ids) == 30 for c in lengths)
     ended = [c for c in free if c.finish == "eos"]
@@ -127,10 +128,10 @@ def test_every_way_to_finish_is_named_and_the_token_that_finishes_is_kept(engine
     assert all("<|im_end|>" not in c.text for c in ended)
     longest = max(free, key=lambda c: len(c.token_ids))
     by_id = Sampling(1.0, max_tokens=30, stop_token_ids=(int(longest.token_ids[4]),))
-    stopped = [c for g in engine.generate(items, 8, by_id) for c in g.completions if c.finish == "stop"]
+    stopped = [c for g in generate(engine, items, 8, by_id) for c in g.completions if c.finish == "stop"]
     assert stopped and all(c.token_ids[-1] == by_id.stop_token_ids[0] for c in stopped)
     letters = [c for c in free if "e" in c.text]
-    by_text = [c for g in engine.generate(items, 8, Sampling(1.0, max_tokens=30, stop=("e",))) for c in g.completions]
+    by_text = [c for g in generate(engine, items, 8, Sampling(1.0, max_tokens=30, stop=("e",))) for c in g.completions]
     stopped = [c for c in by_text if c.finish == "stop"]
     assert len(stopped) == len(letters)
     assert all(c.text.count("e") >= 1 and "e" not in engine._decode(c.token_ids[:-1].tolist()) for c in stopped)
@@ -139,13 +140,13 @@ def test_every_way_to_finish_is_named_and_the_token_that_finishes_is_kept(engine
 def test_prompts_that_cannot_fit_and_useless_groups_are_refused(folder):
     engine = TransformersEngine(Spec(str(folder), max_model_len=16))
     with pytest.raises(EngineError, match="before a version was published"):
-        engine.generate([prompt(0, 4)], 1, Sampling())
+        generate(engine, [prompt(0, 4)], 1, Sampling())
     engine.publish(BASE)
     with pytest.raises(DataError, match="a prompt of 9 tokens"):
-        engine.generate([prompt(0, 9)], 2, Sampling(max_tokens=8))
+        generate(engine, [prompt(0, 9)], 2, Sampling(max_tokens=8))
     with pytest.raises(Unsupported, match="greedy"):
-        engine.generate([prompt(0, 4)], 2, Sampling(0.0, max_tokens=4))
-    assert engine.generate([], 2, Sampling(max_tokens=4)) == []
+        generate(engine, [prompt(0, 4)], 2, Sampling(0.0, max_tokens=4))
+    assert generate(engine, [], 2, Sampling(max_tokens=4)) == []
 
 
 def test_published_adapters_take_over_one_after_another_and_the_base_can_come_back(engine, folder, tmp_path):
@@ -166,7 +167,7 @@ def test_published_adapters_take_over_one_after_another_and_the_base_can_come_ba
     assert sum("lora_A" in name for name, _ in engine._model.named_parameters()) == 14
     engine.publish(Publication(4, "base", "", ""))
     assert np.array_equal(engine.logps(ids)[0], base)
-    group = engine.generate([prompt(9, 12)], 2, Sampling(max_tokens=3))[0]
+    group = generate(engine, [prompt(9, 12)], 2, Sampling(max_tokens=3))[0]
     assert set(group.completions[0].versions.tolist()) == {4}
 
 
@@ -210,5 +211,21 @@ def test_whole_weights_are_copied_in_and_answered_with_their_digest(engine, fold
     with pytest.raises(EngineError, match="other weights"):
         engine.publish(Publication(7, "weights", publication.path, "0" * 64))
     with pytest.raises(EngineError, match="before a version"):
-        engine.generate([prompt(0, 4)], 1, Sampling(max_tokens=2))
+        generate(engine, [prompt(0, 4)], 1, Sampling(max_tokens=2))
     engine.close()
+
+
+def test_requests_are_answered_batch_by_batch_and_one_that_waits_gets_the_newest_version(engine):
+    engine.add([Request(n, prompt(n, 5), 40, Sampling(max_tokens=3)) for n in range(3)])
+    engine.add(
+        [Request(3, prompt(3, 5), 2, Sampling(max_tokens=3)), Request(4, prompt(4, 5), 2, Sampling(max_tokens=2))]
+    )
+    first = engine.step()
+    assert [ticket for ticket, _ in first] == [0], "64 rows hold one group of 40"
+    assert engine.running == 4
+    engine.abandon([1])
+    engine.publish(Publication(1, "base", "", ""))
+    rest = [engine.step() for _ in range(3)]
+    assert [[ticket for ticket, _ in answers] for answers in rest] == [[2], [3], [4]]
+    assert {int(v) for answers in rest for _, group in answers for c in group.completions for v in c.versions} == {1}
+    assert engine.running == 0 and engine.step() == []

@@ -33,6 +33,15 @@ def test_a_full_fine_tune_has_no_adapter_to_send() -> None:
         publish_mode(Adapter(kind="full"), Rollout(weights="adapter"))
 
 
+def test_only_whole_weights_on_vllm_take_over_in_flight() -> None:
+    assert publish_mode(Adapter(kind="full"), Rollout(publish="in_flight")) == "weights"
+    assert publish_mode(Adapter(), Rollout(publish="in_flight", weights="merged")) == "weights"
+    with pytest.raises(Unsupported, match="with adapters"):
+        publish_mode(Adapter(), Rollout(publish="in_flight"))
+    with pytest.raises(Unsupported, match="transformers"):
+        publish_mode(Adapter(kind="full"), Rollout(publish="in_flight", name="transformers"))
+
+
 def test_ranks_beyond_vllms_kernels_are_refused_unless_merged() -> None:
     with pytest.raises(Unsupported, match="up to rank 512"):
         publish_mode(Adapter(rank=1024), Rollout())

@@ -175,6 +175,13 @@ def test_keeping_more_checkpoints_changes_no_result(tmp_path: Path) -> None:
     compare(run, recipe(tmp_path, sft_save={"keep": 5}))
 
 
+def test_when_an_engine_counts_as_lost_changes_no_result(tmp_path: Path) -> None:
+    run = finished(recipe(tmp_path), "sft", "dpo", "grpo")
+    compare(run, recipe(tmp_path, grpo_rollout={"heartbeat_s": 5, "request_timeout_s": 3600}))
+    with pytest.raises(RunFolderError, match="max_tokens"):
+        compare(run, recipe(tmp_path, grpo_rollout={"max_tokens": 5}))
+
+
 def test_changed_data_is_noticed(tmp_path: Path) -> None:
     r = recipe(tmp_path)
     run = finished(r, "sft")

@@ -1,0 +1,72 @@
+"""The files that an engine reads: which ids end a turn, the tensors of a version, and the adapter that probes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align.errors import EngineError
+from align.protocols import Publication
+
+
+def end_ids(folder: Path, tokenizer_eos: int | None) -> frozenset[int]:
+    """Token ids that end a turn: the tokenizer's, and those of generation_config.json (else config.json)."""
+    found: set[int] = set() if tokenizer_eos is None else {tokenizer_eos}
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        ids = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+        if ids is not None:
+            return frozenset(found.union(ids if isinstance(ids, list) else [ids]))
+    return frozenset(found)
+
+
+def tensor_shapes(files: Sequence[Path], publication: Publication) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in `files`, from their headers alone.
+
+    Raises:
+        EngineError: there is no such file, or one of them is not a safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    try:
+        for file in files:
+            with safe_open(file, framework="np") as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise EngineError(f"version {publication.version} cannot be read: {error}", where=publication.path) from error
+    if not shapes:
+        raise EngineError(f"version {publication.version} has no tensors", where=publication.path)
+    return shapes
+
+
+def read_tensors(files: Sequence[Path], dtype: Any) -> Iterator[tuple[str, Any]]:
+    """Name and tensor of everything in `files`, one after the other. EngineError where one has another dtype."""
+    from safetensors import safe_open
+
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (a safetensors handle is no mapping)
+                tensor = tensors.get_tensor(name)
+                if tensor.dtype != dtype:
+                    raise EngineError(
+                        f"{name} was published in {tensor.dtype}, the engine computes in {dtype}", where=file
+                    )
+                yield name, tensor
+
+
+def write_probe_adapter(folder: Path, like: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """An adapter of the shape and configuration of the one in `like`, with standard normal weights."""
+    from safetensors.numpy import save_file
+
+    generator = np.random.default_rng(0)
+    save_file(
+        {name: generator.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()},
+        folder / "adapter_model.safetensors",
+    )
+    (folder / "adapter_config.json").write_bytes((like / "adapter_config.json").read_bytes())
