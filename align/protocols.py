@@ -8,7 +8,7 @@ a virtual clock in the simulator.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -144,6 +144,18 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class FailedPrompt:
+    """A prompt that cannot be sampled (too long for the engine, ...): a fault of the data, not of an engine.
+
+    cause: one word or two, the same for all prompts that fail in this way; message: one sentence with the numbers.
+    """
+
+    prompt: PromptItem
+    cause: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """A score that could not be had: which sample and objective, the cause, and the first lines of the error."""
 
@@ -160,7 +172,9 @@ class ScoreTable:
 
     objectives: R names; scores: f32[S, R], NaN where missing (not applicable, or failed: see failures);
     kinds: "reward" or "cost" per objective (a cost enters the combiners with its sign flipped);
-    dropped: indices of groups that an `on_error: drop_group` policy removed; metrics: flat names to numbers.
+    dropped: indices of groups that an `on_error: drop_group` policy removed; metrics: flat names to numbers; counts:
+    by metric name, for each metric that is a mean, of how many numbers. A metric without a count is a sum: over
+    several tables of one step it adds up, where means are weighted by their counts.
     """
 
     objectives: tuple[str, ...]
@@ -170,6 +184,16 @@ class ScoreTable:
     dropped: tuple[int, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     infos: tuple[Mapping[str, Any], ...] = ()
+    counts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorBudget:
+    """Of what a reward's `max_error_rate` is a share: calls with the same id share one budget over `samples` samples,
+    however many of them each call brings. A step is scored in as many calls as its groups finish in."""
+
+    id: int
+    samples: int
 
 
 # ---------------------------------------------------------------------------------------------------- weights
@@ -250,16 +274,45 @@ class Trainer(Protocol):
 
 
 class Scorer(Protocol):
-    async def score(self, groups: Sequence[Group]) -> ScoreTable: ...
+    async def score(self, groups: Sequence[Group], budget: ErrorBudget | None = None) -> ScoreTable:
+        """Several calls may run at once. budget None: these groups are all there is, and have a budget of their own.
+
+        Raises RewardError where a reward fails more often than it may, PluginError where it cannot be loaded.
+        """
+        ...
 
     async def close(self) -> None: ...
 
 
 class Fleet(Protocol):
-    """The engines. `publish` returns when every engine holds the version and its digest was compared."""
+    """The engines, as one."""
 
-    async def publish(self, publication: Publication) -> Metrics: ...
+    async def publish(self, publication: Publication) -> Metrics:
+        """Returns when every live engine holds the version and its digest was compared. Requests that are running
+        finish on the version they began with (adapters), or are drained first (whole weights)."""
+        ...
 
-    async def generate(self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> list[Group]: ...
+    def stream(
+        self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling
+    ) -> AsyncIterator[Group | FailedPrompt]:
+        """Every prompt exactly once, in the order in which groups finish.
+
+        The whole list is admitted at once, so that with one engine and nothing else running, which sequences are
+        computed together is a function of the list alone (bit-equal runs at staleness 0). Several streams may be open
+        at once. Engines that die are restarted, and the groups they held are reissued with the same ids and seeds on
+        the newest version; the caller sees it in `metrics` only. A stream that is cancelled or closed gives its
+        requests up.
+
+        Raises EngineError when engines cannot be kept alive.
+        """
+        ...
+
+    async def generate(self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> list[Group]:
+        """All of `stream`, in the order of prompts, for evaluation. Raises DataError for a prompt that fails."""
+        ...
+
+    def metrics(self) -> Metrics:
+        """Counters since the last call, by flat name: "rollout/restarts", seconds lost, groups reissued, ..."""
+        ...
 
     async def close(self) -> None: ...

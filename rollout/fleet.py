@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any
 
 import ray
@@ -16,7 +16,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from align.errors import AlignError, EngineError, PlacementError
-from align.protocols import Group, Metrics, PromptItem, Publication, Sampling
+from align.protocols import FailedPrompt, Group, Metrics, PromptItem, Publication, Sampling
 from rollout.base import Engine, EngineSpec, check_engine_options
 from rollout.worker import EngineWorker, worker_environment
 
@@ -46,12 +46,12 @@ def generation_metrics(groups: Sequence[Group], seconds: float) -> Metrics:
 class LocalFleet:
     """One engine in this process, for evaluation and tests without Ray. Calls block the event loop while it computes.
 
-    `metrics` holds `generation_metrics` of the last `generate`.
+    `metrics()` is `generation_metrics` of the last `generate`.
     """
 
     def __init__(self, engine: Engine):
         self._engine = engine
-        self.metrics: Metrics = {}
+        self._last: Metrics = {}
 
     async def publish(self, publication: Publication) -> Metrics:
         started = time.perf_counter()
@@ -61,8 +61,18 @@ class LocalFleet:
     async def generate(self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> list[Group]:
         started = time.perf_counter()
         groups = self._engine.generate(prompts, group_size, sampling)
-        self.metrics = generation_metrics(groups, time.perf_counter() - started)
+        self._last = generation_metrics(groups, time.perf_counter() - started)
         return groups
+
+    async def stream(
+        self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling
+    ) -> AsyncIterator[Group | FailedPrompt]:
+        for group in await self.generate(prompts, group_size, sampling):
+            yield group
+
+    def metrics(self) -> Metrics:
+        last, self._last = self._last, {}
+        return last
 
     async def close(self) -> None:
         self._engine.close()
@@ -106,7 +116,7 @@ class RayFleet:
                 remedy="give at least one worker, and one bundle for each",
             )
         check_engine_options(spec.name, spec.engine)
-        self.metrics: Metrics = {}
+        self._last: Metrics = {}
         self._start_timeout_s = start_timeout_s
         self._request_timeout_s = request_timeout_s
         self._close_timeout_s = close_timeout_s
@@ -153,7 +163,7 @@ class RayFleet:
         return {"time/publish": time.perf_counter() - started}
 
     async def generate(self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> list[Group]:
-        """G completions of each prompt, in order. `metrics` then describes this call (see `generation_metrics`).
+        """G completions of each prompt, in order. `metrics()` then describes this call (see `generation_metrics`).
 
         Raises:
             EngineError: an engine failed or did not answer in time. DataError: a prompt does not fit.
@@ -165,8 +175,19 @@ class RayFleet:
             for worker, part in zip(self._workers, split(prompts, len(self._workers)), strict=True)
         ]
         groups = join(await self._all(answers, self._request_timeout_s, "generate"))
-        self.metrics = generation_metrics(groups, time.perf_counter() - started)
+        self._last = generation_metrics(groups, time.perf_counter() - started)
         return groups
+
+    async def stream(
+        self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling
+    ) -> AsyncIterator[Group | FailedPrompt]:
+        """`generate`, handed on group by group once all are there."""
+        for group in await self.generate(prompts, group_size, sampling):
+            yield group
+
+    def metrics(self) -> Metrics:
+        last, self._last = self._last, {}
+        return last
 
     async def close(self) -> None:
         """Let every engine shut down, then end its actor; one that is hung or dead is ended without."""

@@ -339,14 +339,34 @@ class RewardModelStage(TrainStage):
     batch: PairBatch = PairBatch()
 
 
+class DynamicSampling(Strict):
+    """Groups without signal (every completion scored alike) are replaced by fresh prompts (DAPO, 2503.14476).
+    max_factor: a step samples at most so many times its groups; what then is without signal is trained as it is."""
+
+    max_factor: Annotated[float, Field(gt=1)] = 3.0
+
+
 class OnlineStage(TrainStage):
+    """staleness: versions that a group may be behind when it is trained on; 0 is synchronous and on-policy. overdue:
+    what becomes of a group that would be older; wait for it in time, or drop it, which favours short completions.
+    max_failed_prompts: of a step's prompts, the share that the engines may refuse; at least one where it is not 0."""
+
     kind: Literal["online"]
     loss: LossField = (LossTerm(name="grpo"),)
     batch: GroupBatch = GroupBatch()
     staleness: Annotated[int, Field(ge=0)] = 0
+    overdue: Literal["wait", "drop"] = "wait"
+    dynamic_sampling: DynamicSampling | None = None
+    max_failed_prompts: Fraction = 0.02
     rollout: Rollout = Rollout()
     rewards: Annotated[RewardField, Field(min_length=1)]
     objectives: Objectives = Objectives()
+
+    @model_validator(mode="after")
+    def _drops_where_something_can_be_late(self) -> OnlineStage:
+        if self.overdue == "drop" and self.staleness == 0:
+            raise ValueError("`overdue: drop` needs `staleness` above 0: a synchronous step waits for all its groups")
+        return self
 
     @model_validator(mode="after")
     def _one_weight_of_truncated(self) -> OnlineStage:
