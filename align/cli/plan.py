@@ -265,7 +265,7 @@ class Planner:
             plan.memory["each engine"] = memory.engine(
                 self.sizes,
                 _dtype(gpu, stage.rollout.dtype, model.dtype),
-                sequences=-(-sequences // stage.rollout.workers),
+                sequences=-(-sequences * (stage.staleness + 1) // stage.rollout.workers),
                 length=length,
             )
         times = {trainer: ranks, "each engine": stage.rollout.workers if stage.kind == "online" else 0}

@@ -132,6 +132,7 @@ class Supply:
 
     def published(self, version: int) -> None:
         """A version is out: the slots of the turn's groups are free, and those of overdue ones where they drop."""
+        self.version = version
         late = self.buffer.published(version)
         if late:
             for slot in late:

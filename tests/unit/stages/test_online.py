@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 from itertools import chain
@@ -10,72 +9,11 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from align.protocols import Completion, Group, Sampling, ScoreTable, group_seed
-from align.recipe.schema import Objectives, Save
-from align.stages.groups import PromptCursor, group_metrics, to_trees, untrained
-from align.stages.loop import Loop, StageResult, latest_checkpoint
-from align.stages.online import OnlinePlan, OnlineStage, greedy_metrics
-from align.stages.publication import PublicationFolder
-from align.stages.rollout_log import RolloutLog
-from tests.unit.stages.plain import Lines, PlainFleet, PlainScorer, PlainTrainer, prompt
-
-PROMPTS = [prompt(n) for n in range(5)]
-PLANNED = {"truncated", "staleness", "overdue", "refill", "max_failed"}
-
-
-class Run:
-    """One start of a stage with 3 groups of 4 over 5 prompts, 12 turns, on plain objects."""
-
-    def __init__(self, folder: Path, *, total: int = 12, fleet: PlainFleet | None = None, **settings) -> None:
-        self.trainer, self.fleet, self.lines = PlainTrainer(), fleet or PlainFleet(), Lines()
-        self.scorer = settings.pop("scorer", PlainScorer())
-        self.publications = PublicationFolder(folder)
-        plan = OnlinePlan(
-            stage_id="grpo",
-            groups=3,
-            group_size=4,
-            total=total,
-            sampling=Sampling(max_tokens=8),
-            objectives=Objectives(),
-            **{key: settings.pop(key) for key in PLANNED & settings.keys()},
-        )
-        self.stage = OnlineStage(
-            plan,
-            trainer=self.trainer,
-            fleet=self.fleet,
-            scorer=self.scorer,
-            cursor=PromptCursor(PROMPTS, 0, "grpo", 7),
-            publications=self.publications,
-            log=RolloutLog(folder / "grpo" / "rollouts"),
-            decode=lambda ids: " ".join(map(str, ids)),
-            tell=self.lines.message,
-        )
-        self.loop = Loop(
-            stage_id="grpo",
-            kind="online",
-            total=total,
-            folder=folder / "grpo",
-            trainer=self.trainer,
-            report=self.lines,
-            stop=asyncio.Event(),
-            save=Save(every=4),
-            artefact="adapter",
-            extra=self.stage.extra,
-            evaluate=lambda: self.stage.evaluate(PROMPTS[:2], self.scorer),
-            **settings,
-        )
-
-    def __call__(self) -> StageResult:
-        async def all_of_it() -> StageResult:
-            await self.loop.restore(latest_checkpoint(self.loop.folder, self.lines))
-            async with self.stage:
-                await self.stage.start(self.loop.state.step, self.loop.state.extra)
-                return await self.loop.run(self.stage.turn)
-
-        try:
-            return asyncio.run(all_of_it())
-        finally:
-            self.publications.close()
+from align.protocols import Completion, Group, ScoreTable, group_seed
+from align.stages.groups import group_metrics, to_trees, untrained
+from align.stages.online import greedy_metrics
+from tests.unit.stages.online_run import PROMPTS, Run
+from tests.unit.stages.plain import PlainFleet, PlainScorer, prompt
 
 
 def completion(length: int, finish: str = "eos", version: int = 0) -> Completion:
