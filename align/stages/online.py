@@ -20,7 +20,7 @@ import numpy as np
 
 from align.errors import RewardError
 from align.objectives import combine
-from align.protocols import Fleet, Group, Metrics, PromptItem, Publication, Sampling, Scorer, ScoreTable, Trainer
+from align.protocols import Fleet, Group, Metrics, PromptItem, Publication, Sampling, Scorer, ScoreTable, Trainer, Tree
 from align.recipe.schema import Objectives
 from align.stages.background import Background
 from align.stages.buffer import Overdue, check_age
@@ -70,6 +70,16 @@ class OnlinePlan:
             refill=self.refill,
             max_failed=self.max_failed,
         )
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A turn's trees, and of each completion its advantage f32[S] and whether it is trained bool[S]; metrics of it."""
+
+    trees: list[Tree]
+    advantages: np.ndarray
+    trained: np.ndarray
+    metrics: Metrics
 
 
 class OnlineStage:
@@ -132,12 +142,40 @@ class OnlineStage:
     async def turn(self, step: int) -> Metrics:
         clock = _Clock()
         # not before the turn: an evaluation or a checkpoint between two turns would share the engines with it
-        self.supply.admit(step, wanted=self._still_wanted(step))
-        slots = await self.supply.take(step)
-        taken = [slot.result for slot in slots if slot.result is not None]
-        for slot, scored in zip(slots, taken, strict=True):
-            check_age(step, _oldest(scored.group, slot.version), self.plan.staleness, slot.group_id)
+        self.supply.admit(self._still_wanted(step))
+        taken = await self._take(step)
         waited = clock.split(taken)
+        batch = self._batch(taken, step)
+        clock.lap("time/prepare")
+        trained = await self.trainer.step(batch.trees, step=step, progress=step / self.plan.total)
+        clock.lap("time/train")
+        published = await self._publish(step + 1)
+        clock.lap("time/publish")
+        replaced, supplied = self.supply.take_turn()
+        self._log(step + 1, [*taken, *replaced], batch)
+        clock.lap("time/log")
+        generated = batch.metrics["tokens/generated"] + supplied.get("tokens/discarded", 0.0)
+        return {
+            **self.fleet.metrics(),
+            **batch.metrics,
+            "tokens/generated": generated,
+            **supplied,
+            **trained,
+            **published,
+            **waited,
+            **clock.laps,
+        }
+
+    async def _take(self, step: int) -> list[Scored]:
+        """The groups of a turn, by id. Raises StalenessError where one is older than the recipe allows."""
+        slots = await self.supply.take(step)
+        for slot in slots:
+            assert slot.result is not None, "a slot that is taken was scored"
+            check_age(step, _oldest(slot.result.group, slot.version), self.plan.staleness, slot.group_id)
+        return [slot.result for slot in slots if slot.result is not None]
+
+    def _batch(self, taken: Sequence[Scored], step: int) -> _Batch:
+        """From scored groups to what the trainer is given."""
         groups = [scored.group for scored in taken]
         table = join_tables([scored.table for scored in taken], self.supply.scoring.take_metrics())
         advantages, objective_metrics = self.advantages(groups, table, step)
@@ -149,28 +187,9 @@ class OnlineStage:
                 where=f"stage {self.plan.stage_id!r}, step {step}",
                 remedy="train it to answer first (an sft stage), or look at the prompts in rollouts/",
             )
-        clock.lap("time/prepare")
-        trained = await self.trainer.step(trees, step=step, progress=step / self.plan.total)
-        clock.lap("time/train")
-        published = await self._publish(step + 1)
-        self.supply.published(step + 1)
-        clock.lap("time/publish")
-        replaced, supplied = self.supply.take_turn()
-        self._log(step + 1, [*taken, *replaced], advantages, np.isfinite(advantages) & ~masked)
         counts = group_metrics(groups, advantages, masked, version=step)
-        counts["tokens/generated"] += supplied.get("tokens/discarded", 0.0)
-        clock.lap("time/log")
-        return {
-            **self.fleet.metrics(),
-            **counts,
-            **supplied,
-            **dict(table.metrics),
-            **objective_metrics,
-            **trained,
-            **published,
-            **waited,
-            **clock.laps,
-        }
+        metrics = {**counts, **table.metrics, **objective_metrics}
+        return _Batch(trees, advantages, np.isfinite(advantages) & ~masked, metrics)
 
     def _still_wanted(self, step: int) -> int:
         """Groups that turns from `step` to the last take, and that nobody has asked for yet."""
@@ -194,12 +213,12 @@ class OnlineStage:
             group, table, plan.objectives, plan.truncated, plan.truncated_penalty, self.objective_state, self.version
         )
 
-    def _log(self, step: int, scored: Sequence[Scored], advantages: np.ndarray, trained: np.ndarray) -> None:
+    def _log(self, step: int, scored: Sequence[Scored], batch: _Batch) -> None:
         """Write the turn's groups, and after them those that were replaced, which have no advantage."""
         table = join_tables([one.table for one in scored], {})
-        more = len(table.scores) - len(advantages)
-        advantages = np.concatenate([advantages, np.full(more, np.nan, dtype=np.float32)])
-        trained = np.concatenate([trained, np.zeros(more, dtype=bool)])
+        more = len(table.scores) - len(batch.advantages)
+        advantages = np.concatenate([batch.advantages, np.full(more, np.nan, dtype=np.float32)])
+        trained = np.concatenate([batch.trained, np.zeros(more, dtype=bool)])
         groups = [one.group for one in scored]
         self.log.add(step, groups, [self.decode(g.prompt.token_ids) for g in groups], table, advantages, trained)
 
@@ -214,6 +233,7 @@ class OnlineStage:
         folder = self.publications.folder(self.plan.stage_id, version)
         publication: Publication = await self.trainer.publish(folder, version)
         metrics = await self.fleet.publish(publication)
+        self.supply.published(version)
         self.publications.supersede(folder)
         self.version = version
         return metrics

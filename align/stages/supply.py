@@ -115,9 +115,8 @@ class Supply:
 
     # ------------------------------------------------------------------------------------------------ turns
 
-    def admit(self, version: int, wanted: int) -> None:
+    def admit(self, wanted: int) -> None:
         """Fill the free slots, as far as `wanted` more groups are needed, in one list."""
-        self.version = version
         count = min(self.buffer.free, wanted)
         again, self._again = self._again[:count], self._again[count:]
         prompts = self.cursor.of(again) + self._fresh(count - len(again))
@@ -131,7 +130,8 @@ class Supply:
         return await self.buffer.consume(turn)
 
     def published(self, version: int) -> None:
-        """A version is out: the slots of the turn's groups are free, and those of overdue ones where they drop."""
+        """The engines hold a version: the slots of the groups it was trained on are free, and those of overdue groups
+        where the recipe drops them."""
         self.version = version
         late = self.buffer.published(version)
         if late:
