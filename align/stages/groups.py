@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from align.data.order import epoch_order
 from align.errors import RecipeError
-from align.objectives import combine
+from align.objectives import Grouped, before_whitening
 from align.protocols import Completion, Group, Metrics, PromptItem, ScoreTable, Segment, Tree, group_seed
 from align.recipe.schema import Objectives
 
@@ -152,17 +152,15 @@ def carries_signal(
     objectives: Objectives,
     truncated: Literal["mask", "keep", "penalise"],
     penalty: float,
-    state: Mapping[str, Any],
-    step: int,
 ) -> bool:
     """Whether one scored group gives any completion that is trained an advantage other than 0, before whitening, which
     only the whole batch defines: what dynamic sampling asks (DAPO, 2503.14476, eq. 11)."""
     masked = untrained([group], table, truncated)
     if truncated == "penalise":
         table, objectives = penalise_truncated([group], table, objectives, penalty)
-    alone = objectives.model_copy(update={"whiten": False})
-    advantages, _, _ = combine(table.scores, group_ids([group]), table.objectives, table.kinds, alone, state, step)
-    return _has_signal(advantages[~masked])
+    alone = Grouped(np.zeros(len(table.scores), dtype=np.int64), 1)
+    scores = table.scores.astype(np.float64)
+    return _has_signal(before_whitening(scores, alone, table.objectives, table.kinds, objectives)[~masked])
 
 
 def _has_signal(advantages: np.ndarray) -> bool:

@@ -209,9 +209,7 @@ class OnlineStage:
 
     def _has_signal(self, group: Group, table: ScoreTable) -> bool:
         plan = self.plan
-        return carries_signal(
-            group, table, plan.objectives, plan.truncated, plan.truncated_penalty, self.objective_state, self.version
-        )
+        return carries_signal(group, table, plan.objectives, plan.truncated, plan.truncated_penalty)
 
     def _log(self, step: int, scored: Sequence[Scored], batch: _Batch) -> None:
         """Write the turn's groups, and after them those that were replaced, which have no advantage."""

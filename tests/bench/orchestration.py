@@ -2,7 +2,7 @@
 the buffer, with an engine, a reward and a trainer that answer at once. The goal is 2 ms at 1,000 groups per step.
 
     python -m tests.bench.orchestration [--groups 1000 --group-size 8 --tokens 64 --steps 12 --staleness 0 1]
-        [--dynamic]     replace groups without signal (here half of them); every group is then also judged alone
+        [--dynamic]     replace groups without signal (here half of them): they count as groups, and each is judged
         [--record]      write the figures to tests/bench/results/
 """
 
@@ -82,7 +82,7 @@ class InstantScorer:
 
 
 def run(arguments: argparse.Namespace, staleness: int, folder: Path) -> dict[str, float]:
-    """Milliseconds per group of a whole turn, and of its parts, over all turns but the first."""
+    """Milliseconds per group that was sampled, of a whole turn and of its parts, over all turns but the first."""
     prompts = [PromptItem(n, np.arange(64, dtype=np.int64), 0, row={"n": n}) for n in range(4 * arguments.groups)]
     publications = PublicationFolder(folder)
     fleet: Any = InstantFleet(arguments.tokens)
@@ -109,6 +109,7 @@ def run(arguments: argparse.Namespace, staleness: int, folder: Path) -> dict[str
         tell=lambda line: None,
     )
     seconds: list[dict[str, float]] = []
+    sampled: list[float] = []
 
     async def turns() -> None:
         async with stage:
@@ -117,14 +118,15 @@ def run(arguments: argparse.Namespace, staleness: int, folder: Path) -> dict[str
                 begun = time.perf_counter()
                 metrics = await stage.turn(step)
                 parts = {name: value for name, value in metrics.items() if name.startswith("time/")}
+                sampled.append(metrics["groups/total"] + metrics.get("groups/refilled", 0.0))
                 seconds.append({"turn": time.perf_counter() - begun, **parts})
 
     try:
         asyncio.run(turns())
     finally:
         publications.close()
-    kept = seconds[1:] or seconds
-    return {name: 1e3 * float(np.mean([s[name] for s in kept])) / arguments.groups for name in seconds[0]}
+    groups = sum(sampled[1:])
+    return {name: 1e3 * sum(s[name] for s in seconds[1:]) / groups for name in seconds[0]}
 
 
 def main() -> None:

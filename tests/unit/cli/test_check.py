@@ -112,8 +112,8 @@ def test_an_asynchronous_stage_says_how_far_it_runs_ahead_and_its_parts_halve_th
     threads = {role.name: role.threads for role in plan.roles}
     assert threads == {"trainer": MACHINE.cores // 2, "rollout-0": MACHINE.cores // 2, "rewards-0": 1}
     text = "\n".join(plan.lines)
-    assert "asynchronous: 12 groups on their way, at most 2 versions behind; a step waits" in text
-    assert "groups without signal are replaced, at most 10 are sampled for 4" in text
+    assert "asynchronous: 6 groups on their way, at most 2 versions behind; a step waits" in text
+    assert "groups without signal are replaced, at most 5 are sampled for 2" in text
     late = plan_of(workshop, "stages.grpo.staleness=1", "stages.grpo.overdue=drop").stages[2]
     assert any("dropped, which favours short completions" in line for line in late.lines)
     assert any(line.startswith("synchronous:") for line in plan_of(workshop).stages[2].lines)
