@@ -363,6 +363,16 @@ class OnlineStage(TrainStage):
     objectives: Objectives = Objectives()
 
     @model_validator(mode="after")
+    def _replaces_at_least_one(self) -> OnlineStage:
+        factor, groups = self.dynamic_sampling and self.dynamic_sampling.max_factor, self.batch.groups
+        if factor and (factor - 1) * groups < 1:
+            raise ValueError(
+                f"`dynamic_sampling.max_factor: {factor:g}` of {groups} groups leaves none to replace; "
+                f"at least {1 + 1 / groups:.3g}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _drops_where_something_can_be_late(self) -> OnlineStage:
         if self.overdue == "drop" and self.staleness == 0:
             raise ValueError("`overdue: drop` needs `staleness` above 0: a synchronous step waits for all its groups")

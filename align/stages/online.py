@@ -20,10 +20,10 @@ import numpy as np
 
 from align.errors import RewardError
 from align.objectives import combine
-from align.protocols import Fleet, Group, Metrics, PromptItem, Publication, Sampling, Scorer, ScoreTable, Trainer, Tree
+from align.protocols import Fleet, Group, Metrics, PromptItem, Publication, Scorer, ScoreTable, Trainer, Tree
 from align.recipe.schema import Objectives
 from align.stages.background import Background
-from align.stages.buffer import Overdue, check_age
+from align.stages.buffer import check_age
 from align.stages.groups import (
     PromptCursor,
     carries_signal,
@@ -39,37 +39,15 @@ from align.stages.scoring import join_tables
 from align.stages.supply import Scored, Supply, SupplyPlan
 
 
-@dataclass(frozen=True)
-class OnlinePlan:
-    """The numbers of an online stage: groups per turn, completions per group, turns, how to sample, how far ahead.
+@dataclass(frozen=True, kw_only=True)
+class OnlinePlan(SupplyPlan):
+    """The numbers of an online stage: how groups are come by, how many turns there are, and how scores become
+    advantages."""
 
-    refill: dynamic sampling's budget, `max_factor` - 1, 0 without. max_failed: share of a turn's prompts.
-    """
-
-    stage_id: str
-    groups: int
-    group_size: int
     total: int
-    sampling: Sampling
     objectives: Objectives
     truncated: Literal["mask", "keep", "penalise"] = "mask"
     truncated_penalty: float = 0.0
-    staleness: int = 0
-    overdue: Overdue = "wait"
-    refill: float = 0.0
-    max_failed: float = 0.02
-
-    def supply(self) -> SupplyPlan:
-        return SupplyPlan(
-            stage_id=self.stage_id,
-            groups=self.groups,
-            group_size=self.group_size,
-            sampling=self.sampling,
-            staleness=self.staleness,
-            overdue=self.overdue,
-            refill=self.refill,
-            max_failed=self.max_failed,
-        )
 
 
 @dataclass(frozen=True)
@@ -109,7 +87,7 @@ class OnlineStage:
         self.version = 0
         self._background = Background()
         self.supply = Supply(
-            plan.supply(),
+            plan,
             fleet=fleet,
             scorer=scorer,
             cursor=cursor,

@@ -27,7 +27,7 @@ from align.stages.scoring import ScoringQueue
 _SHOWN = 5  # failed prompts in an error message
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SupplyPlan:
     """How many groups a turn takes, how they are sampled, and what becomes of those that come to nothing.
 
@@ -117,7 +117,7 @@ class Supply:
 
     def admit(self, wanted: int) -> None:
         """Fill the free slots, as far as `wanted` more groups are needed, in one list."""
-        count = min(self.buffer.free, wanted)
+        count = max(0, min(self.buffer.free, wanted))
         again, self._again = self._again[:count], self._again[count:]
         prompts = self.cursor.of(again) + self._fresh(count - len(again))
         if prompts:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -90,7 +91,7 @@ def run(arguments: argparse.Namespace, staleness: int, folder: Path) -> dict[str
     scorer: Any = InstantScorer()
     stage = OnlineStage(
         OnlinePlan(
-            "bench",
+            stage_id="bench",
             groups=arguments.groups,
             group_size=arguments.group_size,
             total=arguments.steps,
@@ -129,7 +130,7 @@ def run(arguments: argparse.Namespace, staleness: int, folder: Path) -> dict[str
     return {name: 1e3 * sum(s[name] for s in seconds[1:]) / groups for name in seconds[0]}
 
 
-def main() -> None:
+def main(words: list[str]) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", type=int, default=1000)
     parser.add_argument("--group-size", type=int, default=8)
@@ -138,7 +139,7 @@ def main() -> None:
     parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--dynamic", action="store_true")
     parser.add_argument("--record", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     started = time.perf_counter()
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -162,7 +163,8 @@ def main() -> None:
             figures=figures,
             started=started,
         )
+    return figures
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

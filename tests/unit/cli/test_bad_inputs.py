@@ -121,6 +121,11 @@ RECIPE = [
         more=("stages.grpo.overdue=drop",),
     ),
     Case(
+        "dynamic sampling that can replace no group",
+        ("max_factor: 1.1` of 2 groups", "at least 1.5"),
+        more=("stages.grpo.dynamic_sampling={max_factor: 1.1}",),
+    ),
+    Case(
         "ms-swift's word for dynamic sampling",
         ("dynamic_sample", "dynamic_sampling: {max_factor: 3}"),
         changed("    from: dpo\n    data", "    from: dpo\n    dynamic_sample: true\n    data"),

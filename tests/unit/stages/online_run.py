@@ -44,7 +44,9 @@ class Run:
         planned: dict[str, Any] = {"groups": 3, "group_size": 4}
         planned |= {key: settings.pop(key) for key in PLANNED & settings.keys()}
         self.stage = OnlineStage(
-            OnlinePlan("grpo", total=total, sampling=Sampling(max_tokens=8), objectives=Objectives(), **planned),
+            OnlinePlan(
+                stage_id="grpo", total=total, sampling=Sampling(max_tokens=8), objectives=Objectives(), **planned
+            ),
             trainer=self.trainer,
             fleet=self.fleet,
             scorer=self.scorer,

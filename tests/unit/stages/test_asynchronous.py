@@ -283,6 +283,44 @@ def test_groups_without_signal_are_replaced_so_that_every_step_learns_from_all_i
         assert max(ages(run)) <= staleness
 
 
+@pytest.mark.parametrize("overdue", ["wait", "drop"])
+def test_whatever_comes_to_nothing_every_group_is_accounted_for_once(tmp_path: Path, overdue: str) -> None:
+    """Engines die, prompts fail, groups have no signal or come too late, all in one run."""
+    fleet = SlowFleet(
+        log_normal,
+        refuses=lambda item: "it is too long" if item.row["n"] % 29 == 0 else None,
+        dies=lambda item: item.seed % 7 == 0,
+    )
+    run = Run(
+        tmp_path,
+        fleet=fleet,
+        scorer=SlowScorer(0.2, even=half_without_signal),
+        trainer=SlowTrainer(1.0),
+        prompts=MANY,
+        total=40,
+        staleness=2,
+        overdue=overdue,
+        refill=1.0,
+        max_failed=1.0,
+    )
+    run.virtually()
+    sampled = list(itertools.chain.from_iterable(fleet.lists))
+    logged = {row["group_id"]: row["trained"] for row in rows(tmp_path)}
+    failed = {item.group_id for item in run.stage.supply.cursor.of(sampled) if item.row["n"] % 29 == 0}
+    dropped = {
+        int(group) for line in run.lines.messages if "overdue" in line for group in line.split("groups ")[1].split(", ")
+    }
+    assert len(set(sampled)) == len(sampled) and len(trained(run)) == 120 == len(set(trained(run)))
+    replaced = {group for group, kept in logged.items() if not kept} - set(trained(run))
+    accounts = [set(trained(run)), replaced, failed - dropped, dropped]
+    assert sum(map(len, accounts)) == len(set.union(*accounts)), "none twice"
+    if overdue == "wait":
+        assert set.union(*accounts) == set(sampled) and not dropped, "none lost"
+    else:
+        assert dropped and set.union(*accounts) <= set(sampled)
+    assert max(ages(run)) <= 2
+
+
 def test_when_the_refills_of_a_step_are_used_up_it_trains_on_what_there_is(tmp_path: Path) -> None:
     scorer = PlainScorer(same=lambda group, completion: 1.0)
     run = Run(tmp_path, scorer=scorer, prompts=MANY, refill=2.0, total=2)
