@@ -365,7 +365,7 @@ class OnlineStage(TrainStage):
     @model_validator(mode="after")
     def _replaces_at_least_one(self) -> OnlineStage:
         factor, groups = self.dynamic_sampling and self.dynamic_sampling.max_factor, self.batch.groups
-        if factor and (factor - 1) * groups < 1:
+        if factor and (factor - 1) * groups < 1 - 1e-9:
             raise ValueError(
                 f"`dynamic_sampling.max_factor: {factor:g}` of {groups} groups leaves none to replace; "
                 f"at least {1 + 1 / groups:.3g}"

@@ -155,6 +155,8 @@ def carries_signal(
 ) -> bool:
     """Whether one scored group gives any completion that is trained an advantage other than 0, before whitening, which
     only the whole batch defines: what dynamic sampling asks (DAPO, 2503.14476, eq. 11)."""
+    if np.isinf(table.scores).any():
+        return True  # `combine` refuses it with a message: it must not be replaced unheard
     masked = untrained([group], table, truncated)
     if truncated == "penalise":
         table, objectives = penalise_truncated([group], table, objectives, penalty)

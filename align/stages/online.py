@@ -84,7 +84,6 @@ class OnlineStage:
         self.plan, self.trainer, self.fleet = plan, trainer, fleet
         self.publications, self.log, self.decode = publications, log, decode
         self.objective_state: dict[str, Any] = {}
-        self.version = 0
         self._background = Background()
         self.supply = Supply(
             plan,
@@ -211,7 +210,6 @@ class OnlineStage:
         metrics = await self.fleet.publish(publication)
         self.supply.published(version)
         self.publications.supersede(folder)
-        self.version = version
         return metrics
 
 

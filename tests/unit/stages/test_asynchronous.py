@@ -29,7 +29,7 @@ def trained(run: Run) -> list[int]:
 def ages(run: Run) -> list[int]:
     """The age of every trained group, by its versions and the turn."""
     steps = enumerate(run.trainer.trees, start=run.lines.steps[0][1] - 1)
-    return [step - int(tree.branches[0].versions.min()) for step, trees in steps for tree in trees]  # type: ignore[union-attr]
+    return [step - int(tree.branches[0].versions.min()) for step, trees in steps for tree in trees]
 
 
 # ------------------------------------------------------------------------------------------------ time
@@ -144,7 +144,7 @@ def test_a_fleet_that_serves_an_older_version_than_it_holds_is_found_before_trai
 class Judge(SlowScorer):
     """Fails once it is asked about group 7 or later."""
 
-    async def score(self, groups, budget=None):  # type: ignore[no-untyped-def]
+    async def score(self, groups, budget=None):
         table = await super().score(groups, budget)
         if any(group.prompt.group_id >= 7 for group in groups):
             raise RewardError("the judge is gone")
@@ -173,7 +173,7 @@ def test_an_engine_error_in_a_stream_ends_the_stage_as_itself(tmp_path: Path) ->
 
 def test_a_stream_that_ends_early_is_an_error_and_no_endless_wait(tmp_path: Path) -> None:
     class Short(PlainFleet):
-        async def stream(self, prompts, group_size, sampling):  # type: ignore[no-untyped-def]
+        async def stream(self, prompts, group_size, sampling):
             async for group in super().stream(prompts[1:], group_size, sampling):
                 yield group
 
@@ -214,7 +214,7 @@ def test_cancelling_a_stage_leaves_no_task(tmp_path: Path) -> None:
 class Killed(Exception): ...
 
 
-def kill_at(step: int):  # type: ignore[no-untyped-def]
+def kill_at(step: int):
     def during(now: int) -> None:
         if now == step:
             raise Killed
@@ -331,7 +331,7 @@ def test_when_the_refills_of_a_step_are_used_up_it_trains_on_what_there_is(tmp_p
 
 
 def test_replacement_is_repeated_bit_for_bit_whoever_was_faster_and_after_a_kill(tmp_path: Path) -> None:
-    def start(name: str, seconds) -> Run:  # type: ignore[no-untyped-def]
+    def start(name: str, seconds) -> Run:
         scorer = SlowScorer(0.1, even=half_without_signal)
         return Run(tmp_path / name, fleet=SlowFleet(seconds), scorer=scorer, prompts=MANY[:40], refill=20.0)
 
@@ -346,7 +346,7 @@ def test_replacement_is_repeated_bit_for_bit_whoever_was_faster_and_after_a_kill
     kept = [line for line in other.lines.timeless() if line[0] <= 4]
     assert kept + again.lines.timeless() == whole.lines.timeless()
     assert again.trainer.w == whole.trainer.w and rows(tmp_path / "other") == rows(tmp_path / "whole")
-    assert whole.fleet.lists[-3:] == again.fleet.lists[-3:]  # type: ignore[attr-defined]
+    assert whole.fleet.lists[-3:] == again.fleet.lists[-3:]
 
 
 def test_a_group_that_could_not_be_scored_has_no_signal_either(tmp_path: Path) -> None:
@@ -356,10 +356,16 @@ def test_a_group_that_could_not_be_scored_has_no_signal_either(tmp_path: Path) -
     assert [value for _, value in run.lines.of("advantage/missing")] == [0.0] * 4
 
 
+def test_an_infinite_score_stops_the_run_and_is_not_replaced(tmp_path: Path) -> None:
+    scorer = PlainScorer(broken=lambda group, c: math.inf)
+    with pytest.raises(RewardError, match="inf"):
+        Run(tmp_path, scorer=scorer, prompts=MANY, refill=2.0).virtually()
+
+
 # ------------------------------------------------------------------------------------------------ failed prompts
 
 
-def refuses(*numbers: int):  # type: ignore[no-untyped-def]
+def refuses(*numbers: int):
     return lambda item: "it has 9 tokens, and 8 fit" if item.row["n"] in numbers else None
 
 

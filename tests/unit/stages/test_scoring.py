@@ -18,7 +18,7 @@ def groups(*sizes: int) -> list[Group]:
     return [fleet._group(prompt(n), size) for n, size in enumerate(sizes)]
 
 
-def table(scored: list[Group], **more) -> ScoreTable:  # type: ignore[no-untyped-def]
+def table(scored: list[Group], **more) -> ScoreTable:
     rows = sum(len(group.completions) for group in scored)
     scores = np.arange(2 * rows, dtype=np.float32).reshape(rows, 2)
     scores[1, 0] = math.nan
