@@ -84,6 +84,10 @@ class EngineError(AlignError):
     """A generation engine failed, or holds weights other than those it was sent."""
 
 
+class StalenessError(AlignError):
+    """A group that is older than the recipe allows was about to be trained on."""
+
+
 class RewardError(AlignError):
     """Rewards failed more often than the recipe allows."""
 

@@ -175,7 +175,9 @@ class ScoreTable:
 
     objectives: R names; scores: f32[S, R], NaN where missing (not applicable, or failed: see failures);
     kinds: "reward" or "cost" per objective (a cost enters the combiners with its sign flipped);
-    dropped: indices of groups that an `on_error: drop_group` policy removed; metrics: flat names to numbers.
+    dropped: indices of groups that an `on_error: drop_group` policy removed; metrics: flat names to numbers; counts:
+    by metric name, for each metric that is a mean, of how many numbers. A metric without a count is a sum: over
+    several tables of one step it adds up, where means are weighted by their counts.
     """
 
     objectives: tuple[str, ...]
@@ -185,6 +187,16 @@ class ScoreTable:
     dropped: tuple[int, ...] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     infos: tuple[Mapping[str, Any], ...] = ()
+    counts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorBudget:
+    """Of what a reward's `max_error_rate` is a share: calls with the same id share one budget over `samples` samples,
+    however many of them each call brings. A step is scored in as many calls as its groups finish in."""
+
+    id: int
+    samples: int
 
 
 # ---------------------------------------------------------------------------------------------------- weights
@@ -266,7 +278,12 @@ class Trainer(Protocol):
 
 
 class Scorer(Protocol):
-    async def score(self, groups: Sequence[Group]) -> ScoreTable: ...
+    async def score(self, groups: Sequence[Group], budget: ErrorBudget | None = None) -> ScoreTable:
+        """Several calls may run at once. budget None: these groups are all there is, and have a budget of their own.
+
+        Raises RewardError where a reward fails more often than it may, PluginError where it cannot be loaded.
+        """
+        ...
 
     async def close(self) -> None: ...
 

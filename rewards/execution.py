@@ -23,6 +23,18 @@ Job = tuple[tuple[int, ...], ...]  # units that are scored together; a unit is o
 
 
 @dataclass
+class Budget:
+    """What a plugin's max_error_rate is a share of: `samples`, scored in one call or in several that share this.
+
+    failed: samples that failed so far; first: the first failures, for the message that ends the run.
+    """
+
+    samples: int
+    failed: int = 0
+    first: list[Failure] = field(default_factory=list)
+
+
+@dataclass
 class PluginResult:
     """values[i][k]: sample i, the plugin's objective k; None where not applicable or failed. failed: their indices.
     dropped: group ids. busy_seconds: inside the plugin, summed over calls; seconds: from first call to last answer."""
@@ -43,10 +55,10 @@ class Execution:
     """Scores `samples` with one worker.
 
     Args:
-        worker: a started worker. samples: those of a whole step, which max_error_rate is a share of.
+        worker: a started worker. samples: what to score. budget: of failures, over all calls that share it.
     """
 
-    def __init__(self, worker: Worker, samples: Sequence[Sample]):
+    def __init__(self, worker: Worker, samples: Sequence[Sample], budget: Budget):
         described = worker.description
         self.worker = worker
         self.samples = samples
@@ -59,7 +71,7 @@ class Execution:
         self.backoff = _BACKOFF_SECONDS if described["is_async"] else 0.0
         self.policy = ErrorPolicy.parse(options["on_error"])
         self.rate: float = options["max_error_rate"]
-        self.allowed = allowed_failures(self.rate, len(samples))
+        self.budget = budget
         self.result = PluginResult(values=[[None] * len(self.objectives) for _ in samples], infos=[{} for _ in samples])
 
     async def run(self) -> PluginResult:
@@ -128,7 +140,11 @@ class Execution:
         objective = None if k is None else self.objectives[k]
         failure = Failure(self.name, objective, index, sample.group_id, sample.sample_id, cause, message)
         self.result.failures.append(failure)
-        self.result.failed.add(index)
+        if len(self.budget.first) < _SHOWN:
+            self.budget.first.append(failure)
+        if index not in self.result.failed:
+            self.result.failed.add(index)
+            self.budget.failed += 1
         text = json.dumps(sample.completion[:500])
         log.warning(
             "reward %s failed (%s) on group %d sample %d: %s; completion: %s",
@@ -140,16 +156,17 @@ class Execution:
             self.result.dropped.add(sample.group_id)
         if self.policy.kind == "fail":
             raise self.stopped("and its on_error is `fail`")
-        if len(self.result.failed) > self.allowed:
-            raise self.stopped(f"more than max_error_rate = {self.rate:g} allows ({self.allowed})")
+        allowed = allowed_failures(self.rate, self.budget.samples)
+        if self.budget.failed > allowed:
+            raise self.stopped(f"more than max_error_rate = {self.rate:g} allows ({allowed})")
 
     def stopped(self, why: str) -> RewardError:
         """The error that ends the run, with the first failures."""
         shown = "\n".join(
             f"     group {f.group_id} sample {f.sample_id}, {f.objective or 'all objectives'}: {f.cause}: {f.message}"
-            for f in self.result.failures[:_SHOWN]
+            for f in self.budget.first
         )
-        share = f"{len(self.result.failed)} of {len(self.samples)} samples"
+        share = f"{self.budget.failed} of {self.budget.samples} samples"
         return RewardError(
             f"{self.name} failed on {share} so far, {why}; the first failures:\n{shown}",
             remedy="mend the plugin, raise its timeout_s, or allow more with max_error_rate",

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from rewards.api import Failure, Sample
-from rewards.execution import Execution, PluginResult
+from rewards.execution import Budget, Execution, PluginResult
 from rewards.naming import Named, objective_names
 from rewards.plugin import PluginSpec
 from rewards.worker import Worker
+
+_BUDGETS_KEPT = 256  # of the newest steps; far more than can be scored at the same time
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,7 @@ class PoolResult:
     scores[i][k]: None where missing (not applicable, or failed: see failures). dropped: group ids that a drop_group
     policy removed; their samples have no scores. errors: failed samples per plugin. infos[i]: plugin -> what it told
     about sample i. metrics: reward/<plugin>/{seconds, busy_seconds, calls, errors, error_rate, retries, restarts} and
-    what plugins logged themselves.
+    what plugins logged themselves. counts: of those metrics that are means, of how many numbers; the others are sums.
     """
 
     objectives: tuple[str, ...]
@@ -34,6 +36,7 @@ class PoolResult:
     errors: dict[str, int]
     infos: list[dict[str, dict[str, Any]]]
     metrics: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
 
 
 class RewardPool:
@@ -55,6 +58,8 @@ class RewardPool:
         self.log_folder = log_folder
         self._workers: list[Worker] = []
         self._names: list[tuple[str, ...]] = []
+        self._reported: list[int] = []  # starts of each worker that results have told about
+        self._budgets: dict[int, list[Budget]] = {}
         self._runner: asyncio.Runner | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._starting: asyncio.Lock | None = None
@@ -83,6 +88,7 @@ class RewardPool:
                 for worker in self._workers:
                     tasks.create_task(worker.start())
             described = [w.description for w in self._workers]
+            self._reported = [w.starts for w in self._workers]
             self._names = objective_names(
                 [
                     Named(d["name"], tuple(d["objectives"]), s.name is not None)
@@ -122,18 +128,38 @@ class RewardPool:
 
     # ------------------------------------------------------------------------------------------------ scoring
 
-    async def score(self, samples: Sequence[Sample]) -> PoolResult:
-        """Score the samples of a step with all plugins at once. Concurrent calls share the processes."""
+    async def score(self, samples: Sequence[Sample], budget: tuple[int, int] | None = None) -> PoolResult:
+        """Score samples with all plugins at once. Concurrent calls share the processes.
+
+        budget: (id, size) where the samples are some of a step's `size` samples: all calls with that id share the
+        failures that max_error_rate allows for so many. None: these samples are all.
+        """
         await self.start()
-        runs = [asyncio.create_task(Execution(w, samples).run()) for w in self._workers]
-        starts = [w.starts for w in self._workers]
+        shared = self._shared(budget) if budget else [Budget(len(samples)) for _ in self._workers]
+        pairs = zip(self._workers, shared, strict=True)
+        runs = [asyncio.create_task(Execution(w, samples, own).run()) for w, own in pairs]
         try:
             results = await asyncio.gather(*runs)
         finally:
             for run in runs:
                 run.cancel()
             await asyncio.gather(*runs, return_exceptions=True)
-        return self._merge(samples, results, [w.starts - s for w, s in zip(self._workers, starts, strict=True)])
+        return self._merge(samples, results, self._restarts())
+
+    def _shared(self, budget: tuple[int, int]) -> list[Budget]:
+        """One budget per plugin, with what earlier calls of the same id have spent of it."""
+        number, size = budget
+        found = self._budgets.setdefault(number, [Budget(size) for _ in self._workers])
+        for own in found:
+            own.samples = max(own.samples, size)
+        while len(self._budgets) > _BUDGETS_KEPT:
+            del self._budgets[min(self._budgets)]
+        return found
+
+    def _restarts(self) -> list[int]:
+        """Restarts of each worker that no result has told about yet: of calls that ran together, one tells."""
+        before, self._reported = self._reported, [w.starts for w in self._workers]
+        return [now - then for now, then in zip(self._reported, before, strict=True)]
 
     def score_sync(self, samples: Sequence[Sample]) -> PoolResult:
         """`score` for callers without an event loop; the pool keeps one of its own."""
@@ -153,8 +179,11 @@ class RewardPool:
         failures = tuple(f for r in results for f in r.failures)
         self._write_failures(failures, samples)
         metrics: dict[str, float] = {}
+        counts: dict[str, float] = {}
         for d, r, n in zip(described, results, restarts, strict=True):
             metrics.update(_metrics(d["name"], r, len(samples), n))
+            counts[f"reward/{d['name']}/error_rate"] = float(len(samples))
+            counts.update({f"reward/{d['name']}/{key}": float(count) for key, (_, count) in r.metrics.items()})
         return PoolResult(
             objectives=tuple(n for names in self._names for n in names),
             kinds=tuple(o["kind"] for d in described for o in d["objectives"].values()),
@@ -164,6 +193,7 @@ class RewardPool:
             errors={d["name"]: len(r.failed) for d, r in zip(described, results, strict=True)},
             infos=infos,
             metrics=metrics,
+            counts=counts,
         )
 
     def _write_failures(self, failures: Sequence[Failure], samples: Sequence[Sample]) -> None:

@@ -207,12 +207,13 @@ def metrics(run_folder: Path, stage: str) -> list[dict[str, Any]]:
 
 
 def timeless(run_folder: Path, stage: str) -> list[dict[str, Any]]:
-    """Metrics without times and rates: what a resumed run must repeat bit for bit."""
+    """Metrics without times, rates, and calls of rewards (groups that finish together share one): what a resumed run
+    must repeat bit for bit."""
     return [{k: v for k, v in line.items() if not _timed(k)} for line in metrics(run_folder, stage)]
 
 
 def _timed(name: str) -> bool:
-    return name == "time" or name.startswith("time/") or name.endswith(("seconds", "per_second"))
+    return name == "time" or name.startswith("time/") or name.endswith(("seconds", "per_second", "/calls"))
 
 
 def weights(run_folder: Path, stage: str) -> dict[str, str]:

@@ -58,7 +58,7 @@ class RayBackend:
         """Bundles of a stage on this cluster; the threads they get are kept for `threads`."""
         total = self.cluster.total("GPU")
         roles = roles_of(needs, self.placement, cores=self.cluster.cores, gpus=total, threads=self._threads)
-        self._threads |= {role.name.partition("-")[0]: role.threads for role in roles}
+        self._threads |= {role.kind: role.threads for role in roles}
         return roles
 
     def threads(self) -> Mapping[str, int]:

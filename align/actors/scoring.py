@@ -18,7 +18,7 @@ import ray
 import rewards
 from align import errors
 from align.actors.cluster import answer, die_with_parent
-from align.protocols import Failure, Group, ScoreTable
+from align.protocols import ErrorBudget, Failure, Group, ScoreTable
 from align.recipe.schema import Reward
 from align.stages.roles import REWARD_CPUS
 from rewards.plugin import OVERRIDES, PluginSpec
@@ -61,6 +61,7 @@ def score_table(groups: Sequence[Group], result: PoolResult) -> ScoreTable:
         dropped=tuple(n for n, group in enumerate(groups) if group.prompt.group_id in dropped),
         metrics=result.metrics,
         infos=tuple(result.infos),
+        counts=result.counts,
     )
 
 
@@ -94,9 +95,10 @@ class LocalScorer:
         with align_errors():
             return await self.pool.start()
 
-    async def score(self, groups: Sequence[Group]) -> ScoreTable:
+    async def score(self, groups: Sequence[Group], budget: ErrorBudget | None = None) -> ScoreTable:
         with align_errors():
-            return score_table(groups, await self.pool.score(samples_of(groups)))
+            shared = (budget.id, budget.samples) if budget else None
+            return score_table(groups, await self.pool.score(samples_of(groups), shared))
 
     async def close(self) -> None:
         self.pool.close()
@@ -113,8 +115,8 @@ class RewardActor:
     async def start(self) -> list[dict[str, Any]]:
         return await self.scorer.start()
 
-    async def score(self, groups: Sequence[Group]) -> ScoreTable:
-        return await self.scorer.score(groups)
+    async def score(self, groups: Sequence[Group], budget: ErrorBudget | None = None) -> ScoreTable:
+        return await self.scorer.score(groups, budget)
 
     async def close(self) -> None:
         await self.scorer.close()
@@ -155,8 +157,8 @@ class RayScorer:
         pid: int = await answer(self.actor.process.remote(), "the reward actor")
         return pid
 
-    async def score(self, groups: Sequence[Group]) -> ScoreTable:
-        table: ScoreTable = await answer(self.actor.score.remote(groups), "the reward actor")
+    async def score(self, groups: Sequence[Group], budget: ErrorBudget | None = None) -> ScoreTable:
+        table: ScoreTable = await answer(self.actor.score.remote(groups, budget), "the reward actor")
         return table
 
     async def close(self) -> None:

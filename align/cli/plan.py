@@ -118,6 +118,7 @@ class Planner:
                 f"at most {stage.rollout.max_tokens} tokens at temperature {stage.rollout.temperature:g}"
             )
             plan.lines += _updates_words(stage)
+            plan.lines += _loop_lines(stage)
         else:
             self._check_positions(facts)
             if stage.kind == "reward_model":
@@ -265,7 +266,7 @@ class Planner:
             plan.memory["each engine"] = memory.engine(
                 self.sizes,
                 _dtype(gpu, stage.rollout.dtype, model.dtype),
-                sequences=-(-sequences // stage.rollout.workers),
+                sequences=-(-sequences * (stage.staleness + 1) // stage.rollout.workers),
                 length=length,
             )
         times = {trainer: ranks, "each engine": stage.rollout.workers if stage.kind == "online" else 0}
@@ -279,6 +280,25 @@ def _loss_notes(stage: Any) -> list[str]:
     chosen = [configure(term.name, term.options) for term in stage.loss]
     said = [module.remarks(config) for module, config, _ in chosen if hasattr(module, "remarks")]
     return [f"note: {line}" for lines in said for line in lines]
+
+
+def _loop_lines(stage: Any) -> list[str]:
+    """How far sampling runs ahead of training, and what becomes of groups that come to nothing."""
+    groups = stage.batch.groups
+    if stage.staleness == 0:
+        said = ["synchronous: each step trains on what its own version sampled"]
+    else:
+        late = (
+            "a step waits for groups that would become older"
+            if stage.overdue == "wait"
+            else "older groups are dropped, which favours short completions"
+        )
+        behind = f"{stage.staleness} version{'s' if stage.staleness != 1 else ''}"
+        said = [f"asynchronous: {(stage.staleness + 1) * groups} groups on their way, at most {behind} behind; {late}"]
+    if stage.dynamic_sampling:
+        most = groups + int((stage.dynamic_sampling.max_factor - 1) * groups + 1e-9)
+        said.append(f"dynamic sampling: groups without signal are replaced, at most {most} are sampled for {groups}")
+    return said
 
 
 _PUBLISHED = {"adapter": "the adapter", "weights": "whole weights"}

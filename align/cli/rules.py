@@ -272,15 +272,6 @@ def _check_evaluation(stage: Any, found: Findings) -> None:
 
 
 def _check_online(recipe: Recipe, stage: Any, found: Findings) -> None:
-    if stage.staleness > 0:
-        found.add(
-            Unsupported(
-                f"`staleness: {stage.staleness}` is not offered by this version",
-                where="staleness",
-                remedy="use `staleness: 0`, which trains exactly on-policy",
-            ),
-            stage.id,
-        )
     if stage.rollout.temperature == 0:
         found.add(
             RecipeError(

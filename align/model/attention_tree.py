@@ -106,14 +106,14 @@ def _rows(x: Tensor, heads: int) -> Tensor:
     return x[0].transpose(0, 1).reshape(x.shape[2] * heads, -1)
 
 
-def _by_head(rows: Tensor, heads: int, repeat: int) -> Tensor:
-    """[T * Hkv, R * D] -> [Hkv, R, T, D], a view. Of keys and values R is one, expanded to `repeat` with stride zero."""
+def _keys(rows: Tensor, heads: int, repeat: int) -> Tensor:
+    """[T * Hkv, D] -> [Hkv, R, T, D], a view with stride zero over R"""
     x = rows.view(-1, heads, rows.shape[1]).transpose(0, 1)
     return x.unsqueeze(1).expand(-1, repeat, -1, -1)
 
 
 def _queries(rows: Tensor, heads: int, repeat: int) -> Tensor:
-    """[T * Hkv, R * D] -> [Hkv, R, T, D], a view."""
+    """[T * Hkv, R * D] -> [Hkv, R, T, D], a view"""
     return rows.view(-1, heads, repeat, rows.shape[1] // repeat).permute(1, 2, 0, 3)
 
 
@@ -159,7 +159,7 @@ class _TreeAttention(torch.autograd.Function):
         rows = [_rows(x, heads) for x in (query, key, value)]
         joined, sums = torch.empty_like(rows[0]), rows[0].new_empty(rows[0].shape[0], repeat)
         q, out = (_queries(x, heads, repeat) for x in (rows[0], joined))
-        k, v = (_by_head(x, heads, repeat) for x in rows[1:])
+        k, v = (_keys(x, heads, repeat) for x in rows[1:])
         lse = _queries(sums, heads, repeat).squeeze(3)
         for start, end in plan.slices:
             own = slice(start, end)
@@ -188,7 +188,7 @@ class _TreeAttention(torch.autograd.Function):
         plan, scaling, (heads, repeat) = ctx.plan, ctx.scaling, ctx.heads
         given = grad.reshape(joined.shape)
         g, q, out = (_queries(x, heads, repeat) for x in (given, rows[0], joined))
-        k, v = (_by_head(x, heads, repeat) for x in rows[1:])
+        k, v = (_keys(x, heads, repeat) for x in rows[1:])
         lse = _queries(sums, heads, repeat).squeeze(3)
         found = [torch.empty_like(x) for x in rows]
         dq = _queries(found[0], heads, repeat)

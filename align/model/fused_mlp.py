@@ -56,7 +56,7 @@ class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scalings: tuple[float, float, float], *tensors: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        gate, up, down = parts = _parts(tensors, scalings, rows)
+        gate, up, down = _parts(tensors, scalings, rows)
         width = gate.weight.shape[0]
         y = rows.new_empty(len(rows), down.weight.shape[0])
         keep = any(ctx.needs_input_grad)
@@ -97,7 +97,8 @@ class _GatedMlp(torch.autograd.Function):
 
 def _parts(tensors: Any, scalings: tuple[float, float, float], rows: Tensor) -> tuple[LowRank, LowRank, LowRank]:
     """Gate, up and down, for products with as many rows."""
-    gate, up, down = (LowRank.over(rows, *tensors[3 * n : 3 * n + 3], scaling) for n, scaling in enumerate(scalings))
+    each = zip(*[iter(tensors)] * 3, scalings, strict=True)
+    gate, up, down = (LowRank.over(rows, weight, a, b, scaling) for weight, a, b, scaling in each)
     return gate, up, down
 
 

@@ -58,16 +58,22 @@ def combine(
     scores = np.asarray(scores, np.float64)
     group_ids = np.asarray(group_ids)
     _check(scores, group_ids, names, kinds, config)
-    signs = np.array([-1.0 if kind == "cost" else 1.0 for kind in kinds])
-    weights = np.array([float(config.weights.get(name, 1.0)) for name in names])
     groups = Grouped.of(group_ids)
-    trained = ~np.isnan(scores).all(axis=1)
-
-    advantages = np.where(trained, COMBINERS[config.combine](scores * signs, groups, weights, config), np.nan)
+    advantages = before_whitening(scores, groups, names, kinds, config)
     if config.whiten or (config.whiten is None and config.combine == "decoupled"):
         advantages = whiten(advantages, config.min_std)
     metrics = _metrics(scores, advantages, groups, names)
     return advantages.astype(np.float32), dict(state), metrics
+
+
+def before_whitening(
+    scores: np.ndarray, groups: Grouped, names: Sequence[str], kinds: Sequence[str], config: Objectives
+) -> np.ndarray:
+    """f64[S, R] -> f64[S]: advantages as far as each group decides them alone; NaN where no objective has a value."""
+    signs = np.array([-1.0 if kind == "cost" else 1.0 for kind in kinds])
+    weights = np.array([float(config.weights.get(name, 1.0)) for name in names])
+    trained = ~np.isnan(scores).all(axis=1)
+    return np.where(trained, COMBINERS[config.combine](scores * signs, groups, weights, config), np.nan)
 
 
 def weighted_sum(rewards: np.ndarray, groups: Grouped, weights: np.ndarray, config: Objectives) -> np.ndarray:

@@ -348,9 +348,20 @@ class RewardModelStage(TrainStage):
     batch: PairBatch = PairBatch()
 
 
+class DynamicSampling(Strict):
+    """Groups without signal (every completion scored alike) are replaced by fresh prompts (DAPO, 2503.14476).
+    max_factor: a step samples at most so many times its groups; what then is without signal is trained as it is."""
+
+    max_factor: Annotated[float, Field(gt=1)] = 3.0
+
+
 class OnlineStage(TrainStage):
     """updates_per_batch: how often every group is trained on before new ones are sampled; minibatches: equal parts of a
-    batch of groups, one optimizer update each. A step makes updates_per_batch * minibatches updates and one publish."""
+    batch of groups, one optimizer update each. A step makes updates_per_batch * minibatches updates and one publish.
+
+    staleness: versions that a group may be behind when it is trained on; 0 is synchronous and on-policy. overdue:
+    what becomes of a group that would be older; wait for it in time, or drop it, which favours short completions.
+    max_failed_prompts: of a step's prompts, the share that the engines may refuse; at least one where it is not 0."""
 
     kind: Literal["online"]
     loss: LossField = (LossTerm(name="grpo"),)
@@ -358,6 +369,9 @@ class OnlineStage(TrainStage):
     updates_per_batch: PositiveInt = 1
     minibatches: PositiveInt = 1
     staleness: Annotated[int, Field(ge=0)] = 0
+    overdue: Literal["wait", "drop"] = "wait"
+    dynamic_sampling: DynamicSampling | None = None
+    max_failed_prompts: Fraction = 0.02
     rollout: Rollout = Rollout()
     rewards: Annotated[RewardField, Field(min_length=1)]
     objectives: Objectives = Objectives()
@@ -368,6 +382,22 @@ class OnlineStage(TrainStage):
         if groups % parts:
             divisors = ", ".join(str(n) for n in range(1, groups + 1) if groups % n == 0)
             raise ValueError(f"`minibatches: {parts}` does not divide `batch.groups: {groups}`; it takes {divisors}")
+        return self
+
+    @model_validator(mode="after")
+    def _replaces_at_least_one(self) -> OnlineStage:
+        factor, groups = self.dynamic_sampling and self.dynamic_sampling.max_factor, self.batch.groups
+        if factor and (factor - 1) * groups < 1 - 1e-9:
+            raise ValueError(
+                f"`dynamic_sampling.max_factor: {factor:g}` of {groups} groups leaves none to replace; "
+                f"at least {1 + 1 / groups:.3g}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _drops_where_something_can_be_late(self) -> OnlineStage:
+        if self.overdue == "drop" and self.staleness == 0:
+            raise ValueError("`overdue: drop` needs `staleness` above 0: a synchronous step waits for all its groups")
         return self
 
     @model_validator(mode="after")

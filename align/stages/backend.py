@@ -82,13 +82,15 @@ class ScorerJob:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a stage runs at the same time: a trainer, a reference of its own, engines, scorers, work on model files."""
+    """What a stage runs at the same time: a trainer, a reference of its own, engines, scorers, work on model files.
+    overlap: engines sample while the trainer steps, instead of taking turns with it."""
 
     trainer: bool = False
     reference: bool = False
     engines: int = 0
     scorers: int = 0
     files: bool = False
+    overlap: bool = False
 
 
 class Backend(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from align.data.order import epoch_order
 from align.errors import RecipeError
+from align.objectives import Grouped, before_whitening
 from align.protocols import Completion, Group, Metrics, PromptItem, ScoreTable, Segment, Tree, group_seed
 from align.recipe.schema import Objectives
 
@@ -19,29 +20,31 @@ _NO_SIGNAL = 1e-7  # whitening leaves a rounding residue where the advantages of
 
 @dataclass(frozen=True)
 class PromptCursor:
-    """The prompts of each turn, epoch after epoch in one stream, so that every turn has `groups` of them.
+    """The prompts of a stage as one endless stream, epoch after epoch, each epoch in an order of its own.
 
-    All is arithmetic of (order_seed, turn): a checkpoint only needs the turn's number. A group id is
+    All is arithmetic of (order_seed, position): a checkpoint only needs how many were drawn. A group id is
     epoch * rows + row, unique in the stage; its seed is the hash of (run seed, stage, group id).
     """
 
     prompts: Sequence[PromptItem]
-    groups: int
     run_seed: int
     stage_id: str
     order_seed: int
 
-    def turn(self, step: int) -> list[PromptItem]:
-        """Prompts of turn `step`, in order of group id."""
-        rows, ids = len(self.prompts), []
-        first, end = step * self.groups, (step + 1) * self.groups
+    def take(self, first: int, count: int) -> list[PromptItem]:
+        """The `count` prompts from position `first` of the stream, in order of group id."""
+        rows, ids, end = len(self.prompts), [], first + count
         for epoch in range(first // rows, (end - 1) // rows + 1):
             begin = epoch * rows
             order = epoch_order(rows, self.order_seed, epoch)
             ids += [begin + int(row) for row in order[max(first - begin, 0) : end - begin]]
+        return self.of(sorted(ids))
+
+    def of(self, ids: Iterable[int]) -> list[PromptItem]:
+        """The prompts of these group ids, with the seeds they always have."""
+        rows = len(self.prompts)
         return [
-            replace(self.prompts[i % rows], group_id=i, seed=group_seed(self.run_seed, self.stage_id, i))
-            for i in sorted(ids)
+            replace(self.prompts[i % rows], group_id=i, seed=group_seed(self.run_seed, self.stage_id, i)) for i in ids
         ]
 
 
@@ -126,8 +129,9 @@ def group_metrics(groups: Sequence[Group], advantages: np.ndarray, masked: np.nd
     """Counts of a turn: lengths, truncated and masked shares, groups without signal, ages of the tokens."""
     completions = [c for g in groups for c in g.completions]
     lengths = np.asarray([len(c.token_ids) for c in completions], dtype=np.float64)
-    ids = group_ids(groups)
-    live = [_has_signal(advantages[(ids == g.prompt.group_id) & ~masked]) for g in groups]
+    ends = np.cumsum([len(g.completions) for g in groups])[:-1]
+    shares = zip(np.split(advantages, ends), np.split(masked, ends), strict=True)
+    live = [_has_signal(a[~out]) for a, out in shares]
     ages = np.concatenate([version - c.versions for c in completions]) if lengths.sum() else np.zeros(1)
     return {
         "completion/mean_length": float(lengths.mean()),
@@ -140,6 +144,25 @@ def group_metrics(groups: Sequence[Group], advantages: np.ndarray, masked: np.nd
         "staleness/max": float(ages.max()),
         "tokens/generated": float(lengths.sum()),
     }
+
+
+def carries_signal(
+    group: Group,
+    table: ScoreTable,
+    objectives: Objectives,
+    truncated: Literal["mask", "keep", "penalise"],
+    penalty: float,
+) -> bool:
+    """Whether one scored group gives any completion that is trained an advantage other than 0, before whitening, which
+    only the whole batch defines: what dynamic sampling asks (DAPO, 2503.14476, eq. 11)."""
+    if np.isinf(table.scores).any():
+        return True  # `combine` refuses it with a message: it must not be replaced unheard
+    masked = untrained([group], table, truncated)
+    if truncated == "penalise":
+        table, objectives = penalise_truncated([group], table, objectives, penalty)
+    alone = Grouped(np.zeros(len(table.scores), dtype=np.int64), 1)
+    scores = table.scores.astype(np.float64)
+    return _has_signal(before_whitening(scores, alone, table.objectives, table.kinds, objectives)[~masked])
 
 
 def _has_signal(advantages: np.ndarray) -> bool:

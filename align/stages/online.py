@@ -2,81 +2,72 @@
 
     admit prompts -> generate -> score -> advantage -> trees -> step -> publish -> (loop)
 
-A turn consumes whole groups, sorted by id, and ends with a publish; its version is the number of turns done. With
-`staleness: 0` a turn admits its prompts only when the version before it is published, so training is exactly
-on-policy. Larger values admit earlier turns' prompts ahead of the publish; `Admission` is the seam for that.
+A turn fills the free slots of the buffer with prompts, waits for its groups, sorted by id, trains on them, and ends
+with a publish; its version is the number of turns done. Sampling and scoring go on in the background while the trainer
+steps. With `staleness: 0` there are slots for one turn's groups, and each is held until the publish: prompts are
+sampled by the version that trains on them, exactly on-policy. With S there are S more turns' groups on their way.
 """
 
 from __future__ import annotations
 
-import time
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
 
 import numpy as np
 
-from align.errors import RewardError, Unsupported
+from align.errors import RewardError
 from align.objectives import combine
-from align.protocols import Fleet, Group, Metrics, PromptItem, Publication, Sampling, Scorer, ScoreTable, Trainer
+from align.protocols import Fleet, Group, Metrics, PromptItem, Publication, Scorer, ScoreTable, Trainer, Tree
 from align.recipe.schema import Objectives
-from align.stages.groups import PromptCursor, group_ids, group_metrics, penalise_truncated, to_trees, untrained
+from align.stages.background import Background
+from align.stages.buffer import check_age
+from align.stages.groups import (
+    PromptCursor,
+    carries_signal,
+    group_ids,
+    group_metrics,
+    penalise_truncated,
+    to_trees,
+    untrained,
+)
 from align.stages.publication import PublicationFolder
 from align.stages.rollout_log import RolloutLog
+from align.stages.scoring import join_tables
+from align.stages.supply import Scored, Supply, SupplyPlan
 from align.stages.updates import UpdatePlan, Updates
 
 
-@dataclass(frozen=True)
-class OnlinePlan:
-    """The numbers of an online stage: completions per group, turns, and how to sample."""
+@dataclass(frozen=True, kw_only=True)
+class OnlinePlan(SupplyPlan):
+    """The numbers of an online stage: how groups are come by, how many turns there are, and how scores become
+    advantages."""
 
-    stage_id: str
-    group_size: int
     total: int
-    sampling: Sampling
     objectives: Objectives
     truncated: Literal["mask", "keep", "penalise"] = "mask"
     truncated_penalty: float = 0.0
-    staleness: int = 0
     updates: UpdatePlan = field(default_factory=UpdatePlan)
 
-    def __post_init__(self) -> None:
-        if self.staleness != 0:
-            raise Unsupported(
-                f"staleness: {self.staleness} needs the asynchronous buffer, which this version does not have",
-                where=f"stages.{self.stage_id}.staleness",
-                remedy="use staleness: 0, which trains exactly on-policy",
-            )
 
+@dataclass(frozen=True)
+class _Batch:
+    """A turn's trees, and of each completion its advantage f32[S] and whether it is trained bool[S]; metrics of it."""
 
-@dataclass
-class Admission:
-    """How far prompts have been handed to the engines, and which groups of them are not yet trained on.
-
-    turns: turns whose prompts were handed out; running: ids of groups handed out and not consumed (none between turns
-    at staleness 0). All others of those turns are consumed, so both together say what a resumed run must reissue.
-    """
-
-    turns: int = 0
-    running: list[int] = field(default_factory=list)
-
-    def admit(self, prompts: Sequence[PromptItem]) -> None:
-        self.turns += 1
-        self.running += [prompt.group_id for prompt in prompts]
-
-    def consumed(self, groups: Sequence[Group]) -> None:
-        gone = {group.prompt.group_id for group in groups}
-        self.running = [group_id for group_id in self.running if group_id not in gone]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"turns": self.turns, "running": self.running}
+    trees: list[Tree]
+    advantages: np.ndarray
+    trained: np.ndarray
+    metrics: Metrics
 
 
 class OnlineStage:
-    """One online stage's turns over a Trainer, a Fleet and a Scorer.
+    """One online stage's turns over a Trainer, a Fleet and a Scorer, inside `async with`: what runs in the background
+    is ended with the block, and an error there ends the block at once, as itself.
 
     start(state) publishes the policy the stage begins with; turn(k) is one turn of the loop; extra() is the JSON
-    state a checkpoint must hold; evaluate() samples greedily from the fleet.
+    state a checkpoint must hold; evaluate() samples greedily from the fleet. tell: receives lines for the user.
     """
 
     def __init__(
@@ -90,34 +81,83 @@ class OnlineStage:
         publications: PublicationFolder,
         log: RolloutLog,
         decode: Callable[[np.ndarray], str],
+        tell: Callable[[str], None],
     ):
-        self.plan, self.trainer, self.fleet, self.scorer = plan, trainer, fleet, scorer
-        self.cursor, self.publications, self.log, self.decode = cursor, publications, log, decode
+        self.plan, self.trainer, self.fleet = plan, trainer, fleet
+        self.publications, self.log, self.decode = publications, log, decode
         self.updates = Updates(trainer, plan.updates)
-        self.admission = Admission()
         self.objective_state: dict[str, Any] = {}
-        self.version = 0
+        self._background = Background()
+        self.supply = Supply(
+            plan,
+            fleet=fleet,
+            scorer=scorer,
+            cursor=cursor,
+            background=self._background,
+            has_signal=self._has_signal,
+            tell=tell,
+        )
+
+    async def __aenter__(self) -> Self:
+        await self._background.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._background.__aexit__(kind, error, traceback)
 
     async def start(self, step: int, extra: Mapping[str, Any]) -> None:
         """Take up the state of a checkpoint (step 0 and {}: a fresh stage) and bring the engines to the policy."""
         if extra:
-            self.admission = Admission(**extra["admission"])
+            self.supply.restore(extra["admission"])
             self.objective_state = dict(extra["objectives"])
         self.log.cut_back(step)
         await self._publish(step)
 
     def extra(self) -> dict[str, Any]:
         self.log.close_file()  # what a checkpoint covers must be readable
-        return {"admission": self.admission.to_json(), "objectives": self.objective_state}
+        return {"admission": self.supply.to_json(), "objectives": self.objective_state}
 
     async def turn(self, step: int) -> Metrics:
         clock = _Clock()
-        prompts = self.cursor.turn(self.admission.turns)
-        self.admission.admit(prompts)
-        groups = await self.generate(prompts)
-        clock.lap("time/generate")
-        table = await self.scorer.score(groups)
-        clock.lap("time/score")
+        # not before the turn: an evaluation or a checkpoint between two turns would share the engines with it
+        self.supply.admit(self._still_wanted(step))
+        taken = await self._take(step)
+        waited = clock.split(taken)
+        batch = self._batch(taken, step)
+        clock.lap("time/prepare")
+        trained = await self.updates.train(batch.trees, step=step, total=self.plan.total)
+        clock.lap("time/train")
+        published = await self._publish(step + 1)
+        clock.lap("time/publish")
+        replaced, supplied = self.supply.take_turn()
+        self._log(step + 1, [*taken, *replaced], batch)
+        clock.lap("time/log")
+        generated = batch.metrics["tokens/generated"] + supplied.get("tokens/discarded", 0.0)
+        return {
+            **self.fleet.metrics(),
+            **batch.metrics,
+            "tokens/generated": generated,
+            **supplied,
+            **trained,
+            **published,
+            **waited,
+            **clock.laps,
+        }
+
+    async def _take(self, step: int) -> list[Scored]:
+        """The groups of a turn, by id. Raises StalenessError where one is older than the recipe allows."""
+        slots = await self.supply.take(step)
+        for slot in slots:
+            assert slot.result is not None, "a slot that is taken was scored"
+            check_age(step, _oldest(slot.result.group, slot.version), self.plan.staleness, slot.group_id)
+        return [slot.result for slot in slots if slot.result is not None]
+
+    def _batch(self, taken: Sequence[Scored], step: int) -> _Batch:
+        """From scored groups to what the trainer is given."""
+        groups = [scored.group for scored in taken]
+        table = join_tables([scored.table for scored in taken], self.supply.scoring.take_metrics())
         advantages, objective_metrics = self.advantages(groups, table, step)
         masked = untrained(groups, table, self.plan.truncated)
         trees = to_trees(groups, advantages, masked)
@@ -127,20 +167,13 @@ class OnlineStage:
                 where=f"stage {self.plan.stage_id!r}, step {step}",
                 remedy="train it to answer first (an sft stage), or look at the prompts in rollouts/",
             )
-        trained = await self.updates.train(trees, step=step, total=self.plan.total)
-        clock.lap("time/train")
-        self.admission.consumed(groups)
-        published = await self._publish(step + 1)
-        clock.lap("time/publish")
-        keep = np.isfinite(advantages) & ~masked
-        self.log.add(step + 1, groups, [self.decode(g.prompt.token_ids) for g in groups], table, advantages, keep)
         counts = group_metrics(groups, advantages, masked, version=step)
-        return {**counts, **dict(table.metrics), **objective_metrics, **trained, **published, **clock.laps}
+        metrics = {**counts, **table.metrics, **objective_metrics}
+        return _Batch(trees, advantages, np.isfinite(advantages) & ~masked, metrics)
 
-    async def generate(self, prompts: Sequence[PromptItem]) -> list[Group]:
-        """The groups of these prompts, sorted by id: nothing after depends on which engine was faster."""
-        groups = await self.fleet.generate(prompts, self.plan.group_size, self.plan.sampling)
-        return sorted(groups, key=lambda group: group.prompt.group_id)
+    def _still_wanted(self, step: int) -> int:
+        """Groups that turns from `step` to the last take, and that nobody has asked for yet."""
+        return (self.plan.total - step) * self.plan.groups - len(self.supply.buffer.waiting)
 
     def advantages(self, groups: Sequence[Group], table: ScoreTable, step: int) -> tuple[np.ndarray, Metrics]:
         """Advantages f32[S]; NaN for a dropped group and where no objective is known."""
@@ -154,6 +187,19 @@ class OnlineStage:
         )
         return advantages, metrics
 
+    def _has_signal(self, group: Group, table: ScoreTable) -> bool:
+        plan = self.plan
+        return carries_signal(group, table, plan.objectives, plan.truncated, plan.truncated_penalty)
+
+    def _log(self, step: int, scored: Sequence[Scored], batch: _Batch) -> None:
+        """Write the turn's groups, and after them those that were replaced, which have no advantage."""
+        table = join_tables([one.table for one in scored], {})
+        more = len(table.scores) - len(batch.advantages)
+        advantages = np.concatenate([batch.advantages, np.full(more, np.nan, dtype=np.float32)])
+        trained = np.concatenate([batch.trained, np.zeros(more, dtype=bool)])
+        groups = [one.group for one in scored]
+        self.log.add(step, groups, [self.decode(g.prompt.token_ids) for g in groups], table, advantages, trained)
+
     async def evaluate(self, prompts: Sequence[PromptItem], scorer: Scorer) -> Metrics:
         """Greedy completions of `prompts` from the engines' current version, scored; names "eval/..."."""
         sampling = replace(self.plan.sampling, temperature=0.0)
@@ -165,8 +211,8 @@ class OnlineStage:
         folder = self.publications.folder(self.plan.stage_id, version)
         publication: Publication = await self.trainer.publish(folder, version)
         metrics = await self.fleet.publish(publication)
+        self.supply.published(version)
         self.publications.supersede(folder)
-        self.version = version
         return metrics
 
 
@@ -190,14 +236,34 @@ def greedy_metrics(groups: Sequence[Group], table: ScoreTable) -> Metrics:
     }
 
 
+def _oldest(group: Group, admitted: int) -> int:
+    """The oldest version among a group's tokens; of the time of its admission where it has none."""
+    return min((int(c.versions.min()) for c in group.completions if len(c.versions)), default=admitted)
+
+
 class _Clock:
-    """Seconds between laps, by metric name."""
+    """Seconds of the event loop between laps, by metric name."""
 
     def __init__(self) -> None:
         self.laps: Metrics = {}
-        self._last = time.perf_counter()
+        self._time = asyncio.get_running_loop().time
+        self._last = self._time()
 
     def lap(self, name: str) -> None:
-        now = time.perf_counter()
+        now = self._time()
         self.laps[name] = now - self._last
         self._last = now
+
+    def split(self, taken: Sequence[Scored]) -> Metrics:
+        """What the turn waited for, as two laps: until the last of its groups was sampled, and from then until it was
+        scored. Returns the mean seconds that one group took, whoever waited: to be sampled, to be scored, until used.
+        """
+        begun = self._last
+        self._last = min(max(begun, max(scored.generated for scored in taken)), self._time())
+        self.laps["time/generate"] = self._last - begun
+        self.lap("time/score")
+        return {
+            "time/group_generate": float(np.mean([scored.generated - scored.begun for scored in taken])),
+            "time/group_score": float(np.mean([scored.scored - scored.generated for scored in taken])),
+            "time/group_wait": float(np.mean([self._last - scored.scored for scored in taken])),
+        }

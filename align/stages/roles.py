@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from align.recipe.schema import Placement, Share
 from align.stages.backend import Needs
 
+OVERLAPPED = " (asynchronous)"  # part of the name of threads counts in run.json
 REWARD_CPUS = 0.01  # reward actors wait for their plugins' processes and compute nothing themselves
 
 
 @dataclass(frozen=True)
 class Role:
-    """What one bundle of a stage reserves, and the threads its process computes with."""
+    """What one bundle of a stage reserves, and the threads its process computes with. kind: what it has in common with
+    the bundles that get as many threads."""
 
     name: str
+    kind: str
     cpus: float
     gpus: float
     threads: int
@@ -29,17 +32,22 @@ class Role:
 
 
 def roles_of(needs: Needs, share: Placement, *, cores: int, gpus: float, threads: Mapping[str, int]) -> list[Role]:
-    """Bundles of a stage. By default trainer and engines halve the cores between them and each computes with all of
-    them: in a synchronous stage they take turns. The trainer's ranks compute at the same time: they divide both.
+    """Bundles of a stage. By default trainer and engines halve the cores between them. In a synchronous stage they take
+    turns and each computes with all cores; in an asynchronous one (`needs.overlap`) each with its half, which several
+    engines share. The trainer's ranks compute at the same time: they divide both.
 
     cores: of the largest node; gpus: of the whole cluster. threads: counts by kind of role that override the default
     (those a resumed run began with).
     """
+    sampling = max(1, cores // 2 // max(1, needs.engines)) if needs.overlap else cores
+    training = max(1, cores // 2) if needs.overlap else cores
 
     def role(name: str, own: Share, cpus: float, gpu: float, default_threads: int) -> Role:
-        chosen = own.threads or threads.get(name.partition("-")[0]) or default_threads
+        kind = name.partition("-")[0] + (OVERLAPPED if needs.overlap else "")
+        chosen = own.threads or threads.get(kind) or default_threads
         return Role(
             name=name,
+            kind=kind,
             cpus=own.cpus if own.cpus is not None else math.floor(cpus * 1e4 + 1e-6) / 1e4,  # Ray counts 1/10,000
             gpus=own.gpus if own.gpus is not None else gpu,
             threads=chosen,
@@ -53,11 +61,11 @@ def roles_of(needs: Needs, share: Placement, *, cores: int, gpus: float, threads
     roles = []
     if needs.trainer:
         for name in trainer_names(ranks):
-            roles.append(role(name, share.trainer, trained / ranks, gpu, max(1, cores // ranks)))
+            roles.append(role(name, share.trainer, trained / ranks, gpu, max(1, training // ranks)))
     if needs.reference:
-        roles.append(role("reference", share.reference, trained, gpu, cores))
+        roles.append(role("reference", share.reference, trained, gpu, training))
     for number in range(needs.engines):
-        roles.append(role(f"rollout-{number}", share.rollout, side / needs.engines, gpu, cores))
+        roles.append(role(f"rollout-{number}", share.rollout, side / needs.engines, gpu, sampling))
     for number in range(needs.scorers):
         roles.append(role(f"rewards-{number}", share.rewards, REWARD_CPUS, 0.0, 1))
     if needs.files:

@@ -48,7 +48,8 @@ class RolloutLog:
         advantages: np.ndarray,
         trained: np.ndarray,
     ) -> None:
-        """Rows of turn `step`; `prompts` are the groups' prompts as text. Closes the file at an interval's end."""
+        """Rows of turn `step`: the groups it trained on, and those that were replaced meanwhile; `prompts` are their
+        prompts as text. Closes the file at an interval's end."""
         row = 0
         for group, prompt in zip(groups, prompts, strict=True):
             for sample, completion in enumerate(group.completions):

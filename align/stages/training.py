@@ -63,6 +63,7 @@ def needs_of(stage: Any) -> Needs:
         reference=isinstance(reference_of(stage), ReferencePath),
         engines=stage.rollout.workers if online else 0,
         scorers=len(reward_sets(stage)) if online else 0,
+        overlap=online and stage.staleness > 0,
     )
 
 
@@ -157,17 +158,19 @@ async def run_online(context: Context, stage: OnlineSettings) -> StageResult:
             trainer=trainer,
             fleet=fleet,
             scorer=judges[0],
-            cursor=PromptCursor(prompts, stage.batch.groups, context.recipe.seed, stage.id, context.seed(stage.id)),
+            cursor=PromptCursor(prompts, context.recipe.seed, stage.id, context.seed(stage.id)),
             publications=context.publications,
             log=RolloutLog(loop.folder / "rollouts"),
             decode=lambda ids: tokenizer.decode(ids.tolist(), skip_special_tokens=False),
+            tell=context.report.message,
         )
         if held:
             loop.evaluate = lambda: online.evaluate(held, judges[-1])
         loop.extra = online.extra
         await resumed(context, loop)
-        await online.start(loop.state.step, loop.state.extra)
-        return finished(context, await loop.run(online.turn))
+        async with online:
+            await online.start(loop.state.step, loop.state.extra)
+            return finished(context, await loop.run(online.turn))
 
 
 def finished(context: Context, result: StageResult) -> StageResult:
@@ -186,6 +189,7 @@ def online_plan(stage: OnlineSettings, rows: int, seed: int) -> OnlinePlan:
     rollout = stage.rollout
     return OnlinePlan(
         stage_id=stage.id,
+        groups=stage.batch.groups,
         group_size=stage.batch.group_size,
         total=online_turns(stage, rows),
         sampling=sampling_of(rollout),
@@ -194,6 +198,9 @@ def online_plan(stage: OnlineSettings, rows: int, seed: int) -> OnlinePlan:
         truncated_penalty=rollout.truncated_penalty or 0.0,
         staleness=stage.staleness,
         updates=UpdatePlan.of(stage, seed),
+        overdue=stage.overdue,
+        refill=stage.dynamic_sampling.max_factor - 1 if stage.dynamic_sampling else 0.0,
+        max_failed=stage.max_failed_prompts,
     )
 
 

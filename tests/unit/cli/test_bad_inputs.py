@@ -125,7 +125,21 @@ RECIPE = [
         ("recipe.yaml:30", "counted in pairs", "pairs: 4"),
         changed("batch: {pairs: 4}", "batch: {sequences: 4}"),
     ),
-    Case("asynchronous rollouts", ("staleness: 2", "staleness: 0"), more=("stages.grpo.staleness=2",)),
+    Case(
+        "dropping where nothing can be late",
+        ("overdue: drop", "`staleness` above 0"),
+        more=("stages.grpo.overdue=drop",),
+    ),
+    Case(
+        "dynamic sampling that can replace no group",
+        ("max_factor: 1.1` of 2 groups", "at least 1.5"),
+        more=("stages.grpo.dynamic_sampling={max_factor: 1.1}",),
+    ),
+    Case(
+        "ms-swift's word for dynamic sampling",
+        ("dynamic_sample", "dynamic_sampling: {max_factor: 3}"),
+        changed("    from: dpo\n    data", "    from: dpo\n    dynamic_sample: true\n    data"),
+    ),
     Case(
         "an adapter that changes on the way",
         ("recipe.yaml:", "rank: 8 -> 4", "merge stage"),

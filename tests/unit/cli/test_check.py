@@ -107,6 +107,18 @@ def test_ranks_of_the_trainer_divide_its_cores_and_are_counted(workshop: Worksho
     assert [role.gpus for role in five.roles[:5]] == [0.5] * 5, "two to a GPU at most, where one each are not there"
 
 
+def test_an_asynchronous_stage_says_how_far_it_runs_ahead_and_its_parts_halve_the_threads(workshop: Workshop) -> None:
+    plan = plan_of(workshop, "stages.grpo.staleness=2", "stages.grpo.dynamic_sampling={max_factor: 2.5}").stages[2]
+    threads = {role.name: role.threads for role in plan.roles}
+    assert threads == {"trainer": MACHINE.cores // 2, "rollout-0": MACHINE.cores // 2, "rewards-0": 1}
+    text = "\n".join(plan.lines)
+    assert "asynchronous: 6 groups on their way, at most 2 versions behind; a step waits" in text
+    assert "groups without signal are replaced, at most 5 are sampled for 2" in text
+    late = plan_of(workshop, "stages.grpo.staleness=1", "stages.grpo.overdue=drop").stages[2]
+    assert any("dropped, which favours short completions" in line for line in late.lines)
+    assert any(line.startswith("synchronous:") for line in plan_of(workshop).stages[2].lines)
+
+
 def test_gpus_are_given_to_those_who_compute(workshop: Workshop) -> None:
     roles = plan_of(workshop, machine=Machine(8, 2, 16 << 30)).stages[2].roles
     assert {role.name: role.gpus for role in roles} == {"trainer": 1, "rollout-0": 1, "rewards-0": 0}

@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from align.data.packing import collate, plan_microbatches
-from tests.bench import common, dpo_against_trl, gpu, grpo_update_against_trl, head_memory, linear_cost, peer, work
+from tests.bench import (
+    common,
+    dpo_against_trl,
+    gpu,
+    grpo_update_against_trl,
+    head_memory,
+    linear_cost,
+    orchestration,
+    peer,
+    work,
+)
 
 TINY = ["--toy", "--repeats", "1", "--threads", "1"]
 
@@ -186,6 +196,13 @@ def test_the_cost_of_a_token_is_measured_at_every_size(capsys: pytest.CaptureFix
     figures = linear_cost.main([*TINY, "--sizes", "320,640"])
     assert figures["tokens"] == {"320": 320, "640": 640}
     assert all(found["median"] > 0 for found in figures["microseconds_per_token"].values())
+
+
+def test_the_loops_cost_is_measured_for_every_staleness(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = orchestration.main(["--groups", "6", "--group-size", "2", "--steps", "3", "--dynamic"])
+    assert set(figures) == {"staleness 0", "staleness 1"}
+    assert all(found["turn"] > found["generate"] > 0 for found in figures.values())
+    assert "ms per group" in capsys.readouterr().out
 
 
 def test_the_gpu_bench_runs_through_at_a_toy_size(tmp_path: Path) -> None:

@@ -176,6 +176,39 @@ def test_scores_can_be_asked_for_concurrently() -> None:
     assert [column(r) for r in asyncio.run(both())] == [[1, None, 1, 1], [1, 1, 1, 1], [1, 1, None, 1]]
 
 
+def test_calls_of_one_step_share_its_error_budget_and_the_next_step_has_its_own() -> None:
+    """A share of 5 % of a step of 40 samples: two may fail, in however many calls the step is scored."""
+
+    async def calls(step: int, bad: list[int | None]) -> list[float]:
+        results = [await rewards.score(samples(4, bad=b), budget=(step, 40)) for b in bad]
+        return [result.metrics["reward/raises/error_rate"] for result in results]
+
+    async def run() -> None:
+        assert await calls(0, [1, None, 2]) == [0.25, 0.0, 0.25]
+        assert await calls(1, [0, 3]) == [0.25, 0.25]
+        with pytest.raises(RewardError, match=r"failed on 3 of 40 samples so far.*allows \(2\)"):
+            await calls(0, [None, 3])
+
+    rewards = pool("raises", max_error_rate=0.05)
+    try:
+        asyncio.run(run())
+    finally:
+        rewards.close()
+
+
+def test_a_restart_is_told_by_one_of_the_calls_that_ran_together() -> None:
+    async def run() -> tuple[float, int]:
+        rewards = pool("exits")
+        try:
+            results = await asyncio.gather(*(rewards.score(samples(4, bad=b)) for b in (1, None, None)))
+            return sum(r.metrics["reward/exits/restarts"] for r in results), rewards._workers[0].starts
+        finally:
+            rewards.close()
+
+    told, starts = asyncio.run(run())
+    assert told == starts - 1 > 0
+
+
 def test_plugins_die_with_the_process_that_holds_the_pool(tmp_path: Path) -> None:
     (tmp_path / "hang.py").write_text(
         "import os, re\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 
 from align.protocols import (
     Completion,
+    ErrorBudget,
+    FailedPrompt,
     Group,
     Metrics,
     PromptItem,
@@ -89,7 +91,8 @@ class PlainTrainer:
 
 
 class PlainFleet:
-    """Completions are arithmetic of (published weight, prompt seed, sample); groups come back in reverse."""
+    """Completions are arithmetic of (published weight, prompt seed, sample); a stream gives
+    them in reverse."""
 
     def __init__(self, truncate: Callable[[int, int], bool] = lambda group, sample: False) -> None:
         self.version: int | None = None
@@ -108,7 +111,16 @@ class PlainFleet:
         assert self.version is not None, "nothing was published"
         self.asked.append(([p.group_id for p in prompts], group_size, sampling))
         self.seeds.append([p.seed for p in prompts])
-        return [self._group(p, group_size) for p in reversed(prompts)]
+        return [self._group(p, group_size) for p in prompts]
+
+    async def stream(
+        self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling
+    ) -> AsyncIterator[Group | FailedPrompt]:
+        for group in reversed(await self.generate(prompts, group_size, sampling)):
+            yield group
+
+    def metrics(self) -> Metrics:
+        return {}
 
     def _group(self, item: PromptItem, group_size: int) -> Group:
         completions = []
@@ -138,7 +150,7 @@ class PlainScorer:
         self.objectives = objectives or {"short": lambda group, c: -float(len(c.token_ids))}
         self.dropped = dropped
 
-    async def score(self, groups: Sequence[Group]) -> ScoreTable:
+    async def score(self, groups: Sequence[Group], budget: ErrorBudget | None = None) -> ScoreTable:
         rows = [[f(g, c) for f in self.objectives.values()] for g in groups for c in g.completions]
         names = tuple(self.objectives)
         return ScoreTable(names, np.asarray(rows, dtype=np.float32), ("reward",) * len(names), dropped=self.dropped)

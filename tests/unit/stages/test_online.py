@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 from itertools import chain
@@ -10,69 +9,11 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from align.errors import Unsupported
-from align.protocols import Completion, Group, Sampling, ScoreTable, group_seed
-from align.recipe.schema import Objectives, Save
-from align.stages.groups import PromptCursor, group_metrics, to_trees, untrained
-from align.stages.loop import Loop, StageResult, latest_checkpoint
-from align.stages.online import OnlinePlan, OnlineStage, greedy_metrics
-from align.stages.publication import PublicationFolder
-from align.stages.rollout_log import RolloutLog
-from tests.unit.stages.plain import Lines, PlainFleet, PlainScorer, PlainTrainer, prompt
-
-PROMPTS = [prompt(n) for n in range(5)]
-
-
-class Run:
-    """One start of a stage with 3 groups of 4 over 5 prompts, 12 turns, on plain objects."""
-
-    def __init__(self, folder: Path, *, total: int = 12, fleet: PlainFleet | None = None, **settings) -> None:
-        self.trainer, self.fleet, self.lines = PlainTrainer(), fleet or PlainFleet(), Lines()
-        self.scorer = settings.pop("scorer", PlainScorer())
-        self.publications = PublicationFolder(folder)
-        plan = OnlinePlan(
-            stage_id="grpo",
-            group_size=4,
-            total=total,
-            sampling=Sampling(max_tokens=8),
-            objectives=Objectives(),
-            truncated=settings.pop("truncated", "mask"),
-        )
-        self.stage = OnlineStage(
-            plan,
-            trainer=self.trainer,
-            fleet=self.fleet,
-            scorer=self.scorer,
-            cursor=PromptCursor(PROMPTS, 3, 0, "grpo", 7),
-            publications=self.publications,
-            log=RolloutLog(folder / "grpo" / "rollouts"),
-            decode=lambda ids: " ".join(map(str, ids)),
-        )
-        self.loop = Loop(
-            stage_id="grpo",
-            kind="online",
-            total=total,
-            folder=folder / "grpo",
-            trainer=self.trainer,
-            report=self.lines,
-            stop=asyncio.Event(),
-            save=Save(every=4),
-            artefact="adapter",
-            extra=self.stage.extra,
-            evaluate=lambda: self.stage.evaluate(PROMPTS[:2], self.scorer),
-            **settings,
-        )
-
-    def __call__(self) -> StageResult:
-        async def all_of_it() -> StageResult:
-            await self.loop.restore(latest_checkpoint(self.loop.folder, self.lines))
-            await self.stage.start(self.loop.state.step, self.loop.state.extra)
-            return await self.loop.run(self.stage.turn)
-
-        try:
-            return asyncio.run(all_of_it())
-        finally:
-            self.publications.close()
+from align.protocols import Completion, Group, ScoreTable, group_seed
+from align.stages.groups import group_metrics, to_trees, untrained
+from align.stages.online import greedy_metrics
+from tests.unit.stages.online_run import PROMPTS, Run
+from tests.unit.stages.plain import PlainFleet, PlainScorer, prompt
 
 
 def completion(length: int, finish: str = "eos", version: int = 0) -> Completion:
@@ -144,7 +85,7 @@ def test_a_checkpoint_says_how_far_prompts_were_handed_out(tmp_path: Path) -> No
     run = Run(tmp_path, total=4)
     run()
     state = json.loads((tmp_path / "grpo" / "checkpoints" / "step-000004" / "state.json").read_text())
-    assert state["extra"] == {"admission": {"turns": 4, "running": []}, "objectives": {}}
+    assert state["extra"] == {"admission": {"drawn": 12, "running": []}, "objectives": {}}
 
 
 def test_rollouts_have_every_completion_with_its_scores(tmp_path: Path) -> None:
@@ -175,11 +116,6 @@ def test_no_version_is_left_behind_but_the_newest_until_the_run_ends(tmp_path: P
     run()
     assert seen == [1, 1, 1]
     assert not run.publications.root.exists()
-
-
-def test_staleness_above_zero_is_refused_with_a_remedy() -> None:
-    with pytest.raises(Unsupported, match="staleness: 1"):
-        OnlinePlan(stage_id="grpo", group_size=2, total=1, sampling=Sampling(), objectives=Objectives(), staleness=1)
 
 
 def test_greedy_evaluation_samples_one_completion_at_temperature_zero(tmp_path: Path) -> None:
