@@ -28,34 +28,36 @@ FOLD_FROM = 4  # rows (out + in) / (out in): thin products over many rows are as
 # ------------------------------------------------------------------------------------------------- LoRA
 
 
+def folds(rows: int, weight: Tensor) -> bool:
+    """Whether W + s B A should be made for a product with so many rows: it costs a product of the weight's size, and
+    saves thin ones over all rows. Never in half precision, whose rounding would swallow a small update."""
+    wide, width = weight.shape
+    return weight.dtype in (torch.float32, torch.float64) and rows * (wide + width) >= FOLD_FROM * wide * width
+
+
 class LowRank(NamedTuple):
-    """One linear map with its adapter, y = x W' + s (x A') B'. weight [out, in], a [r, in] and b [out, r], or None; one
-    dtype. folded: W + s B A, where that was worth making."""
+    """One linear map with its adapter, y = x W' + bias + s (x A') B'. weight [out, in], a [r, in] and b [out, r], or
+    None. folded: W + s B A, where that was worth making."""
 
     weight: Tensor
+    bias: Tensor | None = None
     a: Tensor | None = None
     b: Tensor | None = None
     scaling: float = 1.0
     folded: Tensor | None = None
 
-    @classmethod
-    def over(cls, rows: Tensor, weight: Tensor, a: Tensor | None, b: Tensor | None, scaling: float) -> LowRank:
-        """For a product with rows [n, in]: A and B, float32 masters of a bfloat16 base perhaps, in their dtype; folded
-        where a product of the weight's size costs less than thin ones over all rows. Never in half precision, whose
-        rounding of W + s B A would swallow a small update."""
-        if a is None or b is None:
-            return cls(weight)
-        a, b = a.to(rows.dtype), b.to(rows.dtype)
-        wide, width = weight.shape
-        worth_it = rows.shape[0] * (wide + width) >= FOLD_FROM * wide * width
-        exact = rows.dtype in (torch.float32, torch.float64)
-        folded = torch.addmm(weight, b, a, alpha=scaling) if exact and worth_it else None
-        return cls(weight, a, b, scaling, folded)
+    def over(self, rows: Tensor) -> LowRank:
+        """For a product with rows [n, in]: A and B, float32 masters of a bfloat16 base perhaps, in their dtype."""
+        if self.a is None or self.b is None:
+            return self
+        a, b = self.a.to(rows.dtype), self.b.to(rows.dtype)
+        folded = torch.addmm(self.weight, b, a, alpha=self.scaling) if folds(rows.shape[0], self.weight) else None
+        return self._replace(a=a, b=b, folded=folded)
 
-    def apply(self, x: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """x [n, in] -> [n, out], into `out` where there is one."""
+    def apply(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [n, in] -> [n, out]; into `out`, without the bias, where there is one."""
         weight = self.weight if self.folded is None else self.folded
-        y = F.linear(x, weight, bias) if out is None else torch.mm(x, weight.T, out=out)
+        y = F.linear(x, weight, self.bias) if out is None else torch.mm(x, weight.T, out=out)
         if self.a is not None and self.b is not None and self.folded is None:
             y.addmm_(x @ self.a.T, self.b.T, alpha=self.scaling)
         return y
@@ -77,7 +79,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        y = LowRank.over(rows, weight, a, b, scaling).apply(rows, bias)
+        y = LowRank(weight, bias, a, b, scaling).over(rows).apply(rows)
         ctx.save_for_backward(rows, weight, a, b)
         ctx.scaling, ctx.has_bias = scaling, bias is not None
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -88,7 +90,7 @@ class _LoraLinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
         shape = (*grad.shape[:-1], rows.shape[-1])
         grad = grad.reshape(-1, grad.shape[-1])
-        grad_x = LowRank.over(rows, weight, a, b, ctx.scaling).pull(grad).view(shape) if needs_x else None
+        grad_x = LowRank(weight, None, a, b, ctx.scaling).over(rows).pull(grad).view(shape) if needs_x else None
         grad_narrow = (grad @ b.to(grad.dtype)).mul_(ctx.scaling) if needs_a else None
         narrow = (rows @ a.to(rows.dtype).T).mul_(ctx.scaling) if needs_b else None
         return (
@@ -102,30 +104,43 @@ class _LoraLinear(torch.autograd.Function):
 
 
 class FusedLoraLinear(LoraLinear):
-    """peft's LoRA layer: the fused product where one plain adapter is active, peft's own code for everything else."""
+    """peft's LoRA layer: the fused product where one plain adapter is active, peft's own code for everything else.
+
+    given: an input and the result for it, from a product with other layers (`align.model.fused_qkv`).
+    """
+
+    given: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = self.fusable(x) if not args and not kwargs else None
-        if name is None:
+        given, self.given = self.given, None
+        if given is not None and given[0] is x and not args and not kwargs:
+            return given[1]
+        source = self.source(x) if not args and not kwargs else None
+        if source is None or source.a is None:
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
-        base = self.get_base_layer()
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        fused: Tensor = _LoraLinear.apply(x, base.weight, base.bias, a, b, self.scaling[name])
+        fused: Tensor = _LoraLinear.apply(x, source.weight, source.bias, source.a, source.b, source.scaling)
         return fused
 
-    def fusable(self, x: Tensor) -> str | None:
-        """The one adapter to add, or None: none or several are active, dropout is on, a variant (DoRA), autocast."""
+    def source(self, x: Tensor) -> LowRank | None:
+        """The map that is on, its adapter's matrices as they are kept. None: several adapters are active, dropout is
+        on, a variant (DoRA), autocast, another dtype than the input's."""
         base = self.get_base_layer()
-        if self.disable_adapters or self.merged or self.lora_variant or type(base) is not nn.Linear:
+        if self.merged or type(base) is not nn.Linear:
+            return None
+        if x.dtype != base.weight.dtype or torch.is_autocast_enabled(x.device.type):
             return None
         active = [name for name in self.active_adapters if name in self.lora_A]
-        if len(active) != 1 or self.lora_bias[active[0]]:
+        if self.disable_adapters or not active:
+            return LowRank(base.weight, base.bias)
+        name = active[0]
+        if len(active) > 1 or self.lora_variant or self.lora_bias[name]:
             return None
-        dropout = getattr(self.lora_dropout[active[0]], "p", 0.0) if self.training else 0.0
-        if dropout or x.dtype != base.weight.dtype or torch.is_autocast_enabled(x.device.type):
+        if self.training and getattr(self.lora_dropout[name], "p", 0.0):
             return None
-        return str(active[0])
+        return LowRank(
+            base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, float(self.scaling[name])
+        )
 
 
 # ------------------------------------------------------------------------------------------------- RMS norm

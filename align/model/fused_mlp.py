@@ -98,26 +98,15 @@ class _GatedMlp(torch.autograd.Function):
 def _parts(tensors: Any, scalings: tuple[float, float, float], rows: Tensor) -> tuple[LowRank, LowRank, LowRank]:
     """Gate, up and down, for products with as many rows."""
     each = zip(*[iter(tensors)] * 3, scalings, strict=True)
-    gate, up, down = (LowRank.over(rows, weight, a, b, scaling) for weight, a, b, scaling in each)
+    gate, up, down = (LowRank(weight, None, a, b, scaling).over(rows) for weight, a, b, scaling in each)
     return gate, up, down
 
 
-def _source(linear: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, float] | None:
-    """Weight, A, B and scale of a linear layer with or without one plain adapter; None for anything else."""
+def _source(linear: Any, x: Tensor) -> LowRank | None:
+    """The map of a linear layer with or without one plain adapter; None for anything else."""
     if type(linear) is nn.Linear:
-        return (linear.weight, None, None, 1.0) if getattr(linear, "bias", None) is None else None
-    if not isinstance(linear, FusedLoraLinear):
-        return None
-    base = linear.get_base_layer()
-    if type(base) is not nn.Linear or getattr(base, "bias", None) is not None or linear.merged:
-        return None
-    active = [name for name in linear.active_adapters if name in linear.lora_A]
-    if linear.disable_adapters or not active:
-        return base.weight, None, None, 1.0
-    name = linear.fusable(x)
-    if name is None:
-        return None
-    return base.weight, linear.lora_A[name].weight, linear.lora_B[name].weight, float(linear.scaling[name])
+        return LowRank(linear.weight, linear.bias)
+    return linear.source(x) if isinstance(linear, FusedLoraLinear) else None
 
 
 def _fused(module: Any, x: Tensor) -> Tensor | None:
@@ -125,11 +114,11 @@ def _fused(module: Any, x: Tensor) -> Tensor | None:
     if torch.is_autocast_enabled(x.device.type):
         return None
     found = [_source(getattr(module, name), x) for name in NAMES]
-    sources = [one for one in found if one is not None and one[0].dtype == x.dtype]
+    sources = [one for one in found if one is not None and one.bias is None and one.weight.dtype == x.dtype]
     if len(sources) < len(NAMES):
         return None
-    tensors = [tensor for weight, a, b, _ in sources for tensor in (weight, a, b)]
-    out: Tensor = _GatedMlp.apply(x, tuple(scaling for *_, scaling in sources), *tensors)
+    tensors = [tensor for one in sources for tensor in (one.weight, one.a, one.b)]
+    out: Tensor = _GatedMlp.apply(x, tuple(one.scaling for one in sources), *tensors)
     return out
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align.model.fused_qkv import give, projects_jointly, withdraw
+
 NAME = "apply_rotary_pos_emb"
 
 
@@ -77,8 +79,18 @@ def fused_rotary(kind: type[nn.Module]) -> type[nn.Module] | None:
     if not _equal(own.__globals__[NAME]):
         return None
     names = {**own.__globals__, NAME: rotate}
-    forward = types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
-    forward.__kwdefaults__ = own.__kwdefaults__
+    turned: Any = types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+    turned.__kwdefaults__ = own.__kwdefaults__
+
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not projects_jointly(self):
+            return turned(self, hidden_states, *args, **kwargs)
+        give(self, hidden_states)
+        try:
+            return turned(self, hidden_states, *args, **kwargs)
+        finally:
+            withdraw(self)
+
     return type(f"Fused{kind.__name__}", (kind,), {"forward": forward})
 
 
