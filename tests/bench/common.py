@@ -10,8 +10,10 @@ from __future__ import annotations
 import functools
 import gc
 import multiprocessing
+import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,6 +130,51 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def _answer(send: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     send.send(function(*arguments))
+
+
+class Apart:
+    """An object in a process of its own, so that the two sides of a comparison share no memory: what one allocates and
+    frees is in nobody's way. Its methods are called there, one at a time, and waited for."""
+
+    def __init__(self, make: Callable[..., Any], *arguments: Any, **options: Any):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, far = context.Pipe()
+        self._child = context.Process(target=_serve, args=(far, make, arguments, options), daemon=True)
+        self._child.start()
+        far.close()
+        self._answer("start")
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        self._pipe.send((method, arguments))
+        return self._answer(method)
+
+    def _answer(self, what: str) -> Any:
+        try:
+            error, answer = self._pipe.recv()
+        except EOFError:
+            self._child.join()
+            raise RuntimeError(f"{what}: the process ended with code {self._child.exitcode}") from None
+        if error is not None:
+            raise RuntimeError(f"{what} in a process of its own: {error}")
+        return answer
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._child.join()
+
+
+def _serve(pipe: Any, make: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    try:
+        served = make(*arguments, **options)
+        pipe.send((None, None))
+        while True:
+            method, given = pipe.recv()
+            pipe.send((None, getattr(served, method)(*given)))
+    except EOFError:
+        return
+    except BaseException:
+        pipe.send((traceback.format_exc(), None))
+        raise
 
 
 def synchronize() -> None:
@@ -255,11 +302,12 @@ def report(
 
 
 def use_threads(threads: int | None) -> int:
-    """Set torch's threads where a number is given; return what is used."""
+    """Set torch's threads where a number is given, also of processes started later; return what is used."""
     import torch
 
     if threads:
         torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
     return torch.get_num_threads()
 
 

@@ -38,8 +38,9 @@ def data_and_model(arguments: argparse.Namespace, folder: Path) -> tuple[work.Sh
 
 def choose(
     arguments: argparse.Namespace, trainer: Any, folder: Path, trees: list[Tree]
-) -> tuple[int, peer.Dpo, int, dict[str, Any]]:
-    """(our token budget, TRL's trainer, its batch size, what was tried), each the fastest on the first rows."""
+) -> tuple[int, common.Apart, str, int, dict[str, Any]]:
+    """(our token budget, TRL's trainer, its setting, its batch size, what was tried), each the fastest on the first
+    rows."""
     some = trees[: arguments.select_rows]
     checked = trees[:CHECKED_ROWS]
     work.draw_adapter(trainer.module)
@@ -51,18 +52,9 @@ def choose(
         trainer.step(some, step=0, progress=0.0)
 
     budget, tried = common.fastest(arguments.max_tokens, ours, "ours, max_tokens")
-    best: tuple[float, peer.Dpo, int] | None = None
-    for mode in peer.modes_for(arguments.dtype):
-        theirs = peer.Dpo(folder, trees, mode)
-        theirs.draw_adapter()
-        common.check_same_work(mine, theirs.update(checked, 2), arguments.dtype, mode)
-        run = functools.partial(theirs.update, some)
-        batch, seconds = common.fastest(arguments.batches, run, f"TRL, {mode}, batch")
-        tried |= {f"TRL, {mode}, batch {key}": value for key, value in seconds.items()}
-        if best is None or seconds[str(batch)] < best[0]:
-            best = (seconds[str(batch)], theirs, batch)
-    assert best is not None
-    return budget, best[1], best[2], tried
+    make = functools.partial(common.Apart, peer.Dpo, folder, trees[:1])
+    theirs, setting, batch, more = peer.choose(arguments, make, mine, checked, some)
+    return budget, theirs, setting, batch, tried | more
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -78,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print(peer.HEAD_NOTE)
         loss = {"name": "dpo", "beta": 0.1}
         trainer = work.make_trainer(folder, loss, dtype=arguments.dtype, device="cpu")
-        budget, theirs, batch, tried = choose(arguments, trainer, folder, trees)
+        budget, theirs, setting, batch, tried = choose(arguments, trainer, folder, trees)
         work.repack(trainer, budget)
         rounds = peer.in_turn(trainer, theirs, trees, batch, arguments)
         packed = work.packed_layout(trees, budget, keep_together=True)
@@ -86,9 +78,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     units = {"pairs": len(trees)}
     sides = [
         common.Side("ours", f"max_tokens {budget}", rounds.seconds["ours"], work.update_flop(shape, packed), units),
-        common.Side(
-            "TRL", f"{theirs.mode}, batch {batch}", rounds.seconds["TRL"], work.update_flop(shape, padded), units
-        ),
+        common.Side("TRL", setting, rounds.seconds["TRL"], work.update_flop(shape, padded), units),
     ]
     return common.report(
         f"dpo-against-trl-{arguments.shape}-{arguments.dtype}",

@@ -42,8 +42,9 @@ def with_sampler_logps(trainer: Any, trees: Sequence[Tree]) -> list[Tree]:
 
 def choose(
     arguments: argparse.Namespace, trainer: Any, folder: Path, trees: list[Tree]
-) -> tuple[int, peer.Grpo, int, dict[str, float], list[Tree]]:
-    """(our token budget, TRL's trainer, its batch size, what was tried, the trees with sampler log-probabilities)."""
+) -> tuple[int, common.Apart, str, int, dict[str, float], list[Tree]]:
+    """(our token budget, TRL's trainer, its setting, its batch size, what was tried, the trees with sampler
+    log-probabilities)."""
     work.draw_adapter(trainer.module)
     trees = with_sampler_logps(trainer, trees)
     some = trees[: arguments.select_groups]
@@ -55,20 +56,10 @@ def choose(
         trainer.step(some, step=0, progress=0.0)
 
     budget, tried = common.fastest(arguments.max_tokens, ours, "ours, max_tokens")
-    best: tuple[float, peer.Grpo, int] | None = None
-    for mode in peer.modes_for(arguments.dtype):
-        theirs = peer.Grpo(
-            folder, mode, group_size=arguments.group_size, max_completion=len(trees[0].branches[0]), kl=KL
-        )
-        theirs.draw_adapter()
-        common.check_same_work(mine, theirs.update(trees[:1], 2), arguments.dtype, mode)
-        run = functools.partial(theirs.update, some)
-        batch, seconds = common.fastest(arguments.batches, run, f"TRL, {mode}, batch")
-        tried |= {f"TRL, {mode}, batch {key}": value for key, value in seconds.items()}
-        if best is None or seconds[str(batch)] < best[0]:
-            best = (seconds[str(batch)], theirs, batch)
-    assert best is not None
-    return budget, best[1], best[2], tried, trees
+    options = {"group_size": arguments.group_size, "max_completion": len(trees[0].branches[0]), "kl": KL}
+    make = functools.partial(common.Apart, peer.Grpo, folder, **options)
+    theirs, setting, batch, more = peer.choose(arguments, make, mine, trees[:1], some)
+    return budget, theirs, setting, batch, tried | more, trees
 
 
 def padded(trees: Sequence[Tree], batch: int, *, compact: bool = False) -> work.Layout:
@@ -95,13 +86,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         folder = work.write_model(shape, Path(name))
         loss = {"name": "grpo", "kl": KL}
         trainer = work.make_trainer(folder, loss, dtype=arguments.dtype, device="cpu")
-        budget, theirs, batch, tried, trees = choose(arguments, trainer, folder, trees)
+        budget, theirs, setting, batch, tried, trees = choose(arguments, trainer, folder, trees)
         work.repack(trainer, budget)
         rounds = peer.in_turn(trainer, theirs, trees, batch, arguments)
     packed = work.packed_layout(trees, budget, keep_together=False)
     units = {"completions": arguments.groups * size}
     layouts = {"ours": packed, "TRL": padded(trees, batch)}
-    settings = {"ours": f"max_tokens {budget}", "TRL": f"{theirs.mode}, batch {batch}"}
+    settings = {"ours": f"max_tokens {budget}", "TRL": setting}
     sides = [
         common.Side(side, settings[side], rounds.seconds[side], work.update_flop(shape, layouts[side]), units)
         for side in ("ours", "TRL")

@@ -11,8 +11,9 @@ TRL's head runs on scored positions only where `_use_triton(device)` holds: `com
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,54 @@ def modes_for(dtype: str) -> list[str]:
     return ["float32"] if dtype == "float32" else ["autocast", "bfloat16", "bfloat16, no autocast"]
 
 
-def in_turn(trainer: Any, theirs: Any, trees: Sequence[Tree], batch: int, arguments: Any) -> common.Rounds:
-    """One update of all trees by our trainer and by TRL's, `arguments.repeats` times, with the peak in between."""
-    return common.alternate(
-        {
-            "ours": lambda: trainer.step(trees, step=0, progress=0.0),
-            "TRL": lambda: theirs.update(trees, batch),
-        },
+def in_turn(trainer: Any, theirs: common.Apart, trees: Sequence[Tree], batch: int, arguments: Any) -> common.Rounds:
+    """One update of all trees by our trainer and by TRL's, `arguments.repeats` times, with the peak in between; before
+    that once uncounted, since the first update of a size allocates what the others find."""
+    sides = {
+        "ours": lambda: trainer.step(trees, step=0, progress=0.0),
+        "TRL": lambda: theirs.call("update", trees, batch),
+    }
+    for run in sides.values():
+        run()
+    rounds = common.alternate(
+        sides,
         arguments.repeats,
         peak=lambda: common.matmul_peak(arguments.dtype, seconds=0.02 if arguments.toy else 0.2),
     )
+    theirs.close()
+    return rounds
+
+
+def choose(
+    arguments: Any,
+    make: Callable[[str], common.Apart],
+    mine: tuple[float, float],
+    checked: Sequence[Tree],
+    some: Sequence[Tree],
+) -> tuple[common.Apart, str, int, dict[str, float]]:
+    """TRL's fastest trainer, its setting in words, its batch size, and what was tried: every way to compute in
+    `arguments.dtype` at every batch size, on `some`.
+
+    make: a trainer in a process of its own, by mode. mine: our loss and gradient norm on `checked`, which each must
+    compute too.
+    """
+    tried: dict[str, float] = {}
+    best: tuple[float, common.Apart, str, int] | None = None
+    for mode in modes_for(arguments.dtype):
+        theirs = make(mode)
+        theirs.call("draw_adapter")
+        common.check_same_work(mine, theirs.call("update", checked, 2), arguments.dtype, mode)
+        run = functools.partial(theirs.call, "update", some)
+        batch, seconds = common.fastest(arguments.batches, run, f"TRL, {mode}, batch")
+        tried |= {f"TRL, {mode}, batch {key}": value for key, value in seconds.items()}
+        if best is not None and seconds[str(batch)] >= best[0]:
+            theirs.close()
+            continue
+        if best is not None:
+            best[1].close()
+        best = (seconds[str(batch)], theirs, f"{mode}, batch {batch}", batch)
+    assert best is not None
+    return *best[1:], tried
 
 
 def windows_of(trees: Sequence[Tree], batch: int) -> list[list[Tree]]:
