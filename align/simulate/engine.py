@@ -1,0 +1,187 @@
+"""One engine as arithmetic: all its running sequences gain tokens at the same speed, so what there is to know is how
+far they have come, and which of them ends next. An event per sequence, O(log n) each; never one per token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from align.protocols import PromptItem
+from align.simulate.workload import EngineModel
+
+_ROUNDING = 1e-6  # tokens: what ends within so little ends at the same step
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A group to be sampled. lengths: its tokens, by completion; version: that it is sampled from; entered, left: how
+    many of its sequences were begun, and how many are not done; deliver: told once all are."""
+
+    prompt: PromptItem
+    lengths: Sequence[float]
+    deliver: Callable[[Job], None]
+    version: int = 0
+    entered: int = 0
+    left: int = 0
+
+    def __post_init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.entered, self.left = 0, len(self.lengths)
+
+
+class Engine:
+    """Samples jobs in the order in which they come, as `model` says. For one event loop.
+
+    ended: told of each job that is done. stamps: a job is sampled from the version that is held when its first sequence
+    begins, not from the one under which it was given. tokens: of jobs that are done, so far.
+    """
+
+    def __init__(self, model: EngineModel, ended: Callable[[Job], None], *, stamps: bool = False):
+        self.model, self._ended, self._stamps = model, ended, stamps
+        self.version = 0
+        self._loads: list[tuple[int, asyncio.Future[None]]] = []  # versions that wait for a batch to end
+        self.jobs = 0
+        self.tokens = 0.0
+        self._busy_s = 0.0
+        self._busy_since: float | None = None
+        self._waiting: deque[Job] = deque()
+        self._running: list[tuple[float, int, Job]] = []  # a heap: by the steps after which a sequence ends
+        self._together: list[Job] = []  # done, and answered with their batch
+        self._numbers = itertools.count()
+        self._steps = 0.0  # since the engine was last empty
+        self._from = 0.0  # up to when `_steps` counts, or from when: prompts and pauses come first
+        self._timer: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+
+    def busy_s(self, now: float) -> float:
+        """Seconds in which it had work, so far."""
+        return self._busy_s + (now - self._busy_since if self._busy_since is not None else 0.0)
+
+    def give(self, jobs: Sequence[Job]) -> None:
+        if not jobs:
+            return
+        now = self._loop.time()
+        self._advance(now)
+        self.jobs += len(jobs)
+        self._waiting.extend(jobs)
+        self._fill(now)
+        self._plan()
+
+    def load(self, version: int) -> asyncio.Future[None]:
+        """Hold a version from now on; an engine of whole batches, from the end of its batch. Done once it does."""
+        loaded: asyncio.Future[None] = self._loop.create_future()
+        self._loads.append((version, loaded))
+        if not (self.model.whole_batches and self._running):
+            self._take_loads()
+        return loaded
+
+    def pause(self, seconds: float) -> None:
+        """Sample nothing for so long, and then go on."""
+        now = self._loop.time()
+        self._advance(now)
+        self._from = max(self._from, now) + seconds
+        self._plan()
+
+    def lose(self) -> list[Job]:
+        """The engine is gone: the jobs it had, in order, to be sampled from their beginning."""
+        self._advance(self._loop.time())
+        held = dict.fromkeys(job for _, _, job in sorted(self._running, key=lambda entry: entry[1]))
+        jobs = [*self._together, *(job for job in held if job not in self._together)]
+        jobs += [job for job in self._waiting if job not in held]
+        self._waiting.clear()
+        self._running.clear()
+        self._together.clear()
+        self.jobs = 0
+        self._take_loads()  # it starts again with the newest version
+        self._rest()
+        self.stop()
+        for job in jobs:
+            job.restart()
+        return jobs
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # ------------------------------------------------------------------------------------------------ at work
+
+    def _advance(self, now: float) -> None:
+        if now > self._from:
+            if self._running:
+                self._steps += (now - self._from) / self.model.step_s(len(self._running))
+            self._from = now
+
+    def _fill(self, now: float) -> None:
+        """Begin sequences while there are slots."""
+        if self.model.whole_batches and self._running:
+            return
+        while self._waiting and len(self._running) < self.model.slots:
+            job = self._waiting[0]
+            if self.model.whole_batches and self._running and len(self._running) + job.left > self.model.slots:
+                break
+            if not job.entered:
+                job.version = self.version if self._stamps else job.version
+                self._from = max(self._from, now) + self.model.prompt_s
+            room = len(job.lengths) if self.model.whole_batches else self.model.slots - len(self._running)
+            for length in job.lengths[job.entered : job.entered + room]:
+                heapq.heappush(self._running, (self._steps + length, next(self._numbers), job))
+                job.entered += 1
+            if job.entered == len(job.lengths):
+                self._waiting.popleft()
+        if self._running and self._busy_since is None:
+            self._busy_since = now
+
+    def _plan(self) -> None:
+        """Wake up when the next sequence ends."""
+        self.stop()
+        if self._running:
+            steps = max(0.0, self._running[0][0] - self._steps)
+            when = self._from + steps * self.model.step_s(len(self._running))
+            self._timer = self._loop.call_at(when, self._step)
+
+    def _step(self) -> None:
+        """A sequence ends now, with all that end at the same step."""
+        now = self._loop.time()
+        self._advance(now)
+        self._steps = max(self._steps, self._running[0][0])
+        ended: list[Job] = []
+        while self._running and self._running[0][0] <= self._steps + _ROUNDING:
+            _, _, job = heapq.heappop(self._running)
+            job.left -= 1
+            if not job.left:
+                ended.append(job)
+        if self.model.whole_batches:
+            self._together += ended
+            ended = []
+            if not self._running:
+                ended, self._together = self._together, []
+                self._take_loads()
+        self.jobs -= len(ended)
+        self.tokens += sum(sum(job.lengths) for job in ended)
+        self._fill(now)
+        if not self._running:
+            self._rest()
+        self._plan()
+        for job in ended:
+            self._ended(job)
+
+    def _take_loads(self) -> None:
+        loads, self._loads = self._loads, []
+        for version, loaded in loads:
+            self.version = version
+            if not loaded.done():
+                loaded.set_result(None)
+
+    def _rest(self) -> None:
+        self._steps = 0.0
+        if self._busy_since is not None:
+            self._busy_s += self._loop.time() - self._busy_since
+            self._busy_since = None
