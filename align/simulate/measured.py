@@ -26,6 +26,7 @@ WARM_UP = 2
 SLOTS = {"transformers": 64, "vllm": 256}
 """Sequences that an engine of each kind samples at once, where `rollout.engine.max_num_seqs` says nothing else."""
 _OUTLIER = 3.0  # times the median
+_ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,15 @@ def _lengths(folder: Path) -> dict[int, dict[int, np.ndarray]]:
 def _engine_costs(
     stage: OnlineStage, turns: Mapping[int, Mapping[str, Any]], lengths: Mapping[int, Mapping[int, np.ndarray]]
 ) -> tuple[float, float, float]:
-    """(fixed_s, per_sequence_s, prompt_s) by least squares over turns: see the module."""
+    """(fixed_s, per_sequence_s, prompt_s) by least squares over turns: see the module. A turn takes as long as its
+    slowest engine, which is the slowest by the costs found so far: a few rounds settle it."""
     known = [step for step in turns if step in lengths]
-    work = np.asarray([_work(stage, list(lengths[step].values())) for step in known])
+    work = np.asarray([_work(stage, list(lengths[step].values())) for step in known])  # f64[turns, engines, 3]
     seconds = np.asarray([turns[step]["time/generate"] for step in known], dtype=np.float64)
-    steps, tokens, prompts = non_negative(work, seconds)
+    slowest = work[:, :, 0].argmax(axis=1)
+    for _ in range(_ROUNDS):
+        steps, tokens, prompts = non_negative(work[np.arange(len(known)), slowest], seconds)
+        slowest = (work @ (steps, tokens, prompts)).argmax(axis=1)
     if steps + tokens <= 0:
         raise RunFolderError(
             f"the {len(known)} turns of stage {stage.id!r} do not tell what an engine's step takes: the time of their "
@@ -151,17 +156,20 @@ def _engine_costs(
     return steps, tokens, prompts
 
 
-def _work(stage: OnlineStage, groups: Sequence[np.ndarray]) -> tuple[float, float, float]:
-    """Steps, tokens and prompts of the engine that has most to do with a list of groups: dealt in turn, and sampled in
-    whole batches or as slots become free."""
+def _work(stage: OnlineStage, groups: Sequence[np.ndarray]) -> list[tuple[float, float, float]]:
+    """Steps, tokens and prompts of each engine with a list of groups: dealt in turn, and sampled in whole batches or as
+    slots become free."""
     slots, whole = slots_of(stage), stage.rollout.name == "transformers"
     each = []
-    for number in range(min(stage.rollout.workers, len(groups))):
+    for number in range(stage.rollout.workers):
         own = groups[number :: stage.rollout.workers]
+        if not own:
+            each.append((0.0, 0.0, 0.0))
+            continue
         batches = _batches(own, max(1, slots // len(own[0]))) if whole else [np.concatenate(own)]
         steps = sum(max(float(batch.max()), float(batch.sum()) / slots) for batch in batches)
         each.append((steps, float(sum(batch.sum() for batch in batches)), float(len(own))))
-    return max(each)
+    return each
 
 
 def _batches(groups: Sequence[np.ndarray], size: int) -> list[np.ndarray]:
