@@ -33,7 +33,7 @@ def main(arguments: argparse.Namespace) -> int:
     recipe, document = load_document(arguments.recipe, arguments.overrides)
     stage = online_stage(recipe, arguments.stage, document.name)
     run = read_run(Path(arguments.run), arguments.stage) if arguments.run else None
-    inputs = gather(stage, {name: getattr(arguments, name) for name in UNITS}, run)
+    inputs = gather(recipe, stage, {name: getattr(arguments, name) for name in UNITS}, run)
     work = workload(recipe, stage, inputs, run)
     steps = arguments.steps or max(LEAST_STEPS, min(STEPS, MOST_GROUPS // work.groups))
 
@@ -90,8 +90,12 @@ class Report:
         assumed = [*ASSUMED, SCALED] if self.divided else ASSUMED
         return out + [f"assumed: {line}" for line in assumed]
 
+    def _inputs(self) -> Inputs:
+        """Those that were used: of divided devices, engines are what is left."""
+        return {name: one for name, one in self.inputs.items() if not (self.divided and name == "engines")}
+
     def _input_lines(self) -> list[str]:
-        shown = {name: one for name, one in self.inputs.items() if not (self.divided and name == "engines")}
+        shown = self._inputs()
         if math.isinf(self.inputs["failure_s"].value):
             del shown["failure_s"], shown["restart_s"]
         lines = _table([[name, f"{one.value:.6g}", one.source, UNITS[name]] for name, one in shown.items()])
@@ -142,7 +146,7 @@ class Report:
             "steps": self.steps,
             "inputs": {
                 name: {"value": one.value if math.isfinite(one.value) else None, "source": one.source}
-                for name, one in self.inputs.items()
+                for name, one in self._inputs().items()
             },
             "lengths": "empirical" if is_empirical(self.inputs) else "log-normal",
             "outcomes": [_outcome(one) for one in self.outcomes],

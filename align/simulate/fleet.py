@@ -112,6 +112,8 @@ class SimulatedFleet:
         if self._behind is not None:
             self._behind += jobs
             return
+        if not jobs:
+            return
         serving = [number for number, up in enumerate(self._up) if up]
         if not serving:
             self._homeless += jobs

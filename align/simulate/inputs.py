@@ -12,14 +12,15 @@ from align.errors import RunFolderError
 from align.recipe.schema import OnlineStage, Recipe
 from align.recipe.support import publish_mode
 from align.simulate.lengths import Empirical, Lengths, LogNormal
-from align.simulate.measured import Measured, slots_of
+from align.simulate.measured import Measured, slots_of, trained_completions
 from align.simulate.workload import NEVER, EngineModel, Publishing, Workload
 from align.stages.handover import adapter_of
 
 Source = Literal["flag", "run", "recipe", "default"]
 
-SPEED = 50.0  # tokens/s of a 7B model's single sequence on one GPU
-OF_ALL_SLOTS = 0.4  # peak, of slots times the speed of one
+# Stand-ins of the order of a 7B model with a GPU for each engine: measure your own, or give flags.
+SPEED = 50.0  # tokens/s of one sequence alone
+OF_ALL_SLOTS = 0.4  # an engine's peak, of slots times that
 TRAINED_PER_S = 10_000.0  # tokens
 LOOP_S = 0.0004  # per group: tests/bench/results/*-orchestration.json
 
@@ -51,8 +52,9 @@ class Input:
 Inputs = dict[str, Input]
 
 
-def gather(stage: OnlineStage, flags: Mapping[str, float | None], run: Measured | None) -> Inputs:
-    """Every number of `UNITS`, with its source. flags: by the same names, None where not given.
+def gather(recipe: Recipe, stage: OnlineStage, flags: Mapping[str, float | None], run: Measured | None) -> Inputs:
+    """Every number of `UNITS`, with its source. flags: by the same names, None where not given. A run's times of a turn
+    are those of its own batch and trainer; they are taken in proportion to the recipe's.
 
     Raises RunFolderError where the run cannot tell what its engines take and no flag does.
     """
@@ -78,10 +80,12 @@ def gather(stage: OnlineStage, flags: Mapping[str, float | None], run: Measured 
     settle("length_sigma", sigma, 0.8)
     length = settle("length_mean", mean, stage.rollout.max_tokens / 4)
     settle("reward_s", run and run.reward_s, 1.0)
-    tokens = stage.batch.groups * stage.batch.group_size * min(length, stage.rollout.max_tokens)
-    settle("train_s", run and run.train_s, tokens / TRAINED_PER_S)
+    trained, ranks = trained_completions(stage), recipe.placement.trainer.ranks
+    tokens = trained * min(length, stage.rollout.max_tokens)
+    train_s = run and run.train_s * (trained / run.trained) * (run.ranks / ranks)
+    settle("train_s", train_s, tokens / TRAINED_PER_S)
     settle("publish_s", run and run.publish_s, 2.0)
-    settle("loop_s", run and run.loop_s, LOOP_S * stage.batch.groups)
+    settle("loop_s", run and run.loop_s * stage.batch.groups / run.groups, LOOP_S * stage.batch.groups)
     settle("silent", run and run.silent, 0.0)
     settle("failure_s", None, NEVER)
     settle("restart_s", None, 60.0)

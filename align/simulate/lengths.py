@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 
-_BLOCK = 1024
+_BLOCK = 1024  # groups drawn at once
+_MEAN_OF = 16  # blocks
 
 
 class Lengths(Protocol):
@@ -38,9 +40,9 @@ class LogNormal:
     seed: int = 0
     _blocks: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
-    @property
+    @cached_property
     def mean(self) -> float:
-        return float(self._block(0).mean()) if self.sigma else float(self._cut(np.full(1, self.mean_tokens))[0])
+        return float(np.mean([self._block(number).mean() for number in range(_MEAN_OF if self.sigma else 1)]))
 
     def of(self, group_id: int) -> np.ndarray:
         row: np.ndarray = self._block(group_id // _BLOCK)[group_id % _BLOCK]
@@ -61,7 +63,8 @@ class LogNormal:
 @dataclass
 class Empirical:
     """Whole groups of a run, drawn again at random: what completions of a prompt have in common stays. Where the run's
-    groups are of another size than `group_size`, single completions are drawn. Cut at `limit`."""
+    groups are of another size than `group_size`, single completions are drawn. Cut at `limit`; what the run itself cut
+    stays as short."""
 
     groups: Sequence[np.ndarray]
     limit: int
@@ -73,18 +76,14 @@ class Empirical:
         whole = all(len(group) == self.group_size for group in self.groups)
         pool = np.stack(self.groups) if whole else np.concatenate(self.groups)
         self._pool = np.clip(pool.astype(np.float64), 1.0, float(self.limit))
+        self.mean = float(self._pool.mean())
         self._blocks: dict[int, np.ndarray] = {}
-
-    @property
-    def mean(self) -> float:
-        return float(self._pool.mean())
 
     def of(self, group_id: int) -> np.ndarray:
         number = group_id // _BLOCK
         if number not in self._blocks:
             shape = (_BLOCK,) if self._pool.ndim == 2 else (_BLOCK, self.group_size)
-            self._blocks[number] = self._pool[
-                np.random.default_rng([self.seed, number]).integers(0, len(self._pool), shape)
-            ]
+            chosen = np.random.default_rng([self.seed, number]).integers(0, len(self._pool), shape)
+            self._blocks[number] = self._pool[chosen]
         row: np.ndarray = self._blocks[number][group_id % _BLOCK]
         return row

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,20 @@ SLOTS = {"transformers": 64, "vllm": 256}
 """Sequences that an engine of each kind samples at once, where `rollout.engine.max_num_seqs` says nothing else."""
 _OUTLIER = 3.0  # times the median
 _ROUNDS = 8
+_TIMES = ("step", "generate", "score", "train", "publish", "group_score")
 
 
 @dataclass(frozen=True)
 class Measured:
     """Means of a run's stage, as `Workload` and `EngineModel` name them; lengths: f64[G] of each group, in tokens;
-    steps_per_minute: of the run itself, evaluations and checkpoints left out. fixed_s, per_sequence_s, prompt_s: None
-    where the stage was asynchronous, whose turns do not tell what an engine takes."""
+    steps_per_minute: of the run itself, evaluations and checkpoints left out; groups: of a turn; trained: completions
+    that a turn goes over, each as often as `updates_per_batch` says; ranks: of the trainer. fixed_s,
+    per_sequence_s, prompt_s: None where the stage was asynchronous, whose turns do not tell what an engine takes."""
 
     steps_per_minute: float
+    groups: int
+    trained: int
+    ranks: int
     lengths: tuple[np.ndarray, ...]
     reward_s: float
     train_s: float
@@ -51,7 +56,8 @@ def read_run(run: Path, stage_id: str | None = None) -> Measured:
     """What a run's online stage (its only one, or `stage_id`) measured. Raises RunFolderError where it did not."""
     if not (run / "recipe.yaml").is_file():
         raise RunFolderError("no run: there is no recipe.yaml", where=run, remedy="give a run folder, runs/<name>")
-    stage = online_stage(load_recipe(run / "recipe.yaml"), stage_id, str(run))
+    recipe = load_recipe(run / "recipe.yaml")
+    stage = online_stage(recipe, stage_id, str(run))
     folder = run / stage.id
     turns = {line["step"]: line for line in _lines(folder / "metrics.jsonl") if line["step"] > WARM_UP}
     if len(turns) < 2:
@@ -60,15 +66,18 @@ def read_run(run: Path, stage_id: str | None = None) -> Measured:
             where=folder,
             remedy="give a run of at least 4 steps",
         )
+    _require_times(turns.values(), folder)
     turns = _undisturbed(turns)
     step_s, generate, score, train_s, publish_s, reward_s = (
-        float(np.mean([line[f"time/{name}"] for line in turns.values()]))
-        for name in ("step", "generate", "score", "train", "publish", "group_score")
+        float(np.mean([line[f"time/{name}"] for line in turns.values()])) for name in _TIMES
     )
     lengths = _lengths(folder / "rollouts")
     costs = _engine_costs(stage, turns, lengths) if stage.staleness == 0 else (None, None, None)
     return Measured(
         steps_per_minute=60 / step_s,
+        groups=stage.batch.groups,
+        trained=trained_completions(stage),
+        ranks=recipe.placement.trainer.ranks,
         lengths=tuple(group for step in sorted(lengths) for group in lengths[step].values()),
         reward_s=reward_s,
         train_s=train_s,
@@ -93,6 +102,11 @@ def online_stage(recipe: Recipe, stage_id: str | None, where: str) -> OnlineStag
     return found[stage_id]
 
 
+def trained_completions(stage: OnlineStage) -> int:
+    """Completions that a turn's updates go over, each as often as they do."""
+    return stage.batch.groups * stage.batch.group_size * stage.updates_per_batch
+
+
 def slots_of(stage: OnlineStage) -> int:
     """Sequences that an engine of the stage samples at once."""
     return int(stage.rollout.engine.get("max_num_seqs", SLOTS[stage.rollout.name]))
@@ -104,7 +118,19 @@ def slots_of(stage: OnlineStage) -> int:
 def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise RunFolderError("the stage was not run: no metrics", where=path, remedy="give a run that finished it")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may end within one
+
+
+def _require_times(turns: Iterable[Mapping[str, Any]], folder: Path) -> None:
+    for line in turns:
+        missing = [f"time/{name}" for name in _TIMES if line.get(f"time/{name}") is None]
+        if missing:
+            raise RunFolderError(
+                f"step {line['step']} has no {', '.join(missing)}: the run is of another version",
+                where=folder,
+                remedy="give a run of this version, or the numbers as flags",
+            )
 
 
 def _undisturbed(turns: Mapping[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
