@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from align.protocols import PromptItem
 from align.simulate.workload import EngineModel
 
 _ROUNDING = 1e-6  # tokens: what ends within so little ends at the same step
+_INSTANT_S = 1e-9  # the clock's own rounding
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +38,44 @@ class Job:
         self.entered, self.left = 0, len(self.lengths)
 
 
+class Agenda:
+    """Wakes engines when their next sequences end, in order of time: one timer of the event loop for all of them."""
+
+    def __init__(self) -> None:
+        self._events: list[tuple[float, int, Engine]] = []
+        self._numbers = itertools.count()
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = math.inf
+
+    def add(self, engine: Engine, when: float) -> None:
+        """Wake `engine` at `when`, and not when it was to be woken before."""
+        engine.planned = next(self._numbers)
+        heapq.heappush(self._events, (when, engine.planned, engine))
+        if when < self._due:
+            self._set()
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._due = None, math.inf
+
+    def _set(self) -> None:
+        self.close()
+        if self._events:
+            self._due = self._events[0][0]
+            self._timer = self._loop.call_at(self._due, self._wake)
+
+    def _wake(self) -> None:
+        self._due = -math.inf  # what engines add now is seen below
+        until = self._loop.time() + _INSTANT_S
+        while self._events and self._events[0][0] <= until:
+            _, number, engine = heapq.heappop(self._events)
+            if number == engine.planned:
+                engine.step()
+        self._set()
+
+
 class Engine:
     """Samples jobs in the order in which they come, as `model` says. For one event loop.
 
@@ -43,8 +83,8 @@ class Engine:
     begins, not from the one under which it was given. tokens: of jobs that are done, so far.
     """
 
-    def __init__(self, model: EngineModel, ended: Callable[[Job], None], *, stamps: bool = False):
-        self.model, self._ended, self._stamps = model, ended, stamps
+    def __init__(self, model: EngineModel, agenda: Agenda, ended: Callable[[Job], None], *, stamps: bool = False):
+        self.model, self._agenda, self._ended, self._stamps = model, agenda, ended, stamps
         self.version = 0
         self._loads: list[tuple[int, asyncio.Future[None]]] = []  # versions that wait for a batch to end
         self.jobs = 0
@@ -57,7 +97,7 @@ class Engine:
         self._numbers = itertools.count()
         self._steps = 0.0  # since the engine was last empty
         self._from = 0.0  # up to when `_steps` counts, or from when: prompts and pauses come first
-        self._timer: asyncio.TimerHandle | None = None
+        self.planned = -1  # the agenda's number of its next event; any other is out of date
         self._loop = asyncio.get_running_loop()
 
     def busy_s(self, now: float) -> float:
@@ -74,13 +114,13 @@ class Engine:
         self._fill(now)
         self._plan()
 
-    def load(self, version: int) -> asyncio.Future[None]:
-        """Hold a version from now on; an engine of whole batches, from the end of its batch. Done once it does."""
-        loaded: asyncio.Future[None] = self._loop.create_future()
-        self._loads.append((version, loaded))
+    def load(self, version: int) -> asyncio.Future[None] | None:
+        """Hold a version from now on (None), or an engine of whole batches from the end of its batch: a future."""
         if not (self.model.whole_batches and self._running):
-            self._take_loads()
-        return loaded
+            self.version = version
+            return None
+        self._loads.append((version, self._loop.create_future()))
+        return self._loads[-1][1]
 
     def pause(self, seconds: float) -> None:
         """Sample nothing for so long, and then go on."""
@@ -101,15 +141,10 @@ class Engine:
         self.jobs = 0
         self._take_loads()  # it starts again with the newest version
         self._rest()
-        self.stop()
+        self._plan()
         for job in jobs:
             job.restart()
         return jobs
-
-    def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
     # ------------------------------------------------------------------------------------------------ at work
 
@@ -141,13 +176,12 @@ class Engine:
 
     def _plan(self) -> None:
         """Wake up when the next sequence ends."""
-        self.stop()
+        self.planned = -1
         if self._running:
             steps = max(0.0, self._running[0][0] - self._steps)
-            when = self._from + steps * self.model.step_s(len(self._running))
-            self._timer = self._loop.call_at(when, self._step)
+            self._agenda.add(self, self._from + steps * self.model.step_s(len(self._running)))
 
-    def _step(self) -> None:
+    def step(self) -> None:
         """A sequence ends now, with all that end at the same step."""
         now = self._loop.time()
         self._advance(now)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections.abc import AsyncIterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 
 from align.errors import DataError
 from align.protocols import Completion, FailedPrompt, Group, Metrics, PromptItem, Publication, Sampling
-from align.simulate.engine import Engine, Job
+from align.simulate.engine import Agenda, Engine, Job
 from align.simulate.workload import NEVER, Workload
 
 _IDS = np.zeros(1, dtype=np.int64)
@@ -30,7 +31,8 @@ class SimulatedFleet:
         # vLLM samples a group from the version it was given under; what swaps weights in place, or begins batch by
         # batch, from the one that it holds when the group begins
         stamps = work.publishing == "in_flight" or work.engine.whole_batches
-        self.engines = [Engine(work.engine, self._done, stamps=stamps) for _ in range(work.engines)]
+        self._agenda = Agenda()
+        self.engines = [Engine(work.engine, self._agenda, self._done, stamps=stamps) for _ in range(work.engines)]
         self.version = 0
         self._up = [True] * work.engines
         self._down_since = [0.0] * work.engines
@@ -61,7 +63,8 @@ class SimulatedFleet:
                 engine.pause(self.work.publish_s)
         await asyncio.sleep(self.work.publish_s)
         self.version = publication.version
-        await asyncio.gather(*(engine.load(self.version) for engine in self.engines))
+        loads = [engine.load(self.version) for engine in self.engines]
+        await asyncio.gather(*(load for load in loads if load is not None))
         behind, self._behind = self._behind or [], None
         self._route(behind)
         return {"time/publish": self._loop.time() - begun}
@@ -74,7 +77,7 @@ class SimulatedFleet:
         self._route([Job(item, self.work.lengths.of(item.group_id).tolist(), done.put_nowait) for item in prompts])
         for _ in prompts:
             job = await done.get()
-            yield Group(job.prompt, (self._completion(job.version),) * group_size)
+            yield Group(job.prompt, (_completion(job.version),) * group_size)
 
     async def generate(self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> list[Group]:
         answers = [answer async for answer in self.stream(prompts, group_size, sampling)]
@@ -89,8 +92,7 @@ class SimulatedFleet:
         return counts
 
     async def close(self) -> None:
-        for engine in self.engines:
-            engine.stop()
+        self._agenda.close()
         for timer in self._timers.values():
             timer.cancel()
 
@@ -146,9 +148,6 @@ class SimulatedFleet:
         else:
             self._empty.set()
 
-    def _completion(self, version: int) -> Completion:
-        return Completion(_IDS, _LOGPS, np.full(1, version, dtype=np.int32), "", "eos")
-
     # ------------------------------------------------------------------------------------------------ failures
 
     def _expect_failure(self, number: int) -> None:
@@ -171,6 +170,11 @@ class SimulatedFleet:
         self._expect_failure(number)
         homeless, self._homeless = self._homeless, []
         self._route(homeless)
+
+
+@lru_cache(maxsize=64)
+def _completion(version: int) -> Completion:
+    return Completion(_IDS, _LOGPS, np.full(1, version, dtype=np.int32), "", "eos")
 
 
 def _zeros() -> Metrics:

@@ -58,38 +58,61 @@ def gather(recipe: Recipe, stage: OnlineStage, flags: Mapping[str, float | None]
 
     Raises RunFolderError where the run cannot tell what its engines take and no flag does.
     """
+    slots = flags.get("engine_slots")
+    measured = _measured(recipe, stage, run, int(slots or slots_of(stage)), flags) if run is not None else {}
     found: Inputs = {}
 
-    def settle(name: str, measured: float | None, otherwise: float, source: Source = "default") -> float:
+    def settle(name: str, otherwise: float, source: Source = "default") -> float:
         flag = flags.get(name)
         if flag is not None:
             found[name] = Input(flag, "flag")
-        elif run is not None and measured is not None:
-            found[name] = Input(measured, "run")
+        elif name in measured:
+            found[name] = Input(measured[name], "run")
         else:
             found[name] = Input(otherwise, source)
         return found[name].value
 
-    settle("engines", None, stage.rollout.workers, "recipe")
-    slots = int(settle("engine_slots", None, slots_of(stage), "recipe"))
-    engine = _measured_engine(run, slots, flags)
-    speed = settle("engine_speed", engine and engine.alone, SPEED)
-    settle("engine_peak", engine and engine.peak, max(1.0, OF_ALL_SLOTS * slots) * speed)
-    settle("prompt_s", engine and engine.prompt_s, 0.02)
-    mean, sigma = _log_normal(run)
-    settle("length_sigma", sigma, 0.8)
-    length = settle("length_mean", mean, stage.rollout.max_tokens / 4)
-    settle("reward_s", run and run.reward_s, 1.0)
-    trained, ranks = trained_completions(stage), recipe.placement.trainer.ranks
-    tokens = trained * min(length, stage.rollout.max_tokens)
-    train_s = run and run.train_s * (trained / run.trained) * (run.ranks / ranks)
-    settle("train_s", train_s, tokens / TRAINED_PER_S)
-    settle("publish_s", run and run.publish_s, 2.0)
-    settle("loop_s", run and run.loop_s * stage.batch.groups / run.groups, LOOP_S * stage.batch.groups)
-    settle("silent", run and run.silent, 0.0)
-    settle("failure_s", None, NEVER)
-    settle("restart_s", None, 60.0)
-    return {name: found[name] for name in UNITS}
+    settle("engines", stage.rollout.workers, "recipe")
+    filled = settle("engine_slots", slots_of(stage), "recipe")
+    speed = settle("engine_speed", SPEED)
+    settle("engine_peak", max(1.0, OF_ALL_SLOTS * filled) * speed)
+    settle("prompt_s", 0.02)
+    length = settle("length_mean", stage.rollout.max_tokens / 4)
+    settle("length_sigma", 0.8)
+    settle("reward_s", 1.0)
+    settle("train_s", trained_completions(stage) * min(length, stage.rollout.max_tokens) / TRAINED_PER_S)
+    settle("publish_s", 2.0)
+    settle("loop_s", LOOP_S * stage.batch.groups)
+    settle("silent", 0.0)
+    settle("failure_s", NEVER)
+    settle("restart_s", 60.0)
+    return found
+
+
+def _measured(
+    recipe: Recipe, stage: OnlineStage, run: Measured, slots: int, flags: Mapping[str, float | None]
+) -> dict[str, float]:
+    """What the run says of the inputs."""
+    tokens = np.maximum(1.0, np.concatenate(run.lengths))
+    known = {
+        "length_mean": float(tokens.mean()),
+        "length_sigma": float(np.log(tokens).std()),
+        "reward_s": run.reward_s,
+        "train_s": run.train_s * trained_completions(stage) / run.trained * run.ranks / recipe.placement.trainer.ranks,
+        "publish_s": run.publish_s,
+        "loop_s": run.loop_s * stage.batch.groups / run.groups,
+        "silent": run.silent,
+    }
+    if run.fixed_s is not None and run.per_sequence_s is not None and run.prompt_s is not None:
+        engine = EngineModel(slots, run.fixed_s, run.per_sequence_s, run.prompt_s)
+        return known | {"engine_speed": engine.alone, "engine_peak": engine.peak, "prompt_s": engine.prompt_s}
+    if flags.get("engine_speed") is None or flags.get("engine_peak") is None:
+        raise RunFolderError(
+            "the run's stage was asynchronous: its turns do not tell what an engine takes",
+            where="--from",
+            remedy="give a run with `staleness: 0`, or --engine-speed and --engine-peak beside this one",
+        )
+    return known
 
 
 def workload(recipe: Recipe, stage: OnlineStage, inputs: Inputs, run: Measured | None) -> Workload:
@@ -140,25 +163,3 @@ def _lengths(recipe: Recipe, stage: OnlineStage, inputs: Inputs, run: Measured |
     if run is not None and is_empirical(inputs):
         return Empirical(run.lengths, limit, size, recipe.seed)
     return LogNormal(inputs["length_mean"].value, inputs["length_sigma"].value, limit, size, recipe.seed)
-
-
-def _log_normal(run: Measured | None) -> tuple[float | None, float | None]:
-    """(mean, sigma) of a run's lengths."""
-    if run is None:
-        return None, None
-    tokens = np.maximum(1.0, np.concatenate(run.lengths))
-    return float(tokens.mean()), float(np.log(tokens).std())
-
-
-def _measured_engine(run: Measured | None, slots: int, flags: Mapping[str, float | None]) -> EngineModel | None:
-    if run is None:
-        return None
-    if run.fixed_s is None or run.per_sequence_s is None or run.prompt_s is None:
-        if flags.get("engine_speed") is None or flags.get("engine_peak") is None:
-            raise RunFolderError(
-                "the run's stage was asynchronous: its turns do not tell what an engine takes",
-                where="--from",
-                remedy="give a run with `staleness: 0`, or --engine-speed and --engine-peak beside this one",
-            )
-        return None
-    return EngineModel(slots, run.fixed_s, run.per_sequence_s, run.prompt_s)

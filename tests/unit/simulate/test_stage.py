@@ -51,15 +51,16 @@ def test_at_staleness_1_a_step_takes_training_or_half_of_everything_whichever_is
 def test_where_engines_are_full_no_staleness_is_faster_than_they_are() -> None:
     # 32 sequences in 32 slots: a turn's work for each engine is G, and training takes less
     work = replace(CONSTANT, engine=engine(slots=32))
-    for staleness in (1, 2, 4):
-        assert simulate(work, staleness).step_s >= G * (1 - 1e-9)
-    assert simulate(work, 2).engines_busy == pytest.approx(1.0, abs=1e-6)
+    found = [simulate(work, staleness, turns=20) for staleness in (1, 2, 4)]
+    assert min(one.step_s for one in found) >= G * (1 - 1e-9)
+    assert found[1].engines_busy == pytest.approx(1.0, abs=1e-6)
 
 
 def test_the_same_workload_gives_the_same_outcome() -> None:
     work = replace(SKEWED, between_failures_s=100.0, restart_s=10.0)
-    assert simulate(work, 2) == simulate(work, 2)
-    assert simulate(work, 2) != simulate(replace(work, seed=1), 2)
+    first, again = simulate(work, 2, turns=10), simulate(work, 2, turns=10)
+    assert first == again and first.totals["rollout/restarts"] > 0
+    assert first != simulate(replace(work, seed=1), 2, turns=10)
 
 
 @pytest.mark.parametrize("overdue", ["wait", "drop"])
@@ -82,7 +83,7 @@ def test_failures_cost_the_time_in_which_engines_are_missing_and_what_is_sampled
     # two engines that are always full: throughput falls as capacity does, and by the work that failures undo
     full = replace(CONSTANT, engines=2, engine=engine(slots=16), train_s=0.1)
     failing = replace(full, between_failures_s=60.0, restart_s=15.0)
-    sound, broken = simulate(full, 1, turns=300), simulate(failing, 1, turns=300)
+    sound, broken = simulate(full, 1, turns=200), simulate(failing, 1, turns=200)
     seconds = broken.step_s * broken.steps
     lost = broken.totals["time/engine_lost"] / (2 * seconds)
     assert broken.totals["rollout/restarts"] > 20 and broken.totals["rollout/reissued"] > 0
@@ -114,19 +115,19 @@ def test_groups_without_signal_are_replaced_up_to_the_factor() -> None:
 
 def test_long_tails_reproduce_the_published_gain_of_asynchronous_training() -> None:
     """AReaL (2505.24298) reports up to 2.77x over synchronous systems, for reasoning with long outputs, three quarters
-    of the devices sampling. Assumed here: 24 engines of 64 slots, 50 tokens/s alone and 1,600 at most; 96 prompts x 16;
+    of the devices sampling. Assumed here: 12 engines of 64 slots, 50 tokens/s alone and 1,600 at most; 48 prompts x 16;
     log-normal lengths of mean 8,000, sigma 1, cut at 32,000; training as long as the engines take for a turn at their
     peak, 320 s, as a balanced split has it; publish 5 s, reward 2 s."""
     work = Workload(
-        groups=96,
+        groups=48,
         group_size=16,
-        engines=24,
+        engines=12,
         engine=EngineModel.of(50.0, 1600.0, 64, prompt_s=0.05),
         lengths=LogNormal(8000, 1.0, limit=32_000, group_size=16),
         reward_s=2.0,
         train_s=320.0,
         publish_s=5.0,
     )
-    sync, ahead, further = (simulate(work, staleness, turns=12) for staleness in (0, 1, 4))
+    sync, ahead, further = (simulate(work, staleness, turns=8) for staleness in (0, 1, 4))
     assert 1.4 < sync.step_s / ahead.step_s <= 2.05
     assert 2.0 < sync.step_s / further.step_s < 3.4
