@@ -26,7 +26,7 @@ _ABOVE_0 = {"length-mean", "engine-speed", "engine-peak", "failure-s"}
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", metavar="ID", help="an online stage; where there is one alone, that")
     parser.add_argument("--from", dest="run", metavar="RUN", help="a finished run's folder: take its measurements")
-    parser.add_argument("--staleness", type=_stalenesses, default=[0, 1, 2], metavar="0,1,2")
+    parser.add_argument("--staleness", type=_stalenesses, default=[0, 1, 2], metavar="0,1,2", help="those to try")
     parser.add_argument("--steps", type=_whole, metavar="N", help="to count, after the first few (default: 40)")
     engines = parser.add_mutually_exclusive_group()
     engines.add_argument("--engines", type=_whole, metavar="N", help="default: the recipe's rollout.workers")
