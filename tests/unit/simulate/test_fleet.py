@@ -99,6 +99,35 @@ def test_a_publish_waits_for_running_groups_only_where_weights_are_whole(
     assert seconds == pytest.approx(took) and {v for _, _, v in found} == {version}
 
 
+def test_an_engine_of_whole_batches_answers_each_when_its_longest_is_done_and_loads_between_them() -> None:
+    lengths = Empirical([np.array([n, n]) for n in (5.0, 50.0)], limit=100, group_size=2)
+    batches = replace(SECOND_PER_TOKEN, slots=4, whole_batches=True)
+
+    async def main() -> list[tuple[float, int, int]]:
+        fleet = SimulatedFleet(replace(WORK, engines=1, engine=batches, lengths=lengths))
+        stream = asyncio.create_task(drawn(fleet, 6))
+        await asyncio.sleep(1)
+        await fleet.publish(Publication(1, "base", "", ""))
+        return await stream
+
+    expected, time = [], 0.0
+    for first, version in ((0, 0), (2, 1), (4, 1)):
+        time += max(float(lengths.of(group)[0]) for group in (first, first + 1))
+        expected += [(time, group, version) for group in (first, first + 1)]
+    assert sorted(run_virtually(main())) == expected
+
+
+def test_sequences_that_end_between_two_groups_speed_the_others_up_from_then_on() -> None:
+    # alone a token takes 2 s, of two 3 s: 10 tokens together, then 20 more of the longer one
+    engine = EngineModel(slots=8, fixed_s=1.0, per_sequence_s=1.0)
+    lengths = Empirical([np.array([10.0, 30.0])], limit=100, group_size=2)
+
+    async def main() -> list[tuple[float, int, int]]:
+        return await drawn(SimulatedFleet(replace(WORK, engines=1, engine=engine, lengths=lengths)), 1)
+
+    assert run_virtually(main()) == [(pytest.approx(10 * 3 + 20 * 2), 0, 0)]
+
+
 def test_an_engine_that_is_lost_gives_its_groups_back_in_order_to_begin_anew() -> None:
     async def main() -> list[tuple[int, int, int]]:
         done: list[Job] = []
