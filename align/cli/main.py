@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from align import packages
+from align.cli.simulate_flags import add_flags
 from align.errors import AlignError
 
 INTERRUPTED = 130
@@ -79,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--data", action="store_true", help="read every row, not only the first 1,000 of each source")
     check.set_defaults(verb=_check)
 
+    simulate = verbs.add_parser("simulate", parents=[common], help="how fast would an online stage run, and what with?")
+    _recipe_arguments(simulate)
+    add_flags(simulate)
+    simulate.set_defaults(verb=_simulate)
+
     doctor = verbs.add_parser("doctor", parents=[common], help="examine this machine; say what to do")
     doctor.add_argument("--fix", action="store_true", help="repair torch packages that do not fit each other")
     doctor.set_defaults(verb=_doctor)
@@ -110,6 +116,12 @@ def _check(arguments: argparse.Namespace) -> int:
     from align.cli import check
 
     return check.main(arguments)
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    from align.cli import simulate
+
+    return simulate.main(arguments)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from tests.bench import (
     linear_cost,
     orchestration,
     peer,
+    simulator,
     work,
 )
 
@@ -203,6 +204,13 @@ def test_the_loops_cost_is_measured_for_every_staleness(capsys: pytest.CaptureFi
     assert set(figures) == {"staleness 0", "staleness 1"}
     assert all(found["turn"] > found["generate"] > 0 for found in figures.values())
     assert "ms per group" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["--failures"]])
+def test_the_simulators_own_time_is_measured(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    figures = simulator.main(["--engines", "3", "--groups", "6", "--steps", "4", *words])
+    assert figures["wall_s"] > 0 and figures["virtual_s"] > 0
+    assert "24 groups on 3 engines" in capsys.readouterr().out
 
 
 def test_the_gpu_bench_runs_through_at_a_toy_size(tmp_path: Path) -> None:

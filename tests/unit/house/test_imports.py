@@ -20,6 +20,7 @@ LIGHT = {
     "rewards": ["rewards"],
     "engine protocol": ["rollout/base.py"],
     "foundations": [f"align/{name}.py" for name in ("errors", "protocols", "plugins", "hub", "torch_cpu")],
+    "simulate": ["align/simulate", "align/cli/simulate.py"],
     "check": ["align/cli/check.py", "align/cli/main.py", "align/cli/doctor.py"],
 }
 NOT_LIGHT = {"align.data.packing"}
