@@ -1,6 +1,8 @@
 """An asynchronous stage (staleness 1) against a synchronous one: seconds per step, and the share of the best possible.
 
-    python -m tests.bench.async_against_sync [--settings reward balanced generation] [--steps 12] [--toy]
+    python -m tests.bench.async_against_sync [--settings reward balanced generation] [--steps 12]
+        [--threads N]   of trainer and engine in both stages, in place of what the placement gives them
+        [--toy]         write no result
 
 All stages are those of one `align run`: one model and one set of prompts, vLLM, and a reward that answers after a given
 time, as a judge behind a network does. They learn so little that lengths stay what they are. G, L and T are measured in
@@ -39,7 +41,7 @@ async def judged(samples, *, seconds):
 """
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "reward": {"seconds": 4.0, "max_tokens": 24, "updates": 1},
+    "reward": {"seconds": 3.0, "max_tokens": 24, "updates": 1},
     "balanced": {"seconds": 1.0, "max_tokens": 32, "updates": 2},
     "generation": {"seconds": 0.2, "max_tokens": 96, "updates": 1},
 }
@@ -120,6 +122,7 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--threads", type=int, help="of trainer and engine, in both stages")
     parser.add_argument("--toy", action="store_true", help="write no result")
     arguments = parser.parse_args(words)
     begun = time.perf_counter()
@@ -130,7 +133,9 @@ def main(words: list[str]) -> int:
         stages = [stage(name, staleness, arguments.steps) for name in arguments.settings for staleness in (0, 1)]
         tokenizer = {"train_on": "sums.jsonl", "vocab_size": 512}
         model = {"dtype": "float32", "config": MODEL, "tokenizer": tokenizer}
-        runs.run(runs.write_recipe(folder, "bench", stages, model=model))
+        share = {"threads": arguments.threads}
+        placement = {"trainer": share, "rollout": share} if arguments.threads else {}
+        runs.run(runs.write_recipe(folder, "bench", stages, model=model, placement=placement))
         figures = {name: compared(folder / "runs" / "bench", name) for name in arguments.settings}
     print(show(figures))
     for name, found in figures.items():
@@ -143,7 +148,7 @@ def main(words: list[str]) -> int:
             "async-against-sync",
             goal=f"at staleness 1 a step takes as long as overlap on shared cores lets it, to {GOAL:.0%}",
             met=reached >= GOAL,
-            figures={"settings": {name: SETTINGS[name] for name in arguments.settings}, "steps": figures},
+            figures={"settings": {name: SETTINGS[name] for name in arguments.settings}, **figures},
             started=begun,
         )
     return 0 if reached >= GOAL else 1
