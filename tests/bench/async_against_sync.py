@@ -1,6 +1,6 @@
 """An asynchronous stage (staleness 1) against a synchronous one: seconds per step, and the share of the best possible.
 
-    python -m tests.bench.async_against_sync [--settings reward balanced generation] [--steps 12]
+    python -m tests.bench.async_against_sync [--settings reward balanced generation] [--steps 10]
         [--threads N]   of trainer and engine in both stages, in place of what the placement gives them
         [--toy]         write no result
 
@@ -43,7 +43,7 @@ async def judged(samples, *, seconds):
 SETTINGS: dict[str, dict[str, Any]] = {
     "reward": {"seconds": 3.0, "max_tokens": 24, "updates": 1},
     "balanced": {"seconds": 1.0, "max_tokens": 32, "updates": 2},
-    "generation": {"seconds": 0.2, "max_tokens": 96, "updates": 1},
+    "generation": {"seconds": 0.2, "max_tokens": 64, "updates": 1},
 }
 """By what takes longest: seconds until the reward answers, tokens per completion, updates per batch."""
 
@@ -121,7 +121,7 @@ def show(figures: dict[str, dict[str, Any]]) -> str:
 def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--threads", type=int, help="of trainer and engine, in both stages")
     parser.add_argument("--toy", action="store_true", help="write no result")
     arguments = parser.parse_args(words)
