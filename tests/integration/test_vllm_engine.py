@@ -65,12 +65,13 @@ def policy(model_folder: Path) -> Any:
     return peft
 
 
-def randomize(peft: Any, seed: int) -> None:
+def randomize(peft: Any, seed: int, scale: float = 0.1) -> None:
+    """Scale 0: the adapter changes nothing."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
             if "lora_B" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
 
 
 def published(peft: Any, folder: Path, version: int) -> Publication:
@@ -346,6 +347,18 @@ def test_the_previous_version_under_a_new_name_is_refused(
     refused(serving, replace(first, version=2, path=str(tmp_path / "v2"), digest=newer), "version 2")
 
 
+def test_an_adapter_that_leaves_the_base_as_it_is_is_refused_in_the_place_of_another(
+    serving: Any, first: Publication, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(first.path, tmp_path / "v2")
+    tensors = load_file(tmp_path / "v2" / "adapter_model.safetensors")
+    untrained = {name: tensor * ("lora_B" not in name) for name, tensor in tensors.items()}
+    save_file(untrained, tmp_path / "v2" / "adapter_model.safetensors")
+    refused(serving, replace(first, version=2, path=str(tmp_path / "v2")), "other weights than version 2")
+
+
 def test_an_adapter_that_lacks_a_module_is_refused(serving: Any, first: Publication, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -542,6 +555,25 @@ def test_weights_other_than_published_are_refused_and_then_nothing_is_served(
         whole.publish(replace(publication, version=5, digest="0" * 64))
     with pytest.raises(EngineError, match="before a version"):
         generate(whole, prompts(1), 1, SAMPLING)
+    assert whole.publish(publication) == publication.digest
+
+
+def test_base_weights_are_refused_in_the_place_of_the_policys_own(
+    whole: Any, policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the base is what was written, once the engine keeps the base that it has."""
+    randomize(policy, 5, scale=0.0)
+    base, _ = merged(policy, tmp_path / "base", 5)
+    randomize(policy, 6)
+    publication, _ = merged(policy, tmp_path / "v6", 6)
+    assert base.digest != publication.digest
+    with pytest.raises(EngineError, match="other weights than version 6"):
+        whole.publish(replace(publication, path=base.path))
+    assert whole.publish(base) == base.digest
+    with monkeypatch.context() as patched:
+        patched.setattr("rollout.vllm.reload_weights", lambda llm, tensors: None)
+        with pytest.raises(EngineError, match="other weights than version 6"):
+            whole.publish(publication)
     assert whole.publish(publication) == publication.digest
 
 
