@@ -502,8 +502,8 @@ def table_of(scores: list[float]) -> ScoreTable:
 
 def test_17_the_same_prompt_twice_in_a_batch_is_two_groups() -> None:
     prompt = PromptItem(0, np.array([5, 6]), seed=0)
-    cursor = PromptCursor([prompt], groups=2, run_seed=0, stage_id="s", order_seed=0)
-    drawn = cursor.turn(0)
+    cursor = PromptCursor([prompt], run_seed=0, stage_id="s", order_seed=0)
+    drawn = cursor.take(0, 2)
     assert drawn[0].group_id != drawn[1].group_id and drawn[0].seed != drawn[1].seed
     groups = [Group(item, (completion(), completion())) for item in drawn]
     ids = np.repeat([item.group_id for item in drawn], 2)
