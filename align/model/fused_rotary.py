@@ -78,7 +78,7 @@ def fused_rotary(kind: type[nn.Module]) -> type[nn.Module] | None:
     own: Any = kind.forward
     if not _equal(own.__globals__[NAME]):
         return None
-    names = {**own.__globals__, NAME: rotate}
+    names = {**own.__globals__, NAME: _whole_heads(own.__globals__[NAME])}
     turned: Any = types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
     turned.__kwdefaults__ = own.__kwdefaults__
 
@@ -92,6 +92,16 @@ def fused_rotary(kind: type[nn.Module]) -> type[nn.Module] | None:
             withdraw(self)
 
     return type(f"Fused{kind.__name__}", (kind,), {"forward": forward})
+
+
+def _whole_heads(own: Callable[..., Any]) -> Callable[..., Any]:
+    """`rotate`, and the model's own rotation where only a part of each head is turned."""
+
+    def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        whole = q.shape[-1] == k.shape[-1] == cos.shape[-1]
+        return (rotate if whole else own)(q, k, cos, sin, *args, **kwargs)
+
+    return turn
 
 
 def _equal(own: Callable[..., Any]) -> bool:

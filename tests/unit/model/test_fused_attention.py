@@ -144,6 +144,16 @@ def test_only_the_exchanged_model_rotates_anew() -> None:
     assert type(make_model("llama").model.layers[0].self_attn) is modeling_llama.LlamaAttention
 
 
+def test_where_a_part_of_each_head_is_turned_the_model_turns_it_itself() -> None:
+    from transformers.models.qwen3_5 import modeling_qwen3_5
+
+    own = modeling_qwen3_5.apply_rotary_pos_emb
+    q, k = torch.randn(1, 4, 5, 16), torch.randn(1, 2, 5, 16)
+    cos, sin = torch.randn(1, 5, 4), torch.randn(1, 5, 4)
+    for mine, theirs in zip(fused_rotary._whole_heads(own)(q, k, cos, sin), own(q, k, cos, sin), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def interleaved(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """GPT-J's rotation: neighbours are pairs, not halves."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
