@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from transformers.models.gptj import modeling_gptj
 from transformers.models.llama import modeling_llama
 
-from align.data.packing import collate
+from align.data.packing import collate, text_positions
 from align.model import adapters, fused, fused_qkv, fused_rotary
 from align.model.fused import FusedLoraLinear, fuse
 from align.model.policy_module import PolicyModule
+from align.model.probe import probe
 from align.recipe.schema import Adapter
+from tests.unit.core.families import FAMILIES, make_family, mrope_positions
 from tests.unit.core.test_forward import make_model
 from tests.unit.core.trees import pair
 from tests.unit.model.test_fused import grads, lora
@@ -51,37 +53,53 @@ def test_a_small_update_is_not_lost_in_the_rounding_of_a_half_precision_weight()
     assert not fused.folds(1, torch.empty(8, 8))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama", "qwen2"])
+def outcome(family: str, *, exchanged: bool, reference: bool = False) -> list[Tensor]:
+    """Log-probabilities of packed trees, and the adapter's gradients; with the adapter off, the first alone."""
+    positions = mrope_positions if family == "qwen2_5_vl" else text_positions
+    batch = collate([pair(np.random.default_rng(0), i) for i in range(3)], positions)
+    model = make_family(family)
+    peft = adapters.attach(model, Adapter(rank=4, alpha=8), None, seed=0)
+    train_a_little(peft)
+    if exchanged:
+        assert fuse(model)
+    module = PolicyModule(model)
+    probe(module)
+    if reference:
+        with torch.no_grad(), adapters.use_adapter(peft, None):
+            return [module(batch).logps]
+    logps = module(batch).logps
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad((logps * torch.arange(len(logps))).sum(), trained, allow_unused=True)
+    assert all(one.given is None for one in model.modules() if isinstance(one, FusedLoraLinear))
+    return [logps, *(torch.zeros(1) if one is None else one for one in found)]
+
+
+def assert_equal(mine: list[Tensor], theirs: list[Tensor]) -> None:
+    largest = max(1.0, *(one.abs().max() for one in theirs))
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * largest
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_computes_the_same_with_its_products_joined(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = outcome(family, exchanged=False)
+    monkeypatch.setattr(fused, "FOLD_FROM", ALWAYS)
+    assert_equal(outcome(family, exchanged=True), plain)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2"])
 @pytest.mark.parametrize("fold_from", [ALWAYS, NEVER])
 @pytest.mark.parametrize("reference", [False, True], ids=["policy", "adapter off"])
-def test_packed_trees_give_the_same_however_their_products_are_joined(
+def test_projections_are_joined_over_many_rows_and_with_the_adapter_off_too(
     family: str, fold_from: float, reference: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    plain = outcome(family, exchanged=False, reference=reference)
     monkeypatch.setattr(fused, "FOLD_FROM", fold_from)
-    joint = []
+    joint: list[int] = []
     apply = fused_qkv._Joint.apply
     monkeypatch.setattr(fused_qkv._Joint, "apply", lambda *a: joint.append(len(a)) or apply(*a))
-    batch = collate([pair(np.random.default_rng(0), i) for i in range(3)])
-    results = []
-    for exchanged in (False, True):
-        model = make_model(family)
-        peft = adapters.attach(model, Adapter(rank=4, alpha=8), None, seed=0)
-        train_a_little(peft)
-        if exchanged:
-            fuse(model)
-        module = PolicyModule(model)
-        if reference:
-            with torch.no_grad(), adapters.use_adapter(peft, None):
-                results.append([module(batch).logps])
-            continue
-        logps = module(batch).logps
-        trained = [p for p in model.parameters() if p.requires_grad]
-        results.append([logps, *torch.autograd.grad((logps * torch.arange(len(logps))).sum(), trained)])
-    layers = model.config.num_hidden_layers
-    assert len(joint) == (layers if fold_from == ALWAYS else 0)
-    assert all(one.given is None for one in model.modules() if isinstance(one, FusedLoraLinear))
-    for mine, theirs in zip(*results, strict=True):
-        assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max().clamp(min=1.0)
+    assert_equal(outcome(family, exchanged=True, reference=reference), plain)
+    assert bool(joint) == (fold_from == ALWAYS)
 
 
 class Projections(nn.Module):
