@@ -67,10 +67,10 @@ def shared_data() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[Any]:
-    """A Ray cluster of two CPUs in this session's process; yields the `ray` module. Not for tests that call
-    `align run`, which starts its own."""
+    """A Ray cluster of two CPUs in this process, for the tests of one file; yields the `ray` module. Not for tests that
+    call `align run`, which starts its own, and are sure that nothing is left below this process."""
     import ray
 
     with local_ray():
