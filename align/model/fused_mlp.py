@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from align.model.fused import FusedLoraLinear, LowRank
 from align.model.head import add_product
 
-SLICE_BYTES = 1 << 23  # of one inner activation
+SLICE_ELEMENTS = 1 << 21  # of one inner activation
 MIN_ROWS = 128
 NAMES = ("gate_proj", "up_proj", "down_proj")
 
@@ -48,7 +48,7 @@ def _slices(rows: int, width: int, like: Tensor) -> Iterator[slice]:
     """On a CPU, slices whose inner activation fits the cache; elsewhere all rows."""
     step = rows
     if like.device.type == "cpu":
-        step = max(MIN_ROWS, SLICE_BYTES // (width * like.element_size()))
+        step = max(MIN_ROWS, SLICE_ELEMENTS // width)
     yield from (slice(i, i + step) for i in range(0, rows, max(step, 1)))
 
 

@@ -204,7 +204,7 @@ def test_a_gated_feed_forward_equals_the_models_own(
     targets: list[str], trained_base: bool, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused_mlp, "MIN_ROWS", 64)
-    monkeypatch.setattr(fused_mlp, "SLICE_BYTES", 1)
+    monkeypatch.setattr(fused_mlp, "SLICE_ELEMENTS", 1)
     plain = mlp(targets).double()
     for p in plain.parameters():
         p.requires_grad_((p.requires_grad and bool(targets)) or trained_base)
