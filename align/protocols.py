@@ -8,6 +8,7 @@ a virtual clock in the simulator.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -320,3 +321,15 @@ class Fleet(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+def end_ids(folder: Path, tokenizer_eos: int | None) -> frozenset[int]:
+    """Token ids that end a turn: the tokenizer's, and those of generation_config.json (else config.json)."""
+    found: set[int] = set() if tokenizer_eos is None else {tokenizer_eos}
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        ids = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+        if ids is not None:
+            return frozenset(found.union(ids if isinstance(ids, list) else [ids]))
+    return frozenset(found)

@@ -32,10 +32,10 @@ from typing import Any, Literal
 import numpy as np
 
 from align.errors import EngineError
-from align.protocols import Completion, FailedPrompt, Group, Publication, Sampling, digest_arrays
+from align.protocols import Completion, FailedPrompt, Group, Publication, Sampling, digest_arrays, end_ids
 from rollout import vllm as calls
 from rollout.base import Answer, EngineSpec, Request, check_engine_options, check_sampling
-from rollout.vllm_files import end_ids, read_tensors, tensor_shapes, write_probe_adapter
+from rollout.vllm_files import read_tensors, tensor_shapes, write_probe_adapter
 from rollout.vllm_held import held_adapter, held_weights, retie, tied_groups
 
 

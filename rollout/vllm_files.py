@@ -1,8 +1,7 @@
-"""The files that an engine reads: which ids end a turn, the tensors of a version, and the adapter that probes."""
+"""The files that an engine reads: the tensors of a version, and the adapter that probes."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,6 @@ import numpy as np
 
 from align.errors import EngineError
 from align.protocols import Publication
-
-
-def end_ids(folder: Path, tokenizer_eos: int | None) -> frozenset[int]:
-    """Token ids that end a turn: the tokenizer's, and those of generation_config.json (else config.json)."""
-    found: set[int] = set() if tokenizer_eos is None else {tokenizer_eos}
-    for name in ("generation_config.json", "config.json"):
-        file = folder / name
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        ids = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
-        if ids is not None:
-            return frozenset(found.union(ids if isinstance(ids, list) else [ids]))
-    return frozenset(found)
 
 
 def tensor_shapes(files: Sequence[Path], publication: Publication) -> dict[str, tuple[int, ...]]:

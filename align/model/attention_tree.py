@@ -17,7 +17,7 @@ head are one more dimension with stride zero, so keys are never repeated in memo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,16 +42,18 @@ class Batch:
     length: int
     gather: Tensor
     padding: Tensor | None
+    _by_heads: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict, init=False, repr=False)
 
-    def places(self, heads: int) -> Tensor:
-        """i64[B * Hkv * L]: in a row of tokens by key heads, [T * Hkv, ...], where each place is."""
-        return (self.gather[:, None] * heads + torch.arange(heads)[:, None]).flatten()
-
-    def kept(self, heads: int) -> Tensor | None:
-        """i64: of the B * Hkv * L places those that are no repetition; None: all."""
-        if self.padding is None:
-            return None
-        return (~self.padding[:, None].expand(-1, heads, -1)).flatten().nonzero()[:, 0]
+    def by_heads(self, heads: int) -> tuple[Tensor, Tensor | None]:
+        """Made once, for every layer. i64[B * Hkv * L]: in a row of tokens by key heads, [T * Hkv, ...], where each
+        place is; and i64: which of these places are no repetition, or None where all are."""
+        if heads not in self._by_heads:
+            places = (self.gather[:, None] * heads + torch.arange(heads)[:, None]).flatten()
+            kept = None
+            if self.padding is not None:
+                kept = (~self.padding[:, None].expand(-1, heads, -1)).flatten().nonzero()[:, 0]
+            self._by_heads[heads] = places, kept
+        return self._by_heads[heads]
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class _Short:
 
     def __init__(self, batch: Batch, heads: int, repeat: int):
         self.batch, self.heads, self.repeat = batch, heads, repeat
-        self.index, self.kept = batch.places(heads), batch.kept(heads)
+        self.index, self.kept = batch.by_heads(heads)
         self.target = self.index if self.kept is None else self.index[self.kept]
 
     def _take(self, rows: Tensor) -> Tensor:

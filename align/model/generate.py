@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import json
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from torch import Tensor
 from align.errors import AlignError, EngineError, Unsupported
 from align.model import adapters
 from align.model.load import load_model, quiet, resolve_dtype
-from align.protocols import Completion, FailedPrompt, Group, PromptItem, Publication, Sampling
+from align.protocols import Completion, FailedPrompt, Group, PromptItem, Publication, Sampling, end_ids
 
 MAX_ROWS = 64  # completions computed at once: bounds the key-value cache
 
@@ -88,7 +87,7 @@ class TransformersEngine:
             self._tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=spec.trust_remote_code, local_files_only=True
             )
-        self._end_ids = _end_ids(folder, self._tokenizer.eos_token_id)
+        self._end_ids = end_ids(folder, self._tokenizer.eos_token_id)
         text = self._model.config.get_text_config()
         self._longest = spec.max_model_len or getattr(text, "max_position_embeddings", None)
         self._last_only = "logits_to_keep" in inspect.signature(self._model.forward).parameters
@@ -390,15 +389,3 @@ def _left_padded(prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         ids[row, longest - len(prompt) :] = torch.as_tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
     return ids, mask
-
-
-def _end_ids(folder: Path, tokenizer_eos: int | None) -> frozenset[int]:
-    """Token ids that end a turn: the tokenizer's, and those of generation_config.json (else config.json)."""
-    found: set[int] = set() if tokenizer_eos is None else {tokenizer_eos}
-    for name in ("generation_config.json", "config.json"):
-        file = folder / name
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        ids = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
-        if ids is not None:
-            return frozenset(found.union(ids if isinstance(ids, list) else [ids]))
-    return frozenset(found)

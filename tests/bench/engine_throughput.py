@@ -61,8 +61,8 @@ def run_fleet(spec: EngineSpec, arguments: argparse.Namespace, serve: Callable[[
 
 def requests(arguments: argparse.Namespace, folder: str) -> list[tuple[dict[str, Any], Any]]:
     """vLLM's prompt and parameters of each group, as our engine makes them."""
+    from align.protocols import end_ids
     from rollout.vllm import sampling_parameters
-    from rollout.vllm_files import end_ids
 
     ends = end_ids(Path(folder), None)
     sampling = Sampling(max_tokens=arguments.max_tokens)
