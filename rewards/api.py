@@ -197,6 +197,7 @@ class Options:
     memory_mb: int | None = None
     version: str = "1"
     validate: Callable[..., None] | None = None
+    gold: Callable[[Mapping[str, Any]], str | None] | None = None
 
     def __post_init__(self) -> None:
         problems = [
@@ -236,6 +237,7 @@ def reward(
     memory_mb: int | None = ...,
     version: str = ...,
     validate: Callable[..., None] | None = ...,
+    gold: Callable[[Mapping[str, Any]], str | None] | None = ...,
 ) -> Callable[[F], F]: ...
 
 
@@ -254,6 +256,7 @@ def reward(function: Callable[..., Any] | None = None, /, **options: Any) -> Any
         isolation: "process", the only one. memory_mb: data memory of that process; default half of the machine's.
         version: change it when the meaning of the scores changes.
         validate: called with the plugin's arguments by `align check`; raises ValueError where they make no sense.
+        gold: row -> a completion that answers it and must score best, or None where the row has none.
 
     Raises:
         PluginError: an option has an impossible value.
