@@ -316,6 +316,11 @@ class Fleet(Protocol):
         """All of `stream`, in the order of prompts, for evaluation. Raises DataError for a prompt that fails."""
         ...
 
+    async def probe(self, prompt: PromptItem, sampling: Sampling) -> list[Group]:
+        """One completion of `prompt` by every engine that serves now, beside whatever else it draws; none by an engine
+        that cannot draw it."""
+        ...
+
     def metrics(self) -> Metrics:
         """Counters since the last call, by flat name: "rollout/restarts", seconds lost, groups reissued, ..."""
         ...

@@ -143,7 +143,14 @@ class RayFleet:
         """All of `stream`, in the order of prompts. Raises DataError for a prompt that fails."""
         return await in_order(self._drawn(prompts, group_size, sampling))
 
-    async def _drawn(self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> AsyncIterator[Answer]:
+    async def probe(self, prompt: PromptItem, sampling: Sampling) -> list[Group]:
+        """See `align.protocols.Fleet`. One of an engine that is lost meanwhile is drawn by another."""
+        prompts = [prompt] * len(self._ledger.serving)
+        return [g async for _, g in self._drawn(prompts, 1, sampling, in_turn=True) if isinstance(g, Group)]
+
+    async def _drawn(
+        self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling, *, in_turn: bool = False
+    ) -> AsyncIterator[Answer]:
         await self.ready()
         if self._newest is None:
             raise EngineError("the fleet was asked to generate before a version was published to it")
@@ -151,7 +158,7 @@ class RayFleet:
         requests = [Request(next(self._tickets), prompt, group_size, sampling) for prompt in prompts]
         queue: asyncio.Queue[Answer | AlignError] = asyncio.Queue()
         self._queues |= {request.ticket: queue for request in requests}
-        self._send(self._ledger.admit(requests))
+        self._send(self._ledger.admit(requests, in_turn=in_turn))
         try:
             for _ in requests:
                 answer = await queue.get()

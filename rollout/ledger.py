@@ -39,21 +39,21 @@ class Ledger:
         self._losses: dict[int, int] = {}  # by ticket: how often its engine was lost
         self._prefixes: dict[bytes, int] = {}  # -> the engine that computed it last
 
-    def admit(self, requests: Sequence[Request]) -> Routed:
+    def admit(self, requests: Sequence[Request], *, in_turn: bool = False) -> Routed:
         """Where to send these requests.
 
-        All engines idle: request i goes to engine i mod W, so which engine draws a group, and in which company, is a
-        function of the list alone. Else to the engine with the least left to compute, of which what it knows of the
-        prompt's beginning is taken off.
+        All engines idle, or `in_turn`: request i goes to engine i mod W, so which engine draws a group, and in which
+        company, is a function of the list alone. Else to the engine with the least left to compute, of which what it
+        knows of the prompt's beginning is taken off.
         """
-        serving = [engine for engine, serves in enumerate(self._serving) if serves]
+        serving = self.serving
         if not serving:
             self._waiting += requests
             return {}
-        idle = len(serving) == len(self._serving) and not any(self._load)
+        in_turn |= len(serving) == len(self._serving) and not any(self._load)
         routed: Routed = {}
         for number, request in enumerate(requests):
-            engine = serving[number % len(serving)] if idle else self._best(serving, request)
+            engine = serving[number % len(serving)] if in_turn else self._best(serving, request)
             routed.setdefault(engine, []).append(request)
             self._held[request.ticket] = _Held(request, engine, self.incarnations[engine])
             self._load[engine] += _cost(request)
@@ -106,6 +106,11 @@ class Ledger:
         """What was cached is of no use any more: of one engine, or (a new version) of all."""
         kept = {} if engine is None else {p: e for p, e in self._prefixes.items() if e != engine}
         self._prefixes = kept
+
+    @property
+    def serving(self) -> list[int]:
+        """The engines that take requests now."""
+        return [engine for engine, serves in enumerate(self._serving) if serves]
 
     @property
     def unfinished(self) -> int:

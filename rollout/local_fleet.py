@@ -38,6 +38,9 @@ class LocalFleet:
     async def generate(self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> list[Group]:
         return await in_order(self._drawn(prompts, group_size, sampling))
 
+    async def probe(self, prompt: PromptItem, sampling: Sampling) -> list[Group]:
+        return [g async for _, g in self._drawn([prompt], 1, sampling) if isinstance(g, Group)]
+
     async def _drawn(self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> AsyncIterator[Answer]:
         requests = [Request(next(self._tickets), prompt, group_size, sampling) for prompt in prompts]
         self._engine.add(requests)

@@ -51,6 +51,10 @@ class SimulatedFleet:
 
     # ------------------------------------------------------------------------------------------------ the protocol
 
+    async def probe(self, prompt: PromptItem, sampling: Sampling) -> list[Group]:
+        """None: nothing is computed that could be compared."""
+        return []
+
     async def publish(self, publication: Publication) -> Metrics:
         """See `align.protocols.Fleet`. Adapters load while engines sample; those of whole batches load when theirs
         ends. `drain` waits until they have no group, `in_flight` pauses them."""

@@ -33,6 +33,7 @@ from align.stages.groups import (
     to_trees,
     untrained,
 )
+from align.stages.monitor import Monitor
 from align.stages.publication import PublicationFolder
 from align.stages.rollout_log import RolloutLog
 from align.stages.scoring import join_tables
@@ -82,9 +83,10 @@ class OnlineStage:
         log: RolloutLog,
         decode: Callable[[np.ndarray], str],
         tell: Callable[[str], None],
+        monitor: Monitor | None = None,
     ):
         self.plan, self.trainer, self.fleet = plan, trainer, fleet
-        self.publications, self.log, self.decode = publications, log, decode
+        self.publications, self.log, self.decode, self.monitor = publications, log, decode, monitor
         self.updates = Updates(trainer, plan.updates)
         self.objective_state: dict[str, Any] = {}
         self._background = Background()
@@ -105,6 +107,8 @@ class OnlineStage:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self.monitor is not None:
+            await self.monitor.close()
         await self._background.__aexit__(kind, error, traceback)
 
     async def start(self, step: int, extra: Mapping[str, Any]) -> None:
@@ -126,6 +130,7 @@ class OnlineStage:
         taken = await self._take(step)
         waited = clock.split(taken)
         batch = self._batch(taken, step)
+        watched = {} if self.monitor is None else await self.monitor.difference()
         clock.lap("time/prepare")
         trained = await self.updates.train(batch.trees, step=step, total=self.plan.total)
         clock.lap("time/train")
@@ -142,6 +147,7 @@ class OnlineStage:
             **supplied,
             **trained,
             **published,
+            **watched,
             **waited,
             **clock.laps,
         }
@@ -213,6 +219,8 @@ class OnlineStage:
         metrics = await self.fleet.publish(publication)
         self.supply.published(version)
         self.publications.supersede(folder)
+        if self.monitor is not None and version < self.plan.total:
+            await self.monitor.published(version)
         return metrics
 
 

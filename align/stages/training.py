@@ -21,6 +21,7 @@ from align.stages.defaults import resolved_optim
 from align.stages.groups import PromptCursor
 from align.stages.handover import start_of
 from align.stages.loop import Loop, StageResult, every_steps, latest_checkpoint
+from align.stages.monitor import Monitor, tolerance
 from align.stages.offline import offline_evaluation, offline_turn, refuse_padding_at_end
 from align.stages.online import OnlinePlan, OnlineStage
 from align.stages.reference_cache import cached_reference
@@ -153,6 +154,7 @@ async def run_online(context: Context, stage: OnlineSettings) -> StageResult:
         )
         context.record()
         loop = make_loop(context, stage, start, trainer, plan.total)
+        dtype = (await trainer.numerics())["dtype"].removeprefix("torch.")
         online = OnlineStage(
             plan,
             trainer=trainer,
@@ -163,6 +165,15 @@ async def run_online(context: Context, stage: OnlineSettings) -> StageResult:
             log=RolloutLog(loop.folder / "rollouts"),
             decode=lambda ids: tokenizer.decode(ids.tolist(), skip_special_tokens=False),
             tell=context.report.message,
+            monitor=Monitor(
+                trainer,
+                fleet,
+                min(prompts, key=lambda prompt: len(prompt.token_ids)),
+                plan.sampling,
+                tolerance=tolerance(stage.rollout.dtype, context.recipe.model.dtype, dtype),
+                ahead=plan.staleness > 0,
+                tell=context.report.message,
+            ),
         )
         if held:
             loop.evaluate = lambda: online.evaluate(held, judges[-1])

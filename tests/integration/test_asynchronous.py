@@ -39,4 +39,6 @@ def test_an_asynchronous_stage_that_is_killed_trains_on_every_group_once_and_on_
     assert whole_epochs == 64, "and none is lost"
     ages = [row["step"] - 1 - row["version"] for row in rows]
     assert min(ages) >= 0 and 0 < max(ages) <= STALENESS
+    seen = [line["monitor/max_difference"] for line in metrics(folder, "grpo") if "monitor/max_difference" in line]
+    assert seen and max(seen) < 1e-3, "engines sample from what the trainer computes"
     assert all(line["staleness/max"] <= STALENESS for line in metrics(folder, "grpo"))

@@ -18,10 +18,12 @@ import torch
 
 from align.errors import AlignError, DataError, EngineError, RecipeError, SetupError, Unsupported
 from align.model.adapters import attach, digest, merged_state, save, use_adapter, weights_digest
-from align.protocols import FailedPrompt, Group, PromptItem, Publication, Sampling, group_seed
+from align.protocols import Completion, FailedPrompt, Group, PromptItem, Publication, Sampling, Tree, group_seed
 from align.recipe.schema import Adapter
+from align.stages.monitor import Monitor
 from rollout.base import EngineSpec, Request, check_engine_options, generate, make_engine
 from rollout.fleet import RayFleet
+from rollout.local_fleet import LocalFleet
 from rollout.vllm import add_request
 from tests.tiny_models import END_ID, write_tiny_qwen3
 
@@ -391,6 +393,34 @@ def test_an_engine_that_holds_the_adapter_but_computes_with_the_base_is_caught(
         with pytest.raises(EngineError, match="adapter not applied"):
             serving.publish(replace(first, version=2))
     assert serving.publish(first) == first.digest
+
+
+def test_an_engine_that_forgets_the_adapter_later_is_seen_by_the_monitor(
+    serving: Any, policy: Any, first: Publication, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No check at its start or at a publish sees it: the adapter is held, and was applied."""
+
+    class Policy:
+        async def logps(self, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
+            [tree] = trees
+            [branch] = tree.branches
+            prompt = replace(prompts(1)[0], token_ids=tree.trunk.token_ids)
+            drawn = Completion(branch.token_ids, branch.behavior_logps, branch.versions, "", "eos")
+            return [trainer_logps(policy, Group(prompt, (drawn,)), TEMPERATURE)]
+
+    told: list[str] = []
+    trainer: Any = Policy()
+    monitor = Monitor(
+        trainer, LocalFleet(serving), prompts(1)[0], SAMPLING, tolerance=0.01, ahead=False, tell=told.append
+    )
+
+    async def seen() -> float:
+        await monitor.published(first.version)
+        return (await monitor.difference())["monitor/max_difference"]
+
+    assert asyncio.run(seen()) < 1e-4 and not told
+    monkeypatch.setattr("rollout.vllm.add_request", without_adapter(add_request))
+    assert asyncio.run(seen()) > 0.01 and "monitor: after version 1" in told[0]
 
 
 def test_the_previous_version_under_its_own_integer_id_is_refused(

@@ -220,7 +220,9 @@ def test_a_penalty_brings_no_unscored_completion_back() -> None:
 
 
 def test_an_online_stage_penalises_as_its_plan_says_and_reports_the_share(tmp_path: Path) -> None:
-    stage = Run(tmp_path, truncated="penalise").stage
+    run = Run(tmp_path, truncated="penalise")
+    run.publications.close()  # it is never run
+    stage = run.stage
     stage.plan = replace(stage.plan, truncated_penalty=0.5, objectives=Objectives(scale="none"))
     groups = [Group(prompt(0), (completion(2), completion(3, "length")))]
     table = ScoreTable(("a",), np.zeros((2, 1), np.float32), ("reward",))

@@ -199,6 +199,19 @@ async def pids_of(fleet: RayFleet) -> list[int]:
     return [about(group)["pid"] for group in await fleet.generate(prompts(2, 900), 1, SAMPLING)]
 
 
+def test_a_probe_reaches_every_engine_beside_what_they_draw() -> None:
+    async def run() -> None:
+        async with fleet_of(3, step_s=0.02) as fleet:
+            await fleet.publish(VERSION)
+            running = asyncio.create_task(all_of(fleet, prompts(10)))
+            probes = await fleet.probe(prompts(1, 500)[0], SAMPLING)
+            assert len({about(group)["pid"] for group in probes}) == 3
+            assert {len(group.completions) for group in probes} == {1} and {version_of(g) for g in probes} == {3}
+            assert [bits(group) for group in await running] == drawn(prompts(10))
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_an_engine_that_is_killed_or_frozen_in_the_middle_loses_no_group_and_repeats_none(how: signal.Signals) -> None:
     """Its groups are drawn by the other one, with the same ids and seeds; it comes back with the newest version."""

@@ -14,6 +14,7 @@ from align.protocols import ErrorBudget, FailedPrompt, Group, Metrics, PromptIte
 from align.recipe.schema import Objectives, Save
 from align.stages.groups import PromptCursor
 from align.stages.loop import Loop, StageResult, latest_checkpoint
+from align.stages.monitor import Monitor
 from align.stages.online import OnlinePlan, OnlineStage
 from align.stages.publication import PublicationFolder
 from align.stages.rollout_log import RolloutLog
@@ -21,6 +22,7 @@ from align.stages.virtual_clock import run_virtually
 from tests.unit.stages.plain import Lines, PlainFleet, PlainScorer, PlainTrainer, prompt
 
 PROMPTS = [prompt(n) for n in range(5)]
+SAMPLING = Sampling(max_tokens=8)
 PLANNED = {"groups", "group_size", "truncated", "staleness", "overdue", "refill", "max_failed"}
 
 
@@ -36,6 +38,7 @@ class Run:
         fleet: PlainFleet | None = None,
         scorer: PlainScorer | None = None,
         prompts: Sequence[PromptItem] = PROMPTS,
+        watched: bool = False,
         **settings: Any,
     ) -> None:
         self.trainer, self.fleet, self.lines = trainer or PlainTrainer(), fleet or PlainFleet(), Lines()
@@ -44,9 +47,7 @@ class Run:
         planned: dict[str, Any] = {"groups": 3, "group_size": 4}
         planned |= {key: settings.pop(key) for key in PLANNED & settings.keys()}
         self.stage = OnlineStage(
-            OnlinePlan(
-                stage_id="grpo", total=total, sampling=Sampling(max_tokens=8), objectives=Objectives(), **planned
-            ),
+            OnlinePlan(stage_id="grpo", total=total, sampling=SAMPLING, objectives=Objectives(), **planned),
             trainer=self.trainer,
             fleet=self.fleet,
             scorer=self.scorer,
@@ -55,6 +56,7 @@ class Run:
             log=RolloutLog(folder / "grpo" / "rollouts"),
             decode=lambda ids: " ".join(map(str, ids)),
             tell=self.lines.message,
+            monitor=self._monitor(planned.get("staleness", 0)) if watched else None,
         )
         self.stop = asyncio.Event()
         self.loop = Loop(
@@ -72,6 +74,11 @@ class Run:
             **settings,
         )
         self.left: list[str] = []  # tasks that outlived the stage
+
+    def _monitor(self, staleness: int) -> Monitor:
+        return Monitor(
+            self.trainer, self.fleet, PROMPTS[0], SAMPLING, tolerance=0.01, ahead=staleness > 0, tell=self.lines.message
+        )
 
     async def whole(self) -> StageResult:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,12 @@ class PlainFleet:
     ) -> AsyncIterator[Group | FailedPrompt]:
         for group in reversed(await self.generate(prompts, group_size, sampling)):
             yield group
+
+    async def probe(self, item: PromptItem, sampling: Sampling) -> list[Group]:
+        """As likely as `PlainTrainer.logps` says of the version that is held."""
+        [drawn] = self._group(item, 1).completions
+        held = np.full(len(drawn.token_ids), -self.w, np.float32)
+        return [Group(item, (replace(drawn, logps=held),))]
 
     def metrics(self) -> Metrics:
         return {}
