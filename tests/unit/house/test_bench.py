@@ -184,7 +184,6 @@ def test_grpo_is_compared_on_the_same_work(capsys: pytest.CaptureFixture[str]) -
 
 def test_the_heads_memory_is_less_than_the_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "RESULTS", tmp_path)
-    monkeypatch.setattr(common, "apart", lambda function, *arguments: function(*arguments))  # here, which is quicker
     sizes = ["--tokens", "4096", "--vocabulary", "16384", "--hidden", "32", "--threads", "1"]
     cases = head_memory.main(sizes)["cases"]
     logits = 4096 * 16384 * 4 / 1e9
