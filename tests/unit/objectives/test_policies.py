@@ -23,7 +23,7 @@ LAGRANGIAN = {
     "weights": {"correct": 1.5},
     "constraints": {"length": {"max": 0.2, "lr": 0.7, "lambda_max": 2.0}, "polite": {"min": 0.5, "lr": 0.4}},
 }
-CHEBYSHEV = {"combine": "chebyshev", "weights": {"polite": 0.5}, "reference_point": {"correct": 2.0}, "mu": 0.3}
+CHEBYSHEV = {"combine": "chebyshev", "weights": {"polite": 0.5}, "reference_point": {"correct": 0.8}, "mu": 0.3}
 HYPERVOLUME = {"combine": "hypervolume", "reference_point": {"correct": -1.5, "length": 1.5, "polite": -1.5}}
 CONFIGS = [LAGRANGIAN, CHEBYSHEV, HYPERVOLUME]
 IDS = ["lagrangian", "chebyshev", "hypervolume"]
@@ -113,7 +113,7 @@ class Oracle:
 
     def chebyshev(self, j, sigma, scores):
         self.best = [max(b, now) for b, now in zip(self.best, j, strict=True)]
-        ideal, w, mu = [2.0, self.best[1], self.best[2]], [1.0, 1.0, 0.5], self.config.mu
+        ideal, w, mu = [0.8, self.best[1], self.best[2]], [1.0, 1.0, 0.5], self.config.mu
         parts = [math.exp(w[k] * (ideal[k] - j[k]) / sigma[k] / mu) for k in range(3)]
         return [w[k] * parts[k] / sum(parts) for k in range(3)]
 
@@ -174,8 +174,8 @@ def test_the_order_of_objectives_and_samples_means_nothing(settings):
 
 
 def only(config, means, state, step=0):
-    """Weights after a step in which each objective has this mean and a spread of 1 (or of `scale: none`)."""
-    scores = np.array([means, means]) + [[-0.5], [0.5]]
+    """Weights after a step in which each objective has this mean and both scores are 1 apart."""
+    scores = np.array(means) + np.array([[-0.5], [0.5]])
     _, state, metrics = combine(scores, np.zeros(2, np.int64), NAMES, KINDS, config, state, step)
     return [metrics[f"objective/{n}/weight"] for n in NAMES], state, metrics
 
