@@ -21,6 +21,11 @@ _VALUES: dict[tuple[str, Any], Later] = {
     ("schedule", "wsd"): Later(_NOT_YET, "use cosine, linear or constant"),
 }
 _KEYS: dict[tuple[str, str], Later] = {
+    ("objectives", "kl"): Later(
+        f"a KL inside the reward is {_NOT_YET}: the reference's log-probabilities are known in the trainer's update, "
+        "when advantages are made already",
+        "use `loss: {name: grpo, kl: ..., kl_estimator: w_k3}`, whose gradient is the reverse KL's, token by token",
+    ),
     ("batch", "tokens"): Later(_NOT_YET, "`batch` counts examples; `packing.max_tokens` bounds memory"),
 }
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from align.cli.main import main
@@ -61,8 +59,15 @@ def test_contradictions_within_the_recipe_need_no_plugin(
 
 
 def test_truncation_that_is_penalised_is_one_of_the_objectives(
-    workshop: Workshop, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    workshop: Workshop, capsys: pytest.CaptureFixture[str]
 ) -> None:
     penalised = ("stages.grpo.rollout.truncated=penalise", "stages.grpo.rollout.truncated_penalty=1.0")
     limited = "{combine: lagrangian, constraints: {truncated: {max: 0.1}}}"
     assert "truncated at most 0.1" in told(workshop, capsys, limited, 0, *penalised)
+
+
+def test_a_kl_inside_the_reward_is_refused_with_what_has_its_gradient(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = told(workshop, capsys, "{kl: 0.05}", 2)
+    assert "recipe.yaml:39" in out and "not offered by this version" in out and "kl_estimator: w_k3" in out

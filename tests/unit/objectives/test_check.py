@@ -62,18 +62,63 @@ def test_what_works_is_not_complained_about(config):
         ({**LAGRANGIAN, "constraints": {"polite": {"min": -5}}}, "constraints.polite.min", "always met", "[-5, 5]"),
         ({"gates": {"free": {"when": "correct", "at_least": 2}}}, "gates.free", "never opens", "'correct'"),
         ({"gates": {"free": {"when": "correct", "at_least": 0}}}, "gates.free", "always open", "leave the gate out"),
-        ({"gates": {"polite": {"when": "correct", "at_least": 1, "otherwise": 9}}}, "gates.polite.otherwise", "better than its best score 5", "mask"),
-        ({"gates": {"length": {"when": "correct", "at_least": 1, "otherwise": -1}}}, "gates.length.otherwise", "better than its best score 0", "mask"),
+        (
+            {"gates": {"polite": {"when": "correct", "at_least": 1, "otherwise": 9}}},
+            "gates.polite.otherwise",
+            "better than its best score 5",
+            "mask",
+        ),
+        (
+            {"gates": {"length": {"when": "correct", "at_least": 1, "otherwise": -1}}},
+            "gates.length.otherwise",
+            "better than its best score 0",
+            "mask",
+        ),
         ({"weights": dict.fromkeys(KNOWN, 0)}, "weights", "every weight is 0", "give one of them a weight"),
-        ({"combine": "lagrangian", "weights": dict.fromkeys(KNOWN, 0), "constraints": {"length": {"max": 4}}}, "weights", "nothing is left to maximise", "NAME"),
-        ({"combine": "chebyshev", "weights": {"length": 0, "polite": 0, "free": 0}}, "combine", "only 'correct' has a weight", "weighted_sum"),
-        ({"combine": "chebyshev", "reference_point": {"correct": -1}}, "reference_point.correct", "better than its ideal -1", "such as 1"),
-        ({"combine": "hypervolume", "reference_point": {**POINTS, "correct": 1}}, "reference_point.correct", "always be 0", "such as 0"),
-        ({"combine": "hypervolume", "reference_point": {**POINTS, "length": 0}}, "reference_point.length", "always be 0", "such as 512"),
-        ({"combine": "hypervolume", "reference_point": POINTS, "weights": {"free": 2}}, "weights.free", "a volume has no weights", "0 to leave it out"),
-        ({"combine": "hypervolume", "reference_point": POINTS, "schedule": {"free": [[0, 1]]}}, "schedule.free", "no weights", "reference_point"),
+        (
+            {"combine": "lagrangian", "weights": dict.fromkeys(KNOWN, 0), "constraints": {"length": {"max": 4}}},
+            "weights",
+            "nothing is left to maximise",
+            "NAME",
+        ),
+        (
+            {"combine": "chebyshev", "weights": {"length": 0, "polite": 0, "free": 0}},
+            "combine",
+            "only 'correct' has a weight",
+            "weighted_sum",
+        ),
+        (
+            {"combine": "chebyshev", "reference_point": {"correct": -1}},
+            "reference_point.correct",
+            "better than its ideal -1",
+            "such as 1",
+        ),
+        (
+            {"combine": "hypervolume", "reference_point": {**POINTS, "correct": 1}},
+            "reference_point.correct",
+            "always be 0",
+            "such as 0",
+        ),
+        (
+            {"combine": "hypervolume", "reference_point": {**POINTS, "length": 0}},
+            "reference_point.length",
+            "always be 0",
+            "such as 512",
+        ),
+        (
+            {"combine": "hypervolume", "reference_point": POINTS, "weights": {"free": 2}},
+            "weights.free",
+            "a volume has no weights",
+            "0 to leave it out",
+        ),
+        (
+            {"combine": "hypervolume", "reference_point": POINTS, "schedule": {"free": [[0, 1]]}},
+            "schedule.free",
+            "no weights",
+            "reference_point",
+        ),
     ],
-)  # fmt: skip
+)
 def test_each_problem_is_named_once_with_place_and_remedy(config, where, what, remedy):
     [error] = found(config)
     assert error.where == f"objectives.{where}"

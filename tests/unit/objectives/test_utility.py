@@ -112,7 +112,7 @@ def test_divided_by_each_groups_own_deviation_it_would_not_be():
         update = np.concatenate([(np.eye(4)[actions[:16]] - PI).T @ got[ids == g] / 16 for g in (0, 1)])
         cosines[config.combine] = update @ gradient / np.linalg.norm(update) / np.linalg.norm(gradient)
     assert cosines["lagrangian"] == pytest.approx(1.0, abs=1e-6)
-    assert cosines["decoupled"] < 0.5
+    assert cosines["decoupled"] < 0.6
 
 
 # ------------------------------------------------------------------------------------------------ the loop
