@@ -11,10 +11,11 @@ from align.cli.findings import Findings
 from align.cli.inputs import DataFacts, Rewards, check_reference, open_model, read_data
 from align.cli.plan import Machine, Plan, Planner, check_fits, lines, stage_roles
 from align.cli.rules import check_recipe
-from align.errors import RecipeError
+from align.objectives.check import Known, problems
 from align.recipe.document import Document
 from align.recipe.load import load_document
 from align.recipe.schema import Recipe
+from align.stages.groups import TRUNCATED, refuse_second_truncated, with_penalty
 from align.stages.handover import check_adapters
 from align.stages.training import record_kind
 
@@ -77,25 +78,23 @@ def validate(
 
 
 def _check_rewards(stage: Any, rewards: Rewards, found: Findings) -> None:
-    """Plugins can be loaded, their objectives have names of their own, and weights name objectives that exist."""
+    """Plugins can be loaded, their objectives have names of their own, and `objectives` can work with them."""
     evaluation = getattr(stage, "eval", None)
     if evaluation is not None and evaluation.rewards and stage.kind == "online":
         rewards.objectives(evaluation.rewards, stage.id, "eval.rewards", found)
     if not getattr(stage, "rewards", ()):
         return
-    names = rewards.objectives(stage.rewards, stage.id, "rewards", found)
-    if names is None or stage.kind != "online":
+    known = rewards.objectives(stage.rewards, stage.id, "rewards", found)
+    if known is None or stage.kind != "online":
         return
-    for name in stage.objectives.weights:
-        if name not in names:
-            found.add(
-                RecipeError(
-                    f"`objectives.weights` names {name!r}, which no reward of this stage gives",
-                    where=f"objectives.weights.{name}",
-                    remedy=f"the objectives here: {', '.join(names)}",
-                ),
-                stage.id,
-            )
+    objectives = stage.objectives
+    if stage.rollout.truncated == "penalise":
+        with found.gather(stage.id):
+            refuse_second_truncated(known)
+        known[TRUNCATED] = Known("cost", (0.0, 1.0))
+        objectives = with_penalty(objectives, stage.rollout.truncated_penalty)
+    for error in problems(objectives, known):
+        found.add(error, stage.id)
 
 
 def _check_stage(

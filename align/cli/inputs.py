@@ -21,6 +21,7 @@ from align.data.tokenizer import ChatTokenizer, load_tokenizer
 from align.errors import ModelError, PluginError, Unsupported
 from align.hub import resolve_model_folder
 from align.model.adapter_config import read_adapter_config, refuse_beyond_lora
+from align.objectives.check import Known
 from align.plugins import describe_in_child
 from align.protocols import PromptItem, Tree
 from align.recipe.schema import DataSource, Model, Recipe, ReferencePath, Reward
@@ -186,17 +187,19 @@ class Rewards:
         self.sources: dict[str, str] = {}
         self._known: dict[str, dict[str, Any]] = {}
 
-    def objectives(self, rewards: tuple[Reward, ...], stage: str, key: str, found: Findings) -> list[str] | None:
-        """Objective names of a stage in order; None where a reward could not be described (it is in `found`)."""
-        named = []
+    def objectives(self, rewards: tuple[Reward, ...], stage: str, key: str, found: Findings) -> dict[str, Known] | None:
+        """Objectives of a stage by name, in order; None where a reward could not be described (it is in `found`)."""
+        named, offered = [], []
         for number, reward in enumerate(rewards):
             with found.gather(stage, f"{key}.{number}"):
                 described = self._describe(reward)
                 named.append(Named(described["name"], tuple(described["objectives"]), reward.as_ is not None))
+                offered += [Known(o["kind"], o["range"]) for o in described["objectives"].values()]
         if len(named) < len(rewards):
             return None
         try:
-            return [name for names in objective_names(named) for name in names]
+            names = [name for names in objective_names(named) for name in names]
+            return dict(zip(names, offered, strict=True))
         except RewardsPluginError as error:
             found.add(PluginError(error.what, where=key, remedy=error.remedy), stage)
             return None

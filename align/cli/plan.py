@@ -10,6 +10,7 @@ from typing import Any
 
 from align.cli import memory
 from align.cli.inputs import DataFacts, ModelFacts
+from align.cli.objective_words import objective_words
 from align.data.order import DEFAULT_BATCH, BatchPlan
 from align.errors import DataError, ModelError, PlacementError, RecipeError
 from align.losses import configure
@@ -117,6 +118,7 @@ class Planner:
                 f"receive {_PUBLISHED[publish_mode(adapter, stage.rollout)]}; "
                 f"at most {stage.rollout.max_tokens} tokens at temperature {stage.rollout.temperature:g}"
             )
+            plan.lines.append(f"objectives: {objective_words(stage.objectives)}")
             plan.lines += _updates_words(stage)
             plan.lines += _loop_lines(stage)
         else:

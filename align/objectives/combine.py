@@ -1,29 +1,37 @@
 """One advantage per completion from its scores on several objectives.
 
 A combiner gets the table of group-comparable rewards (costs already negated) and returns one advantage per sample;
-`combine` does what all of them share: checks, weights, whitening, missing samples, metrics.
+`combine` does what all of them share: checks, gates, weights, whitening, missing samples, metrics. For combiners that
+follow a utility (`view`), a weight policy stands between the recipe's weights and those of the advantage.
+
+So REINFORCE++ (2501.03262) without its KL is {baseline: batch}, REINFORCE++-baseline {scale: none, whiten: true}, RLOO
+{baseline: leave_one_out, scale: none}, Dr. GRPO {scale: none}, GDPO {combine: decoupled}.
 
 Deviations from the papers, on purpose: standard deviations have n - 1 below and an epsilon of 1e-4, as TRL's, so that
-numbers can be compared; and they never fall below `min_std`, so that noise (scores of .499 and .501) is not blown up
-to advantages of +-1.
+numbers can be compared; they never fall below `min_std`, so that noise (scores of .499 and .501) is not blown up to
+advantages of +-1; and a batch is normalised over its samples, where REINFORCE++ counts a sample once a token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from align.errors import RecipeError, RewardError
+from align.errors import RewardError
+from align.objectives import chebyshev, hypervolume, lagrangian, running
+from align.objectives.check import unknown_names
+from align.objectives.gates import closed, gated, weights_at
 from align.objectives.groups import Grouped, centre, std
+from align.objectives.metrics import describe
+from align.objectives.view import State, View, WeightPolicy
 from align.recipe.schema import Objectives
 
 EPS = 1e-4
-_NO_SIGNAL = 1e-7  # what rounding leaves where the terms of a sum cancel
 
-State = dict[str, Any]
-Combiner = Callable[[np.ndarray, Grouped, np.ndarray, Objectives], np.ndarray]
+Combiner = Callable[[np.ndarray, Grouped, np.ndarray, np.ndarray, Objectives], np.ndarray]
 
 
 def combine(
@@ -40,43 +48,106 @@ def combine(
     Args:
         scores: f32[S, R], NaN where missing. group_ids: i64[S]; groups may differ in size and stand in any order.
         names, kinds: R objective names, and "reward" or "cost" for each; a cost enters as -cost.
-        config: combine, weights by name (1 where not given), baseline, scale, min_std, whiten.
-        state: what the last step returned ({} at first); JSON-able, part of the checkpoint. step: the stage's step.
+        config: the recipe's `objectives`, by name. step: the stage's step, for schedules.
+        state: what the last step returned ({} at first); JSON-able, part of the checkpoint.
 
     Returns:
         advantages: f32[S]. NaN means "not trained": no objective of that sample had a value (it is not a 0, which
             would count in the loss's denominator); the stage masks its tokens.
-        state: for the next step; the combiners here keep none and pass it on.
-        metrics: objective/<name>/{mean, std, missing, dead, correlation} (mean and std with the objective's own sign
-            over the values there are; missing: share of samples; dead: share of groups whose values are all equal;
-            correlation with the advantage), advantage/{std, missing, dead_groups} (shares of samples and groups).
+        state: for the next step: running means, multipliers, the ideal point, the archive. weighted_sum and decoupled
+            keep none and pass it on.
+        metrics: objective/<name>/{mean, std, missing, dead, correlation, weight, gated} and advantage/{std, missing,
+            dead_groups} as `align.objectives.metrics.describe` has them, and the policy's own: constraint/<name>/
+            {value, limit, lambda}, chebyshev/utility, reference_point/<name>, hypervolume/{value, archive}.
             What is undefined (the mean of no value) is left out.
 
     Raises:
-        RewardError: an infinite score. RecipeError: a weight for an objective that does not exist.
+        RewardError: an infinite score. RecipeError: a name in `config` that is no objective here.
     """
     scores = np.asarray(scores, np.float64)
     group_ids = np.asarray(group_ids)
     _check(scores, group_ids, names, kinds, config)
     groups = Grouped.of(group_ids)
-    advantages = before_whitening(scores, groups, names, kinds, config)
+    table = _Table.of(scores, groups, names, kinds, config)
+    state, policy = dict(state), POLICIES.get(config.combine)
+    if policy is not None:
+        state = running.advance(state, table.gated, table.compared, names, config.decay)
+        state = policy.advance(state, table.view(state, step))
+    view = table.view(state, step)
+    weights = policy.weights(state, view) if policy is not None else view.weights
+    advantages = table.advantages(weights, view.sigma)
     if config.whiten or (config.whiten is None and config.combine == "decoupled"):
         advantages = whiten(advantages, config.min_std)
-    metrics = _metrics(scores, advantages, groups, names)
-    return advantages.astype(np.float32), dict(state), metrics
+    metrics = describe(scores, table.gated, advantages, groups, names)
+    metrics |= {f"objective/{name}/weight": float(weight) for name, weight in zip(names, weights, strict=True)}
+    metrics |= {f"objective/{name}/gated": share for name, share in closed(scores, names, config.gates).items()}
+    if policy is not None:
+        metrics |= policy.metrics(state, view)
+    return advantages.astype(np.float32), state, metrics
 
 
 def before_whitening(
-    scores: np.ndarray, groups: Grouped, names: Sequence[str], kinds: Sequence[str], config: Objectives
+    scores: np.ndarray,
+    groups: Grouped,
+    names: Sequence[str],
+    kinds: Sequence[str],
+    config: Objectives,
+    state: Mapping[str, Any],
+    step: int,
 ) -> np.ndarray:
-    """f64[S, R] -> f64[S]: advantages as far as each group decides them alone; NaN where no objective has a value."""
-    signs = np.array([-1.0 if kind == "cost" else 1.0 for kind in kinds])
-    weights = np.array([float(config.weights.get(name, 1.0)) for name in names])
-    trained = ~np.isnan(scores).all(axis=1)
-    return np.where(trained, COMBINERS[config.combine](scores * signs, groups, weights, config), np.nan)
+    """f64[S, R] -> f64[S]: advantages as far as each group decides them alone, under the weights that `state` gives;
+    NaN where no objective has a value."""
+    table = _Table.of(scores, groups, names, kinds, config)
+    view, policy = table.view(state, step), POLICIES.get(config.combine)
+    weights = policy.weights(state, view) if policy is not None else view.weights
+    return table.advantages(weights, view.sigma)
 
 
-def weighted_sum(rewards: np.ndarray, groups: Grouped, weights: np.ndarray, config: Objectives) -> np.ndarray:
+@dataclass(frozen=True)
+class _Table:
+    """Scores f64[S, R] after the gates, in their own signs; signs f64[R]; and which samples are compared."""
+
+    gated: np.ndarray
+    signs: np.ndarray
+    compared: Grouped
+    names: Sequence[str]
+    config: Objectives
+
+    @classmethod
+    def of(
+        cls, scores: np.ndarray, groups: Grouped, names: Sequence[str], kinds: Sequence[str], config: Objectives
+    ) -> _Table:
+        signs = np.array([-1.0 if kind == "cost" else 1.0 for kind in kinds])
+        whole = Grouped(np.zeros_like(groups.index), 1)
+        compared = whole if config.baseline == "batch" else groups
+        return cls(gated(scores, names, config.gates), signs, compared, names, config)
+
+    def view(self, state: Mapping[str, Any], step: int) -> View:
+        means, spread = running.read(state, self.names)
+        floored = np.maximum(np.nan_to_num(spread), self.config.min_std) + EPS
+        return View(
+            names=self.names,
+            signs=self.signs,
+            weights=weights_at(self.names, self.config, step),
+            sigma=floored if self.config.scale == "std" else np.ones_like(floored),
+            means=self.signs * means,
+            batch=self.signs * running.batch_means(self.gated),
+            config=self.config,
+        )
+
+    def advantages(self, weights: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+        """f64[S]; NaN where no objective has a value."""
+        combiner = COMBINERS[self.config.combine]
+        found = combiner(self.gated * self.signs, self.compared, weights, sigma, self.config)
+        return np.where(np.isnan(self.gated).all(axis=1), np.nan, found)
+
+
+# ------------------------------------------------------------------------------------------------ combiners
+
+
+def weighted_sum(
+    rewards: np.ndarray, groups: Grouped, weights: np.ndarray, sigma: np.ndarray, config: Objectives
+) -> np.ndarray:
     """A = s / (std_g s + eps) with s = sum_k w_k (r_k - mean_g r_k): GRPO (2402.03300, section 4.1.2) of the weighted
     sum; scale "none" leaves s as it is (Dr. GRPO, 2503.20783). f64[S, R] -> f64[S].
 
@@ -91,7 +162,9 @@ def weighted_sum(rewards: np.ndarray, groups: Grouped, weights: np.ndarray, conf
     return np.asarray(s / (np.maximum(spread, config.min_std) + EPS))
 
 
-def decoupled(rewards: np.ndarray, groups: Grouped, weights: np.ndarray, config: Objectives) -> np.ndarray:
+def decoupled(
+    rewards: np.ndarray, groups: Grouped, weights: np.ndarray, sigma: np.ndarray, config: Objectives
+) -> np.ndarray:
     """A = sum_k w_k (r_k - mean_g r_k) / (std_g r_k + eps): GDPO (2601.05242), before its whitening over the batch.
     f64[S, R] -> f64[S]. Each objective has its own scale, so that a rare one is not drowned by a wide one."""
     centred = centre(rewards, groups, config.baseline)
@@ -100,7 +173,25 @@ def decoupled(rewards: np.ndarray, groups: Grouped, weights: np.ndarray, config:
     return np.asarray(centred @ weights)
 
 
-COMBINERS: dict[str, Combiner] = {"weighted_sum": weighted_sum, "decoupled": decoupled}
+def linear(
+    rewards: np.ndarray, groups: Grouped, weights: np.ndarray, sigma: np.ndarray, config: Objectives
+) -> np.ndarray:
+    """A = sum_k w_k (r_k - mean_g r_k) / sigma_k: the advantage of every weight policy. f64[S, R] -> f64[S]."""
+    return np.asarray(centre(rewards, groups, config.baseline) @ (weights / sigma))
+
+
+COMBINERS: dict[str, Combiner] = {
+    "weighted_sum": weighted_sum,
+    "decoupled": decoupled,
+    "lagrangian": linear,
+    "chebyshev": linear,
+    "hypervolume": linear,
+}
+POLICIES: dict[str, WeightPolicy] = {
+    "lagrangian": lagrangian,
+    "chebyshev": chebyshev,
+    "hypervolume": hypervolume,
+}
 
 
 def whiten(advantages: np.ndarray, min_std: float) -> np.ndarray:
@@ -117,13 +208,8 @@ def _check(
 ) -> None:
     assert scores.ndim == 2 and scores.shape[1] == len(names) == len(kinds), "one column, name and kind per objective"
     assert group_ids.shape == (scores.shape[0],), "one group id per sample"
-    unknown = sorted(set(config.weights) - set(names))
-    if unknown:
-        raise RecipeError(
-            f"there is a weight for {unknown[0]!r}, which no reward of this stage gives",
-            where="objectives.weights",
-            remedy=f"the objectives here: {', '.join(names)}",
-        )
+    for error in unknown_names(config, names):
+        raise error
     infinite = np.argwhere(np.isinf(scores))
     if infinite.size:
         sample, k = (int(i) for i in infinite[0])
@@ -131,37 +217,3 @@ def _check(
             f"the score of sample {sample} (group {int(group_ids[sample])}) on {names[k]!r} is {scores[sample, k]}",
             remedy="a reward that cannot be given is None, never infinite",
         )
-
-
-def _metrics(scores: np.ndarray, advantages: np.ndarray, groups: Grouped, names: Sequence[str]) -> dict[str, float]:
-    metrics: dict[str, float] = {}
-    ranges = groups.ranges(scores)  # f64[G, R], NaN where a group has no value
-    for k, name in enumerate(names):
-        known = scores[~np.isnan(scores[:, k]), k]
-        if known.size:
-            metrics[f"objective/{name}/mean"] = float(known.mean())
-            metrics[f"objective/{name}/std"] = float(known.std())
-            present = ranges[~np.isnan(ranges[:, k]), k]
-            metrics[f"objective/{name}/dead"] = float((present == 0).mean())
-        if scores.shape[0]:
-            metrics[f"objective/{name}/missing"] = 1.0 - known.size / scores.shape[0]
-        correlation = _correlation(scores[:, k], advantages)
-        if correlation is not None:
-            metrics[f"objective/{name}/correlation"] = correlation
-    trained = advantages[~np.isnan(advantages)]
-    if trained.size:
-        metrics["advantage/std"] = float(trained.std())
-        signal = groups.sums(np.abs(np.nan_to_num(advantages)) > _NO_SIGNAL)
-        metrics["advantage/dead_groups"] = float((signal == 0).mean())
-    if scores.shape[0]:
-        metrics["advantage/missing"] = 1.0 - trained.size / scores.shape[0]
-    return metrics
-
-
-def _correlation(scores: np.ndarray, advantages: np.ndarray) -> float | None:
-    """Pearson's, over the samples that have both; None where one of them does not vary."""
-    both = ~(np.isnan(scores) | np.isnan(advantages))
-    x, y = scores[both], advantages[both]
-    if x.size < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return None
-    return float(np.corrcoef(x, y)[0, 1])

@@ -36,9 +36,10 @@ class Grouped:
             return np.where(np.isinf(low), np.nan, high - low)
 
 
-def centre(values: np.ndarray, groups: Grouped, baseline: Literal["group", "leave_one_out"]) -> np.ndarray:
-    """f64[S, R] with NaN -> f64[S, R]: each value minus its group's mean ("group"), or minus the mean of the others of
-    its group ("leave_one_out": RLOO, 2402.14740, eq. 6); 0 where missing, and where there is nothing to compare with.
+def centre(values: np.ndarray, groups: Grouped, baseline: Literal["group", "leave_one_out", "batch"]) -> np.ndarray:
+    """f64[S, R] with NaN -> f64[S, R]: each value minus the mean of its group, or minus the mean of the others of its
+    group ("leave_one_out": RLOO, 2402.14740, eq. 6); 0 where missing, and where there is nothing to compare with. Under
+    "batch", `groups` is the one group of all.
 
     A group whose values are all equal gives exact zeros: the rounding of its mean is no signal.
     """

@@ -17,16 +17,15 @@ _VALUES: dict[tuple[str, Any], Later] = {
     ("kind", "classify"): Later(
         _NOT_YET, "offered kinds: sft, preference, reward_model, online, evaluate, merge, export"
     ),
-    ("combine", "lagrangian"): Later(_NOT_YET, "use `combine: weighted_sum` or `combine: decoupled`"),
-    ("combine", "chebyshev"): Later(_NOT_YET, "use `combine: weighted_sum` or `combine: decoupled`"),
-    ("combine", "hypervolume"): Later(_NOT_YET, "use `combine: weighted_sum` or `combine: decoupled`"),
     ("format", "gguf"): Later(_NOT_YET, "use `format: safetensors` and convert the folder with llama.cpp"),
     ("schedule", "wsd"): Later(_NOT_YET, "use cosine, linear or constant"),
 }
 _KEYS: dict[tuple[str, str], Later] = {
-    ("objectives", "constraints"): Later(_NOT_YET, "give the objective a weight instead"),
-    ("objectives", "gates"): Later(_NOT_YET, "gate inside the reward: return None where it does not apply"),
-    ("objectives", "schedule"): Later(_NOT_YET, "weights are constant; split the stage in two with `from:`"),
+    ("objectives", "kl"): Later(
+        f"a KL inside the reward is {_NOT_YET}: the reference's log-probabilities are known in the trainer's update, "
+        "when advantages are made already",
+        "use `loss: {name: grpo, kl: ..., kl_estimator: w_k3}`, whose gradient is the reverse KL's, token by token",
+    ),
     ("batch", "tokens"): Later(_NOT_YET, "`batch` counts examples; `packing.max_tokens` bounds memory"),
 }
 

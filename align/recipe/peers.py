@@ -142,6 +142,11 @@ _MEANS = {  # their word -> where ours stands
     "total_training_steps": "steps",
 }
 
+_ESTIMATOR = (
+    "the advantage is chosen by `objectives` with `loss: {name: grpo}`: grpo is the default; rloo {baseline: "
+    "leave_one_out, scale: none}; dr_grpo {scale: none}; reinforce_plus_plus {baseline: batch}; "
+    "reinforce_plus_plus_baseline {scale: none, whiten: true}; gdpo {combine: decoupled}; gae, remax are not offered"
+)
 _SENTENCES = {  # their word -> the whole answer, where a key alone would mislead
     "per_device_train_batch_size": "`batch` is global: `batch.sequences`, `batch.pairs` or `batch.groups`; "
     "memory is bounded by `packing.max_tokens`",
@@ -237,12 +242,14 @@ _SENTENCES = {  # their word -> the whole answer, where a key alone would mislea
     "desirable_weight": "`desirable_weight` is `loss: {name: kto, desirable_weight: ...}`",
     "undesirable_weight": "`undesirable_weight` is `loss: {name: kto, undesirable_weight: ...}`",
     "use_kl_loss": "`use_kl_loss` is `loss.kl` above 0",
+    "use_kl_in_reward": "not offered by this version: `loss.kl` with `kl_estimator: w_k3` has the reverse KL's gradient, "
+    "token by token",
     "kl_loss_type": "`kl_loss_type` is `loss.kl_estimator`: low_var_kl is k3, mse is k2; kl (k1) is refused as a loss",
     "rlhf_type": "`rlhf_type` is a stage: `kind: preference` or `kind: online`, with `loss: {name: ...}`",
     "stage": "`stage` is one entry of the list `stages`, with `id` and `kind`",
     "do_train": "not needed: `align run` trains the stages of the recipe in order",
-    "advantage_estimator": "`advantage_estimator` is `objectives` (baseline, scale, combine) with `loss: {name: grpo}`",
-    "adv_estimator": "`adv_estimator` is `objectives` (baseline, scale, combine) with `loss: {name: grpo}`",
+    "advantage_estimator": _ESTIMATOR,
+    "adv_estimator": _ESTIMATOR,
     "vit_lr": "per-part learning rates are not offered by this version: the vision tower stays frozen",
     "aligner_lr": "per-part learning rates are not offered by this version: the projector stays frozen",
     "additional_target": "not offered: fully trained modules beside an adapter; use `adapter: {kind: full}`",

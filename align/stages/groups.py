@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -64,11 +64,7 @@ def penalise_truncated(
     would count as often as there are objectives, in units of each. Missing (NaN) where no objective is known, so that
     a completion which could not be scored does not come back into the training by its length alone.
     """
-    if TRUNCATED in table.objectives:
-        raise RecipeError(
-            f"`rollout.truncated: penalise` adds an objective {TRUNCATED!r}, and a reward of this stage has that name",
-            remedy="rename the reward's with `as:`, or use `truncated: keep`",
-        )
+    refuse_second_truncated(table.objectives)
     cut = np.asarray([c.truncated for group in groups for c in group.completions], dtype=np.float32)
     cut[np.isnan(table.scores).all(axis=1)] = np.nan
     more = replace(
@@ -77,7 +73,21 @@ def penalise_truncated(
         kinds=(*table.kinds, "cost"),
         scores=np.concatenate([table.scores, cut[:, None]], axis=1),
     )
-    return more, objectives.model_copy(update={"weights": {**objectives.weights, TRUNCATED: penalty}})
+    return more, with_penalty(objectives, penalty)
+
+
+def refuse_second_truncated(names: Iterable[str]) -> None:
+    if TRUNCATED in names:
+        raise RecipeError(
+            f"`rollout.truncated: penalise` adds an objective {TRUNCATED!r}, and a reward of this stage has that name",
+            where="rollout.truncated",
+            remedy="rename the reward's with `as:`, or use `truncated: keep`",
+        )
+
+
+def with_penalty(objectives: Objectives, penalty: float) -> Objectives:
+    """The objectives of a stage with the weight of `truncated` among them."""
+    return objectives.model_copy(update={"weights": {**objectives.weights, TRUNCATED: penalty}})
 
 
 def untrained(groups: Sequence[Group], table: ScoreTable, truncated: Literal["mask", "keep", "penalise"]) -> np.ndarray:
@@ -152,9 +162,12 @@ def carries_signal(
     objectives: Objectives,
     truncated: Literal["mask", "keep", "penalise"],
     penalty: float,
+    state: Mapping[str, Any],
+    step: int,
 ) -> bool:
     """Whether one scored group gives any completion that is trained an advantage other than 0, before whitening, which
-    only the whole batch defines: what dynamic sampling asks (DAPO, 2503.14476, eq. 11)."""
+    only the whole batch defines: what dynamic sampling asks (DAPO, 2503.14476, eq. 11). Objectives weigh as `state`,
+    the last step's, leaves them."""
     if np.isinf(table.scores).any():
         return True  # `combine` refuses it with a message: it must not be replaced unheard
     masked = untrained([group], table, truncated)
@@ -162,7 +175,8 @@ def carries_signal(
         table, objectives = penalise_truncated([group], table, objectives, penalty)
     alone = Grouped(np.zeros(len(table.scores), dtype=np.int64), 1)
     scores = table.scores.astype(np.float64)
-    return _has_signal(before_whitening(scores, alone, table.objectives, table.kinds, objectives)[~masked])
+    found = before_whitening(scores, alone, table.objectives, table.kinds, objectives, state, step)
+    return _has_signal(found[~masked])
 
 
 def _has_signal(advantages: np.ndarray) -> bool:

@@ -194,8 +194,8 @@ class OnlineStage:
         return advantages, metrics
 
     def _has_signal(self, group: Group, table: ScoreTable) -> bool:
-        plan = self.plan
-        return carries_signal(group, table, plan.objectives, plan.truncated, plan.truncated_penalty)
+        plan, state, step = self.plan, self.objective_state, self.supply.version
+        return carries_signal(group, table, plan.objectives, plan.truncated, plan.truncated_penalty, state, step)
 
     def _log(self, step: int, scored: Sequence[Scored], batch: _Batch) -> None:
         """Write the turn's groups, and after them those that were replaced, which have no advantage."""

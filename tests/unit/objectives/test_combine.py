@@ -39,6 +39,8 @@ def spread(values, min_std):
 def oracle(scores, group_ids, weights, signs, config):
     """Straight from the definitions, one sample at a time, in Python's own floats."""
     count, width = len(scores), len(signs)
+    if config.baseline == "batch":
+        group_ids = [0] * count
 
     def members(i, k):
         return [j for j in range(count) if group_ids[j] == group_ids[i] and not math.isnan(scores[j][k])]
@@ -46,7 +48,7 @@ def oracle(scores, group_ids, weights, signs, config):
     def centred(i, k):
         if math.isnan(scores[i][k]):
             return 0.0
-        others = [j for j in members(i, k) if config.baseline == "group" or j != i]
+        others = [j for j in members(i, k) if config.baseline != "leave_one_out" or j != i]
         if not others:
             return 0.0
         return signs[k] * (scores[i][k] - math.fsum(scores[j][k] for j in others) / len(others))
@@ -73,7 +75,7 @@ def oracle(scores, group_ids, weights, signs, config):
 SETTINGS = [
     {"combine": c, "baseline": b, "scale": s, "whiten": w}
     for c, b, s, w in itertools.product(
-        ("weighted_sum", "decoupled"), ("group", "leave_one_out"), ("std", "none"), (None, True, False)
+        ("weighted_sum", "decoupled"), ("group", "leave_one_out", "batch"), ("std", "none"), (None, True, False)
     )
 ]
 
@@ -186,7 +188,7 @@ def test_weights_are_by_name_and_one_by_default():
     assert advantages(scores, ids, weights={"b": 3.0}, scale="none") == [-1.0, 1.0]
     with pytest.raises(RecipeError, match=r"'brevty'.*\n.*a, b") as caught:
         run(scores, ids, weights={"brevty": 1.0})
-    assert caught.value.where == "objectives.weights"
+    assert caught.value.where == "objectives.weights.brevty"
 
 
 def test_one_infinite_score_is_an_error():
@@ -212,9 +214,10 @@ def test_metrics_say_what_was_missing_and_how_scores_vary():
 
 def test_an_empty_step_and_a_step_of_failures_have_no_advantage_and_finite_metrics():
     got, _, metrics = run(np.zeros((0, 2)), [])
-    assert got.shape == (0,) and metrics == {}
+    assert got.shape == (0,) and metrics == {"objective/a/weight": 1.0, "objective/b/weight": 1.0}
     got, _, metrics = run([[NAN], [NAN]], [0, 0], combine="decoupled")
-    assert np.isnan(got).all() and metrics == {"objective/a/missing": 1.0, "advantage/missing": 1.0}
+    assert np.isnan(got).all()
+    assert metrics == {"objective/a/missing": 1.0, "advantage/missing": 1.0, "objective/a/weight": 1.0}
 
 
 def test_the_state_is_passed_on():

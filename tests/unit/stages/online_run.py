@@ -23,7 +23,7 @@ from tests.unit.stages.plain import Lines, PlainFleet, PlainScorer, PlainTrainer
 
 PROMPTS = [prompt(n) for n in range(5)]
 SAMPLING = Sampling(max_tokens=8)
-PLANNED = {"groups", "group_size", "truncated", "staleness", "overdue", "refill", "max_failed"}
+PLANNED = {"groups", "group_size", "objectives", "truncated", "staleness", "overdue", "refill", "max_failed"}
 
 
 class Run:
@@ -44,10 +44,10 @@ class Run:
         self.trainer, self.fleet, self.lines = trainer or PlainTrainer(), fleet or PlainFleet(), Lines()
         self.scorer = scorer or PlainScorer()
         self.publications = PublicationFolder(folder)
-        planned: dict[str, Any] = {"groups": 3, "group_size": 4}
+        planned: dict[str, Any] = {"groups": 3, "group_size": 4, "objectives": Objectives()}
         planned |= {key: settings.pop(key) for key in PLANNED & settings.keys()}
         self.stage = OnlineStage(
-            OnlinePlan(stage_id="grpo", total=total, sampling=SAMPLING, objectives=Objectives(), **planned),
+            OnlinePlan(stage_id="grpo", total=total, sampling=SAMPLING, **planned),
             trainer=self.trainer,
             fleet=self.fleet,
             scorer=self.scorer,

@@ -1,0 +1,164 @@
+"""What of a recipe's `objectives` cannot work with the objectives that its rewards give. No torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from align.errors import RecipeError
+from align.recipe.schema import Constraint, Gate, Objectives
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """An objective as its plugin describes it. range: the scores it may give, both ends included; None: any."""
+
+    kind: str
+    range: tuple[float, float] | None = None
+
+    @property
+    def low(self) -> float:
+        return self.range[0] if self.range else float("-inf")
+
+    @property
+    def high(self) -> float:
+        return self.range[1] if self.range else float("inf")
+
+    @property
+    def best(self) -> float:
+        return self.low if self.kind == "cost" else self.high
+
+    @property
+    def worst(self) -> float:
+        return self.high if self.kind == "cost" else self.low
+
+    def better(self, one: float, other: float) -> bool:
+        return one < other if self.kind == "cost" else one > other
+
+
+def unknown_names(config: Objectives, names: Sequence[str]) -> Iterator[RecipeError]:
+    """An error for every name in `config` that is none of `names`."""
+    given: list[tuple[str, str]] = [(f"gates.{name}.when", gate.when) for name, gate in config.gates.items()]
+    for option in ("weights", "schedule", "gates", "constraints", "reference_point"):
+        given += [(f"{option}.{name}", name) for name in getattr(config, option)]
+    for key, name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean `{near[0]}`? " if near else ""
+            yield RecipeError(
+                f"`objectives.{key}` names {name!r}, which no reward of this stage gives",
+                where=f"objectives.{key}",
+                remedy=f"{hint}the objectives here: {', '.join(names)}",
+            )
+
+
+def problems(config: Objectives, objectives: Mapping[str, Known]) -> list[RecipeError]:
+    """All that is wrong with `config`, the names first: the rest is about objectives that exist."""
+    unknown = list(unknown_names(config, list(objectives)))
+    if unknown:
+        return unknown
+    found: list[RecipeError] = []
+    for name, constraint in config.constraints.items():
+        found += _of_constraint(name, constraint, objectives[name])
+    for name, gate in config.gates.items():
+        found += _of_gate(name, gate, objectives[name], objectives[gate.when])
+    for name, value in config.reference_point.items():
+        found += _of_point(name, value, objectives[name], config.combine)
+    return found + list(_of_weights(config, objectives))
+
+
+def _of_constraint(name: str, constraint: Constraint, known: Known) -> Iterator[RecipeError]:
+    key = "min" if constraint.max is None else "max"
+    limit, span = constraint.limit, f"[{known.low:g}, {known.high:g}]"
+    met = limit <= known.low if key == "min" else limit >= known.high
+    if met or not known.low <= limit <= known.high:
+        why = "is always met" if met else "can never be met"
+        yield RecipeError(
+            f"the constraint `{key}: {limit:g}` on {name!r} {why}: its scores lie in {span}",
+            where=f"objectives.constraints.{name}.{key}",
+            remedy=f"give a limit inside {span}, in the objective's own sign and units",
+        )
+
+
+def _of_gate(name: str, gate: Gate, known: Known, judge: Known) -> Iterator[RecipeError]:
+    where = f"objectives.gates.{name}"
+    low = float("-inf") if gate.at_least is None else gate.at_least
+    high = float("inf") if gate.at_most is None else gate.at_most
+    if low > judge.high or high < judge.low or (low <= judge.low and high >= judge.high):
+        state = "never opens" if low > judge.high or high < judge.low else "is always open"
+        yield RecipeError(
+            f"the gate of {name!r} {state}: the scores of {gate.when!r} lie in [{judge.low:g}, {judge.high:g}]",
+            where=where,
+            remedy=f"give `at_least` or `at_most` a score between those of {gate.when!r}, or leave the gate out",
+        )
+    if gate.otherwise != "mask" and known.better(gate.otherwise, known.best):
+        yield RecipeError(
+            f"behind its gate {name!r} would be {gate.otherwise:g}, better than its best score {known.best:g}",
+            where=f"{where}.otherwise",
+            remedy="use mask, or a score as bad as a sample deserves that does not pass the gate",
+        )
+
+
+def _of_point(name: str, value: float, known: Known, combine: str) -> Iterator[RecipeError]:
+    where = f"objectives.reference_point.{name}"
+    if combine == "hypervolume" and not known.better(known.best, value):
+        yield RecipeError(
+            f"no score of {name!r} is better than its reference point {value:g}: the volume would always be 0",
+            where=where,
+            remedy=f"give a score that every run beats, such as {known.worst:g}",
+        )
+    if combine == "chebyshev" and known.better(known.worst, value):
+        yield RecipeError(
+            f"every score of {name!r} is better than its ideal {value:g} (they lie in [{known.low:g}, {known.high:g}])",
+            where=where,
+            remedy=f"the reference point of chebyshev is the best one hopes for, such as {known.best:g}",
+        )
+
+
+def _of_weights(config: Objectives, objectives: Mapping[str, Known]) -> Iterator[RecipeError]:
+    """Something must be left to learn from, and for a trade-off two of them."""
+    largest = {name: _largest_weight(name, config) for name in objectives}
+    active = [name for name, weight in largest.items() if weight > 0]
+    if not active:
+        what = "every objective is constrained" if config.constraints else "every weight is 0"
+        yield RecipeError(
+            f"{what}: nothing is left to maximise",
+            where="objectives.weights",
+            remedy="give one of them a weight: `weights: {NAME: 1}`; objectives: " + ", ".join(objectives),
+        )
+    if config.combine not in ("chebyshev", "hypervolume"):
+        return
+    if len(active) == 1:
+        yield RecipeError(
+            f"`combine: {config.combine}` trades objectives off, and only {active[0]!r} has a weight",
+            where="objectives.combine",
+            remedy="use weighted_sum, or add a reward",
+        )
+    if config.combine == "hypervolume":
+        yield from _of_volume(config, objectives, active)
+
+
+def _largest_weight(name: str, config: Objectives) -> float:
+    if name in config.schedule:
+        return max(weight for _, weight in config.schedule[name])
+    return config.weights.get(name, 0.0 if name in config.constraints else 1.0)
+
+
+def _of_volume(config: Objectives, objectives: Mapping[str, Known], active: Iterable[str]) -> Iterator[RecipeError]:
+    for name in active:
+        if name not in config.reference_point:
+            worst = objectives[name].worst
+            such = f"{worst:g}" if abs(worst) != float("inf") else "a mean that every run beats"
+            yield RecipeError(
+                f"`combine: hypervolume` needs a reference point of {name!r}, from which volume is counted",
+                where="objectives.reference_point",
+                remedy=f"add `{name}: ...` ({such}), or give it the weight 0",
+            )
+        if name in config.schedule or config.weights.get(name, 1.0) != 1.0:
+            key = "schedule" if name in config.schedule else "weights"
+            yield RecipeError(
+                f"the weight of {name!r} would change nothing: a volume has no weights",
+                where=f"objectives.{key}.{name}",
+                remedy="use 1, or 0 to leave it out; what matters more is said by `reference_point`",
+            )
