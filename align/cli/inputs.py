@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from align.actors.plugins import plugin_spec
 from align.cli import memory
 from align.cli.findings import Findings
 from align.data.audit import DataReport
@@ -28,7 +29,6 @@ from align.stages.context import stage_seed
 from align.stages.handover import Origin
 from rewards.api import PluginError as RewardsPluginError
 from rewards.naming import Named, objective_names
-from rewards.plugin import OVERRIDES
 
 FIRST_ROWS = 1000
 
@@ -170,10 +170,10 @@ def _on_hub(source: DataSource, folder: Path) -> bool:
 
 def describe_reward(reward: Reward, folder: Path) -> dict[str, Any]:
     """What a reward offers, from a child process; the `rewards.describe` answer. Raises PluginError."""
-    options = {name: getattr(reward, name) for name in OVERRIDES if getattr(reward, name) is not None}
-    arguments = [reward.use, "--folder", str(folder), "--signature", reward.signature]
-    arguments += ["--args", json.dumps(reward.args), "--options", json.dumps(options)]
-    arguments += ["--as", reward.as_] if reward.as_ else []
+    spec = plugin_spec(reward)
+    arguments = [spec.use, "--folder", str(folder), "--signature", spec.signature]
+    arguments += ["--args", json.dumps(spec.args), "--options", json.dumps(spec.options)]
+    arguments += ["--as", spec.name] if spec.name else []
     answer: dict[str, Any] = describe_in_child("rewards.describe", arguments, name=reward.use)
     return answer
 
