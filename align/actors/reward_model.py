@@ -62,9 +62,8 @@ def column_of(folder: Path, label: str | None) -> int:
     labels = {int(k): str(v) for k, v in (config.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}).items()}
     if label is None:
         if len(labels) != 1:
-            raise ValueError(
-                f"{folder} has {len(labels)} labels; choose one with `label`: {', '.join(labels.values())}"
-            )
+            known = ", ".join(labels.values())
+            raise ValueError(f"{folder} has {len(labels)} labels; choose one with `label`: {known}")
         return 0
     found = [number for number, name in labels.items() if name == label]
     if not found:

@@ -5,7 +5,8 @@ process that holds the pool.
 
 Of several reward actors each runs every plugin and scores its part of a call's groups, groups whole. Concurrency and
 rate of a plugin are divided among them. An actor stops where its part alone spends the step's error budget; what all
-have spent is added up here as their tables arrive, so that in sum no more fails than may.
+have spent is added up here as their tables arrive, so that in sum no more fails than may. One that dies (its node is
+lost) leaves its groups to the others; the last one's death ends the run.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayActorError
 
 import rewards
 from align import errors
@@ -32,6 +36,8 @@ from align.stages.roles import REWARD_CPUS
 from align.stages.scoring import MetricTotals
 from rewards.budget import Budgets
 from rewards.pool import PoolResult, RewardPool
+
+log = logging.getLogger(__name__)
 
 
 def samples_of(groups: Sequence[Group]) -> list[rewards.Sample]:
@@ -185,6 +191,7 @@ class RayScorer:
             given = {"seed": seed, "log_folder": logs, "cache": cache, "share": len(placements)}
             self.actors.append(actor.remote(rewards, folder, **given))
         self._busy = [0] * len(self.actors)  # samples that each is scoring
+        self._dead: set[int] = set()
         self._budgets = Budgets()
         self._own_budgets = itertools.count(1)
         self._rates: dict[str, float] = {}
@@ -219,7 +226,7 @@ class RayScorer:
     def _divide(self, groups: Sequence[Group]) -> list[list[int]]:
         """Indices of groups for each actor: one by one to the actor that then has least to do."""
         parts: list[list[int]] = [[] for _ in self.actors]
-        load = list(self._busy)
+        load = [math.inf if actor in self._dead else busy for actor, busy in enumerate(self._busy)]
         for index, group in enumerate(groups):
             actor = min(range(len(load)), key=load.__getitem__)
             parts[actor].append(index)
@@ -227,17 +234,32 @@ class RayScorer:
         return parts
 
     async def _score_part(self, actor: int, groups: Sequence[Group], budget: ErrorBudget | None) -> ScoreTable:
-        samples = sum(len(group.completions) for group in groups)
-        self._busy[actor] += samples
-        try:
-            table: ScoreTable = await answer(self.actors[actor].score.remote(groups, budget), "the reward actor")
-        finally:
-            self._busy[actor] -= samples
+        table = await self._on(actor, groups, budget)
+        while table is None:
+            [actor] = [n for n, part in enumerate(self._divide([groups[0]])) if part]
+            table = await self._on(actor, groups, budget)
         if len(self.actors) > 1 and budget is not None and table.failures:
             if not self._rates:
                 await self.start()  # it has long started: this asks for its plugins' options
             with align_errors():
                 self._spend(budget, table.failures)
+        return table
+
+    async def _on(self, actor: int, groups: Sequence[Group], budget: ErrorBudget | None) -> ScoreTable | None:
+        """Scores from one actor; None where it died and another is left."""
+        samples = sum(len(group.completions) for group in groups)
+        self._busy[actor] += samples
+        try:
+            table: ScoreTable = await answer(self.actors[actor].score.remote(groups, budget), "the reward actor")
+        except errors.AlignError as error:
+            if isinstance(error.__cause__, RayActorError):
+                self._dead.add(actor)
+            if actor not in self._dead or len(self._dead) == len(self.actors):
+                raise
+            log.warning("a reward actor died; its groups go to another: %s", error.what)
+            return None
+        finally:
+            self._busy[actor] -= samples
         return table
 
     def _spend(self, budget: ErrorBudget, failures: Sequence[Failure]) -> None:

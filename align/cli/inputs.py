@@ -201,9 +201,27 @@ class Rewards:
             found.add(PluginError(error.what, where=key, remedy=error.remedy), stage)
             return None
 
+    def lines(self, rewards: tuple[Reward, ...]) -> list[str]:
+        """How each reward that could be described will run, as the recipe and its own decorator say together."""
+        known = [self._known.get(reward.model_dump_json()) for reward in rewards]
+        return [_reward_words(described) for described in known if described is not None]
+
     def _describe(self, reward: Reward) -> dict[str, Any]:
         asked = reward.model_dump_json()
         if asked not in self._known:
             self._known[asked] = describe_reward(reward, self.folder)
         self.sources[reward.use] = self._known[asked].get("sha256") or ""
         return self._known[asked]
+
+
+def _reward_words(described: dict[str, Any]) -> str:
+    o = described["options"]
+    gives = [f"{name} ({what['kind']})" for name, what in described["objectives"].items()]
+    unit = "a group a call" if described["scope"] == "group" else f"{o['batch']} a call"
+    words = [unit, f"{o['timeout_s']:g} s, {o['retries']} retries", f"on_error {o['on_error']}"]
+    words.append(f"at most {100 * o['max_error_rate']:g} % errors")
+    words += [f"{o['concurrency']} at once"] if described["is_async"] else []
+    words += [f"{o['processes']} processes"] if o["processes"] > 1 else []
+    words += [f"rate {o['rate']}"] if o["rate"] is not None else []
+    words += ["cached"] if o["cache"] else []
+    return f"reward {described['name']}: {', '.join(gives)}; {', '.join(words)}"

@@ -131,7 +131,7 @@ def _shown(data: Trial, result: PoolResult, count: int) -> list[str]:
     for i, sample in enumerate(data.samples[:count]):
         scores = ", ".join(f"{n} {_value(v)}" for n, v in zip(result.objectives, result.scores[i], strict=True))
         lines += [f"{data.origins[i]}: {scores}", f"    scored: {_short(sample.completion)}"]
-        lines += [f"    info: {_short(json.dumps(info))}" for info in result.infos[i].values()]
+        lines += [f"    info: {_cut(json.dumps(info, ensure_ascii=False))}" for info in result.infos[i].values()]
     return [*lines, ""] if lines else []
 
 
@@ -183,5 +183,9 @@ def _value(value: float | None) -> str:
 
 
 def _short(text: str) -> str:
-    shown = json.dumps(text, ensure_ascii=False)
-    return shown if len(shown) <= _TEXT else f"{shown[: _TEXT - 20]} ... ({len(text)} characters)"
+    """In quotes, with its line breaks escaped."""
+    return _cut(json.dumps(text, ensure_ascii=False))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _TEXT else f"{text[: _TEXT - 20]} ... ({len(text)} characters)"

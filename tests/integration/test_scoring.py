@@ -35,6 +35,11 @@ def short(samples, *, longest: int):
     Path("pid").write_text(str(os.getpid()))
     return [1 - len(s.token_ids) / longest for s in samples]
 
+@reward
+def waits(samples):
+    time.sleep(2)
+    return [1.0] * len(samples)
+
 @reward(timeout_s=600)
 def hangs(samples):
     Path("pid").write_text(str(os.getpid()))
@@ -175,6 +180,26 @@ def test_failures_on_several_actors_are_failures_of_one_budget(cluster: Cluster,
             await scorer.close()
 
     asyncio.run(run())
+
+
+def test_the_groups_of_an_actor_that_dies_go_to_another(cluster: Cluster, folder: Path) -> None:
+    (folder / "pid").unlink(missing_ok=True)
+
+    async def run() -> ScoreTable:
+        scorer = RayScorer((REWARDS[1], Reward(use="rewards.py:waits")), folder, seed=0, placements=[{}] * 2)
+        try:
+            first, _ = await scorer.processes()
+            scoring = asyncio.create_task(scorer.score([group(n, "yes", "no") for n in range(4)]))
+            await asyncio.sleep(1.0)  # processes start, and calls wait two seconds
+            os.kill(first, 9)
+            table = await scoring
+            assert len((await scorer.score(GROUPS)).scores) == 4, "and the one that is left goes on"
+            return table
+        finally:
+            await scorer.close()
+
+    table = asyncio.run(run())
+    np.testing.assert_allclose(table.scores[:, 0], np.array([0.7, 0.8] * 4, np.float32), rtol=1e-6)
 
 
 def test_reward_actors_are_spread_and_the_others_packed(cluster: Cluster) -> None:
