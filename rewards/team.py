@@ -104,7 +104,12 @@ class Team:
         for number in range(1, options["processes"]):
             log = self._log_path and self._log_path.with_suffix(f".{number}{self._log_path.suffix}")
             self.workers.append(Worker(*self._start, log))
-        await asyncio.gather(*(w.start() for w in self.workers[1:]))
+        try:
+            async with asyncio.TaskGroup() as tasks:  # where one does not start, none is left starting
+                for worker in self.workers[1:]:
+                    tasks.create_task(worker.start())
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
         capacity = self._capacity()
         self.places = capacity * len(self.workers)
         self._gate = Gate(len(self.workers), capacity)

@@ -138,7 +138,7 @@ def _shown(data: Trial, result: PoolResult, count: int) -> list[str]:
 def _summary(data: Trial, result: PoolResult) -> list[str]:
     lines = []
     for k, (name, kind) in enumerate(zip(result.objectives, result.kinds, strict=True)):
-        values = [row[k] for row in result.scores if row[k] is not None]
+        values = [value for row in result.scores if (value := row[k]) is not None]
         missing = len(result.scores) - len(values)
         if values:
             spread = f"mean {statistics.fmean(values):.4g}, std {statistics.pstdev(values):.4g}"

@@ -131,8 +131,7 @@ def _read_rollouts(rows: Sequence[Row], trial: Trial) -> None:
     known = _origin_rows({row.values["origin"] for row in rows}, trial)
     for row in sorted(rows, key=lambda r: (r.values["step"], r.values["group_id"], r.values["sample"])):
         v = row.values
-        plain = (({"role": "text", "content": v["prompt"]},), {})
-        messages, values = known.get(v["origin"], plain)
+        messages, values = known.get(v["origin"], (({"role": "text", "content": v["prompt"]},), {}))
         [text] = _texts(row, trial.column)
         trial.samples.append(
             Sample(

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rewards.api import Context, Sample, Score, reward
 
 if TYPE_CHECKING:
-    import httpx2
+    import aiohttp
 
 PROMPT = """Judge how well the answer serves the one who asked. Be strict and consistent.
 
@@ -160,35 +160,37 @@ def _text(content: Any) -> str:
 
 # ------------------------------------------------------------------------------------------------- the endpoint
 
-_clients: dict[asyncio.AbstractEventLoop, httpx2.AsyncClient] = {}
+_sessions: dict[asyncio.AbstractEventLoop, aiohttp.ClientSession] = {}
 
 
-def _client() -> httpx2.AsyncClient:
-    """One client per process: connections are kept and used again. The pool bounds the calls in flight."""
-    import httpx2
+def _session() -> aiohttp.ClientSession:
+    """One per process: connections are kept and used again. The pool bounds the calls in flight."""
+    import aiohttp
 
     loop = asyncio.get_running_loop()
-    if loop not in _clients:
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-        _clients[loop] = httpx2.AsyncClient(limits=limits, timeout=None)
-    return _clients[loop]
+    if loop not in _sessions:
+        _sessions[loop] = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), trust_env=True)
+    return _sessions[loop]
 
 
 async def _ask(url: str, headers: Mapping[str, str], body: Mapping[str, Any], ctx: Context) -> str:
     """The text of the answer. Raises RuntimeError with what the endpoint said where it gives none in time."""
-    import httpx2
+    import aiohttp
 
     attempt = 0
     while True:
+        wait = None
+        limit = aiohttp.ClientTimeout(total=max(0.1, ctx.remaining()))
         try:
-            answer = await _client().post(url, json=body, headers=headers, timeout=max(0.1, ctx.remaining()))
-        except httpx2.HTTPError as error:
-            said, wait = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__, None
+            async with _session().post(url, json=body, headers=headers, timeout=limit) as answer:
+                text = await answer.text(errors="replace")
+        except (aiohttp.ClientError, TimeoutError) as error:
+            said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         else:
-            if answer.status_code == 200:
-                return _content(answer.text)
-            said = f"status {answer.status_code}: {answer.text[:300]}"
-            if answer.status_code != 429 and answer.status_code < 500:
+            if answer.status == 200:
+                return _content(text)
+            said = f"status {answer.status}: {text[:300]}"
+            if answer.status != 429 and answer.status < 500:
                 raise RuntimeError(f"{url} answered {said}")
             wait = _retry_after(answer.headers.get("retry-after"))
         wait = _BACKOFF_SECONDS * 2**attempt if wait is None else wait

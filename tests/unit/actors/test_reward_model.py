@@ -78,8 +78,10 @@ def test_a_batch_of_scores_equals_transformers_one_by_one(written: Path) -> None
             ids.append(tokenizer.eos_token_id)
         else:
             turns = [*sample.messages, {"role": "assistant", "content": sample.completion}]
-            text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip("\n")
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            start = tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+            parts = (start, text.removeprefix(start))  # as in training, where nothing merges across the two
+            ids = [i for part in parts for i in tokenizer(part, add_special_tokens=False)["input_ids"]]
         assert score == pytest.approx(float(alone(written, ids)), abs=1e-4), sample
 
 
