@@ -49,6 +49,7 @@ _NAMED = re.compile(rf"(?:score|rating)\W{{0,12}}?(?:is\W{{1,4}})?({_NUMBER})", 
 _ANY = re.compile(rf"(?<![\w.])({_NUMBER})(?:\s*/\s*\d+)?(?![\w])")
 _THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 _BACKOFF_SECONDS = 0.5
+_MARGIN_SECONDS = 0.25  # before the deadline, so that what the endpoint said last is told
 _BRACES = "braces that are meant are doubled: {{ }}"
 _KEPT = 2000  # characters of an answer that are kept as info
 
@@ -180,7 +181,7 @@ async def _ask(url: str, headers: Mapping[str, str], body: Mapping[str, Any], ct
     attempt = 0
     while True:
         wait = None
-        limit = aiohttp.ClientTimeout(total=max(0.1, ctx.remaining()))
+        limit = aiohttp.ClientTimeout(total=max(0.1, ctx.remaining() - _MARGIN_SECONDS))
         try:
             async with _session().post(url, json=body, headers=headers, timeout=limit) as answer:
                 text = await answer.text(errors="replace")

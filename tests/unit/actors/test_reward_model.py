@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from align.actors.plugins import plugin_spec
-from align.actors.scoring import LocalScorer
 from align.cli.inputs import describe_reward
 from align.errors import PluginError
 from align.model import adapters
@@ -19,6 +18,7 @@ from align.model.score_head import load_score_model
 from align.recipe.load import load_document
 from align.recipe.schema import Reward
 from rewards import Sample
+from rewards.plugin import PluginSpec
 from rewards.pool import RewardPool
 from tests.tiny_models import write_tiny_qwen3
 
@@ -49,13 +49,13 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def scores(folder: Path, samples: list[Sample], **more: Any) -> list[float | None]:
-    reward = Reward.model_validate({"use": "reward_model", "args": {"path": str(folder)}, **more})
-    with RewardPool([plugin_spec(reward)], folder, seed=0) as pool:
-        result = pool.score_sync(samples)
-        assert result.objectives == (reward.name,)
-        assert not [f for f in result.failures if f.cause != "raised"], result.failures
-        return [row[0] for row in result.scores]
+@pytest.fixture(scope="module")
+def pool(written: Path) -> Iterator[RewardPool]:
+    """The reward model beside another reward: one process of each for the tests of this file."""
+    reward = {"use": "reward_model", "args": {"path": str(written), "max_length": 120}, "max_error_rate": 0.5}
+    specs = [plugin_spec(Reward.model_validate(reward)), PluginSpec("contains", args={"texts": ["7"]})]
+    with RewardPool(specs, written.parent, seed=0) as pool:
+        yield pool
 
 
 def alone(folder: Path, ids: list[int]) -> torch.Tensor:
@@ -66,11 +66,14 @@ def alone(folder: Path, ids: list[int]) -> torch.Tensor:
         return model(input_ids=torch.tensor([ids])).logits[0]
 
 
-def test_a_batch_of_scores_equals_transformers_one_by_one(written: Path) -> None:
+def test_a_batch_of_scores_equals_transformers_one_by_one(written: Path, pool: RewardPool) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(written)
-    found = scores(written, SAMPLES)
+    result = pool.score_sync(SAMPLES)
+    assert result.objectives == ("reward_model", "contains") and not result.failures
+    assert [row[1] for row in result.scores] == [1, 1, 1, 0, 0, 0]
+    found = [row[0] for row in result.scores]
     assert len(set(found)) == len(found)
     for sample, score in zip(SAMPLES, found, strict=True):
         if sample.messages[0]["role"] == "text":
@@ -90,17 +93,20 @@ def test_of_several_labels_one_is_chosen_and_its_probability_is_the_score(classi
 
     tokenizer = AutoTokenizer.from_pretrained(classifier)
     samples = [Sample(text, TURNS) for text in ("be kind", "be quick")]
-    found = scores(classifier, samples, **{"args": {"path": str(classifier), "label": "toxic"}, "as": "toxic"})
-    for sample, score in zip(samples, found, strict=True):
+    args = {"path": str(classifier), "label": "toxic"}
+    reward = Reward.model_validate({"use": "reward_model", "as": "toxic", "args": args})
+    with RewardPool([plugin_spec(reward)], classifier.parent, seed=0) as alone_in_its_pool:
+        result = alone_in_its_pool.score_sync(samples)
+    assert result.objectives == ("toxic",)
+    for sample, [score] in zip(samples, result.scores, strict=True):
         ids = tokenizer("What is 3+4?", sample.completion)["input_ids"]
         assert score == pytest.approx(float(alone(classifier, ids).softmax(-1)[2]), abs=1e-5)
 
 
-def test_a_sequence_that_is_too_long_is_a_failure_of_its_own(written: Path) -> None:
-    args = {"path": str(written), "max_length": 60}
-    samples = [Sample("7", TURNS), Sample("7 " * 100, TURNS), Sample("8", TURNS)]
-    found = scores(written, samples, args=args, max_error_rate=0.5)
-    assert found[1] is None and None not in (found[0], found[2])
+def test_a_sequence_that_is_too_long_is_a_failure_of_its_own(pool: RewardPool) -> None:
+    result = pool.score_sync([Sample("7", TURNS), Sample("7 " * 100, TURNS), Sample("8", TURNS)])
+    assert [row[0] is None for row in result.scores] == [False, True, False]
+    assert "more than 120" in result.failures[0].message
 
 
 def test_check_describes_it_without_torch_and_refuses_what_is_no_such_model(
@@ -129,25 +135,3 @@ def test_its_path_starts_at_the_recipes_folder(tmp_path: Path, written: Path) ->
     (tmp_path / "r.yaml").write_text(json.dumps({"name": "r", "model": {"path": "m/m"}, "stages": [stage]}))
     recipe, _ = load_document(str(tmp_path / "r.yaml"), [])
     assert recipe.stages[0].rewards[0].args == {"path": str(tmp_path / "rm")}  # type: ignore[union-attr]
-
-
-def test_it_stands_beside_other_rewards_in_one_table(written: Path, tmp_path: Path) -> None:
-    import asyncio
-
-    from tests.integration.test_scoring import group
-
-    rewards = (
-        Reward(use="reward_model", args={"path": str(written)}),
-        Reward.model_validate({"use": "contains", "as": "seven", "args": {"texts": ["yes"]}}),
-    )
-
-    async def run() -> Any:
-        scorer = LocalScorer(rewards, tmp_path, seed=0)
-        try:
-            return await scorer.score([group(0, "yes", "no"), group(1, "yes", "maybe")])
-        finally:
-            await scorer.close()
-
-    table = asyncio.run(run())
-    assert table.objectives == ("reward_model", "seven") and not table.failures
-    assert table.scores[0, 0] == pytest.approx(table.scores[2, 0]) and table.scores[0, 0] != table.scores[1, 0]

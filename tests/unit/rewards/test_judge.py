@@ -121,7 +121,7 @@ def test_a_slow_endpoint_is_left_at_the_deadline(tmp_path: Path) -> None:
         result = score(served.url, [Sample("slow"), Sample("fast")], tmp_path, options={"timeout_s": 4.0})
         release.set()
     assert column(result) == [None, 2.0]
-    assert result.failures[0].cause in ("timeout", "raised"), "ended here, or by the endpoint's client a moment before"
+    assert "gave no answer in time" in result.failures[0].message
 
 
 @pytest.mark.parametrize(
@@ -148,8 +148,10 @@ def test_a_refused_key_is_not_asked_again_and_ends_the_run_at_once(tmp_path: Pat
 
 
 def test_an_endpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
-    result = score("http://127.0.0.1:9/v1", [Sample("a")], tmp_path, options={"timeout_s": 1.0})
-    assert column(result) == [None] and "http://127.0.0.1:9/v1/chat/completions gave no answer" in str(result.failures)
+    result = score("http://127.0.0.1:9/v1", [Sample("a")], tmp_path)
+    [failure] = result.failures
+    assert column(result) == [None] and "http://127.0.0.1:9/v1/chat/completions gave no answer" in failure.message
+    assert "ClientConnectorError" in failure.message
 
 
 def test_many_are_asked_at_once(tmp_path: Path) -> None:
