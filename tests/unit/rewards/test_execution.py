@@ -154,6 +154,26 @@ def test_a_gate_serves_in_order_and_forgets_who_gave_up() -> None:
     assert asyncio.run(run()) == ["hold-1", "hold-2", "alone", "last"]
 
 
+def test_of_what_waits_only_the_samples_are_in_memory(folder: Path) -> None:
+    async def run() -> int:
+        pool = RewardPool([PluginSpec("mine.py:paired", options={"batch": 1, "processes": 1})], folder, 0)
+        try:
+            await pool.start()
+            before = len(asyncio.all_tasks())
+            scoring = asyncio.create_task(pool.score([Sample("x")] * 80))
+            most = 0
+            while not scoring.done():
+                most = max(most, len(asyncio.all_tasks()) - before)
+                await asyncio.sleep(0.005)
+            assert all(row == [1.0] for row in scoring.result().scores)
+            return most
+        finally:
+            pool.close()
+
+    most = asyncio.run(run())
+    assert 8 <= most < 8 * 4, "calls are at most twice the eight that run at once, each with a time limit of its own"
+
+
 def test_seconds_of_every_call_are_told(folder: Path) -> None:
     result = score(folder, "slow", ["a", "b", "c", "d"])
     latencies = result.series["reward/slow/latency"]
