@@ -23,6 +23,7 @@ from rewards.plugin import PluginSpec
 from rewards.pool import PoolResult, RewardPool
 
 _TEXT = 100  # characters of a text on a line
+_DEFAULT = 40  # of an argument's default
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -75,7 +76,10 @@ def _objective(name: str, objective: dict[str, Any], plugin: str) -> str:
 
 
 def _parameter(name: str, parameter: dict[str, Any]) -> str:
-    return f"{name} (needed)" if parameter["required"] else f"{name}={json.dumps(parameter['default'])}"
+    if parameter["required"]:
+        return f"{name} (needed)"
+    default = json.dumps(parameter["default"], ensure_ascii=False)
+    return f"{name}={default if len(default) <= _DEFAULT else default[: _DEFAULT - 4] + '..."'}"
 
 
 # ------------------------------------------------------------------------------------------------- try
