@@ -79,7 +79,7 @@ def _parameter(name: str, parameter: dict[str, Any]) -> str:
     if parameter["required"]:
         return f"{name} (needed)"
     default = json.dumps(parameter["default"], ensure_ascii=False)
-    return f"{name}={default if len(default) <= _DEFAULT else default[: _DEFAULT - 4] + '..."'}"
+    return f"{name}={default}" if len(default) <= _DEFAULT else f"{name}={default[: _DEFAULT - 3]}..."
 
 
 # ------------------------------------------------------------------------------------------------- try
