@@ -6,7 +6,6 @@ import asyncio
 import json
 import multiprocessing
 import sqlite3
-import time
 from pathlib import Path
 
 import pytest
@@ -117,7 +116,7 @@ def _most_inside(folder: Path) -> int:
 def test_a_rate_spaces_samples_evenly(folder: Path) -> None:
     result = score(folder, "paced", ["x"] * 12)
     times = sorted(row[0] for row in result.scores if row[0] is not None)
-    assert times[-1] - times[0] >= 11 * 0.05 - 0.15, "1200/min is one every 0.05 s (float32 scores: to 128 s)"
+    assert times[-1] - times[0] >= 11 * 0.05 - 0.15, "1200/min is one every 0.05 s"
     assert result.metrics["reward/paced/seconds"] >= 0.55
 
 
@@ -294,11 +293,3 @@ def test_what_is_kept_is_plain_json(folder: Path) -> None:
     with sqlite3.connect(folder / "cache" / "rewards.sqlite") as connection:
         [(value,)] = connection.execute("SELECT value FROM scores").fetchall()
     assert json.loads(value) == {"values": [[1.0]], "infos": [{"text": "a"}]}
-
-
-def test_a_step_of_samples_is_found_again_quickly(folder: Path) -> None:
-    texts = [f"answer {n}" for n in range(4000)]
-    score(folder, "counted", texts, cache=True)
-    started = time.monotonic()
-    assert score(folder, "counted", texts, cache=True).metrics["reward/counted/cache_hits"] == 4000
-    assert time.monotonic() - started < 5
