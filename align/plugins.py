@@ -28,6 +28,8 @@ import align
 from align.errors import PluginError
 
 DESCRIBE_LIMIT_S = 30.0
+REWARDS = {"reward_model": "align.actors.reward_model:reward_model"}
+"""Rewards by bare name that compute with torch, which the package `rewards` does not know."""
 
 
 def resolve(

@@ -178,7 +178,8 @@ class ScoreTable:
     kinds: "reward" or "cost" per objective (a cost enters the combiners with its sign flipped);
     dropped: indices of groups that an `on_error: drop_group` policy removed; metrics: flat names to numbers; counts:
     by metric name, for each metric that is a mean, of how many numbers. A metric without a count is a sum: over
-    several tables of one step it adds up, where means are weighted by their counts.
+    several tables of one step it adds up, where means are weighted by their counts. series: numbers of which a step
+    reports <name>_mean, <name>_p50 and <name>_p95 (the seconds of each call to a reward).
     """
 
     objectives: tuple[str, ...]
@@ -189,6 +190,7 @@ class ScoreTable:
     metrics: Mapping[str, float] = field(default_factory=dict)
     infos: tuple[Mapping[str, Any], ...] = ()
     counts: Mapping[str, float] = field(default_factory=dict)
+    series: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

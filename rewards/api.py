@@ -181,6 +181,18 @@ class ErrorPolicy:
         return ErrorPolicy("floor", float(floor.group(1)))
 
 
+_RATE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*(?:/\s*(s|min|h))?\s*")
+
+
+def per_second(rate: float | str) -> float:
+    """Samples per second of a rate: a number, or text such as "10/s", "600/min", "1000/h". PluginError otherwise."""
+    found = _RATE.fullmatch(str(rate))
+    number = float(found[1]) / {"s": 1, "min": 60, "h": 3600}[found[2] or "s"] if found else 0.0
+    if not number > 0:
+        raise PluginError(f"rate is {rate!r}", remedy="give samples per second, or text such as 600/min or 1000/h")
+    return number
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """How a plugin is run; see `reward` for the meaning of each. objectives None: one, named like the plugin."""
@@ -195,9 +207,12 @@ class Options:
     max_error_rate: float = 0.02
     isolation: Literal["process"] = "process"
     memory_mb: int | None = None
+    processes: int = 1
+    rate: float | str | None = None
+    cache: bool = False
     version: str = "1"
     validate: Callable[..., None] | None = None
-    gold: Callable[[Mapping[str, Any]], str | None] | None = None
+    gold: Callable[..., str | None] | None = None
 
     def __post_init__(self) -> None:
         problems = [
@@ -210,11 +225,14 @@ class Options:
             (self.retries < 0, f"retries is at least 0, not {self.retries}"),
             (not 0 <= self.max_error_rate <= 1, f"max_error_rate is between 0 and 1, not {self.max_error_rate}"),
             (self.memory_mb is not None and self.memory_mb < 64, f"memory_mb is at least 64, not {self.memory_mb}"),
+            (self.processes < 1, f"processes is at least 1, not {self.processes}"),
         ]
         for wrong, message in problems:
             if wrong:
                 raise PluginError(message)
         ErrorPolicy.parse(self.on_error)
+        if self.rate is not None:
+            per_second(self.rate)
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -235,9 +253,12 @@ def reward(
     max_error_rate: float = ...,
     isolation: Literal["process"] = ...,
     memory_mb: int | None = ...,
+    processes: int = ...,
+    rate: float | str | None = ...,
+    cache: bool = ...,
     version: str = ...,
     validate: Callable[..., None] | None = ...,
-    gold: Callable[[Mapping[str, Any]], str | None] | None = ...,
+    gold: Callable[..., str | None] | None = ...,
 ) -> Callable[[F], F]: ...
 
 
@@ -253,10 +274,15 @@ def reward(function: Callable[..., Any] | None = None, /, **options: Any) -> Any
             acceptable (NaN, out of range...) is not asked for again.
         on_error: "mask" | "fail" | "drop_group" | "floor(value)". A failure is never an implicit 0.
         max_error_rate: share of a step's samples that may fail before the run stops; above 0, one may always fail.
-        isolation: "process", the only one. memory_mb: data memory of that process; default half of the machine's.
+        isolation: "process", the only one. memory_mb: data memory of each; default half of the machine's for all.
+        processes: how many, for a plugin that computes; they share `concurrency`.
+        rate: samples that may be begun per second ("600/min" per minute), for a judge that one request a sample asks.
+        cache: a score depends on prompt, completion, row and arguments alone, and need not be had twice; see
+            `rewards.cache`.
         version: change it when the meaning of the scores changes.
         validate: called with the plugin's arguments by `align check`; raises ValueError where they make no sense.
-        gold: row -> a completion that answers it and must score best, or None where the row has none.
+        gold: row -> a completion that answers it and must score best, or None where the row has none; further
+            parameters receive the plugin's arguments of the same name.
 
     Raises:
         PluginError: an option has an impossible value.

@@ -3,8 +3,8 @@
     python -m rewards.describe my.py:judge --folder RECIPE_FOLDER --args '{"model": "x"}' --signature trl
 
 Keys: name, doc, objectives {name: {kind, range}}, scope, options, parameters {name: {required, type, default}},
-open_args, args, is_async, version, source, sha256. A plugin that is not found or whose arguments do not fit ends with
-status 2 and {"error": {"what", "where", "remedy"}}.
+open_args, args, is_async, gold, version, source, sha256. A plugin that is not found or whose arguments do not fit ends
+with status 2 and {"error": {"what", "where", "remedy"}}.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from rewards.find import load
 from rewards.plugin import PluginSpec
 
 
-def describe(spec: PluginSpec, folder: str) -> dict[str, Any]:
-    """`Plugin.describe` of a plugin; PluginError where it cannot be loaded. Runs user code in this process."""
-    return load(spec, folder).describe()
+def describe(spec: PluginSpec, folder: str, *, check: bool = True) -> dict[str, Any]:
+    """`Plugin.describe` of a plugin; PluginError where it cannot be loaded. Runs user code in this process.
+
+    check: False where its arguments are not known yet.
+    """
+    return load(spec, folder, check=check).describe()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,12 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--args", type=json.loads, default={})
     parser.add_argument("--options", type=json.loads, default={})
     parser.add_argument("--signature", choices=("align", "trl", "swift"), default="align")
+    parser.add_argument("--unchecked", action="store_true", help="whatever arguments it needs")
     given = parser.parse_args(argv)
     spec = PluginSpec(given.use, given.name, given.args, given.options, given.signature)
     answer_fd = os.dup(1)
     os.dup2(2, 1)  # what the plugin prints while it is imported goes to stderr, not into the answer
     try:
-        answer: dict[str, Any] = describe(spec, given.folder)
+        answer: dict[str, Any] = describe(spec, given.folder, check=not given.unchecked)
         status = 0
     except PluginError as error:
         answer = {"error": {"what": error.what, "where": error.where, "remedy": error.remedy}}

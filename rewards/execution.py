@@ -1,4 +1,4 @@
-"""One plugin over one list of samples: batches, retries, bisection, error policy and error budget."""
+"""One plugin over one list of samples: batches, cache, retries, bisection, error policy and error budget."""
 
 from __future__ import annotations
 
@@ -6,38 +6,30 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from rewards.api import ErrorPolicy, Failure, RewardError, Sample
-from rewards.worker import Reply, Worker
+from rewards.api import ErrorPolicy, Failure, Sample
+from rewards.budget import Budget
+from rewards.cache import ScoreCache, plugin_key, sample_key
+from rewards.team import Team
+from rewards.worker import Reply
 
 log = logging.getLogger(__name__)
 
 _BACKOFF_SECONDS = 0.2
-_SHOWN = 5
 
-Job = tuple[tuple[int, ...], ...]  # units that are scored together; a unit is one sample, or one whole group
-
-
-@dataclass
-class Budget:
-    """What a plugin's max_error_rate is a share of: `samples`, scored in one call or in several that share this.
-
-    failed: samples that failed so far; first: the first failures, for the message that ends the run.
-    """
-
-    samples: int
-    failed: int = 0
-    first: list[Failure] = field(default_factory=list)
+Unit = tuple[int, ...]  # one sample, or one whole group
+Job = tuple[Unit, ...]  # units that are scored in one call
 
 
 @dataclass
 class PluginResult:
     """values[i][k]: sample i, the plugin's objective k; None where not applicable or failed. failed: their indices.
-    dropped: group ids. busy_seconds: inside the plugin, summed over calls; seconds: from first call to last answer."""
+    dropped: group ids. busy_seconds: inside the plugin, summed over calls; seconds: from first call to last answer;
+    latencies: of each call, from sending to the answer or the end of its process. cached: samples not asked for."""
 
     values: list[list[float | None]]
     failures: list[Failure] = field(default_factory=list)
@@ -47,20 +39,24 @@ class PluginResult:
     metrics: dict[str, list[float]] = field(default_factory=dict)
     calls: int = 0
     retried: int = 0
+    cached: int = 0
+    latencies: list[float] = field(default_factory=list)
     busy_seconds: float = 0.0
     seconds: float = 0.0
 
 
 class Execution:
-    """Scores `samples` with one worker.
+    """Scores `samples` with one plugin's processes. Twice as many batches as these take at once are on their way: of
+    all others, only the samples are in memory.
 
     Args:
-        worker: a started worker. samples: what to score. budget: of failures, over all calls that share it.
+        team: started. samples: what to score. budget: of failures, over all calls that share it. cache: where scores
+            are looked for and kept, if the plugin says so.
     """
 
-    def __init__(self, worker: Worker, samples: Sequence[Sample], budget: Budget):
-        described = worker.description
-        self.worker = worker
+    def __init__(self, team: Team, samples: Sequence[Sample], budget: Budget, cache: ScoreCache | None = None):
+        described = team.description
+        self.team = team
         self.samples = samples
         self.name: str = described["name"]
         self.objectives = list(described["objectives"])
@@ -72,36 +68,70 @@ class Execution:
         self.policy = ErrorPolicy.parse(options["on_error"])
         self.rate: float = options["max_error_rate"]
         self.budget = budget
+        self.cache = cache if options["cache"] else None
+        self.keys: dict[Unit, bytes] = {}
         self.result = PluginResult(values=[[None] * len(self.objectives) for _ in samples], infos=[{} for _ in samples])
 
     async def run(self) -> PluginResult:
         """Raises RewardError where the policy is `fail` or more samples failed than may."""
         started = time.monotonic()
-        tasks = [asyncio.create_task(self._settle(job)) for job in self._jobs()]
+        jobs = self._jobs(await self._recall(self._units()))
+        waiting = iter(jobs)
+        tasks = [asyncio.create_task(self._feed(waiting)) for _ in range(min(len(jobs), 2 * self.team.places))]
         try:
             await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            if self.cache is not None:
+                await self.cache.flush()  # also where the run ends here: a judge's answers were paid for
         self.result.seconds = time.monotonic() - started
         return self.result
 
-    def _jobs(self) -> list[Job]:
-        if self.by_group:
-            order = sorted(range(len(self.samples)), key=lambda i: self.samples[i].group_id)
-            groups = groupby(order, key=lambda i: self.samples[i].group_id)
-            return [(tuple(members),) for _, members in groups]
-        units = [(i,) for i in range(len(self.samples))]
-        return [tuple(units[i : i + self.batch]) for i in range(0, len(units), self.batch)]
+    async def _feed(self, jobs: Iterator[Job]) -> None:
+        for job in jobs:
+            await self._settle(job)
+
+    def _units(self) -> list[Unit]:
+        if not self.by_group:
+            return [(i,) for i in range(len(self.samples))]
+        order = sorted(range(len(self.samples)), key=lambda i: self.samples[i].group_id)
+        return [tuple(members) for _, members in groupby(order, key=lambda i: self.samples[i].group_id)]
+
+    def _jobs(self, units: Sequence[Unit]) -> list[Job]:
+        size = 1 if self.by_group else self.batch
+        return [tuple(units[i : i + size]) for i in range(0, len(units), size)]
+
+    async def _recall(self, units: list[Unit]) -> list[Unit]:
+        """Take from the cache what is there; the units that must be asked for."""
+        if self.cache is None:
+            return units
+        plugin = plugin_key(self.team.spec, self.team.description)
+        for unit in units:
+            key = sample_key(plugin, [self.samples[i] for i in unit])
+            if key is not None:
+                self.keys[unit] = key
+        found = await self.cache.get(list(self.keys.values()))
+        left = []
+        for unit in units:
+            kept = found.get(self.keys.get(unit, b""))
+            if kept is None:
+                left.append(unit)
+                continue
+            self.result.cached += len(unit)
+            for i, values, info in zip(unit, kept["values"], kept["infos"], strict=True):
+                self.result.values[i], self.result.infos[i] = values, info
+        return left
 
     async def _settle(self, job: Job, *, alone: bool = False, attempt: int = 0) -> None:
         """Score a job. A failure is narrowed down, half by half, until the unit that causes it stands alone."""
         indices = [i for unit in job for i in unit]
-        reply = await self.worker.call([self.samples[i] for i in indices], alone=alone)
+        reply = await self.team.call([self.samples[i] for i in indices], alone=alone)
         self.result.calls += 1
+        self.result.latencies.append(reply.seconds)
         if reply.error is None:
-            self._keep(indices, reply)
+            self._keep(job, indices, reply)
         elif reply.lost and not (reply.alone or alone):
             await self._settle(job, alone=True, attempt=attempt)  # perhaps another call's fault
         elif len(job) > 1:
@@ -117,7 +147,7 @@ class Execution:
             for i in indices:
                 self._fail(i, None, cause, message)
 
-    def _keep(self, indices: Sequence[int], reply: Reply) -> None:
+    def _keep(self, job: Job, indices: Sequence[int], reply: Reply) -> None:
         body, result = reply.body, self.result
         result.busy_seconds += body["seconds"]
         for i, values in zip(indices, body["values"], strict=True):
@@ -131,8 +161,17 @@ class Execution:
             kept = result.metrics.setdefault(name, [0.0, 0.0])
             kept[0] += total
             kept[1] += count
+        if self.cache is not None:
+            self._store(job, {indices[position] for position, *_ in body["errors"]}, self.cache)
         for position, k, cause, message in body["errors"]:
             self._fail(indices[position], None if k < 0 else k, cause, message)
+
+    def _store(self, job: Job, failed: set[int], cache: ScoreCache) -> None:
+        """Keep the scores of units in which nothing failed."""
+        for unit in job:
+            if unit in self.keys and failed.isdisjoint(unit):
+                values = [self.result.values[i] for i in unit]
+                cache.put(self.keys[unit], {"values": values, "infos": [self.result.infos[i] for i in unit]})
 
     def _fail(self, index: int, k: int | None, cause: str, message: str) -> None:
         """Record a failure with its sample, apply the policy, and stop the run where the budget is spent."""
@@ -140,11 +179,8 @@ class Execution:
         objective = None if k is None else self.objectives[k]
         failure = Failure(self.name, objective, index, sample.group_id, sample.sample_id, cause, message)
         self.result.failures.append(failure)
-        if len(self.budget.first) < _SHOWN:
-            self.budget.first.append(failure)
-        if index not in self.result.failed:
-            self.result.failed.add(index)
-            self.budget.failed += 1
+        self.budget.spend(failure, again=index in self.result.failed)
+        self.result.failed.add(index)
         text = json.dumps(sample.completion[:500])
         log.warning(
             "reward %s failed (%s) on group %d sample %d: %s; completion: %s",
@@ -155,24 +191,5 @@ class Execution:
         if self.policy.kind == "drop_group":
             self.result.dropped.add(sample.group_id)
         if self.policy.kind == "fail":
-            raise self.stopped("and its on_error is `fail`")
-        allowed = allowed_failures(self.rate, self.budget.samples)
-        if self.budget.failed > allowed:
-            raise self.stopped(f"more than max_error_rate = {self.rate:g} allows ({allowed})")
-
-    def stopped(self, why: str) -> RewardError:
-        """The error that ends the run, with the first failures."""
-        shown = "\n".join(
-            f"     group {f.group_id} sample {f.sample_id}, {f.objective or 'all objectives'}: {f.cause}: {f.message}"
-            for f in self.budget.first
-        )
-        share = f"{self.budget.failed} of {self.budget.samples} samples"
-        return RewardError(
-            f"{self.name} failed on {share} so far, {why}; the first failures:\n{shown}",
-            remedy="mend the plugin, raise its timeout_s, or allow more with max_error_rate",
-        )
-
-
-def allowed_failures(rate: float, samples: int) -> int:
-    """How many of a step's samples may fail: the share, rounded down, but one where any may."""
-    return 0 if rate == 0 else max(1, int(rate * samples + 1e-9))
+            raise self.budget.stopped(self.name, "and its on_error is `fail`")
+        self.budget.check(self.name, self.rate)

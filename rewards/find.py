@@ -26,11 +26,17 @@ def builtin_names() -> tuple[str, ...]:
     return tuple(sorted(p.stem for p in _BUILTINS.glob("*.py") if not p.stem.startswith("_")))
 
 
-def load(spec: PluginSpec, folder: str | Path) -> Plugin:
+def installed() -> dict[str, importlib.metadata.EntryPoint]:
+    """Plugins of other packages, by the name of their entry point."""
+    return {p.name: p for p in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def load(spec: PluginSpec, folder: str | Path, *, check: bool = True) -> Plugin:
     """Import the plugin's code and check its arguments. Runs user code: call it in a child process.
 
     Args:
         spec: what the recipe says. folder: the recipe's folder; relative files and dotted modules start there.
+        check: False to learn what it offers, where its arguments are not known yet.
 
     Raises:
         PluginError: not found (with the choices), fails to import, is not callable, or its arguments do not fit.
@@ -45,7 +51,7 @@ def load(spec: PluginSpec, folder: str | Path) -> Plugin:
             where=spec.use,
             remedy="write f(samples) -> list of scores; for ms-swift's reward classes add `signature: swift`",
         )
-    return make_plugin(function, spec, source=source, sha256=digest)
+    return make_plugin(function, spec, source=source, sha256=digest, check=check)
 
 
 def find(use: str, folder: Path) -> Any:
@@ -68,7 +74,7 @@ def _by_name(use: str) -> Any:
     ours = builtin_names()
     if use in ours:
         return getattr(importlib.import_module(f"rewards.builtins.{use}"), use)
-    points = {p.name: p for p in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+    points = installed()
     if use in points:
         return _guard(points[use].load, use)
     more = f"; installed: {', '.join(sorted(points))}" if points else ""

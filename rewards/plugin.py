@@ -16,8 +16,8 @@ Signature = Literal["align", "trl", "swift"]
 
 @dataclass(frozen=True, slots=True)
 class PluginSpec:
-    """What the recipe says of one plugin. `options` (timeout_s, retries, on_error, max_error_rate, batch,
-    concurrency) override the decorator's; `folder` is where relative names start. JSON-able as it stands."""
+    """What the recipe says of one plugin. `options` (those in OVERRIDES) override the decorator's. JSON-able as it
+    stands."""
 
     use: str
     name: str | None = None
@@ -72,6 +72,17 @@ class Plugin:
     def run(self, samples: Sequence[Sample], ctx: Context) -> Any:
         return self.call(samples, ctx, **self.args)
 
+    def gold(self, row: Mapping[str, Any]) -> str | None:
+        """The completion that must score best on a row; None where the row, or the plugin, has none."""
+        if self.options.gold is None:
+            return None
+        wanted, open_args = read_parameters(self.options.gold, skip=())
+        names = {p.name for p in wanted[1:]}
+        answer = self.options.gold(row, **{k: v for k, v in self.args.items() if open_args or k in names})
+        if answer is not None and not isinstance(answer, str):
+            raise TypeError(f"gold gave a {type(answer).__name__}, where a text or None is needed")
+        return answer
+
     def describe(self) -> dict[str, Any]:
         """Everything `align check` and the pool need to know, as JSON."""
         options = {f: getattr(self.options, f) for f in SHOWN_OPTIONS}
@@ -85,14 +96,17 @@ class Plugin:
             "open_args": self.open_args,
             "args": dict(self.args),
             "is_async": self.is_async,
+            "gold": self.options.gold is not None,
             "version": self.options.version,
             "source": self.source,
             "sha256": self.sha256,
         }
 
 
-SHOWN_OPTIONS = ("batch", "concurrency", "timeout_s", "retries", "on_error", "max_error_rate", "isolation", "memory_mb")
-OVERRIDES = ("batch", "concurrency", "timeout_s", "retries", "on_error", "max_error_rate")
+OVERRIDES = (
+    "batch", "concurrency", "timeout_s", "retries", "on_error", "max_error_rate", "processes", "rate", "cache"
+)  # fmt: skip
+SHOWN_OPTIONS = (*OVERRIDES, "isolation", "memory_mb")
 
 
 def make_plugin(
@@ -105,6 +119,7 @@ def make_plugin(
     is_async: bool | None = None,
     source: str | None = None,
     sha256: str | None = None,
+    check: bool = True,
 ) -> Plugin:
     """A Plugin from a decorated or plain function; signature adapters give their own `call` and `parameters`.
 
@@ -127,7 +142,14 @@ def make_plugin(
         sha256=sha256,
         doc=(inspect.getdoc(function) or "").strip(),
     )
-    check_args(plugin, spec.use)
+    if check:
+        check_args(plugin, spec.use)
+    if options.cache and sha256 is None:
+        raise PluginError(
+            f"{plugin.name} says `cache`, and its source is not known: a changed score would not be noticed",
+            where=spec.use,
+            remedy="define the function in a file, or leave `cache` out",
+        )
     return plugin
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from rewards.api import Failure, Sample
-from rewards.execution import Budget, Execution, PluginResult
+from rewards.budget import Budget, Budgets
+from rewards.cache import ScoreCache
+from rewards.execution import Execution, PluginResult
 from rewards.naming import Named, objective_names
 from rewards.plugin import PluginSpec
-from rewards.worker import Worker
+from rewards.team import Team
 
-_BUDGETS_KEPT = 256  # of the newest steps; far more than can be scored at the same time
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +26,9 @@ class PoolResult:
 
     scores[i][k]: None where missing (not applicable, or failed: see failures). dropped: group ids that a drop_group
     policy removed; their samples have no scores. errors: failed samples per plugin. infos[i]: plugin -> what it told
-    about sample i. metrics: reward/<plugin>/{seconds, busy_seconds, calls, errors, error_rate, retries, restarts} and
-    what plugins logged themselves. counts: of those metrics that are means, of how many numbers; the others are sums.
+    about sample i. metrics: reward/<plugin>/{seconds, busy_seconds, calls, errors, error_rate, retries, restarts,
+    cache_hits} and what plugins logged themselves. counts: of those metrics that are means, of how many numbers; the
+    others are sums. series: reward/<plugin>/latency, seconds of each call, for mean and percentiles over a step.
     """
 
     objectives: tuple[str, ...]
@@ -37,6 +40,7 @@ class PoolResult:
     infos: list[dict[str, dict[str, Any]]]
     metrics: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
+    series: dict[str, list[float]] = field(default_factory=dict)
 
 
 class RewardPool:
@@ -45,21 +49,36 @@ class RewardPool:
     Args:
         specs: the plugins. folder: the recipe's folder, where relative names start and plugins run. seed: the run's.
         log_folder: receives <plugin>.log (their output) and failures.jsonl; None: nothing is kept.
+        cache: file of scores that plugins with `cache` share with other pools and runs; None: nothing is looked up.
+        share: pools, this one included, among which the samples of a stage are divided: concurrency and rate of a
+            plugin hold over all of them. Budgets do not: whoever divides the samples adds the failures up.
 
     Raises:
         PluginError: from `start` and `score`, where a plugin cannot be loaded or two have the same name.
         RewardError: from `score`, where a plugin fails more often than it may.
     """
 
-    def __init__(self, specs: Sequence[PluginSpec], folder: str | Path, seed: int, *, log_folder: Path | None = None):
+    def __init__(
+        self,
+        specs: Sequence[PluginSpec],
+        folder: str | Path,
+        seed: int,
+        *,
+        log_folder: Path | None = None,
+        cache: Path | None = None,
+        share: int = 1,
+    ):
         self.specs = tuple(specs)
         self.folder = Path(folder)
         self.seed = seed
         self.log_folder = log_folder
-        self._workers: list[Worker] = []
+        self.share = share
+        self.cache_path = cache
+        self._teams: list[Team] = []
+        self._cache: ScoreCache | None = None
         self._names: list[tuple[str, ...]] = []
-        self._reported: list[int] = []  # starts of each worker that results have told about
-        self._budgets: dict[int, list[Budget]] = {}
+        self._reported: list[int] = []  # starts of each plugin's processes that results have told about
+        self._budgets = Budgets()
         self._runner: asyncio.Runner | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._starting: asyncio.Lock | None = None
@@ -76,30 +95,33 @@ class RewardPool:
         assert self._starting is not None
         async with self._starting:
             if not self._names:
-                await self._start_workers()
-        return [w.description for w in self._workers]
+                await self._start_teams()
+        return [t.description for t in self._teams]
 
-    async def _start_workers(self) -> None:
+    async def _start_teams(self) -> None:
         if self.log_folder is not None:
             self.log_folder.mkdir(parents=True, exist_ok=True)
-        self._workers = [Worker(s, self.folder, self.seed, self._log_path(n)) for n, s in enumerate(self.specs)]
+        made = enumerate(self.specs)
+        self._teams = [Team(s, self.folder, self.seed, self._log_path(n), self.share) for n, s in made]
         try:
             async with asyncio.TaskGroup() as tasks:
-                for worker in self._workers:
-                    tasks.create_task(worker.start())
-            described = [w.description for w in self._workers]
-            self._reported = [w.starts for w in self._workers]
+                for team in self._teams:
+                    tasks.create_task(team.start())
+            described = [t.description for t in self._teams]
+            self._reported = [t.starts for t in self._teams]
             self._names = objective_names(
                 [
                     Named(d["name"], tuple(d["objectives"]), s.name is not None)
                     for d, s in zip(described, self.specs, strict=True)
                 ]
             )
+            if self.cache_path is not None and any(d["options"]["cache"] for d in described):
+                self._cache = ScoreCache(self.cache_path)
         except BaseExceptionGroup as group:
-            self._close_workers()
+            self._close_teams()
             raise group.exceptions[0] from None  # the first is enough to mend
         except BaseException:
-            self._close_workers()
+            self._close_teams()
             raise
 
     def _log_path(self, number: int) -> Path | None:
@@ -110,15 +132,18 @@ class RewardPool:
 
     def close(self) -> None:
         """Kill every plugin process. May be called twice, and without an event loop."""
-        self._close_workers()
+        self._close_teams()
         if self._runner is not None:
             self._runner.close()
             self._runner = None
 
-    def _close_workers(self) -> None:
-        for worker in self._workers:
-            worker.close()
-        self._workers, self._names = [], []
+    def _close_teams(self) -> None:
+        for team in self._teams:
+            team.close()
+        self._teams, self._names = [], []
+        if self._cache is not None:
+            self._cache.close()
+            self._cache = None
 
     def __enter__(self) -> Self:
         return self
@@ -135,9 +160,9 @@ class RewardPool:
         failures that max_error_rate allows for so many. None: these samples are all.
         """
         await self.start()
-        shared = self._shared(budget) if budget else [Budget(len(samples)) for _ in self._workers]
-        pairs = zip(self._workers, shared, strict=True)
-        runs = [asyncio.create_task(Execution(w, samples, own).run()) for w, own in pairs]
+        shared = self._budgets.of(*budget, self._teams) if budget else [Budget(len(samples)) for _ in self._teams]
+        pairs = zip(self._teams, shared, strict=True)
+        runs = [asyncio.create_task(Execution(t, samples, own, self._cache).run()) for t, own in pairs]
         try:
             results = await asyncio.gather(*runs)
         finally:
@@ -146,29 +171,28 @@ class RewardPool:
             await asyncio.gather(*runs, return_exceptions=True)
         return self._merge(samples, results, self._restarts())
 
-    def _shared(self, budget: tuple[int, int]) -> list[Budget]:
-        """One budget per plugin, with what earlier calls of the same id have spent of it."""
-        number, size = budget
-        found = self._budgets.setdefault(number, [Budget(size) for _ in self._workers])
-        for own in found:
-            own.samples = max(own.samples, size)
-        while len(self._budgets) > _BUDGETS_KEPT:
-            del self._budgets[min(self._budgets)]
-        return found
-
     def _restarts(self) -> list[int]:
-        """Restarts of each worker that no result has told about yet: of calls that ran together, one tells."""
-        before, self._reported = self._reported, [w.starts for w in self._workers]
+        """Restarts of each plugin that no result has told about yet: of calls that ran together, one tells."""
+        before, self._reported = self._reported, [t.starts for t in self._teams]
         return [now - then for now, then in zip(self._reported, before, strict=True)]
+
+    async def golds(self, rows: Sequence[Mapping[str, Any]]) -> list[str | Exception | None]:
+        """Per row the completion that the first plugin says must score best on it, or the error that it raised."""
+        await self.start()
+        return await self._teams[0].golds(rows)
 
     def score_sync(self, samples: Sequence[Sample]) -> PoolResult:
         """`score` for callers without an event loop; the pool keeps one of its own."""
+        return self.run(self.score(samples))
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await this pool's `start`, `score` or `golds` on the loop that the pool keeps."""
         if self._runner is None:
             self._runner = asyncio.Runner()
-        return self._runner.run(self.score(samples))
+        return self._runner.run(work)
 
     def _merge(self, samples: Sequence[Sample], results: Sequence[PluginResult], restarts: Sequence[int]) -> PoolResult:
-        described = [w.description for w in self._workers]
+        described = [t.description for t in self._teams]
         dropped = set().union(*(r.dropped for r in results))
         scores: list[list[float | None]] = []
         infos: list[dict[str, dict[str, Any]]] = []
@@ -194,6 +218,7 @@ class RewardPool:
             infos=infos,
             metrics=metrics,
             counts=counts,
+            series={f"reward/{d['name']}/latency": r.latencies for d, r in zip(described, results, strict=True)},
         )
 
     def _write_failures(self, failures: Sequence[Failure], samples: Sequence[Sample]) -> None:
@@ -215,5 +240,6 @@ def _metrics(name: str, result: PluginResult, samples: int, restarts: int) -> di
         "error_rate": failed / samples if samples else 0.0,
         "retries": float(result.retried),
         "restarts": float(restarts),
+        "cache_hits": float(result.cached),
     }
     return {f"reward/{name}/{key}": value for key, value in {**own, **ours}.items()}

@@ -92,9 +92,12 @@ class Server:
         """A sync plugin: one call at a time; the parent ends the process at the deadline."""
         while (request := wire.receive(sock)) is not None:
             started = time.monotonic()
-            samples, ctx = self.prepare(request)
             try:
-                answer = self.answer(self.plugin.run(samples, ctx), samples, ctx)
+                if "golds" in request:
+                    answer = self.golds(request["golds"])
+                else:
+                    samples, ctx = self.prepare(request)
+                    answer = self.answer(self.plugin.run(samples, ctx), samples, ctx)
             except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001  whatever user code raises is its answer
                 answer = failed(error)
             sock.sendall(encode_answer(request, answer, started))
@@ -117,6 +120,9 @@ class Server:
 
     async def one_async(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         started = time.monotonic()
+        if "golds" in request:
+            writer.write(encode_answer(request, self.golds(request["golds"]), started))
+            return
         samples, ctx = self.prepare(request)
         try:
             results = await asyncio.wait_for(self.run_async(samples, ctx), request["timeout_s"])
@@ -134,6 +140,15 @@ class Server:
             return await self.plugin.run(samples, ctx)
         except (SystemExit, KeyboardInterrupt) as error:  # out of a task these would end the loop
             raise RuntimeError(f"raised {type(error).__name__}: {error}") from error
+
+    def golds(self, rows: Sequence[Any]) -> dict[str, Any]:
+        found: list[tuple[str | None, str | None]] = []
+        for row in rows:
+            try:
+                found.append((self.plugin.gold(row), None))
+            except Exception as error:  # noqa: BLE001  whatever user code raises is its answer
+                found.append((None, failed(error)["error"][1]))
+        return {"golds": found}
 
     def answer(self, results: Any, samples: Sequence[Sample], ctx: Context) -> dict[str, Any]:
         try:
@@ -182,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exception(error)
         sock.sendall(wire.encode({"broken": {"what": error.what, "where": error.where, "remedy": error.remedy}}))
         return 0
-    limit_memory(plugin.options.memory_mb or default_memory_mb())
+    limit_memory(plugin.options.memory_mb or default_memory_mb() // plugin.options.processes)
     sock.sendall(wire.encode({"ready": plugin.describe()}))
     server = Server(plugin, start["seed"])
     if plugin.is_async:

@@ -11,14 +11,15 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 from rewards import wire
-from rewards.api import PluginError, Sample
+from rewards.api import PluginError, RewardError, Sample
 from rewards.plugin import PluginSpec
 
 log = logging.getLogger(__name__)
@@ -38,41 +39,13 @@ _SPAWNER = ThreadPoolExecutor(1, thread_name_prefix="reward-spawner")
 @dataclass(frozen=True, slots=True)
 class Reply:
     """What a call came to. error: (cause, message) where the whole call failed. lost: the process ended under it;
-    alone: and no other call was in flight, so that this one is to blame."""
+    alone: and no other call was in flight, so that this one is to blame. seconds: from sending to the answer."""
 
     body: dict[str, Any] = field(default_factory=dict)
     error: tuple[str, str] | None = None
     lost: bool = False
     alone: bool = True
-
-
-class Gate:
-    """Admits up to `capacity` calls at once, or one call alone."""
-
-    def __init__(self, capacity: int):
-        self._capacity = capacity
-        self._active = 0
-        self._waiting_alone = 0
-        self._changed = asyncio.Condition()
-
-    @contextlib.asynccontextmanager
-    async def enter(self, alone: bool) -> AsyncIterator[None]:
-        async with self._changed:
-            self._waiting_alone += alone
-            try:
-                await self._changed.wait_for(lambda: self._free(alone))
-            finally:
-                self._waiting_alone -= alone
-            self._active += self._capacity if alone else 1
-        try:
-            yield
-        finally:
-            async with self._changed:
-                self._active -= self._capacity if alone else 1
-                self._changed.notify_all()
-
-    def _free(self, alone: bool) -> bool:
-        return self._active == 0 if alone else self._active < self._capacity and not self._waiting_alone
+    seconds: float = 0.0
 
 
 class Connection:
@@ -165,7 +138,6 @@ class Worker:
         self.seed = seed
         self.starts = 0
         self.description: dict[str, Any] = {}
-        self._gate = Gate(1)
         self._log: IO[bytes] = tempfile.TemporaryFile("ab+") if log_path is None else log_path.open("ab+")  # noqa: SIM115
         self._connection: Connection | None = None
         self._starting = asyncio.Lock()
@@ -199,14 +171,8 @@ class Worker:
             raise PluginError(**answer["broken"])
         if not self.description:
             self.description = answer["ready"]
-            self._gate = Gate(self._capacity())
         connection.listen()
         return connection
-
-    def _capacity(self) -> int:
-        """Calls in flight: one for a sync plugin; for an async one as many as `concurrency` samples make."""
-        options = self.description["options"]
-        return max(1, options["concurrency"] // options["batch"]) if self.description["is_async"] else 1
 
     def _broken(self, what: str) -> PluginError:
         tail = self.log_tail()
@@ -224,17 +190,27 @@ class Worker:
             start_new_session=True,
         )
 
-    async def call(self, samples: Sequence[Sample], *, alone: bool) -> Reply:
-        """One call under the plugin's deadline. alone: with nothing else in flight, so that blame is certain."""
-        await self.start()
-        async with self._gate.enter(alone):
-            connection = await self.start()  # the process may have been killed while this call waited
-            self._trim_log()
-            timeout: float = self.description["options"]["timeout_s"]
-            patience = timeout + (GRACE_SECONDS if self.description["is_async"] else 0.0)
-            reply = await connection.call({"samples": wire.pack_samples(samples)}, patience, timeout)
+    async def call(self, samples: Sequence[Sample]) -> Reply:
+        """One call under the plugin's deadline."""
+        started = time.monotonic()
+        reply = await self._ask({"samples": wire.pack_samples(samples)})
+        return replace(reply, seconds=time.monotonic() - started)
+
+    async def golds(self, rows: Sequence[Any]) -> list[str | Exception | None]:
+        """Per row what the plugin's `gold` gives, or the error that it raised."""
+        reply = await self._ask({"golds": list(rows)})
+        if reply.error is not None:
+            return [RewardError(f"gold: {reply.error[1]}")] * len(rows)
+        return [RewardError(f"gold {error}") if error else gold for gold, error in reply.body["golds"]]
+
+    async def _ask(self, request: dict[str, Any]) -> Reply:
+        connection = await self.start()  # the process may have been killed before
+        self._trim_log()
+        timeout: float = self.description["options"]["timeout_s"]
+        patience = timeout + (GRACE_SECONDS if self.description["is_async"] else 0.0)
+        reply = await connection.call(request, patience, timeout)
         if reply.lost and reply.error is not None and reply.error[0] == "crashed" and (tail := self.log_tail(400)):
-            return Reply(error=("crashed", f"{reply.error[1]}; last output: {tail}"), lost=True, alone=reply.alone)
+            return replace(reply, error=("crashed", f"{reply.error[1]}; last output: {tail}"))
         return reply
 
     def close(self) -> None:

@@ -24,7 +24,7 @@ from align.stages import processes
 from align.stages.backend import FleetJob, Needs, ScorerJob, TrainerJob
 from align.stages.handover import adapter_in
 from align.stages.processes import ProcessId
-from align.stages.roles import Role, roles_of, trainer_names
+from align.stages.roles import Role, roles_of, scorer_names, trainer_names
 from align.train.spec import TrainerSpec
 from rollout.base import EngineSpec
 from rollout.fleet import RayFleet
@@ -171,8 +171,15 @@ class RayBackend:
         return fleet
 
     async def scorer(self, job: ScorerJob) -> Scorer:
-        place = self._now.at(f"rewards-{job.number}")
-        scorer = RayScorer(job.rewards, job.folder, seed=job.seed, placement=place, log_folder=job.logs)
+        names = scorer_names(job.number, self.placement.rewards.count)
+        scorer = RayScorer(
+            job.rewards,
+            job.folder,
+            seed=job.seed,
+            placements=[self._now.at(name) for name in names],
+            log_folder=job.logs,
+            cache=job.cache,
+        )
         try:
             await scorer.start()
         except BaseException:

@@ -151,35 +151,39 @@ def _check_reachable(address: str) -> None:
 
 
 class Places:
-    """A placement group with one bundle per role. `at(role)` gives the options an actor is created with."""
+    """One bundle per role: packed on as few nodes as hold them, those that say `spread` on as many as there are.
+    `at(role)` gives the options an actor is created with.
 
-    def __init__(self, roles: list[Role], group: PlacementGroup):
-        self.roles = {role.name: (number, role) for number, role in enumerate(roles)}
-        self.group = group
+    group: of the packed roles. roles: by name, the number of its bundle in its own group and the role.
+    """
+
+    def __init__(self, packed: tuple[list[Role], PlacementGroup], spread: tuple[list[Role], PlacementGroup] | None):
+        self.group = packed[1]
+        self._groups = [packed] if spread is None else [packed, spread]
+        self.roles = {role.name: (number, role) for roles, _ in self._groups for number, role in enumerate(roles)}
 
     @classmethod
     async def reserve(cls, cluster: Cluster, roles: list[Role]) -> Places:
         """Reserve a bundle per role. Raises PlacementError within 30 s, naming the resource that is short."""
         _check_fits(cluster, roles)
-        group = placement_group([role.resources for role in roles], strategy="PACK")
+        packed, spread = [r for r in roles if not r.spread], [r for r in roles if r.spread]
         deadline = time.monotonic() + PLACEMENT_LIMIT_S
-        while not await asyncio.to_thread(group.wait, 1):
-            if time.monotonic() > deadline:
-                remove_placement_group(group)
-                raise PlacementError(
-                    f"the cluster did not free {_wanted(roles)} within {PLACEMENT_LIMIT_S:.0f} s; free now: {_free()}",
-                    where="placement",
-                    remedy="end what else runs on this cluster, or ask for less in `placement:`",
-                )
-        return cls(roles, group)
+        first = await _reserved(packed, "PACK", deadline)
+        try:
+            second = (spread, await _reserved(spread, "SPREAD", deadline)) if spread else None
+        except BaseException:
+            remove_placement_group(first)
+            raise
+        return cls((packed, first), second)
 
     def at(self, name: str) -> dict[str, Any]:
         """Ray options (resources, bundle, environment) for the actor of role `name`."""
         number, role = self.roles[name]
+        group = next(group for roles, group in self._groups if role in roles)
         return {
             "num_cpus": role.cpus,
             "num_gpus": role.gpus,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=number),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number),
             "runtime_env": {"env_vars": thread_environment(role.threads)},
         }
 
@@ -187,7 +191,22 @@ class Places:
         return self.roles[name][1].threads
 
     def release(self) -> None:
-        remove_placement_group(self.group)
+        for _, group in self._groups:
+            remove_placement_group(group)
+
+
+async def _reserved(roles: list[Role], strategy: str, deadline: float) -> PlacementGroup:
+    """A placement group that has its bundles. deadline: of `time.monotonic`. Raises PlacementError."""
+    group = placement_group([role.resources for role in roles], strategy=strategy)
+    while not await asyncio.to_thread(group.wait, 1):
+        if time.monotonic() > deadline:
+            remove_placement_group(group)
+            raise PlacementError(
+                f"the cluster did not free {_wanted(roles)} within {PLACEMENT_LIMIT_S:.0f} s; free now: {_free()}",
+                where="placement",
+                remedy="end what else runs on this cluster, or ask for less in `placement:`",
+            )
+    return group
 
 
 def thread_environment(threads: int) -> dict[str, str]:

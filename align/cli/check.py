@@ -71,6 +71,8 @@ def validate(
                     check_fits(stage_roles(recipe, stage, plan.machine), plan.machine)
             if planner is not None:
                 _check_stage(recipe, stage, planner, plan, found, folder, every_row)
+                if plan.stages and plan.stages[-1].id == stage.id:
+                    plan.stages[-1].lines += rewards.lines(getattr(stage, "rewards", ()))
         plan.model = planner.model_line() if planner else ""
     found.raise_any()
     plan.plugins = dict(rewards.sources)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from align.actors.plugins import plugin_spec
 from align.cli import memory
 from align.cli.findings import Findings
 from align.data.audit import DataReport
@@ -29,7 +30,6 @@ from align.stages.context import stage_seed
 from align.stages.handover import Origin
 from rewards.api import PluginError as RewardsPluginError
 from rewards.naming import Named, objective_names
-from rewards.plugin import OVERRIDES
 
 FIRST_ROWS = 1000
 
@@ -171,10 +171,10 @@ def _on_hub(source: DataSource, folder: Path) -> bool:
 
 def describe_reward(reward: Reward, folder: Path) -> dict[str, Any]:
     """What a reward offers, from a child process; the `rewards.describe` answer. Raises PluginError."""
-    options = {name: getattr(reward, name) for name in OVERRIDES if getattr(reward, name) is not None}
-    arguments = [reward.use, "--folder", str(folder), "--signature", reward.signature]
-    arguments += ["--args", json.dumps(reward.args), "--options", json.dumps(options)]
-    arguments += ["--as", reward.as_] if reward.as_ else []
+    spec = plugin_spec(reward)
+    arguments = [spec.use, "--folder", str(folder), "--signature", spec.signature]
+    arguments += ["--args", json.dumps(spec.args), "--options", json.dumps(spec.options)]
+    arguments += ["--as", spec.name] if spec.name else []
     answer: dict[str, Any] = describe_in_child("rewards.describe", arguments, name=reward.use)
     return answer
 
@@ -204,9 +204,27 @@ class Rewards:
             found.add(PluginError(error.what, where=key, remedy=error.remedy), stage)
             return None
 
+    def lines(self, rewards: tuple[Reward, ...]) -> list[str]:
+        """How each reward that could be described will run, as the recipe and its own decorator say together."""
+        known = [self._known.get(reward.model_dump_json()) for reward in rewards]
+        return [_reward_words(described) for described in known if described is not None]
+
     def _describe(self, reward: Reward) -> dict[str, Any]:
         asked = reward.model_dump_json()
         if asked not in self._known:
             self._known[asked] = describe_reward(reward, self.folder)
         self.sources[reward.use] = self._known[asked].get("sha256") or ""
         return self._known[asked]
+
+
+def _reward_words(described: dict[str, Any]) -> str:
+    o = described["options"]
+    gives = [f"{name} ({what['kind']})" for name, what in described["objectives"].items()]
+    unit = "a group a call" if described["scope"] == "group" else f"{o['batch']} a call"
+    words = [unit, f"{o['timeout_s']:g} s, {o['retries']} retries", f"on_error {o['on_error']}"]
+    words.append(f"at most {100 * o['max_error_rate']:g} % errors")
+    words += [f"{o['concurrency']} at once"] if described["is_async"] else []
+    words += [f"{o['processes']} processes"] if o["processes"] > 1 else []
+    words += [f"rate {o['rate']}"] if o["rate"] is not None else []
+    words += ["cached"] if o["cache"] else []
+    return f"reward {described['name']}: {', '.join(gives)}; {', '.join(words)}"

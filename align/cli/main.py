@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from align import packages
+from align.cli import rewards_flags
 from align.cli.simulate_flags import add_flags
 from align.errors import AlignError
 
@@ -85,6 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(simulate)
     simulate.set_defaults(verb=_simulate)
 
+    rewards = verbs.add_parser("rewards", help="list reward plugins; try one on data before a run")
+    rewards_flags.add_verbs(rewards, common)
+    rewards.set_defaults(verb=_rewards)
+
     doctor = verbs.add_parser("doctor", parents=[common], help="examine this machine; say what to do")
     doctor.add_argument("--fix", action="store_true", help="repair torch packages that do not fit each other")
     doctor.set_defaults(verb=_doctor)
@@ -122,6 +127,12 @@ def _simulate(arguments: argparse.Namespace) -> int:
     from align.cli import simulate
 
     return simulate.main(arguments)
+
+
+def _rewards(arguments: argparse.Namespace) -> int:
+    from align.cli import rewards
+
+    return rewards.main(arguments)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -62,7 +62,8 @@ def _check_whole(recipe: Recipe, found: Findings) -> None:
     for part in ("reference", "rollout", "rewards"):
         ranks = getattr(recipe.placement, part).ranks
         if ranks != 1:
-            more = "use `rollout.workers`" if part == "rollout" else "one process holds it: leave it out"
+            others = {"rollout": "use `rollout.workers`", "rewards": "use `placement.rewards.count`"}
+            more = others.get(part, "one process holds it: leave it out")
             found.add(
                 Unsupported(
                     f"`placement.{part}.ranks: {ranks}` is not offered by this version",

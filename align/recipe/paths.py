@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from align.plugins import REWARDS
 from align.recipe.document import Document, Path_
 
 DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".txt")
@@ -98,7 +99,11 @@ def _listed(holder: Any, key: str, inner: str, path: Path_) -> Iterator[Path_]:
 
 
 def _reward_places(holder: dict[str, Any], path: Path_) -> Iterator[tuple[Path_, str]]:
-    yield from ((place, "plugin") for place in _listed(holder, "rewards", "use", path))
+    for place in _listed(holder, "rewards", "use", path):
+        yield place, "plugin"
+        reward = _get(holder, place[len(path) : -1]) if place[-1] == "use" else {}
+        if reward.get("use") in REWARDS and isinstance(reward.get("args"), dict) and "path" in reward["args"]:
+            yield (*place[:-1], "args", "path"), "model"
 
 
 def _get(data: Any, path: Path_) -> Any:

@@ -179,6 +179,9 @@ class Reward(Strict):
     max_error_rate: Fraction | None = None
     batch: PositiveInt | None = None
     concurrency: PositiveInt | None = None
+    processes: PositiveInt | None = None
+    rate: float | str | None = None
+    cache: bool | None = None
     signature: Literal["align", "trl", "swift"] = "align"
 
     @property
@@ -354,11 +357,17 @@ class Share(Strict):
     threads: PositiveInt | None = None
 
 
+class RewardShare(Share):
+    """count: reward actors, spread over the nodes of a cluster; each runs every plugin for its part of the groups."""
+
+    count: PositiveInt = 1
+
+
 class Placement(Strict):
     trainer: Share = Share()
     reference: Share = Share()
     rollout: Share = Share()
-    rewards: Share = Share()
+    rewards: RewardShare = RewardShare()
 
 
 class Report(Strict):

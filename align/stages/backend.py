@@ -70,7 +70,7 @@ class FleetJob:
 @dataclass(frozen=True)
 class ScorerJob:
     """Rewards to run. folder: the recipe's, where plugins are looked for; logs: folder for what they print and where
-    they fail; number: of this scorer in its stage."""
+    they fail; cache: file of scores that runs share; number: of this scorer in its stage."""
 
     stage_id: str
     rewards: tuple[Reward, ...]
@@ -78,6 +78,7 @@ class ScorerJob:
     seed: int
     logs: Path
     number: int = 0
+    cache: Path | None = None
 
 
 @dataclass(frozen=True)

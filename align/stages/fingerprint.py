@@ -22,6 +22,9 @@ def fingerprint(recipe: Recipe, stage: Any, plugins: Mapping[str, str]) -> dict[
     part.get("save", {}).pop("keep", None)
     for limit in ("heartbeat_s", "request_timeout_s"):  # when an engine counts as lost: its groups are the same
         part.get("rollout", {}).pop(limit, None)
+    for reward in part.get("rewards", ()):
+        for pace in ("processes", "rate"):  # when scores come: they are the same
+            reward.pop(pace, None)
     return {
         "stage": part,
         "model": recipe.model.model_dump(mode="json"),

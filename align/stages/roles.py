@@ -17,13 +17,14 @@ REWARD_CPUS = 0.01  # reward actors wait for their plugins' processes and comput
 @dataclass(frozen=True)
 class Role:
     """What one bundle of a stage reserves, and the threads its process computes with. kind: what it has in common with
-    the bundles that get as many threads."""
+    the bundles that get as many threads. spread: it should be on another node than its like."""
 
     name: str
     kind: str
     cpus: float
     gpus: float
     threads: int
+    spread: bool = False
 
     @property
     def resources(self) -> dict[str, float]:
@@ -42,7 +43,7 @@ def roles_of(needs: Needs, share: Placement, *, cores: int, gpus: float, threads
     sampling = max(1, cores // 2 // max(1, needs.engines)) if needs.overlap else cores
     training = max(1, cores // 2) if needs.overlap else cores
 
-    def role(name: str, own: Share, cpus: float, gpu: float, default_threads: int) -> Role:
+    def role(name: str, own: Share, cpus: float, gpu: float, default_threads: int, spread: bool = False) -> Role:
         kind = name.partition("-")[0] + (OVERLAPPED if needs.overlap else "")
         chosen = own.threads or threads.get(kind) or default_threads
         return Role(
@@ -51,10 +52,11 @@ def roles_of(needs: Needs, share: Placement, *, cores: int, gpus: float, threads
             cpus=own.cpus if own.cpus is not None else math.floor(cpus * 1e4 + 1e-6) / 1e4,  # Ray counts 1/10,000
             gpus=own.gpus if own.gpus is not None else gpu,
             threads=chosen,
+            spread=spread,
         )
 
     sides = (1 if needs.trainer else 0) + (1 if needs.engines else 0)
-    side = (float(cores) - needs.scorers * REWARD_CPUS) / max(1, sides)
+    side = (float(cores) - needs.scorers * share.rewards.count * REWARD_CPUS) / max(1, sides)
     trained = side / 2 if needs.reference else side
     ranks = share.trainer.ranks
     gpu = _gpu_share(needs, gpus, ranks)
@@ -67,7 +69,8 @@ def roles_of(needs: Needs, share: Placement, *, cores: int, gpus: float, threads
     for number in range(needs.engines):
         roles.append(role(f"rollout-{number}", share.rollout, side / needs.engines, gpu, sampling))
     for number in range(needs.scorers):
-        roles.append(role(f"rewards-{number}", share.rewards, REWARD_CPUS, 0.0, 1))
+        for name in scorer_names(number, share.rewards.count):
+            roles.append(role(name, share.rewards, REWARD_CPUS, 0.0, 1, spread=share.rewards.count > 1))
     if needs.files:
         roles.append(role("files", Share(), 1.0, 0.0, cores))
     return roles
@@ -76,6 +79,11 @@ def roles_of(needs: Needs, share: Placement, *, cores: int, gpus: float, threads
 def trainer_names(ranks: int) -> list[str]:
     """Names of the roles of a trainer's ranks, by rank."""
     return [f"trainer-{rank}" if rank else "trainer" for rank in range(ranks)]
+
+
+def scorer_names(number: int, count: int) -> list[str]:
+    """Names of the roles of a scorer's reward actors."""
+    return [f"rewards-{number}" if count == 1 else f"rewards-{number}-{actor}" for actor in range(count)]
 
 
 def _gpu_share(needs: Needs, gpus: float, ranks: int) -> float:

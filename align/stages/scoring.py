@@ -64,7 +64,7 @@ def _group_id(waiting: _Waiting) -> int:
 def split_table(groups: Sequence[Group], table: ScoreTable) -> list[ScoreTable]:
     """Each group's own rows, without the metrics, which belong to the call."""
     if len(groups) == 1:
-        return [replace(table, metrics={}, counts={})]
+        return [replace(table, metrics={}, counts={}, series={})]
     failures: dict[int, list[int]] = {}
     for number, failure in enumerate(table.failures):
         failures.setdefault(failure.group_id, []).append(number)
@@ -103,11 +103,13 @@ def join_tables(tables: Sequence[ScoreTable], metrics: Metrics) -> ScoreTable:
 
 
 class MetricTotals:
-    """Metrics of several tables as those of one: sums add up, means are weighted by what each is the mean of."""
+    """Metrics of several tables as those of one: sums add up, means are weighted by what each is the mean of, and
+    percentiles are taken over all the numbers of a series."""
 
     def __init__(self) -> None:
         self._sums: Metrics = {}
-        self._means: dict[str, tuple[float, float]] = {}
+        self._series: dict[str, list[float]] = {}
+        self.means: dict[str, tuple[float, float]] = {}
 
     def add(self, table: ScoreTable) -> None:
         for name, value in table.metrics.items():
@@ -115,8 +117,19 @@ class MetricTotals:
             if count is None:
                 self._sums[name] = self._sums.get(name, 0.0) + value
             else:
-                total, before = self._means.get(name, (0.0, 0.0))
-                self._means[name] = (total + value * count, before + count)
+                total, before = self.means.get(name, (0.0, 0.0))
+                self.means[name] = (total + value * count, before + count)
+        for name, numbers in table.series.items():
+            self._series.setdefault(name, []).extend(numbers)
 
     def metrics(self) -> Metrics:
-        return {**self._sums, **{name: total / count for name, (total, count) in self._means.items() if count}}
+        means = {name: total / count for name, (total, count) in self.means.items() if count}
+        return {**self._sums, **means, **self._spread()}
+
+    def _spread(self) -> Metrics:
+        found: Metrics = {}
+        for name, numbers in self._series.items():
+            if numbers:
+                p50, p95 = np.percentile(numbers, [50, 95])
+                found |= {f"{name}_mean": float(np.mean(numbers)), f"{name}_p50": float(p50), f"{name}_p95": float(p95)}
+        return found

@@ -193,7 +193,8 @@ def finished(context: Context, result: StageResult) -> StageResult:
 
 def scorer_job(context: Context, stage: Any, rewards: tuple[Reward, ...], number: int = 0) -> ScorerJob:
     logs = context.run.stage_folder(stage.id) / ("rewards" if number == 0 else "eval-rewards")
-    return ScorerJob(stage.id, rewards, context.recipe_folder, context.recipe.seed, logs, number)
+    cache = context.run.path.parent / ".cache" / "rewards.sqlite"
+    return ScorerJob(stage.id, rewards, context.recipe_folder, context.recipe.seed, logs, number, cache)
 
 
 def online_plan(stage: OnlineSettings, rows: int, seed: int) -> OnlinePlan:

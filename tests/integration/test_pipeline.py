@@ -32,7 +32,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         {"id": "held", "kind": "evaluate", "of": ["dpo"], "data": "sums.jsonl"},
     ]  # fmt: skip
-    run(write_recipe(folder, "story", stages))
+    run(write_recipe(folder, "story", stages, placement={"rewards": {"count": 2}}))
     return folder / "runs" / "story"
 
 
@@ -78,6 +78,9 @@ def test_a_users_rewards_py_beside_the_recipe_works(story: Path) -> None:
     line = metrics(story, "grpo")[0]
     assert "objective/correct/mean" in line and line["objective/brevity/mean"] < 0
     assert line["reward/correct/errors"] == 0.0
+    assert line["reward/correct/latency_p95"] >= line["reward/correct/latency_p50"] > 0
+    logs = story / "grpo" / "rewards"
+    assert (logs / "0-correct.log").is_file() and (logs / "1" / "0-correct.log").is_file(), "two reward actors"
 
 
 def test_greedy_evaluation_ran_inside_the_online_stage(story: Path) -> None:

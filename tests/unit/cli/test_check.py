@@ -41,12 +41,25 @@ def test_a_sound_recipe_is_planned_stage_by_stage(workshop: Workshop, capsys: py
         "3 steps of 4 pairs",  # 10 rows
         "receive the adapter",
         "5 steps of 2 groups x 4",
+        "reward brevity: brevity (reward); 64 a call, 5 s, 2 retries, on_error mask, at most 2 % errors",
         "evaluates sft, grpo",
         "memory, trainer: about",
         "all right",
     ):
         assert words in out, f"{words!r} is not in:\n{out}"
     assert not (workshop.folder / "runs").exists()
+
+
+def test_how_rewards_run_is_resolved_and_what_cannot_be_is_refused(workshop: Workshop) -> None:
+    overrides = ["placement.rewards.count=2"]
+    overrides += [f"stages.grpo.rewards.brevity.{word}" for word in ("processes=3", "rate=600/min", "cache=true")]
+    stage = next(s for s in plan_of(workshop, *overrides).stages if s.id == "grpo")
+    assert any(line.endswith("3 processes, rate 600/min, cached") for line in stage.lines), stage.lines
+    assert [role.name for role in stage.roles][-2:] == ["rewards-0-0", "rewards-0-1"]
+    with pytest.raises(UserError, match="rate is 'fast'"):
+        plan_of(workshop, "stages.grpo.rewards.brevity.rate=fast")
+    with pytest.raises(UserError, match=r"use `placement\.rewards\.count`"):
+        plan_of(workshop, "placement.rewards.ranks=2")
 
 
 def test_check_imports_no_torch_and_takes_less_than_five_seconds(workshop: Workshop) -> None:

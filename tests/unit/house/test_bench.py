@@ -20,6 +20,7 @@ from tests.bench import (
     linear_cost,
     orchestration,
     peer,
+    reward_overhead,
     simulator,
     work,
 )
@@ -203,6 +204,13 @@ def test_the_loops_cost_is_measured_for_every_staleness(capsys: pytest.CaptureFi
     assert set(figures) == {"staleness 0", "staleness 1"}
     assert all(found["turn"] > found["generate"] > 0 for found in figures.values())
     assert "ms per group" in capsys.readouterr().out
+
+
+def test_the_pools_cost_is_measured_with_a_trivial_plugin_and_a_judge(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = reward_overhead.main(["--samples", "200", "--judged", "6", "--concurrency", "3", "--seconds", "0.2"])
+    assert figures["trivial"]["samples_per_second"]["median"] > 0
+    assert figures["judge"]["seconds"] >= figures["judge"]["at_least"] == pytest.approx(0.4)
+    assert "samples/s of 200" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [[], ["--failures"]])

@@ -228,11 +228,12 @@ def test_recipe_options_override_the_decorators(tmp_path: Path) -> None:
 
 def test_every_builtin_is_found_by_its_name_and_gives_an_objective_of_that_name(tmp_path: Path) -> None:
     needed = {"regex": {"pattern": "x"}, "format": {"parts": ["x"]}, "length": {"target": 5}}
+    needed["judge"] = {"base_url": "http://localhost:1/v1", "model": "any"}
     assert {"numeric", "exact", "contains", "regex", "format", "length"} <= set(builtin_names())
     for name in builtin_names():
         found = load(PluginSpec(name, args=needed.get(name, {})), tmp_path).describe()
         assert list(found["objectives"]) == [found["name"]] == [name]
-        assert found["doc"] and found["objectives"][name]["range"] == (0.0, 1.0)
+        assert found["doc"] and found["objectives"][name]["range"] == (None if name == "judge" else (0.0, 1.0))
 
 
 def test_the_package_imports_nothing_heavy() -> None:
@@ -262,11 +263,3 @@ def test_a_slow_async_judge_scores_many_samples_at_once(tmp_path: Path) -> None:
         pool.score_sync([Sample("a")] * 256)
         seconds = time.monotonic() - started
     assert 1.2 <= seconds < 6.0, "256 samples, 64 in flight: four rounds of 0.3 s, one after another 19 s"
-
-
-def test_a_trivial_plugin_scores_twenty_thousand_samples_a_second() -> None:
-    samples = [Sample("some words " * 10, group_id=i // 8, token_ids=list(range(24))) for i in range(10_000)]
-    with RewardPool([PluginSpec("brevity_reward.py:brevity")], ROOT / "examples", 0) as pool:
-        pool.score_sync(samples[:64])
-        best = min(pool.score_sync(samples).metrics["reward/brevity/seconds"] for _ in range(5))
-    assert len(samples) / best > 20_000

@@ -201,7 +201,7 @@ def test_a_restart_is_told_by_one_of_the_calls_that_ran_together() -> None:
         rewards = pool("exits")
         try:
             results = await asyncio.gather(*(rewards.score(samples(4, bad=b)) for b in (1, None, None)))
-            return sum(r.metrics["reward/exits/restarts"] for r in results), rewards._workers[0].starts
+            return sum(r.metrics["reward/exits/restarts"] for r in results), rewards._teams[0].starts
         finally:
             rewards.close()
 
@@ -237,7 +237,7 @@ def test_plugins_die_with_the_process_that_holds_the_pool(tmp_path: Path) -> Non
 def test_close_ends_every_process() -> None:
     rewards = pool("raises", "never_awaits")
     rewards.score_sync(samples(4))
-    pids = [w._connection.process.pid for w in rewards._workers if w._connection is not None]
+    pids = [w._connection.process.pid for t in rewards._teams for w in t.workers if w._connection is not None]
     assert len(pids) == 2
     rewards.close()
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)

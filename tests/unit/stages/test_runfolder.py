@@ -182,6 +182,13 @@ def test_when_an_engine_counts_as_lost_changes_no_result(tmp_path: Path) -> None
         compare(run, recipe(tmp_path, grpo_rollout={"max_tokens": 5}))
 
 
+def test_how_fast_a_reward_runs_changes_no_result(tmp_path: Path) -> None:
+    run = finished(recipe(tmp_path), "sft", "dpo", "grpo")
+    compare(run, recipe(tmp_path, grpo_rewards=[{"use": "my.py:short", "processes": 4, "rate": "60/min"}]))
+    with pytest.raises(RunFolderError, match="rewards"):
+        compare(run, recipe(tmp_path, grpo_rewards=[{"use": "my.py:short", "on_error": "fail"}]))
+
+
 def test_changed_data_is_noticed(tmp_path: Path) -> None:
     r = recipe(tmp_path)
     run = finished(r, "sft")

@@ -60,3 +60,15 @@ def test_over_the_calls_of_a_step_sums_add_up_and_means_are_weighted() -> None:
         "reward/a/error_rate": pytest.approx(1 / 16),
         "reward/a/words": pytest.approx(80.0),
     }
+
+
+def test_over_the_calls_of_a_step_percentiles_are_taken_of_all_numbers() -> None:
+    totals = MetricTotals()
+    for numbers in ([1.0, 2.0, 3.0], [4.0], []):
+        totals.add(table(groups(2), series={"reward/a/latency": numbers}))
+    assert totals.metrics() == {
+        "reward/a/latency_mean": pytest.approx(2.5),
+        "reward/a/latency_p50": pytest.approx(2.5),
+        "reward/a/latency_p95": pytest.approx(3.85),
+    }
+    assert split_table(groups(2), table(groups(2), series={"reward/a/latency": [1.0]}))[0].series == {}
