@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rewards.api import Objective, Sample, reward
-from rewards.builtins._answers import gold
+from rewards.builtins._answers import gold, row_gold, several
 
 
 def _check(
@@ -19,7 +20,14 @@ def _check(
         raise ValueError("`texts` is empty: name what the completion should contain")
 
 
-@reward(objectives={"contains": Objective(range=(0, 1))}, validate=_check)
+def _gold(
+    row: Mapping[str, Any], *, texts: list[str] | None = None, column: str | None = None, absent: bool = False, **_: Any
+) -> str | None:
+    """All the texts, one a line; None where they should be absent: what else should be there is not known."""
+    return None if absent else "\n".join(_wanted(texts if texts is not None else row_gold(row, column)))
+
+
+@reward(objectives={"contains": Objective(range=(0, 1))}, validate=_check, gold=_gold)
 def contains(
     samples: Sequence[Sample],
     *,
@@ -37,10 +45,16 @@ def contains(
     """
     scores = []
     for sample in samples:
-        answer = texts if texts is not None else gold(sample, column)
-        wanted = [str(a) for a in (answer if isinstance(answer, list | tuple) else [answer])]
+        wanted = _wanted(texts if texts is not None else gold(sample, column))
         said = sample.completion
         if ignore_case:
             said, wanted = said.casefold(), [w.casefold() for w in wanted]
         scores.append(sum((w in said) != absent for w in wanted) / len(wanted))
     return scores
+
+
+def _wanted(answer: Any) -> list[str]:
+    wanted = several(answer)
+    if not all(wanted):
+        raise ValueError(f"the gold answer {answer!r} holds an empty text, which everything contains")
+    return wanted

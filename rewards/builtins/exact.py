@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rewards.api import Objective, Sample, reward
-from rewards.builtins._answers import gold
+from rewards.builtins._answers import gold, gold_text, several
 
 
-@reward(objectives={"exact": Objective(range=(0, 1))})
+@reward(objectives={"exact": Objective(range=(0, 1))}, gold=gold_text)
 def exact(samples: Sequence[Sample], *, column: str | None = None, ignore_case: bool = False) -> list[float]:
     """1 where the completion is the gold answer, white space aside, else 0.
 
@@ -19,10 +19,9 @@ def exact(samples: Sequence[Sample], *, column: str | None = None, ignore_case: 
     """
     scores = []
     for sample in samples:
-        answer = gold(sample, column)
-        answers = answer if isinstance(answer, list | tuple) else [answer]
+        answers = several(gold(sample, column))
         said = _normal(sample.completion, ignore_case)
-        scores.append(float(any(said == _normal(str(a), ignore_case) for a in answers)))
+        scores.append(float(any(said == _normal(a, ignore_case) for a in answers)))
     return scores
 
 

@@ -44,7 +44,7 @@ def length(
         buffer: over how many units below `max` it falls; default: all of them, so that shorter is always better.
         unit: tokens (the end-of-turn token counts), words, or characters.
     """
-    lengths = [_measure(s, unit) for s in samples]
+    lengths = [measure(s, unit) for s in samples]
     if target is not None:
         return [min(n, target) / builtins.max(n, target) for n in lengths]
     assert max is not None
@@ -52,11 +52,17 @@ def length(
     return [min(1.0, builtins.max(0.0, (max - n) / slope)) for n in lengths]
 
 
-def _measure(sample: Sample, unit: Unit) -> int:
+def measure(sample: Sample, unit: Unit) -> int:
+    """The completion's length. ValueError where its tokens are to be counted and it has none."""
     if unit == "words":
         return len(sample.completion.split())
     if unit == "characters":
         return len(sample.completion)
+    return len(token_ids(sample))
+
+
+def token_ids(sample: Sample) -> Sequence[int]:
+    """The completion's tokens. ValueError where it has a text but none, as in a file of texts."""
     if sample.completion and not sample.token_ids:
         raise ValueError("the sample has a text but no token ids: use `unit: words` or `unit: characters`")
-    return len(sample.token_ids)
+    return sample.token_ids

@@ -1,8 +1,9 @@
 """Is the final number right? 1 or 0, for GSM8K-style answers and everything that ends in a number.
 
-The final number is the first one after the last marker (`####`, `\\boxed{}`, `A:`, `Answer:`, "the answer is"), or the
-last number of the text where there is no marker. Commas, currency and percent signs are dropped, so "$1,250.00" equals
-1250 and "50%" equals 50; fractions (3/4, 1 3/4, \\frac{3}{4}) are exact. A text without a number is wrong, no error.
+The final number is the first one after the last marker (`####`, `\\boxed{}`, `<answer>`, `A:`, `Answer:`, "the answer
+is"), or the last number of the text where there is no marker. Commas, currency and percent signs are dropped, so
+"$1,250.00" equals 1250 and "50%" equals 50; fractions (3/4, 1 3/4, \\frac{3}{4}) are exact. A text without a number is
+wrong, no error.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from rewards.api import Objective, Sample, reward
-from rewards.builtins._answers import gold
+from rewards.builtins._answers import MARKER, gold, gold_text
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?![\w.]))?|\.\d+"
 # A minus belongs to the number unless it subtracts: "16-3" holds 16 and 3, "x = -3" and "$-3" hold -3.
@@ -21,10 +22,6 @@ _SIGN = r"(?:(?<![\w.)\]])[-+−–]\s?(?:\$\s?)?)?"
 _NUMBER = re.compile(
     rf"(?P<sign>{_SIGN})(?:(?P<whole>\d{{1,15}})\s+(?=\d{{1,15}}\s?/\s?\d))?"
     rf"(?P<top>{_DIGITS})(?:\s?/\s?(?P<under>\d+(?:\.\d+)?))?"
-)
-# Within one line and without two repeats side by side: a completion of a thousand line breaks must not take minutes.
-_MARKER = re.compile(
-    r"####|\\boxed\s*\{|^[ \t*]*(?:Final )?(?:A|Answer)[ \t*]*:|\banswer\s+is\b", re.IGNORECASE | re.MULTILINE
 )
 _CALCULATION = re.compile(r"<<[^<>]*>>")  # GSM8K's calculator notes
 _FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{\s*)?(-?[\d.,]+)\s*(?:\}\s*)?(?:\{\s*)?([\d.,]+)\s*\}?")
@@ -36,7 +33,7 @@ def final_number(text: str) -> Fraction | None:
     """The number that a text ends in, exactly; None where it holds none."""
     plain = _simplify(text)
     end = len(plain)
-    for marker in reversed(list(_MARKER.finditer(plain))):  # the last marker that a number follows
+    for marker in reversed(list(MARKER.finditer(plain))):  # the last marker that a number follows
         found = _NUMBER.search(plain, marker.end(), end)
         value = _value(found) if found else None
         if value is not None:
@@ -82,7 +79,7 @@ def _check(column: str | None = None, tolerance: float = 0.0) -> None:
         raise ValueError(f"tolerance is a relative difference of at least 0, not {tolerance}")
 
 
-@reward(objectives={"numeric": Objective(range=(0, 1))}, validate=_check)
+@reward(objectives={"numeric": Objective(range=(0, 1))}, validate=_check, gold=gold_text)
 def numeric(samples: Sequence[Sample], *, column: str | None = None, tolerance: float = 0.0) -> list[float]:
     """1 where the completion's final number equals the gold answer's, else 0.
 

@@ -227,13 +227,21 @@ def test_recipe_options_override_the_decorators(tmp_path: Path) -> None:
 
 
 def test_every_builtin_is_found_by_its_name_and_gives_an_objective_of_that_name(tmp_path: Path) -> None:
-    needed = {"regex": {"pattern": "x"}, "format": {"parts": ["x"]}, "length": {"target": 5}}
-    needed["judge"] = {"base_url": "http://localhost:1/v1", "model": "any"}
+    needed = {
+        "regex": {"pattern": "x"},
+        "format": {"parts": ["x"]},
+        "length": {"target": 5},
+        "json_schema": {"schema": {}},
+        "language": {"language": "en"},
+        "soft_overlong": {"max": 10, "cache": 5},
+        "judge": {"base_url": "http://localhost:1/v1", "model": "any"},
+    }
+    ranges = {"soft_overlong": (-1.0, 0.0), "repetition": (-1.0, 0.0), "judge": None}
     assert {"numeric", "exact", "contains", "regex", "format", "length"} <= set(builtin_names())
     for name in builtin_names():
         found = load(PluginSpec(name, args=needed.get(name, {})), tmp_path).describe()
         assert list(found["objectives"]) == [found["name"]] == [name]
-        assert found["doc"] and found["objectives"][name]["range"] == (None if name == "judge" else (0.0, 1.0))
+        assert found["doc"] and found["objectives"][name]["range"] == ranges.get(name, (0.0, 1.0))
 
 
 def test_the_package_imports_nothing_heavy() -> None:
