@@ -1,0 +1,543 @@
+"""Hostile programs in the sandbox: each tries what it must not, and the machine is looked at afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rewards import PluginError
+from rewards.sandbox import Limits, Outcome, Sandbox, Tests, TestsError, client
+
+ROOT = Path(__file__).parents[3]
+SHORT = Limits(cpu_s=1, wall_s=2.5)
+
+
+class Runner:
+    """A sandbox with an event loop, for tests that are plain functions."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.Runner()
+        self.sandbox = Sandbox()
+        self.loop.run(self.sandbox.start())
+
+    def script(self, source: str, text: str = "", limits: Limits = SHORT) -> tuple[str, Outcome]:
+        return self.loop.run(self.sandbox.run_script(source, text, limits))
+
+    def tests(self, solution: str, *tests: str, limits: Limits = SHORT, **more: object) -> Outcome:
+        return self.loop.run(self.sandbox.run_tests(solution, Tests(tests, **more), limits))
+
+    def processes(self) -> list[psutil.Process]:
+        """What is left below the zygote."""
+        assert self.sandbox._process is not None
+        deadline = time.monotonic() + 2
+        while (left := psutil.Process(self.sandbox._process.pid).children(recursive=True)) and (
+            time.monotonic() < deadline
+        ):
+            time.sleep(0.01)
+        return left
+
+
+@pytest.fixture(scope="module")
+def box() -> Iterator[Runner]:
+    runner = Runner()
+    yield runner
+    runner.sandbox.close()
+    runner.loop.close()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(box: Runner) -> Iterator[None]:
+    yield
+    assert box.processes() == []
+    assert box.script("print(6 * 7)") == ("42\n", Outcome(1, 1))
+
+
+# ------------------------------------------------------------------------------------------------ outside
+
+PRELUDE = """
+import os, sys, socket, ctypes, signal
+def attempt(name, function):
+    try:
+        function()
+    except BaseException:
+        return
+    print("LEAK", name)
+"""
+
+
+def attempts(**lines: str) -> str:
+    return PRELUDE + "".join(f"attempt({name!r}, lambda: {line})\n" for name, line in lines.items())
+
+
+def leaks(box: Runner, source: str, count: int) -> None:
+    """Nothing of `source` works in the sandbox, and everything does outside: the attempts are real ones."""
+    outside = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=20, cwd="/")
+    assert outside.stdout.count("LEAK") == count, outside.stdout + outside.stderr
+    assert box.script(source) == ("", Outcome(1, 1))
+
+
+def test_no_file_outside_can_be_read(box: Runner, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    tmp_path.chmod(0o755)
+    secret.chmod(0o644)
+    lines = {
+        "passwd": "open('/etc/passwd').read()",
+        "run folder": f"open({str(secret)!r}).read()",
+        "seen": f"os.stat({str(secret)!r})",
+        "checkout": f"os.listdir({str(ROOT)!r})",
+        "environment": f"open('/proc/{os.getpid()}/environ').read()",
+        "own environment": "open('/proc/self/environ').read()",
+        "memory": "open('/proc/self/mem', 'rb')",
+        "mounts": "open('/proc/mounts').read()",
+        "devices": "os.listdir('/sys/class')",
+        "parent's root": f"open('/proc/{os.getpid()}/root/etc/passwd').read()",
+        "climbing": "open('../../../../../../etc/passwd').read()",
+    }
+    leaks(box, attempts(**lines), len(lines))
+
+
+def test_a_descriptor_that_was_left_open_leads_nowhere(box: Runner) -> None:
+    printed, outcome = box.script(
+        "import os\nfor d in range(3, 4096):\n    try: print(d, os.fstat(d))\n    except OSError: pass"
+    )
+    assert not outcome.cause
+    assert [line.split()[0] for line in printed.splitlines()] == ["3"], "its program came over 3"
+    found = box.script(
+        "import os\nprint(sorted(os.listdir('/')), os.listdir('.'), dict(os.environ), os.uname().nodename)"
+    )
+    top = {"lib", "lib64", "usr", "dev", "etc", "work", Path(os.__file__).parts[1]}
+    assert set(eval(found[0].split("]")[0] + "]")) <= top
+    assert "[] {'HOME': '/work', 'TMPDIR': '/work', 'LANG': 'C.UTF-8'} sandbox" in found[0]
+
+
+def test_nothing_outside_can_be_written(box: Runner, tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    (tmp_path / "link").symlink_to("/tmp")
+    home = os.path.expanduser("~")
+    places = ["/tmp", "/dev/shm", home, str(tmp_path), "/var/tmp", f"/proc/{os.getpid()}/cwd"]
+    lines = {f"write {p}": f"(open('{p}/align-trial', 'w').close(), os.remove('{p}/align-trial'))" for p in places}
+    lines |= {f"folder {p}": f"(os.mkdir('{p}/align-trial-d'), os.rmdir('{p}/align-trial-d'))" for p in places}
+    lines |= {"chmod": f"os.chmod({str(tmp_path)!r}, 0o777)", "times": f"os.utime({str(tmp_path)!r})"}
+    leaks(box, attempts(**lines), len(lines))
+    lines = {"root": "open('/trial', 'w')", "library": "open(os.__file__ + '.trial', 'w')",
+             "patch": "open(os.__file__, 'a')", "devices": "open('/dev/trial', 'w')"}  # fmt: skip
+    assert box.script(attempts(**lines)) == ("", Outcome(1, 1))
+
+
+def test_its_own_folder_is_writable_small_and_gone_afterwards(box: Runner) -> None:
+    assert box.script("open('a', 'w').write('x')\nprint(open('a').read())")[0] == "x\n"
+    assert box.script("import os\nprint(os.listdir('.'))")[0] == "[]\n"
+    fill = "n = 0\ntry:\n    while n < 200:\n        open(str(n), 'wb').write(bytes(2**20)); n += 1\nexcept OSError: pass\nprint(n)"
+    assert 1 <= int(box.script(fill)[0]) <= 16
+    many = (
+        "n = 0\ntry:\n    while n < 100000:\n        open(f'f{n}', 'w').close(); n += 1\nexcept OSError: pass\nprint(n)"
+    )
+    assert int(box.script(many)[0]) < 1024
+
+
+def test_there_is_no_network(box: Runner, tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as tcp,
+        socket.socket(socket.AF_UNIX) as path,
+        socket.socket(socket.AF_UNIX) as abstract,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp,
+    ):
+        path.bind(str(tmp_path / "s"))
+        (tmp_path / "s").chmod(0o777)
+        name = f"\0align-test-{os.getpid()}"
+        abstract.bind(name)
+        udp.bind(("127.0.0.1", 0))
+        for listening in (path, abstract):
+            listening.listen()
+        lines = {
+            "tcp": f"socket.create_connection(('127.0.0.1', {tcp.getsockname()[1]}), 1)",
+            "udp": f"socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', {udp.getsockname()!r})",
+            "path": f"socket.socket(socket.AF_UNIX).connect({str(tmp_path / 's')!r})",
+            "abstract": f"socket.socket(socket.AF_UNIX).connect({name!r})",
+            "pair": f"[socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM), socket.socket(socket.AF_UNIX)][1].connect({name!r})",
+            "names": "socket.getaddrinfo('localhost', 80)",
+            "netlink": "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)",
+            "listening": "socket.create_server(('127.0.0.1', 0))",
+        }
+        leaks(box, attempts(**lines), len(lines))
+        for listening in (tcp, path, abstract, udp):
+            listening.setblocking(False)
+        extra = {"names": "socket.gethostbyname('example.com')", "raw": "socket.socket(40, socket.SOCK_STREAM)"}
+        assert box.script(attempts(**extra)) == ("", Outcome(1, 1))
+
+
+def test_no_other_process_gets_a_signal(box: Runner) -> None:
+    victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    other = os.getuid() or 65534
+    lines = {
+        "kill": f"os.kill({victim.pid}, 0)", "group": f"os.killpg({victim.pid}, 0)",
+        "pidfd": f"signal.pidfd_send_signal(os.pidfd_open({victim.pid}), 0)",
+        "own group": "os.killpg(0, 0)", "all": "os.kill(-1, 0)",
+        "queue": f"[1][ctypes.CDLL(None).sigqueue({victim.pid}, 0, 0)]",
+        "owner": "__import__('fcntl').fcntl(os.pipe()[0], 8, os.getpid())",
+        "priority": f"os.setpriority(os.PRIO_PROCESS, {victim.pid}, os.getpriority(os.PRIO_PROCESS, {victim.pid}))",
+        "limits": f"__import__('resource').prlimit({victim.pid}, 7)",
+    }  # fmt: skip
+    lines["queue"] = f"1 / (ctypes.CDLL(None).sigqueue({victim.pid}, 0, None) + 1)"
+    try:
+        leaks(box, attempts(**lines), len(lines))
+        every = "import os\nfor pid in [-1, 0, *range(2, 70000)]:\n    try: os.kill(pid, 9)\n    except OSError: pass\nprint('done')"
+        assert box.script(every)[0] == "done\n"
+        assert victim.poll() is None and other
+    finally:
+        victim.kill()
+        victim.wait()
+
+
+CALLS = {
+    "io_uring": 425, "bpf": 321, "perf": 298, "ptrace": 101, "keyring": 250, "add key": 248, "unshare": 272,
+    "setns": 308, "mount": 165, "new mount": 429, "pivot": 155, "chroot": 161, "process memory": 310, "memfd": 319,
+    "userfault": 323, "shm": 29, "message queue": 68, "inotify": 253, "personality": 135, "prctl": 157, "seccomp": 317,
+    "landlock": 444, "pidfd": 434, "handle": 304, "swap": 167, "reboot": 169, "module": 175, "clock": 227, "fork": 57,
+    "vfork": 58, "exec": 59, "execveat": 322, "socket": 41, "connect": 42, "sendmsg": 46, "kcmp": 312, "ioperm": 173,
+    "syslog": 103, "fanotify": 300, "future": 600,
+}  # fmt: skip
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the numbers are those of x86-64")
+def test_calls_that_no_solution_needs_are_refused_by_number(box: Runner) -> None:
+    source = (
+        "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        f"for name, number in {CALLS!r}.items():\n"
+        "    if libc.syscall(number, 0, 0, 0, 0, 0, 0) != -1 or ctypes.get_errno() != 1: print(name, ctypes.get_errno())\n"
+        "print(libc.syscall(56, 17, 0, 0, 0, 0), libc.syscall(56, 0x10010011, 0, 0, 0, 0))"
+    )
+    assert box.script(source)[0] == "-1 -1\n", "clone as fork and clone into a namespace too"
+
+
+# ------------------------------------------------------------------------------------------------ resources
+
+
+def test_a_fork_bomb_forks_nothing(box: Runner) -> None:
+    bomb = """
+import os, subprocess, sys, ctypes, threading, multiprocessing
+libc = ctypes.CDLL(None)
+def by(f):
+    try: f(); print("LEAK", f)
+    except BaseException: pass
+for f in (os.fork, os.forkpty, lambda: os.posix_spawn("/bin/sh", ["sh"], {}), lambda: subprocess.run(["true"]),
+          lambda: subprocess.run([sys.executable, "-c", ""]), multiprocessing.Process(target=print).start,
+          lambda: os.execv(sys.executable, ["x"]), lambda: os.system("true") and 1 / 0,
+          lambda: 1 / (libc.vfork() + 1)):
+    for _ in range(50): by(f)
+"""
+    printed, outcome = box.script(bomb)
+    assert printed == "" or "system" in printed
+    assert not outcome.cause and box.processes() == []
+
+
+def test_a_daemon_cannot_stay(box: Runner) -> None:
+    daemon = "import os, time\ntry:\n    if os.fork() == 0:\n        os.setsid()\n        if os.fork() == 0: time.sleep(60)\nexcept OSError: pass\nimport threading\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()"
+    assert box.script(daemon)[1] == Outcome(1, 1)
+    assert box.processes() == []
+
+
+def test_threads_are_few(box: Runner) -> None:
+    source = "import threading\nn = 0\ne = threading.Event()\ntry:\n    while n < 500:\n        threading.Thread(target=e.wait, daemon=True).start(); n += 1\nexcept RuntimeError: pass\nprint(n)"
+    assert 8 <= int(box.script(source)[0]) <= 17
+
+
+@pytest.mark.parametrize(
+    "how", ["bytearray(10 * 2**30)", "[0] * (10 * 2**30 // 8)", "__import__('mmap').mmap(-1, 10 * 2**30)"]
+)
+def test_ten_gigabytes_are_not_there(box: Runner, how: str) -> None:
+    before = psutil.virtual_memory().available
+    _, outcome = box.script(how)
+    assert outcome.cause == "failed" and ("MemoryError" in outcome.detail or "allocate" in outcome.detail)
+    assert psutil.virtual_memory().available > before - 2**30
+
+
+def test_memory_that_grows_ends_the_solution_and_nothing_else(box: Runner) -> None:
+    outcome = box.tests("def f():\n    x = []\n    while True: x.append(bytearray(2**20))", "assert f() == 1")
+    assert outcome.cause in ("failed", "crashed") and outcome.passed == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "cause"),
+    [
+        ("while True: pass", "timeout"),
+        ("import time\nwhile True: time.sleep(1000)", "timeout"),
+        ("import re\nre.match(r'(a+)+$', 'a' * 60 + 'b')", "timeout"),
+        ("import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass", "timeout"),
+        ("while True: print('x' * 10000)", "output"),
+        ("import os\nos._exit(7)", "crashed"),
+        ("import ctypes\nctypes.string_at(0)", "crashed"),
+        ("import sys\nsys.setrecursionlimit(10**9)\ndef f(): return f()\nf()", "crashed"),
+        ("import os\nos.abort()", "crashed"),
+        ("1 / 0", "failed"),
+        ("exit(3)", "failed"),
+        ("def f(:", "failed"),
+    ],
+)  # fmt: skip
+def test_a_program_that_goes_wrong_is_ended_and_its_end_is_named(box: Runner, source: str, cause: str) -> None:
+    started = time.monotonic()
+    _, outcome = box.script(source)
+    assert (outcome.passed, outcome.cause) == (0, cause), outcome
+    assert time.monotonic() - started < 8
+
+
+def test_many_at_once_do_not_disturb_each_other(box: Runner) -> None:
+    async def all_at_once() -> list[tuple[str, Outcome]]:
+        runs = [box.sandbox.run_script(f"print({n})\nopen('f', 'x')", "", Limits()) for n in range(24)]
+        return list(await asyncio.gather(*runs))
+
+    found = box.loop.run(all_at_once())
+    assert [printed for printed, _ in found] == [f"{n}\n" for n in range(24)]
+    assert {outcome for _, outcome in found} == {Outcome(1, 1)}
+
+
+def test_a_run_that_is_given_up_leaves_no_process(box: Runner) -> None:
+    async def give_up() -> None:
+        task = asyncio.create_task(box.sandbox.run_script("while True: pass", "", Limits()))
+        await asyncio.sleep(0.3)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    box.loop.run(give_up())
+    assert box.processes() == []
+
+
+def test_one_solution_leaves_nothing_for_the_next(box: Runner) -> None:
+    first = "import json, builtins, random\njson.loads = builtins.len = None\nrandom.seed(5)\nprint(1)"
+    box.script(first)
+    source = "import json, random\nprint(json.loads('[1]'), len('ab'), random.random())"
+    assert box.script(source) == box.script(source)
+    assert box.script(source)[0].startswith("[1] 2 ")
+
+
+# ------------------------------------------------------------------------------------------------ the verdict
+
+SECRET = "q7fX0secret"
+FORGERIES = {
+    "exits with 0": "import sys\nsys.exit(0)",
+    "exits hard with 0": "import os\nos._exit(0)",
+    "exits when called": "import os\ndef f(x): os._exit(0)",
+    "raises SystemExit": "def f(x): raise SystemExit(0)",
+    "raises KeyboardInterrupt": "def f(x): raise KeyboardInterrupt",
+    "raises AssertionError": "def f(x): raise AssertionError",
+    "equals everything": "class A:\n    def __eq__(self, o): return True\n    def __bool__(self): return True\ndef f(x): return A()",
+    "equal int": "class A(int):\n    def __eq__(self, o): return True\n    __hash__ = int.__hash__\ndef f(x): return A(1)",
+    "equal text": "class A(str):\n    def __eq__(self, o): return True\n    __hash__ = str.__hash__\ndef f(x): return A('no')",
+    "prints a pass": "print('passed', 'OK', '1 passed')\ndef f(x): return None",
+    "writes a verdict everywhere": (
+        "import os, json\nv = json.dumps({'passed': 1, 'total': 1, 'failure': '', 'cause': '', 'bad': ''}).encode()\n"
+        "def f(x):\n    for d in range(64):\n        try: os.write(d, v)\n        except OSError: pass"
+    ),
+    "closes the channel": "import os\nos.closerange(0, 64)\ndef f(x): return None",
+    "patches the protocol": (
+        "import rewards.sandbox.peer as p\np.Peer.encode = lambda self, v: {'t': 'builtin', 'v': 'True'}\n"
+        "def f(x): return None"
+    ),
+    "patches the judge": (
+        "import rewards.sandbox.roles as r, builtins, json\nr._run = lambda *a, **k: {'passed': 1, 'total': 1}\n"
+        "builtins.AssertionError = Exception\njson.dumps = lambda *a, **k: '[\"got\", {\"passed\": 1}]'\ndef f(x): return None"
+    ),
+    "answers with a bomb": (
+        "import os, struct\ndef f(x):\n    b = b'[' * (4 * 2**20 - 8)\n    os.write(3, struct.pack('!I', len(b)))\n"
+        "    while b: b = b[os.write(3, b):]\n    os._exit(0)"
+    ),
+    "answers without end": "import os, struct\ndef f(x):\n    while True: os.write(3, b'\\xff' * 65536)",
+    "asks without end": (
+        "import os, struct\ndef f(x):\n    b = b'[\"ask\",\"call\",0,[],{\"t\":\"dict\",\"v\":[]}]'\n"
+        "    while True: os.write(3, struct.pack('!I', len(b)) + b); os.read(3, 1 << 16)"
+    ),
+    "looks into the tests": (
+        "import os, struct, json\ndef f(x):\n    for n in range(5):\n"
+        "        b = json.dumps(['ask', 'attribute', n, '__globals__']).encode()\n"
+        "        os.write(3, struct.pack('!I', len(b)) + b)\n        got = os.read(3, 1 << 16)\n"
+        "        if b'q7fX0' in got: return 'q7fX0secret'"
+    ),
+    "searches its memory": (
+        "import gc, sys\ndef f(x):\n    for o in [*gc.get_objects(), *sys.modules.values()]:\n"
+        "        for s in [o, *(o if isinstance(o, (list, tuple, set)) else ()), *(list(o.values()) if type(o) is dict else ())]:\n"
+        "            if type(s) in (str, bytes) and len(s) < 10**6:\n                t = s if type(s) is str else s.decode('latin1')\n"
+        "                i = t.find('q7fX0' + 'sec')\n                if i >= 0: return t[i:i + 11]"
+    ),
+    "walks the stack": (
+        "import sys\ndef f(x):\n    g = sys._getframe()\n    while g:\n        g.f_globals['expected'] = None\n"
+        "        for v in list(g.f_locals.values()):\n            if isinstance(v, str) and 'q7fX0' in v and len(v) == 11: return v\n"
+        "        g = g.f_back"
+    ),
+    "yields for ever": "import itertools\ndef f(x): return itertools.repeat('q')",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_verdict_cannot_be_forged(box: Runner, name: str) -> None:
+    # The second assertion would accept anything that is true, the third anything iterable.
+    outcome = box.tests(FORGERIES[name], f"got = f(1)\nassert got == {SECRET!r}\nassert list(got) == list({SECRET!r})")
+    assert outcome.passed == 0 and outcome.cause, outcome
+    fraction = box.tests(FORGERIES[name], f"assert f(1) == {SECRET!r}\nassert f(1) in [{SECRET!r}, 5]", fraction=True)
+    assert fraction.passed == 0 and fraction.total >= 2, fraction
+
+
+def test_an_honest_solution_passes_the_same_tests(box: Runner) -> None:
+    honest = f"def f(x): return {SECRET!r}"
+    assert box.tests(honest, f"got = f(1)\nassert got == {SECRET!r}\nassert list(got) == list({SECRET!r})") == Outcome(
+        3 - 1, 2
+    )
+
+
+VALUES = [
+    "None", "True", "-3", "2**200", "1.5", "float('inf')", "1+2j", "'é\\ud800'", "b'\\x00\\xff'", "[1, [2]]", "(1, (2,))",
+    "{1: 'a', (2, 3): None}", "{1, 2}", "frozenset([1])", "__import__('fractions').Fraction(1, 3)",
+    "__import__('decimal').Decimal('1.10')", "__import__('collections').Counter('aab')",
+    "__import__('collections').deque([1, 2])", "__import__('datetime').date(2024, 5, 6)", "10**5000", "range(3) and [0, 1, 2]",
+]  # fmt: skip
+
+
+def test_values_cross_unchanged_in_both_directions(box: Runner) -> None:
+    tests = [f"assert f({v}) == {v} and type(f({v})) is type({v})" for v in VALUES]
+    assert box.tests("def f(x): return x", *tests) == Outcome(len(VALUES), len(VALUES))
+
+
+def test_objects_functions_generators_and_changed_arguments_work_across(box: Runner) -> None:
+    solution = """
+class Pair:
+    def __init__(self, a, b): self.a, self.b = a, b
+    def total(self): return self.a + self.b
+def longest(pairs): return max(p.total() for p in pairs)
+def count(n):
+    yield from range(n)
+def sort(xs): xs.sort()
+def apply(f, x): return f(x)
+def twice(f): return lambda x: f(f(x))
+def bad(x): raise ValueError("no " + x)
+class Solution:
+    def add(self, a, b): return a + b
+LIMIT = 5
+"""
+    tests = [
+        "assert longest([Pair(1, 2), Pair(5, 7)]) == 12 and Pair(3, 4).a == 3",
+        "assert list(count(4)) == [0, 1, 2, 3] and next(count(1)) == 0",
+        "xs = [3, 1, 2]\nsort(xs)\nassert xs == [1, 2, 3]",
+        "assert apply(lambda v: v + 1, 4) == 5 and apply(len, 'abc') == 3 and twice(lambda v: v * 2)(3) == 12",
+        "try:\n    bad('way')\n    assert False\nexcept ValueError as error:\n    assert str(error) == 'no way'",
+        "assert Solution().add(1, b=2) == 3 and LIMIT == 5 and math.floor(2.5) == 2",
+        "assert Pair(1, 2) != Pair(1, 2) and Pair(1, 2) != 3",
+    ]
+    found = box.tests(solution, *tests)
+    assert found.cause == "" and found.passed == found.total, found
+
+
+def test_a_fraction_counts_assertions_and_goes_on_after_a_failure(box: Runner) -> None:
+    check = "def check(c):\n    assert c(1) == 1\n    assert c(2) == 5, 'two'\n    assert c(3) == 3\n    assert c(4) == 4\ncheck(f)"
+    assert box.tests("def f(x): return x", check) == Outcome(
+        0, 4, "failed", "AssertionError: two (line 3): assert c(2) == 5, 'two'"
+    )
+    found = box.tests("def f(x): return x", check, fraction=True)
+    assert (found.passed, found.total, found.cause) == (3, 4, "failed")
+    found = box.tests("def f(x):\n    while x == 3: pass\n    return x", check, fraction=True)
+    assert (found.passed, found.total, found.cause) == (1, 4, "failed")
+
+
+def test_tests_that_cannot_judge_are_an_error_and_no_score(box: Runner) -> None:
+    for tests, setup in (("assert f(", ""), ("f(1)", ""), ("assert f(1)", "import nothing_of_that_name")):
+        with pytest.raises(TestsError):
+            box.tests("def f(x): return x", tests, setup=setup)
+
+
+def test_what_the_row_defines_is_not_the_solutions_to_replace(box: Runner) -> None:
+    forged = "def helper(x): return 0\ndef f(x): return 99\nabs = lambda x: 0"
+    test = "assert abs(helper(f(1))) == 0"
+    assert box.tests(forged, test).cause == "", "a helper of the solution's is its word"
+    found = box.tests(forged, test, setup="def helper(x): return x - 1\ndef f(x): ...", entry="f")
+    assert found.cause == "failed", "a helper of the row's is the row's, the entry the solution's"
+
+
+# ------------------------------------------------------------------------------------------------ refusal
+
+
+@pytest.mark.parametrize("layer", ["privileges", "limits", "system calls"])
+def test_it_does_not_start_where_a_layer_does_not_hold(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hole = (
+        "; from dataclasses import replace; from rewards.sandbox import jail; "
+        f"jail.INNER = tuple(replace(l, enter=lambda limits: None) if l.name == {layer!r} else l for l in jail.INNER)"
+    )
+    monkeypatch.setattr(client, "_BOOTSTRAP", client._BOOTSTRAP.replace("; from", hole + "; from", 1))
+    with pytest.raises(PluginError, match=f"{layer}: Leak") as caught:
+        asyncio.run(Sandbox().start())
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("flag", ["NEWPID", "NEWNET", "NEWNS"])
+def test_it_does_not_start_where_a_namespace_is_missing(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hole = f"; from rewards.sandbox import jail, kernel; jail._ALL &= ~kernel.CLONE_{flag}"
+    monkeypatch.setattr(client, "_BOOTSTRAP", client._BOOTSTRAP.replace("; from", hole + "; from", 1))
+    with pytest.raises(PluginError, match="contained here"):
+        asyncio.run(Sandbox().start())
+
+
+IN_A_CONTAINER = """
+import struct, sys
+from pathlib import Path
+from rewards import PluginError, Sample
+from rewards.plugin import PluginSpec
+from rewards.pool import RewardPool
+from rewards.sandbox import kernel
+number = {"x86_64": 272, "aarch64": 97}[kernel.MACHINE]
+code = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x50001), (0x06, 0, 0, 0x7FFF0000)]
+kernel._call("prctl", 38, 1, 0, 0, 0)
+kernel.install_filter(b"".join(struct.pack("=HBBI", *i) for i in code))
+try:
+    with RewardPool([PluginSpec("code")], Path("/"), 0) as pool:
+        pool.score_sync([Sample("print(1)", row={"input_output": {"inputs": [""], "outputs": ["1"]}})])
+except PluginError as error:
+    print(error)
+"""
+
+
+def test_where_unshare_is_forbidden_as_containers_do_the_plugin_refuses_with_a_remedy() -> None:
+    done = subprocess.run([sys.executable, "-c", IN_A_CONTAINER], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "code cannot be contained here: namespaces:" in done.stdout, done.stdout + done.stderr
+    assert "seccomp=unconfined" in done.stdout
+
+
+def test_everything_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    source = (
+        "import asyncio\nfrom rewards.sandbox import Sandbox, Limits\n"
+        "async def main():\n    s = Sandbox()\n    await s.start()\n    print(s._process.pid, flush=True)\n"
+        "    await s.run_script('import time\\ntime.sleep(50)', '', Limits(wall_s=60))\nasyncio.run(main())"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", source], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    zygote = psutil.Process(int(parent.stdout.readline()))
+    deadline = time.monotonic() + 10
+    while len(family := [zygote, *zygote.children(recursive=True)]) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    gone, alive = psutil.wait_procs(family, timeout=5)
+    assert len(gone) == 3 and not alive
+
+
+def test_a_zygote_that_was_killed_is_an_error_and_the_next_start_mends_it() -> None:
+    async def main() -> None:
+        async with Sandbox() as sandbox:
+            assert sandbox._process is not None
+            sandbox._process.kill()
+            sandbox._process.wait()
+            with pytest.raises(client.SandboxError):
+                await sandbox.run_script("print(1)", "", Limits())
+            await sandbox.start()
+            assert (await sandbox.run_script("print(1)", "", Limits()))[0] == "1\n"
+
+    asyncio.run(main())
