@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from rewards.api import Sample
-from rewards.sandbox import Tests
+from rewards.sandbox import Calls
 
 Take = Literal["auto", "last", "first", "text", "continue"]
 Cases = list[tuple[str, str]]  # standard input, expected output
@@ -57,7 +57,7 @@ def _compiles(source: str) -> bool:
     return True
 
 
-def judged_by(sample: Sample, column: str | None, fraction: bool) -> Tests | Cases:
+def judged_by(sample: Sample, column: str | None, fraction: bool) -> Calls | Cases:
     """The row's tests: calls with assertions, or cases of input and output. KeyError names the row's columns."""
     row = sample.row
     name = next((n for n in ((column,) if column else COLUMNS) if row.get(n) is not None), None)
@@ -89,7 +89,7 @@ def _from_json(text: str) -> Any:
         return text
 
 
-def _calls(sample: Sample, tests: list[str], fraction: bool) -> Tests:
+def _calls(sample: Sample, tests: list[str], fraction: bool) -> Calls:
     """HumanEval's `check(candidate)` is called with the entry point; MBPP's assertions name what they call."""
     row = sample.row
     entry = row.get("entry_point") if isinstance(row.get("entry_point"), str) else None
@@ -98,7 +98,7 @@ def _calls(sample: Sample, tests: list[str], fraction: bool) -> Tests:
     imports = row.get("test_imports") or []
     setup = [prompt_of(sample), *(imports if isinstance(imports, list | tuple) else [imports])]
     setup.append(row.get("test_setup_code") or "")
-    return Tests(tests, "\n".join(map(str, setup)), entry, fraction)
+    return Calls(tests, "\n".join(map(str, setup)), entry, fraction)
 
 
 def _cases(value: Mapping[str, Any], name: str) -> Cases:

@@ -28,7 +28,7 @@ Limits of the guarantee: the kernel itself (a hole in it is a hole here), what c
 number of cores), and one process's share of CPU and memory for its seconds.
 """
 
-from rewards.sandbox.client import Outcome, Sandbox, SandboxError, Tests, TestsError
+from rewards.sandbox.client import Calls, Outcome, Sandbox, SandboxError, UnusableTests
 from rewards.sandbox.jail import Limits
 
-__all__ = ["Limits", "Outcome", "Sandbox", "SandboxError", "Tests", "TestsError"]
+__all__ = ["Calls", "Limits", "Outcome", "Sandbox", "SandboxError", "UnusableTests"]

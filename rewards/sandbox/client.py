@@ -37,7 +37,7 @@ class SandboxError(Exception):
     """The sandbox failed, not the code in it."""
 
 
-class TestsError(ValueError):
+class UnusableTests(ValueError):
     """The tests cannot judge any solution."""
 
 
@@ -57,7 +57,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Tests:
+class Calls:
     """How a solution is judged by calls. setup: trusted source that the tests need; tests: sources with assertions;
     entry: a name that tests use and that is the solution's even where setup defines it; fraction: go on after a
     failure, to count."""
@@ -148,17 +148,17 @@ class Sandbox:
                 "pid": os.getpid(),
                 "proc": f"/proc/{os.getpid()}/status",
             }
-            with self._spawn("probe", Limits(cpu_s=5, wall_s=20, memory_mb=64, files_mb=1), {}, outside) as probe:
+            with self._spawn("probe", Limits(cpu_s=5, wall_s=20, files_mb=1), {}, outside) as probe:
                 first = await probe.message()
                 if not first.get("contained"):
                     raise SandboxError(f"{first.get('refused') or f'the trial process ended: {first}'}")
 
     # ------------------------------------------------------------------------------------------------ judging
 
-    async def run_tests(self, solution: str, tests: Tests, limits: Limits) -> Outcome:
+    async def run_tests(self, solution: str, tests: Calls, limits: Limits) -> Outcome:
         """The solution in one sandbox, its tests in another; see `rewards.sandbox` for why the verdict holds.
 
-        TestsError where the tests are to blame."""
+        UnusableTests where the tests are to blame."""
         link, other_link = socket.socketpair()
         channel, far = socket.socketpair()
         with link, other_link, far, contextlib.ExitStack() as running:
@@ -226,7 +226,7 @@ class Contained:
             await asyncio.wait([waiting], timeout=grace_s)
         if not waiting.done():
             with contextlib.suppress(OSError):
-                self._keeper.send(b"stop")
+                self._keeper.shutdown(socket.SHUT_WR)  # a message that it did not read would hide its last one
         ended = await waiting
         if "refused" in ended:
             raise SandboxError(f"a process could not be contained, so it did not run: {ended['refused']}")
@@ -277,7 +277,7 @@ def _verdict(answer: bytes, candidate: dict[str, Any], judge: dict[str, Any], li
         raise SandboxError(f"the tests ended without a verdict (status {judge['status']})")
     found = json.loads(answer)
     if found["bad"]:
-        raise TestsError(found["bad"])
+        raise UnusableTests(found["bad"])
     cause, detail = found["cause"], found["failure"]
     if cause == "crashed":
         late = _how_it_ended(candidate, "", limits)

@@ -183,9 +183,8 @@ def try_privileges(outside: Mapping[str, Any]) -> None:
 def enter_limits(limits: Limits) -> None:
     """The hard limits too, so that they cannot be raised. CPU seconds are whole ones, rounded up."""
     page = resource.getpagesize()
-    now = resource.getrusage(resource.RUSAGE_SELF)
     bounds = {
-        resource.RLIMIT_CPU: ceil(limits.cpu_s + now.ru_utime + now.ru_stime),
+        resource.RLIMIT_CPU: ceil(limits.cpu_s),
         resource.RLIMIT_AS: limits.memory_mb * 2**20 + _address_space * page,
         resource.RLIMIT_NPROC: limits.threads + 2,  # this process and its keeper count
         resource.RLIMIT_NOFILE: 64,
@@ -212,6 +211,8 @@ def note_address_space() -> None:
 
 def try_limits(outside: Mapping[str, Any]) -> None:
     limit = resource.getrlimit(resource.RLIMIT_AS)[1]
+    if limit == resource.RLIM_INFINITY:
+        raise Leak("it has no limit of memory")
     _fails(lambda: bytearray(limit), f"it allocates {limit} bytes", MemoryError)
     size = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import select
 import signal
 import sys
 
@@ -73,9 +74,10 @@ def drop_capabilities() -> None:
 
 
 def die_with(parent: int) -> None:
-    """SIGKILL for this process when its parent ends. Again after each change of user: that disarms it."""
+    """SIGKILL for this process when its parent ends, the process behind that pidfd. Again after each change of user:
+    that disarms it."""
     _call("prctl", _PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    if os.getppid() != parent:
+    if select.select([parent], [], [], 0)[0]:  # it ended before the signal was armed
         os._exit(1)
 
 

@@ -55,7 +55,7 @@ def serve(requests: socket.socket, parent: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers tell their client, not us
     gc.collect()
     gc.freeze()
-    own = os.getpid()
+    own = os.pidfd_open(os.getpid())
     while True:
         text, descriptors, _, _ = socket.recv_fds(requests, 1 << 16, 8)
         if not text:
@@ -78,8 +78,9 @@ def _keep(request: dict[str, Any], descriptors: list[int], parent: int) -> None:
         if outside:
             open(outside["proc"]).close()  # the trial means something
         try:
+            own = os.pidfd_open(os.getpid())
             jail.enter_namespaces(limits)
-            own = os.getpid()
+            kernel.die_with(parent)
             child = os.fork()
             if child == 0:
                 _contained(request, limits, client, descriptors[1:], own)
@@ -123,6 +124,7 @@ def _contained(
         outside = request["outside"]
         if outside:
             jail.try_namespaces(outside)
+        kernel.die_with(keeper)
         os.environ.clear()
         os.environ.update(HOME=jail.FOLDER, TMPDIR=jail.FOLDER, LANG="C.UTF-8")
         random.seed(0)
@@ -135,6 +137,7 @@ def _contained(
             client.send(b'{"contained": true}')
             os._exit(0)
         _settle_descriptors(passed, request["places"])
+        client.detach()  # closed, and its number may be the solution's soon
     except BaseException as error:  # noqa: BLE001  also MemoryError; whatever it is, nothing of the client's runs
         client.send(json.dumps({"refused": f"{layer}: {type(error).__name__}: {error}"}).encode())
         os._exit(1)
@@ -161,5 +164,8 @@ def _refuse_all(requests: socket.socket, why: str) -> None:
 
 
 def main(descriptor: int, parent: int) -> None:
-    kernel.die_with(parent)
-    serve(socket.socket(fileno=descriptor), parent)
+    """parent: its process id."""
+    handle = os.pidfd_open(parent)
+    kernel.die_with(handle)
+    if os.getppid() == parent:
+        serve(socket.socket(fileno=descriptor), handle)

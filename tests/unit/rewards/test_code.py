@@ -145,9 +145,15 @@ def test_a_program_is_judged_by_what_it_prints(score: Any) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["def add(a, b):\n    while True: pass", "import time\ntime.sleep(99)", "import os\nos._exit(0)", "x = bytearray(10 * 2**30)",
-     "import ctypes\nctypes.string_at(0)", "while True: print('x' * 9999)"],
-)  # fmt: skip
+    [
+        "def add(a, b):\n    while True: pass",
+        "import time\ntime.sleep(99)",
+        "import os\nos._exit(0)",
+        "x = bytearray(10 * 2**30)",
+        "import ctypes\nctypes.string_at(0)",
+        "while True: print('x' * 9999)",
+    ],
+)
 def test_a_program_that_hangs_or_crashes_scores_zero_and_its_neighbours_do_not(score: Any, text: str) -> None:
     started = time.monotonic()
     result = score(
