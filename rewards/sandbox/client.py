@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -24,8 +25,11 @@ _BOOTSTRAP = (
     "import sys; sys.path.insert(0, sys.argv[1]); from rewards.sandbox.zygote import main; "
     "del sys.path[0]; main(int(sys.argv[2]), int(sys.argv[3]))"
 )
+# Nothing of ours; sets in the same order every time; threads that do not reserve address space by the gigabyte.
+_ENVIRONMENT = {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "1"}
 _START_S = 30.0
 _GRACE_S = 1.0
+_ALMOST = 0.9  # of its CPU seconds: the kernel counts in ticks
 _REMEDY = (
     "code runs only on Linux 5.14 or later (x86-64 or arm64) where a user may make namespaces. In a container: run it "
     "with `--security-opt seccomp=unconfined --security-opt apparmor=unconfined` (no privilege is needed); on Ubuntu: "
@@ -107,7 +111,7 @@ class Sandbox:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
-                env={"PYTHONHASHSEED": "0", "LANG": "C.UTF-8"},  # nothing of ours; the same order of sets every time
+                env=_ENVIRONMENT,
                 cwd="/",
             )
         self._requests = ours
@@ -148,7 +152,7 @@ class Sandbox:
                 "pid": os.getpid(),
                 "proc": f"/proc/{os.getpid()}/status",
             }
-            with self._spawn("probe", Limits(cpu_s=5, wall_s=20, files_mb=1), {}, outside) as probe:
+            with self._spawn("probe", Limits(cpu_s=5, wall_s=20, memory_mb=4096, files_mb=1), {}, outside) as probe:
                 first = await probe.message()
                 if not first.get("contained"):
                     raise SandboxError(f"{first.get('refused') or f'the trial process ended: {first}'}")
@@ -272,7 +276,7 @@ async def _send(writer: asyncio.StreamWriter, data: bytes) -> None:
 
 def _verdict(answer: bytes, candidate: dict[str, Any], judge: dict[str, Any], limits: Limits) -> Outcome:
     if not answer:
-        if judge["timeout"] or judge["cpu_s"] >= limits.cpu_s:
+        if judge["timeout"] or judge["cpu_s"] >= _ALMOST * limits.cpu_s:
             return Outcome(0, 1, "timeout", "the tests did not come to an end")
         raise SandboxError(f"the tests ended without a verdict (status {judge['status']})")
     found = json.loads(answer)
@@ -288,7 +292,7 @@ def _verdict(answer: bytes, candidate: dict[str, Any], judge: dict[str, Any], li
 def _how_it_ended(ended: Mapping[str, Any], detail: str, limits: Limits) -> Outcome:
     if ended["timeout"]:
         return Outcome(0, 1, "timeout", f"not done after {limits.wall_s:g} s")
-    if ended["status"] < 0 and ended["cpu_s"] >= limits.cpu_s:
+    if ended["status"] == -signal.SIGKILL and ended["cpu_s"] >= _ALMOST * limits.cpu_s:
         return Outcome(0, 1, "timeout", f"used more than {limits.cpu_s:g} s of CPU")
     if ended["status"] < 0:
         return Outcome(0, 1, "crashed", f"ended by signal {-ended['status']}")

@@ -269,7 +269,7 @@ class Peer:
             raise PeerLost("output", f"an answer of {size} bytes; at most {MOST_BYTES} are read")
         try:
             message = json.loads(self._read(size))
-            if message[0] in ("got", "raised", "ask"):
+            if message[0] in ("got", "raised", "ask") and len(message) > 1:
                 return message
         except (ValueError, KeyError, IndexError, TypeError, RecursionError, MemoryError):
             pass

@@ -34,7 +34,7 @@ def candidate(link: int) -> None:
     try:
         exec(compile(source, "<solution>", "exec"), module.__dict__)
     except BaseException as error:  # noqa: BLE001  also SystemExit: it ends the solution, not the judgement
-        peer.send(["got", ["broken", brief(error, "<solution>")]])
+        peer.send(["got", brief(error, "<solution>")])
         os._exit(1)
     peer.send(["got", ["ready", ""]])
     found = module.__dict__
@@ -135,8 +135,6 @@ def tests(channel: int, link: int) -> None:
         verdict.update(_judge(job, peer))
     except BadTests as error:
         verdict["bad"] = str(error)
-    except PeerLost as error:
-        verdict.update(failure=str(error), cause=error.cause)
     write_all(channel, json.dumps(verdict).encode("ascii"))
     os._exit(0)
 
@@ -148,12 +146,15 @@ def _judge(job: dict[str, Any], peer: Peer) -> dict[str, Any]:
     if not expected:
         raise BadTests("the row's tests hold no assertion")
     _prepare(job["setup"], namespace)
-    peer.send(["ask", job["solution"]])
-    state = peer.receive()[1]
-    if state[0] != "ready":
-        return {"total": expected, "failure": str(state[1])[:_SHOWN], "cause": "broken"}
-    _bind(units, namespace, job["entry"], peer)
-    return _run(units, namespace, expected, fraction=job["fraction"])
+    try:
+        peer.send(["ask", job["solution"]])
+        state = peer.receive()[1]
+        if state != ["ready", ""]:
+            return {"total": expected, "failure": str(state)[:_SHOWN], "cause": "broken"}
+        _bind(units, namespace, job["entry"], peer)
+        return _run(units, namespace, expected, fraction=job["fraction"])
+    except PeerLost as error:
+        return {"total": expected, "failure": str(error), "cause": error.cause}
 
 
 def _parse(source: str) -> ast.Module:
@@ -186,7 +187,10 @@ def _bind(units: list[ast.Module], namespace: dict[str, Any], entry: str | None,
 
 
 def _fetch(name: str, peer: Peer) -> Any:
-    found = peer.ask("call", 0, [name], peer.encode({}))
+    try:
+        found = peer.ask("call", 0, [name], peer.encode({}))
+    except Exception:  # noqa: BLE001  an answer that cannot be read: the name stays unbound
+        return None
     return found[0] if isinstance(found, tuple) and found else None
 
 

@@ -119,7 +119,7 @@ def _contained(
     request: Mapping[str, Any], limits: jail.Limits, client: socket.socket, passed: list[int], keeper: int
 ) -> None:
     """Enter the inner layers and become the role; does not return."""
-    layer = "start"
+    layer = "namespaces"
     try:
         outside = request["outside"]
         if outside:

@@ -1,7 +1,17 @@
 """Programs that want out, want more than their share, or want a verdict that they have not earned."""
 
-SECRET = "q7fX0secret"
-"""What `f(1)` should return in the tests of the forgeries: only the tests know it."""
+import secrets
+
+SECRET = "q7fX0" + secrets.token_hex(3)
+"""What `f(1)` should return in the tests of the forgeries: only the tests know it. A forgery knows how it begins."""
+
+_FOUND = """
+import re
+def found(data):
+    if type(data) is str: data = data.encode("utf8", "replace")
+    hit = re.search(bytes([113, 55, 102, 88, 48]) + b"[0-9a-f]{6}", data)
+    return hit and hit[0].decode()
+"""
 
 FORGERIES = {
     "exits with 0": "import sys\nsys.exit(0)",
@@ -68,38 +78,41 @@ def f(x):
         os.write(3, struct.pack("!I", len(ask)) + ask)
         os.read(3, 1 << 16)
 """,
-    "looks into the tests": """
+    "looks into the tests": _FOUND
+    + """
 import json, os, struct
 def f(x):
     for number in range(-3, 5):
         for name in ("__globals__", "__self__", "__dict__"):
             ask = json.dumps(["ask", "attribute", number, name]).encode()
             os.write(3, struct.pack("!I", len(ask)) + ask)
-            if b"q7fX0" in os.read(3, 1 << 16): return "q7fX0" + "secret"
+            if hit := found(os.read(3, 1 << 16)): return hit
 """,
-    "searches its memory": """
+    "searches its memory": _FOUND
+    + """
 import gc, sys
 def f(x):
     for thing in [*gc.get_objects(), *sys.modules.values()]:
         parts = thing.values() if type(thing) is dict else thing if isinstance(thing, (list, tuple, set)) else ()
         for text in [thing, *parts]:
-            if type(text) is bytes: text = text.decode("latin1")
-            if type(text) is str and "q7fX0" + "sec" in text: return "q7fX0" + "secret"
+            if type(text) in (str, bytes) and (hit := found(text)): return hit
 """,
-    "reads its memory": """
+    "reads its memory": _FOUND
+    + """
 import ctypes, io
 def f(x):
     start = id(io) & ~0xfff
     for page in range(start, start + 2**26, 4096):
-        if b"q7fX0" + b"sec" in ctypes.string_at(page, 4096): return "q7fX0" + "secret"
+        if hit := found(ctypes.string_at(page, 4096)): return hit
 """,
-    "walks the stack": """
+    "walks the stack": _FOUND
+    + """
 import sys
 def f(x):
     frame = sys._getframe()
     while frame:
         for value in list(frame.f_locals.values()) + list(frame.f_globals.values()):
-            if isinstance(value, str) and "q7fX0" + "sec" in value: return "q7fX0" + "secret"
+            if isinstance(value, str) and (hit := found(value)): return hit
         frame = frame.f_back
 """,
     "yields for ever": "import itertools\ndef f(x): return itertools.repeat('q')",

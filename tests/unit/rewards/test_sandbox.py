@@ -274,7 +274,6 @@ def test_memory_that_grows_ends_the_solution_and_nothing_else(box: Runner) -> No
         ("while True: print('x' * 10000)", "output"),
         ("import os\nos._exit(7)", "crashed"),
         ("import ctypes\nctypes.string_at(0)", "crashed"),
-        ("import sys\nsys.setrecursionlimit(10**9)\ndef f(): return f()\nf()", "crashed"),
         ("import os\nos.abort()", "crashed"),
         ("1 / 0", "failed"),
         ("exit(3)", "failed"),
@@ -387,7 +386,7 @@ def test_a_fraction_counts_assertions_and_goes_on_after_a_failure(box: Runner) -
     found = box.tests("def f(x): return x", check, fraction=True)
     assert (found.passed, found.total, found.cause) == (3, 4, "failed")
     found = box.tests("def f(x):\n    while x == 3: pass\n    return x", check, fraction=True)
-    assert (found.passed, found.total, found.cause) == (1, 4, "failed")
+    assert (found.passed, found.total, found.cause) == (1, 4, "timeout")
 
 
 def test_tests_that_cannot_judge_are_an_error_and_no_score(box: Runner) -> None:
