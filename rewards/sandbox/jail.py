@@ -23,6 +23,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ FOLDER = "/work"
 _NOBODY = 65534
 _STAGING = "/tmp"  # covered by the new root until that becomes /, in our mount namespace alone
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
-_ALL = (
-    kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC
+_OTHERS = (
+    kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC
     | kernel.CLONE_NEWUTS | kernel.CLONE_NEWCGROUP
 )  # fmt: skip
 
@@ -65,38 +66,33 @@ def prepare_root() -> None:
     Root builds it as root, so that an interpreter in root's own folder is found, and is nobody afterwards; where it may
     not, or for other users, a user namespace of ours gives the right to mount.
     """
-    is_root = os.geteuid() == 0
-    try:
-        kernel.unshare(kernel.CLONE_NEWNS if is_root else kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS)
-    except PermissionError:
-        if not is_root:
-            raise
-        _become_nobody()
-        is_root = False
-        kernel.unshare(kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS)
-    if is_root:
-        _build()
-        _become_nobody()
-    else:
-        _map_user(_user)
-        _build()
-
-
-_user = (os.geteuid(), os.getegid())  # outside of any namespace of ours
+    if os.geteuid() == 0:
+        try:
+            kernel.unshare(kernel.CLONE_NEWNS)
+        except PermissionError:
+            _become_nobody()
+        else:
+            _build()
+            _become_nobody()
+            return
+    _new_user(kernel.CLONE_NEWNS)
+    _build()
 
 
 def _become_nobody() -> None:
-    global _user
-    os.setgroups([])
-    os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-    os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+    """Where there is no nobody to become (root of a user namespace alone), the trial of the limits decides."""
+    with contextlib.suppress(OSError):
+        os.setgroups([])
+        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
     kernel.own_proc_files()
-    _user = (_NOBODY, _NOBODY)
 
 
-def _map_user(outer: tuple[int, int]) -> None:
-    """We are user 0 of the new namespace, and nobody else is anybody there."""
-    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {outer[0]} 1"), ("gid_map", f"0 {outer[1]} 1")):
+def _new_user(more: int) -> None:
+    """A user namespace, and others: we are its user 0, and nobody else is anybody there."""
+    user, group = os.geteuid(), os.getegid()
+    kernel.unshare(kernel.CLONE_NEWUSER | more)
+    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
         Path("/proc/self", name).write_text(text)
 
 
@@ -116,9 +112,10 @@ def _build() -> None:
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(os.readlink(path))
     library = Path(os.__file__).parent
-    for path in (library / "site-packages", library / "dist-packages"):
-        if path.is_dir():
-            kernel.mount("tmpfs", f"{_STAGING}{path}", "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=755,size=4k")
+    for packages in (library / "site-packages", library / "dist-packages"):
+        if packages.is_dir():
+            flags = kernel.MS_NOSUID | kernel.MS_NODEV
+            kernel.mount("tmpfs", f"{_STAGING}{packages}", "tmpfs", flags, "mode=755,size=4k")
     os.mkdir(_STAGING + FOLDER)
     kernel.make_read_only(_STAGING)
 
@@ -135,11 +132,9 @@ def _bind(path: str) -> None:
 
 def enter_namespaces(limits: Limits) -> None:
     """This process and its children; the children are in the new pid namespace, this process is not."""
-    user = (os.geteuid(), os.getegid())
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out all the same, this goes first
-    kernel.unshare(_ALL)
-    _map_user(user)
+    _new_user(_OTHERS)
     socket.sethostname("sandbox")
     kernel.mount(_STAGING, _STAGING, None, kernel.MS_BIND | kernel.MS_REC)  # a mount of our own may become /
     flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
@@ -152,15 +147,24 @@ def try_namespaces(outside: Mapping[str, Any]) -> None:
     """outside: port and abstract, the addresses of listening sockets; pid, a process; proc, a file of it."""
     if os.getpid() != 1:
         raise Leak("it sees the machine's processes")
-    _fails(lambda: open(outside["proc"]).close(), f"it reads {outside['proc']}")
+    _fails(partial(_open, outside["proc"], "r"), f"it reads {outside['proc']}")
     for path in ("/", "/tmp", "/dev/shm", "/var/tmp", os.path.dirname(os.__file__)):
-        _fails(lambda path=path: open(f"{path}/sandbox-trial", "w").close(), f"it writes into {path}")
+        _fails(partial(_open, f"{path}/sandbox-trial", "w"), f"it writes into {path}")
     for path in ("/proc", "/sys", "/home", "/root", "/etc/passwd"):
-        _fails(lambda path=path: os.stat(path), f"it sees {path}") if not _holds_interpreter(path) else None
-    for family, address in ((socket.AF_INET, ("127.0.0.1", outside["port"])), (socket.AF_UNIX, outside["abstract"])):
-        with socket.socket(family) as client:
-            client.settimeout(1.0)
-            _fails(lambda client=client, address=address: client.connect(address), f"it connects to {address}")
+        if not _holds_interpreter(path):
+            _fails(partial(os.stat, path), f"it sees {path}")
+    _fails(partial(_connect, socket.AF_INET, ("127.0.0.1", outside["port"])), "it connects to 127.0.0.1")
+    _fails(partial(_connect, socket.AF_UNIX, outside["abstract"]), "it connects to a UNIX socket")
+
+
+def _open(path: str, mode: str) -> None:
+    open(path, mode).close()
+
+
+def _connect(family: int, address: Any) -> None:
+    with socket.socket(family) as client:
+        client.settimeout(1.0)
+        client.connect(address)
 
 
 def _holds_interpreter(path: str) -> bool:
@@ -241,7 +245,7 @@ def enter_filter(limits: Limits) -> None:
 
 def try_filter(outside: Mapping[str, Any]) -> None:
     for family in (socket.AF_INET, socket.AF_UNIX, socket.AF_NETLINK, getattr(socket, "AF_VSOCK", 40)):
-        _fails(lambda family=family: socket.socket(family, socket.SOCK_DGRAM), f"it makes a socket of family {family}")
+        _fails(partial(socket.socket, family, socket.SOCK_DGRAM), f"it makes a socket of family {family}")
 
     def fork() -> None:
         if os.fork() == 0:
@@ -252,7 +256,7 @@ def try_filter(outside: Mapping[str, Any]) -> None:
     _fails(lambda: kernel.unshare(kernel.CLONE_NEWUSER), "it makes a namespace")
     for target in (0, -1, 2, outside["pid"]):
         if target != 1:
-            _fails(lambda target=target: os.kill(target, 0), f"it signals process {target}")
+            _fails(partial(os.kill, target, 0), f"it signals process {target}")
 
 
 def _fails(attempt: Callable[[], object], what: str, error: type[BaseException] = OSError) -> None:

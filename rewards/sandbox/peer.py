@@ -106,7 +106,7 @@ _BY_PAIRS: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 _EXACT = {kind: tag for tag, (kind, _, _) in _BY_TEXT.items()} | {kind: tag for tag, kind in _BY_ITEMS.items()}
 _EXACT |= {dict: "dict", collections.Counter: "counter", collections.OrderedDict: "ordered"}
-_SUBCLASSES = (int, float, str, bytes, bytearray, complex, list, tuple, dict, set, frozenset)
+_SUBCLASSES: tuple[Any, ...] = (int, float, str, bytes, bytearray, complex, list, tuple, dict, set, frozenset)
 _CALLABLE_BUILTINS = {f: name for name, f in vars(builtins).items() if callable(f)}
 
 

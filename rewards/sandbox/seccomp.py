@@ -71,9 +71,9 @@ def program() -> bytes:
     code += [(_LOAD, 0, 0, _NUMBER)]
     if kernel.MACHINE == "x86_64":  # the x32 calls have numbers of their own
         code += [(_JUMP_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL_PROCESS)]
-    for numbers in _ALLOWED.values():
-        if numbers[own] is not None:
-            code += [(_JUMP_EQUAL, 0, 1, numbers[own]), (_RETURN, 0, 0, _ALLOW)]
+    for number in (numbers[own] for numbers in _ALLOWED.values()):
+        if number is not None:
+            code += [(_JUMP_EQUAL, 0, 1, number), (_RETURN, 0, 0, _ALLOW)]
     code += _on(_CLONE[own], [*_argument(0), (_AND, 0, 0, _CLONE_THREAD | _NEW_NAMESPACES), *_one_of([_CLONE_THREAD])])
     code += _on(_FCNTL[own], [*_argument(1), *_one_of(_FCNTLS)])
     code += _on(_IOCTL[own], [*_argument(1), *_one_of(_IOCTLS)])
@@ -92,9 +92,8 @@ def program() -> bytes:
 Instruction = tuple[int, int, int, int]
 
 
-def _on(number: int | None, body: list[Instruction]) -> list[Instruction]:
+def _on(number: int, body: list[Instruction]) -> list[Instruction]:
     """`body` for that call, which decides; the next instruction for others."""
-    assert number is not None
     refused = (_RETURN, 0, 0, _ERRNO | errno.EPERM)
     return [(_JUMP_EQUAL, 0, len(body) + 1, number), *body, refused]
 

@@ -134,6 +134,8 @@ def _contained(
             if outside:
                 step.trial(outside)
         if outside:
+            layer = "the interpreter's library"
+            importlib.import_module("colorsys")  # which nobody has loaded
             client.send(b'{"contained": true}')
             os._exit(0)
         _settle_descriptors(passed, request["places"])

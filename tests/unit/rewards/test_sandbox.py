@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -420,7 +421,7 @@ def test_it_does_not_start_where_a_layer_does_not_hold(layer: str, monkeypatch: 
 
 @pytest.mark.parametrize("flag", ["NEWPID", "NEWNET", "NEWNS"])
 def test_it_does_not_start_where_a_namespace_is_missing(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    hole = f"; from rewards.sandbox import jail, kernel; jail._ALL &= ~kernel.CLONE_{flag}"
+    hole = f"; from rewards.sandbox import jail, kernel; jail._OTHERS &= ~kernel.CLONE_{flag}"
     monkeypatch.setattr(client, "_BOOTSTRAP", client._BOOTSTRAP.replace("; from", hole + "; from", 1))
     with pytest.raises(PluginError, match="contained here"):
         asyncio.run(Sandbox().start())
@@ -449,6 +450,38 @@ def test_where_unshare_is_forbidden_as_containers_do_the_plugin_refuses_with_a_r
     done = subprocess.run([sys.executable, "-c", IN_A_CONTAINER], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert "code cannot be contained here: namespaces:" in done.stdout, done.stdout + done.stderr
     assert "seccomp=unconfined" in done.stdout
+
+
+AS_ANOTHER_USER = """
+import asyncio, os, sys
+from rewards.sandbox import Calls, Limits, Sandbox
+async def main():
+    async with Sandbox() as box:
+        print(await box.run_script("print(6 * 7)", "", Limits()))
+        print(await box.run_tests("def f(x): return x", Calls(["assert f(3) == 3"]), Limits()))
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="the other tests run as such a user already")
+@pytest.mark.parametrize("who", ["a user without privileges", "root without the right to mount"])
+def test_it_needs_no_privilege(who: str, tmp_path: Path) -> None:
+    python = shutil.which("python3", path="/usr/local/bin:/usr/bin")
+    if python is None or shutil.which("setpriv") is None or not _is_recent(python):
+        pytest.skip("no interpreter that another user may start")
+    shutil.copytree(ROOT / "rewards", tmp_path / "rewards")
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    change = ["--reuid=1234", "--regid=1234", "--clear-groups"] if "user" in who else ["--bounding-set=-sys_admin"]
+    command = ["setpriv", *change, python, "-c", AS_ANOTHER_USER]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert "('42\\n', Outcome(passed=1, total=1" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("passed=1, total=1") == 2
+
+
+def _is_recent(python: str) -> bool:
+    asked = subprocess.run([python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"])
+    return asked.returncode == 0
 
 
 def test_everything_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
