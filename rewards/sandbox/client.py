@@ -219,7 +219,10 @@ class Contained:
         self._keeper = keeper
 
     async def message(self) -> dict[str, Any]:
-        text = await asyncio.get_running_loop().sock_recv(self._keeper, 1 << 16)
+        try:
+            text = await asyncio.get_running_loop().sock_recv(self._keeper, 1 << 16)
+        except ConnectionError:
+            text = b""
         message: dict[str, Any] = json.loads(text) if text else {"refused": "its keeper ended without a word"}
         return message
 

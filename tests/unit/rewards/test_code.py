@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from rewards.find import load
 from rewards.plugin import PluginSpec
 from rewards.pool import PoolResult, RewardPool
 from tests.unit.rewards import humaneval
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="code runs on Linux only")
 
 MBPP = {
     "test_list": ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add(-1, 1) == 0"],
