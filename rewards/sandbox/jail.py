@@ -112,7 +112,7 @@ def _build() -> None:
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(os.readlink(path))
     library = Path(os.__file__).parent
-    for packages in (library / "site-packages", library / "dist-packages"):
+    for packages in (library / "site-packages", library / "dist-packages", library.parent / "python3/dist-packages"):
         if packages.is_dir():
             flags = kernel.MS_NOSUID | kernel.MS_NODEV
             kernel.mount("tmpfs", f"{_STAGING}{packages}", "tmpfs", flags, "mode=755,size=4k")
