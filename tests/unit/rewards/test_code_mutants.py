@@ -29,7 +29,7 @@ SURVIVORS: dict[tuple[int, str], tuple[Any, ...] | str] = {
     (35, "first integer + 1"): ([5],),
     (35, "last integer - 1"): "a maximum may start from any element",
     (35, "first comparison"): "an equal element is as good a maximum",
-    (39, "first integer + 1"): "the sequence starts one further on, before its first prime",
+    (39, "first integer + 1"): "the sequence starts one further on, before its first prime, and n is at least 1",
     (40, "first integer + 1"): ([1, -1, 0],),
     (43, "first integer + 1"): ([1, -1],),
     (43, "last range - 1"): ([1, -1],),
