@@ -155,6 +155,8 @@ def _judge(job: dict[str, Any], peer: Peer) -> dict[str, Any]:
         return _run(units, namespace, expected, fraction=job["fraction"])
     except PeerLost as error:
         return {"total": expected, "failure": str(error), "cause": error.cause}
+    except (MemoryError, RecursionError) as error:  # by the size or depth of what the solution sent
+        return {"total": expected, "failure": type(error).__name__, "cause": "failed"}
 
 
 def _parse(source: str) -> ast.Module:
