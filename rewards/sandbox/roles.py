@@ -146,12 +146,13 @@ def _judge(job: dict[str, Any], peer: Peer) -> dict[str, Any]:
     if not expected:
         raise BadTests("the row's tests hold no assertion")
     _prepare(job["setup"], namespace)
+    wanted = _of_the_solution(units, namespace, job["entry"])
     try:
         peer.send(["ask", job["solution"]])
         state = peer.receive()[1]
         if state != ["ready", ""]:
             return {"total": expected, "failure": str(state)[:_SHOWN], "cause": "broken"}
-        _bind(units, namespace, job["entry"], peer)
+        _bind(wanted, namespace, peer)
         return _run(units, namespace, expected, fraction=job["fraction"])
     except PeerLost as error:
         return {"total": expected, "failure": str(error), "cause": error.cause}
@@ -173,19 +174,35 @@ def _prepare(setup: str, namespace: dict[str, Any]) -> None:
         raise BadTests(f"what the row's tests need first fails: {brief(error, '<setup>')}") from None
 
 
-def _bind(units: list[ast.Module], namespace: dict[str, Any], entry: str | None, peer: Peer) -> None:
-    """The names that tests use and do not define: from the standard library where it has a module of that name, else
-    from the candidate. What the candidate lacks stays unbound."""
+def _of_the_solution(units: list[ast.Module], namespace: dict[str, Any], entry: str | None) -> list[str]:
+    """The names that tests use and do not define, but for those of the standard library's modules, which are imported.
+
+    A built-in's name is the built-in: else a solution could bring an `abs` or `all` of its own.
+    """
     names = [n for unit in units for n in ast.walk(unit) if isinstance(n, ast.Name)]
     stored = {n.id for n in names if not isinstance(n.ctx, ast.Load)} | set(namespace)
+    wanted = []
     for name in dict.fromkeys(n.id for n in names if isinstance(n.ctx, ast.Load)):
-        if name == entry or not (name in stored or hasattr(builtins, name) or _defined(units, name)):
-            if name in sys.stdlib_module_names and name != entry:
+        if name == entry:
+            wanted.append(name)
+        elif not (name in stored or hasattr(builtins, name) or _defined(units, name)):
+            if name in sys.stdlib_module_names:
                 namespace[name] = importlib.import_module(name)
-            elif isinstance(value := _fetch(name, peer), tuple) and len(value) == 1:
-                namespace[name] = value[0]
             else:
-                namespace.pop(name, None)
+                wanted.append(name)
+    if not wanted:
+        raise BadTests("the row's tests use nothing of the solution")
+    return wanted
+
+
+def _bind(names: list[str], namespace: dict[str, Any], peer: Peer) -> None:
+    """What the solution lacks stays unbound."""
+    for name in names:
+        value = _fetch(name, peer)
+        if isinstance(value, tuple) and len(value) == 1:
+            namespace[name] = value[0]
+        else:
+            namespace.pop(name, None)
 
 
 def _fetch(name: str, peer: Peer) -> Any:

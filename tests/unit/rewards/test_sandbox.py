@@ -398,7 +398,12 @@ def test_a_fraction_counts_assertions_and_goes_on_after_a_failure(box: Runner) -
 
 
 def test_tests_that_cannot_judge_are_an_error_and_no_score(box: Runner) -> None:
-    for tests, setup in (("assert f(", ""), ("f(1)", ""), ("assert f(1)", "import nothing_of_that_name")):
+    for tests, setup in (
+        ("assert f(", ""),
+        ("f(1)", ""),
+        ("assert abs(-1) == 1", ""),
+        ("assert f(1)", "import nothing_of_that_name"),
+    ):
         with pytest.raises(UnusableTests):
             box.tests("def f(x): return x", tests, setup=setup)
 
