@@ -93,7 +93,10 @@ def _calls(sample: Sample, tests: list[str], fraction: bool) -> Calls:
     """HumanEval's `check(candidate)` is called with the entry point; MBPP's assertions name what they call."""
     row = sample.row
     entry = row.get("entry_point") if isinstance(row.get("entry_point"), str) else None
-    if entry and any(re.search(r"^def check\(", t, re.M) for t in tests):
+    has_check = any(re.search(r"^def check\(", t, re.M) for t in tests)
+    if has_check and not entry:
+        raise ValueError("the tests define check(candidate), and the row has no `entry_point` to check")
+    if has_check:
         tests = ["\n".join([*tests, f"check({entry})"])]
     imports = row.get("test_imports") or []
     setup = [prompt_of(sample), *(imports if isinstance(imports, list | tuple) else [imports])]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import importlib
 import json
 import linecache
@@ -17,7 +18,7 @@ import sys
 import time
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rewards.sandbox.peer import HEADER, Peer, PeerLost, read_exactly, write_all
@@ -89,34 +90,52 @@ class BadTests(Exception):
 
 
 class Cases:
-    """Counts assertions: each is a case, and a failed one does not end the tests."""
+    """Counts assertions: each is a case. go_on: a failed one does not end the tests.
 
-    def __init__(self) -> None:
-        self.tried = self.passed = 0
+    reached: with those under a `try`, whose failure the test may expect: they are no cases of their own.
+    """
+
+    def __init__(self, go_on: bool) -> None:
+        self.go_on = go_on
+        self.tried = self.passed = self.reached = 0
         self.failure = ""
 
     def __enter__(self) -> None:
         self.tried += 1
+        self.reached += 1
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         if error is None:
             self.passed += 1
             return False
+        if not self.go_on or not isinstance(error, Exception):
+            return False
         self.note(error)
-        return isinstance(error, Exception)
+        return True
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        self.reached += 1
+        yield
 
     def note(self, error: BaseException) -> None:
         self.failure = self.failure or brief(error, "<tests>")
 
 
 class _CountAsserts(ast.NodeTransformer):
-    """`assert x` -> `with __cases__: assert x`, but for assertions under a `try`, whose failure the test may expect."""
+    """`assert x` -> `with __cases__: assert x`; under a `try`, `with __cases__.guarded(): assert x`."""
+
+    def __init__(self) -> None:
+        self._context = "__cases__"
 
     def visit_Assert(self, node: ast.Assert) -> ast.AST:
-        name = ast.Name("__cases__", ast.Load())
-        return ast.copy_location(ast.With([ast.withitem(name)], [node]), node)
+        context = ast.parse(self._context, mode="eval").body
+        return ast.copy_location(ast.With([ast.withitem(context)], [node]), node)
 
     def visit_Try(self, node: ast.Try) -> ast.AST:
+        before, self._context = self._context, "__cases__.guarded()"
+        self.generic_visit(node)
+        self._context = before
         return node
 
 
@@ -224,15 +243,13 @@ def _defined(units: list[ast.Module], name: str) -> bool:
 
 
 def _run(units: list[ast.Module], namespace: dict[str, Any], expected: int, *, fraction: bool) -> dict[str, Any]:
-    cases = Cases()
+    cases = Cases(go_on=fraction)
     namespace["__cases__"] = cases
     aborted, cause = 0, ""
     for unit in units:
         source = ast.unparse(unit)
         linecache.cache["<tests>"] = (len(source), None, source.splitlines(True), "<tests>")
-        tree = ast.parse(source, "<tests>")
-        if fraction:
-            tree = ast.fix_missing_locations(_CountAsserts().visit(tree))
+        tree = ast.fix_missing_locations(_CountAsserts().visit(ast.parse(source, "<tests>")))
         try:
             exec(compile(tree, "<tests>", "exec"), namespace)
         except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001
@@ -243,6 +260,8 @@ def _run(units: list[ast.Module], namespace: dict[str, Any], expected: int, *, f
             cases.failure, cause = cases.failure or str(error), error.cause
         if cause or (cases.failure and not fraction):
             break
+    if not cases.failure and not cases.reached:
+        cases.failure = "no assertion was reached"
     if not cases.failure:
         return {"passed": expected, "total": expected}
     passed = cases.passed if fraction else 0

@@ -105,6 +105,7 @@ def test_tests_are_found_in_the_row_in_each_of_their_layouts() -> None:
         ({"input_output": {"fn_name": "f", "inputs": [1], "outputs": [1]}}, "tests a function"),
         ({"input_output": {"inputs": ["1"], "outputs": []}}, "1 inputs and 0 outputs"),
         ({"input_output": {"stdin": "1"}}, "needs `inputs` and `outputs`"),
+        ({"test": "def check(candidate):\n    assert candidate(1, 2) == 3"}, "no `entry_point`"),
         ({"test_list": ["assert add("]}, "no Python"),
         ({"test_list": ["add(1, 2)"]}, "no assertion"),
         ({"test_list": ["assert add(1, 2) == 3"], "test_setup_code": "import nothing_such"}, "nothing_such"),

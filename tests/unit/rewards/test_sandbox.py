@@ -408,6 +408,12 @@ def test_tests_that_cannot_judge_are_an_error_and_no_score(box: Runner) -> None:
             box.tests("def f(x): return x", tests, setup=setup)
 
 
+def test_tests_that_reach_no_assertion_have_not_passed(box: Runner) -> None:
+    for fraction in (False, True):
+        outcome = box.tests("def f(x): return []", "for x in f(1):\n    assert x == 1", fraction=fraction)
+        assert (outcome.passed, outcome.detail) == (0, "no assertion was reached")
+
+
 def test_what_the_row_defines_is_not_the_solutions_to_replace(box: Runner) -> None:
     forged = "def helper(x): return 0\ndef f(x): return 99\nabs = lambda x: 0"
     test = "assert abs(helper(f(1))) == 0"
