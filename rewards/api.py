@@ -213,6 +213,7 @@ class Options:
     version: str = "1"
     validate: Callable[..., None] | None = None
     gold: Callable[..., str | None] | None = None
+    prepare: Callable[..., None] | None = None
 
     def __post_init__(self) -> None:
         problems = [
@@ -259,6 +260,7 @@ def reward(
     version: str = ...,
     validate: Callable[..., None] | None = ...,
     gold: Callable[..., str | None] | None = ...,
+    prepare: Callable[..., None] | None = ...,
 ) -> Callable[[F], F]: ...
 
 
@@ -283,6 +285,8 @@ def reward(function: Callable[..., Any] | None = None, /, **options: Any) -> Any
         validate: called with the plugin's arguments by `align check`; raises ValueError where they make no sense.
         gold: row -> a completion that answers it and must score best, or None where the row has none; further
             parameters receive the plugin's arguments of the same name.
+        prepare: called with the plugin's arguments in its process before the first sample; raises PluginError where
+            the plugin cannot work on this machine, and nothing starts.
 
     Raises:
         PluginError: an option has an impossible value.
