@@ -80,7 +80,7 @@ def gather(runs: Sequence[Path], stage_id: str | None, of: str | None) -> tuple[
         if len(runs) > 1 and not is_finished(run, stage.id):
             said.append(f"left out: {run.name}, whose {stage.id!r} is not finished")
             continue
-        said += [line for line in notes(recipe, stage) if line not in said]
+        said += [line for line in notes(run, recipe, stage) if line not in said]
         models += [judged(run, stage, name, _label(run, name, runs)) for name in _judged(stage, of, len(runs))]
     if not models:
         raise RunFolderError("no run is finished", where=runs[0].parent, remedy="--resume finishes them")

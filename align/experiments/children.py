@@ -92,16 +92,19 @@ def run_all(
     return [done[child.label] for child in children]
 
 
-def _start(child: Child, slot: Slot, plugins: Path, logs: Path) -> subprocess.Popen[bytes]:
+def command(child: Child, slot: Slot, plugins: Path) -> list[str]:
     words = [sys.executable, "-m", "align.cli.main", "run", str(child.recipe), "--plugins", str(plugins)]
     words += ["--cores", str(slot.cores)]
-    words += ["--resume"] if (child.run / RUN).is_file() else []
+    return words + (["--resume"] if (child.run / RUN).is_file() else [])
+
+
+def _start(child: Child, slot: Slot, plugins: Path, logs: Path) -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
     if slot.gpus is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
     with (logs / f"{child.label}.log").open("ab") as log:
         return subprocess.Popen(
-            words,
+            command(child, slot, plugins),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -126,12 +126,25 @@ def _weights(recipe: Recipe, of: str) -> Mapping[str, float]:
     return dict(stage.objectives.weights) if stage.kind == "online" else {}
 
 
-def notes(recipe: Recipe, stage: EvaluateStage) -> list[str]:
-    """What speaks against calling an exam held out: its data or its rewards are those of training."""
+def prompts_in(folder: Path) -> set[str]:
+    """Every prompt of a rollouts folder; none where there is no such folder."""
+    import pyarrow.parquet
+
+    files = sorted(folder.glob("step-*.parquet"))
+    return {
+        text for file in files for text in pyarrow.parquet.read_table(file, columns=["prompt"])["prompt"].to_pylist()
+    }
+
+
+def notes(run: Path, recipe: Recipe, stage: EvaluateStage) -> list[str]:
+    """What speaks against calling an exam held out: prompts or rewards of training."""
     found = []
     for trained in online_stages(recipe):
-        if trained.data == stage.data:
-            found.append(f"{stage.id!r} draws its prompts from the data that {trained.id!r} trains on")
+        seen = prompts_in(run / trained.id / "rollouts")
+        asked = prompts_in(run / stage.id / "rollouts" / stage.of[-1])
+        if seen & asked:
+            count = f"{len(seen & asked)} of the {len(asked)} prompts of {stage.id!r}"
+            found.append(f"{count} are among those that {trained.id!r} trained on")
         if {r.use for r in stage.rewards} <= {r.use for r in trained.rewards}:
             found.append(
                 f"{stage.id!r} judges by rewards that {trained.id!r} trains on; held-out rewards would tell more"

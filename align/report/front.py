@@ -91,10 +91,13 @@ def _panel(axis: Any, front: Front, x: int, y: int, theme: Theme) -> None:
             label=label,
             zorder=3 if flag else 2,
         )
-    for row in range(len(front.models)):
+    numbers: dict[tuple[float, float], list[str]] = {}
+    for row, (at_x, at_y) in enumerate(front.mean[:, [x, y]].tolist()):
+        numbers.setdefault((at_x, at_y), []).append(str(row + 1))
+    for place, found in numbers.items():  # equal points share one label
         axis.annotate(
-            str(row + 1),
-            (front.mean[row, x], front.mean[row, y]),
+            ", ".join(found),
+            place,
             xytext=(5, 5),
             textcoords="offset points",
             fontsize=8,
@@ -125,6 +128,6 @@ def _region(axis: Any, values: np.ndarray, worst: np.ndarray, best: np.ndarray, 
     line = np.array(edge) * sign
     ground = np.concatenate([line, [worst * sign]])
     axis.fill(ground[:, 0], ground[:, 1], color=theme.area, alpha=0.25, linewidth=0, zorder=0)
-    axis.plot(line[:, 0], line[:, 1], color=theme.best, linewidth=1.1, zorder=1)
+    axis.plot(line[:, 0], line[:, 1], color=theme.area, linewidth=1.4, zorder=1)
     axis.plot(*(worst * sign), marker="+", markersize=9, color=theme.ink, zorder=2)
     axis.annotate("reference", worst * sign, xytext=(6, -3), textcoords="offset points", fontsize=7.5, color=theme.ink)
