@@ -16,7 +16,7 @@ from align.recipe.document import Document
 from align.recipe.load import load_document
 from align.recipe.schema import Recipe
 from align.stages.handover import check_adapters
-from align.stages.training import record_kind
+from align.stages.training import needs_margin, record_kind
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -84,7 +84,7 @@ def _check_rewards(stage: Any, rewards: Rewards, found: Findings) -> None:
     if not getattr(stage, "rewards", ()):
         return
     names = rewards.objectives(stage.rewards, stage.id, "rewards", found)
-    if names is None or stage.kind != "online":
+    if names is None or stage.kind not in ("online", "preference"):
         return
     for name in stage.objectives.weights:
         if name not in names:
@@ -106,6 +106,7 @@ def _check_stage(
         with found.gather(stage.id):
             plan.stages.append(planner.files(stage))
         return
+    judged = stage.kind == "preference" and bool(stage.rewards)
     sampled = stage.kind == "online" or (stage.kind == "evaluate" and stage.rewards)
     read: dict[str, DataFacts] = {}
     sets = {"data": stage.data}
@@ -121,6 +122,8 @@ def _check_stage(
                 seed_of=stage.id,
                 folder=folder,
                 every_row=every_row,
+                answers=judged,
+                margins=not sampled and needs_margin(stage),
             )
     if len(read) < len(sets):
         return

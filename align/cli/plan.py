@@ -127,6 +127,8 @@ class Planner:
             self._check_positions(facts)
             if stage.kind == "reward_model":
                 self._check_padding()
+        if stage.kind == "preference" and stage.rewards:
+            plan.lines.append("margins: before the stage, rewards judge both answers of each pair; scores are kept")
         plan.lines += _loss_notes(stage) + self._packing_notes(stage, facts)
         self._estimate(plan, stage, adapter, facts)
         return plan
