@@ -58,8 +58,9 @@ def require_shared(token: Path) -> None:
 class Cluster:
     """A connection to Ray. `local` when it was started here and ends here; `folder` holds its sockets and logs."""
 
-    def __init__(self, address: str | None, *, run_folder: Path):
-        """Start a cluster on this machine, or join the one at `address`. Raises SetupError where that fails.
+    def __init__(self, address: str | None, *, run_folder: Path, cores: int | None = None):
+        """Start a cluster on this machine, with `cores` of it, or join the one at `address`. Raises SetupError where
+        that fails.
 
         Must be called from the main thread: Ray's processes die with the thread that started them.
         """
@@ -72,6 +73,7 @@ class Cluster:
         self.folder = owned_folder(Path(tempfile.gettempdir())) if self.local else None
         own = {
             "include_dashboard": False,
+            "num_cpus": cores,
             "object_store_memory": OBJECT_STORE_BYTES,
             "_temp_dir": str(self.folder),
             "_system_config": _SYSTEM_CONFIG,

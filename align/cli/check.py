@@ -17,7 +17,7 @@ from align.recipe.load import load_document
 from align.recipe.schema import Recipe
 from align.stages.groups import TRUNCATED, refuse_second_truncated, with_penalty
 from align.stages.handover import check_adapters
-from align.stages.training import record_kind
+from align.stages.training import needs_margin, record_kind
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -87,10 +87,10 @@ def _check_rewards(stage: Any, rewards: Rewards, found: Findings) -> None:
     if not getattr(stage, "rewards", ()):
         return
     known = rewards.objectives(stage.rewards, stage.id, "rewards", found)
-    if known is None or stage.kind != "online":
+    if known is None or stage.kind not in ("online", "preference"):
         return
     objectives = stage.objectives
-    if stage.rollout.truncated == "penalise":
+    if stage.kind == "online" and stage.rollout.truncated == "penalise":
         with found.gather(stage.id):
             refuse_second_truncated(known)
         known[TRUNCATED] = Known("cost", (0.0, 1.0))
@@ -107,6 +107,7 @@ def _check_stage(
         with found.gather(stage.id):
             plan.stages.append(planner.files(stage))
         return
+    judged = stage.kind == "preference" and bool(stage.rewards)
     sampled = stage.kind == "online" or (stage.kind == "evaluate" and stage.rewards)
     read: dict[str, DataFacts] = {}
     sets = {"data": stage.data}
@@ -122,6 +123,8 @@ def _check_stage(
                 seed_of=stage.id,
                 folder=folder,
                 every_row=every_row,
+                answers=judged,
+                margins=not sampled and needs_margin(stage),
             )
     if len(read) < len(sets):
         return

@@ -28,6 +28,7 @@ from align.protocols import PromptItem, Tree
 from align.recipe.schema import DataSource, Model, Recipe, ReferencePath, Reward
 from align.stages.context import stage_seed
 from align.stages.handover import Origin
+from align.stages.margins import refuse_own_margins, require_margins
 from rewards.api import PluginError as RewardsPluginError
 from rewards.naming import Named, objective_names
 
@@ -132,8 +133,12 @@ def read_data(
     seed_of: str,
     folder: Path,
     every_row: bool,
+    answers: bool = False,
+    margins: bool = False,
 ) -> DataFacts:
     """The first rows of each source (all with `every_row`) through tokenizer and template. Raises DataError.
+
+    answers: rewards will judge the pairs. margins: every pair must have one, from them or from its row.
 
     A hub data set is opened with every row only: the library that reads it brings torch.
     """
@@ -146,7 +151,9 @@ def read_data(
         return facts
     first = None if every_row else FIRST_ROWS
     seed = stage_seed(recipe.seed, seed_of)
-    prepared = prepare(here, kind, tokenizer, seed=seed, first=first, folder=folder)
+    prepared = prepare(here, kind, tokenizer, seed=seed, first=first, folder=folder, answers=answers)
+    if margins:
+        (refuse_own_margins if answers else require_margins)(prepared.items)
     lengths = [_tokens(item) for item in prepared.items]
     cut = [
         first is not None and (source.limit is None or source.limit > first) and report.read >= first

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from align import packages
-from align.cli import rewards_flags
+from align.cli import experiment_flags, rewards_flags
 from align.cli.simulate_flags import add_flags
 from align.errors import AlignError
 
@@ -74,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true", help="continue an interrupted run; finished stages are kept")
     run.add_argument("--from-stage", metavar="ID", help="run this stage and those after it again (implies --resume)")
     run.add_argument("--address", metavar="ADDRESS", help="join a Ray cluster instead of starting one here")
+    run.add_argument("--cores", type=int, metavar="N", help="cores of this machine to use (default: all)")
+    run.add_argument("--plugins", metavar="FOLDER", help="where rewards are looked for (default: the recipe's folder)")
     run.set_defaults(verb=_run)
 
     check = verbs.add_parser("check", parents=[common], help="check a recipe, its files and plugins; show the plan")
@@ -101,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     merge.add_argument("--trust-remote-code", action="store_true", help="run model code from the base's folder")
     merge.set_defaults(verb=_merge)
+
+    experiment_flags.add_verbs(verbs, common, _recipe_arguments)
     return parser
 
 

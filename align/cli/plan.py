@@ -33,8 +33,12 @@ class Machine:
     memory: int
 
     @classmethod
-    def here(cls) -> Machine:
-        return cls(os.cpu_count() or 1, _gpus(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    def here(cls, cores: int | None = None) -> Machine:
+        """This machine, or so many of its cores. Raises PlacementError for more than it has, or none."""
+        there = os.cpu_count() or 1
+        if cores is not None and not 1 <= cores <= there:
+            raise PlacementError(f"{cores} of {there} cores", where="--cores", remedy=f"give 1 to {there}")
+        return cls(cores or there, _gpus(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def _gpus() -> int:
@@ -125,6 +129,8 @@ class Planner:
             self._check_positions(facts)
             if stage.kind == "reward_model":
                 self._check_padding()
+        if stage.kind == "preference" and stage.rewards:
+            plan.lines.append("margins: before the stage, rewards judge both answers of each pair; scores are kept")
         plan.lines += _loss_notes(stage) + self._packing_notes(stage, facts)
         self._estimate(plan, stage, adapter, facts)
         return plan

@@ -186,8 +186,20 @@ def _check_needs(stage: Any, needs: list[Needs]) -> None:
             where="reference",
             remedy="leave it out" + (", or set `loss.kl` above 0" if stage.kind == "online" else ""),
         )
+    _check_margin(stage, needs)
     _check_cached(stage, needs)
     _check_updates(stage, needs)
+
+
+def _check_margin(stage: Any, needs: list[Needs]) -> None:
+    """Scores of pairs are for a loss that reads a margin."""
+    if stage.kind == "preference" and stage.rewards and not any(need.margin for need in needs):
+        names = " + ".join(term.name for term in stage.loss)
+        raise RecipeError(
+            f"`rewards` of a preference stage give each pair a margin, and the loss {names} reads none",
+            where="rewards",
+            remedy="use `loss: {name: modpo, preference_weight: 0.5}`, or leave `rewards` out",
+        )
 
 
 def _check_cached(stage: Any, needs: list[Needs]) -> None:

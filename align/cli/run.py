@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from align.cli.check import validate
+from align.cli.plan import Machine
 from align.errors import Interrupted
 from align.recipe.load import dump_recipe, load_document
 from align.recipe.schema import Recipe
@@ -36,13 +37,16 @@ def main(arguments: argparse.Namespace) -> int:
     """Run the recipe; returns the exit code. Raises AlignError with place and remedy.
 
     arguments: recipe (path), overrides (key=value), resume, from_stage (stage id or None), address (of a Ray cluster
-    or None).
+    or None), cores (of this machine, or None for all), plugins (folder, or None for the recipe's).
     """
     quiet()
     signal.signal(signal.SIGTERM, _as_interrupt)
     recipe, document = load_document(arguments.recipe, arguments.overrides)
-    folder = Path(arguments.recipe).absolute().parent
-    plugins = validate(recipe, folder, document=document, cluster=arguments.address is not None).plugins
+    folder = Path(arguments.plugins or Path(arguments.recipe).parent).absolute()
+    machine = Machine.here(arguments.cores)
+    plugins = validate(
+        recipe, folder, document=document, machine=machine, cluster=arguments.address is not None
+    ).plugins
     resume = arguments.resume or arguments.from_stage is not None
     run = RunFolder.open(recipe, dump_recipe(recipe), resume=resume, cwd=folder)
     with ExitStack() as stack:
@@ -74,7 +78,7 @@ def _run(
         sweep(run.path)
         stack.enter_context(Reaper(run.path / RUN))
         reporter.message(f"run folder: {run.path}")
-        cluster = Cluster(arguments.address, run_folder=run.path)
+        cluster = Cluster(arguments.address, run_folder=run.path, cores=arguments.cores)
         stack.callback(cluster.close)
         publications = PublicationFolder(run.path, shared=cluster.nodes > 1)
         stack.callback(publications.close)

@@ -11,6 +11,7 @@ from typing import Any
 
 from align.recipe.load import load_document
 from align.recipe.schema import OnlineStage, Recipe
+from align.report.table import text_table
 from align.simulate.advice import Split, best_split, smallest_sufficient, splits
 from align.simulate.inputs import UNITS, Inputs, gather, is_empirical, workload
 from align.simulate.measured import Measured, online_stage, read_run
@@ -84,8 +85,8 @@ class Report:
             rows = [["trainer", "engines", "staleness", "step s", "steps/min", "engines busy", "trainer busy"]]
             rows += [[str(split.trainers), *_split_cells(split)] for split in self.divided]
             best = best_split(self.divided)
-            out += [*_table(rows), "", f"with {best.trainers} for the trainer and {best.engines} engines:", ""]
-        out += [*_table(self._rows()), ""]
+            out += [*text_table(rows), "", f"with {best.trainers} for the trainer and {best.engines} engines:", ""]
+        out += [*text_table(self._rows()), ""]
         out += [f"recommended: {words}" for words in self._advice()]
         assumed = [*ASSUMED, SCALED] if self.divided else ASSUMED
         return out + [f"assumed: {line}" for line in assumed]
@@ -98,7 +99,7 @@ class Report:
         shown = self._inputs()
         if math.isinf(self.inputs["failure_s"].value):
             del shown["failure_s"], shown["restart_s"]
-        lines = _table([[name, f"{one.value:.6g}", one.source, UNITS[name]] for name, one in shown.items()])
+        lines = text_table([[name, f"{one.value:.6g}", one.source, UNITS[name]] for name, one in shown.items()])
         if self.run is not None and is_empirical(self.inputs):
             lines.append(f"lengths are those of the run's {len(self.run.lengths)} groups, drawn again")
         return lines
@@ -187,9 +188,3 @@ def _split_cells(split: Split) -> list[str]:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Left-aligned columns."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

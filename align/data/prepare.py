@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,12 @@ from align.data.formats import FIELDS, LAYOUTS
 from align.data.formats.base import Layout, choose, margin_of, refuse_media
 from align.data.order import epoch_order
 from align.data.readers import Row
-from align.data.records import Kind, Prompt, Record, RowError, check
+from align.data.records import Kind, Pair, Prompt, Record, RowError, Text, check
 from align.data.render import Encoded, Tokens, draft, encode, fit
 from align.data.sources import Opened, apply_columns, open_source
 from align.data.tokenizer import ChatTokenizer
 from align.errors import DataError
-from align.protocols import PromptItem, Segment, Tree
+from align.protocols import Completion, Group, PromptItem, Segment, Tree
 from align.recipe.schema import DataSource
 
 _CHUNK = 4096  # rows tokenised in one call
@@ -39,10 +39,12 @@ _CHUNK = 4096  # rows tokenised in one call
 
 @dataclass(frozen=True)
 class Prepared:
-    """items: Trees (ids 0..n-1), or PromptItems for kind "prompt" (group_id = number, seed 0: the stage draws both)."""
+    """items: Trees (ids 0..n-1), or PromptItems for kind "prompt" (group_id = number, seed 0: the stage draws both).
+    groups: where `answers` were asked for, each pair as a group of two completions, chosen first."""
 
     items: list[Any]
     report: DataReport
+    groups: list[Group] = field(default_factory=list)
 
 
 def prepare(
@@ -55,6 +57,7 @@ def prepare(
     cache: Path | None = None,
     first: int | None = None,
     folder: Path | None = None,
+    answers: bool = False,
 ) -> Prepared:
     """Read, convert, check, tokenise and mix the rows of a stage.
 
@@ -62,9 +65,11 @@ def prepare(
         sources: in the recipe's order. seed: decides which rows a weighted source gives.
         max_length: for sources that set none of their own. cache: folder of tokenised data; None caches nothing.
         first: read at most that many rows of each source (for a quick check). folder: what relative paths refer to.
+        answers: of pairs, also what rewards judge: their texts and rows, which no cache keeps.
     Raises DataError where a source cannot be read or, unless it says `on_bad_row: skip`, has rows that cannot be used.
     """
-    tables = [_prepare_source(s, kind, tokenizer, max_length, cache, first, folder) for s in sources]
+    assert kind == "pair" or not answers, "only pairs have answers to judge"
+    tables = [_prepare_source(s, kind, tokenizer, max_length, cache, first, folder, answers) for s in sources]
     for table, source in zip(tables, sources, strict=True):
         if not table.report.kept:
             raise DataError(
@@ -77,10 +82,12 @@ def prepare(
     drawn = mix([t.report.kept for t in tables], [s.weight for s in sources], seed)
     weighted = any((t.weights != 1.0).any() for t in tables)
     items: list[Any] = []
+    groups: list[Group] = []
     for table, rows in zip(tables, drawn, strict=True):
         table.report.used = len(rows)
+        groups += [table.group(int(row), len(items) + i) for i, row in enumerate(rows if answers else ())]
         items += [table.item(int(row), len(items) + i, weighted) for i, row in enumerate(rows)]
-    return Prepared(items, DataReport(kind, [t.report for t in tables]))
+    return Prepared(items, DataReport(kind, [t.report for t in tables]), groups)
 
 
 def mix(kept: Sequence[int], weights: Sequence[float | None], seed: int) -> list[np.ndarray]:
@@ -111,8 +118,9 @@ def mix(kept: Sequence[int], weights: Sequence[float | None], seed: int) -> list
 
 @dataclass
 class Table:
-    """Usable rows of one source, tokenised. rows: for prompts, (messages, values) of each; weights f32[kept]; margins
-    f32[kept], NaN where a row gives none."""
+    """Usable rows of one source, tokenised. rows: for prompts, (messages, values) of each; answers: of pairs that
+    rewards are to judge, the same and both completions' texts; weights f32[kept]; margins f32[kept], NaN where a row
+    gives none."""
 
     kind: Kind
     report: SourceReport
@@ -122,6 +130,17 @@ class Table:
     desirable: np.ndarray
     margins: np.ndarray
     rows: list[tuple[tuple[dict[str, Any], ...], dict[str, Any]]] | None = None
+    answers: list[tuple[tuple[dict[str, Any], ...], dict[str, Any], tuple[str, str]]] | None = None
+
+    def group(self, row: int, number: int) -> Group:
+        """A pair as what a reward sees: its prompt, and two completions that nobody sampled."""
+        assert self.answers is not None
+        e, (messages, values, texts) = self.encoded[row], self.answers[row]
+        none = np.zeros(0, np.float32)
+        sides = zip(e.branches, texts, strict=True)
+        completions = [Completion(side.ids, none, none.astype(np.int32), text, "eos") for side, text in sides]
+        prompt = PromptItem(number, e.trunk.ids, 0, messages, values, self.origins[row])
+        return Group(prompt, tuple(completions))
 
     def item(self, row: int, number: int, weighted: bool) -> Tree | PromptItem:
         e, origin = self.encoded[row], self.origins[row]
@@ -150,6 +169,7 @@ def _prepare_source(
     cache: Path | None,
     first: int | None,
     folder: Path | None,
+    answers: bool = False,
 ) -> Table:
     _check_options(source, kind)
     source = _with_max_length(source, max_length)
@@ -157,12 +177,12 @@ def _prepare_source(
     limit = min(limits) if limits else None
     opened = open_source(source, folder=folder, cache=cache, limit=limit)
     path = None
-    if cache is not None and kind != "prompt":
+    if cache is not None and kind != "prompt" and not answers:
         key = store.key(opened.digest(), tokenizer.fingerprint, kind, source, limit)
         path = cache / f"{key}.npz"
         if (table := store.load(path, kind)) is not None:
             return table
-    table = _tokenise(opened, source, kind, tokenizer, limit)
+    table = _tokenise(opened, source, kind, tokenizer, limit, answers)
     if table.report.refused and source.on_bad_row == "error":
         raise refusal_error(table.report)
     if path is not None:
@@ -192,13 +212,16 @@ def _check_options(source: DataSource, kind: Kind) -> None:
             )
 
 
-def _tokenise(opened: Opened, source: DataSource, kind: Kind, tokenizer: ChatTokenizer, limit: int | None) -> Table:
+def _tokenise(
+    opened: Opened, source: DataSource, kind: Kind, tokenizer: ChatTokenizer, limit: int | None, answers: bool = False
+) -> Table:
     items = list(opened.rows(limit))
     report = SourceReport(opened.path, read=len(items))
     report.refused += [i for i in items if isinstance(i, Refusal)]
     rows = [i for i in items if isinstance(i, Row)]
     none = np.zeros(0, np.float32)
     table = Table(kind, report, [], [], none, np.zeros(0, bool), none, [] if kind == "prompt" else None)
+    table.answers = [] if answers else None
     if not rows:
         return table
     named = apply_columns(rows, source)
@@ -211,6 +234,7 @@ def _tokenise(opened: Opened, source: DataSource, kind: Kind, tokenizer: ChatTok
         chunk = slice(start, start + _CHUNK)
         for row, record, margin, encoded in _encode_chunk(rows[chunk], named[chunk], layout, tokenizer, report):
             try:
+                texts = _answers(record) if answers and isinstance(record, Pair) else ("", "")
                 fitted = _fit(encoded, source, kind, tokenizer, report)
             except RowError as e:
                 report.refused.append(Refusal(row.origin, row.number, str(e)))
@@ -224,6 +248,8 @@ def _tokenise(opened: Opened, source: DataSource, kind: Kind, tokenizer: ChatTok
             margins.append(float("nan") if margin is None else margin)
             if table.rows is not None and isinstance(record, Prompt):
                 table.rows.append(_prompt_row(row, record, report))
+            if table.answers is not None and isinstance(record, Pair):
+                table.answers.append((_messages(record.prompt), dict(row.values), texts))
     table.weights, table.desirable = np.array(weights, np.float32), np.array(desirable, bool)
     table.margins = np.array(margins, np.float32)
     _finish(table, tokenizer)
@@ -290,9 +316,25 @@ def _prompt_row(row: Row, record: Prompt, report: SourceReport) -> tuple[tuple[d
     if record.reference_answer is not None:
         values["reference_answer"] = record.reference_answer
         report.reference_answers += 1
-    if isinstance(record.prompt, str):
-        return ({"role": "text", "content": record.prompt},), values
-    return tuple(m.as_dict() for m in record.prompt), values
+    return _messages(record.prompt), values
+
+
+def _messages(prompt: Text) -> tuple[dict[str, Any], ...]:
+    """A prompt as rewards see it."""
+    if isinstance(prompt, str):
+        return ({"role": "text", "content": prompt},)
+    return tuple(m.as_dict() for m in prompt)
+
+
+def _answers(record: Pair) -> tuple[str, str]:
+    """The texts of chosen and rejected. Raises RowError where one is several turns: rewards judge one answer."""
+    texts = []
+    for name in ("chosen", "rejected"):
+        completion: Text = getattr(record, name)
+        if not isinstance(completion, str) and len(completion) != 1:
+            raise RowError(f"{name} has {len(completion)} turns, and rewards judge one answer")
+        texts.append(completion if isinstance(completion, str) else completion[0].content)
+    return texts[0], texts[1]
 
 
 def _finish(table: Table, tokenizer: ChatTokenizer) -> None:

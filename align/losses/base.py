@@ -43,7 +43,8 @@ class Needs:
     start of the batch, whose log-probabilities the loss is given; "none": it has no ratio, and is right only where a
     batch makes one update;
     nll: which tokens the negative log-likelihood term covers: all scored ones, the chosen side's, or those and the
-    prompt's; the trainer marks them before packing."""
+    prompt's; the trainer marks them before packing;
+    margin: every pair must have one, from its row or from the stage's rewards."""
 
     record: Literal["conversation", "pair", "unpaired", "group"]
     reference: bool = False
@@ -51,6 +52,7 @@ class Needs:
     scope: Literal["sequence", "pair", "batch"] = "sequence"
     nll: Literal["none", "scored", "chosen", "prompt_and_chosen"] = "none"
     ratio: Literal["none", "sampler", "proximal"] = "none"
+    margin: bool = False
 
 
 @dataclass(frozen=True)

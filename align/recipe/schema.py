@@ -448,9 +448,26 @@ class SftStage(TrainStage):
 
 
 class PreferenceStage(TrainStage):
+    """rewards: judge chosen and rejected before the stage; `objectives.weights` make their scores the pair's margin,
+    for losses that read one (modpo)."""
+
     kind: Literal["preference"]
     loss: LossField = (LossTerm(name="dpo"),)
     batch: PairBatch = PairBatch()
+    rewards: RewardField = ()
+    objectives: Objectives = Objectives()
+
+    @model_validator(mode="after")
+    def _objectives_of_rewards(self) -> PreferenceStage:
+        given = self.objectives.model_fields_set
+        if given and not self.rewards:
+            raise ValueError("`objectives` weighs what `rewards` score, and the stage has none")
+        if given - {"weights"}:
+            words = ", ".join(sorted(given - {"weights"}))
+            raise ValueError(
+                f"a margin is a weighted sum: of `objectives` a preference stage takes `weights`, not {words}"
+            )
+        return self
 
 
 class RewardModelStage(TrainStage):

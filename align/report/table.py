@@ -1,8 +1,8 @@
-"""The table that ends a run, from the content of summary.json."""
+"""The table that ends a run, from the content of summary.json, and tables of plain text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -54,3 +54,9 @@ def artefact_lines(summary: Mapping[str, Any]) -> list[str]:
         for name, path in entry.get("artefacts", {}).items():
             lines.append(f"{stage}: {name} in {path}")
     return lines
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of left-aligned columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

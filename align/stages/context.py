@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from align.data.prepare import prepare
+from align.data.prepare import Prepared, prepare
 from align.data.records import Kind
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
 from align.errors import Interrupted
-from align.protocols import PromptItem, Tree, group_seed
+from align.protocols import Group, PromptItem, Tree, group_seed
 from align.recipe.schema import DataSource, Recipe
 from align.stages.backend import Backend
 from align.stages.files import write_json
@@ -77,6 +77,20 @@ class Context:
         asked = (stage.id, name, kind, tokenizer.fingerprint)
         if self._prepared is not None and self._prepared[0] == asked:
             return self._prepared[1]
+        prepared = await self._read(stage, sources, kind, tokenizer, name)
+        self._prepared = (asked, list(prepared.items))
+        return self._prepared[1]
+
+    async def _read(
+        self,
+        stage: Any,
+        sources: Sequence[DataSource],
+        kind: Kind,
+        tokenizer: ChatTokenizer,
+        name: str,
+        *,
+        answers: bool = False,
+    ) -> Prepared:
         prepared = await asyncio.to_thread(
             prepare,
             sources,
@@ -85,6 +99,7 @@ class Context:
             seed=self.seed(stage.id),
             cache=self.run.path.parent / ".cache",  # keyed by content: runs beside this one share it
             folder=self.recipe_folder,
+            answers=answers,
         )
         folder = self.run.stage_folder(stage.id)
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,13 +108,19 @@ class Context:
             if line not in self._said:  # an evaluate stage reads the same data once for every stage it judges
                 self._said.add(line)
                 self.report.message(line)
-        self._prepared = (asked, list(prepared.items))
-        return self._prepared[1]
+        return prepared
 
     async def trees(
         self, stage: Any, sources: Sequence[DataSource], kind: Kind, tokenizer: ChatTokenizer, name: str = "data"
     ) -> list[Tree]:
         return await self.items(stage, sources, kind, tokenizer, name)
+
+    async def pairs(
+        self, stage: Any, sources: Sequence[DataSource], tokenizer: ChatTokenizer, name: str = "data"
+    ) -> tuple[list[Tree], list[Group]]:
+        """Pairs as trees, and as groups of two completions with their rows, chosen first, for rewards to judge."""
+        prepared = await self._read(stage, sources, "pair", tokenizer, name, answers=True)
+        return list(prepared.items), list(prepared.groups)
 
     async def prompts(
         self, stage: Any, sources: Sequence[DataSource], tokenizer: ChatTokenizer, name: str = "data"

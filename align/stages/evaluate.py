@@ -21,10 +21,11 @@ from align.stages.backend import FleetJob, Needs, Start, TrainerJob, longest_pro
 from align.stages.context import Context, opened
 from align.stages.handover import adapter_of, weights_of
 from align.stages.loop import StageResult
+from align.stages.margins import require_margins
 from align.stages.offline import eval_names
 from align.stages.online import greedy_metrics
 from align.stages.rollout_log import RolloutLog
-from align.stages.training import record_kind, sampling_of, scorer_job
+from align.stages.training import needs_margin, record_kind, sampling_of, scorer_job
 
 
 async def run_evaluate(context: Context, stage: EvaluateStage) -> StageResult:
@@ -111,6 +112,8 @@ async def _by_loss(context: Context, stage: EvaluateStage, name: str) -> Metrics
     """The metrics of `stage.loss` over the data, on the forward that training uses."""
     weights = _weights(context, name)
     trees = await context.trees(stage, stage.data, record_kind(stage.loss), context.tokenizer(weights.base))
+    if needs_margin(stage):
+        require_margins(trees)
     job = TrainerJob(
         stage_id=stage.id,
         model=context.recipe.model,

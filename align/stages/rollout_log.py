@@ -6,17 +6,22 @@ fixed turns and at checkpoints: a resumed run rewrites exactly the files that an
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from align.errors import RunFolderError
 from align.protocols import Group, ScoreTable
 from align.stages.files import sync_folder
 
 INTERVAL = 10  # turns per file where no checkpoint ends it earlier
+KINDS = b"align.kinds"  # in a file's own metadata: {objective: "reward" or "cost"}, in the order of a score table
+_SCORE = "objective/"
 
 
 class RolloutLog:
@@ -24,11 +29,12 @@ class RolloutLog:
 
     Columns: step, group_id, sample, origin, prompt, completion, token_ids, one float column `objective/<name>` each
     (null where missing), advantage (null where not trained on), trained, finish, version (of the first token),
-    mean_logp (of the sampler).
+    mean_logp (of the sampler). The metadata `KINDS` says which objectives are costs.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._kinds: dict[str, str] = {}
         self._rows: list[dict[str, Any]] = []
         self._last = 0
 
@@ -51,11 +57,11 @@ class RolloutLog:
         """Rows of turn `step`: the groups it trained on, and those that were replaced meanwhile; `prompts` are their
         prompts as text. Closes the file at an interval's end."""
         row = 0
+        self._kinds = dict(zip(table.objectives, table.kinds, strict=True))
         for group, prompt in zip(groups, prompts, strict=True):
             for sample, completion in enumerate(group.completions):
                 scores = {
-                    f"objective/{name}": _known(table.scores[row, column])
-                    for column, name in enumerate(table.objectives)
+                    f"{_SCORE}{name}": _known(table.scores[row, column]) for column, name in enumerate(table.objectives)
                 }
                 self._rows.append(
                     {
@@ -88,7 +94,8 @@ class RolloutLog:
 
         target = self.folder / f"step-{self._last:06d}.parquet"
         aside = target.with_name(f".writing-{target.name}")
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(self._rows), aside, compression="zstd")
+        table = pyarrow.Table.from_pylist(self._rows).replace_schema_metadata({KINDS: json.dumps(self._kinds)})
+        pyarrow.parquet.write_table(table, aside, compression="zstd")
         with aside.open("rb") as handle:
             os.fsync(handle.fileno())
         os.replace(aside, target)
@@ -98,3 +105,44 @@ class RolloutLog:
 
 def _known(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """S completions of a stage in the order of its turns. scores: f64[S, R] with NaN where missing, of `names` and
+    `kinds`; columns: every other column of the files as an array [S], `advantage` f64 with NaN for null."""
+
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+    scores: np.ndarray
+    columns: Mapping[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return int(self.scores.shape[0])
+
+
+def read_rollouts(folder: Path) -> Rollouts:
+    """Every file of a rollouts folder. Raises RunFolderError where there is none, or files have other objectives."""
+    import pyarrow
+    import pyarrow.parquet
+
+    files = sorted(folder.glob("step-*.parquet"))
+    if not files:
+        raise RunFolderError("there are no rollouts", where=folder, remedy="give a run that has sampled")
+    tables = [pyarrow.parquet.read_table(file) for file in files]
+    found: list[Any] = [(table.schema.metadata or {}).get(KINDS) for table in tables]
+    for file, noted in zip(files, found, strict=True):
+        if noted is None or noted != found[0]:
+            what = "has no note of its objectives' kinds" if noted is None else f"has other objectives than {files[0]}"
+            raise RunFolderError(what, where=file, remedy="repeat the stage: align run ... --from-stage ID")
+    kinds: dict[str, str] = json.loads(found[0])
+    # a file in which an objective has no value has a column without type
+    table = pyarrow.concat_tables(tables, promote_options="permissive")
+    scores = [_floats(table.column(f"{_SCORE}{name}")) for name in kinds]
+    others = {name: table.column(name) for name in table.column_names if not name.startswith(_SCORE)}
+    columns = {k: _floats(v) if k == "advantage" else v.to_numpy(zero_copy_only=False) for k, v in others.items()}
+    return Rollouts(tuple(kinds), tuple(kinds.values()), np.stack(scores, axis=1), columns)
+
+
+def _floats(column: Any) -> np.ndarray:
+    return np.array([np.nan if value is None else value for value in column.to_pylist()], dtype=np.float64)

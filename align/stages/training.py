@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from align.data.order import BatchPlan
 from align.data.records import Kind
+from align.data.tokenizer import ChatTokenizer
 from align.losses import configure
-from align.protocols import PromptItem, Sampling, Trainer
-from align.recipe.schema import LossTerm, ReferencePath, Reward, Rollout
+from align.protocols import PromptItem, Sampling, Trainer, Tree
+from align.recipe.schema import DataSource, LossTerm, ReferencePath, Reward, Rollout
 from align.recipe.schema import OnlineStage as OnlineSettings
 from align.recipe.support import check_adapter, publish_mode
 from align.stages.backend import FleetJob, Needs, ScorerJob, Start, TrainerJob, longest_prompt
@@ -21,6 +23,7 @@ from align.stages.defaults import resolved_optim
 from align.stages.groups import PromptCursor
 from align.stages.handover import start_of
 from align.stages.loop import Loop, StageResult, every_steps, latest_checkpoint
+from align.stages.margins import require_margins, with_margins
 from align.stages.monitor import Monitor, tolerance
 from align.stages.offline import offline_evaluation, offline_turn, refuse_padding_at_end
 from align.stages.online import OnlinePlan, OnlineStage
@@ -41,6 +44,11 @@ def reference_of(stage: Any) -> Any:
     """Where reference log-probabilities come from: as the recipe says, `start` where a loss needs one, else None."""
     needed = any(configure(term.name, term.options)[2].reference for term in stage.loss)
     return (stage.reference or "start") if needed else None
+
+
+def needs_margin(stage: Any) -> bool:
+    """Whether a loss of the stage reads a margin of every pair."""
+    return any(configure(term.name, term.options)[2].margin for term in stage.loss)
 
 
 def reward_sets(stage: Any) -> list[tuple[Reward, ...]]:
@@ -114,8 +122,11 @@ async def run_offline(context: Context, stage: Any) -> StageResult:
     start = start_of(context.recipe, stage, context.origin, context.run.finished())
     tokenizer = context.tokenizer(start.base)
     kind = record_kind(stage.loss)
-    trees = await context.trees(stage, stage.data, kind, tokenizer)
-    held = await context.trees(stage, stage.eval.data, kind, tokenizer, "eval") if stage.eval else []
+    read = partial(_judged_pairs, context) if getattr(stage, "rewards", ()) else context.trees
+    trees = await read(stage, stage.data, kind, tokenizer)
+    held = await read(stage, stage.eval.data, kind, tokenizer, "eval") if stage.eval else []
+    if needs_margin(stage):
+        require_margins([*trees, *held])
     if stage.kind == "reward_model":
         refuse_padding_at_end([*trees, *held], tokenizer.pad_id)
     order = BatchPlan.of(stage, len(trees), context.seed(stage.id))
@@ -132,6 +143,19 @@ async def run_offline(context: Context, stage: Any) -> StageResult:
             loop.evaluate = offline_evaluation(trainer, held)
         await resumed(context, loop)
         return finished(context, await loop.run(offline_turn(trainer, trees, order)))
+
+
+async def _judged_pairs(
+    context: Context,
+    stage: Any,
+    sources: Sequence[DataSource],
+    kind: Kind,
+    tokenizer: ChatTokenizer,
+    name: str = "data",
+) -> list[Tree]:
+    """Pairs with the margins that the stage's rewards give them."""
+    trees, groups = await context.pairs(stage, sources, tokenizer, name)
+    return await with_margins(context, stage, trees, groups, "margins" if name == "data" else f"{name}-margins")
 
 
 async def run_online(context: Context, stage: OnlineSettings) -> StageResult:

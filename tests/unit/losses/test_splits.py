@@ -54,6 +54,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"variant": "ipo"},
     ],
     "reward_model": [{}, {"centre": 0.1}],
+    "modpo": [{}, {"beta": 0.3, "preference_weight": 0.4}],
     "grpo": [
         {},
         {"clip_low": 0.1, "clip_high": 0.15, "clip_delta": 1.25, "log_entropy": False},
@@ -145,6 +146,8 @@ def run(name: str, options: dict[str, Any], trees: Sequence[Tree], max_tokens: i
     """Loss, gradients by token, metrics and number of microbatches of one update, computed as the trainer does."""
     module, config, needs = configure(name, options)
     trees = [mark_nll(tree, needs.nll) for tree in trees]
+    if needs.margin:
+        trees = [replace(tree, columns={**tree.columns, "margin": 0.4 * (tree.id % 4) - 0.5}) for tree in trees]
     counts, sums, forward = global_counts(trees), MetricSums(), Forward()
     together = needs.record == "pair"
 

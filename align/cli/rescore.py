@@ -1,0 +1,73 @@
+"""`align rescore`: what would a run's advantages have been under other weights? No torch; seconds."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import yaml
+
+from align.experiments.grid import parse_weights
+from align.experiments.rescore import Rescored, correlation, rescore, write
+from align.experiments.runs import chosen, online_stages, read_recipe
+from align.recipe.load import load_recipe
+from align.recipe.schema import Objectives
+from align.report.table import text_table
+
+DRIFT = 1e-5  # advantages are float32
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Combine a run's rollouts anew and print a table. Raises UserError with a remedy.
+
+    arguments: run (folder), stage (id or None), weights (text or None), combine (or None), overrides (key=value of
+    `objectives`), out (file or None).
+    """
+    run = Path(arguments.run)
+    recipe = read_recipe(run)
+    stage = chosen(online_stages(recipe), arguments.stage, "online stage", run)
+    key = f"stages.{stage.id}.objectives"
+    changes = [f"{key}.{text}" for text in arguments.overrides]
+    if arguments.weights:
+        weights = {**stage.objectives.weights, **parse_weights(arguments.weights)}
+        changes.append(f"{key}.weights={yaml.safe_dump(weights, default_flow_style=True, width=10**6).strip()}")
+    if arguments.combine:
+        changes.append(f"{key}.combine={arguments.combine}")
+    objectives = load_recipe(run / "recipe.yaml", changes).stage(stage.id).objectives
+    rescored = rescore(run / stage.id / "rollouts", stage, objectives)
+    out = Path(arguments.out) if arguments.out else run / stage.id / "rescored.parquet"
+    write(rescored, out)
+    print("\n".join([*_lines(rescored, stage.id, stage.objectives, objectives), "", f"written: {out}"]))
+    return 0
+
+
+def _lines(found: Rescored, stage: str, before: Objectives, after: Objectives) -> list[str]:
+    rollouts, steps = found.rollouts, found.rollouts.columns["step"]
+    groups = list(found.groups())
+    out = [f"{len(rollouts)} completions in {len(groups)} groups, steps {min(steps)} to {max(steps)} of {stage!r}"]
+    if found.replaced:
+        out.append(f"{found.replaced} groups without signal, which the run replaced, are left out")
+    if found.replayed > DRIFT:
+        out.append(f"note: the run's own settings give advantages that differ by up to {found.replayed:.1e} today")
+    rows = [["", "weight", "", "correlation with advantage", "", "missing"], ["", "run", "new", "run", "new", ""]]
+    for k, (name, kind) in enumerate(zip(rollouts.names, rollouts.kinds, strict=True)):
+        scores = rollouts.scores[:, k]
+        weights = [f"{of[name]:g}" for of in found.weights]
+        related = [_signed(correlation(scores, advantages)) for advantages in (found.before, found.after)]
+        missing = float((scores != scores).mean())
+        rows.append([name + (" (cost)" if kind == "cost" else ""), *weights, *related, f"{100 * missing:.1f} %"])
+    old, new = found.dead(found.before), found.dead(found.after)
+    return [
+        *out,
+        "",
+        *text_table(rows),
+        "",
+        f"combine: {before.combine} in the run, {after.combine} now",
+        f"advantages: correlation {_signed(found.correlation)} with the run's; "
+        f"{100 * found.turned:.1f} % of the completions it trained on change sign",
+        f"groups without signal: {old} in the run, {new} now, of {len(groups)}",
+    ]
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3f}"

@@ -1,0 +1,34 @@
+"""What `align check` says of preference stages with rewards."""
+
+from __future__ import annotations
+
+import pytest
+
+from align.cli.main import main
+from tests.unit.cli.workshop import Workshop
+
+MODPO = "stages.dpo.loss={name: modpo, preference_weight: 0.6}"
+JUDGED = "stages.dpo.rewards=[{use: 'judge.py:brevity'}]"
+WEIGHTED = "stages.dpo.objectives={weights: {brevity: 0.4}}"
+
+
+def test_a_preference_stage_with_rewards_is_planned(workshop: Workshop, capsys):
+    assert main(["check", "recipe.yaml", MODPO, JUDGED, WEIGHTED]) == 0
+    said = capsys.readouterr().out
+    assert "loss modpo" in said and "margins: before the stage, rewards judge both answers of each pair" in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        ([JUDGED], "the loss dpo reads none"),
+        ([WEIGHTED], "`objectives` weighs what `rewards` score, and the stage has none"),
+        ([MODPO, JUDGED, "stages.dpo.objectives={combine: decoupled}"], "takes `weights`, not combine"),
+        ([MODPO, JUDGED, "stages.dpo.objectives={weights: {short: 1}}"], "which no reward of this stage gives"),
+        ([MODPO], "the pair has no `margin`"),
+    ],
+)
+def test_what_gives_no_margin_is_refused(workshop: Workshop, capsys, overrides, wanted):
+    assert main(["check", "recipe.yaml", *overrides]) == 2
+    said = capsys.readouterr().err
+    assert wanted in said and "->" in said
