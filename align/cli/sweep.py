@@ -52,7 +52,7 @@ def _vectors(arguments: argparse.Namespace, stage: OnlineStage, folder: Path) ->
     found.raise_any()
     assert names is not None, "what could not be described was raised"
     if arguments.simplex:
-        return simplex(names, arguments.simplex)
+        return simplex(list(names), arguments.simplex)
     vectors = [parse_weights(text) for text in arguments.weights]
     for weights in vectors:
         if set(weights) != set(names):
