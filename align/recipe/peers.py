@@ -242,8 +242,8 @@ _SENTENCES = {  # their word -> the whole answer, where a key alone would mislea
     "desirable_weight": "`desirable_weight` is `loss: {name: kto, desirable_weight: ...}`",
     "undesirable_weight": "`undesirable_weight` is `loss: {name: kto, undesirable_weight: ...}`",
     "use_kl_loss": "`use_kl_loss` is `loss.kl` above 0",
-    "use_kl_in_reward": "not offered by this version: `loss.kl` with `kl_estimator: w_k3` has the reverse KL's gradient"
-    ", token by token",
+    "use_kl_in_reward": "not offered by this version: `loss.kl` with `kl_estimator: w_k3` has the reverse KL's "
+    "gradient, token by token",
     "kl_loss_type": "`kl_loss_type` is `loss.kl_estimator`: low_var_kl is k3, mse is k2; kl (k1) is refused as a loss",
     "rlhf_type": "`rlhf_type` is a stage: `kind: preference` or `kind: online`, with `loss: {name: ...}`",
     "stage": "`stage` is one entry of the list `stages`, with `id` and `kind`",

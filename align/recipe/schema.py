@@ -284,7 +284,8 @@ class Objectives(Strict):
     @model_validator(mode="after")
     def _options_have_an_effect(self) -> Objectives:
         for option, readers in _READ_BY.items():
-            if option in self.model_fields_set and self.combine not in readers:
+            default = type(self).model_fields[option].get_default(call_default_factory=True)
+            if getattr(self, option) != default and self.combine not in readers:  # a resolved copy spells defaults out
                 raise ValueError(f"`{option}` belongs to `combine: {' or '.join(readers)}`; here it is {self.combine}")
         if self.combine == "lagrangian" and not self.constraints:
             raise ValueError("`combine: lagrangian` needs `constraints`, such as {length: {max: 40}}")

@@ -310,3 +310,9 @@ def test_an_archive_keeps_its_size_and_the_points_that_add_most():
         _, state, metrics = only(config, [math.cos(angle), -math.sin(angle), 0.0], state)
     assert metrics["hypervolume/archive"] == ARCHIVE == len(state["archive"])
     assert math.pi / 4 * 0.95 < metrics["hypervolume/value"] < math.pi / 4
+
+
+@pytest.mark.parametrize("settings", [{}, *CONFIGS, {"schedule": {"polite": [[0, 0.0], [9, 1.0]]}}])
+def test_a_resolved_copy_that_spells_every_default_out_is_the_same_settings(settings):
+    config = Objectives.model_validate(settings)
+    assert Objectives.model_validate(json.loads(config.model_dump_json())) == config
