@@ -448,6 +448,12 @@ class SftStage(TrainStage):
     batch: SequenceBatch = SequenceBatch()
 
 
+class PairObjectives(Strict):
+    """A pair's margin is the weighted sum of its differences in score; an objective that is not named has weight 1."""
+
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+
+
 class PreferenceStage(TrainStage):
     """rewards: judge chosen and rejected before the stage; `objectives.weights` make their scores the pair's margin,
     for losses that read one (modpo)."""
@@ -456,17 +462,13 @@ class PreferenceStage(TrainStage):
     loss: LossField = (LossTerm(name="dpo"),)
     batch: PairBatch = PairBatch()
     rewards: RewardField = ()
-    objectives: Objectives = Objectives()
+    objectives: PairObjectives = PairObjectives()
 
     @model_validator(mode="after")
     def _objectives_of_rewards(self) -> PreferenceStage:
-        given = self.objectives.model_fields_set
-        if given and not self.rewards:
-            raise ValueError("`objectives` weighs what `rewards` score, and the stage has none")
-        if given - {"weights"}:
-            words = ", ".join(sorted(given - {"weights"}))
+        if self.objectives.weights and not self.rewards:
             raise ValueError(
-                f"a margin is a weighted sum: of `objectives` a preference stage takes `weights`, not {words}"
+                "`objectives.weights` weigh what `rewards` score, and the stage has none: add `rewards: [...]`"
             )
         return self
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,6 @@ import numpy as np
 
 from align.errors import DataError, RewardError
 from align.protocols import ErrorBudget, Group, Tree
-from align.recipe.schema import Objectives
 from align.stages.backend import Needs
 from align.stages.context import Context, opened
 from align.stages.files import write_json
@@ -60,14 +59,14 @@ def refuse_own_margins(trees: Sequence[Tree]) -> None:
             )
 
 
-def margins_of(found: PairScores, objectives: Objectives) -> np.ndarray:
+def margins_of(found: PairScores, weights: Mapping[str, float]) -> np.ndarray:
     """f64[P]: costs enter negated, weights are by name and 1 where not given. NaN where a score of an objective whose
     weight is not 0 is missing on either side, and for dropped pairs."""
     signs = [-1.0 if kind == "cost" else 1.0 for kind in found.kinds]
-    weights = np.array([objectives.weights.get(name, 1.0) for name in found.names]) * signs
+    signed = np.array([weights.get(name, 1.0) for name in found.names]) * signs
     apart = found.scores[:, 0].astype(np.float64) - found.scores[:, 1]
-    used = weights != 0
-    return np.where(found.dropped, np.nan, apart[:, used] @ weights[used])
+    used = signed != 0
+    return np.where(found.dropped, np.nan, apart[:, used] @ signed[used])
 
 
 async def with_margins(
@@ -81,7 +80,7 @@ async def with_margins(
     """
     refuse_own_margins(trees)
     found = await _scores(context, stage, groups)
-    margins = margins_of(found, stage.objectives)
+    margins = margins_of(found, stage.objectives.weights)
     known = np.isfinite(margins)
     missing = {k: int(np.isnan(found.scores[..., i]).any(axis=1).sum()) for i, k in enumerate(found.names)}
     report = {"pairs": len(trees), "left_out": int((~known).sum()), "missing": missing}

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from align.errors import AlignError, DataError, EngineError, RecipeError, SetupError, Unsupported
+from align.export.soup import soup
 from align.model.adapters import attach, digest, merged_state, save, use_adapter, weights_digest
 from align.protocols import Completion, FailedPrompt, Group, PromptItem, Publication, Sampling, Tree, group_seed
 from align.recipe.schema import Adapter
@@ -308,6 +309,32 @@ def test_publishing_changes_what_is_sampled_and_returns_the_trainers_digest(
         randomize(policy, 0)
     assert serving.publish(first) == first.digest
     assert as_json(generate(serving, prompts(), 4, SAMPLING)) == as_json(before)
+
+
+def test_a_soup_of_adapters_is_served_as_peft_computes_it(
+    serving: Any, model_folder: Path, first: Publication, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    def fresh(adapter: Adapter | None, folder: Path | None, seed: int) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+        return attach(model, adapter, folder, seed=seed)
+
+    parts = []
+    for seed, rank, targets in ((1, 5, "all-linear"), (2, 7, ("q_proj", "down_proj"))):
+        peft = fresh(Adapter(rank=rank, alpha=9.0, targets=targets), None, seed)
+        randomize(peft, seed)
+        save(peft, tmp_path / str(seed))
+        parts.append(tmp_path / str(seed))
+    soup(parts, [0.6, 0.4], tmp_path / "soup")
+    peft = fresh(None, tmp_path / "soup", 0)
+    publication = Publication(2, "adapter", str(tmp_path / "soup"), digest(peft, torch.float32), rank=ADAPTER.rank)
+    assert serving.publish(publication) == publication.digest
+    groups = generate(serving, prompts(), 4, SAMPLING)
+    assert largest_gap(peft, groups) < 1e-4
+    with use_adapter(peft, None):
+        assert largest_gap(peft, groups) > 0.1
+    serving.publish(first)
 
 
 def test_the_base_serves_without_any_adapter(serving: Any, policy: Any) -> None:

@@ -22,13 +22,12 @@ def test_a_preference_stage_with_rewards_is_planned(workshop: Workshop, capsys):
     ("overrides", "wanted"),
     [
         ([JUDGED], "the loss dpo reads none"),
-        ([WEIGHTED], "`objectives` weighs what `rewards` score, and the stage has none"),
-        ([MODPO, JUDGED, "stages.dpo.objectives={combine: decoupled}"], "takes `weights`, not combine"),
+        ([WEIGHTED], "the stage has none: add `rewards: [...]`"),
+        ([MODPO, JUDGED, "stages.dpo.objectives={combine: decoupled}"], "unknown key `combine`"),
         ([MODPO, JUDGED, "stages.dpo.objectives={weights: {short: 1}}"], "which no reward of this stage gives"),
         ([MODPO], "the pair has no `margin`"),
     ],
 )
 def test_what_gives_no_margin_is_refused(workshop: Workshop, capsys, overrides, wanted):
     assert main(["check", "recipe.yaml", *overrides]) == 2
-    said = capsys.readouterr().err
-    assert wanted in said and "->" in said
+    assert wanted in capsys.readouterr().err

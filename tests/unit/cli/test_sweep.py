@@ -9,6 +9,8 @@ import pytest
 
 from align.cli import sweep as verb
 from align.cli.main import main
+from align.cli.plan import Machine
+from align.errors import PlacementError
 from align.experiments.children import Child, Outcome
 from align.recipe.load import load_recipe
 from align.stages.files import read_json, write_json
@@ -107,6 +109,13 @@ def test_what_cannot_be_swept_is_refused_before_anything_runs(workshop, started,
     assert main(["sweep", "recipe.yaml", *words]) == 2
     assert wanted in capsys.readouterr().err
     assert not started and not (workshop.folder / "runs").exists()
+
+
+def test_a_run_may_have_a_part_of_the_machine_and_no_more_than_all_of_it():
+    assert Machine.here(1).cores == 1 and Machine.here().cores == os.cpu_count()
+    for cores in (0, (os.cpu_count() or 1) + 1):
+        with pytest.raises(PlacementError, match="--cores"):
+            Machine.here(cores)
 
 
 def test_as_many_fit_as_placement_leaves_room_for(workshop, started, capsys):

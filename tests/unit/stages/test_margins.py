@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from align.errors import DataError, RewardError
-from align.recipe.schema import Objectives, Recipe
+from align.recipe.schema import Recipe
 from align.stages.backend import ScorerJob
 from align.stages.margins import PairScores, margins_of
 from tests.unit.stages.plain import PlainScorer
@@ -22,12 +22,12 @@ NAN = float("nan")
 def test_margins_by_hand():
     scores = np.array([[[1, 10], [0, 30]], [[2, NAN], [5, 1]], [[1, 1], [NAN, 1]]], np.float32)
     found = PairScores(("good", "cost"), ("reward", "cost"), scores, np.array([False, False, False]))
-    got = margins_of(found, Objectives(weights={"good": 0.5, "cost": 0.1}))
+    got = margins_of(found, {"good": 0.5, "cost": 0.1})
     assert got[0] == pytest.approx(0.5 * (1 - 0) - 0.1 * (10 - 30))
     assert np.isnan(got[1:]).all(), "a missing score is no 0"
-    assert margins_of(found, Objectives(weights={"good": 1.0, "cost": 0.0}))[1] == -3, "weight 0 needs no score"
+    assert margins_of(found, {"good": 1.0, "cost": 0.0})[1] == -3, "weight 0 needs no score"
     dropped = PairScores(found.names, found.kinds, np.nan_to_num(scores), np.array([False, True, False]))
-    assert np.isnan(margins_of(dropped, Objectives())).tolist() == [False, True, False]
+    assert np.isnan(margins_of(dropped, {})).tolist() == [False, True, False]
 
 
 class Judge(PlainBackend):
