@@ -14,7 +14,7 @@ from align.cli.rules import check_recipe
 from align.objectives.check import Known, problems
 from align.recipe.document import Document
 from align.recipe.load import load_document
-from align.recipe.schema import Recipe
+from align.recipe.schema import Objectives, Recipe
 from align.stages.groups import TRUNCATED, refuse_second_truncated, with_penalty
 from align.stages.handover import check_adapters
 from align.stages.training import needs_margin, record_kind
@@ -89,7 +89,10 @@ def _check_rewards(stage: Any, rewards: Rewards, found: Findings) -> None:
     known = rewards.objectives(stage.rewards, stage.id, "rewards", found)
     if known is None or stage.kind not in ("online", "preference"):
         return
-    objectives = stage.objectives
+    if stage.kind == "preference":
+        objectives = Objectives(weights=stage.objectives.weights)
+    else:
+        objectives = stage.objectives
     if stage.kind == "online" and stage.rollout.truncated == "penalise":
         with found.gather(stage.id):
             refuse_second_truncated(known)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from align.objectives import pareto
 from align.objectives.view import State, View
 
 ARCHIVE = 32  # points; of more, the one that adds least is left out
@@ -68,7 +69,10 @@ def metrics(state: Mapping[str, Any], view: View) -> dict[str, float]:
     if not _complete(view):
         return {}
     archive = _archive(state, view)
-    return {"hypervolume/value": volume(archive, _reference(view)), "hypervolume/archive": float(len(archive))}
+    return {
+        "hypervolume/value": pareto.hypervolume(archive, _reference(view)),
+        "hypervolume/archive": float(len(archive)),
+    }
 
 
 # ------------------------------------------------------------------------------------------------ geometry
@@ -82,13 +86,7 @@ def dominate(points: np.ndarray, point: np.ndarray) -> np.ndarray:
 def not_dominated(points: np.ndarray) -> np.ndarray:
     """f64[A, K] -> f64[B, K]: each that no other beats, once, in lexical order."""
     unique = np.unique(points, axis=0)
-    return np.asarray(unique[[not dominate(unique, point).any() for point in unique]])
-
-
-def volume(points: np.ndarray, reference: np.ndarray) -> float:
-    """f64[A, K], f64[K] -> the volume of what is better than `reference` and no better than one of `points`; points
-    add what those after them do not cover (WFG: While, Bradstreet, Barone, IEEE TEC 2012)."""
-    return float(sum(gain(point, points[i + 1 :], reference) for i, point in enumerate(points)))
+    return np.asarray(unique[~pareto.dominated(unique)])
 
 
 def gain(point: np.ndarray, points: np.ndarray, reference: np.ndarray) -> float:
@@ -96,7 +94,7 @@ def gain(point: np.ndarray, points: np.ndarray, reference: np.ndarray) -> float:
     box = float(np.prod(np.maximum(point - reference, 0.0)))
     if box == 0.0 or not len(points):
         return box
-    return box - volume(not_dominated(np.minimum(points, point)), reference)
+    return box - pareto.hypervolume(not_dominated(np.minimum(points, point)), reference)
 
 
 def faces(point: np.ndarray, points: np.ndarray, reference: np.ndarray) -> np.ndarray:
