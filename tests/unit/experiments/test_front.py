@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from align.errors import RunFolderError, UserError
-from align.experiments.front import dominated, front, hypervolume
+from align.experiments.front import front
 from align.experiments.runs import Judged
+from align.objectives.pareto import dominated, hypervolume
 
 
 def judged(label, scores, names=("a", "b"), kinds=("reward", "reward"), prompts=None) -> Judged:
