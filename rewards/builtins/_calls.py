@@ -52,7 +52,7 @@ def json_call(item: Any) -> Call:
         item = item["function"]
     if not isinstance(item, Mapping) or not isinstance(item.get("name"), str):
         raise ValueError('no {"name", "arguments"}')
-    arguments = next((item[key] for key in _ARGUMENTS if key in item), {})
+    arguments: Any = next((item[key] for key in _ARGUMENTS if key in item), {})
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)

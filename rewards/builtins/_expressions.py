@@ -273,7 +273,7 @@ def _is_collection(tree: Tree) -> bool:
 
 def _value_side(tree: Tree, other: Tree) -> Tree:
     if tree[0] == "equals" and other[0] != "equals" and tree[1][0] == "name":
-        return tree[2]  # type: ignore[no-any-return]
+        return tree[2]
     return tree
 
 
@@ -324,7 +324,7 @@ def _try(tree: Tree, point: int) -> Number | None:
 def _evaluate(tree: Tree, point: int) -> Number:
     kind = tree[0]
     if kind == "number":
-        return tree[1]  # type: ignore[no-any-return]
+        return tree[1]
     if kind == "name":
         return _CONSTANTS.get(tree[1]) or _place(tree[1], point)
     if kind not in _OPERATORS and kind not in _FUNCTIONS:
@@ -367,8 +367,8 @@ def _both(exact: Callable[[Any, Any], Any]) -> Callable[[Number, Number], Number
 
     def apply(a: Number, b: Number) -> Number:
         if isinstance(a, Fraction) and isinstance(b, Fraction):
-            return exact(a, b)  # type: ignore[no-any-return]
-        return exact(complex(a), complex(b))  # type: ignore[no-any-return]
+            return exact(a, b)
+        return exact(complex(a), complex(b))
 
     return apply
 

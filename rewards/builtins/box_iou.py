@@ -82,7 +82,7 @@ def _gold_boxes(answer: Any) -> list[Box]:
             raise ValueError(f"the gold boxes {answer[:200]!r} are no JSON") from error
     one = isinstance(answer, Mapping) or _is_flat(answer)
     items = [answer] if one else list(answer) if isinstance(answer, list | tuple) else []
-    boxes = [item.get("bbox_2d") if isinstance(item, Mapping) else item for item in items]
+    boxes: list[Any] = [item.get("bbox_2d") if isinstance(item, Mapping) else item for item in items]
     for box in boxes or [answer]:
         if not _is_flat(box) or not (box[0] < box[2] and box[1] < box[3]):
             raise ValueError(f"a gold box is {box!r}; [x1, y1, x2, y2] with x1 < x2 and y1 < y2 is needed")

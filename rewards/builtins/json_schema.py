@@ -84,8 +84,8 @@ def _problem(text: str, validator: Validator) -> str | None:
         found = json.loads(fenced[1] if fenced else text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         return f"no JSON: {error}"
-    error = next(iter(validator.iter_errors(found)), None)
-    return None if error is None else f"{error.json_path}: {error.message}"[:500]
+    misfit = next(iter(validator.iter_errors(found)), None)
+    return None if misfit is None else f"{misfit.json_path}: {misfit.message}"[:500]
 
 
 def _no_constant(name: str) -> NoReturn:
