@@ -20,6 +20,7 @@ def proofs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "prove_true.py").write_text("print('it is so')\n")
     monkeypatch.setattr(prove, "FOLDER", folder)
     monkeypatch.setattr(prove, "CHECKOUT", tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # another checkout's proofs would be found there first
     return folder
 
 
