@@ -180,8 +180,15 @@ def figures(run: Path, soups: Path) -> dict[str, Any]:
         "seconds_of_training": {**seconds, "soups": 0},
         "limits": limits_kept(run, found["lagrangian"]),
         "soups": soups_exact(run, soups),
-        "fronts": {name: one.to_json() for name, one in found.items()},
+        "fronts": {name: placeless(one) for name, one in found.items()},
     }
+
+
+def placeless(found: Front) -> dict[str, Any]:
+    """As JSON, without the folders of this machine."""
+    whole = found.to_json()
+    points = [{key: value for key, value in point.items() if key != "run"} for point in whole["points"]]
+    return {**whole, "points": points}
 
 
 def draw(found: Mapping[str, Front], path: Path) -> None:
