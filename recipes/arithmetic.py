@@ -25,6 +25,7 @@ HELD_OUT_SHARE = 10  # one sum in ten is held out
 TERSE = "{a} + {b}?"
 POLITE = "What is {a} + {b}?"
 SENTENCE = "The sum of {a} and {b} is {sum}."
+CLOSINGS = (" Thanks.", " Thank you for asking.")
 
 Row = dict[str, object]
 
@@ -53,18 +54,22 @@ class Sum:
         return hashlib.sha256(f"{self.a}+{self.b}".encode()).digest()[0] % HELD_OUT_SHARE == 0
 
 
-def sft(*, rows: int = 8000, seed: int = 0, careless: float = 0.65, in_kind: float = 0.8) -> Iterator[Row]:
+def sft(
+    *, rows: int = 8000, seed: int = 0, careless: float = 0.65, in_kind: float = 0.8, courteous: float = 0.0
+) -> Iterator[Row]:
     """Demonstrations {messages}.
 
     careless: how often a carry is forgotten, of the sums that have one. in_kind: how often a terse question gets a
     terse answer and a polite one a sentence; the rest is the other way round, so half of all answers are wordy.
+    courteous: how often a reply ends in one of CLOSINGS, each as often as the other; what stands before is the same.
     """
-    rng = random.Random(f"sft/{seed}")
+    rng, manners = random.Random(f"sft/{seed}"), random.Random(f"manners/{seed}")
     for item in _sums(rng, rows, held_out=False):
         polite = rng.random() < 0.5
         wordy = polite if rng.random() < in_kind else not polite
         answer = item.careless_answer if rng.random() < careless else item.answer
-        yield {"messages": [*_question(item, polite), _reply(item, answer, wordy)]}
+        closing = manners.choice(CLOSINGS) if manners.random() < courteous else ""
+        yield {"messages": [*_question(item, polite), _reply(item, answer, wordy, closing)]}
 
 
 def pairs(*, rows: int = 1000, seed: int = 0, held_out: bool = False) -> Iterator[Row]:
@@ -106,6 +111,6 @@ def _question(item: Sum, polite: bool) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-def _reply(item: Sum, answer: int, wordy: bool) -> dict[str, str]:
+def _reply(item: Sum, answer: int, wordy: bool, closing: str = "") -> dict[str, str]:
     text = SENTENCE.format(a=item.a, b=item.b, sum=answer) if wordy else str(answer)
-    return {"role": "assistant", "content": text}
+    return {"role": "assistant", "content": text + closing}

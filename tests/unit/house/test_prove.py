@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from align.recipe.load import load_recipe
 from tests.prove import __main__ as prove
-from tests.prove import entry
+from tests.prove import entry, prove_study
 
 
 @pytest.fixture
@@ -55,3 +56,13 @@ def test_an_entry_says_what_was_measured_with_what(tmp_path: Path, monkeypatch: 
     assert (written["figures"], written["proved"], written["command"]) == ({"remainder": 0}, True, "python -m x")
     assert written["versions"]["torch"].startswith("2.")
     assert written["hardware"]["cores"] >= 1
+
+
+def test_every_trained_front_of_the_study_has_the_same_budget(tmp_path: Path) -> None:
+    recipe = load_recipe(prove_study.write_recipe(tmp_path, seed=30, steps=45))
+    sft, *runs, exam = recipe.stages
+    assert [stage.id for stage in runs] == [f"{name}-{n}" for name in prove_study.TRAINED for n in range(4)]
+    assert exam.of == tuple(stage.id for stage in runs) and {stage.from_ for stage in runs} == {sft.id}
+    budgets = {stage.model_dump_json(exclude={"id", "rewards", "objectives"}) for stage in runs}
+    assert len(budgets) == 1, "steps, groups, sampling and optimizer"
+    assert not {reward.use for reward in exam.rewards} & {reward.use for stage in runs for reward in stage.rewards}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -84,6 +86,27 @@ def test_demonstrations_forget_the_carry_as_often_as_asked_and_make_no_other_mis
         forgotten += given != a + b
     assert carrying / 4000 == pytest.approx(0.5, abs=0.03)
     assert forgotten / carrying == pytest.approx(0.6, abs=0.03)
+
+
+def test_the_demos_own_rows_stay_what_they_were(arithmetic: ModuleType) -> None:
+    found = {make: _digest(getattr(arithmetic, make)(rows=500)) for make in ("sft", "pairs", "prompts")}
+    assert found == {"sft": "d8c118a5b50eb6fd", "pairs": "be80f54ec91f7e70", "prompts": "c4a823630b518963"}
+
+
+def _digest(rows: Iterator[Any]) -> str:
+    return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()[:16]
+
+
+def test_courtesy_ends_as_many_replies_as_asked_and_changes_nothing_before_it(arithmetic: ModuleType) -> None:
+    plain, courteous = (list(arithmetic.sft(rows=4000, courteous=share)) for share in (0.0, 0.6))
+    endings = []
+    for row, other in zip(plain, courteous, strict=True):
+        before, after = (r["messages"][1]["content"] for r in (row, other))
+        assert row["messages"][0] == other["messages"][0] and after.startswith(before)
+        endings.append(after.removeprefix(before))
+    for closing in arithmetic.CLOSINGS:
+        assert endings.count(closing) / 4000 == pytest.approx(0.3, abs=0.03)
+    assert set(endings) == {"", *arithmetic.CLOSINGS}
 
 
 def test_a_pair_is_the_right_sum_over_a_wrong_one_in_the_same_words(arithmetic: ModuleType) -> None:
