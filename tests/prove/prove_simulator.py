@@ -38,7 +38,7 @@ import asyncio
 from rewards import reward
 
 
-@reward(batch=4096)
+@reward(batch=64, concurrency=4096)  # a service that answers whoever asks, as the simulator takes it
 async def judge(samples, *, seconds):
     await asyncio.sleep(seconds)
     return [len(s.completion) % 7 for s in samples]
