@@ -1,4 +1,5 @@
-"""examples/study.yaml from the first command of its header to the picture, scaled down by overrides alone."""
+"""examples/study.yaml from the sweep of its header to the picture, scaled down by overrides alone. Soups of a sweep are
+in test_studies.py."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 SMALL = [
     "model.tokenizer.train_on.options.rows=300",
     "stages.sft.data.options.rows=320",
-    "stages.sft.steps=12",
+    "stages.sft.steps=4",
     "stages.grpo.data.options.rows=40",
     "stages.grpo.batch={groups: 4, group_size: 4}",
     "stages.grpo.rollout.name=transformers",
@@ -45,10 +46,3 @@ def test_the_study_ends_in_a_front_of_three_held_out_objectives(tmp_path: Path) 
     assert [point["label"] for point in found["points"]] == RUNS and found["prompts"] == 16
     assert found["notes"] == [], "neither prompts nor rewards of the exam are those of training"
     assert (root / "front.png").is_file() and "hypervolume" in said
-
-    adapters = [root / name / "grpo" / "adapter" for name in RUNS]
-    soups = ["--weights", "0.5,0.5", "--recipe", root / RUNS[0] / "recipe.yaml", "--out", tmp_path / "soups"]
-    align("soup", *adapters, *soups)
-    align("pareto", root, tmp_path / "soups" / "runs", "--out", tmp_path / "all")
-    labels = [point["label"] for point in json.loads((tmp_path / "all" / "front.json").read_text())["points"]]
-    assert labels == [*RUNS, "0.5_0.5"]
