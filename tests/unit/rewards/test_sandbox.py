@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -483,16 +484,16 @@ asyncio.run(main())
 
 @pytest.mark.skipif(os.getuid() != 0, reason="the other tests run as such a user already")
 @pytest.mark.parametrize("who", ["a user without privileges", "root without the right to mount"])
-def test_it_needs_no_privilege(who: str, tmp_path: Path) -> None:
+def test_it_needs_no_privilege(who: str) -> None:
     python = shutil.which("python3", path="/usr/local/bin:/usr/bin")
     if python is None or shutil.which("setpriv") is None or not _is_recent(python):
         pytest.skip("no interpreter that another user may start")
-    shutil.copytree(ROOT / "rewards", tmp_path / "rewards")
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
     change = ["--reuid=1234", "--regid=1234", "--clear-groups"] if "user" in who else ["--bounding-set=-sys_admin"]
     command = ["setpriv", *change, python, "-c", AS_ANOTHER_USER]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # the test run's own may be closed to other users
+        Path(folder).chmod(0o755)
+        shutil.copytree(ROOT / "rewards", Path(folder) / "rewards")
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
     assert "('42\\n', Outcome(passed=1, total=1" in done.stdout, done.stdout + done.stderr
     assert done.stdout.count("passed=1, total=1") == 2
 
