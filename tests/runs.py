@@ -213,7 +213,12 @@ def timeless(run_folder: Path, stage: str) -> list[dict[str, Any]]:
 
 
 def _timed(name: str) -> bool:
-    return name == "time" or name.startswith("time/") or name.endswith(("seconds", "per_second", "/calls"))
+    return (
+        name == "time"
+        or name.startswith("time/")
+        or name.endswith(("seconds", "per_second", "/calls"))
+        or "/latency_" in name
+    )
 
 
 def weights(run_folder: Path, stage: str) -> dict[str, str]:
