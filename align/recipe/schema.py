@@ -288,7 +288,7 @@ class Objectives(Strict):
             if getattr(self, option) != default and self.combine not in readers:  # a resolved copy spells defaults out
                 raise ValueError(f"`{option}` belongs to `combine: {' or '.join(readers)}`; here it is {self.combine}")
         if self.combine == "lagrangian" and not self.constraints:
-            raise ValueError("`combine: lagrangian` needs `constraints`, such as {length: {max: 40}}")
+            raise ValueError("`combine: lagrangian` needs `constraints`, such as {tokens: {max: 40}}")
         return self
 
     @model_validator(mode="after")
