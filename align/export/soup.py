@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from align.errors import ExportError, ModelError, Unsupported, UserError
-from align.model.adapter_config import CONFIG, WEIGHTS, read_adapter_config, refuse_beyond_lora
+from align.model.adapter_config import CONFIG, WEIGHTS, read_adapter_config, refuse_beyond_lora, weights_file
 from align.model.folders import written_aside
 
 BOUND = 1e-6
@@ -126,14 +126,9 @@ def read_part(folder: Path) -> Part:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config, file = read_adapter_config(folder), folder / WEIGHTS
+    config = read_adapter_config(folder)
     refuse_beyond_lora(config, folder, "train")
-    if not file.is_file():
-        raise ModelError(
-            f"no {WEIGHTS} (pickled adapters are never read)",
-            where=folder,
-            remedy="load the adapter once in peft and save it again: it writes safetensors",
-        )
+    file = weights_file(folder)
     try:
         state = load_file(file)
     except SafetensorError as error:

@@ -54,6 +54,18 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def weights_file(folder: Path) -> Path:
+    """The adapter's tensors. Raises ModelError where they are missing."""
+    file = Path(folder) / WEIGHTS
+    if not file.is_file():
+        raise ModelError(
+            f"no {WEIGHTS} (pickled adapters are never read)",
+            where=folder,
+            remedy="load the adapter once in peft and save it again: it writes safetensors",
+        )
+    return file
+
+
 def scores(config: dict[str, Any]) -> bool:
     """Whether the adapter is a reward model's: LoRA and a score head."""
     saved = set(config.get("modules_to_save") or ())

@@ -25,6 +25,7 @@ from align.model.adapter_config import (
     read_adapter_config,
     refuse_beyond_lora,
     scores,
+    weights_file,
 )
 from align.model.folders import written_aside
 from align.model.lora_targets import fresh_config, head_name, is_targeted, targeted_modules, with_score_head
@@ -194,13 +195,7 @@ def _load_weights(peft: PeftModel, name: str, folder: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    file = folder / WEIGHTS
-    if not file.is_file():
-        raise ModelError(
-            f"no {WEIGHTS} (pickled adapters are never read)",
-            where=folder,
-            remedy="load the adapter once in peft and save it again: it writes safetensors",
-        )
+    file = weights_file(folder)
     try:
         own = _without_base(peft, load_file(file), file)
         result = set_peft_model_state_dict(peft, _fresh_head(peft) | own, adapter_name=name)

@@ -80,7 +80,9 @@ def combine(
         advantages = whiten(advantages, config.min_std)
     metrics = describe(scores, table.gated, advantages, groups, names)
     metrics |= {f"objective/{name}/weight": float(weight) for name, weight in zip(names, weights, strict=True)}
-    metrics |= {f"objective/{name}/gated": share for name, share in closed(scores, names, config.gates).items()}
+    metrics |= {
+        f"objective/{name}/gated": share for name, share in closed(scores, table.gated, names, config.gates).items()
+    }
     if policy is not None:
         metrics |= policy.metrics(state, view)
     return advantages.astype(np.float32), state, metrics

@@ -28,9 +28,8 @@ def gated(scores: np.ndarray, names: Sequence[str], gates: Mapping[str, Gate]) -
     return out
 
 
-def closed(scores: np.ndarray, names: Sequence[str], gates: Mapping[str, Gate]) -> dict[str, float]:
-    """By gated objective, the share of its scores that do not count as they are."""
-    out = gated(scores, names, gates)
+def closed(scores: np.ndarray, out: np.ndarray, names: Sequence[str], gates: Mapping[str, Gate]) -> dict[str, float]:
+    """By gated objective, the share of its scores that do not count as they are. out: what `gated` made of them."""
     shares: dict[str, float] = {}
     for name in gates:
         before, after = scores[:, names.index(name)], out[:, names.index(name)]
