@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -41,11 +43,11 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         port = probe.getsockname()[1]
     words = ["--model", str(folder), "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
     words += ["--max-model-len", "256", "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "8"]
-    log = folder.parent / "server.log"
+    log, sockets = folder.parent / "server.log", tempfile.mkdtemp(prefix="vllm-")  # which vLLM leaves there
     with log.open("wb") as out:
         server = subprocess.Popen(
             [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words],
-            stdout=out, stderr=out, env={**os.environ, **ENVIRONMENT}, start_new_session=True,
+            stdout=out, stderr=out, env={**os.environ, **ENVIRONMENT, "TMPDIR": sockets}, start_new_session=True,
         )  # fmt: skip
     try:
         _wait(f"http://127.0.0.1:{port}/health", server, log)
@@ -57,6 +59,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
+        shutil.rmtree(sockets)
 
 
 def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
