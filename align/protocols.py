@@ -20,6 +20,25 @@ import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
+class Medium:
+    """An image, a video's frames or a sound that stands in a segment: a reference. Its tensors lie in a media store
+    (`align.mediastore`) and are read where they are computed with.
+
+    kind: "image", "video" or "audio". key: hash of content, limits and processor; equal keys, equal tensors.
+    store: folder of the store. start: first of its tokens in the segment; length: how many tokens of the segment stand
+    for it, marks that its processor writes around and inside it included. patches: what its tower computes for it, in
+    the tower's own units (a patch budget counts these).
+    """
+
+    kind: Literal["image", "video", "audio"]
+    key: str
+    store: str
+    start: int
+    length: int
+    patches: int
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """A run of tokens of one tree: its trunk, or one of its branches.
 
@@ -34,6 +53,7 @@ class Segment:
     proximal_logps: f32[n] or None, log-probabilities under the policy at the start of a batch that makes several
         updates; 0 where no token is scored.
     columns: one float per name for this sequence (desirable, weight, score...).
+    media: what stands in it, in order of `start`; no token of it is scored.
     """
 
     token_ids: np.ndarray
@@ -45,6 +65,7 @@ class Segment:
     reference_logps: np.ndarray | None = None
     proximal_logps: np.ndarray | None = None
     columns: Mapping[str, float] = field(default_factory=dict)
+    media: tuple[Medium, ...] = ()
 
     def __len__(self) -> int:
         return int(self.token_ids.shape[0])
@@ -72,6 +93,16 @@ class Tree:
     def tokens(self) -> int:
         """Tokens that a packed forward computes for this tree (the trunk counted once)."""
         return len(self.trunk) + sum(len(b) for b in self.branches)
+
+    @property
+    def media(self) -> tuple[Medium, ...]:
+        """In the order in which packing lays their tokens: the trunk's, then each branch's."""
+        return tuple(medium for segment in (self.trunk, *self.branches) for medium in segment.media)
+
+    @property
+    def patches(self) -> int:
+        """Patches that a packed forward computes for this tree (the trunk's media counted once)."""
+        return sum(medium.patches for medium in self.media)
 
     @property
     def sequences(self) -> tuple[Segment, ...]:
@@ -109,6 +140,7 @@ class PromptItem:
     group_id: unique per stage and draw (epoch, row, repeat). seed: 63-bit hash of (run seed, stage id, group id).
     token_ids: i64[n]. messages: the prompt as role/content dicts (a plain-text prompt is one user message with
     role "text"). row: every column of the data row; `reference_answer` where an assistant turn was taken off.
+    media: what stands in `token_ids`, which hold all the tokens that stand for them.
     """
 
     group_id: int
@@ -117,6 +149,7 @@ class PromptItem:
     messages: tuple[Mapping[str, Any], ...] = ()
     row: Mapping[str, Any] = field(default_factory=dict)
     origin: str = ""
+    media: tuple[Medium, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
