@@ -205,11 +205,13 @@ class Constraint(Strict):
     """The mean of an objective, in its own sign and units, is held at or below `max`, or at or above `min`.
 
     lr: by how much the multiplier lambda rises in a step whose mean is one standard deviation beyond the limit.
-    lambda_max: where it stops."""
+    proportional: how much is added to it in that step alone. It damps the swing of policy and multiplier around the
+    limit, and answers a violation at once (a PI controller, 2007.03964). lambda_max: where both together stop."""
 
     max: Finite | None = None
     min: Finite | None = None
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.05
+    proportional: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     lambda_max: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
 
     @model_validator(mode="after")

@@ -196,6 +196,20 @@ def test_a_multiplier_rises_while_its_limit_is_broken_falls_while_it_is_kept_and
     assert lambdas == pytest.approx([1.0, 3.0, 3.0, 3.0, 2.5, 0.0])
 
 
+def test_a_proportional_term_is_added_in_its_step_alone_and_stays_within_the_same_bounds():
+    constraint = {"max": 40, "lr": 0.5, "proportional": 2.0, "lambda_max": 8}
+    config = Objectives.model_validate(
+        {"combine": "lagrangian", "scale": "none", "constraints": {"length": constraint}}
+    )
+    state, lambdas = {}, []
+    for mean_length in (42, 41, 39, 50):
+        weights, state, metrics = only(config, [0.0, mean_length, 0.0], state)
+        lambdas.append(metrics["constraint/length/lambda"])
+        assert weights[1] == pytest.approx(lambdas[-1] / (1 + lambdas[-1]))
+    assert lambdas == pytest.approx([1 + 4, 1.5 + 2, 0.0, 8.0])
+    assert state["lambda"]["length"] == pytest.approx(1.0 + 5.0)
+
+
 def test_a_reward_may_be_held_below_a_limit_and_a_cost_above_one():
     config = Objectives.model_validate(
         {

@@ -121,9 +121,10 @@ def test_divided_by_each_groups_own_deviation_it_would_not_be():
 RETURNS, PRICES, LIMIT = np.array([1.0, 0.6, 0.2, 0.0]), np.array([1.0, 0.5, 0.1, 0.0]), 0.3
 
 
-def loop(scale, entropy, steps=900):
+def loop(scale, entropy, steps=900, proportional=0.0):
     """Sampled groups, the recipe's combine and the gradient step of a softmax: the policy's reward and cost, lambda."""
-    limited = {"combine": "lagrangian", "constraints": {"cost": {"max": LIMIT, "lr": 0.05}}}
+    constraint = {"max": LIMIT, "lr": 0.05, "proportional": proportional}
+    limited = {"combine": "lagrangian", "constraints": {"cost": constraint}}
     config = Objectives.model_validate({**limited, "scale": scale, "baseline": "leave_one_out"})
     random, theta, state, path, ids = np.random.default_rng(0), np.zeros(4), {}, [], np.repeat(np.arange(16), 8)
     for step in range(steps):
@@ -142,6 +143,12 @@ def test_the_lagrangians_loop_ends_at_the_optimum_of_the_linear_programme():
     best action alone costs 1. Policy and multiplier circle around a saddle, so it is their mean that ends there."""
     reward, cost, _ = loop("std", entropy=0.0)[300:].mean(axis=0)
     assert reward == pytest.approx(0.4, abs=0.015) and cost == pytest.approx(LIMIT, abs=0.015)
+
+
+def test_a_proportional_term_calms_the_swing_around_the_limit():
+    swinging, calm = (loop("std", entropy=0.0, proportional=gain)[300:, 1] for gain in (0.0, 1.0))
+    assert calm.std() < 0.5 * swinging.std()
+    assert calm.mean() == pytest.approx(LIMIT, abs=0.015)
 
 
 def test_with_an_entropy_bonus_the_last_policy_itself_is_the_optimum():
