@@ -35,11 +35,18 @@ class RayBackend:
     """See `align.stages.backend.Backend`.
 
     token: a file of the run folder that every node must see. threads: counts by role to use instead of the machine's
-    (those a resumed run began with: results depend on them in the last bit).
+    (those a resumed run began with: results depend on them in the last bit). sampling: see `roles_of`.
     """
 
-    def __init__(self, cluster: Cluster, placement: Placement, token: Path, threads: Mapping[str, int]):
-        self.cluster, self.placement, self.token = cluster, placement, token
+    def __init__(
+        self,
+        cluster: Cluster,
+        placement: Placement,
+        token: Path,
+        threads: Mapping[str, int],
+        sampling: int | None = None,
+    ):
+        self.cluster, self.placement, self.token, self.sampling = cluster, placement, token, sampling
         self._threads = dict(threads)
         self._places: Places | None = None
 
@@ -57,7 +64,8 @@ class RayBackend:
     def roles(self, needs: Needs) -> list[Role]:
         """Bundles of a stage on this cluster; the threads they get are kept for `threads`."""
         total = self.cluster.total("GPU")
-        roles = roles_of(needs, self.placement, cores=self.cluster.cores, gpus=total, threads=self._threads)
+        cores = self.cluster.cores
+        roles = roles_of(needs, self.placement, cores=cores, gpus=total, threads=self._threads, sampling=self.sampling)
         self._threads |= {role.kind: role.threads for role in roles}
         return roles
 

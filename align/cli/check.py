@@ -73,7 +73,8 @@ def validate(
                 _check_stage(recipe, stage, planner, plan, found, folder, every_row)
                 if plan.stages and plan.stages[-1].id == stage.id:
                     plan.stages[-1].lines += rewards.lines(getattr(stage, "rewards", ()))
-        plan.model = planner.model_line() if planner else ""
+        if planner is not None:
+            plan.model, plan.sampling = planner.model_line(), planner.sampling
     found.raise_any()
     plan.plugins = dict(rewards.sources)
     return plan

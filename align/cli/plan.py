@@ -20,7 +20,7 @@ from align.stages.backend import Needs
 from align.stages.context import stage_seed
 from align.stages.defaults import resolved_optim
 from align.stages.handover import adapter_of
-from align.stages.roles import Role, roles_of
+from align.stages.roles import Role, roles_of, sampling_threads
 from align.stages.training import needs_of, online_turns, record_kind, reference_of
 
 
@@ -64,13 +64,15 @@ class StagePlan:
 
 @dataclass
 class Plan:
-    """The whole run. plugins: SHA-256 of each reward's source by its `use`, what a resumed run compares."""
+    """The whole run. plugins: SHA-256 of each reward's source by its `use`, what a resumed run compares.
+    sampling: threads of each engine where the model's size decides them."""
 
     recipe: Recipe
     machine: Machine
     model: str = ""
     stages: list[StagePlan] = field(default_factory=list)
     plugins: dict[str, str] = field(default_factory=dict)
+    sampling: int | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -83,6 +85,7 @@ class Planner:
     def __init__(self, recipe: Recipe, machine: Machine, model: ModelFacts):
         self.recipe, self.machine, self.model = recipe, machine, model
         self.sizes = memory.sizes_of(model.config, model.tokenizer.vocab_size)
+        self.sampling = sampling_threads(self.sizes.parameters if self.sizes and not machine.gpus else None)
 
     def model_line(self) -> str:
         where = self.recipe.model.path or "from scratch"
@@ -165,7 +168,7 @@ class Planner:
             )
 
     def roles(self, stage: Any) -> list[Role]:
-        return stage_roles(self.recipe, stage, self.machine)
+        return stage_roles(self.recipe, stage, self.machine, self.sampling)
 
     def _continues(self, stage: Any) -> bool:
         """Whether the stage starts from an adapter that was trained before."""
@@ -312,7 +315,7 @@ def _loop_lines(stage: Any) -> list[str]:
 _PUBLISHED = {"adapter": "the adapter", "weights": "whole weights"}
 
 
-def stage_roles(recipe: Recipe, stage: Any, machine: Machine) -> list[Role]:
+def stage_roles(recipe: Recipe, stage: Any, machine: Machine, sampling: int | None = None) -> list[Role]:
     """What a stage of any kind reserves on the machine."""
     if stage.kind in ("merge", "export"):
         needs = Needs(files=True)
@@ -322,7 +325,7 @@ def stage_roles(recipe: Recipe, stage: Any, machine: Machine) -> list[Role]:
         needs = Needs(engines=stage.rollout.workers, scorers=1)
     else:
         needs = Needs(trainer=True)
-    return roles_of(needs, recipe.placement, cores=machine.cores, gpus=machine.gpus, threads={})
+    return roles_of(needs, recipe.placement, cores=machine.cores, gpus=machine.gpus, threads={}, sampling=sampling)
 
 
 def check_fits(roles: list[Role], machine: Machine) -> None:

@@ -9,17 +9,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import signal
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from align.cli.check import validate
-from align.cli.plan import Machine
+from align.cli.plan import Machine, Plan
 from align.errors import Interrupted
 from align.recipe.load import dump_recipe, load_document
-from align.recipe.schema import Recipe
 from align.report.plots import write_report
 from align.report.progress import Reporter
 from align.report.quiet import quiet
@@ -44,9 +42,7 @@ def main(arguments: argparse.Namespace) -> int:
     recipe, document = load_document(arguments.recipe, arguments.overrides)
     folder = Path(arguments.plugins or Path(arguments.recipe).parent).absolute()
     machine = Machine.here(arguments.cores)
-    plugins = validate(
-        recipe, folder, document=document, machine=machine, cluster=arguments.address is not None
-    ).plugins
+    plan = validate(recipe, folder, document=document, machine=machine, cluster=arguments.address is not None)
     resume = arguments.resume or arguments.from_stage is not None
     run = RunFolder.open(recipe, dump_recipe(recipe), resume=resume, cwd=folder)
     with ExitStack() as stack:
@@ -54,7 +50,7 @@ def main(arguments: argparse.Namespace) -> int:
         stack.callback(_end_children)
         reporter = Reporter(run.path, recipe)
         stack.callback(reporter.close)
-        summary = _run(recipe, run, reporter, arguments, folder, plugins)
+        summary = _run(plan, run, reporter, arguments, folder)
         reporter.closing_table(summary)
         curves = write_report(run.path, summary)
         if curves is not None:
@@ -62,14 +58,7 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run(
-    recipe: Recipe,
-    run: RunFolder,
-    reporter: Reporter,
-    arguments: argparse.Namespace,
-    folder: Path,
-    plugins: Mapping[str, str],
-) -> dict[str, Any]:
+def _run(plan: Plan, run: RunFolder, reporter: Reporter, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The pipeline on its cluster; both are gone when this returns or raises."""
     from align.actors.build import RayBackend
     from align.actors.cluster import Cluster
@@ -82,18 +71,18 @@ def _run(
         stack.callback(cluster.close)
         publications = PublicationFolder(run.path, shared=cluster.nodes > 1)
         stack.callback(publications.close)
-        backend = RayBackend(cluster, recipe.placement, run.token, run.state.get("threads", {}))
+        backend = RayBackend(cluster, plan.recipe.placement, run.token, run.state.get("threads", {}), plan.sampling)
         return asyncio.run(
             _until_done(
                 reporter,
                 lambda stop: run_pipeline(
-                    recipe,
+                    plan.recipe,
                     run,
                     backend,
                     reporter,
                     publications,
                     recipe_folder=folder,
-                    plugins=plugins,
+                    plugins=plan.plugins,
                     stop=stop,
                     from_stage=arguments.from_stage,
                 ),

@@ -11,6 +11,7 @@ from align.recipe.schema import Placement, Share
 from align.stages.backend import Needs
 
 OVERLAPPED = " (asynchronous)"  # part of the name of threads counts in run.json
+SMALL_MODEL = 10_000_000  # parameters
 REWARD_CPUS = 0.01  # reward actors wait for their plugins' processes and compute nothing themselves
 
 
@@ -32,15 +33,30 @@ class Role:
         return {name: amount for name, amount in wanted.items() if amount > 0}
 
 
-def roles_of(needs: Needs, share: Placement, *, cores: int, gpus: float, threads: Mapping[str, int]) -> list[Role]:
+def sampling_threads(parameters: int | None) -> int | None:
+    """Threads of an engine that a model of this size asks for, None where as many as there are serve it best. Threads
+    wait for each other in every operation: on two cores a model of a million parameters is sampled twice as fast by one
+    as by two (tests/bench/results, async against sync)."""
+    return 1 if parameters is not None and parameters <= SMALL_MODEL else None
+
+
+def roles_of(
+    needs: Needs,
+    share: Placement,
+    *,
+    cores: int,
+    gpus: float,
+    threads: Mapping[str, int],
+    sampling: int | None = None,
+) -> list[Role]:
     """Bundles of a stage. By default trainer and engines halve the cores between them. In a synchronous stage they take
     turns and each computes with all cores; in an asynchronous one (`needs.overlap`) each with its half, which several
     engines share. The trainer's ranks compute at the same time: they divide both.
 
     cores: of the largest node; gpus: of the whole cluster. threads: counts by kind of role that override the default
-    (those a resumed run began with).
+    (those a resumed run began with). sampling: threads of each engine, see `sampling_threads`.
     """
-    sampling = max(1, cores // 2 // max(1, needs.engines)) if needs.overlap else cores
+    sampling = sampling or (max(1, cores // 2 // max(1, needs.engines)) if needs.overlap else cores)
     training = max(1, cores // 2) if needs.overlap else cores
 
     def role(name: str, own: Share, cpus: float, gpu: float, default_threads: int, spread: bool = False) -> Role:

@@ -123,7 +123,7 @@ def test_ranks_of_the_trainer_divide_its_cores_and_are_counted(workshop: Worksho
 def test_an_asynchronous_stage_says_how_far_it_runs_ahead_and_its_parts_halve_the_threads(workshop: Workshop) -> None:
     plan = plan_of(workshop, "stages.grpo.staleness=2", "stages.grpo.dynamic_sampling={max_factor: 2.5}").stages[2]
     threads = {role.name: role.threads for role in plan.roles}
-    assert threads == {"trainer": MACHINE.cores // 2, "rollout-0": MACHINE.cores // 2, "rewards-0": 1}
+    assert threads == {"trainer": MACHINE.cores // 2, "rollout-0": 1, "rewards-0": 1}, "a small model is sampled by one"
     text = "\n".join(plan.lines)
     assert "asynchronous: 6 groups on their way, at most 2 versions behind; a step waits" in text
     assert "groups without signal are replaced, at most 5 are sampled for 2" in text
