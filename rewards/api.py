@@ -282,11 +282,11 @@ def reward(function: Callable[..., Any] | None = None, /, **options: Any) -> Any
         cache: a score depends on prompt, completion, row and arguments alone, and need not be had twice; see
             `rewards.cache`.
         version: change it when the meaning of the scores changes.
-        validate: called with the plugin's arguments by `align check`; raises ValueError where they make no sense.
-        gold: row -> a completion that answers it and must score best, or None where the row has none; further
-            parameters receive the plugin's arguments of the same name.
-        prepare: called with the plugin's arguments in its process before the first sample; raises PluginError where
-            the plugin cannot work on this machine, and nothing starts.
+        validate, gold, prepare: each receives those of the plugin's arguments that it has a parameter for.
+        validate: called by `align check`; raises ValueError where the arguments make no sense.
+        gold: row -> a completion that answers it and must score best, or None where the row has none.
+        prepare: called in the plugin's process before the first sample; raises PluginError where the plugin cannot
+            work on this machine, and nothing starts.
 
     Raises:
         PluginError: an option has an impossible value.

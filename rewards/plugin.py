@@ -76,12 +76,21 @@ class Plugin:
         """The completion that must score best on a row; None where the row, or the plugin, has none."""
         if self.options.gold is None:
             return None
-        wanted, open_args = read_parameters(self.options.gold, skip=())
-        names = {p.name for p in wanted[1:]}
-        answer = self.options.gold(row, **{k: v for k, v in self.args.items() if open_args or k in names})
+        answer = self.options.gold(row, **self.named(self.options.gold))
         if answer is not None and not isinstance(answer, str):
             raise TypeError(f"gold gave a {type(answer).__name__}, where a text or None is needed")
         return answer
+
+    def prepare(self) -> None:
+        """Once in the plugin's own process, before its first sample. Raises PluginError where it cannot work here."""
+        if self.options.prepare is not None:
+            self.options.prepare(**self.named(self.options.prepare))
+
+    def named(self, function: Callable[..., Any]) -> dict[str, Any]:
+        """The arguments whose names are among the function's parameters; all of them where it takes any name."""
+        wanted, open_args = read_parameters(function, skip=())
+        names = {p.name for p in wanted}
+        return {k: v for k, v in self.args.items() if open_args or k in names}
 
     def describe(self) -> dict[str, Any]:
         """Everything `align check` and the pool need to know, as JSON."""
@@ -232,7 +241,7 @@ def check_args(plugin: Plugin, where: str) -> None:
         )
     if plugin.options.validate is not None:
         try:
-            plugin.options.validate(**plugin.args)
+            plugin.options.validate(**plugin.named(plugin.options.validate))
         except ValueError as error:
             raise PluginError(f"{plugin.name} refuses its arguments: {error}", where=where) from error
 

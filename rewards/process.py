@@ -193,8 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         plugin = load(PluginSpec(**start["spec"]), start["folder"])
-        if plugin.options.prepare is not None:
-            plugin.options.prepare(**plugin.args)
+        plugin.prepare()
     except PluginError as error:
         traceback.print_exception(error)
         sock.sendall(wire.encode({"broken": {"what": error.what, "where": error.where, "remedy": error.remedy}}))

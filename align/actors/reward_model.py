@@ -33,14 +33,7 @@ _CLASSIFIER = "ForSequenceClassification"
 _PASS_TOKENS = 8192  # of a padded batch
 
 
-def _check(
-    path: str,
-    revision: str | None = None,
-    label: str | None = None,
-    max_length: int | None = None,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-) -> None:
+def _check(path: str, revision: str | None = None, label: str | None = None) -> None:
     try:
         folder = resolve_model_folder(path, revision, weights=False)
     except UserError as error:

@@ -41,7 +41,7 @@ def several(answer: Any) -> list[str]:
     return [str(a) for a in answers]
 
 
-def gold_text(row: Mapping[str, Any], *, column: str | None = None, **_: Any) -> str:
+def gold_text(row: Mapping[str, Any], *, column: str | None = None) -> str:
     """A completion that is the gold answer itself, the first where there are several: `gold=` of the rewards that
     compare with one. It takes the plugin's arguments, as far as they matter."""
     return several(row_gold(row, column))[0]

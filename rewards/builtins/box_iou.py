@@ -25,12 +25,12 @@ _BOX = re.compile(f"{_FLAT}|{_CORNERS}")
 _MOST = 1000  # boxes of one completion that are looked at
 
 
-def _check(column: str | None = None, threshold: float | None = None) -> None:
+def _check(threshold: float | None = None) -> None:
     if threshold is not None and not 0 < threshold <= 1:
         raise ValueError(f"threshold is an IoU above 0 and at most 1, not {threshold}")
 
 
-def _gold(row: Mapping[str, Any], *, column: str | None = None, **_: Any) -> str:
+def _gold(row: Mapping[str, Any], *, column: str | None = None) -> str:
     return json.dumps([list(box) for box in _gold_boxes(row_gold(row, column))])
 
 

@@ -14,7 +14,7 @@ from rewards.builtins._answers import gold, row_gold
 from rewards.builtins._choices import Options, as_letter, chosen, lettered, listed_options
 
 
-def _check(options: list[str] | str | None = None, column: str | None = None) -> None:
+def _check(options: list[str] | str | None = None) -> None:
     if isinstance(options, list):
         lettered(options)
 

@@ -23,21 +23,14 @@ _sandbox = Sandbox()
 _starting = asyncio.Lock()
 
 
-def _check(
-    language: Literal["python"] = "python",
-    take: Take = "auto",
-    tests: str | None = None,
-    score: Literal["all", "fraction"] = "all",
-    seconds: float = 4.0,
-    memory_mb: int = 512,
-) -> None:
+def _check(seconds: float = 4.0, memory_mb: int = 512) -> None:
     if not 0 < seconds <= 3600:
         raise ValueError(f"seconds is more than 0 and at most 3600, not {seconds}")
     if memory_mb < 64:
         raise ValueError(f"memory_mb is at least 64, not {memory_mb}")
 
 
-def _prepare(**arguments: Any) -> None:
+def _prepare() -> None:
     """PluginError where code cannot be contained on this machine."""
 
     async def try_it() -> None:

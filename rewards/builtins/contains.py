@@ -9,9 +9,7 @@ from rewards.api import Objective, Sample, reward
 from rewards.builtins._answers import gold, row_gold, several
 
 
-def _check(
-    texts: list[str] | None = None, column: str | None = None, ignore_case: bool = False, absent: bool = False
-) -> None:
+def _check(texts: list[str] | None = None, column: str | None = None) -> None:
     if texts is not None and column is not None:
         raise ValueError("give `texts` or `column`, not both")
     if texts is not None and not all(texts):
@@ -21,7 +19,7 @@ def _check(
 
 
 def _gold(
-    row: Mapping[str, Any], *, texts: list[str] | None = None, column: str | None = None, absent: bool = False, **_: Any
+    row: Mapping[str, Any], *, texts: list[str] | None = None, column: str | None = None, absent: bool = False
 ) -> str | None:
     """All the texts, one a line; None where they should be absent: what else should be there is not known."""
     return None if absent else "\n".join(_wanted(texts if texts is not None else row_gold(row, column)))

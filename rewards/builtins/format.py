@@ -8,7 +8,7 @@ from rewards.api import Objective, Sample, reward
 from rewards.builtins.regex import compile_pattern
 
 
-def _check(parts: list[str], flags: str = "s", max_tokens: int | None = None, complete: bool = False) -> None:
+def _check(parts: list[str], flags: str = "s", max_tokens: int | None = None) -> None:
     if not parts:
         raise ValueError("`parts` is empty: give the patterns of the layout in their order")
     for part in parts:

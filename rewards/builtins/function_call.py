@@ -34,7 +34,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 Possible = dict[str, list[Any]]  # what each argument may be; "" among them: it may be left out
 
 
-def _gold(row: Mapping[str, Any], *, column: str | None = None, **_: Any) -> str:
+def _gold(row: Mapping[str, Any], *, column: str | None = None) -> str:
     """The gold calls as JSON, with the first possible value of every argument."""
     calls = [{"name": name, "arguments": _first(possible)} for name, possible in _gold_calls(row, column)]
     return json.dumps(calls, ensure_ascii=False)

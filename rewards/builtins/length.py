@@ -16,7 +16,7 @@ from rewards.api import Objective, Sample, reward
 Unit = Literal["tokens", "words", "characters"]
 
 
-def _check(target: int | None = None, max: int | None = None, buffer: int | None = None, unit: Unit = "tokens") -> None:
+def _check(target: int | None = None, max: int | None = None, buffer: int | None = None) -> None:
     if (target is None) == (max is None):
         raise ValueError("give `target` (a length to meet) or `max` (a length to stay below)")
     if target is not None and buffer is not None:

@@ -74,7 +74,7 @@ def to_number(answer: Any) -> Fraction:
     return value
 
 
-def _check(column: str | None = None, tolerance: float = 0.0) -> None:
+def _check(tolerance: float = 0.0) -> None:
     if tolerance < 0:
         raise ValueError(f"tolerance is a relative difference of at least 0, not {tolerance}")
 

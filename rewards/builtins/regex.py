@@ -26,7 +26,7 @@ def compile_pattern(pattern: str, flags: str) -> re.Pattern[str]:
         raise ValueError(f"the pattern {pattern!r} is no regular expression: {error}") from error
 
 
-def _check(pattern: str, mode: Mode = "search", flags: str = "", strip: bool = True) -> None:
+def _check(pattern: str, flags: str = "") -> None:
     compile_pattern(pattern, flags)
 
 

@@ -13,7 +13,7 @@ from rewards.api import Objective, Sample, reward
 from rewards.builtins.length import Unit, token_ids
 
 
-def _check(n: int = 3, scale: float = -1.0, unit: Unit = "words") -> None:
+def _check(n: int = 3, scale: float = -1.0) -> None:
     if n < 1:
         raise ValueError(f"n is at least 1, not {n}")
     if not -1 <= scale < 0:
