@@ -96,6 +96,7 @@ class RayBackend:
             adapter_config=job.start.config,
             losses=job.losses,
             optim=job.optim,
+            rates=job.rates,
             total_updates=job.total,
             adapter=str(job.start.adapter) if job.start.adapter else None,
             max_tokens=job.packing.budget(gpu),

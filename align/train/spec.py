@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
-from align.recipe.schema import Adapter, LossTerm, Model, Optim
+from align.recipe.schema import Adapter, LossTerm, Model, Optim, Part, Rate
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class TrainerSpec:
     whole stage, the length of the schedule. temperature: that of the rollouts. reference: where reference
     log-probabilities come from ("path" is an actor of its own, handed over as a callable; with "cached" the trees carry
     them and nothing is kept for them here).
+    rates: learning rate and weight decay of parts of the model, where they are not `optim`'s.
     publish, engine_dtype: how and in which dtype engines receive the policy.
     """
 
@@ -26,6 +28,7 @@ class TrainerSpec:
     optim: Optim
     total_updates: int
     adapter: str | None = None
+    rates: Mapping[Part, Rate] = field(default_factory=dict)
     max_tokens: int = 16384
     temperature: float = 1.0
     reference: Literal["start", "base", "path", "cached"] | None = None
