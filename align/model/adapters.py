@@ -163,6 +163,13 @@ def _config_of(model: Any, folder: Path, use: str) -> LoraConfig:
     from peft import LoraConfig
 
     refuse_beyond_lora(read_adapter_config(folder), folder, use, score_head=has_score_head(model))
+    own = folder / OWN_BASE
+    if own.is_dir() and Path(model.name_or_path).resolve() != own.resolve():
+        raise ModelError(
+            f"the adapter belongs on its own base, with the parts that were trained whole, not on {model.name_or_path}",
+            where=folder,
+            remedy=f"give {own} as the base",
+        )
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = False
     return config

@@ -32,6 +32,13 @@ def fresh_config(model: Any, adapter: Adapter) -> LoraConfig:
     if parts.one:
         refuse_parts_of_text(adapter)
     linear = [name for name in linear_modules(model) if adapter.modes[parts.of(name)] == "lora"]
+    for part in adapter.parts("lora"):
+        if not any(parts.of(name) == part for name in linear):
+            raise ModelError(
+                f"`adapter.tune.{part}: lora`, and the {part} part of {type(model).__name__} has no linear layer",
+                where=f"adapter.tune.{part}",
+                remedy="set it to full or to frozen",
+            )
     for word in adapter.exclude:
         _require_match(word, linear, "adapter.exclude")
     alpha = int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha
