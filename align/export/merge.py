@@ -44,7 +44,7 @@ from align.model.score_head import (
     load_score_model,
     trained_head,
 )
-from align.model.weights import edit_config, merged_parameters
+from align.model.weights import edit_config, merged_parameters, stored_names
 
 log = logging.getLogger(__name__)
 
@@ -185,10 +185,13 @@ def plan_modules(
     """
     modules: dict[str, tuple[str, str | None]] = {}
     untied = False
+    stored = {} if peft is None else stored_names(model)
     for path, layer in () if peft is None else lora_layers(peft):
         is_tied_head = tied and layer is model.get_output_embeddings()
         untied = untied or is_tied_head
         weight, bias = f"{path}.weight", f"{path}.bias" if layer.lora_bias.get("default") else None
+        weight = stored.get(weight, weight)
+        bias = stored.get(bias, bias) if bias is not None else None
         for name in (weight, bias):
             if name is not None and name not in source.files and not is_tied_head:
                 raise Unsupported(
