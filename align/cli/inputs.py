@@ -55,7 +55,7 @@ def open_model(recipe: Recipe, folder: Path) -> Iterator[ModelFacts]:
         found = resolve_model_folder(model.path, model.revision, weights=False)
         config = memory.read_config(found)
         _refuse_without_weights(found, Path(model.path).expanduser().is_dir())
-        _refuse_images(config, found)
+        _refuse_hearing(config, found)
         yield ModelFacts(config, _tokenizer(model, found), Origin(found, _adapter(recipe)))
         return
     assert model.tokenizer is not None and model.config is not None, "the grammar ties `config` and `tokenizer`"
@@ -97,12 +97,12 @@ def _tokenizer(model: Model, folder: Path) -> ChatTokenizer:
     return load_tokenizer(folder, chat_template=model.chat_template, template_args=model.template_args)
 
 
-def _refuse_images(config: dict[str, Any], folder: Path) -> None:
-    if "vision_config" in config or "audio_config" in config:
+def _refuse_hearing(config: dict[str, Any], folder: Path) -> None:
+    if "audio_config" in config and "vision_config" not in config:
         raise Unsupported(
-            f"a {config.get('model_type')} model has a vision or audio part; this version trains language models",
+            f"a {config.get('model_type')} model hears and does not see; this version trains on text and images",
             where=folder,
-            remedy="use a model of text alone",
+            remedy="use a model of text, or of text and images",
         )
 
 
@@ -114,6 +114,7 @@ class DataFacts:
     """What the rows that were read say about a stage's data.
 
     whole: every row was read, so that `rows` is the epoch's size. longest, mean: tokens of a tree, or of a prompt.
+    patches: of its images, for each token, on average.
     """
 
     report: DataReport | None = None
@@ -121,6 +122,7 @@ class DataFacts:
     whole: bool = False
     longest: int = 0
     mean: float = 0.0
+    patches: float = 0.0
     notes: list[str] = field(default_factory=list)
 
 
@@ -162,6 +164,7 @@ def read_data(
     facts.report = prepared.report
     facts.rows, facts.whole = len(prepared.items), not any(cut) and len(here) == len(sources)
     facts.longest, facts.mean = max(lengths), sum(lengths) / len(lengths)
+    facts.patches = sum(medium.patches for item in prepared.items for medium in item.media) / sum(lengths)
     return facts
 
 

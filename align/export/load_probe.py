@@ -46,9 +46,7 @@ def plain_logps(
     pictures = [] if image_seed is None else image_samples(folder, image_seed, trust_remote_code)
     found = log_probabilities(model, [*tokens, *pictures])
     all_ids = [*map(torch.as_tensor, tokens), *(sample["input_ids"][0] for sample in pictures)]
-    return [
-        logps[:-1].gather(-1, ids[1:, None])[:, 0].numpy() for logps, ids in zip(found, all_ids, strict=True)
-    ]
+    return [logps[:-1].gather(-1, ids[1:, None])[:, 0].numpy() for logps, ids in zip(found, all_ids, strict=True)]
 
 
 def engine_logps(name: str, folder: Path, tokens: list[np.ndarray], request: dict[str, Any]) -> list[np.ndarray]:

@@ -302,9 +302,7 @@ def use_adapter(peft: PeftModel, name: str | None) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------- saving
 
 
-def save(
-    peft: PeftModel, folder: Path, name: str = DEFAULT, *, beside: Callable[[Path], None] | None = None
-) -> None:
+def save(peft: PeftModel, folder: Path, name: str = DEFAULT, *, beside: Callable[[Path], None] | None = None) -> None:
     """Write an adapter in peft layout (adapter_config.json, adapter_model.safetensors), complete or not at all.
 
     beside: writes the base that the adapter belongs on into the folder it is given, as `OWN_BASE`; the adapter's

@@ -68,13 +68,17 @@ def load_model(
 
 def _auto_class(folder: Path) -> Any:
     """transformers' auto class for what config.json describes."""
+    file = folder / "config.json"
+    return auto_class_of(json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None)
+
+
+def auto_class_of(model_type: str | None) -> Any:
+    """transformers' auto class for a `model_type`: of a language model, or of one that reads images too."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto as known
 
-    file = folder / "config.json"
-    name = json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None
-    images = name in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    alone = name in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    images = model_type in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    alone = model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return AutoModelForImageTextToText if images and not alone else AutoModelForCausalLM
 
 

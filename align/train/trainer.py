@@ -23,8 +23,8 @@ from align.errors import NonFiniteError
 from align.losses import configure
 from align.losses.base import LossInputs, Metric
 from align.model.dropout import switch_off_own_dropout
-from align.model.policy_module import PolicyModule
 from align.model.parts import sizes, trained_parts
+from align.model.policy_module import PolicyModule
 from align.model.probe import probe
 from align.protocols import Counts, Publication, Tree
 from align.recipe.schema import Rate

@@ -53,7 +53,7 @@ def test_every_parameter_is_of_one_part(family: tuple[str, Any]) -> None:
 @pytest.mark.parametrize("part", ["vision", "projector", "language"])
 def test_all_linear_means_the_layers_of_the_parts_that_get_lora(family: tuple[str, Any], part: str) -> None:
     _, model = family
-    tune = {name: "frozen" for name in ("vision", "projector", "language")} | {part: "lora"}
+    tune = dict.fromkeys(("vision", "projector", "language"), "frozen") | {part: "lora"}
     parts = parts_of(model)
     adapter = Adapter.model_validate({"tune": tune})
     linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear) and parts.of(n) == part} - {"lm_head"}
