@@ -25,6 +25,7 @@ from align.model.adapter_config import read_adapter_config, refuse_beyond_lora
 from align.objectives.check import Known
 from align.plugins import describe_in_child
 from align.protocols import PromptItem, Tree
+from align.recipe.families import family_of
 from align.recipe.schema import DataSource, Model, Recipe, ReferencePath, Reward
 from align.stages.context import stage_seed
 from align.stages.handover import Origin
@@ -60,7 +61,7 @@ def open_model(recipe: Recipe, folder: Path) -> Iterator[ModelFacts]:
         return
     assert model.tokenizer is not None and model.config is not None, "the grammar ties `config` and `tokenizer`"
     with tempfile.TemporaryDirectory(prefix="align-check-") as aside:
-        train_tokenizer(model.tokenizer, aside, data_folder=folder)
+        train_tokenizer(model.tokenizer, aside, data_folder=folder, family=family_of(model.config))
         facts = _tokenizer(model, Path(aside))
         yield ModelFacts(dict(model.config), facts, Origin(recipe.run_folder / "base", None))
 

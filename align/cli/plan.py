@@ -84,7 +84,8 @@ class Planner:
     def __init__(self, recipe: Recipe, machine: Machine, model: ModelFacts):
         self.recipe, self.machine, self.model = recipe, machine, model
         self.sizes = memory.sizes_of(model.config, model.tokenizer.vocab_size)
-        self.measured = Measured(model.config)
+        scratch = None if recipe.model.path else model.tokenizer.vocab_size
+        self.measured = Measured(model.config, scratch)
 
     def model_line(self) -> str:
         where = self.recipe.model.path or "from scratch"

@@ -9,6 +9,7 @@ from typing import Any
 from align.cli.memory import Row, Table, count
 from align.errors import ModelError, PluginError
 from align.plugins import describe_in_child
+from align.recipe.families import family_of
 from align.recipe.schema import PARTS, Adapter, Part, Rate
 from align.recipe.support import refuse_parts_of_text
 
@@ -19,14 +20,15 @@ LIMIT_S = (
 
 def reads_images(config: Mapping[str, Any]) -> bool:
     """Whether a transformers configuration has a part that sees."""
-    return "vision_config" in config
+    return "vision_config" in config or family_of(config) is not None
 
 
 class Measured:
-    """Tables of one model's adapters, each measured once."""
+    """Tables of one model's adapters, each measured once. vocabulary: the tokenizer's, where the configuration is that
+    of a model from scratch, which the model completes."""
 
-    def __init__(self, config: Mapping[str, Any]):
-        self.config = config
+    def __init__(self, config: Mapping[str, Any], vocabulary: int | None = None):
+        self.config, self.vocabulary = config, vocabulary
         self._tables: dict[Adapter, Table] = {}
 
     def table(self, adapter: Adapter) -> Table | None:
@@ -35,7 +37,8 @@ class Measured:
             refuse_parts_of_text(adapter)
             return None
         if adapter not in self._tables:
-            asked = json.dumps({"config": self.config, "adapters": [adapter.model_dump(mode="json")]})
+            adapters = [adapter.model_dump(mode="json")]
+            asked = json.dumps({"config": self.config, "vocabulary": self.vocabulary, "adapters": adapters})
             try:
                 answer = describe_in_child("align.model.measure", [asked], name="model", limit_s=LIMIT_S)
             except PluginError as error:

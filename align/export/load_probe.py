@@ -3,8 +3,8 @@
     python -m align.export.load_probe ENGINE FOLDER TOKENS OUT
 
 ENGINE: "plain" (transformers, float32) or a rollout engine's name. TOKENS: JSON {"tokens": [[...]], "dtype",
-"threads", "trust_remote_code", "image_seed" (null: no picture)}. OUT: JSON {"status": "loaded", "logps": [[...]]} or {"status": "unavailable" |
-"failed", "message"}.
+"threads", "trust_remote_code", "image_seed" (null: no picture)}. OUT: JSON {"status": "loaded", "logps": [[...]]} or
+{"status": "unavailable" | "failed", "message"}.
 
 A process of its own, because engines cannot be unloaded without trace, may hang, and read the environment.
 """

@@ -4,7 +4,8 @@
 2. Validate, in float32: each merged module against base + adapter (peft's own forward) on random inputs.
 3. Apply: rewrite the checkpoint file by file, aside.
 4. Prove: every tensor read back bit by bit; the folder loaded in plain transformers and compared with the adapter-on
-   model on random tokens, and on a picture where it reads images, made ready by its processor. A fault in any step leaves nothing behind; only then the folder is renamed into place.
+   model on random tokens, and on a picture where it reads images, made ready by its processor. A fault in any
+   step leaves nothing behind; only then the folder is renamed into place.
 
 Without an adapter the folder is copied and cast, under the same proofs.
 

@@ -96,7 +96,7 @@ def refuse_parts_of_text(adapter: Adapter) -> None:
     wanted = [part for part, mode in adapter.modes.items() if mode != usual[part]]
     if wanted:
         raise Unsupported(
-            f"`adapter.tune.{wanted[0]}` chooses among the parts of vision-language models; this model reads text alone",
+            f"`adapter.tune.{wanted[0]}` chooses among the parts of models that see; this one reads text alone",
             where=f"adapter.tune.{wanted[0]}",
             remedy="leave it out; `kind` says how it is trained, `targets` and `exclude` choose modules",
         )

@@ -1,6 +1,7 @@
 """What the trainer trains: a model with a LoRA adapter, or a whole model, behind one small interface.
 
-A model that reads images is trained by parts (`Adapter.modes`): LoRA on some, others whole, the rest frozen. Both know their frozen reference, how to publish themselves to engines, and how to write what a user loads.
+A model that reads images is trained by parts (`Adapter.modes`): LoRA on some, others whole, the rest frozen. Policies
+know their frozen reference, how to publish themselves to engines, and how to write what a user loads.
 """
 
 from __future__ import annotations

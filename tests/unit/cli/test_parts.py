@@ -12,7 +12,7 @@ from align.cli import memory
 from align.cli.check import validate
 from align.cli.plan import lines
 from align.cli.trained import Measured
-from align.errors import Unsupported, UserError
+from align.errors import ModelError, Unsupported, UserError
 from align.recipe.load import load_document
 from align.recipe.schema import Adapter
 from tests.tiny_vlms import write_tiny_vlm
@@ -38,11 +38,8 @@ def checked(folder: Path, base: Path, tune: dict[str, Any], **adapter: Any) -> s
 def test_the_plan_shows_what_is_trained_of_each_part(base: Path, tmp_path: Path) -> None:
     tune = {"vision": {"mode": "full", "lr": 1e-5, "weight_decay": 0.05}, "projector": "full"}
     shown = checked(tmp_path, base, tune, rank=8)
-    table = {
-        line.split()[0]: line.split()[1:]
-        for line in shown.splitlines()
-        if line.startswith(("  vision", "  proj", "  lang"))
-    }
+    rows = [line.split() for line in shown.splitlines() if line.startswith(("  vision", "  projector", "  language"))]
+    table = {row[0]: row[1:] for row in rows}
     assert table["vision"][0] == "full" and table["vision"][1] == table["vision"][2]
     assert table["vision"][3:] == ["1e-05", "0.05"]
     assert table["projector"][3:] == ["0.0001", "0"]
@@ -73,7 +70,6 @@ def test_the_numbers_of_a_table_are_those_of_the_model(base: Path) -> None:
 
     from align.model.load import load_model
     from align.model.parts import sizes
-    from align.train.policy import LoraPolicy  # noqa: F401  (what trains is tested in tests/unit/train/test_parts.py)
 
     config = memory.read_config(base)
     table = Measured(config).table(Adapter.model_validate({"tune": {"vision": "full"}, "rank": 4}))
@@ -85,6 +81,18 @@ def test_the_numbers_of_a_table_are_those_of_the_model(base: Path) -> None:
     assert table["language"].trained == sum(4 * sum(layer.weight.shape) for layer in layers)
 
 
+def test_a_model_from_scratch_is_measured_as_it_will_be_written() -> None:
+    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48}
+    config = {"model_type": "qwen2_5_vl", "text_config": text | {"num_key_value_heads": 1}, "vision_config": vision}
+    table = Measured(config, 400).table(Adapter.model_validate({"tune": {"projector": "full"}}))
+    assert table is not None and table["projector"].trained == table["projector"].parameters
+    layers = (128 + 1) * 128 + (128 + 1) * 64  # two, of four patches of 32
+    assert table["projector"].parameters == 32 + layers
+    with pytest.raises(ModelError, match="'dept' is no setting"):
+        Measured(config | {"vision_config": {"dept": 1}}, 400).table(Adapter())
+
+
 def test_models_of_text_have_no_parts_to_tune() -> None:
     with pytest.raises(Unsupported, match="reads text alone"):
         Measured({"model_type": "qwen3"}).table(Adapter.model_validate({"tune": {"projector": "full"}}))
@@ -93,14 +101,8 @@ def test_models_of_text_have_no_parts_to_tune() -> None:
 
 def test_memory_counts_the_tower_and_what_is_trained_whole() -> None:
     row = memory.Row
-    config = {
-        "num_hidden_layers": 2,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_attention_heads": 2,
-        "vocab_size": 9,
-    }
-    sizes = memory.sizes_of(config)
+    layers = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
+    sizes = memory.sizes_of({**layers, "vocab_size": 9})
     assert sizes is not None
     tower = memory.tower_of({"vision_config": {"depth": 3, "hidden_size": 32, "intermediate_size": 48}})
     assert tower == memory.Tower(3, 32, 48) and memory.tower_of({}) is None

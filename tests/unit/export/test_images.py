@@ -23,10 +23,10 @@ from tests.unit.model.tiny import train_a_little, write_tiny
 EACH_WAY = ("qwen3_vl", "internvl", "gemma3", "idefics3")  # of storing names, of placing the projector
 
 
-@pytest.fixture(
-    scope="module",
-    params=[*EACH_WAY, *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f not in EACH_WAY)],
-)
+OTHERS = [pytest.param(family, marks=pytest.mark.slow) for family in sorted(FAMILIES) if family not in EACH_WAY]
+
+
+@pytest.fixture(scope="module", params=[*EACH_WAY, *OTHERS])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_vlm(tmp_path_factory.mktemp(request.param) / "base", request.param)
 

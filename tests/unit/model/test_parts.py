@@ -45,7 +45,7 @@ def test_every_parameter_is_of_one_part(family: tuple[str, Any]) -> None:
     tower, projector = WHERE[name]
     assert any(path.startswith(tower) for path in found["vision"])
     assert any(path.startswith(projector) for path in found["projector"])
-    backbone = [path for path, module in model.named_modules() if module is model.get_decoder()][0]
+    backbone = next(path for path, module in model.named_modules() if module is model.get_decoder())
     assert all(path.startswith((backbone, "lm_head")) for path in found["language"])
     assert sum(sizes(model).values()) == sum(p.numel() for p in model.parameters())
 

@@ -189,7 +189,7 @@ def test_a_stage_goes_on_with_what_another_left(trained: Any, base: Path) -> Non
 
 
 def test_merging_carries_every_part(trained: Any, base: Path, tmp_path: Path) -> None:
-    trainer, folder, tuned = trained
+    trainer, folder, _ = trained
     wanted = logits_of(trainer, base)
     report = merge(start_base(base, folder), folder, tmp_path / "merged")
     model = load_model(tmp_path / "merged", dtype=torch.float32)
@@ -200,7 +200,7 @@ def test_merging_carries_every_part(trained: Any, base: Path, tmp_path: Path) ->
 
 
 def test_published_weights_are_those_of_every_part(trained: Any, base: Path, tmp_path: Path) -> None:
-    trainer, _, tuned = trained
+    trainer, _, _ = trained
     trainer.policy.spec = replace(trainer.policy.spec, publish="weights")
     published = trainer.publish(tmp_path / "v1", 1)
     assert published.kind == "weights"
