@@ -1,8 +1,9 @@
 """Attention over packed trees: a trunk attends causally to itself, a branch to its trunk and causally to itself.
 
-Where a model says so, the tokens of an image also see each other both ways. Registered with transformers as the attention implementation `align_packed`. No mask function is registered for it,
-so the models build none: who sees whom is described by segments, and no T x T mask exists anywhere. The plan is made
-once per microbatch and used by every layer.
+Where a model says so, the tokens of an image also see each other both ways. Registered with transformers as the
+attention implementation `align_packed`. No mask function is registered for it, so the models build none: who sees whom
+is described by segments, and no T x T mask exists anywhere. The plan is made once per microbatch and used by every
+layer.
 
 Four kernels compute the same: `sdpa` (anywhere), `varlen` (flash attention, NVIDIA, half precision) and `flex`
 (FlexAttention, NVIDIA); on the CPU, soft-capping and sinks go through a softmax that is written out.

@@ -1,7 +1,8 @@
 """Attention over packed trees by FlexAttention: one compiled kernel a layer, with soft-capping and sinks.
 
 Five numbers per token say what it sees: where its segment begins, where its trunk begins and ends, its place in its
-sequence, and the last token that it sees. The block mask is laid out from the segments, block by block; nothing of size T x T is made.
+sequence, and the last token that it sees. The block mask is laid out from the segments, block by block; nothing of
+size T x T is made.
 """
 
 from __future__ import annotations
