@@ -14,7 +14,7 @@ from torch import Tensor
 
 from align.data.packing import Budget, PositionFn, collate, split_to_budget, text_positions
 from align.model.places import positions_of, type_ids
-from align.model.policy_module import PolicyModule, set_attention
+from align.model.policy_module import PolicyModule
 from align.model.probe import probe
 from align.protocols import Medium, Tree
 from tests.tiny_vlms import FAMILIES
