@@ -11,11 +11,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from align.data.packing import collate
-from align.errors import ModelError, Unsupported
+from align.errors import ModelError
 from align.model import policy_module
 from align.model.attention import NAME, AttentionPlan
 from align.model.policy_module import PolicyModule
 from align.model.probe import probe, two_tree_batch
+from align.protocols import Medium
 from tests.unit.core.families import BASE, make_family
 from tests.unit.core.test_families import trees
 
@@ -91,11 +92,11 @@ def test_the_vision_tower_keeps_its_own_attention() -> None:
     assert config.vision_config._attn_implementation == "eager"
 
 
-def test_images_are_refused_until_they_have_a_forward() -> None:
+def test_images_for_a_model_without_a_tower_are_refused() -> None:
     batch = collate(trees())
-    batch.media = {"pixel_values": torch.zeros(1)}
-    with pytest.raises(Unsupported, match="images"):
-        PolicyModule(make_family("qwen2_5_vl"))(batch)
+    batch.media, batch.media_at = (Medium("image", "key", "/nowhere", 0, 1, 1),), (0,)
+    with pytest.raises(ModelError, match="takes no images"):
+        PolicyModule(make_family("qwen2"))(batch)
 
 
 def test_a_forward_that_takes_no_plan_is_told_clearly_and_gets_a_row_a_sequence() -> None:
