@@ -13,13 +13,18 @@ import torch
 from torch import Tensor
 
 from align.data.packing import Budget, PositionFn, collate, split_to_budget, text_positions
+from align.model import adapters
+from align.model.fused import fuse
+from align.model.load import load_model
 from align.model.places import positions_of, type_ids
 from align.model.policy_module import PolicyModule
 from align.model.probe import probe
 from align.protocols import Medium, Tree
+from align.recipe.schema import Adapter
 from tests.tiny_vlms import FAMILIES
 from tests.unit.core.pictures import Workshop, open_workshop
 from tests.unit.core.test_families import branch_by_branch, gradients
+from tests.unit.model.tiny import train_a_little
 
 Split = Callable[[list[Tree]], list[list[Tree]]]
 LAYOUTS: dict[str, Split] = {
@@ -147,3 +152,25 @@ def test_another_picture_gives_other_values(known: Known) -> None:
     other = Tree(1, known.shop.segment(rng, 6, 1), tree.branches)
     same = [known.module(collate([one], known.positions)).logps for one in (tree, other)]
     assert (same[0] - same[1]).abs().max() > 1e-3
+
+
+def test_an_adapter_is_fused_without_changing_a_number(known: Known) -> None:
+    """As the trainer has it: transformers' sdpa in the tower, the language model's modules exchanged for fused ones."""
+    batch = collate(known.shop.trees(), known.positions)
+    found = []
+    for fused in (False, True):
+        model = load_model(known.shop.folder, dtype=torch.float32)
+        adapters.attach(model, Adapter(rank=2, alpha=4), None, seed=0)
+        train_a_little(model)
+        if fused:
+            assert sum(fuse(model).values()) > 0
+        module = PolicyModule(model)
+        assert probe(module) < 1e-5 and module.layout == "shared"
+        logps = module(batch).logps
+        trained = [p for p in model.parameters() if p.requires_grad]
+        grads = torch.autograd.grad((logps * torch.arange(len(logps))).sum(), trained, allow_unused=True)
+        found.append([logps.detach(), *(torch.zeros(1) if g is None else g for g in grads)])
+    largest = max(g.abs().max() for g in found[0][1:])
+    assert (found[0][0] - known.values).abs().max() > 1e-3, "the adapter does something"
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-5, rtol=1e-5)
+    assert max((a - b).abs().max() for a, b in zip(found[0][1:], found[1][1:], strict=True)) / largest < 1e-5
