@@ -44,7 +44,7 @@ def empty_model(config: Mapping[str, Any], vocabulary: int | None = None) -> Any
             remedy="leave `adapter.tune` out, or use a model of a family that it knows",
         )
     with quiet(), torch.device("meta"):
-        return auto_class_of(made.model_type).from_config(made)
+        return auto_class_of(made.to_dict()).from_config(made)
 
 
 def table_of(model: Any, adapter: Adapter) -> Table:

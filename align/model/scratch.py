@@ -44,7 +44,7 @@ def write_base(model: Model, folder: Path, seed: int) -> None:
     config.dtype = dtype
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = auto_class_of(config.model_type).from_config(config, dtype=torch.float32).to(dtype)
+        network = auto_class_of(config.to_dict()).from_config(config, dtype=torch.float32).to(dtype)
     aside = folder / ".partial"
     shutil.rmtree(aside, ignore_errors=True)
     try:
