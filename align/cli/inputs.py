@@ -19,12 +19,14 @@ from align.data.records import Kind
 from align.data.scratch import train_tokenizer
 from align.data.sources import is_hub_id
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
-from align.errors import ModelError, PluginError, Unsupported
+from align.errors import ModelError, PluginError
 from align.hub import resolve_model_folder
 from align.model.adapter_config import read_adapter_config, refuse_beyond_lora
+from align.model.media_support import refuse_unsupported_media
 from align.objectives.check import Known
 from align.plugins import describe_in_child
 from align.protocols import PromptItem, Tree
+from align.recipe.families import family_of
 from align.recipe.schema import DataSource, Model, Recipe, ReferencePath, Reward
 from align.stages.context import stage_seed
 from align.stages.handover import Origin
@@ -55,12 +57,12 @@ def open_model(recipe: Recipe, folder: Path) -> Iterator[ModelFacts]:
         found = resolve_model_folder(model.path, model.revision, weights=False)
         config = memory.read_config(found)
         _refuse_without_weights(found, Path(model.path).expanduser().is_dir())
-        _refuse_images(config, found)
+        refuse_unsupported_media(config, found)
         yield ModelFacts(config, _tokenizer(model, found), Origin(found, _adapter(recipe)))
         return
     assert model.tokenizer is not None and model.config is not None, "the grammar ties `config` and `tokenizer`"
     with tempfile.TemporaryDirectory(prefix="align-check-") as aside:
-        train_tokenizer(model.tokenizer, aside, data_folder=folder)
+        train_tokenizer(model.tokenizer, aside, data_folder=folder, family=family_of(model.config))
         facts = _tokenizer(model, Path(aside))
         yield ModelFacts(dict(model.config), facts, Origin(recipe.run_folder / "base", None))
 
@@ -97,15 +99,6 @@ def _tokenizer(model: Model, folder: Path) -> ChatTokenizer:
     return load_tokenizer(folder, chat_template=model.chat_template, template_args=model.template_args)
 
 
-def _refuse_images(config: dict[str, Any], folder: Path) -> None:
-    if "vision_config" in config or "audio_config" in config:
-        raise Unsupported(
-            f"a {config.get('model_type')} model has a vision or audio part; this version trains language models",
-            where=folder,
-            remedy="use a model of text alone",
-        )
-
-
 # ------------------------------------------------------------------------------------------------- data
 
 
@@ -114,6 +107,7 @@ class DataFacts:
     """What the rows that were read say about a stage's data.
 
     whole: every row was read, so that `rows` is the epoch's size. longest, mean: tokens of a tree, or of a prompt.
+    patches: of its images, for each token, on average.
     """
 
     report: DataReport | None = None
@@ -121,6 +115,7 @@ class DataFacts:
     whole: bool = False
     longest: int = 0
     mean: float = 0.0
+    patches: float = 0.0
     notes: list[str] = field(default_factory=list)
 
 
@@ -162,6 +157,7 @@ def read_data(
     facts.report = prepared.report
     facts.rows, facts.whole = len(prepared.items), not any(cut) and len(here) == len(sources)
     facts.longest, facts.mean = max(lengths), sum(lengths) / len(lengths)
+    facts.patches = sum(medium.patches for item in prepared.items for medium in item.media) / sum(lengths)
     return facts
 
 

@@ -25,6 +25,7 @@ import align
 from align.errors import ExportError, ModelError, Unsupported
 from align.export.checkpoint import open_checkpoint, rewrite, verify
 from align.export.compare import BOUNDS, random_tokens
+from align.export.images import has_processor
 from align.export.load_probe import plain_logps
 from align.model.adapter_config import CONFIG as ADAPTER_CONFIG
 from align.model.folders import copy_all_but_weights, require_free, written_aside
@@ -142,6 +143,7 @@ def make_request(exported: Path, dtype: torch.dtype, seed: int, trust_remote_cod
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "trust_remote_code": trust_remote_code,
+        "image_seed": seed if has_processor(exported) else None,
     }
 
 
@@ -155,7 +157,7 @@ def prove_loading(
 ) -> tuple[LoadCheck, ...]:
     """Load the exported folder in every loader, each in a child, and compare. Raises ExportError."""
     tokens = [np.array(ids, dtype=np.int64) for ids in request["tokens"]]
-    reference = plain_logps(source, tokens, request["trust_remote_code"])
+    reference = plain_logps(source, tokens, request["trust_remote_code"], image_seed=request["image_seed"])
     answer, seconds = run_child("plain", exported, request, time_limit_s)
     plain = _logps("transformers", exported, answer)
     checks = [compare("transformers", plain, reference, dtype, seconds)]
@@ -167,7 +169,7 @@ def prove_loading(
         if answer["status"] == "unavailable":
             checks.append(LoadCheck(engine, "not checked", seconds, message=answer["message"]))
             continue
-        checks.append(compare(engine, _logps(engine, exported, answer), plain, dtype, seconds))
+        checks.append(compare(engine, _logps(engine, exported, answer), plain[: len(tokens)], dtype, seconds))
     return tuple(checks)
 
 

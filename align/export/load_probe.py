@@ -3,8 +3,8 @@
     python -m align.export.load_probe ENGINE FOLDER TOKENS OUT
 
 ENGINE: "plain" (transformers, float32) or a rollout engine's name. TOKENS: JSON {"tokens": [[...]], "dtype",
-"threads", "trust_remote_code"}. OUT: JSON {"status": "loaded", "logps": [[...]]} or {"status": "unavailable" |
-"failed", "message"}.
+"threads", "trust_remote_code", "image_seed" (null: no picture)}. OUT: JSON {"status": "loaded", "logps": [[...]]} or
+{"status": "unavailable" | "failed", "message"}.
 
 A process of its own, because engines cannot be unloaded without trace, may hang, and read the environment.
 """
@@ -25,12 +25,17 @@ from align.errors import AlignError, SetupError
 from align.protocols import Publication
 
 
-def plain_logps(folder: Path, tokens: list[np.ndarray], trust_remote_code: bool = False) -> list[np.ndarray]:
+def plain_logps(
+    folder: Path, tokens: list[np.ndarray], trust_remote_code: bool = False, *, image_seed: int | None = None
+) -> list[np.ndarray]:
     """f32[n - 1] per sequence by plain transformers in float32: log-probabilities of its tokens. f32[n] of a reward
-    model: of being preferred, up to each token, to a text of score 0."""
+    model: of being preferred, up to each token, to a text of score 0.
+
+    image_seed: one sequence more, with the picture of this seed as the folder's own processor makes it ready."""
     import torch
 
     from align.export.compare import log_probabilities
+    from align.export.images import image_samples
     from align.model.load import load_model
     from align.model.score_head import is_reward_model, load_score_model
 
@@ -38,11 +43,10 @@ def plain_logps(folder: Path, tokens: list[np.ndarray], trust_remote_code: bool 
         scorer = load_score_model(folder, dtype=torch.float32, seed=0, trust_remote_code=trust_remote_code)
         return [logps[:, 0].numpy() for logps in log_probabilities(scorer, tokens)]
     model = load_model(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    found = log_probabilities(model, tokens)
-    return [
-        logps[:-1].gather(-1, torch.as_tensor(ids)[1:, None])[:, 0].numpy()
-        for logps, ids in zip(found, tokens, strict=True)
-    ]
+    pictures = [] if image_seed is None else image_samples(folder, image_seed, trust_remote_code)
+    found = log_probabilities(model, [*tokens, *pictures])
+    all_ids = [*map(torch.as_tensor, tokens), *(sample["input_ids"][0] for sample in pictures)]
+    return [logps[:-1].gather(-1, ids[1:, None])[:, 0].numpy() for logps, ids in zip(found, all_ids, strict=True)]
 
 
 def engine_logps(name: str, folder: Path, tokens: list[np.ndarray], request: dict[str, Any]) -> list[np.ndarray]:
@@ -71,7 +75,7 @@ def probe(name: str, folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     tokens = [np.array(ids, dtype=np.int64) for ids in request["tokens"]]
     try:
         if name == "plain":
-            logps = plain_logps(folder, tokens, request["trust_remote_code"])
+            logps = plain_logps(folder, tokens, request["trust_remote_code"], image_seed=request["image_seed"])
         else:
             logps = engine_logps(name, folder, tokens, request)
     except SetupError as error:

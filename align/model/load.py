@@ -1,4 +1,4 @@
-"""A causal language model from a local folder, complete or refused.
+"""A causal language model, or one for images too, from a local folder, complete or refused.
 
 transformers fills a weight that the checkpoint lacks with random numbers and a warning; here that is an error.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def load_model(
     device: str = "cpu",
 ) -> PreTrainedModel:
     """Load a causal language model in transformers layout from `folder`, weights in safetensors. A model for images too
-    is loaded whole, to be used on text.
+    is loaded whole, its tower included.
 
     attention: "auto" (sdpa, and eager where the model has what SDPA has not) or any implementation that transformers
     knows, registered ones included.
@@ -68,13 +69,18 @@ def load_model(
 
 def _auto_class(folder: Path) -> Any:
     """transformers' auto class for what config.json describes."""
+    file = folder / "config.json"
+    return auto_class_of(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {})
+
+
+def auto_class_of(config: Mapping[str, Any]) -> Any:
+    """transformers' auto class for a configuration: of a language model, or of one that reads images too."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto as known
 
-    file = folder / "config.json"
-    name = json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None
+    name = config.get("model_type")
     images = name in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    alone = name in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    alone = name in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "vision_config" not in config
     return AutoModelForImageTextToText if images and not alone else AutoModelForCausalLM
 
 

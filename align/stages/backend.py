@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from align.protocols import Fleet, PromptItem, Scorer, Trainer
-from align.recipe.schema import Adapter, LossTerm, Model, Optim, Packing, ReferencePath, Reward, Rollout
+from align.recipe.schema import Adapter, LossTerm, Model, Optim, Packing, Part, Rate, ReferencePath, Reward, Rollout
 from align.stages.processes import ProcessId
 
 
@@ -36,7 +36,8 @@ class Start:
 @dataclass(frozen=True)
 class TrainerJob:
     """A policy to train. total: the stage's updates; rollout: how engines sample it, None offline; seed: of fresh
-    adapter weights and dropout; trainable False: forward only, for evaluation."""
+    adapter weights and dropout; trainable False: forward only, for evaluation; rates: of the model's parts, where they
+    are not `optim`'s."""
 
     stage_id: str
     model: Model
@@ -49,6 +50,7 @@ class TrainerJob:
     reference: Literal["start", "base", "cached"] | ReferencePath | None = None
     rollout: Rollout | None = None
     trainable: bool = True
+    rates: Mapping[Part, Rate] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from align.recipe.schema import OnlineStage as OnlineSettings
 from align.recipe.support import check_adapter, publish_mode
 from align.stages.backend import FleetJob, Needs, ScorerJob, Start, TrainerJob, longest_prompt
 from align.stages.context import Context, opened
-from align.stages.defaults import resolved_optim
+from align.stages.defaults import resolved_optim, resolved_rates
 from align.stages.groups import PromptCursor
 from align.stages.handover import start_of
 from align.stages.loop import Loop, StageResult, every_steps, latest_checkpoint
@@ -84,6 +84,7 @@ def trainer_job(context: Context, stage: Any, start: Start, total: int, rollout:
         start=start,
         losses=stage.loss,
         optim=resolved_optim(stage, start.config),
+        rates=resolved_rates(stage, start.config),
         total=total,
         packing=stage.packing,
         seed=context.seed(stage.id),

@@ -18,19 +18,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.data.packing import Microbatch, collate, global_counts, mark_nll, plan_ranks
+from align.data.packing import Microbatch, collate, global_counts, mark_nll, plan_ranks, text_positions
 from align.errors import NonFiniteError
 from align.losses import configure
 from align.losses.base import LossInputs, Metric
 from align.model.dropout import switch_off_own_dropout
+from align.model.parts import sizes, trained_parts
+from align.model.places import positions_of
 from align.model.policy_module import PolicyModule
 from align.model.probe import probe
 from align.protocols import Counts, Publication, Tree
+from align.recipe.schema import Rate
 from align.train import policy
 from align.train.memory import keep_freed_memory
 from align.train.metrics import MetricSums, join_terms
 from align.train.numerics import numerics
-from align.train.optim import lr_multiplier, make_optimizer
+from align.train.optim import lr_multiplier, make_optimizer, set_rates
 from align.train.prepass import run_prepass
 from align.train.ranks import Ranks, random_stream
 from align.train.spec import TrainerSpec
@@ -67,6 +70,7 @@ class PolicyTrainer:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.module: PolicyModule = self.policy.module
+        self.positions = positions_of(self.module.model, text_positions)
         if any(needs.record != "conversation" for _, _, needs, _ in self.losses):
             # Losses on ratios start at a ratio of 1 only without it; likelihoods alone may have it.
             switch_off_own_dropout(self.module)
@@ -76,7 +80,8 @@ class PolicyTrainer:
         self.parameters = list(trainable(self.module).values())
         self.ranks.broadcast(self.parameters)
         random_stream(spec.seed, self.ranks.rank)
-        self.optimizer = make_optimizer(self.parameters, spec.optim) if spec.trainable else None
+        self.parts = trained_parts(self.module.model)
+        self.optimizer = make_optimizer(self.parts, spec.optim, spec.rates) if spec.trainable else None
 
     @property
     def keep_together(self) -> bool:
@@ -95,7 +100,21 @@ class PolicyTrainer:
             "layout": self.module.layout,
             "attention": self.module.attention,
             "packing_probe": self.probe_difference,
+            "parts": self._described_parts(),
         }
+
+    def _described_parts(self) -> dict[str, dict[str, Any]]:
+        """What is trained of each part of the model, and at which peak rates."""
+        modes, rates = self.spec.adapter_config.modes, self.spec.rates
+        usual = Rate(float(self.spec.optim.lr or 0.0), self.spec.optim.weight_decay)
+        found: dict[str, dict[str, Any]] = {}
+        for part, size in sizes(self.module.model).items():
+            own = self.parts.get(part, ())
+            found[part] = {"mode": modes[part] if own else "frozen", "parameters": size}
+            if own:
+                rate = rates.get(part, usual)
+                found[part] |= {"trained": sum(p.numel() for p in own), **rate._asdict()}
+        return found
 
     # ------------------------------------------------------------------------------------------ forward and update
 
@@ -104,7 +123,7 @@ class PolicyTrainer:
         assert self.optimizer is not None, "this trainer was made without an optimizer"
         started = time.perf_counter()
         self.module.train()
-        sums = MetricSums()
+        sums, seen = MetricSums(), self.policy.patches()
         trees = self._marked(trees)
         batches = self._microbatches(trees)
         counts = global_counts(trees)
@@ -115,21 +134,22 @@ class PolicyTrainer:
         self.ranks.sum_gradients(self.parameters)
         norm = self._clip()
         sums.add(_work(batches))
+        if self.module.media is not None:
+            sums.add({"tokens/patches": Metric(torch.tensor(float(self.policy.patches() - seen)), reduce="sum")})
         metrics = sums.result(self.ranks.objects)
         middle = min(progress + 0.5 / self.spec.total_updates, 1.0)
         optim = self.spec.optim
-        lr = float(optim.lr or 0.0) * lr_multiplier(optim.schedule or "cosine", optim.warmup or 0.0, middle)
+        rates = set_rates(self.optimizer, lr_multiplier(optim.schedule or "cosine", optim.warmup or 0.0, middle))
         if math.isfinite(norm) and math.isfinite(metrics["loss/total"]):
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
             self.optimizer.step()
             self._bad_steps = 0
         else:
             self._refuse_update(step, trees, norm, metrics["loss/total"])
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
-        return metrics | {
-            "optim/lr": lr,
+        return {
+            **metrics,
+            **rates,
             "optim/grad_norm": norm,
             "optim/skipped": float(self._bad_steps > 0),
             "time/train": seconds,
@@ -143,12 +163,21 @@ class PolicyTrainer:
 
     def _planned(self, trees: Sequence[Tree]) -> list[Microbatch]:
         """This rank's share of the trees."""
-        planned = plan_ranks(trees, self._budget(trees), keep_together=self.keep_together, ranks=self.ranks.size)
+        planned = plan_ranks(
+            trees,
+            self._budget(trees),
+            keep_together=self.keep_together,
+            ranks=self.ranks.size,
+            max_patches=self.spec.max_patches,
+        )
         return planned[self.ranks.rank]
+
+    def _packed(self, part: Microbatch) -> TokenBatch:
+        return collate(part.trees, self.positions).to(self.device)
 
     def _microbatches(self, trees: Sequence[Tree]) -> list[tuple[TokenBatch, bool]]:
         """This rank's share, packed, and whether each counts (see `align.data.packing.Microbatch`)."""
-        return [(collate(part.trees).to(self.device), part.counted) for part in self._planned(trees)]
+        return [(self._packed(part), part.counted) for part in self._planned(trees)]
 
     def _budget(self, trees: Sequence[Tree]) -> int:
         """Packed tokens of a microbatch; so many fewer where trunks are repeated, that as many are computed."""
@@ -251,7 +280,7 @@ class PolicyTrainer:
         found: dict[tuple[int, int], np.ndarray] = {}
         place = {(tree.id, id(s)): (n, k) for n, tree in enumerate(trees) for k, s in enumerate(tree.sequences)}
         for part in self._planned(trees):
-            batch = collate(part.trees).to(self.device)
+            batch = self._packed(part)
             logps = self._quiet(self.module, batch).logps.float().cpu().numpy()
             if not part.counted:
                 continue
