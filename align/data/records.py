@@ -49,8 +49,8 @@ class Message:
     """One turn of a conversation.
 
     content: the text ("" where an assistant turn only calls tools), or parts of which at least one is a medium.
-    extra: what templates may read beside it, such as tool_calls, tool_call_id, name, reasoning_content. scored: False for an assistant turn with `weight: 0`, which
-    stays in the context but not in the loss.
+    extra: what templates may read beside it, such as tool_calls, tool_call_id, name, reasoning_content. scored: False
+    for an assistant turn with `weight: 0`, which stays in the context but not in the loss.
     """
 
     role: str

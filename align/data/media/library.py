@@ -8,21 +8,19 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from align.data.media.pool import Pool
 from align.data.media.shelf import Shelf
+from align.data.media.shown import Shown
 from align.data.media.sources import Allowed, Finder, Located
 from align.data.media.web import Web
-from align.data.records import MediaKind, MediaPart, RowError
-from align.protocols import Medium
+from align.data.records import MediaPart, RowError
 from align.recipe.schema import Media
 
 _PROCESSOR_FILES = (
@@ -31,36 +29,19 @@ _PROCESSOR_FILES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A medium that is in the store. token_ids i64[n] stand for it; before and behind is text that its processor
-    writes around them; facts: see `align.data.media.process.Facts`; files: (path, sha256) that it was read from."""
-
-    kind: MediaKind
-    key: str
-    token_ids: np.ndarray
-    facts: dict[str, Any]
-    files: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def before(self) -> str:
-        return str(self.facts["before"])
-
-    @property
-    def behind(self) -> str:
-        return str(self.facts["behind"])
-
-    def medium(self, store: Path, start: int) -> Medium:
-        length, patches = int(self.token_ids.shape[0]), int(self.facts["patches"])
-        return Medium(self.kind, self.key, str(store), start, length, patches)
-
-
 class Library:
     """Media for one model. folder: the model's, with its processor; store: where processed media lie. Close it: until
     then its media stay in the store, and its processes run."""
 
     def __init__(
-        self, settings: Media, folder: Path, store: Path, *, trust_remote_code: bool = False, web: Web | None = None
+        self,
+        settings: Media,
+        folder: Path,
+        store: Path,
+        *,
+        trust_remote_code: bool = False,
+        web: Web | None = None,
+        pool: Pool | None = None,
     ):
         self.settings, self.folder, self.store = settings, folder, store
         self.web = web or Web(store, settings.hosts, max_bytes=settings.max_bytes, timeout_s=settings.timeout_s)
@@ -68,7 +49,7 @@ class Library:
         self.finder = Finder(allowed)
         self.shelf = Shelf(store)
         workers = settings.workers or max(1, min(8, (os.cpu_count() or 2) // 2))
-        self._pool = Pool(folder, workers, settings.timeout_s, trust_remote_code)
+        self._pool = pool or Pool(folder, workers, settings.timeout_s, trust_remote_code)
         self._known: dict[str, Shown | RowError] = {}
         self.processed = 0
 
@@ -154,7 +135,7 @@ class Library:
         self.shelf.prune(self.settings.cache_gb * 1e9, time.time())
 
     def _from_store(self, key: str, medium: Located, facts: dict[str, Any]) -> Shown:
-        return Shown(medium.kind, key, self.shelf.tokens(key), facts)
+        return Shown(medium.kind, key, self.placeholders[medium.kind], self.shelf.tokens(key), facts, str(self.store))
 
     def _shown(self, row: Sequence[tuple[str, Located]]) -> list[Shown] | RowError:
         found: list[Shown] = []
@@ -163,15 +144,14 @@ class Library:
             if isinstance(known, RowError):
                 return known
             files = tuple((str(b.path), b.sha256) for b in medium.blobs if b.path is not None)
-            found.append(Shown(known.kind, key, known.token_ids, known.facts, files))
+            found.append(replace(known, files=files))
         return found
 
-    def restore(self, key: str) -> dict[str, Any] | None:
-        """Facts of a medium that tokenised data name, which stays in the store from now on; None where it is gone."""
-        facts = self.shelf.facts(key)
-        if facts is not None:
-            self.shelf.hold([key])
-        return facts
+    def keep(self, keys: Iterable[str]) -> bool:
+        """Keep media that tokenised data name in the store from now on; False where one is gone already."""
+        wanted = list(keys)
+        self.shelf.hold(wanted)
+        return all(self.shelf.facts(key) is not None for key in wanted)
 
     def unchanged(self, files: Sequence[tuple[str, str]]) -> bool:
         """Whether these files still hold what they held."""

@@ -56,11 +56,15 @@ class Pool:
             "is_list": medium.is_list, "blobs": blobs,
         }  # fmt: skip
         payload = [b.data for b in medium.blobs if b.data is not None]
-        answer = self._with_child(lambda child: child.ask(job, payload))
+        answer = self.ask(job, payload)
         if "refused" in answer:
             return RowError(answer["refused"])
         facts: dict[str, Any] = answer["facts"]
         return facts
+
+    def ask(self, job: dict[str, Any], payload: Sequence[bytes]) -> dict[str, Any]:
+        """The answer of a child (see worker.py) to one job; `payload`: the blobs that it does not read itself."""
+        return self._with_child(lambda child: child.ask(job, payload))
 
     def _with_child(self, work: Callable[[_Child], dict[str, Any]]) -> dict[str, Any]:
         child = self._idle.get()

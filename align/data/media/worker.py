@@ -29,7 +29,7 @@ def main() -> None:
     while processor is not None and (line := jobs.readline()):
         job = json.loads(line)
         given = [jobs.read(blob["size"]) if "size" in blob else None for blob in job["blobs"]]
-        _say(answers, _answer(processor, job, given))
+        _say(answers, answer(processor, job, given))
 
 
 def _say(answers: Any, value: dict[str, Any]) -> None:
@@ -50,7 +50,8 @@ def _opened(asked: dict[str, Any], answers: Any) -> Any:
     return processor
 
 
-def _answer(processor: Any, job: dict[str, Any], given: list[bytes | None]) -> dict[str, Any]:
+def answer(processor: Any, job: dict[str, Any], given: list[bytes | None]) -> dict[str, Any]:
+    """The answer of a `Processor` to a job; given: per blob its bytes, None where it is a file to be read."""
     from align.data.media.process import Limits
     from align.data.records import RowError
 
