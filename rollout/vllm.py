@@ -1,15 +1,17 @@
-"""Every call into vLLM. The only file that imports vllm (lazily: it takes seconds); `rollout.vllm_engine` uses it.
+"""Every call into vLLM. This file and `rollout.vllm_media` are the only ones that import vllm (lazily: it takes
+seconds); `rollout.vllm_engine` uses them.
 
 What vLLM must offer, in the words of version 0.32 (`CALLS` is the same list for `missing_calls`, which a test runs):
 
-* `vllm.LLM`: apply_model, collective_rpc, reset_prefix_cache (reset_running_requests), get_tokenizer; llm_engine,
-  model_config;
+* `vllm.LLM`: apply_model, collective_rpc, reset_prefix_cache (reset_running_requests), reset_mm_cache,
+  get_tokenizer; llm_engine, model_config;
 * `vllm.SamplingParams`: n (child i of n samples with seed + i), temperature, max_tokens, seed, stop, stop_token_ids,
   logprobs, prompt_logprobs, detokenize, skip_special_tokens, output_kind;
 * `vllm.engine.arg_utils.EngineArgs`: the names in `_arguments`;
 * `vllm.v1.engine.llm_engine.LLMEngine`: add_request (request_id, prompt, params, lora_request), step,
-  abort_request, add_lora, remove_lora, list_loras, set_weight_version; its vllm_config.cache_config.block_size;
-* `vllm.inputs.engine.tokens_input`: prompt_token_ids;
+  abort_request, add_lora, remove_lora, list_loras, set_weight_version, reset_encoder_cache; its vllm_config.cache_config.block_size;
+* `vllm.inputs.engine`: tokens_input (prompt_token_ids), mm_input (and the multi-modal processor that makes what goes
+  into it: `rollout.vllm_media`);
 * `vllm.RequestOutput`: request_id (the one given to add_request), finished, outputs, prompt_logprobs,
   num_cached_tokens;
 * `vllm.outputs.CompletionOutput`: token_ids, logprobs, finish_reason, stop_reason, weight_versions (spans of tokens
@@ -31,7 +33,7 @@ import json
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -39,8 +41,9 @@ from typing import Any, get_args
 import numpy as np
 
 from align.errors import SetupError, Unsupported
-from align.protocols import PromptItem, Sampling
+from align.protocols import Medium, PromptItem, Sampling
 from rollout.base import VLLM_ARGUMENTS_FILE, EngineSpec, start_error
+from rollout.vllm_media import media_prompt
 
 ENVIRONMENT: Mapping[str, str] = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: no second process to die or to wait for
@@ -52,7 +55,7 @@ CPU_KV_CACHE_BYTES = 1 << 30
 CPU_MAX_SEQUENCES = 256
 
 CALLS: Mapping[str, str] = {
-    "vllm:LLM": "apply_model collective_rpc reset_prefix_cache get_tokenizer",
+    "vllm:LLM": "apply_model collective_rpc reset_prefix_cache reset_mm_cache get_tokenizer",
     "vllm:LLM.reset_prefix_cache": "reset_running_requests",
     "vllm.outputs:CompletionOutput": "token_ids logprobs finish_reason stop_reason weight_versions",
     "vllm:RequestOutput": "request_id finished outputs prompt_logprobs num_cached_tokens",
@@ -60,11 +63,17 @@ CALLS: Mapping[str, str] = {
     "skip_special_tokens output_kind",
     "vllm.engine.arg_utils:EngineArgs": "model dtype seed max_model_len trust_remote_code logprobs_mode "
     "generation_config enable_lora max_loras max_lora_rank disable_log_stats use_tqdm_on_load enforce_eager "
-    "kv_cache_memory_bytes max_num_seqs enable_chunked_prefill",
+    "kv_cache_memory_bytes max_num_seqs enable_chunked_prefill limit_mm_per_prompt mm_processor_kwargs "
+    "enable_tower_connector_lora",
     "vllm.v1.engine.llm_engine:LLMEngine": "add_request step abort_request add_lora remove_lora list_loras "
-    "set_weight_version",
+    "set_weight_version reset_encoder_cache",
     "vllm.v1.engine.llm_engine:LLMEngine.add_request": "request_id prompt params lora_request",
     "vllm.inputs.engine:tokens_input": "prompt_token_ids",
+    "vllm.inputs.engine:mm_input": "prompt_token_ids mm_kwargs mm_hashes mm_placeholders",
+    "vllm.multimodal.inputs:PlaceholderRange": "offset length is_embed",
+    "vllm.multimodal.processing.processor:BaseMultiModalProcessor": "_cached_apply_hf_processor",
+    "vllm.multimodal.processing.inputs:ProcessorInputs": "prompt mm_data_items mm_uuid_items cache",
+    "vllm.renderers.base:BaseRenderer": "get_mm_processor mm_processor_cache",
     "vllm.lora.request:LoRARequest": "lora_name lora_int_id lora_path",
     "vllm.lora.utils:parse_fine_tuned_lora_name": "name weights_mapper",
     "vllm.config.lora:MaxLoRARanks": "",
@@ -206,8 +215,14 @@ def _arguments(spec: EngineSpec, max_rank: int) -> dict[str, Any]:
     }
     if spec.max_model_len is not None:
         arguments["max_model_len"] = spec.max_model_len
+    if spec.media:
+        kinds = {kind: spec.media.get(kind, 0) for kind in ("image", "video", "audio")}
+        arguments.setdefault("limit_mm_per_prompt", kinds)
+    if spec.processor:
+        arguments["mm_processor_kwargs"] = {**spec.processor, **arguments.get("mm_processor_kwargs", {})}
     if max_rank:
         arguments |= {"enable_lora": True, "max_lora_rank": max_rank, "max_loras": adapter_slots(spec)}
+        arguments["enable_tower_connector_lora"] = spec.tower_adapter
     return arguments
 
 
@@ -296,11 +311,18 @@ def scoring_parameters(*, cached: bool = False) -> Any:
     )
 
 
-def add_request(llm: Any, request_id: str, token_ids: np.ndarray, parameters: Any, adapter: Any) -> None:
+def add_request(
+    llm: Any,
+    request_id: str,
+    token_ids: np.ndarray,
+    parameters: Any,
+    adapter: Any,
+    media: Sequence[Medium] = (),
+) -> None:
     """Give a request to the scheduler: it takes part in the next step. adapter: an `adapter_request`, or None."""
     from vllm.inputs.engine import tokens_input
 
-    prompt = tokens_input(prompt_token_ids=token_ids.tolist())
+    prompt = media_prompt(llm, token_ids, media) if media else tokens_input(prompt_token_ids=token_ids.tolist())
     llm.llm_engine.add_request(request_id, prompt, parameters, lora_request=adapter)
 
 

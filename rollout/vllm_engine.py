@@ -32,7 +32,7 @@ from typing import Any, Literal
 import numpy as np
 
 from align.errors import EngineError
-from align.protocols import Completion, FailedPrompt, Group, Publication, Sampling, digest_arrays, end_ids
+from align.protocols import Completion, FailedPrompt, Group, Medium, PromptItem, Publication, Sampling, digest_arrays, end_ids
 from rollout import vllm as calls
 from rollout.base import Answer, EngineSpec, Request, check_engine_options, check_sampling
 from rollout.vllm_files import read_tensors, tensor_shapes, write_probe_adapter
@@ -100,7 +100,7 @@ class VllmEngine:
             name = str(next(self._ids))
             item = request.prompt
             parameters = calls.sampling_parameters(item, request.group_size, request.sampling, self._end_ids)
-            calls.add_request(self._llm, name, item.token_ids, parameters, self._adapter)
+            calls.add_request(self._llm, name, item.token_ids, parameters, self._adapter, item.media)
             self._running[name] = _Running(request, self.version, self._adapter)
 
     def step(self) -> list[Answer]:
@@ -109,6 +109,7 @@ class VllmEngine:
             return answers
         for output in calls.step(self._llm):
             running = self._running.pop(output.request_id)
+            self._same_prompt(output, running.request.prompt)
             completions = tuple(self._completion(drawn, running) for drawn in output.outputs)
             answers.append((running.request.ticket, Group(running.request.prompt, completions)))
         if answers:
@@ -169,20 +170,32 @@ class VllmEngine:
             f"length of {longest}",
         )
 
-    def logps(self, token_ids: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return [self._prompt_logps(ids, self._adapter) for ids in token_ids]
+    @staticmethod
+    def _same_prompt(output: Any, prompt: PromptItem) -> None:
+        """What vLLM read must be what the trainer reads."""
+        if output.prompt_token_ids != prompt.token_ids.tolist():
+            raise EngineError(
+                f"vLLM read a prompt of {len(output.prompt_token_ids)} tokens that differs from the one of "
+                f"{len(prompt.token_ids)} tokens it was given",
+                where=prompt.origin or f"group {prompt.group_id}",
+                remedy="set rollout.name=transformers, and report this: log-probabilities would be of another prompt",
+            )
 
-    def _prompt_logps(self, token_ids: np.ndarray, adapter: Any) -> np.ndarray:
-        scores = self._alone(token_ids, calls.scoring_parameters(), adapter).prompt_logprobs[1:]
+    def logps(self, token_ids: Sequence[np.ndarray], media: Sequence[Sequence[Medium]] = ()) -> list[np.ndarray]:
+        pairs = zip(token_ids, media or [()] * len(token_ids), strict=True)
+        return [self._prompt_logps(ids, self._adapter, some) for ids, some in pairs]
+
+    def _prompt_logps(self, token_ids: np.ndarray, adapter: Any, media: Sequence[Medium] = ()) -> np.ndarray:
+        scores = self._alone(token_ids, calls.scoring_parameters(), adapter, media).prompt_logprobs[1:]
         pairs = zip(scores, token_ids[1:].tolist(), strict=True)
         return np.array([score[token].logprob for score, token in pairs], dtype=np.float32)
 
-    def _alone(self, token_ids: np.ndarray, parameters: Any, adapter: Any) -> Any:
+    def _alone(self, token_ids: np.ndarray, parameters: Any, adapter: Any, media: Sequence[Medium] = ()) -> Any:
         """vLLM's output for a prompt that nothing else is computed with: on CPU, its adapter kernels cannot take a
         prompt whose own log-probabilities are asked for together with another sequence."""
         if self._running:
             raise EngineError(f"the engine was asked to score while {len(self._running)} requests ran")
-        calls.add_request(self._llm, str(next(self._ids)), token_ids, parameters, adapter)
+        calls.add_request(self._llm, str(next(self._ids)), token_ids, parameters, adapter, media)
         while not (outputs := calls.step(self._llm)):
             pass
         return outputs[0]

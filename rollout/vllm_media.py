@@ -1,0 +1,155 @@
+"""Prompts with media for vLLM: the trainer's tokens, and beside them what vLLM's own processor makes of each medium.
+
+vLLM usually expands a placeholder by itself. Here the prompt's tokens are the trainer's and stay as they are: they hold
+every token of every medium. vLLM's processor is given the same picture (the view in the media store, which it need not
+resize again) and says which tokens it would put there; they must be those that stand there. So the two sides cannot
+disagree about a prompt without an error that says so, in any family, whatever its marks look like.
+
+The key of a medium is its name in vLLM's caches: of processed media, of the tower's outputs, and (through the blocks'
+hashes) of prefixes. Equal text with another picture shares nothing beyond the picture's first token.
+"""
+
+from __future__ import annotations
+
+import wave
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from align.errors import EngineError, Unsupported
+from align.mediastore import read_frames, view_path
+from align.protocols import Medium
+
+FRAMES_PER_SECOND = 2.0
+"""Of a video, where its frames carry no times of their own: what processors assume of sampled frames."""
+
+
+def media_prompt(llm: Any, token_ids: np.ndarray, media: Sequence[Medium]) -> Any:
+    """vLLM's input for a prompt that holds media.
+
+    Args:
+        token_ids: i64[n], with all tokens of the media. media: in order of `start`.
+
+    Raises:
+        EngineError: a view is missing, or vLLM makes other tokens of a medium than stand in the prompt.
+        Unsupported: the model takes no media of a kind in this vLLM, or fewer of them in one prompt.
+    """
+    from vllm.inputs.engine import mm_input
+    from vllm.multimodal.inputs import PlaceholderRange
+    from vllm.multimodal.processing.context import TimingContext
+    from vllm.multimodal.processing.inputs import ProcessorInputs
+
+    renderer = llm.llm_engine.renderer
+    by_kind: dict[str, list[Medium]] = {}
+    for medium in media:
+        by_kind.setdefault(medium.kind, []).append(medium)
+    _check_limits(renderer, by_kind)
+    processor = renderer.get_mm_processor()
+    items = processor.info.parse_mm_data({kind: [_opened(m) for m in some] for kind, some in by_kind.items()})
+    inputs = ProcessorInputs(
+        prompt=token_ids.tolist(),
+        mm_data_items=items,
+        mm_uuid_items={kind: [medium.key for medium in some] for kind, some in by_kind.items()},
+        cache=renderer.mm_processor_cache,
+    )
+    try:
+        made = processor._cached_apply_hf_processor(inputs, TimingContext(enabled=False))
+        ranges = {
+            kind: [
+                PlaceholderRange(medium.start, medium.length, is_embed=_embedded(medium, token_ids, updates))
+                for medium, updates in zip(some, made.prompt_updates[kind], strict=True)
+            ]
+            for kind, some in by_kind.items()
+        }
+    except BaseException:
+        llm.reset_mm_cache()  # the two halves of vLLM's cache must agree on what was sent
+        raise
+    return mm_input(token_ids.tolist(), made.kwargs, made.hashes, ranges)
+
+
+def _check_limits(renderer: Any, by_kind: Mapping[str, Sequence[Medium]]) -> None:
+    """Raise Unsupported for media that the model cannot take, or not so many."""
+    processor = renderer.mm_processor
+    allowed = {} if processor is None else processor.info.allowed_mm_limits
+    for kind, some in by_kind.items():
+        if not allowed.get(kind):
+            raise Unsupported(
+                f"this model takes no {kind} in vLLM",
+                where="rollout.name",
+                remedy="set rollout.name=transformers, or leave these rows out",
+            )
+        if len(some) > allowed[kind]:
+            raise Unsupported(
+                f"a prompt has {len(some)} media of kind {kind}, the engine was started for {allowed[kind]}",
+                where="rollout.engine.limit_mm_per_prompt",
+                remedy="leave rollout.engine.limit_mm_per_prompt out, or raise it",
+            )
+
+
+def _opened(medium: Medium) -> Any:
+    """What vLLM takes of a view: an RGB image, frames with what is known of their times, or samples with their rate."""
+    path = view_path(medium)
+    try:
+        if medium.kind == "image":
+            from PIL import Image
+
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        if medium.kind == "video":
+            frames = read_frames(medium)
+            return frames, _frame_times(len(frames))
+        with wave.open(str(path)) as sound:
+            samples = np.frombuffer(sound.readframes(sound.getnframes()), np.int16).astype(np.float32) / 2**15
+            return samples.reshape(-1, sound.getnchannels()).mean(axis=1), float(sound.getframerate())
+    except (OSError, ValueError, wave.Error) as error:
+        raise EngineError(
+            f"the view of a medium cannot be read: {error}",
+            where=path,
+            remedy="start again: the check writes the store anew (on a cluster the folder must be shared)",
+        ) from error
+
+
+def _frame_times(count: int) -> dict[str, Any]:
+    """The metadata of a video that is all there: no frame of it is to be left out."""
+    return {
+        "fps": FRAMES_PER_SECOND,
+        "duration": count / FRAMES_PER_SECOND,
+        "total_num_frames": count,
+        "frames_indices": list(range(count)),
+        "video_backend": "align",
+        "do_sample_frames": False,
+    }
+
+
+def _embedded(medium: Medium, token_ids: np.ndarray, updates: Sequence[Any]) -> Any:
+    """bool[length]: which tokens of the medium the tower's outputs replace.
+
+    updates: vLLM's alternatives for this medium (they differ in what they replace, seldom in what they write). Marks at
+    either end may have merged with the text around (newlines, in Gemma 3), so what is compared is what lies between
+    the first and the last token that is replaced.
+    """
+    import torch
+
+    own = torch.from_numpy(token_ids[medium.start : medium.start + medium.length])
+    sizes: list[int] = []
+    for update in updates:
+        full = torch.tensor(update.content.full)
+        chosen = update.content.is_embed
+        mask = torch.ones_like(full, dtype=torch.bool) if chosen is None else chosen(update.content.full)
+        embed = torch.isin(own, full[mask])
+        sizes.append(int(mask.sum()))
+        if torch.equal(_core(own, embed), _core(full, mask)):
+            return embed
+    raise EngineError(
+        f"vLLM makes {' or '.join(str(n) for n in sorted(set(sizes)))} tokens of a medium of kind {medium.kind} for "
+        f"which the prompt has {medium.length} tokens, or other ones",
+        where=view_path(medium),
+        remedy="its processor must neither resize nor tile the picture in another way: check media.max_pixels, "
+        "media.min_pixels and rollout.engine.mm_processor_kwargs, or set rollout.name=transformers",
+    )
+
+
+def _core(tokens: Any, mask: Any) -> Any:
+    places = mask.nonzero()
+    return tokens[int(places[0]) : int(places[-1]) + 1] if len(places) else tokens[:0]
