@@ -218,6 +218,7 @@ def _arguments(spec: EngineSpec, max_rank: int) -> dict[str, Any]:
     if spec.media:
         kinds = {kind: spec.media.get(kind, 0) for kind in ("image", "video", "audio")}
         arguments.setdefault("limit_mm_per_prompt", kinds)
+        arguments.setdefault("mm_device_do_normalize", False)
     if spec.processor:
         arguments["mm_processor_kwargs"] = {**spec.processor, **arguments.get("mm_processor_kwargs", {})}
     if max_rank:

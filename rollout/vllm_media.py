@@ -36,7 +36,6 @@ def media_prompt(llm: Any, token_ids: np.ndarray, media: Sequence[Medium]) -> An
         Unsupported: the model takes no media of a kind in this vLLM, or fewer of them in one prompt.
     """
     from vllm.inputs.engine import mm_input
-    from vllm.multimodal.inputs import PlaceholderRange
     from vllm.multimodal.processing.context import TimingContext
     from vllm.multimodal.processing.inputs import ProcessorInputs
 
@@ -57,7 +56,7 @@ def media_prompt(llm: Any, token_ids: np.ndarray, media: Sequence[Medium]) -> An
         made = processor._cached_apply_hf_processor(inputs, TimingContext(enabled=False))
         ranges = {
             kind: [
-                PlaceholderRange(medium.start, medium.length, is_embed=_embedded(medium, token_ids, updates))
+                _placed(medium, token_ids, updates)
                 for medium, updates in zip(some, made.prompt_updates[kind], strict=True)
             ]
             for kind, some in by_kind.items()
@@ -122,27 +121,29 @@ def _frame_times(count: int) -> dict[str, Any]:
     }
 
 
-def _embedded(medium: Medium, token_ids: np.ndarray, updates: Sequence[Any]) -> Any:
-    """bool[length]: which tokens of the medium the tower's outputs replace.
+def _placed(medium: Medium, token_ids: np.ndarray, updates: Sequence[Any]) -> Any:
+    """Where what vLLM would write for this medium stands in the prompt, and which of it the tower's outputs replace.
 
     updates: vLLM's alternatives for this medium (they differ in what they replace, seldom in what they write). Marks at
     either end may have merged with the text around (newlines, in Gemma 3), so what is compared is what lies between
-    the first and the last token that is replaced.
+    the first and the last token that is replaced. The range is vLLM's own, marks included or not as it has them: some
+    models count their positions from it.
     """
     import torch
+    from vllm.multimodal.inputs import PlaceholderRange
 
     own = torch.from_numpy(token_ids[medium.start : medium.start + medium.length])
-    sizes: list[int] = []
+    sizes = set()
     for update in updates:
-        full = torch.tensor(update.content.full)
-        chosen = update.content.is_embed
+        full, chosen = torch.tensor(update.content.full), update.content.is_embed
         mask = torch.ones_like(full, dtype=torch.bool) if chosen is None else chosen(update.content.full)
-        embed = torch.isin(own, full[mask])
-        sizes.append(int(mask.sum()))
-        if torch.equal(_core(own, embed), _core(full, mask)):
-            return embed
+        (first, core), (own_first, own_core) = _core(full, mask), _core(own, torch.isin(own, full[mask]))
+        if torch.equal(core, own_core):
+            offset = medium.start + own_first - first
+            return PlaceholderRange(offset, len(full), is_embed=None if chosen is None else mask)
+        sizes.add(len(full))
     raise EngineError(
-        f"vLLM makes {' or '.join(str(n) for n in sorted(set(sizes)))} tokens of a medium of kind {medium.kind} for "
+        f"vLLM makes {' or '.join(str(n) for n in sorted(sizes))} tokens of a medium of kind {medium.kind} for "
         f"which the prompt has {medium.length} tokens, or other ones",
         where=view_path(medium),
         remedy="its processor must neither resize nor tile the picture in another way: check media.max_pixels, "
@@ -150,6 +151,7 @@ def _embedded(medium: Medium, token_ids: np.ndarray, updates: Sequence[Any]) -> 
     )
 
 
-def _core(tokens: Any, mask: Any) -> Any:
-    places = mask.nonzero()
-    return tokens[int(places[0]) : int(places[-1]) + 1] if len(places) else tokens[:0]
+def _core(tokens: Any, mask: Any) -> tuple[int, Any]:
+    """What lies between the first and the last token of the mask, and where it begins."""
+    places = mask.nonzero()[:, 0].tolist()
+    return (places[0], tokens[places[0] : places[-1] + 1]) if places else (0, tokens[:0])
