@@ -43,7 +43,6 @@ VLLM_REFUSED: Mapping[str, str] = {
     "max_cpu_loras": "follows from the stage's adapter",
     "max_lora_rank": f"adapter.rank; {_OURS}",
     "lora_dtype": "adapters are held in rollout.dtype",
-    "enable_tower_connector_lora": "follows from the stage's adapter",
     "language_model_only": "follows from the prompts",
     "generation_config": _DISTRIBUTION,
     "override_generation_config": _DISTRIBUTION,
@@ -75,10 +74,9 @@ class EngineSpec:
     lora_rank: the largest rank that will be published, 0 where none will (weights or base only). versions: how many
     may be in use at once (staleness + 1). in_flight: whole weights are loaded between two steps of the requests that
     run, which go on with them. seed: of the run. threads: CPU threads to compute with. media: the largest number of
-    each kind of media in one prompt, {} where prompts are text. processor: arguments of the model's processor beside
-    its own configuration, so that an engine's makes of a view what the trainer's made of it. tower_adapter: adapters
-    that will be published have modules outside the language model. engine: the engine's own options, checked by
-    `check_engine_options`.
+    each kind of media in one prompt, {} where prompts are text. pixels: the recipe's min_pixels and max_pixels where
+    it sets them, so that an engine's processor leaves alone what the trainer's has resized. engine: the engine's own
+    options, checked by `check_engine_options`.
     """
 
     name: str
@@ -96,8 +94,7 @@ class EngineSpec:
     stop: tuple[str, ...] = ()
     trust_remote_code: bool = False
     media: Mapping[str, int] = field(default_factory=dict)
-    processor: Mapping[str, Any] = field(default_factory=dict)
-    tower_adapter: bool = False
+    pixels: Mapping[str, int] = field(default_factory=dict)
     engine: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -9,7 +9,8 @@ What vLLM must offer, in the words of version 0.32 (`CALLS` is the same list for
   logprobs, prompt_logprobs, detokenize, skip_special_tokens, output_kind;
 * `vllm.engine.arg_utils.EngineArgs`: the names in `_arguments`;
 * `vllm.v1.engine.llm_engine.LLMEngine`: add_request (request_id, prompt, params, lora_request), step,
-  abort_request, add_lora, remove_lora, list_loras, set_weight_version, reset_encoder_cache; its vllm_config.cache_config.block_size;
+  abort_request, add_lora, remove_lora, list_loras, set_weight_version, reset_encoder_cache; its
+  vllm_config.cache_config.block_size;
 * `vllm.inputs.engine`: tokens_input (prompt_token_ids), mm_input (and the multi-modal processor that makes what goes
   into it: `rollout.vllm_media`);
 * `vllm.RequestOutput`: request_id (the one given to add_request), finished, outputs, prompt_logprobs,
@@ -41,9 +42,10 @@ from typing import Any, get_args
 import numpy as np
 
 from align.errors import SetupError, Unsupported
+from align.mediastore import VIEW_SUFFIX
 from align.protocols import Medium, PromptItem, Sampling
 from rollout.base import VLLM_ARGUMENTS_FILE, EngineSpec, start_error
-from rollout.vllm_media import media_prompt
+from rollout.vllm_media import bounded_by_pixels, media_prompt
 
 ENVIRONMENT: Mapping[str, str] = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: no second process to die or to wait for
@@ -64,7 +66,7 @@ CALLS: Mapping[str, str] = {
     "vllm.engine.arg_utils:EngineArgs": "model dtype seed max_model_len trust_remote_code logprobs_mode "
     "generation_config enable_lora max_loras max_lora_rank disable_log_stats use_tqdm_on_load enforce_eager "
     "kv_cache_memory_bytes max_num_seqs enable_chunked_prefill limit_mm_per_prompt mm_processor_kwargs "
-    "enable_tower_connector_lora",
+    "mm_device_do_normalize enable_tower_connector_lora",
     "vllm.v1.engine.llm_engine:LLMEngine": "add_request step abort_request add_lora remove_lora list_loras "
     "set_weight_version reset_encoder_cache",
     "vllm.v1.engine.llm_engine:LLMEngine.add_request": "request_id prompt params lora_request",
@@ -216,14 +218,12 @@ def _arguments(spec: EngineSpec, max_rank: int) -> dict[str, Any]:
     if spec.max_model_len is not None:
         arguments["max_model_len"] = spec.max_model_len
     if spec.media:
-        kinds = {kind: spec.media.get(kind, 0) for kind in ("image", "video", "audio")}
-        arguments.setdefault("limit_mm_per_prompt", kinds)
-        arguments.setdefault("mm_device_do_normalize", False)
-    if spec.processor:
-        arguments["mm_processor_kwargs"] = {**spec.processor, **arguments.get("mm_processor_kwargs", {})}
+        arguments.setdefault("limit_mm_per_prompt", {kind: spec.media.get(kind, 0) for kind in VIEW_SUFFIX})
+        arguments.setdefault("mm_device_do_normalize", False)  # pixels as the trainer has them, bit for bit
+    if spec.pixels and bounded_by_pixels(Path(spec.folder)):
+        arguments["mm_processor_kwargs"] = {**spec.pixels, **(arguments.get("mm_processor_kwargs") or {})}
     if max_rank:
         arguments |= {"enable_lora": True, "max_lora_rank": max_rank, "max_loras": adapter_slots(spec)}
-        arguments["enable_tower_connector_lora"] = spec.tower_adapter
     return arguments
 
 

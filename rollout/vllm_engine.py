@@ -32,7 +32,17 @@ from typing import Any, Literal
 import numpy as np
 
 from align.errors import EngineError
-from align.protocols import Completion, FailedPrompt, Group, Medium, PromptItem, Publication, Sampling, digest_arrays, end_ids
+from align.protocols import (
+    Completion,
+    FailedPrompt,
+    Group,
+    Medium,
+    PromptItem,
+    Publication,
+    Sampling,
+    digest_arrays,
+    end_ids,
+)
 from rollout import vllm as calls
 from rollout.base import Answer, EngineSpec, Request, check_engine_options, check_sampling
 from rollout.vllm_files import read_tensors, tensor_shapes, write_probe_adapter
@@ -254,6 +264,7 @@ class VllmEngine:
         digest = digest_arrays(held)
         self._compare(digest, publication)
         self._empty_prefix_cache()
+        self._llm.llm_engine.reset_encoder_cache()  # what the tower before made of pictures
         stale = self._cached_tokens() if idle else 0
         self._need(stale == 0, publication, f"its prefix cache still serves {stale} tokens of the version before")
         self._serve(None, publication)

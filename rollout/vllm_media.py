@@ -11,8 +11,10 @@ hashes) of prefixes. Equal text with another picture shares nothing beyond the p
 
 from __future__ import annotations
 
+import json
 import wave
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,6 +67,17 @@ def media_prompt(llm: Any, token_ids: np.ndarray, media: Sequence[Medium]) -> An
         llm.reset_mm_cache()  # the two halves of vLLM's cache must agree on what was sent
         raise
     return mm_input(token_ids.tolist(), made.kwargs, made.hashes, ranges)
+
+
+def bounded_by_pixels(folder: Path) -> bool:
+    """Whether the model's processor itself resizes pictures to between min_pixels and max_pixels (those of the Qwen
+    family, which merge patches); others would not know the words."""
+    for name, part in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
+        file = folder / name
+        if file.is_file():
+            config = json.loads(file.read_text(encoding="utf-8"))
+            return "merge_size" in (config.get(part) or {} if part in config else config)
+    return False
 
 
 def _check_limits(renderer: Any, by_kind: Mapping[str, Sequence[Medium]]) -> None:

@@ -4,6 +4,7 @@ as `align.mediastore` describes it, without the data pipeline."""
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,7 @@ class TinyMedia:
                 tokens += self.processor.tokenizer.encode(part, add_special_tokens=False)
                 continue
             medium, own = self.put(part)
-            media.append(
-                Medium(medium.kind, medium.key, medium.store, len(tokens), medium.length, medium.patches)
-            )
+            media.append(Medium(medium.kind, medium.key, medium.store, len(tokens), medium.length, medium.patches))
             tokens += own
         return PromptItem(
             group_id=number,
@@ -90,23 +89,19 @@ def model_inputs(model: Any, ids: torch.Tensor, media: Sequence[Medium]) -> dict
     found = [read_tensors(medium) for medium in media]
     if not found:
         return {}
-    tensors = {name: _joined([one[name] for one in found], name) for name in found[0]}
-    config = model.config
-    image = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
-    kinds = (ids == image).long()
-    import inspect
-
-    accepted = inspect.signature(model.get_base_model().forward if hasattr(model, "peft_config") else model.forward)
-    if "mm_token_type_ids" in accepted.parameters:
-        tensors["mm_token_type_ids"] = kinds
-    if "token_type_ids" in accepted.parameters:
-        tensors["token_type_ids"] = kinds
-    return {name: tensor for name, tensor in tensors.items() if name in accepted.parameters}
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    accepted = inspect.signature(base.forward).parameters
+    tiled_in_one_row = base.config.model_type in ("idefics3", "smolvlm")
+    tensors = {name: _joined([one[name] for one in found], 1 if tiled_in_one_row else 0) for name in found[0]}
+    marks = {getattr(base.config, name, None) for name in ("image_token_id", "image_token_index")} - {None}
+    kinds = sum((ids == mark).long() for mark in marks)
+    tensors |= {"mm_token_type_ids": kinds, "token_type_ids": kinds}
+    return {name: tensor for name, tensor in tensors.items() if name in accepted}
 
 
-def _joined(tensors: Sequence[torch.Tensor], name: str) -> torch.Tensor:
-    """Media of one sequence: along their rows; tiles of SmolVLM and its kin lie behind a batch axis."""
-    axis = 1 if tensors[0].ndim in (4, 5) and tensors[0].shape[0] == 1 and name.startswith("pixel") else 0
-    if axis == 0 or name == "pixel_values" and tensors[0].ndim == 4:
-        return torch.cat(list(tensors), dim=0)
-    return torch.cat(list(tensors), dim=1)
+def _joined(tensors: Sequence[torch.Tensor], axis: int) -> torch.Tensor:
+    """Tensors of several media as the processor gives them together; those with fewer tiles are padded with zeros."""
+    if axis == 0 and tensors[0].ndim == 5:
+        tiles = max(int(tensor.shape[1]) for tensor in tensors)
+        tensors = [torch.nn.functional.pad(t, [0] * 7 + [tiles - int(t.shape[1])]) for t in tensors]
+    return torch.cat(list(tensors), dim=axis)
