@@ -84,6 +84,16 @@ def forward_logps(model: Any, prompt: PromptItem, completion: np.ndarray) -> np.
     return logits.log_softmax(-1).gather(-1, ids[0, start:, None])[:, 0].numpy()
 
 
+def holds_mark(model: Any, tokens: np.ndarray) -> bool:
+    """Whether a picture's token was sampled, of which the model's own forward would want a picture."""
+    return bool(np.isin(tokens, sorted(image_ids(model))).any())
+
+
+def image_ids(model: Any) -> set[int]:
+    config = model.config
+    return {int(id) for name in ("image_token_id", "image_token_index") if (id := getattr(config, name, None))}
+
+
 def model_inputs(model: Any, ids: torch.Tensor, media: Sequence[Medium]) -> dict[str, torch.Tensor]:
     """What the model's forward takes beside the tokens i64[1, n] of one sequence."""
     found = [read_tensors(medium) for medium in media]
@@ -93,8 +103,7 @@ def model_inputs(model: Any, ids: torch.Tensor, media: Sequence[Medium]) -> dict
     accepted = inspect.signature(base.forward).parameters
     tiled_in_one_row = base.config.model_type in ("idefics3", "smolvlm")
     tensors = {name: _joined([one[name] for one in found], 1 if tiled_in_one_row else 0) for name in found[0]}
-    marks = {getattr(base.config, name, None) for name in ("image_token_id", "image_token_index")} - {None}
-    kinds = sum((ids == mark).long() for mark in marks)
+    kinds = torch.isin(ids, torch.tensor(sorted(image_ids(base)))).long()
     tensors |= {"mm_token_type_ids": kinds, "token_type_ids": kinds}
     return {name: tensor for name, tensor in tensors.items() if name in accepted}
 
