@@ -250,6 +250,12 @@ def start(spec: EngineSpec, max_rank: int) -> Any:
         with _environment(spec.threads), _without_warnings():
             llm = LLM(**_arguments(spec, max_rank))
     except (ValueError, RuntimeError, OSError, ImportError, MemoryError) as error:
+        if "does not support LoRA" in str(error):
+            raise Unsupported(
+                f"vLLM serves no adapters on this model ({error})",
+                where="rollout.weights",
+                remedy="set rollout.weights=merged",
+            ) from error
         raise start_error(error, spec.folder) from error
     finally:
         torch.set_num_threads = set_num_threads
@@ -257,7 +263,22 @@ def start(spec: EngineSpec, max_rank: int) -> Any:
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
     set_num_threads(spec.threads)
+    _check_prefix(llm, spec)
     return llm
+
+
+def _check_prefix(llm: Any, spec: EngineSpec) -> None:
+    """Refuse what vLLM would compute otherwise than the trainer, without a word: on CPU its attention has no tokens
+    that see each other both ways, as those of an image do in Gemma 3."""
+    from vllm.platforms import current_platform
+
+    if spec.media and current_platform.is_cpu() and llm.model_config.is_mm_prefix_lm:
+        stop(llm)
+        raise Unsupported(
+            "this model's image tokens see each other both ways, which vLLM's attention on CPU cannot do",
+            where="rollout.name",
+            remedy="set rollout.name=transformers, or run on a GPU",
+        )
 
 
 @contextmanager

@@ -26,6 +26,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +46,7 @@ from align.protocols import (
 )
 from rollout import vllm as calls
 from rollout.base import Answer, EngineSpec, Request, check_engine_options, check_sampling
-from rollout.vllm_files import read_tensors, tensor_shapes, write_probe_adapter
+from rollout.vllm_files import read_tensors, tensor_shapes, unchanged, write_probe_adapter
 from rollout.vllm_held import held_adapter, held_weights, retie, tied_groups
 
 
@@ -260,7 +261,8 @@ class VllmEngine:
         tied = self._apply(tied_groups)
         calls.reload_weights(self._llm, read_tensors(files, dtype))
         self._apply(lambda model: retie(model, tied))
-        held = self._apply(lambda model: held_weights(model, shapes, dtype, calls.parameter_renamer(model)))
+        spare = partial(unchanged, files=files, folder=Path(self.spec.folder))
+        held = self._apply(lambda model: held_weights(model, shapes, dtype, calls.parameter_renamer(model), spare))
         digest = digest_arrays(held)
         self._compare(digest, publication)
         self._empty_prefix_cache()

@@ -119,7 +119,11 @@ def _unpad(padded: Tensor, shape: tuple[int, ...], name: str) -> np.ndarray:
 
 
 def held_weights(
-    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, rename: Callable[[str], str]
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    rename: Callable[[str], str],
+    unused: Callable[[str], Tensor | None],
 ) -> dict[str, np.ndarray]:
     """The parameters named in `shapes` as the engine computes with them, under the same names and shapes.
 
@@ -127,6 +131,7 @@ def held_weights(
         shapes: name and shape of each tensor that was fed, in transformers' layout.
         dtype: of the tensors that were fed; the engine may hold some (a packed layer's bias) in a wider one.
         rename: transformers' parameter name -> the engine's, fused modules aside.
+        unused: the value of a tensor that the engine has no parameter for, where it may do without it, else None.
 
     Raises:
         EngineError: a parameter of the engine was not fed and would keep an older version's value.
@@ -143,6 +148,9 @@ def held_weights(
         module = modules.get(module_path)
         parameter = getattr(module, leaf, None)
         if not isinstance(module, nn.Module) or not isinstance(parameter, Tensor):
+            if (value := unused(name)) is not None:
+                arrays[name] = as_array(value)
+                continue
             raise Unsupported(
                 f"the engine has no parameter for {name}, so what it holds cannot be compared",
                 remedy="train an adapter and publish it as one (rollout.weights=adapter)",
