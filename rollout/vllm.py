@@ -218,7 +218,8 @@ def _arguments(spec: EngineSpec, max_rank: int) -> dict[str, Any]:
     if spec.max_model_len is not None:
         arguments["max_model_len"] = spec.max_model_len
     if spec.media:
-        arguments.setdefault("limit_mm_per_prompt", {kind: spec.media.get(kind, 0) for kind in VIEW_SUFFIX})
+        most = {**dict.fromkeys(VIEW_SUFFIX, 0), "image": 1, **spec.media}  # a picture probes
+        arguments.setdefault("limit_mm_per_prompt", most)
         arguments.setdefault("mm_device_do_normalize", False)  # pixels as the trainer has them, bit for bit
     if spec.pixels and bounded_by_pixels(Path(spec.folder)):
         arguments["mm_processor_kwargs"] = {**spec.pixels, **(arguments.get("mm_processor_kwargs") or {})}
@@ -333,19 +334,17 @@ def scoring_parameters(*, cached: bool = False) -> Any:
     )
 
 
-def add_request(
-    llm: Any,
-    request_id: str,
-    token_ids: np.ndarray,
-    parameters: Any,
-    adapter: Any,
-    media: Sequence[Medium] = (),
-) -> None:
-    """Give a request to the scheduler: it takes part in the next step. adapter: an `adapter_request`, or None."""
+def add_request(llm: Any, request_id: str, prompt: Any, parameters: Any, adapter: Any) -> None:
+    """Give a request to the scheduler: it takes part in the next step. prompt: a `made_prompt`; adapter: an
+    `adapter_request`, or None."""
+    llm.llm_engine.add_request(request_id, prompt, parameters, lora_request=adapter)
+
+
+def made_prompt(llm: Any, token_ids: np.ndarray, media: Sequence[Medium]) -> Any:
+    """vLLM's input for token ids i64[n] and what stands in them; see `rollout.vllm_media.media_prompt`."""
     from vllm.inputs.engine import tokens_input
 
-    prompt = media_prompt(llm, token_ids, media) if media else tokens_input(prompt_token_ids=token_ids.tolist())
-    llm.llm_engine.add_request(request_id, prompt, parameters, lora_request=adapter)
+    return media_prompt(llm, token_ids, media) if media else tokens_input(prompt_token_ids=token_ids.tolist())
 
 
 def step(llm: Any) -> list[Any]:
@@ -382,6 +381,15 @@ def parameter_renamer(model: Any) -> Callable[[str], str]:
     """Name of a parameter in transformers -> in the engine, before modules are fused."""
     mapper = _rename_mapper(model)
     return (lambda name: name) if mapper is None else mapper.map_name
+
+
+def tower_tensors(model: Any, names: Iterable[str]) -> frozenset[str]:
+    """Those of an adapter's tensors that are not the language model's: of a tower of images, or of its projector."""
+    if not hasattr(model, "get_mm_mapping"):
+        return frozenset()
+    parse, keys = adapter_name_parser(model), model.get_mm_mapping()
+    prefixes = tuple(f"{prefix.rstrip('.')}." for prefix in (*keys.tower_model, *keys.connector))
+    return frozenset(name for name in names if f"{parse(name)[0]}.".startswith(prefixes))
 
 
 def _rename_mapper(model: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +67,19 @@ def unchanged(name: str, files: Sequence[Path], folder: Path) -> Any:
     return found[0]
 
 
-def write_probe_adapter(folder: Path, like: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """An adapter of the shape and configuration of the one in `like`, with standard normal weights."""
+def write_probe_adapter(
+    folder: Path, like: Path, shapes: Mapping[str, tuple[int, ...]], silent: Collection[str] = ()
+) -> None:
+    """An adapter of the shape and configuration of the one in `like`, with standard normal weights; those of tensors in
+    `silent` are 0."""
     from safetensors.numpy import save_file
 
     generator = np.random.default_rng(0)
     save_file(
-        {name: generator.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()},
+        {
+            name: generator.standard_normal(shape, dtype=np.float32) * np.float32(name not in silent)
+            for name, shape in shapes.items()
+        },
         folder / "adapter_model.safetensors",
     )
     (folder / "adapter_config.json").write_bytes((like / "adapter_config.json").read_bytes())

@@ -23,6 +23,8 @@ from align.errors import EngineError, Unsupported
 from align.mediastore import read_frames, view_path
 from align.protocols import Medium
 
+PROBE_PIXELS = 56  # a side of the picture that probes; processors make it as large as they need
+
 FRAMES_PER_SECOND = 2.0
 """Of a video, where its frames carry no times of their own: what processors assume of sampled frames."""
 
@@ -37,36 +39,62 @@ def media_prompt(llm: Any, token_ids: np.ndarray, media: Sequence[Medium]) -> An
         EngineError: a view is missing, or vLLM makes other tokens of a medium than stand in the prompt.
         Unsupported: the model takes no media of a kind in this vLLM, or fewer of them in one prompt.
     """
-    from vllm.inputs.engine import mm_input
+    by_kind: dict[str, list[Medium]] = {}
+    for medium in media:
+        by_kind.setdefault(medium.kind, []).append(medium)
+    _check_limits(llm.llm_engine.renderer, {kind: len(some) for kind, some in by_kind.items()})
+    data = {kind: [_opened(medium) for medium in some] for kind, some in by_kind.items()}
+    made = _processed(llm, data, {kind: [medium.key for medium in some] for kind, some in by_kind.items()})
+    ranges: dict[str, list[Any]] = {}
+    try:
+        for kind, some in by_kind.items():
+            placed = zip(some, made.prompt_updates[kind], strict=True)
+            ranges[kind] = [_placed(medium, token_ids, updates) for medium, updates in placed]
+    except EngineError:
+        llm.reset_mm_cache()  # the two halves of vLLM's cache must agree on what was sent
+        raise
+    return _input(token_ids.tolist(), made, ranges)
+
+
+def picture_prompt(llm: Any, around: np.ndarray) -> Any:
+    """vLLM's input for a made-up picture in the middle of the tokens `around` i64[n].
+
+    Raises:
+        Unsupported: the model takes no pictures in this vLLM.
+    """
+    from PIL import Image
+    from vllm.multimodal.inputs import PlaceholderRange
+
+    _check_limits(llm.llm_engine.renderer, {"image": 1})
+    values = np.random.default_rng(0).integers(0, 256, (PROBE_PIXELS, PROBE_PIXELS, 3), dtype=np.uint8)
+    made = _processed(llm, {"image": [Image.fromarray(values)]}, {"image": [f"made up, {PROBE_PIXELS}"]})
+    content = made.prompt_updates["image"][0][0].content
+    half = len(around) // 2
+    mask = None if content.is_embed is None else content.is_embed(content.full)
+    tokens = [*around[:half].tolist(), *content.full, *around[half:].tolist()]
+    return _input(tokens, made, {"image": [PlaceholderRange(half, len(content.full), is_embed=mask)]})
+
+
+def _processed(llm: Any, data: Mapping[str, Sequence[Any]], keys: Mapping[str, Sequence[str]]) -> Any:
+    """What the model's processor in vLLM makes of media: tensors, hashes, and the tokens it would write for each."""
     from vllm.multimodal.processing.context import TimingContext
     from vllm.multimodal.processing.inputs import ProcessorInputs
 
     renderer = llm.llm_engine.renderer
-    by_kind: dict[str, list[Medium]] = {}
-    for medium in media:
-        by_kind.setdefault(medium.kind, []).append(medium)
-    _check_limits(renderer, by_kind)
     processor = renderer.get_mm_processor()
-    items = processor.info.parse_mm_data({kind: [_opened(m) for m in some] for kind, some in by_kind.items()})
     inputs = ProcessorInputs(
-        prompt=token_ids.tolist(),
-        mm_data_items=items,
-        mm_uuid_items={kind: [medium.key for medium in some] for kind, some in by_kind.items()},
+        prompt=[],
+        mm_data_items=processor.info.parse_mm_data(data),
+        mm_uuid_items=keys,
         cache=renderer.mm_processor_cache,
     )
-    try:
-        made = processor._cached_apply_hf_processor(inputs, TimingContext(enabled=False))
-        ranges = {
-            kind: [
-                _placed(medium, token_ids, updates)
-                for medium, updates in zip(some, made.prompt_updates[kind], strict=True)
-            ]
-            for kind, some in by_kind.items()
-        }
-    except BaseException:
-        llm.reset_mm_cache()  # the two halves of vLLM's cache must agree on what was sent
-        raise
-    return mm_input(token_ids.tolist(), made.kwargs, made.hashes, ranges)
+    return processor._cached_apply_hf_processor(inputs, TimingContext(enabled=False))
+
+
+def _input(tokens: list[int], made: Any, ranges: Mapping[str, Sequence[Any]]) -> Any:
+    from vllm.inputs.engine import mm_input
+
+    return mm_input(tokens, made.kwargs, made.hashes, ranges)
 
 
 def bounded_by_pixels(folder: Path) -> bool:
@@ -80,20 +108,20 @@ def bounded_by_pixels(folder: Path) -> bool:
     return False
 
 
-def _check_limits(renderer: Any, by_kind: Mapping[str, Sequence[Medium]]) -> None:
+def _check_limits(renderer: Any, counts: Mapping[str, int]) -> None:
     """Raise Unsupported for media that the model cannot take, or not so many."""
     processor = renderer.mm_processor
     allowed = {} if processor is None else processor.info.allowed_mm_limits
-    for kind, some in by_kind.items():
+    for kind, count in counts.items():
         if not allowed.get(kind):
             raise Unsupported(
                 f"this model takes no {kind} in vLLM",
                 where="rollout.name",
                 remedy="set rollout.name=transformers, or leave these rows out",
             )
-        if len(some) > allowed[kind]:
+        if count > allowed[kind]:
             raise Unsupported(
-                f"a prompt has {len(some)} media of kind {kind}, the engine was started for {allowed[kind]}",
+                f"a prompt has {count} media of kind {kind}, the engine was started for {allowed[kind]}",
                 where="rollout.engine.limit_mm_per_prompt",
                 remedy="leave rollout.engine.limit_mm_per_prompt out, or raise it",
             )
