@@ -128,6 +128,7 @@ def _check_stage(
                 every_row=every_row,
                 answers=judged,
                 margins=not sampled and needs_margin(stage),
+                labels=getattr(stage, "head", None),
             )
     if len(read) < len(sets):
         return

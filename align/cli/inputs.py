@@ -25,10 +25,12 @@ from align.model.adapter_config import read_adapter_config, refuse_beyond_lora
 from align.objectives.check import Known
 from align.plugins import describe_in_child
 from align.protocols import PromptItem, Tree
+from align.recipe.labels import Labels
 from align.recipe.schema import DataSource, Model, Recipe, ReferencePath, Reward
 from align.stages.context import stage_seed
 from align.stages.handover import Origin
 from align.stages.margins import refuse_own_margins, require_margins
+from align.stages.training import SCORED
 from rewards.api import PluginError as RewardsPluginError
 from rewards.naming import Named, objective_names
 
@@ -71,7 +73,7 @@ def _adapter(recipe: Recipe) -> Path | None:
         return None
     folder = resolve_model_folder(recipe.model.adapter)
     first = {stage.kind for stage in recipe.stages if stage.from_ is None and stage.kind != "evaluate"}
-    refuse_beyond_lora(read_adapter_config(folder), folder, "train", score_head=first == {"reward_model"})
+    refuse_beyond_lora(read_adapter_config(folder), folder, "train", score_head=first <= set(SCORED))
     return folder
 
 
@@ -135,10 +137,12 @@ def read_data(
     every_row: bool,
     answers: bool = False,
     margins: bool = False,
+    labels: Labels | None = None,
 ) -> DataFacts:
     """The first rows of each source (all with `every_row`) through tokenizer and template. Raises DataError.
 
-    answers: rewards will judge the pairs. margins: every pair must have one, from them or from its row.
+    answers: rewards will judge the pairs. margins: every pair must have one, from them or from its row. labels: of
+    labelled rows.
 
     A hub data set is opened with every row only: the library that reads it brings torch.
     """
@@ -151,7 +155,7 @@ def read_data(
         return facts
     first = None if every_row else FIRST_ROWS
     seed = stage_seed(recipe.seed, seed_of)
-    prepared = prepare(here, kind, tokenizer, seed=seed, first=first, folder=folder, answers=answers)
+    prepared = prepare(here, kind, tokenizer, seed=seed, first=first, folder=folder, answers=answers, labels=labels)
     if margins:
         (refuse_own_margins if answers else require_margins)(prepared.items)
     lengths = [_tokens(item) for item in prepared.items]

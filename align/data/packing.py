@@ -34,7 +34,7 @@ def global_counts(trees: Sequence[Tree]) -> Counts:
         for segment in (tree.trunk, *tree.branches):
             tokens += int(segment.loss_mask.sum())
             nll_tokens += int((segment.loss_mask if segment.nll_mask is None else segment.nll_mask).sum())
-        scored = [s for s in tree.sequences if s.loss_mask.any()]
+        scored = [s for s in tree.sequences if s.loss_mask.any() or s.labelled]
         sequences += len(scored)
         pairs += len(tree.branches) == 2
     return Counts(tokens=tokens, nll_tokens=nll_tokens, sequences=sequences, pairs=pairs)

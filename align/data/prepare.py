@@ -24,14 +24,16 @@ from align.data import cache as store
 from align.data.audit import DataReport, Refusal, SourceReport, refusal_error
 from align.data.formats import FIELDS, LAYOUTS
 from align.data.formats.base import Layout, choose, margin_of, refuse_media
+from align.data.labels import Labelling, distribution
 from align.data.order import epoch_order
 from align.data.readers import Row
-from align.data.records import Kind, Pair, Prompt, Record, RowError, Text, check
+from align.data.records import Kind, Labelled, Pair, Prompt, Record, RowError, Text, check
 from align.data.render import Encoded, Tokens, draft, encode, fit
 from align.data.sources import Opened, apply_columns, open_source
 from align.data.tokenizer import ChatTokenizer
 from align.errors import DataError
 from align.protocols import Completion, Group, PromptItem, Segment, Tree
+from align.recipe.labels import Labels
 from align.recipe.schema import DataSource
 
 _CHUNK = 4096  # rows tokenised in one call
@@ -58,6 +60,8 @@ def prepare(
     first: int | None = None,
     folder: Path | None = None,
     answers: bool = False,
+    labels: Labels | None = None,
+    unlabelled: bool = False,
 ) -> Prepared:
     """Read, convert, check, tokenise and mix the rows of a stage.
 
@@ -66,10 +70,15 @@ def prepare(
         max_length: for sources that set none of their own. cache: folder of tokenised data; None caches nothing.
         first: read at most that many rows of each source (for a quick check). folder: what relative paths refer to.
         answers: of pairs, also what rewards judge: their texts and rows, which no cache keeps.
+        labels: of labelled rows, what their labels may be; unlabelled: a row may have none.
     Raises DataError where a source cannot be read or, unless it says `on_bad_row: skip`, has rows that cannot be used.
     """
     assert kind == "pair" or not answers, "only pairs have answers to judge"
-    tables = [_prepare_source(s, kind, tokenizer, max_length, cache, first, folder, answers) for s in sources]
+    assert (kind == "labelled") == (labels is not None), "labelled rows have labels, and others none"
+    labelling = Labelling(labels, unlabelled) if labels else None
+    tables = [
+        _prepare_source(s, kind, tokenizer, max_length, cache, first, folder, answers, labelling) for s in sources
+    ]
     for table, source in zip(tables, sources, strict=True):
         if not table.report.kept:
             raise DataError(
@@ -120,7 +129,7 @@ def mix(kept: Sequence[int], weights: Sequence[float | None], seed: int) -> list
 class Table:
     """Usable rows of one source, tokenised. rows: for prompts, (messages, values) of each; answers: of pairs that
     rewards are to judge, the same and both completions' texts; weights f32[kept]; margins f32[kept], NaN where a row
-    gives none."""
+    gives none; labels f32[kept, C]: of labelled rows, the values of `label_columns`, NaN where a row gives none."""
 
     kind: Kind
     report: SourceReport
@@ -131,6 +140,8 @@ class Table:
     margins: np.ndarray
     rows: list[tuple[tuple[dict[str, Any], ...], dict[str, Any]]] | None = None
     answers: list[tuple[tuple[dict[str, Any], ...], dict[str, Any], tuple[str, str]]] | None = None
+    labels: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    label_columns: tuple[str, ...] = ()
 
     def group(self, row: int, number: int) -> Group:
         """A pair as what a reward sees: its prompt, and two completions that nobody sampled."""
@@ -150,6 +161,8 @@ class Table:
         columns: dict[str, float] = {"weight": float(self.weights[row])} if weighted else {}
         if self.kind == "unpaired":
             columns["desirable"] = float(self.desirable[row])
+        if self.kind == "labelled" and not np.isnan(self.labels[row]).any():
+            columns |= dict(zip(self.label_columns, self.labels[row].tolist(), strict=True))
         trunk = _segment(e.trunk, {} if e.branches else columns)
         pair = columns if self.kind == "pair" else {}
         if self.kind == "pair" and not np.isnan(self.margins[row]):
@@ -170,6 +183,7 @@ def _prepare_source(
     first: int | None,
     folder: Path | None,
     answers: bool = False,
+    labelling: Labelling | None = None,
 ) -> Table:
     _check_options(source, kind)
     source = _with_max_length(source, max_length)
@@ -178,11 +192,12 @@ def _prepare_source(
     opened = open_source(source, folder=folder, cache=cache, limit=limit)
     path = None
     if cache is not None and kind != "prompt" and not answers:
-        key = store.key(opened.digest(), tokenizer.fingerprint, kind, source, limit)
+        key = store.key(opened.digest(), tokenizer.fingerprint, f"{kind} {labelling or ''}", source, limit)
         path = cache / f"{key}.npz"
         if (table := store.load(path, kind)) is not None:
+            table.label_columns = labelling.labels.columns if labelling else ()
             return table
-    table = _tokenise(opened, source, kind, tokenizer, limit, answers)
+    table = _tokenise(opened, source, kind, tokenizer, limit, answers, labelling)
     if table.report.refused and source.on_bad_row == "error":
         raise refusal_error(table.report)
     if path is not None:
@@ -213,7 +228,13 @@ def _check_options(source: DataSource, kind: Kind) -> None:
 
 
 def _tokenise(
-    opened: Opened, source: DataSource, kind: Kind, tokenizer: ChatTokenizer, limit: int | None, answers: bool = False
+    opened: Opened,
+    source: DataSource,
+    kind: Kind,
+    tokenizer: ChatTokenizer,
+    limit: int | None,
+    answers: bool = False,
+    labelling: Labelling | None = None,
 ) -> Table:
     items = list(opened.rows(limit))
     report = SourceReport(opened.path, read=len(items))
@@ -230,11 +251,13 @@ def _tokenise(
     weights: list[float] = []
     desirable: list[bool] = []
     margins: list[float] = []
+    labels: list[list[float]] = []
     for start in range(0, len(rows), _CHUNK):
         chunk = slice(start, start + _CHUNK)
         for row, record, margin, encoded in _encode_chunk(rows[chunk], named[chunk], layout, tokenizer, report):
             try:
                 texts = _answers(record) if answers and isinstance(record, Pair) else ("", "")
+                values = labelling.values(record.label) if labelling and isinstance(record, Labelled) else []
                 fitted = _fit(encoded, source, kind, tokenizer, report)
             except RowError as e:
                 report.refused.append(Refusal(row.origin, row.number, str(e)))
@@ -246,12 +269,17 @@ def _tokenise(
             weights.append(getattr(record, "weight", 1.0))
             desirable.append(getattr(record, "desirable", True))
             margins.append(float("nan") if margin is None else margin)
+            labels.append(values)
             if table.rows is not None and isinstance(record, Prompt):
                 table.rows.append(_prompt_row(row, record, report))
             if table.answers is not None and isinstance(record, Pair):
                 table.answers.append((_messages(record.prompt), dict(row.values), texts))
     table.weights, table.desirable = np.array(weights, np.float32), np.array(desirable, bool)
     table.margins = np.array(margins, np.float32)
+    if labelling:
+        table.label_columns = labelling.labels.columns
+        table.labels = np.array(labels, np.float32).reshape(-1, len(table.label_columns))
+        report.labels = distribution(table.labels, labelling.labels)
     _finish(table, tokenizer)
     return table
 
@@ -306,7 +334,7 @@ def _fit(
             f"the prompt has {encoded.length} tokens, more than max_length {source.max_length} "
             "(`overlong_prompts: filter` leaves such prompts out)"
         )
-    fitted, cut = fit(encoded, source.max_length, source.truncate, tokenizer.bos_id)
+    fitted, cut = fit(encoded, source.max_length, source.truncate, tokenizer.bos_id, scored=kind != "labelled")
     report.truncated += cut
     return fitted
 
@@ -350,7 +378,7 @@ def _finish(table: Table, tokenizer: ChatTokenizer) -> None:
         )
     elif tokenizer.template is not None and tokenizer.template.reads_clock:
         report.notes.append("the chat template prints today's date; fix it with `model.template_args`")
-    if table.kind != "prompt" and tokenizer.eos_ids and not report.truncated:
+    if table.kind not in ("prompt", "labelled") and tokenizer.eos_ids and not report.truncated:
         open_ended = sum(not _ends_with_eos(e, tokenizer.eos_ids) for e in table.encoded)
         if open_ended:
             report.notes.append(

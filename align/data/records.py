@@ -7,6 +7,7 @@ as they stand). The kind of stage decides which record a row is read as:
     pair          preference      Pair
     unpaired      kto             Unpaired
     prompt        online          Prompt
+    labelled      classify        Labelled
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["conversation", "pair", "unpaired", "prompt"]
-KINDS: tuple[Kind, ...] = ("conversation", "pair", "unpaired", "prompt")
+Kind = Literal["conversation", "pair", "unpaired", "prompt", "labelled"]
+KINDS: tuple[Kind, ...] = ("conversation", "pair", "unpaired", "prompt", "labelled")
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
@@ -95,7 +96,17 @@ class Prompt:
     tools: tuple[Mapping[str, Any], ...] = ()
 
 
-Record = Conversation | Pair | Unpaired | Prompt
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A text or conversation, and what its row says it is (None: nobody said). No token of it is scored."""
+
+    prompt: Text
+    label: Any = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    weight: float = 1.0
+
+
+Record = Conversation | Pair | Unpaired | Prompt | Labelled
 
 
 # ------------------------------------------------------------------------------------------------- checks

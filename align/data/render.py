@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from align.data.records import Conversation, Message, Pair, Prompt, Record, RowError, Text, Unpaired
+from align.data.records import Conversation, Labelled, Message, Pair, Prompt, Record, RowError, Text, Unpaired
 from align.data.template import Span
 from align.data.templates import NAMED
 from align.data.tokenizer import ChatTokenizer
@@ -84,14 +84,14 @@ class Encoded:
 
 def draft(record: Record, tokenizer: ChatTokenizer) -> Draft:
     """The text of a record, cut into pieces. Raises RowError where the template does not allow it."""
-    if isinstance(record.prompt, str) and not isinstance(record, Prompt):
-        return _plain_draft(record)
-    tools = record.tools
-    if isinstance(record, Prompt):
+    if isinstance(record, Prompt | Labelled):
         if isinstance(record.prompt, str):
             return Draft((Piece(record.prompt, False),), plain=True)
-        text = tokenizer.render(_dicts(record.prompt), True, tools)
+        text = tokenizer.render(_dicts(record.prompt), isinstance(record, Prompt), record.tools)
         return Draft((Piece(text, False),))
+    if isinstance(record.prompt, str):
+        return _plain_draft(record)
+    tools = record.tools
     if isinstance(record, Conversation):
         return Draft(_conversation_pieces(tokenizer, record))
     prompt = _messages(record.prompt)
@@ -316,11 +316,14 @@ def _differences(
 # ------------------------------------------------------------------------------------------------- lengths
 
 
-def fit(encoded: Encoded, max_length: int | None, truncate: str, bos_id: int | None) -> tuple[Encoded, bool]:
+def fit(
+    encoded: Encoded, max_length: int | None, truncate: str, bos_id: int | None, *, scored: bool = True
+) -> tuple[Encoded, bool]:
     """(the record within max_length, whether it was cut).
 
     truncate "error" refuses; "right" keeps the beginning, of a pair the whole prompt; "left" keeps the end, of a pair
-    the whole completions, and a leading BOS. Raises RowError where that leaves nothing to score.
+    the whole completions, and a leading BOS. Raises RowError where that leaves nothing to score (`scored`: something
+    must be).
     """
     if max_length is None or encoded.length <= max_length:
         return encoded, False
@@ -338,7 +341,7 @@ def fit(encoded: Encoded, max_length: int | None, truncate: str, bos_id: int | N
         if room < 1:
             raise RowError(f"a completion alone has {max_length - room} tokens, max_length is {max_length}")
         cut = Encoded(_cut_tokens(encoded.trunk, room, truncate, bos_id), encoded.branches)
-    if not all(part.mask.any() for part in cut.branches or [cut.trunk]):
+    if scored and not all(part.mask.any() for part in cut.branches or [cut.trunk]):
         raise RowError(f"{encoded.length} tokens; cut to max_length {max_length} nothing is left to score")
     return cut, True
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from align.protocols import Fleet, PromptItem, Scorer, Trainer
+from align.recipe.labels import Labels
 from align.recipe.schema import Adapter, LossTerm, Model, Optim, Packing, ReferencePath, Reward, Rollout
 from align.stages.processes import ProcessId
 
@@ -36,7 +37,7 @@ class Start:
 @dataclass(frozen=True)
 class TrainerJob:
     """A policy to train. total: the stage's updates; rollout: how engines sample it, None offline; seed: of fresh
-    adapter weights and dropout; trainable False: forward only, for evaluation."""
+    adapter weights and dropout; trainable False: forward only, for evaluation; labels: of a classifier's head."""
 
     stage_id: str
     model: Model
@@ -49,6 +50,7 @@ class TrainerJob:
     reference: Literal["start", "base", "cached"] | ReferencePath | None = None
     rollout: Rollout | None = None
     trainable: bool = True
+    labels: Labels | None = None
 
 
 @dataclass(frozen=True)

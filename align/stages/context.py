@@ -100,6 +100,7 @@ class Context:
             cache=self.run.path.parent / ".cache",  # keyed by content: runs beside this one share it
             folder=self.recipe_folder,
             answers=answers,
+            labels=getattr(stage, "head", None),
         )
         folder = self.run.stage_folder(stage.id)
         folder.mkdir(parents=True, exist_ok=True)

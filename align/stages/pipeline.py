@@ -77,6 +77,7 @@ RUNNERS: dict[str, Callable[[Context, Any], Awaitable[StageResult]]] = {
     "sft": run_offline,
     "preference": run_offline,
     "reward_model": run_offline,
+    "classify": run_offline,
     "online": run_online,
     "evaluate": run_evaluate,
     "merge": run_merge,

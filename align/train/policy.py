@@ -22,6 +22,7 @@ from align.model.load import load_model, resolve_dtype
 from align.model.policy_module import PolicyModule
 from align.model.score_head import load_score_model
 from align.protocols import Publication
+from align.recipe.labels import Labels
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -52,7 +53,8 @@ def load(spec: TrainerSpec) -> Policy:
 
 def _load_backbone(spec: TrainerSpec, dtype: torch.dtype, device: torch.device) -> Any:
     scored = any("scores" in configure(term.name, term.options)[2].head for term in spec.losses)
-    make = partial(load_score_model, seed=spec.seed) if scored else load_model
+    labels = spec.labels or Labels.numbered(1)
+    make = partial(load_score_model, seed=spec.seed, labels=labels) if scored else load_model
     model: Any = make(
         Path(spec.base),
         dtype=dtype,

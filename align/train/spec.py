@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from align.recipe.labels import Labels
 from align.recipe.schema import Adapter, LossTerm, Model, Optim
 
 
@@ -16,7 +17,8 @@ class TrainerSpec:
     whole stage, the length of the schedule. temperature: that of the rollouts. reference: where reference
     log-probabilities come from ("path" is an actor of its own, handed over as a callable; with "cached" the trees carry
     them and nothing is kept for them here).
-    publish, engine_dtype: how and in which dtype engines receive the policy.
+    publish, engine_dtype: how and in which dtype engines receive the policy. labels: of a score head, where a loss needs
+    scores; None: one score, as of a reward model.
     """
 
     model: Model
@@ -35,3 +37,4 @@ class TrainerSpec:
     threads: int | None = None
     device: str = "auto"
     trainable: bool = True
+    labels: Labels | None = None
