@@ -11,9 +11,9 @@ from align.errors import PluginError, RecipeError, Unsupported
 from align.losses import configure, load
 from align.losses.base import Needs
 from align.plugins import describe_in_child
-from align.recipe.problems import option_problems
 from align.recipe.labels import Labels
-from align.recipe.schema import Adapter, Recipe, Rollout
+from align.recipe.problems import option_problems
+from align.recipe.schema import Adapter, Recipe, Rollout, TrainStage
 from align.recipe.support import check_adapter, is_offered, publish_mode
 from align.stages.handover import adapter_of, check_adapters
 from align.stages.training import SCORED
@@ -40,7 +40,7 @@ def check_recipe(recipe: Recipe, found: Findings) -> set[str]:
         _check_score_head(recipe, stage, found)
         if not hasattr(stage, "loss") or check_losses(stage, found):
             sound.add(stage.id)
-        if stage.kind in _RECORDS:
+        if isinstance(stage, TrainStage):
             if stage.adapter is not None:
                 with found.gather(stage.id):
                     check_adapter(stage.adapter)
@@ -218,7 +218,9 @@ def _check_labels(stage: Any) -> None:
             raise RecipeError(
                 f"`class_weights` has {len(weights)} numbers, one for each label in order, and {has}",
                 where=f"{where}.class_weights",
-                remedy="leave it out" if stage.problem == "regression" else f"the labels are {', '.join(stage.head.names)}",
+                remedy="leave it out"
+                if stage.problem == "regression"
+                else f"the labels are {', '.join(stage.head.names)}",
             )
 
 

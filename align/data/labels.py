@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +114,7 @@ def distribution(values: np.ndarray, labels: Labels) -> dict[str, Any]:
             if column.size
         }
     if labels.problem == "single_label":
-        counts: Sequence[Any] = np.bincount(known.astype(np.int64).ravel(), minlength=len(labels.names))
+        counts: np.ndarray = np.bincount(known.astype(np.int64).ravel(), minlength=len(labels.names))
     else:
         counts = known.sum(0)
     return {name: int(count) for name, count in zip(labels.names, counts, strict=True)}

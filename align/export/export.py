@@ -29,7 +29,8 @@ from align.export.load_probe import plain_logps
 from align.model.adapter_config import CONFIG as ADAPTER_CONFIG
 from align.model.folders import copy_all_but_weights, require_free, written_aside
 from align.model.load import resolve_dtype
-from align.model.score_head import is_reward_model
+from align.model.score_head import scoring
+from align.model.scoring_class import FOREIGN, own_class_for
 from align.model.weights import edit_config
 
 log = logging.getLogger(__name__)
@@ -101,6 +102,12 @@ def export(
         raise Unsupported(f"export format {format!r}", where="format", remedy=f"choose one of {', '.join(FORMATS)}")
     if (folder / ADAPTER_CONFIG).is_file():
         raise ModelError("this is an adapter, not a whole model", where=folder, remedy="merge it first")
+    if scoring(folder) and (model_type := own_class_for(folder)) is not None:
+        raise Unsupported(
+            FOREIGN.format(name=f"sequence classifier for {model_type}"),
+            where=folder,
+            remedy="use the folder with `align classify`, or as a reward: it needs no export",
+        )
     require_free(out, "export")
     source = open_checkpoint(folder)
     written = source.dtype if dtype == "auto" else resolve_dtype(dtype, "cpu")
@@ -160,8 +167,8 @@ def prove_loading(
     plain = _logps("transformers", exported, answer)
     checks = [compare("transformers", plain, reference, dtype, seconds)]
     for engine in engines:
-        if is_reward_model(exported):
-            checks.append(LoadCheck(engine, "not checked", 0.0, message="it generates, and a reward model scores"))
+        if scoring(exported):
+            checks.append(LoadCheck(engine, "not checked", 0.0, message="it generates, and this model scores"))
             continue
         answer, seconds = run_child(engine, exported, request, time_limit_s)
         if answer["status"] == "unavailable":

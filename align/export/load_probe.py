@@ -26,15 +26,15 @@ from align.protocols import Publication
 
 
 def plain_logps(folder: Path, tokens: list[np.ndarray], trust_remote_code: bool = False) -> list[np.ndarray]:
-    """f32[n - 1] per sequence by plain transformers in float32: log-probabilities of its tokens. f32[n] of a reward
-    model: of being preferred, up to each token, to a text of score 0."""
+    """f32[n - 1] per sequence by plain transformers in float32: log-probabilities of its tokens. f32[n * K] of a
+    model that scores: of being preferred, up to each token, to a text of score 0."""
     import torch
 
     from align.export.compare import log_probabilities
     from align.model.load import load_model
-    from align.model.score_head import is_reward_model, load_score_model
+    from align.model.score_head import load_score_model, scoring
 
-    if is_reward_model(folder):
+    if scoring(folder):
         scorer = load_score_model(folder, dtype=torch.float32, seed=0, trust_remote_code=trust_remote_code)
         return [logps[:, 0].numpy() for logps in log_probabilities(scorer, tokens)]
     model = load_model(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)

@@ -40,7 +40,7 @@ def needs(config: Config) -> Needs:
 
 
 def loss(inputs: LossInputs, config: Config) -> LossOutput:
-    """Loss f32[]: mean over all labelled rows of the update. Needs scores f32[S, K]; a row without label is left out."""
+    """Loss f32[]: mean over all labelled rows of the update; others are left out. Needs scores f32[S, K]."""
     from align.losses.reduce import share_of_loss
 
     scores, columns = inputs.outputs.scores, inputs.batch.columns
@@ -119,9 +119,7 @@ def measures(scores: Tensor, columns: Columns) -> dict[str, Metric]:
 def _moments(scores: Tensor, targets: Tensor) -> dict[str, Metric]:
     x, y = scores.double(), targets.double()
     sums = zip(_MOMENTS, (x * 0 + 1, x, y, x * x, y * y, x * y), strict=True)
-    return {
-        f"{_SUMS}{name}/{k}": Metric(total, reduce="sum") for name, v in sums for k, total in enumerate(v.sum(0))
-    }
+    return {f"{_SUMS}{name}/{k}": Metric(total, reduce="sum") for name, v in sums for k, total in enumerate(v.sum(0))}
 
 
 def derived(metrics: Mapping[str, float]) -> dict[str, float]:

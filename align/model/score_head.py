@@ -1,6 +1,6 @@
 """A language model with a score head: the layout of transformers' AutoModelForSequenceClassification.
 
-The head is one linear layer `score` [K, D] without bias, of a reward model with K = 1, read from a sequence classifier's
+The head is one linear layer `score` [K, D] without bias (K = 1 of a reward model), read from a sequence classifier's
 checkpoint and drawn from a seed on a causal language model's, whose own head is left out. It is kept in float32: an
 optimizer would round away most steps of a bfloat16 vector.
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 WEIGHT = f"{HEAD}.weight"
 MEANING = "score_head.json"
-LANGUAGE_HEAD = "lm_head."
+LANGUAGE_HEAD = ("lm_head.", "language_model.lm_head.")  # the second of checkpoints that kept older names
 CLASSIFIER = "ForSequenceClassification"
 # heads of other layouts: a checkpoint that has one was made to score, but not by `score`
 FOREIGN_HEADS = ("score.", "v_head.", "value_head.", "classifier.", "reward_head.", "regression_layer.")
@@ -94,7 +94,7 @@ def load_score_model(
         )
     _refuse_foreign_head(folder, info)
     fresh = not scored and WEIGHT in info["missing_keys"]
-    require_complete(folder, info, fresh=(WEIGHT,) if fresh else (), left_out=(LANGUAGE_HEAD,))
+    require_complete(folder, info, fresh=(WEIGHT,) if fresh else (), left_out=LANGUAGE_HEAD)
     head.float()
     if fresh:
         draw(head, model.config, seed)

@@ -17,7 +17,7 @@ FOREIGN = "transformers has no {name}: this engine loads and runs the folder, an
 
 
 def scoring_class(folder: Path, trust_remote_code: bool = False) -> Any:
-    """What `from_pretrained` makes a model with a score head of `folder`: transformers' auto class, or a class of ours."""
+    """Whose `from_pretrained` makes a model with a score head of `folder`: transformers' auto class, or one of ours."""
     from transformers import AutoModelForSequenceClassification
 
     name = own_class_for(folder)
@@ -25,8 +25,7 @@ def scoring_class(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def own_class_for(folder: Path) -> str | None:
-    """The model type of a folder whose architecture transformers has no sequence classifier for; None where it has one,
-    or where ours could not be made either."""
+    """The model type of a folder for which transformers has no sequence classifier and we make one; else None."""
     from transformers.models.auto import modeling_auto as known
 
     file = folder / "config.json"
@@ -39,10 +38,14 @@ def own_class_for(folder: Path) -> str | None:
 @lru_cache
 def _own_class(model_type: str) -> Any:
     """The generic classifier over the base model of an architecture."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, conversion_mapping
     from transformers.modeling_layers import GenericForSequenceClassification
 
-    base = AutoModel._model_mapping[type(AutoConfig.for_model(model_type))]
+    config = type(AutoConfig.for_model(model_type))
+    base, generates = AutoModel._model_mapping[config], AutoModelForImageTextToText._model_mapping[config]
     ancestor = next(c for c in base.__mro__ if c.__name__.endswith("PreTrainedModel"))
     name = base.__name__.removesuffix("Model") + "ForSequenceClassification"
+    renaming = conversion_mapping.get_checkpoint_conversion_mapping(generates.__name__)
+    if renaming is not None:  # checkpoints of older layouts, by class: those of the backbone are the same
+        conversion_mapping.register_checkpoint_conversion_mapping(name, renaming, overwrite=True)
     return type(name, (GenericForSequenceClassification, ancestor), {"__module__": __name__})

@@ -11,7 +11,7 @@ from typing import Any, Literal
 Problem = Literal["single_label", "multi_label", "regression"]
 
 # our word -> transformers' `problem_type`
-PROBLEM_TYPES: dict[str, str] = {
+PROBLEM_TYPES: dict[Problem, str] = {
     "single_label": "single_label_classification",
     "multi_label": "multi_label_classification",
     "regression": "regression",
@@ -68,5 +68,5 @@ class Labels:
         """Of a sequence classifier's config.json. Where it names no labels, transformers' own default is two."""
         names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
         ordered = tuple(str(names[key]) for key in sorted(names, key=int))
-        word = config.get("problem_type")
-        return cls(ordered, next((ours for ours, theirs in PROBLEM_TYPES.items() if theirs == word), None))  # type: ignore[arg-type]
+        ours: dict[str, Problem] = {theirs: problem for problem, theirs in PROBLEM_TYPES.items()}
+        return cls(ordered, ours.get(str(config.get("problem_type"))))

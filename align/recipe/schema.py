@@ -487,7 +487,9 @@ def _names(value: Any) -> Any:
     """YAML reads `[1, 2, 3]` as numbers and `[yes, no]` as truth values; the first are names, the second a slip."""
     items = value if isinstance(value, list | tuple) else [value]
     if any(isinstance(item, bool) for item in items):
-        raise ValueError('YAML takes yes, no, true and false for truth values: put them in quotes, `labels: ["no", "yes"]`')
+        raise ValueError(
+            'YAML takes yes, no, true and false for truth values: put them in quotes, `labels: ["no", "yes"]`'
+        )
     return [str(item) if isinstance(item, int) else item for item in items]
 
 
@@ -508,7 +510,9 @@ class ClassifyStage(TrainStage):
     @model_validator(mode="after")
     def _one_meaning_of_outputs(self) -> ClassifyStage:
         if self.labels is not None and self.num_labels not in (None, len(self.labels)):
-            raise ValueError(f"`labels` names {len(self.labels)} and `num_labels` is {self.num_labels}; give one of them")
+            raise ValueError(
+                f"`labels` names {len(self.labels)} and `num_labels` is {self.num_labels}; give one of them"
+            )
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             raise ValueError("two of `labels` have the same name")
         if self.labels is None and self.num_labels is None and self.problem != "regression":
@@ -674,6 +678,13 @@ TokenizerFromScratch.model_rebuild()
 Eval.model_rebuild()
 Model.model_rebuild()
 for _stage in (
-    TrainStage, SftStage, PreferenceStage, RewardModelStage, ClassifyStage, OnlineStage, EvaluateStage, Recipe
+    TrainStage,
+    SftStage,
+    PreferenceStage,
+    RewardModelStage,
+    ClassifyStage,
+    OnlineStage,
+    EvaluateStage,
+    Recipe,
 ):
     _stage.model_rebuild()

@@ -32,7 +32,6 @@ from align.stages.rollout_log import RolloutLog
 from align.stages.runfolder import METRICS, cut_metrics
 from align.stages.updates import UpdatePlan
 
-
 SCORED = ("reward_model", "classify")  # stages that train a score head
 
 

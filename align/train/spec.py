@@ -17,8 +17,8 @@ class TrainerSpec:
     whole stage, the length of the schedule. temperature: that of the rollouts. reference: where reference
     log-probabilities come from ("path" is an actor of its own, handed over as a callable; with "cached" the trees carry
     them and nothing is kept for them here).
-    publish, engine_dtype: how and in which dtype engines receive the policy. labels: of a score head, where a loss needs
-    scores; None: one score, as of a reward model.
+    publish, engine_dtype: how and in which dtype engines receive the policy. labels: of a score head, where a loss
+    needs scores; None: one score, as of a reward model.
     """
 
     model: Model
