@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from align import packages
-from align.cli import experiment_flags, rewards_flags
+from align.cli import classify_flags, experiment_flags, rewards_flags
 from align.cli.simulate_flags import add_flags
 from align.errors import AlignError
 
@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--trust-remote-code", action="store_true", help="run model code from the base's folder")
     merge.set_defaults(verb=_merge)
 
+    classify_flags.add_verb(verbs, common)
     experiment_flags.add_verbs(verbs, common, _recipe_arguments)
     return parser
 
