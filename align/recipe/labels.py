@@ -51,7 +51,9 @@ class Labels:
 
     @property
     def words(self) -> str:
-        """For a message."""
+        """For a message, behind "a"."""
+        if self == Labels.numbered(1):
+            return "reward model's one score"
         shown = ", ".join(self.names[:6]) + (", ..." if len(self.names) > 6 else "")
         return f"{self.problem or 'score'} of {len(self.names)} ({shown})"
 

@@ -21,6 +21,7 @@ from align.model.policy_module import PolicyModule
 from align.model.probe import probe
 from align.model.score_head import WEIGHT, load_score_model
 from align.protocols import Segment, Tree
+from align.recipe.labels import Labels
 from tests.unit.core.trees import conversation, pair
 from tests.unit.model.tiny import LLAMA, QWEN3, lora, train_a_little, write_tiny
 
@@ -178,10 +179,10 @@ def test_heads_of_another_layout_are_refused(written: Path, tmp_path: Path) -> N
         load_score_model(base, dtype=F32, seed=0)
 
 
-def test_a_classifier_of_several_labels_is_refused(written: Path) -> None:
+def test_a_classifier_of_several_labels_is_no_reward_model(written: Path) -> None:
     edit_json(written / "config.json", id2label={"0": "bad", "1": "good"}, label2id={"bad": 0, "good": 1})
-    with pytest.raises(ModelError, match="a classifier of 2 labels, not a reward model"):
-        load_score_model(written, dtype=F32, seed=0)
+    with pytest.raises(ModelError, match="a classifier of 2 labels"):
+        load_score_model(written, dtype=F32, seed=0, labels=Labels.numbered(1))
 
 
 def test_a_tokenizer_without_padding_token_is_refused_with_the_remedy(tmp_path: Path) -> None:
