@@ -116,9 +116,7 @@ def open_trainer(arguments: argparse.Namespace, found: Classifier) -> PolicyTrai
     gpu = arguments.device != "cpu" and torch.cuda.is_available()
     return PolicyTrainer(
         TrainerSpec(
-            model=Model(
-                path=str(found.base), dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code
-            ),
+            model=Model(path=str(found.base), dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code),
             base=str(found.base),
             adapter=str(found.adapter) if found.adapter else None,
             adapter_config=adapter_in(found.adapter) if found.adapter else Adapter(),

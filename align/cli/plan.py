@@ -14,13 +14,14 @@ from align.cli.objective_words import objective_words
 from align.data.order import DEFAULT_BATCH, BatchPlan
 from align.errors import DataError, ModelError, PlacementError, RecipeError
 from align.losses import configure
+from align.model.scoring_class import SEEING, nobody_elses
 from align.recipe.labels import Labels
 from align.recipe.schema import Adapter, Recipe
 from align.recipe.support import publish_mode, reference_words
 from align.stages.backend import Needs
 from align.stages.context import stage_seed
 from align.stages.defaults import resolved_optim
-from align.stages.handover import adapter_of
+from align.stages.handover import adapter_of, trained_by
 from align.stages.roles import Role, roles_of
 from align.stages.training import SCORED, needs_of, online_turns, record_kind, reference_of
 
@@ -145,6 +146,11 @@ class Planner:
         return plan
 
     def files(self, stage: Any) -> StagePlan:
+        source = trained_by(self.recipe, stage.from_) if stage.from_ else None
+        model_type = str(self.model.config.get("model_type"))
+        sees = "vision_config" in self.model.config and model_type not in SEEING
+        if stage.kind == "export" and sees and source is not None and source.kind in SCORED:
+            raise nobody_elses(model_type)
         what = "merges" if stage.kind == "merge" else "exports"
         line = f"{what} {stage.from_ or 'the model'} into {self.recipe.run_folder / stage.id / 'model'}"
         return StagePlan(stage.id, stage.kind, 1, self.roles(stage), lines=[line])

@@ -15,7 +15,7 @@ from align.recipe.labels import Labels
 from align.recipe.problems import option_problems
 from align.recipe.schema import Adapter, Recipe, Rollout, TrainStage
 from align.recipe.support import check_adapter, is_offered, publish_mode
-from align.stages.handover import adapter_of, check_adapters
+from align.stages.handover import adapter_of, check_adapters, trained_by
 from align.stages.training import SCORED
 from rollout.base import check_engine_options
 
@@ -99,7 +99,7 @@ def _check_score_head(recipe: Recipe, stage: Any, found: Findings) -> None:
     if stage.kind in ("merge", "export"):
         return
     for name in (stage.from_, *getattr(stage, "of", ())):
-        source = _trained_by(recipe, name) if name is not None else None
+        source = trained_by(recipe, name) if name is not None else None
         if name is None or source is None or source.kind not in SCORED:
             continue
         what = "a reward model" if source.kind == "reward_model" else "a classifier"
@@ -116,14 +116,6 @@ def _check_score_head(recipe: Recipe, stage: Any, found: Findings) -> None:
             held = "with pairs: it reports accuracies" if source.kind == "reward_model" else "or use `align classify`"
             key, remedy = "of", f"give {name!r} an `eval: {{data: ...}}` {held}"
         found.add(RecipeError(problem, where=key, remedy=remedy), stage.id)
-
-
-def _trained_by(recipe: Recipe, name: str) -> Any:
-    """The stage that trained what stage `name` hands on."""
-    source = recipe.stage(name.partition("@")[0])
-    while source.kind in ("merge", "export") and source.from_:
-        source = recipe.stage(source.from_.partition("@")[0])
-    return source
 
 
 # ------------------------------------------------------------------------------------------------- losses

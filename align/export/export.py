@@ -30,7 +30,7 @@ from align.model.adapter_config import CONFIG as ADAPTER_CONFIG
 from align.model.folders import copy_all_but_weights, require_free, written_aside
 from align.model.load import resolve_dtype
 from align.model.score_head import scoring
-from align.model.scoring_class import FOREIGN, own_class_for
+from align.model.scoring_class import nobody_elses, own_class_for
 from align.model.weights import edit_config
 
 log = logging.getLogger(__name__)
@@ -103,11 +103,7 @@ def export(
     if (folder / ADAPTER_CONFIG).is_file():
         raise ModelError("this is an adapter, not a whole model", where=folder, remedy="merge it first")
     if scoring(folder) and (model_type := own_class_for(folder)) is not None:
-        raise Unsupported(
-            FOREIGN.format(name=f"sequence classifier for {model_type}"),
-            where=folder,
-            remedy="use the folder with `align classify`, or as a reward: it needs no export",
-        )
+        raise nobody_elses(model_type)
     require_free(out, "export")
     source = open_checkpoint(folder)
     written = source.dtype if dtype == "auto" else resolve_dtype(dtype, "cpu")

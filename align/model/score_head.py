@@ -78,7 +78,7 @@ def load_score_model(
     found = folder_labels(folder)
     scored, labels = found is not None, _agreed(folder, found, labels)
     model, info = from_folder(
-        scoring_class(folder, trust_remote_code),
+        scoring_class(folder),
         folder,
         dtype=dtype,
         attention=attention,

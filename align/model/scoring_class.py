@@ -13,10 +13,22 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-FOREIGN = "transformers has no {name}: this engine loads and runs the folder, and nobody else does"
+from align.errors import Unsupported
+
+# model types with images that transformers has a sequence classifier for
+SEEING = ("gemma3", "mistral4", "qwen3_5", "t5gemma2")
 
 
-def scoring_class(folder: Path, trust_remote_code: bool = False) -> Any:
+def nobody_elses(model_type: str) -> Unsupported:
+    """The refusal of an export."""
+    return Unsupported(
+        f"transformers has no sequence classifier for {model_type}: this engine loads and runs such a folder, and "
+        "nobody else does",
+        remedy="leave the export out: the merged folder serves `align classify` and further stages",
+    )
+
+
+def scoring_class(folder: Path) -> Any:
     """Whose `from_pretrained` makes a model with a score head of `folder`: transformers' auto class, or one of ours."""
     from transformers import AutoModelForSequenceClassification
 
@@ -30,9 +42,9 @@ def own_class_for(folder: Path) -> str | None:
 
     file = folder / "config.json"
     model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None
+    sees = model_type in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and model_type in known.MODEL_MAPPING_NAMES
     there = model_type in known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-    sees = model_type in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return model_type if sees and not there and model_type in known.MODEL_MAPPING_NAMES else None
+    return model_type if sees and not there else None
 
 
 @lru_cache

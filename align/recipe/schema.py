@@ -484,12 +484,10 @@ class RewardModelStage(TrainStage):
 
 
 def _names(value: Any) -> Any:
-    """YAML reads `[1, 2, 3]` as numbers and `[yes, no]` as truth values; the first are names, the second a slip."""
+    """YAML reads `[1, 2, 3]` as numbers, which are names here; a truth value is a slip."""
     items = value if isinstance(value, list | tuple) else [value]
     if any(isinstance(item, bool) for item in items):
-        raise ValueError(
-            'YAML takes yes, no, true and false for truth values: put them in quotes, `labels: ["no", "yes"]`'
-        )
+        raise ValueError('YAML takes true and false for truth values: put them in quotes, `labels: ["false", "true"]`')
     return [str(item) if isinstance(item, int) else item for item in items]
 
 

@@ -158,7 +158,9 @@ def test_the_report_says_how_often_each_label_occurs_and_which_does_not(
     assert "labels: good 3 (75%), bad 1 (25%), so-so 0 (0%)" in "\n".join(report.summary)
     assert "no row has the label so-so" in "\n".join(report.summary)
     assert "learn to stop" not in "\n".join(report.summary)
-    several = read(tmp_path, [{"text": "fox", "labels": ["a", "c"]}, {"text": "dog", "labels": ["a"]}], tokenizer, MULTI)
+    several = read(
+        tmp_path, [{"text": "fox", "labels": ["a", "c"]}, {"text": "dog", "labels": ["a"]}], tokenizer, MULTI
+    )
     assert several.report.sources[0].labels == {"a": 2, "b": 0, "c": 1}
     numbers = read(tmp_path, [{"text": "fox", "label": 1}, {"text": "dog", "label": 2}], tokenizer, NUMBER)
     assert numbers.report.sources[0].labels == {"LABEL_0": {"min": 1.0, "mean": 1.5, "max": 2.0}}

@@ -107,7 +107,9 @@ class Forward:
             "entropy": 2 * noise(batch, 2.0) + 0.1,
             "log_sum_sq": -2 * noise(batch, 3.0) - 0.1,
         }
-        made["scores"] = 4 * (noise(batch, 6.0)[last_tokens(batch)][:, None] if len(batch.labels) else of_tree(batch)) - 2
+        made["scores"] = (
+            4 * (noise(batch, 6.0)[last_tokens(batch)][:, None] if len(batch.labels) else of_tree(batch)) - 2
+        )
         for leaf in made.values():
             leaf.requires_grad_()
         self.leaves[id(batch)] = made
@@ -148,7 +150,9 @@ def gradient_by_token(batch: TokenBatch, leaves: dict[str, Tensor]) -> dict[tupl
     for name, leaf in leaves.items():
         if leaf.grad is None:
             continue
-        rows = keys if name != "scores" else [keys[at] for at in last_tokens(batch)] if keys else batch.group_ids.tolist()
+        rows = (
+            keys if name != "scores" else [keys[at] for at in last_tokens(batch)] if keys else batch.group_ids.tolist()
+        )
         grad = leaf.grad.reshape(len(rows), -1)
         grad = grad * torch.arange(1.0, 1 + grad.shape[1])  # a softmax's own gradients add up to 0
         for key, value in zip(rows, grad.sum(1).tolist(), strict=True):
