@@ -122,7 +122,7 @@ def _check_stage(
                 recipe,
                 sources,
                 "prompt" if sampled else record_kind(stage.loss),
-                planner.model.tokenizer,
+                planner.model,
                 seed_of=stage.id,
                 folder=folder,
                 every_row=every_row,

@@ -9,13 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from align.data.media.library import Library
+from align.data.media.opening import takes_media
 from align.data.prepare import prepare
 from align.data.tokenizer import load_tokenizer
 from align.errors import ModelError, UserError
@@ -23,7 +27,7 @@ from align.hub import resolve_model_folder
 from align.model.adapter_config import read_adapter_config, scores
 from align.protocols import Tree
 from align.recipe.labels import Labels
-from align.recipe.schema import Adapter, DataSource, LossTerm, Model, Optim, Packing
+from align.recipe.schema import Adapter, DataSource, LossTerm, Media, Model, Optim, Packing
 from align.stages.files import write_text
 from align.stages.handover import adapter_in
 
@@ -46,10 +50,15 @@ def main(arguments: argparse.Namespace) -> int:
     if out.exists():
         raise UserError("the file exists", where=out, remedy="remove it, or choose another name")
     found = find(arguments.model, arguments.base)
-    trees, lines = _read(arguments, found)
-    print("\n".join(lines), flush=True)
-    trainer = open_trainer(arguments, found)
-    said = np.stack([rows[0] for rows in trainer.scores(trees)])
+    with tempfile.TemporaryDirectory(prefix="align-classify-") as store, ExitStack() as stack:
+        library = None
+        if takes_media(json.loads((found.base / "config.json").read_text(encoding="utf-8"))):
+            library = Library(Media(), found.base, Path(store), trust_remote_code=arguments.trust_remote_code)
+            stack.callback(library.close)
+        trees, lines = _read(arguments, found, library)
+        print("\n".join(lines), flush=True)
+        trainer = open_trainer(arguments, found)
+        said = np.stack([rows[0] for rows in trainer.scores(trees)])
     rows = [json.dumps(answer, ensure_ascii=False) for answer in answers(said, trees, found.labels)]
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, "\n".join(rows) + "\n")
@@ -83,7 +92,7 @@ def find(model: str, base: str | None) -> Classifier:
     return Classifier(folder, adapter, labels)
 
 
-def _read(arguments: argparse.Namespace, found: Classifier) -> tuple[list[Tree], list[str]]:
+def _read(arguments: argparse.Namespace, found: Classifier, library: Library | None) -> tuple[list[Tree], list[str]]:
     """The rows as trees, and the data report's lines."""
     pairs = [pair.partition("=") for pair in arguments.columns.split(",") if pair]
     if any(not (ours and theirs) for ours, _, theirs in pairs):
@@ -100,7 +109,7 @@ def _read(arguments: argparse.Namespace, found: Classifier) -> tuple[list[Tree],
         on_bad_row=arguments.on_bad_row,
     )
     tokenizer = load_tokenizer(found.base, chat_template=arguments.chat_template)
-    prepared = prepare((source,), "labelled", tokenizer, seed=0, labels=found.labels, unlabelled=True)
+    prepared = prepare((source,), "labelled", tokenizer, seed=0, media=library, labels=found.labels, unlabelled=True)
     return prepared.items, prepared.report.summary
 
 

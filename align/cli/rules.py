@@ -54,14 +54,6 @@ def check_recipe(recipe: Recipe, found: Findings) -> set[str]:
 
 
 def _check_whole(recipe: Recipe, found: Findings) -> None:
-    if recipe.media.model_dump(exclude_none=True):
-        found.add(
-            Unsupported(
-                "`media` is not offered by this version, which trains on text",
-                where="media",
-                remedy="leave it out",
-            )
-        )
     for part in ("reference", "rollout", "rewards"):
         ranks = getattr(recipe.placement, part).ranks
         if ranks != 1:

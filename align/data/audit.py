@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -25,13 +25,85 @@ class Refusal:
 
 
 @dataclass
+class MediaReport:
+    """The media of a source's kept rows, each counted as often as rows show it.
+
+    distinct: different ones. tokens, patches: per medium, i64[media]; source_sizes, sizes: (width, height) before and
+    after resizing. converted: how many different ones were palette, CMYK, 16-bit, alpha, EXIF or grey. refused: rows
+    that were refused for their media, by reason. processed: media that were not in the store yet.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    distinct: int = 0
+    tokens: list[int] = field(default_factory=list)
+    patches: list[int] = field(default_factory=list)
+    source_sizes: list[tuple[int, int]] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    converted: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    processed: int = 0
+    keys: set[str] = field(default_factory=set)
+
+    def add(self, kind: str, key: str, facts: Mapping[str, Any]) -> None:
+        """Count one medium of a kept row."""
+        self.counts[kind] += 1
+        self.tokens.append(facts["tokens"])
+        self.patches.append(facts["patches"])
+        self.source_sizes.append((facts["source_size"][0], facts["source_size"][1]))
+        self.sizes.append((facts["size"][0], facts["size"][1]))
+        if key not in self.keys:
+            self.keys.add(key)
+            self.distinct += 1
+            self.converted.update(facts["converted"])
+
+    def to_json(self) -> dict[str, Any]:
+        if not self.counts and not self.refused:
+            return {}
+        return {
+            "counts": dict(self.counts),
+            "distinct": self.distinct,
+            "processed": self.processed,
+            "tokens": _lengths(np.array(self.tokens, np.int64)),
+            "patches": _lengths(np.array(self.patches, np.int64)),
+            "source_sizes": _sizes(self.source_sizes),
+            "sizes": _sizes(self.sizes),
+            "converted": dict(self.converted),
+            "refused": dict(self.refused),
+        }
+
+
+def _sizes(sizes: Sequence[tuple[int, int]]) -> list[str]:
+    """The smallest, median and largest, by pixels."""
+    ordered = sorted(sizes, key=lambda size: (size[0] * size[1], size))
+    return [f"{w}x{h}" for w, h in (ordered[0], ordered[len(ordered) // 2], ordered[-1])] if ordered else []
+
+
+def media_lines(media: Mapping[str, Any]) -> list[str]:
+    """`MediaReport.to_json` for a person."""
+    lines = []
+    if media.get("counts"):
+        shown = ", ".join(f"{n} {kind}{'s' if n != 1 else ''}" for kind, n in media["counts"].items())
+        tokens = media["tokens"]
+        words = [f"media: {shown} ({media['distinct']} different)"]
+        words.append(f"sizes {'/'.join(media['source_sizes'])} -> {'/'.join(media['sizes'])}")
+        words.append(f"tokens each {tokens['min']}/{tokens['median']:g}/{tokens['max']} (min/median/max)")
+        lines.append(", ".join(words))
+    if media.get("converted"):
+        lines.append("converted: " + ", ".join(f"{n} {what}" for what, n in sorted(media["converted"].items())))
+    if media.get("refused"):
+        total = sum(media["refused"].values())
+        lines.append(f"{total} row{'s' if total != 1 else ''} refused for their media")
+    return lines
+
+
+@dataclass
 class SourceReport:
     """One source of rows.
 
     read = kept + refused + filtered. used: items of an epoch drawn from it (differs from kept where sources have
     weights). truncated: rows cut to max_length. filtered: prompts left out by `overlong_prompts: filter`.
     reference_answers: final assistant turns taken off prompts. lengths i64[kept]: tokens of each kept row's longest
-    sequence; scored i64[kept]: its scored tokens.
+    sequence; scored i64[kept]: its scored tokens. media: `MediaReport.to_json`, {} where rows have none.
     labels: of labelled rows, how often each label occurs, or the range of each number.
     """
 
@@ -47,6 +119,7 @@ class SourceReport:
     refused: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     labels: dict[str, Any] = field(default_factory=dict)
+    media: dict[str, Any] = field(default_factory=dict)
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     scored: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
@@ -136,6 +209,7 @@ class DataReport:
             )
             lines.append(f"{s.path} ({s.layout}): {', '.join(counts)}")
             lines += [f"  {line}" for line in label_lines(s.labels, s.kept)]
+            lines += [f"  {line}" for line in media_lines(s.media)]
             lines += [f"  note: {note}" for note in s.notes]
             lines += [f"  refused {line}" for line in describe(s.refused)]
         return lines

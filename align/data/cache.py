@@ -15,17 +15,25 @@ import numpy as np
 import tokenizers
 
 from align.data.audit import Refusal, SourceReport
-from align.data.render import Encoded, Tokens
+from align.data.encoded import Encoded, Tokens
+from align.protocols import Medium
 from align.recipe.schema import DataSource
 
 if TYPE_CHECKING:
-    from align.data.prepare import Table
+    from align.data.media.library import Library
+    from align.data.tables import Table
 
 
-def key(digest: str, fingerprint: str, kind: str, source: DataSource, limit: int | None) -> str:
-    """Name of the cache entry: everything that decides the tokenised rows. `weight` acts later and is left out."""
+def key(
+    digest: str, fingerprint: str, kind: str, source: DataSource, limit: int | None, library: Library | None = None
+) -> str:
+    """Name of the cache entry: everything that decides the tokenised rows, but the files that rows name as their media
+    (`load` looks at these). `weight` acts later and is left out."""
     options = source.model_dump(mode="json", exclude={"weight", "limit"})
     parts = [digest, fingerprint, kind, options, limit, _code_version(), tokenizers.__version__]
+    if library is not None:
+        media = library.settings.model_dump(mode="json", exclude={"workers", "timeout_s", "cache_gb"})
+        parts += [library.fingerprint, media]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -44,7 +52,10 @@ def save(path: Path, table: Table) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     segments = [s for e in table.encoded for s in (e.trunk, *e.branches)]
     empty = [np.zeros(0, np.int64)]
-    meta = {"report": table.report.to_json(), "origins": table.origins}
+    media = [
+        [number, m.kind, m.key, m.start, m.length, m.patches] for number, s in enumerate(segments) for m in s.media
+    ]
+    meta = {"report": table.report.to_json(), "origins": table.origins, "media": media, "files": table.files}
     arrays = {
         "ids": np.concatenate([s.ids for s in segments] or empty).astype(np.int32),
         "mask": np.packbits(np.concatenate([s.mask for s in segments] or [np.zeros(0, bool)])),
@@ -69,9 +80,10 @@ def save(path: Path, table: Table) -> None:
         aside.unlink(missing_ok=True)
 
 
-def load(path: Path, kind: Any) -> Table | None:
-    """The cached table, or None where there is none or it cannot be read (it is then made again)."""
-    from align.data.prepare import Table
+def load(path: Path, kind: Any, library: Library | None = None) -> Table | None:
+    """The cached table, or None where there is none, it cannot be read, a medium's file changed, or the media store has
+    lost one (it is then made again)."""
+    from align.data.tables import Table
 
     try:
         with np.load(path, allow_pickle=False) as data:
@@ -81,12 +93,15 @@ def load(path: Path, kind: Any) -> Table | None:
     except (zipfile.BadZipFile, ValueError, OSError, EOFError):
         return None  # damaged by something outside us; the data are still there to be read
     meta = json.loads(arrays["meta"].tobytes())
+    media = _media(meta, library)
+    if media is None:
+        return None
     ends = arrays["ends"]
     total = int(ends[-1]) if ends.size else 0
     mask = np.unpackbits(arrays["mask"], count=total).astype(bool)
     ids = arrays["ids"].astype(np.int64)
     bounds = np.concatenate([[0], ends])
-    segments = [Tokens(ids[a:b], mask[a:b]) for a, b in pairwise(bounds)]
+    segments = [Tokens(ids[a:b], mask[a:b], tuple(media.get(n, ()))) for n, (a, b) in enumerate(pairwise(bounds))]
     encoded, at = [], 0
     for parts in arrays["parts"]:
         trunk, *branches = segments[at : at + int(parts)]
@@ -94,7 +109,20 @@ def load(path: Path, kind: Any) -> Table | None:
         at += int(parts)
     report = _report(meta["report"], arrays)
     columns = {name: arrays[name] for name in ("weights", "desirable", "margins", "labels")}
-    return Table(kind, report, encoded, meta["origins"], **columns)
+    return Table(kind, report, encoded, meta["origins"], files=meta["files"], **columns)
+
+
+def _media(meta: dict[str, Any], library: Library | None) -> dict[int, list[Medium]] | None:
+    """The media of each segment by its number; None where one is not what it was, or not there."""
+    if not meta["media"]:
+        return {}
+    assert library is not None, "the key of an entry with media holds its library's fingerprint"
+    if not library.unchanged(list(meta["files"].items())) or not library.keep({m[2] for m in meta["media"]}):
+        return None
+    found: dict[int, list[Medium]] = {}
+    for number, kind, name, start, length, patches in meta["media"]:
+        found.setdefault(number, []).append(Medium(kind, name, str(library.store), start, length, patches))
+    return found
 
 
 def _report(value: dict[str, Any], arrays: dict[str, np.ndarray]) -> SourceReport:

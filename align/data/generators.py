@@ -28,6 +28,12 @@ def is_generator(path: str) -> bool:
     return _GENERATOR.fullmatch(path) is not None
 
 
+def folder_of(path: str, folder: Path | None = None) -> Path:
+    """The folder of a generator's file, to which paths in its rows are relative."""
+    file = Path(path.rpartition(":")[0])
+    return (file if folder is None else folder / file).parent
+
+
 def run(
     source: DataSource,
     *,

@@ -20,11 +20,13 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row. origin: "file:line", or "file row n" (from 0) where a file has no lines. number: in its source."""
+    """One row. origin: "file:line", or "file row n" (from 0) where a file has no lines. number: in its source. folder:
+    that of its file, to which paths in it are relative; None where rows come from no file."""
 
     values: dict[str, Any]
     origin: str
     number: int
+    folder: Path | None = None
 
 
 Item = Row | Refusal  # a line that is not valid JSON is a refusal with its place; reading goes on

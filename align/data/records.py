@@ -1,7 +1,8 @@
 """What a data row becomes: frozen records, one class per kind, and the checks that every record must pass.
 
 A prompt or a completion is either messages (rendered by the chat template) or plain text (no template: its tokens,
-as they stand). The kind of stage decides which record a row is read as:
+as they stand). A message's content is text, or text and media in the order in which the model reads them. The kind of
+stage decides which record a row is read as:
 
     conversation  sft             Conversation
     pair          preference      Pair
@@ -12,8 +13,8 @@ as they stand). The kind of stage decides which record a row is read as:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Kind = Literal["conversation", "pair", "unpaired", "prompt", "labelled"]
@@ -26,27 +27,67 @@ class RowError(Exception):
     """One row cannot be used. The message is the reason alone; the caller knows file and line."""
 
 
+MediaKind = Literal["image", "video", "audio"]
+
+
+@dataclass(frozen=True, slots=True)
+class MediaPart:
+    """An image, a video or a sound as its row names it.
+
+    source: a path, a data URI, an address, bytes, a {bytes, path} struct, or (a video) a list of frames; None where
+    the row's media column is to fill it.
+    """
+
+    kind: MediaKind
+    source: Any = None
+
+
+Content = str | tuple[str | MediaPart, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a conversation.
 
-    content: the text ("" where an assistant turn only calls tools). extra: what templates may read beside it, such as
-    tool_calls, tool_call_id, name, reasoning_content. scored: False for an assistant turn with `weight: 0`, which
-    stays in the context but not in the loss.
+    content: the text ("" where an assistant turn only calls tools), or parts of which at least one is a medium.
+    extra: what templates may read beside it, such as tool_calls, tool_call_id, name, reasoning_content. scored: False
+    for an assistant turn with `weight: 0`, which stays in the context but not in the loss.
     """
 
     role: str
-    content: str
+    content: Content
     extra: Mapping[str, Any] = field(default_factory=dict)
     scored: bool = True
 
-    def as_dict(self) -> dict[str, Any]:
-        """The mapping a chat template reads."""
-        return {"role": self.role, "content": self.content, **self.extra}
+    def as_dict(self, describe: Callable[[MediaPart], Mapping[str, Any]] | None = None) -> dict[str, Any]:
+        """The mapping a chat template reads; with `describe`, what a reward reads of each medium in place of its kind
+        alone."""
+        content: Any = self.content
+        if not isinstance(content, str):
+            content = [
+                {"type": "text", "text": part} if isinstance(part, str) else _described(part, describe)
+                for part in content
+            ]
+        return {"role": self.role, "content": content, **self.extra}
+
+    @property
+    def text(self) -> str:
+        """The content without its media."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part for part in self.content if isinstance(part, str))
+
+    @property
+    def media(self) -> tuple[MediaPart, ...]:
+        return () if isinstance(self.content, str) else tuple(p for p in self.content if isinstance(p, MediaPart))
 
     @property
     def is_empty(self) -> bool:
-        return not self.content.strip() and not self.extra.get("tool_calls")
+        return not self.text.strip() and not self.media and not self.extra.get("tool_calls")
+
+
+def _described(part: MediaPart, describe: Callable[[MediaPart], Mapping[str, Any]] | None) -> dict[str, Any]:
+    return {"type": part.kind} if describe is None else dict(describe(part))
 
 
 Text = tuple[Message, ...] | str  # messages, or plain text that no template touches
@@ -108,6 +149,31 @@ class Labelled:
 
 Record = Conversation | Pair | Unpaired | Prompt | Labelled
 
+_TEXTS = ("prompt", "completion", "chosen", "rejected")
+
+
+def texts(record: Record) -> Iterator[tuple[str, Text]]:
+    """(field, value) of the record's prompt and completions, in the order in which they are read."""
+    for name in _TEXTS:
+        if hasattr(record, name):
+            yield name, getattr(record, name)
+
+
+def messages_of(record: Record) -> Iterator[Message]:
+    """Every message of the record; none of one that is plain text."""
+    for _, text in texts(record):
+        if not isinstance(text, str):
+            yield from text
+
+
+def media_of(record: Record) -> tuple[MediaPart, ...]:
+    """Every medium of the record: the prompt's, then those of each completion, chosen first."""
+    return tuple(part for message in messages_of(record) for part in message.media)
+
+
+def with_texts(record: Record, **changed: Text) -> Record:
+    return replace(record, **changed)  # type: ignore[arg-type]
+
 
 # ------------------------------------------------------------------------------------------------- checks
 
@@ -118,11 +184,13 @@ def check(record: Record) -> None:
         _check_prompt(record.prompt, may_be_empty=True)
         _check_completion(record.completion, "the completion")
     elif isinstance(record, Pair):
-        _check_prompt(record.prompt)
+        differs = context_differs(record)
+        _check_prompt(record.prompt, may_be_empty=differs)
         for name in ("chosen", "rejected"):
             completion = getattr(record, name)
             _check_completion(completion, name)
-            _check_answer(completion, name)
+            if not differs:
+                _check_answer(completion, name)
         if _plain(record.chosen) == _plain(record.rejected):
             raise RowError("chosen and rejected are the same")
     elif isinstance(record, Unpaired):
@@ -131,6 +199,13 @@ def check(record: Record) -> None:
         _check_answer(record.completion, "the completion")
     else:
         _check_prompt(record.prompt)
+
+
+def context_differs(record: Pair) -> bool:
+    """Whether the sides differ in what the user showed: both then begin with a user's turn, one at least with media."""
+    sides = (record.chosen, record.rejected)
+    first = [side[0] for side in sides if not isinstance(side, str) and side]
+    return len(first) == 2 and all(m.role != "assistant" for m in first) and any(m.media for m in first)
 
 
 def _check_prompt(prompt: Text, *, may_be_empty: bool = False) -> None:
@@ -182,14 +257,14 @@ def prompt_from(messages: Text, completion: Text = (), tools: tuple[Mapping[str,
     Raises RowError where an assistant turn was all there was.
     """
     if isinstance(messages, str):
-        text = completion if isinstance(completion, str) else "".join(m.content for m in completion)
+        text = completion if isinstance(completion, str) else "".join(m.text for m in completion)
         return Prompt(messages, text or None, tools)
     if isinstance(completion, str):
         completion = assistant(completion) if completion else ()
     turns = messages + completion
     answer: str | None = None
     if turns and turns[-1].role == "assistant":
-        answer, turns = turns[-1].content, turns[:-1]
+        answer, turns = turns[-1].text, turns[:-1]
         if not turns:
             raise RowError("an assistant turn alone is no prompt")
     return Prompt(turns, answer, tools)

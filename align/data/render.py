@@ -11,18 +11,35 @@ the messages before a turn, with generation prompt, is where the turn begins, an
 Of pairs and of rows with a separate prompt, assistant turns in the prompt are context and not scored.
 
 Plain text takes no template: prompt + completion + EOS, with the BOS that the tokenizer adds, once.
+
+A medium is one placeholder token in the text that is tokenised, and all of its own tokens in the ids. No text of a row
+may hold a token that the model takes for a medium.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from align.data.records import Conversation, Labelled, Message, Pair, Prompt, Record, RowError, Text, Unpaired
+from align.data.encoded import Encoded, Tokens
+from align.data.media.shown import Shown, Written, written
+from align.data.records import (
+    Conversation,
+    Labelled,
+    Message,
+    Pair,
+    Prompt,
+    Record,
+    RowError,
+    Text,
+    Unpaired,
+    context_differs,
+    texts,
+)
 from align.data.template import Span
 from align.data.templates import NAMED
 from align.data.tokenizer import ChatTokenizer
@@ -44,61 +61,117 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A record as text. plain: no template wrote it, so BOS is added before the trunk and EOS behind completions."""
+    """A record as text. plain: no template wrote it, so BOS is added before the trunk and EOS behind completions.
+    media: per segment, trunk first, what its placeholders stand for, in order."""
 
     trunk: tuple[Piece, ...]
     branches: tuple[tuple[Piece, ...], ...] = ()
     plain: bool = False
+    media: tuple[tuple[Shown, ...], ...] = ()
 
 
-@dataclass(slots=True)
-class Tokens:
-    """ids i64[n], mask bool[n] (scored) of one segment."""
-
-    ids: np.ndarray
-    mask: np.ndarray
-
-    def __len__(self) -> int:
-        return int(self.ids.shape[0])
-
-
-@dataclass(slots=True)
-class Encoded:
-    """A record as token ids: its trunk and its branches."""
-
-    trunk: Tokens
-    branches: list[Tokens] = field(default_factory=list)
+class Marks(Protocol):
+    """`align.data.media.library.Library`, as far as texts are concerned."""
 
     @property
-    def length(self) -> int:
-        """Tokens of the longest sequence."""
-        return len(self.trunk) + max((len(b) for b in self.branches), default=0)
-
-    @property
-    def scored(self) -> int:
-        return int(self.trunk.mask.sum() + sum(b.mask.sum() for b in self.branches))
+    def reserved(self) -> Sequence[str]:
+        """Tokens that the model takes for media."""
+        ...
 
 
 # ------------------------------------------------------------------------------------------------- records to text
 
 
-def draft(record: Record, tokenizer: ChatTokenizer) -> Draft:
-    """The text of a record, cut into pieces. Raises RowError where the template does not allow it."""
+def draft(record: Record, tokenizer: ChatTokenizer, shown: Sequence[Shown] = (), marks: Marks | None = None) -> Draft:
+    """The text of a record, cut into pieces.
+
+    shown: its media (`media_of`) in order. marks: of a model that takes media. Raises RowError where the template does
+    not allow it, or a text holds a token that means a medium.
+    """
+    if marks is not None:
+        _refuse_marks(record, tokenizer, marks)
     if isinstance(record, Prompt | Labelled):
         if isinstance(record.prompt, str):
             return Draft((Piece(record.prompt, False),), plain=True)
-        text = tokenizer.render(_dicts(record.prompt), isinstance(record, Prompt), record.tools)
-        return Draft((Piece(text, False),))
+        whole_text = _render(tokenizer, record.prompt, isinstance(record, Prompt), record.tools, shown)
+        return Draft((Piece(whole_text.text, False),), media=(whole_text.media(),))
     if isinstance(record.prompt, str):
         return _plain_draft(record)
-    tools = record.tools
-    if isinstance(record, Conversation):
-        return Draft(_conversation_pieces(tokenizer, record))
     prompt = _messages(record.prompt)
-    start = tokenizer.render(_dicts(prompt), True, tools)
-    completions = (record.chosen, record.rejected) if isinstance(record, Pair) else (record.completion,)
-    branches = tuple(_branch_pieces(tokenizer, prompt, _messages(c), start, tools) for c in completions)
-    return Draft((Piece(start, False),), branches)
+    if isinstance(record, Conversation):
+        messages = prompt + _messages(record.completion)
+        whole = _scored(tokenizer, messages, len(prompt), record.tools, shown)
+        return Draft(_cut(whole.text, whole.spans, 0), media=(whole.media(),))
+    sides = [
+        _scored(tokenizer, prompt + _messages(c), len(prompt), record.tools, own)
+        for c, own in _completions(record, shown)
+    ]
+    if isinstance(record, Pair) and context_differs(record):
+        start = sides[0].text[: _fork(tokenizer, record, sides[0], sides[1])]
+    else:
+        start = _render(tokenizer, prompt, True, record.tools, shown).text
+        for side in sides:
+            if not side.text.startswith(start):
+                one, other = "the prompt with generation prompt", "the whole conversation"
+                raise _not_a_prefix(tokenizer, start, side.text, one, other)
+    trunk = sides[0].media(0, len(start))
+    branches = tuple(_cut(side.text, side.spans, len(start)) for side in sides)
+    return Draft((Piece(start, False),), branches, media=(trunk, *(side.media(len(start)) for side in sides)))
+
+
+def _completions(record: Pair | Unpaired, shown: Sequence[Shown]) -> list[tuple[tuple[Message, ...], Sequence[Shown]]]:
+    """Each completion, and the media of prompt and completion together."""
+    fields = ("chosen", "rejected") if isinstance(record, Pair) else ("completion",)
+    at = _media_count(_messages(record.prompt))
+    prompt = list(shown[:at])
+    out: list[tuple[tuple[Message, ...], Sequence[Shown]]] = []
+    for name in fields:
+        completion = _messages(getattr(record, name))
+        count = _media_count(completion)
+        out.append((completion, [*prompt, *shown[at : at + count]]))
+        at += count
+    return out
+
+
+def _media_count(messages: Iterable[Message]) -> int:
+    return sum(len(m.media) for m in messages)
+
+
+def _fork(tokenizer: ChatTokenizer, record: Pair, one: Written, other: Written) -> int:
+    """The character where two sides that show something different part: the first medium that differs, or else the
+    first message that does (without a message before it: the line in it)."""
+    for (at, a), (place, b) in zip(one.places, other.places, strict=False):
+        if at != place or one.text[:at] != other.text[:at]:
+            break
+        if a.key != b.key:
+            if not at:
+                break
+            return at
+    prompt = _messages(record.prompt)
+    if prompt:
+        count = _media_count(prompt)
+        head = _render(tokenizer, prompt, False, record.tools, [s for _, s in one.places[:count]]).text
+        if one.text.startswith(head) and other.text.startswith(head):
+            return len(head)
+    alike = next((i for i, (x, y) in enumerate(zip(one.text, other.text, strict=False)) if x != y), 0)
+    end = one.text.rfind("\n", 0, alike) + 1
+    if not end:
+        raise RowError("chosen and rejected have no beginning in common, and nothing predicts their first token")
+    return end
+
+
+def _refuse_marks(record: Record, tokenizer: ChatTokenizer, marks: Marks) -> None:
+    """Text that the tokenizer would turn into a medium's token: the model would look for an image there."""
+    for name, text in texts(record):
+        for part in [text] if isinstance(text, str) else [m.text for m in text]:
+            if not any(start in part for start in tokenizer.special_starts):
+                continue
+            found = next((token for token in marks.reserved if token in part), None)
+            if found is not None:
+                raise RowError(
+                    f"the {name} holds the text {found!r}, which the model takes for media; "
+                    "write it differently, or as a content part or a tag with its column"
+                )
 
 
 def _plain_draft(record: Conversation | Pair | Unpaired) -> Draft:
@@ -119,24 +192,21 @@ def _messages(text: Text) -> tuple[Message, ...]:
     return text
 
 
-def _dicts(messages: Iterable[Message]) -> list[dict[str, Any]]:
-    return [m.as_dict() for m in messages]
+def _dicts(messages: Iterable[Message], tokenizer: ChatTokenizer) -> list[dict[str, Any]]:
+    dicts = [m.as_dict() for m in messages]
+    if tokenizer.needs_parts:
+        for one in dicts:
+            if isinstance(one["content"], str) and one["content"]:
+                one["content"] = [{"type": "text", "text": one["content"]}]
+    return dicts
 
 
-def _conversation_pieces(tokenizer: ChatTokenizer, record: Conversation) -> tuple[Piece, ...]:
-    prompt = _messages(record.prompt)
-    messages = prompt + _messages(record.completion)
-    text, spans = scored_spans(tokenizer, messages, len(prompt), record.tools)
-    return _cut(text, spans, 0)
-
-
-def _branch_pieces(
-    tokenizer: ChatTokenizer, prompt: tuple[Message, ...], completion: tuple[Message, ...], start: str, tools: Any
-) -> tuple[Piece, ...]:
-    text, spans = scored_spans(tokenizer, prompt + completion, len(prompt), tools)
-    if not text.startswith(start):
-        raise _not_a_prefix(tokenizer, start, text, "the prompt with generation prompt", "the whole conversation")
-    return _cut(text, spans, len(start))
+def _render(
+    tokenizer: ChatTokenizer, messages: tuple[Message, ...], generation: bool, tools: Any, shown: Sequence[Shown] = ()
+) -> Written:
+    """The render of messages whose media are the first of `shown`."""
+    text, spans = tokenizer.render_spans(_dicts(messages, tokenizer), generation, tools)
+    return written(text, spans, shown[: _media_count(messages)])
 
 
 def _cut(text: str, spans: Sequence[Span], start: int) -> tuple[Piece, ...]:
@@ -154,14 +224,16 @@ def _cut(text: str, spans: Sequence[Span], start: int) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
-def scored_spans(
-    tokenizer: ChatTokenizer, messages: tuple[Message, ...], first: int, tools: Any = ()
-) -> tuple[str, list[Span]]:
-    """The render of `messages` and the character spans of its scored turns: assistant, from message `first` on."""
-    text, marked = tokenizer.render_spans(_dicts(messages), False, tools)
+def _scored(
+    tokenizer: ChatTokenizer, messages: tuple[Message, ...], first: int, tools: Any, shown: Sequence[Shown]
+) -> Written:
+    """The render of `messages` with the spans of its scored turns: assistant, from message `first` on."""
+    whole = _render(tokenizer, messages, False, tools, shown)
     if tokenizer.require_template().has_generation:
-        return text, _marked_spans(tokenizer, messages, first, marked)
-    return text, _incremental_spans(tokenizer, messages, first, tools, text)
+        spans = _marked_spans(tokenizer, messages, first, whole.spans)
+    else:
+        spans = _incremental_spans(tokenizer, messages, first, tools, whole.text, shown)
+    return Written(whole.text, spans, whole.places)
 
 
 def _marked_spans(
@@ -179,15 +251,21 @@ def _marked_spans(
 
 
 def _incremental_spans(
-    tokenizer: ChatTokenizer, messages: tuple[Message, ...], first: int, tools: Any, text: str
+    tokenizer: ChatTokenizer,
+    messages: tuple[Message, ...],
+    first: int,
+    tools: Any,
+    text: str,
+    shown: Sequence[Shown],
 ) -> list[Span]:
-    dicts = _dicts(messages)
     spans: list[Span] = []
     for k, message in enumerate(messages):
         if message.role != "assistant" or not message.scored or k < first:
             continue
-        before = tokenizer.render(dicts[:k], True, tools)
-        upto = text if k + 1 == len(messages) else tokenizer.render(dicts[: k + 1], False, tools)
+        before = _render(tokenizer, messages[:k], True, tools, shown).text
+        upto = text
+        if k + 1 < len(messages):
+            upto = _render(tokenizer, messages[: k + 1], False, tools, shown).text
         if not upto.startswith(before):
             raise _not_a_prefix(tokenizer, before, upto, f"what comes before turn {k}", f"the same with turn {k}")
         end = _end_of_turn(tokenizer, upto)
@@ -236,7 +314,10 @@ def _assemble(d: Draft, segments: list[list[tuple[list[int], bool]]], tokenizer:
             _add_bos_eos(segments, tokenizer)
         except RowError as e:
             return e
-    trunk, *branches = (_tokens(s) for s in segments)
+    try:
+        trunk, *branches = _with_media([_tokens(s) for s in segments], d.media, tokenizer)
+    except RowError as e:
+        return e
     if len(trunk):
         trunk.mask[0] = False  # nothing predicts a sequence's first token
     elif branches:
@@ -270,6 +351,31 @@ def _tokens(pieces: list[tuple[list[int], bool]]) -> Tokens:
     ids = np.fromiter((i for part, _ in pieces for i in part), np.int64)
     mask = np.repeat([scored for _, scored in pieces] or [False], [len(part) for part, _ in pieces] or [0])
     return Tokens(ids, mask.astype(bool))
+
+
+def _with_media(segments: list[Tokens], media: Sequence[Sequence[Shown]], tokenizer: ChatTokenizer) -> list[Tokens]:
+    """Segments with all tokens of their media in the place of the placeholders. No token of a medium is scored."""
+    if not any(media):
+        return segments
+    return [_expanded(s, shown, tokenizer) if shown else s for s, shown in zip(segments, media, strict=True)]
+
+
+def _expanded(tokens: Tokens, shown: Sequence[Shown], tokenizer: ChatTokenizer) -> Tokens:
+    wanted = [tokenizer.token_id(s.placeholder) for s in shown]
+    places = np.flatnonzero(np.isin(tokens.ids, wanted))
+    if [int(i) for i in tokens.ids[places]] != wanted:
+        raise RowError(
+            f"{len(places)} placeholder tokens for {len(shown)} media: the template or a tool call writes others"
+        )
+    ids, mask, media = list[np.ndarray](), list[np.ndarray](), []
+    last, length = 0, 0
+    for place, medium in zip(places, shown, strict=True):
+        ids += [tokens.ids[last:place], medium.token_ids]
+        mask += [tokens.mask[last:place], np.zeros(len(medium.token_ids), bool)]
+        media.append(medium.medium(length + int(place) - last))
+        length += int(place) - last + len(medium.token_ids)
+        last = int(place) + 1
+    return Tokens(np.concatenate([*ids, tokens.ids[last:]]), np.concatenate([*mask, tokens.mask[last:]]), tuple(media))
 
 
 def _encode_whole(drafts: Sequence[Draft], tokenizer: ChatTokenizer) -> list[Encoded | RowError]:
@@ -311,46 +417,3 @@ def _differences(
         parts.append((whole[len(head) :], piece.scored))
         head = whole
     return parts
-
-
-# ------------------------------------------------------------------------------------------------- lengths
-
-
-def fit(
-    encoded: Encoded, max_length: int | None, truncate: str, bos_id: int | None, *, scored: bool = True
-) -> tuple[Encoded, bool]:
-    """(the record within max_length, whether it was cut).
-
-    truncate "error" refuses; "right" keeps the beginning, of a pair the whole prompt; "left" keeps the end, of a pair
-    the whole completions, and a leading BOS. Raises RowError where that leaves nothing to score (`scored`: something
-    must be).
-    """
-    if max_length is None or encoded.length <= max_length:
-        return encoded, False
-    if truncate == "error":
-        raise RowError(f"{encoded.length} tokens, more than max_length {max_length} (`truncate: right` or `left` cuts)")
-    if not encoded.branches:
-        cut = Encoded(_cut_tokens(encoded.trunk, max_length, truncate, bos_id))
-    elif truncate == "right":
-        room = max_length - len(encoded.trunk)
-        if room < 1:
-            raise RowError(f"the prompt alone has {len(encoded.trunk)} tokens, max_length is {max_length}")
-        cut = Encoded(encoded.trunk, [Tokens(b.ids[:room], b.mask[:room]) for b in encoded.branches])
-    else:
-        room = max_length - max(len(b) for b in encoded.branches)
-        if room < 1:
-            raise RowError(f"a completion alone has {max_length - room} tokens, max_length is {max_length}")
-        cut = Encoded(_cut_tokens(encoded.trunk, room, truncate, bos_id), encoded.branches)
-    if scored and not all(part.mask.any() for part in cut.branches or [cut.trunk]):
-        raise RowError(f"{encoded.length} tokens; cut to max_length {max_length} nothing is left to score")
-    return cut, True
-
-
-def _cut_tokens(tokens: Tokens, n: int, side: str, bos_id: int | None) -> Tokens:
-    if side == "right":
-        return Tokens(tokens.ids[:n], tokens.mask[:n])
-    ids, mask = tokens.ids[-n:].copy(), tokens.mask[-n:].copy()
-    if bos_id is not None and tokens.ids[0] == bos_id:
-        ids[0] = bos_id
-    mask[0] = False
-    return Tokens(ids, mask)

@@ -30,12 +30,13 @@ _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 @dataclass(frozen=True)
 class Opened:
-    """A source that was found: how to read it, and the hash of what it holds."""
+    """A source that was found: how to read it, and the hash of what it holds. folder: of a generator's file."""
 
     path: str
     files: tuple[Path, ...] = ()
     generated: bytes | None = None  # JSON lines
     hub: Any = None  # a datasets.Dataset
+    folder: Path | None = None
 
     def digest(self) -> str:
         """SHA-256 of the bytes (files), or of the data set's fingerprint (hub)."""
@@ -52,17 +53,21 @@ class Opened:
     def rows(self, limit: int | None = None) -> Iterator[Item]:
         """Rows in order, numbered through all files, at most `limit` of them (refused lines count)."""
         if self.hub is not None:
-            items = self._numbered(self.hub)
+            items = self._numbered(_undecoded(self.hub))
         elif self.generated is not None:
             items = self._numbered(json.loads(line) for line in self.generated.splitlines())
         else:
-            items = (item for file in self.files for item in read_file(file))
+            items = (_beside(item, file) for file in self.files for item in read_file(file))
         for number, item in enumerate(islice(items, limit)):
             yield replace(item, row=number) if isinstance(item, Refusal) else replace(item, number=number)
 
     def _numbered(self, rows: Iterable[Any]) -> Iterator[Item]:
         for n, values in enumerate(rows):
-            yield Row(dict(values), f"{self.path} row {n}", n)
+            yield Row(dict(values), f"{self.path} row {n}", n, self.folder)
+
+
+def _beside(item: Item, file: Path) -> Item:
+    return replace(item, folder=file.parent) if isinstance(item, Row) else item
 
 
 def open_source(
@@ -74,7 +79,8 @@ def open_source(
     Raises DataError where nothing is found.
     """
     if generators.is_generator(source.path):
-        return Opened(source.path, generated=generators.run(source, folder=folder, cache=cache, limit=limit))
+        rows = generators.run(source, folder=folder, cache=cache, limit=limit)
+        return Opened(source.path, generated=rows, folder=generators.folder_of(source.path, folder))
     path = Path(source.path) if folder is None else folder / source.path
     if source.options and path.exists():
         raise DataError(
@@ -169,6 +175,15 @@ def _load_hub(source: DataSource) -> Any:
             f"the data set has the splits {', '.join(data)}", where=source.path, remedy="choose one with `split:`"
         )
     return data
+
+
+def _undecoded(data: Any) -> Any:
+    """A data set whose images are {bytes, path}, as they are stored: what decodes them is ours, with its limits."""
+    from datasets.features.features import require_decoding
+
+    if not any(require_decoding(feature) for feature in (data.features or {}).values()):
+        return data
+    return (row for table in data.with_format("arrow").iter(batch_size=64) for row in table.to_pylist())
 
 
 def apply_columns(rows: Sequence[Row], source: DataSource) -> list[dict[str, Any]]:

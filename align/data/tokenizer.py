@@ -71,6 +71,13 @@ class ChatTokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
+    def token_id(self, token: str) -> int:
+        """The id of one token. Raises ModelError where there is no such token."""
+        found = self.backend.token_to_id(token)
+        if found is None:
+            raise ModelError(f"the tokenizer has no token {token!r}", where=self.folder, remedy="copy its files again")
+        return int(found)
+
     def token(self, token_id: int) -> str:
         """A token as text, for messages."""
         return repr(self.decode([token_id], skip_special_tokens=False))
@@ -130,6 +137,22 @@ class ChatTokenizer:
         return self.encode(self.render(messages, add_generation_prompt, tools), add_special_tokens=False)
 
     @cached_property
+    def special_starts(self) -> frozenset[str]:
+        """First characters of special tokens: text without any of them holds no such token."""
+        return frozenset(token[0] for token in self.special if token)
+
+    @cached_property
+    def needs_parts(self) -> bool:
+        """Whether the template reads a message's content as a list of parts only, and loses or refuses plain text."""
+        for content, answer in (("the-question", False), ([{"type": "text", "text": "the-question"}], True)):
+            try:
+                if "the-question" in self.render([{"role": "user", "content": content}]):
+                    return answer
+            except RowError:
+                continue
+        return False
+
+    @cached_property
     def turn_ending(self) -> tuple[str, str]:
         """What the template writes behind an assistant's content: (scored, not scored).
 
@@ -137,7 +160,11 @@ class ChatTokenizer:
         that write a generation prompt unasked (Llama 3's first), the next header. ("", "") where a probe conversation
         does not show it.
         """
-        probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "the-answer"}]
+        turns = (("user", "question"), ("assistant", "the-answer"))
+        probe = [
+            {"role": role, "content": [{"type": "text", "text": text}] if self.needs_parts else text}
+            for role, text in turns
+        ]
         try:
             text = self.render(probe)
         except RowError:

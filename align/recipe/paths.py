@@ -46,7 +46,7 @@ def _absolute(value: str, base: Path, kind: str) -> str:
 
 
 def _plainly_a_file(value: str, kind: str) -> bool:
-    if value.startswith(("/", "./", "../", "~")) or value in (".", ".."):
+    if kind == "folder" or value.startswith(("/", "./", "../", "~")) or value in (".", ".."):
         return True
     if kind == "template":  # otherwise the name of one of ours
         return value.endswith((".jinja", ".jinja2", ".j2", ".txt"))
@@ -58,13 +58,14 @@ def _join(value: str, base: Path) -> str:
 
 
 def _places(data: dict[str, Any]) -> Iterator[tuple[Path_, str]]:
-    """Every place of the grammar that holds a path: (where, data | model | template | plugin)."""
+    """Every place of the grammar that holds a path: (where, data | model | template | plugin | folder)."""
     model = data.get("model")
     if isinstance(model, dict):
         for key, kind in (("path", "model"), ("adapter", "model"), ("chat_template", "template")):
             if key in model:
                 yield ("model", key), kind
         yield from _data_places(model.get("tokenizer"), "train_on", ("model", "tokenizer"))
+    yield from ((place, "folder") for place in _listed(data.get("media"), "folders", "path", ("media",)))
     stages = data.get("stages")
     for i, stage in enumerate(stages if isinstance(stages, list) else []):
         if not isinstance(stage, dict):

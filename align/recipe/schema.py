@@ -87,8 +87,35 @@ DataField = Annotated[tuple[DataSource, ...], BeforeValidator(_sources), Field(m
 
 
 class Media(Strict):
+    """Images, videos and sounds of the data: where they may come from, and what becomes of them.
+
+    max_pixels, min_pixels: an image, and each frame of a video, is resized to at most and at least so many pixels, its
+        aspect kept; None: what the model's processor allows.
+    video_frames: how many frames are taken evenly from a video file; a list of frames longer than that is thinned.
+    folders: where files may lie beside the data file's own folder, such as one images folder for several sets.
+    hosts: names that http(s) addresses may have; none are fetched otherwise. Private addresses never are.
+    max_source_pixels, max_bytes: of an image before it is resized, and of a file, an address or a data URI. timeout_s:
+        for one download, and for the processing of one medium.
+    workers: processes that decode; None: half the cores, at most 8. cache_gb: of processed media on disk, beyond which
+        those used longest ago are removed.
+    """
+
     max_pixels: PositiveInt | None = None
     min_pixels: PositiveInt | None = None
+    video_frames: PositiveInt = 8
+    folders: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    max_source_pixels: PositiveInt = 100_000_000
+    max_bytes: PositiveInt = 256 * 1024 * 1024
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    workers: PositiveInt | None = None
+    cache_gb: Annotated[float, Field(gt=0)] = 20.0
+
+    @model_validator(mode="after")
+    def _a_range(self) -> Media:
+        if self.max_pixels is not None and self.min_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ValueError(f"no picture has at least {self.min_pixels} and at most {self.max_pixels} pixels")
+        return self
 
 
 # ------------------------------------------------------------------------------------------------- stage parts

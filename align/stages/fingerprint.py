@@ -28,7 +28,7 @@ def fingerprint(recipe: Recipe, stage: Any, plugins: Mapping[str, str]) -> dict[
     return {
         "stage": part,
         "model": recipe.model.model_dump(mode="json"),
-        "media": recipe.media.model_dump(mode="json"),
+        "media": recipe.media.model_dump(mode="json", exclude={"workers", "timeout_s", "cache_gb"}),
         "seed": recipe.seed,
         "data": {source.path: _content(source) for source in _sources(recipe, stage)},
         "plugins": {name: plugins[name] for name in sorted(reward_names(stage))},

@@ -10,17 +10,26 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.data.records import Kind, Message, Record, RowError, known_roles
+from align.data.records import Content, Kind, MediaKind, MediaPart, Message, Record, RowError, known_roles
 from align.errors import DataError
 
 Row = Mapping[str, Any]
 
-MEDIA = ("images", "videos", "audios", "image", "video", "audio")
-COMMON = frozenset({"tools", "weight", "margin", *MEDIA})  # columns that any layout may use
+MEDIA: Mapping[str, MediaKind] = {
+    "images": "image", "image": "image",
+    "videos": "video", "video": "video",
+    "audios": "audio", "audio": "audio",
+}  # fmt: skip
+"""Columns that hold media, one or a list of them."""
+REJECTED_MEDIA: Mapping[str, MediaKind] = {
+    "rejected_images": "image", "rejected_videos": "video", "rejected_audios": "audio",
+}  # fmt: skip
+"""What the rejected side of a pair shows instead (ms-swift)."""
+COMMON = frozenset({"tools", "weight", "margin", *MEDIA, *REJECTED_MEDIA})  # columns that any layout may use
 
 
 def _always(row: Row) -> bool:
@@ -166,12 +175,6 @@ def tools_of(row: Row) -> tuple[Mapping[str, Any], ...]:
     return tuple(without_nulls(tool) for tool in value)
 
 
-def refuse_media(row: Row) -> None:
-    for column in MEDIA:
-        if row.get(column):
-            raise RowError(f"the row has `{column}`; this version trains on text only")
-
-
 def without_nulls(value: Any) -> Any:
     """Drop the null fields that Arrow adds to structs which lack them."""
     if isinstance(value, dict):
@@ -179,26 +182,62 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
-def content_of(value: Any) -> str:
-    """Text of a message's content: a string, or content parts (text only; media are refused)."""
+def content_of(value: Any) -> Content:
+    """A message's content: text, or text and media where content parts hold any. Raises RowError."""
     if value is None:
         return ""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
-        return "".join(_part(part) for part in value)
+        return joined([_part(part) for part in value])
     raise RowError(f"a message's content must be text or content parts, got {_shown(value)}")
 
 
-def _part(part: Any) -> str:
+def joined(parts: Iterable[str | MediaPart]) -> Content:
+    """Parts as a content: neighbouring texts are one, and without media it is the text alone."""
+    out: list[str | MediaPart] = []
+    for part in parts:
+        if isinstance(part, str) and out and isinstance(out[-1], str):
+            out[-1] += part
+        elif part != "":
+            out.append(part)
+    if all(isinstance(part, str) for part in out):
+        return "".join(str(part) for part in out)
+    return tuple(out)
+
+
+_MEDIA_TYPES: Mapping[str, MediaKind] = {
+    "image": "image", "image_url": "image", "input_image": "image",
+    "video": "video", "video_url": "video",
+    "audio": "audio", "audio_url": "audio", "input_audio": "audio",
+}  # fmt: skip
+_SOURCES = ("path", "url", "base64", "bytes")  # beside the type's own name, where a part may say what it shows
+
+
+def _part(part: Any) -> str | MediaPart:
     if isinstance(part, str):
         return part
     if not isinstance(part, dict):
         raise RowError(f"a content part must be an object, got {_shown(part)}")
-    kind = part.get("type", "text" if "text" in part else None)
+    part = {name: value for name, value in part.items() if value is not None}  # Arrow adds the fields of other parts
+    kind = part.get("type") or next((name for name in ("text", *_MEDIA_TYPES) if name in part), None)
     if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
-        return part["text"]
-    raise RowError(f"a content part of type {kind!r}; this version trains on text only")
+        return str(part["text"])
+    if isinstance(kind, str) and kind in _MEDIA_TYPES:
+        return MediaPart(_MEDIA_TYPES[kind], _source(part, kind))
+    raise RowError(f"a content part of type {kind!r} (known: text, image, image_url, video, audio)")
+
+
+def _source(part: Mapping[str, Any], kind: str) -> Any:
+    """What a part shows: OpenAI nests it ({image_url: {url}}), transformers writes image, path, url or base64."""
+    named = next((part[name] for name in (kind, _MEDIA_TYPES[kind], *_SOURCES) if name in part), None)
+    if isinstance(named, dict) and isinstance(named.get("url"), str):
+        return named["url"]
+    if isinstance(named, dict) and isinstance(named.get("data"), str):  # input_audio: {data, format}
+        return f"data:audio/{named.get('format', 'wav')};base64,{named['data']}"
+    if isinstance(named, str) and named == part.get("base64"):
+        return f"data:{_MEDIA_TYPES[kind]}/*;base64,{named}"
+    return named
 
 
 def is_list_of(value: Any, *keys: str) -> bool:

@@ -13,7 +13,17 @@ from __future__ import annotations
 
 from align.data.formats.base import Layout, Row, label_of, optional_text, text_of, tools_of, weight_of
 from align.data.formats.openai import read_messages
-from align.data.records import Conversation, Message, Pair, Prompt, RowError, Text, Unpaired, prompt_from
+from align.data.records import (
+    Conversation,
+    Message,
+    Pair,
+    Prompt,
+    RowError,
+    Text,
+    Unpaired,
+    context_differs,
+    prompt_from,
+)
 
 
 def _text(row: Row, column: str) -> Text:
@@ -91,7 +101,7 @@ def split_common(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
     n = 0
     while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
         n += 1
-    if n == 0:
+    if n == 0 and not context_differs(Pair((), chosen, rejected)):
         raise RowError("there is no `prompt`, and chosen and rejected do not begin with the same message")
     return chosen[:n], chosen[n:], rejected[n:]
 

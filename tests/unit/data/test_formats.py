@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from align.data.formats import LAYOUTS
-from align.data.formats.base import choose, refuse_media
+from align.data.formats.base import choose
 from align.data.records import Conversation, Kind, Message, Pair, Prompt, RowError, Unpaired, check
 from align.errors import DataError
 from tests.unit.data.build import turns
@@ -161,14 +161,6 @@ def test_an_unknown_layout_says_what_was_found_and_what_was_expected() -> None:
 def test_rows_that_cannot_be_used_say_why(kind: Kind, row: dict[str, Any], reason: str) -> None:
     with pytest.raises(RowError, match=reason):
         record(kind, row)
-
-
-def test_media_are_refused_whether_as_columns_or_as_content_parts() -> None:
-    with pytest.raises(RowError, match="the row has `images`; this version trains on text only"):
-        refuse_media({"images": ["a.png"]})
-    parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "what?"}]
-    with pytest.raises(RowError, match="content part of type 'image'"):
-        record("conversation", {"messages": [{"role": "user", "content": parts}, turns("x", "y")[1]]})
 
 
 def test_text_parts_are_joined_and_tool_calls_keep_their_arguments_as_objects() -> None:

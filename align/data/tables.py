@@ -1,0 +1,333 @@
+"""The usable rows of one source, tokenised: rows in, records checked, media shown, ids and a report out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from align.data.audit import MediaReport, Refusal, SourceReport
+from align.data.encoded import Encoded, Tokens, fit
+from align.data.formats import LAYOUTS
+from align.data.formats.base import Layout, choose, margin_of
+from align.data.labels import Labelling, distribution
+from align.data.media.library import Library
+from align.data.media.shown import Shown
+from align.data.placing import place_media
+from align.data.readers import Row
+from align.data.records import Kind, Labelled, MediaPart, Pair, Prompt, Record, RowError, Text, check, media_of
+from align.data.render import draft, encode
+from align.data.sources import Opened, apply_columns
+from align.data.tokenizer import ChatTokenizer
+from align.mediastore import described
+from align.protocols import Completion, Group, Medium, PromptItem, Segment, Tree
+from align.recipe.schema import DataSource
+
+_CHUNK = 4096  # rows tokenised in one call
+_LONG_URI = 200  # characters of a data URI that go no further than the data
+
+Messages = tuple[dict[str, Any], ...]
+
+
+@dataclass
+class Table:
+    """Usable rows of one source, tokenised. rows: for prompts, (messages, values) of each; answers: of pairs that
+    rewards are to judge, the same and both completions' texts; weights f32[kept]; margins f32[kept], NaN where a row
+    gives none. files: SHA-256 of every file that a medium was read from, by path. labels f32[kept, C]: of labelled
+    rows, the values of `label_columns`, NaN where a row gives none."""
+
+    kind: Kind
+    report: SourceReport
+    encoded: list[Encoded]
+    origins: list[str]
+    weights: np.ndarray
+    desirable: np.ndarray
+    margins: np.ndarray
+    rows: list[tuple[Messages, dict[str, Any]]] | None = None
+    answers: list[tuple[Messages, dict[str, Any], tuple[str, str]]] | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    labels: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    label_columns: tuple[str, ...] = ()
+
+    def group(self, row: int, number: int) -> Group:
+        """A pair as what a reward sees: its prompt, and two completions that nobody sampled."""
+        assert self.answers is not None
+        e, (messages, values, texts) = self.encoded[row], self.answers[row]
+        none = np.zeros(0, np.float32)
+        sides = zip(e.branches, texts, strict=True)
+        completions = [Completion(side.ids, none, none.astype(np.int32), text, "eos") for side, text in sides]
+        return Group(self._prompt(row, number, messages, values), tuple(completions))
+
+    def item(self, row: int, number: int, weighted: bool) -> Tree | PromptItem:
+        e = self.encoded[row]
+        if self.rows is not None:
+            return self._prompt(row, number, *self.rows[row])
+        columns: dict[str, float] = {"weight": float(self.weights[row])} if weighted else {}
+        if self.kind == "unpaired":
+            columns["desirable"] = float(self.desirable[row])
+        if self.kind == "labelled" and not np.isnan(self.labels[row]).any():
+            columns |= dict(zip(self.label_columns, self.labels[row].tolist(), strict=True))
+        trunk = _segment(e.trunk, {} if e.branches else columns)
+        pair = columns if self.kind == "pair" else {}
+        if self.kind == "pair" and not np.isnan(self.margins[row]):
+            pair = columns | {"margin": float(self.margins[row])}
+        return Tree(number, trunk, tuple(_segment(b, columns) for b in e.branches), pair, self.origins[row])
+
+    def _prompt(self, row: int, number: int, messages: Messages, values: dict[str, Any]) -> PromptItem:
+        trunk = self.encoded[row].trunk
+        return PromptItem(number, trunk.ids, 0, messages, values, self.origins[row], trunk.media)
+
+
+def _segment(tokens: Tokens, columns: dict[str, float]) -> Segment:
+    return Segment(tokens.ids, tokens.mask, columns=columns, media=tokens.media)
+
+
+# ------------------------------------------------------------------------------------------------- rows to tables
+
+
+@dataclass
+class _Row:
+    """A row on its way: margin of a pair, None where it gives none."""
+
+    row: Row
+    record: Record
+    margin: float | None
+    shown: Sequence[Shown] = ()
+
+
+@dataclass
+class Tokeniser:
+    """How the rows of one source become a table. library: of a model that takes media; answers: see `prepare`;
+    labelling: of labelled rows."""
+
+    source: DataSource
+    kind: Kind
+    tokenizer: ChatTokenizer
+    library: Library | None = None
+    answers: bool = False
+    labelling: Labelling | None = None
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        return self.labelling.labels.columns if self.labelling else ()
+
+    def table(self, opened: Opened, limit: int | None) -> Table:
+        """Read, convert, check and tokenise. Rows that cannot be used are in the table's report."""
+        items = list(opened.rows(limit))
+        self.report = report = SourceReport(opened.path, read=len(items))
+        self.media = MediaReport()
+        report.refused += [i for i in items if isinstance(i, Refusal)]
+        rows = [i for i in items if isinstance(i, Row)]
+        none = np.zeros(0, np.float32)
+        table = Table(self.kind, report, [], [], none, np.zeros(0, bool), none, [] if self.kind == "prompt" else None)
+        table.answers = [] if self.answers else None
+        if not rows:
+            return table
+        named = apply_columns(rows, self.source)
+        mapped = frozenset(self.source.columns)
+        layout = choose(LAYOUTS, self.kind, named, where=opened.path, format=self.source.format, mapped=mapped)
+        report.layout = layout.name
+        known = 0 if self.library is None else self.library.processed
+        columns: list[tuple[float, bool, float]] = []
+        self.labels: list[list[float]] = []
+        for start in range(0, len(rows), _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            for one, encoded in self._encoded(rows[chunk], named[chunk], layout):
+                try:
+                    fitted = self._keep(table, one, encoded)
+                except RowError as e:
+                    self._refuse(one.row, e)
+                    continue
+                if fitted:
+                    margin = float("nan") if one.margin is None else one.margin
+                    weight, desirable = getattr(one.record, "weight", 1.0), getattr(one.record, "desirable", True)
+                    columns.append((weight, desirable, margin))
+        table.weights = np.array([c[0] for c in columns], np.float32)
+        table.desirable = np.array([c[1] for c in columns], bool)
+        table.margins = np.array([c[2] for c in columns], np.float32)
+        if self.labelling is not None:
+            table.label_columns = self.label_columns
+            table.labels = np.array(self.labels, np.float32).reshape(-1, len(self.label_columns))
+            report.labels = distribution(table.labels, self.labelling.labels)
+        self.media.processed = 0 if self.library is None else self.library.processed - known
+        report.media = self.media.to_json()
+        _finish(table, self.tokenizer)
+        return table
+
+    def _refuse(self, row: Row, reason: RowError) -> None:
+        self.report.refused.append(Refusal(row.origin, row.number, str(reason)))
+
+    def _encoded(
+        self, rows: Sequence[Row], named: Sequence[dict[str, Any]], layout: Layout
+    ) -> list[tuple[_Row, Encoded]]:
+        """Convert, check and tokenise; rows that cannot be are added to the report."""
+        good: list[_Row] = []
+        for row, values in zip(rows, named, strict=True):
+            try:
+                record = place_media(_convert(layout, values), values)
+                check(record)
+                margin = margin_of(values) if layout.kind == "pair" else None
+            except RowError as e:
+                self._refuse(row, e)
+                continue
+            good.append(_Row(row, record, margin))
+        drafts, drafted = [], []
+        for one in self._shown(good):
+            try:
+                drafts.append(draft(one.record, self.tokenizer, one.shown, self.library))
+            except RowError as e:
+                self._refuse(one.row, e)
+                continue
+            drafted.append(one)
+        out = []
+        for one, encoded in zip(drafted, encode(drafts, self.tokenizer), strict=True):
+            if isinstance(encoded, RowError):
+                self._refuse(one.row, encoded)
+            else:
+                self.report.plain_text += isinstance(one.record.prompt, str)
+                out.append((one, encoded))
+        return out
+
+    def _shown(self, rows: Sequence[_Row]) -> list[_Row]:
+        """Rows whose media are in the store, and those without media; the others are refused."""
+        wanted = [(one, media) for one in rows if (media := media_of(one.record))]
+        found: list[list[Shown] | RowError]
+        if self.library is None:
+            reason = "the row has {}, and the model takes text alone: use one with a vision part, or other data"
+            found = [RowError(reason.format(_named(media))) for _, media in wanted]
+        else:
+            found = self.library.show([(media, one.row.folder) for one, media in wanted])
+        refused: set[int] = set()
+        for (one, _), shown in zip(wanted, found, strict=True):
+            if isinstance(shown, RowError):
+                refused.add(id(one))
+                self.media.refused[str(shown)] += 1
+                self._refuse(one.row, shown)
+            else:
+                one.shown = shown
+        return [one for one in rows if id(one) not in refused]
+
+    def _keep(self, table: Table, one: _Row, encoded: Encoded) -> bool:
+        """Add a row to the table; False for a prompt that is filtered. Raises RowError."""
+        record = one.record
+        texts = _answers(record) if self.answers and isinstance(record, Pair) else ("", "")
+        labels = self.labelling.values(record.label) if self.labelling and isinstance(record, Labelled) else []
+        fitted = self._fit(encoded)
+        if fitted is None:
+            return False
+        self.labels.append(labels)
+        table.encoded.append(fitted)
+        table.origins.append(one.row.origin)
+        if table.rows is not None and isinstance(record, Prompt):
+            values = _light(one.row.values)
+            if record.reference_answer is not None:
+                values["reference_answer"] = record.reference_answer
+                self.report.reference_answers += 1
+            table.rows.append((_messages(record.prompt, fitted.trunk.media), values))
+        if table.answers is not None and isinstance(record, Pair):
+            values = _light(one.row.values)
+            table.answers.append((_messages(record.prompt, fitted.trunk.media), values, texts))
+        for shown in one.shown:
+            self.media.add(shown.kind, shown.key, shown.facts)
+            table.files.update(shown.files)
+        return True
+
+    def _fit(self, encoded: Encoded) -> Encoded | None:
+        """The record within max_length; None for a prompt that is filtered. Counts in the report. Raises RowError."""
+        limit = self.source.max_length
+        if self.kind == "prompt":
+            if limit is None or encoded.length <= limit:
+                return encoded
+            if self.source.overlong_prompts == "filter":
+                self.report.filtered += 1
+                return None
+            raise RowError(
+                f"the prompt has {encoded.length} tokens, more than max_length {limit} "
+                "(`overlong_prompts: filter` leaves such prompts out)"
+            )
+        cut_from = self.source.truncate, self.tokenizer.bos_id
+        fitted, cut = fit(encoded, limit, *cut_from, scored=self.kind != "labelled")
+        self.report.truncated += cut
+        return fitted
+
+
+def _named(media: Sequence[MediaPart]) -> str:
+    kinds = sorted({part.kind for part in media})
+    return " and ".join(f"{kind}s" for kind in kinds)
+
+
+def _convert(layout: Layout, values: dict[str, Any]) -> Record:
+    missing = [name for name in sorted(layout.required) if values.get(name) is None]
+    if missing:
+        raise RowError(
+            f"no `{missing[0]}` (layout {layout.name}); the row has: {', '.join(sorted(values)) or 'nothing'}"
+        )
+    return layout.convert(values)
+
+
+# ------------------------------------------------------------------------------------------------- what rewards see
+
+
+def _messages(prompt: Text, media: Sequence[Medium] = ()) -> Messages:
+    """A prompt as rewards see it: of each medium its kind, and the file that shows it."""
+    if isinstance(prompt, str):
+        return ({"role": "text", "content": prompt},)
+    waiting = {kind: iter([m for m in media if m.kind == kind]) for kind in ("image", "video", "audio")}
+    return tuple(m.as_dict(lambda part: described(next(waiting[part.kind]))) for m in prompt)
+
+
+def _light(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without the bytes of its media, which would travel with every sample of it."""
+    return {name: _without_bytes(value) for name, value in values.items()}
+
+
+def _without_bytes(value: Any) -> Any:
+    if isinstance(value, bytes | bytearray | memoryview):
+        return None
+    if isinstance(value, str) and len(value) > _LONG_URI and value.startswith("data:"):
+        return f"{value[: value.find(',') + 1]}..."
+    if isinstance(value, dict):
+        return {name: _without_bytes(item) for name, item in value.items()}
+    return [_without_bytes(item) for item in value] if isinstance(value, list) else value
+
+
+def _answers(record: Pair) -> tuple[str, str]:
+    """The texts of chosen and rejected. Raises RowError where one is several turns: rewards judge one answer."""
+    texts = []
+    for name in ("chosen", "rejected"):
+        completion: Text = getattr(record, name)
+        if not isinstance(completion, str) and len(completion) != 1:
+            raise RowError(f"{name} has {len(completion)} turns, and rewards judge one answer")
+        texts.append(completion if isinstance(completion, str) else completion[0].text)
+    return texts[0], texts[1]
+
+
+# ------------------------------------------------------------------------------------------------- the report
+
+
+def _finish(table: Table, tokenizer: ChatTokenizer) -> None:
+    """Lengths, counts and notes of a finished source."""
+    report = table.report
+    report.refused.sort(key=lambda r: r.row)
+    report.kept = len(table.encoded)
+    report.lengths = np.array([e.length for e in table.encoded], np.int64)
+    report.scored = np.array([e.scored for e in table.encoded], np.int64)
+    if report.plain_text:
+        report.notes.append(
+            "plain text: no chat template is applied (use message, query or instruction columns for it)"
+        )
+    elif tokenizer.template is not None and tokenizer.template.reads_clock:
+        report.notes.append("the chat template prints today's date; fix it with `model.template_args`")
+    if table.kind not in ("prompt", "labelled") and tokenizer.eos_ids and not report.truncated:
+        open_ended = sum(not _ends_with_eos(e, tokenizer.eos_ids) for e in table.encoded)
+        if open_ended:
+            report.notes.append(
+                f"in {open_ended} rows the last scored token is no end-of-turn token "
+                f"({', '.join(tokenizer.token(i) for i in tokenizer.eos_ids)}): the model will not learn to stop there"
+            )
+
+
+def _ends_with_eos(encoded: Encoded, eos_ids: Sequence[int]) -> bool:
+    return all(int(part.ids[part.mask][-1]) in eos_ids for part in encoded.branches or [encoded.trunk])
