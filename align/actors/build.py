@@ -155,6 +155,8 @@ class RayBackend:
             temperature=rollout.temperature,
             stop=rollout.stop,
             trust_remote_code=job.model.trust_remote_code,
+            media=job.media,
+            pixels=job.pixels,
             engine=options,
         )
         fleet = RayFleet(

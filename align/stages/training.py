@@ -17,7 +17,7 @@ from align.protocols import PromptItem, Sampling, Trainer, Tree
 from align.recipe.schema import DataSource, LossTerm, ReferencePath, Reward, Rollout
 from align.recipe.schema import OnlineStage as OnlineSettings
 from align.recipe.support import check_adapter, publish_mode
-from align.stages.backend import FleetJob, Needs, ScorerJob, Start, TrainerJob, longest_prompt
+from align.stages.backend import FleetJob, Needs, ScorerJob, Start, TrainerJob, longest_prompt, most_media, pixel_limits
 from align.stages.context import Context, opened
 from align.stages.defaults import resolved_optim, resolved_rates
 from align.stages.groups import PromptCursor
@@ -261,4 +261,6 @@ def fleet_job(context: Context, stage: OnlineSettings, start: Start, prompts: li
         longest_prompt=longest_prompt(prompts),
         seed=context.recipe.seed,
         versions=stage.staleness + 1,
+        media=most_media(prompts),
+        pixels=pixel_limits(context.recipe.media),
     )
