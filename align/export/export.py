@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +43,8 @@ TIME_LIMIT_S = 900.0
 
 @dataclass(frozen=True)
 class LoadCheck:
-    """status: "proved", or "not checked" where the loader is not installed (message says why).
+    """status: "proved", or "not checked" where the loader is not installed (message says why, and what of a proof was
+    left out).
 
     mean_difference, max_difference: of log-probabilities of the same tokens in nats: for plain transformers against
     the source folder, for an engine against plain transformers on the exported folder; both in float32 where the
@@ -125,8 +126,8 @@ def export(
         )
         (aside / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     for check in checks:
-        if check.status != "proved":
-            log.warning("%s: loading in %s was not checked: %s", out, check.loader, check.message)
+        if check.message:
+            log.warning("%s: %s in %s: %s", out, check.status, check.loader, check.message)
     return report
 
 
@@ -169,7 +170,8 @@ def prove_loading(
         if answer["status"] == "unavailable":
             checks.append(LoadCheck(engine, "not checked", seconds, message=answer["message"]))
             continue
-        checks.append(compare(engine, _logps(engine, exported, answer), plain[: len(tokens)], dtype, seconds))
+        found = _logps(engine, exported, answer)
+        checks.append(replace(compare(engine, found, plain[: len(found)], dtype, seconds), message=answer["message"]))
     return tuple(checks)
 
 
