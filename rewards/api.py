@@ -53,7 +53,8 @@ class Sample:
     messages: the prompt as role/content dicts (one message of role "text" for a plain-text prompt).
     completion: the decoded text; token_ids: exactly the ids that are trained on; truncated: cut off by max_tokens.
     group_id: the prompt's draw, shared by its G completions; sample_id: the completion's number in its group.
-    row: every column of the data row, shared by the group; media: references, never pixels.
+    row: every column of the data row, shared by the group. media: of each medium of the prompt, in order,
+    {"type": "image", "video" or "audio", "path": the file that shows it as the policy saw it}.
     policy_version: version of the policy that sampled the last token (-1: unknown).
     """
 
@@ -64,7 +65,7 @@ class Sample:
     truncated: bool = False
     group_id: int = 0
     sample_id: int = 0
-    media: Sequence[Any] = ()
+    media: Sequence[Mapping[str, str]] = ()
     policy_version: int = -1
 
 

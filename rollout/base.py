@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from align.errors import DataError, EngineError, RecipeError, Unsupported
-from align.protocols import FailedPrompt, Group, PromptItem, Publication, Sampling
+from align.protocols import FailedPrompt, Group, Medium, PromptItem, Publication, Sampling
 
 ENGINES: Mapping[str, str] = {
     "vllm": "rollout.vllm_engine:VllmEngine",
@@ -43,6 +43,7 @@ VLLM_REFUSED: Mapping[str, str] = {
     "max_cpu_loras": "follows from the stage's adapter",
     "max_lora_rank": f"adapter.rank; {_OURS}",
     "lora_dtype": "adapters are held in rollout.dtype",
+    "language_model_only": "follows from the prompts",
     "generation_config": _DISTRIBUTION,
     "override_generation_config": _DISTRIBUTION,
     "logits_processors": _DISTRIBUTION,
@@ -72,8 +73,10 @@ class EngineSpec:
     it, for engines that plan memory. max_model_len: longest prompt + completion in tokens; None is the model's own.
     lora_rank: the largest rank that will be published, 0 where none will (weights or base only). versions: how many
     may be in use at once (staleness + 1). in_flight: whole weights are loaded between two steps of the requests that
-    run, which go on with them. seed: of the run. threads: CPU threads to compute with. engine: the engine's
-    own options, checked by `check_engine_options`.
+    run, which go on with them. seed: of the run. threads: CPU threads to compute with. media: the largest number of
+    each kind of media in one prompt, {} where prompts are text. pixels: the recipe's min_pixels and max_pixels where
+    it sets them, so that an engine's processor leaves alone what the trainer's has resized. engine: the engine's own
+    options, checked by `check_engine_options`.
     """
 
     name: str
@@ -90,6 +93,8 @@ class EngineSpec:
     temperature: float = 1.0
     stop: tuple[str, ...] = ()
     trust_remote_code: bool = False
+    media: Mapping[str, int] = field(default_factory=dict)
+    pixels: Mapping[str, int] = field(default_factory=dict)
     engine: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -157,9 +162,9 @@ class Engine(Protocol):
         """
         ...
 
-    def logps(self, token_ids: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def logps(self, token_ids: Sequence[np.ndarray], media: Sequence[Sequence[Medium]] = ()) -> list[np.ndarray]:
         """f32[n - 1] per sequence of n tokens: log-probability of each token after the first, at temperature 1, under
-        the version held now. For an idle engine."""
+        the version held now. media: per sequence, what stands in it; () where all are text. For an idle engine."""
         ...
 
     def close(self) -> None:

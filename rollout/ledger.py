@@ -6,11 +6,13 @@ incarnation that has the request now, so nothing is taken twice, however late a 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from align.protocols import PromptItem
 from rollout.base import Request
 
 PREFIX_LENGTHS = (4096, 1024, 256, 64, 16)
@@ -57,7 +59,7 @@ class Ledger:
             routed.setdefault(engine, []).append(request)
             self._held[request.ticket] = _Held(request, engine, self.incarnations[engine])
             self._load[engine] += _cost(request)
-            self._prefixes |= dict.fromkeys(_prefixes(request.prompt.token_ids), engine)
+            self._prefixes |= dict.fromkeys(_prefixes(request.prompt), engine)
         return routed
 
     def finish(self, ticket: int, engine: int, incarnation: int) -> Request | None:
@@ -118,7 +120,7 @@ class Ledger:
 
     def _best(self, serving: Sequence[int], request: Request) -> int:
         known, tokens = -1, 0
-        for prefix in _prefixes(request.prompt.token_ids):
+        for prefix in _prefixes(request.prompt):
             if prefix in self._prefixes:
                 known, tokens = self._prefixes[prefix], len(prefix) // 8
                 break
@@ -134,9 +136,12 @@ def _cost(request: Request) -> int:
     return len(request.prompt.token_ids) + request.group_size * request.sampling.max_tokens
 
 
-def _prefixes(token_ids: np.ndarray) -> Iterator[bytes]:
-    """The beginnings of a prompt by which others may find it, the longest first; 8 bytes a token."""
-    ids = np.ascontiguousarray(token_ids, dtype=np.int64)
+def _prefixes(prompt: PromptItem) -> Iterator[bytes]:
+    """The beginnings of a prompt by which others may find it, the longest first; 8 bytes a token. Where a medium begins
+    stands its key: other pictures have the same tokens."""
+    ids = np.array(prompt.token_ids, dtype=np.int64)
+    for medium in prompt.media:
+        ids[medium.start] = int.from_bytes(hashlib.blake2b(medium.key.encode(), digest_size=7).digest(), "little")
     yield ids.tobytes()
     for length in PREFIX_LENGTHS:
         if length < len(ids):

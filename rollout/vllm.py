@@ -1,15 +1,18 @@
-"""Every call into vLLM. The only file that imports vllm (lazily: it takes seconds); `rollout.vllm_engine` uses it.
+"""Every call into vLLM. This file and `rollout.vllm_media` are the only ones that import vllm (lazily: it takes
+seconds); `rollout.vllm_engine` uses them.
 
 What vLLM must offer, in the words of version 0.32 (`CALLS` is the same list for `missing_calls`, which a test runs):
 
-* `vllm.LLM`: apply_model, collective_rpc, reset_prefix_cache (reset_running_requests), get_tokenizer; llm_engine,
-  model_config;
+* `vllm.LLM`: apply_model, collective_rpc, reset_prefix_cache (reset_running_requests), reset_mm_cache,
+  get_tokenizer; llm_engine, model_config;
 * `vllm.SamplingParams`: n (child i of n samples with seed + i), temperature, max_tokens, seed, stop, stop_token_ids,
   logprobs, prompt_logprobs, detokenize, skip_special_tokens, output_kind;
 * `vllm.engine.arg_utils.EngineArgs`: the names in `_arguments`;
 * `vllm.v1.engine.llm_engine.LLMEngine`: add_request (request_id, prompt, params, lora_request), step,
-  abort_request, add_lora, remove_lora, list_loras, set_weight_version; its vllm_config.cache_config.block_size;
-* `vllm.inputs.engine.tokens_input`: prompt_token_ids;
+  abort_request, add_lora, remove_lora, list_loras, set_weight_version, reset_encoder_cache; its
+  vllm_config.cache_config.block_size;
+* `vllm.inputs.engine`: tokens_input (prompt_token_ids), mm_input (and the multi-modal processor that makes what goes
+  into it: `rollout.vllm_media`);
 * `vllm.RequestOutput`: request_id (the one given to add_request), finished, outputs, prompt_logprobs,
   num_cached_tokens;
 * `vllm.outputs.CompletionOutput`: token_ids, logprobs, finish_reason, stop_reason, weight_versions (spans of tokens
@@ -31,7 +34,7 @@ import json
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -39,8 +42,10 @@ from typing import Any, get_args
 import numpy as np
 
 from align.errors import SetupError, Unsupported
-from align.protocols import PromptItem, Sampling
+from align.mediastore import VIEW_SUFFIX
+from align.protocols import Medium, PromptItem, Sampling
 from rollout.base import VLLM_ARGUMENTS_FILE, EngineSpec, start_error
+from rollout.vllm_media import bounded_by_pixels, media_prompt
 
 ENVIRONMENT: Mapping[str, str] = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: no second process to die or to wait for
@@ -52,7 +57,7 @@ CPU_KV_CACHE_BYTES = 1 << 30
 CPU_MAX_SEQUENCES = 256
 
 CALLS: Mapping[str, str] = {
-    "vllm:LLM": "apply_model collective_rpc reset_prefix_cache get_tokenizer",
+    "vllm:LLM": "apply_model collective_rpc reset_prefix_cache reset_mm_cache get_tokenizer",
     "vllm:LLM.reset_prefix_cache": "reset_running_requests",
     "vllm.outputs:CompletionOutput": "token_ids logprobs finish_reason stop_reason weight_versions",
     "vllm:RequestOutput": "request_id finished outputs prompt_logprobs num_cached_tokens",
@@ -60,11 +65,17 @@ CALLS: Mapping[str, str] = {
     "skip_special_tokens output_kind",
     "vllm.engine.arg_utils:EngineArgs": "model dtype seed max_model_len trust_remote_code logprobs_mode "
     "generation_config enable_lora max_loras max_lora_rank disable_log_stats use_tqdm_on_load enforce_eager "
-    "kv_cache_memory_bytes max_num_seqs enable_chunked_prefill",
+    "kv_cache_memory_bytes max_num_seqs enable_chunked_prefill limit_mm_per_prompt mm_processor_kwargs "
+    "mm_device_do_normalize enable_tower_connector_lora",
     "vllm.v1.engine.llm_engine:LLMEngine": "add_request step abort_request add_lora remove_lora list_loras "
-    "set_weight_version",
+    "set_weight_version reset_encoder_cache",
     "vllm.v1.engine.llm_engine:LLMEngine.add_request": "request_id prompt params lora_request",
     "vllm.inputs.engine:tokens_input": "prompt_token_ids",
+    "vllm.inputs.engine:mm_input": "prompt_token_ids mm_kwargs mm_hashes mm_placeholders",
+    "vllm.multimodal.inputs:PlaceholderRange": "offset length is_embed",
+    "vllm.multimodal.processing.processor:BaseMultiModalProcessor": "_cached_apply_hf_processor",
+    "vllm.multimodal.processing.inputs:ProcessorInputs": "prompt mm_data_items mm_uuid_items cache",
+    "vllm.renderers.base:BaseRenderer": "get_mm_processor mm_processor_cache",
     "vllm.lora.request:LoRARequest": "lora_name lora_int_id lora_path",
     "vllm.lora.utils:parse_fine_tuned_lora_name": "name weights_mapper",
     "vllm.config.lora:MaxLoRARanks": "",
@@ -206,6 +217,12 @@ def _arguments(spec: EngineSpec, max_rank: int) -> dict[str, Any]:
     }
     if spec.max_model_len is not None:
         arguments["max_model_len"] = spec.max_model_len
+    if spec.media:
+        most = {**dict.fromkeys(VIEW_SUFFIX, 0), "image": 1, **spec.media}  # a picture probes
+        arguments.setdefault("limit_mm_per_prompt", most)
+        arguments.setdefault("mm_device_do_normalize", False)  # pixels as the trainer has them, bit for bit
+    if spec.pixels and bounded_by_pixels(Path(spec.folder)):
+        arguments["mm_processor_kwargs"] = {**spec.pixels, **(arguments.get("mm_processor_kwargs") or {})}
     if max_rank:
         arguments |= {"enable_lora": True, "max_lora_rank": max_rank, "max_loras": adapter_slots(spec)}
     return arguments
@@ -234,6 +251,12 @@ def start(spec: EngineSpec, max_rank: int) -> Any:
         with _environment(spec.threads), _without_warnings():
             llm = LLM(**_arguments(spec, max_rank))
     except (ValueError, RuntimeError, OSError, ImportError, MemoryError) as error:
+        if "does not support LoRA" in str(error):
+            raise Unsupported(
+                f"vLLM serves no adapters on this model ({error})",
+                where="rollout.weights",
+                remedy="set rollout.weights=merged",
+            ) from error
         raise start_error(error, spec.folder) from error
     finally:
         torch.set_num_threads = set_num_threads
@@ -241,7 +264,22 @@ def start(spec: EngineSpec, max_rank: int) -> Any:
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
     set_num_threads(spec.threads)
+    _check_prefix(llm, spec)
     return llm
+
+
+def _check_prefix(llm: Any, spec: EngineSpec) -> None:
+    """Refuse what vLLM would compute otherwise than the trainer, without a word: on CPU its attention has no tokens
+    that see each other both ways, as those of an image do in Gemma 3."""
+    from vllm.platforms import current_platform
+
+    if spec.media and current_platform.is_cpu() and llm.model_config.is_mm_prefix_lm:
+        stop(llm)
+        raise Unsupported(
+            "this model's image tokens see each other both ways, which vLLM's attention on CPU cannot do",
+            where="rollout.name",
+            remedy="set rollout.name=transformers, or run on a GPU",
+        )
 
 
 @contextmanager
@@ -296,12 +334,17 @@ def scoring_parameters(*, cached: bool = False) -> Any:
     )
 
 
-def add_request(llm: Any, request_id: str, token_ids: np.ndarray, parameters: Any, adapter: Any) -> None:
-    """Give a request to the scheduler: it takes part in the next step. adapter: an `adapter_request`, or None."""
+def add_request(llm: Any, request_id: str, prompt: Any, parameters: Any, adapter: Any) -> None:
+    """Give a request to the scheduler: it takes part in the next step. prompt: a `made_prompt`; adapter: an
+    `adapter_request`, or None."""
+    llm.llm_engine.add_request(request_id, prompt, parameters, lora_request=adapter)
+
+
+def made_prompt(llm: Any, token_ids: np.ndarray, media: Sequence[Medium]) -> Any:
+    """vLLM's input for token ids i64[n] and what stands in them; see `rollout.vllm_media.media_prompt`."""
     from vllm.inputs.engine import tokens_input
 
-    prompt = tokens_input(prompt_token_ids=token_ids.tolist())
-    llm.llm_engine.add_request(request_id, prompt, parameters, lora_request=adapter)
+    return media_prompt(llm, token_ids, media) if media else tokens_input(prompt_token_ids=token_ids.tolist())
 
 
 def step(llm: Any) -> list[Any]:
@@ -338,6 +381,15 @@ def parameter_renamer(model: Any) -> Callable[[str], str]:
     """Name of a parameter in transformers -> in the engine, before modules are fused."""
     mapper = _rename_mapper(model)
     return (lambda name: name) if mapper is None else mapper.map_name
+
+
+def tower_tensors(model: Any, names: Iterable[str]) -> frozenset[str]:
+    """Those of an adapter's tensors that are not the language model's: of a tower of images, or of its projector."""
+    if not hasattr(model, "get_mm_mapping"):
+        return frozenset()
+    parse, keys = adapter_name_parser(model), model.get_mm_mapping()
+    prefixes = tuple(f"{prefix.rstrip('.')}." for prefix in (*keys.tower_model, *keys.connector))
+    return frozenset(name for name in names if f"{parse(name)[0]}.".startswith(prefixes))
 
 
 def _rename_mapper(model: Any) -> Any:

@@ -24,19 +24,31 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from align.errors import EngineError
-from align.protocols import Completion, FailedPrompt, Group, Publication, Sampling, digest_arrays, end_ids
+from align.protocols import (
+    Completion,
+    FailedPrompt,
+    Group,
+    Medium,
+    PromptItem,
+    Publication,
+    Sampling,
+    digest_arrays,
+    end_ids,
+)
 from rollout import vllm as calls
 from rollout.base import Answer, EngineSpec, Request, check_engine_options, check_sampling
-from rollout.vllm_files import read_tensors, tensor_shapes, write_probe_adapter
+from rollout.vllm_files import read_tensors, tensor_shapes, unchanged, write_probe_adapter
 from rollout.vllm_held import held_adapter, held_weights, retie, tied_groups
+from rollout.vllm_media import picture_prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +112,8 @@ class VllmEngine:
             name = str(next(self._ids))
             item = request.prompt
             parameters = calls.sampling_parameters(item, request.group_size, request.sampling, self._end_ids)
-            calls.add_request(self._llm, name, item.token_ids, parameters, self._adapter)
+            prompt = calls.made_prompt(self._llm, item.token_ids, item.media)
+            calls.add_request(self._llm, name, prompt, parameters, self._adapter)
             self._running[name] = _Running(request, self.version, self._adapter)
 
     def step(self) -> list[Answer]:
@@ -109,6 +122,7 @@ class VllmEngine:
             return answers
         for output in calls.step(self._llm):
             running = self._running.pop(output.request_id)
+            self._same_prompt(output, running.request.prompt)
             completions = tuple(self._completion(drawn, running) for drawn in output.outputs)
             answers.append((running.request.ticket, Group(running.request.prompt, completions)))
         if answers:
@@ -169,20 +183,32 @@ class VllmEngine:
             f"length of {longest}",
         )
 
-    def logps(self, token_ids: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return [self._prompt_logps(ids, self._adapter) for ids in token_ids]
+    @staticmethod
+    def _same_prompt(output: Any, prompt: PromptItem) -> None:
+        """What vLLM read must be what the trainer reads."""
+        if output.prompt_token_ids != prompt.token_ids.tolist():
+            raise EngineError(
+                f"vLLM read a prompt of {len(output.prompt_token_ids)} tokens that differs from the one of "
+                f"{len(prompt.token_ids)} tokens it was given",
+                where=prompt.origin or f"group {prompt.group_id}",
+                remedy="set rollout.name=transformers, and report this: log-probabilities would be of another prompt",
+            )
 
-    def _prompt_logps(self, token_ids: np.ndarray, adapter: Any) -> np.ndarray:
-        scores = self._alone(token_ids, calls.scoring_parameters(), adapter).prompt_logprobs[1:]
-        pairs = zip(scores, token_ids[1:].tolist(), strict=True)
+    def logps(self, token_ids: Sequence[np.ndarray], media: Sequence[Sequence[Medium]] = ()) -> list[np.ndarray]:
+        pairs = zip(token_ids, media or [()] * len(token_ids), strict=True)
+        return [self._prompt_logps(calls.made_prompt(self._llm, *pair), self._adapter) for pair in pairs]
+
+    def _prompt_logps(self, prompt: Any, adapter: Any) -> np.ndarray:
+        scores = self._alone(prompt, calls.scoring_parameters(), adapter).prompt_logprobs[1:]
+        pairs = zip(scores, prompt["prompt_token_ids"][1:], strict=True)
         return np.array([score[token].logprob for score, token in pairs], dtype=np.float32)
 
-    def _alone(self, token_ids: np.ndarray, parameters: Any, adapter: Any) -> Any:
+    def _alone(self, prompt: Any, parameters: Any, adapter: Any) -> Any:
         """vLLM's output for a prompt that nothing else is computed with: on CPU, its adapter kernels cannot take a
         prompt whose own log-probabilities are asked for together with another sequence."""
         if self._running:
             raise EngineError(f"the engine was asked to score while {len(self._running)} requests ran")
-        calls.add_request(self._llm, str(next(self._ids)), token_ids, parameters, adapter)
+        calls.add_request(self._llm, str(next(self._ids)), prompt, parameters, adapter)
         while not (outputs := calls.step(self._llm)):
             pass
         return outputs[0]
@@ -237,10 +263,12 @@ class VllmEngine:
         tied = self._apply(tied_groups)
         calls.reload_weights(self._llm, read_tensors(files, dtype))
         self._apply(lambda model: retie(model, tied))
-        held = self._apply(lambda model: held_weights(model, shapes, dtype, calls.parameter_renamer(model)))
+        spare = partial(unchanged, files=files, folder=Path(self.spec.folder))
+        held = self._apply(lambda model: held_weights(model, shapes, dtype, calls.parameter_renamer(model), spare))
         digest = digest_arrays(held)
         self._compare(digest, publication)
         self._empty_prefix_cache()
+        self._llm.llm_engine.reset_encoder_cache()  # what the tower before made of pictures
         stale = self._cached_tokens() if idle else 0
         self._need(stale == 0, publication, f"its prefix cache still serves {stale} tokens of the version before")
         self._serve(None, publication)
@@ -256,8 +284,8 @@ class VllmEngine:
         length = calls.block_size(self._llm) + 1
         if length >= self._llm.model_config.max_model_len:
             return 0  # no prompt fills a block
-        tokens = self._spread_tokens(length)
-        output = self._alone(tokens, calls.scoring_parameters(cached=True), None)
+        prompt = calls.made_prompt(self._llm, self._spread_tokens(length), ())
+        output = self._alone(prompt, calls.scoring_parameters(cached=True), None)
         return int(output.num_cached_tokens or 0)
 
     def _spread_tokens(self, length: int) -> np.ndarray:
@@ -316,27 +344,46 @@ class VllmEngine:
         return self._llm.apply_model(function)[0]
 
     def _probe_once(self, like: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Once per engine: an adapter of the published one's shape with large random weights must move log-probs.
+        """Once per engine: an adapter of the published one's shape with large random weights must move log-probs, and
+        so must its part outside the language model alone, of a prompt with a picture.
 
         Holding an adapter and computing with it are two things; the digest proves the first, this proves the second.
         """
         if self._probed:
             return
-        tokens = self._spread_tokens(min(16, self._llm.model_config.max_model_len - 1))
+        tower = self._apply(lambda model: calls.tower_tensors(model, shapes))
+        around = self._spread_tokens(min(16, self._llm.model_config.max_model_len - 1))
+        seen = bool(tower or self.spec.media)
+        prompt = picture_prompt(self._llm, around) if seen else calls.made_prompt(self._llm, around, ())
+        if len(prompt["prompt_token_ids"]) >= self._llm.model_config.max_model_len:
+            raise EngineError(
+                f"the probe of adapters has {len(prompt['prompt_token_ids'])} tokens, its picture's included, which do "
+                f"not fit the engine's length of {self._llm.model_config.max_model_len}",
+                remedy="raise rollout.max_model_len",
+            )
+        for part, silent in (("language model", tower), ("tower of images", shapes.keys() - tower)):
+            if len(silent) < len(shapes):
+                self._require_moved(part, prompt, like, shapes, silent)
+        self._probed = True
+
+    def _require_moved(
+        self, part: str, prompt: Any, like: Path, shapes: Mapping[str, tuple[int, ...]], silent: Collection[str]
+    ) -> None:
+        """Raise EngineError unless random weights on this part of the model move log-probs."""
         with tempfile.TemporaryDirectory(prefix=".probe-", dir=like) as folder:  # lives no longer than the version does
-            write_probe_adapter(Path(folder), like, shapes)
+            write_probe_adapter(Path(folder), like, shapes, silent)
             adapter = self._load_adapter(Path(folder), "probe")
             try:
-                with_adapter, without = self._prompt_logps(tokens, adapter), self._prompt_logps(tokens, None)
+                with_adapter, without = self._prompt_logps(prompt, adapter), self._prompt_logps(prompt, None)
             finally:
                 self._llm.llm_engine.remove_lora(adapter.lora_int_id)
         moved = float(np.abs(with_adapter - without).max())
         if not moved > (1e-3 if self.spec.dtype == "float32" else 5e-2):
             raise EngineError(
-                f"adapter not applied: one with large random weights moved log-probabilities by {moved:.1e} only",
+                f"adapter not applied: one with large random weights on the {part} moved log-probabilities by "
+                f"{moved:.1e} only",
                 remedy="this model's layers take no adapter in this vLLM; set rollout.weights=merged",
             )
-        self._probed = True
 
     def close(self) -> None:
         if self._llm is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,39 @@ def read_tensors(files: Sequence[Path], dtype: Any) -> Iterator[tuple[str, Any]]
                 yield name, tensor
 
 
-def write_probe_adapter(folder: Path, like: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """An adapter of the shape and configuration of the one in `like`, with standard normal weights."""
+def unchanged(name: str, files: Sequence[Path], folder: Path) -> Any:
+    """The tensor of this name in `files` where it is, bit for bit, what the model folder holds of it, else None.
+
+    An engine leaves out what a model never computes with (a tower's norm after its last layer, in LLaVA): nothing that
+    was trained can be among it.
+    """
+    import torch
+    from safetensors import safe_open
+
+    found = []
+    for some in (files, sorted(folder.glob("*.safetensors"))):
+        for file in some:
+            with safe_open(file, framework="pt") as tensors:
+                if name in tensors.keys():  # noqa: SIM118
+                    found.append(tensors.get_tensor(name))
+    if len(found) != 2 or not torch.equal(found[0], found[1].to(found[0].dtype)):
+        return None
+    return found[0]
+
+
+def write_probe_adapter(
+    folder: Path, like: Path, shapes: Mapping[str, tuple[int, ...]], silent: Collection[str] = ()
+) -> None:
+    """An adapter of the shape and configuration of the one in `like`, with standard normal weights; those of tensors in
+    `silent` are 0."""
     from safetensors.numpy import save_file
 
     generator = np.random.default_rng(0)
     save_file(
-        {name: generator.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()},
+        {
+            name: generator.standard_normal(shape, dtype=np.float32) * np.float32(name not in silent)
+            for name, shape in shapes.items()
+        },
         folder / "adapter_model.safetensors",
     )
     (folder / "adapter_config.json").write_bytes((like / "adapter_config.json").read_bytes())

@@ -119,7 +119,11 @@ def _unpad(padded: Tensor, shape: tuple[int, ...], name: str) -> np.ndarray:
 
 
 def held_weights(
-    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, rename: Callable[[str], str]
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    rename: Callable[[str], str],
+    unused: Callable[[str], Tensor | None],
 ) -> dict[str, np.ndarray]:
     """The parameters named in `shapes` as the engine computes with them, under the same names and shapes.
 
@@ -127,23 +131,26 @@ def held_weights(
         shapes: name and shape of each tensor that was fed, in transformers' layout.
         dtype: of the tensors that were fed; the engine may hold some (a packed layer's bias) in a wider one.
         rename: transformers' parameter name -> the engine's, fused modules aside.
+        unused: the value of a tensor that the engine has no parameter for, where it may do without it, else None.
 
     Raises:
         EngineError: a parameter of the engine was not fed and would keep an older version's value.
         Unsupported: a fed tensor's place in the engine is not known (experts, quantized layers).
     """
-    packed = getattr(model, "packed_modules_mapping", {})
-    fused = {part: (whole, parts) for whole, parts in packed.items() for part in parts}
     modules = dict(model.named_modules(remove_duplicate=False))
+    fused = _fused_modules(modules)
     cache: dict[str, Tensor] = {}
     covered: set[int] = set()
     arrays: dict[str, np.ndarray] = {}
     for name, shape in shapes.items():
-        path, start = _place(rename(name), fused, shapes, name)
+        path, start = _place(rename(name), modules, fused, shapes, name)
         module_path, _, leaf = path.rpartition(".")
         module = modules.get(module_path)
         parameter = getattr(module, leaf, None)
         if not isinstance(module, nn.Module) or not isinstance(parameter, Tensor):
+            if (value := unused(name)) is not None:
+                arrays[name] = as_array(value)
+                continue
             raise Unsupported(
                 f"the engine has no parameter for {name}, so what it holds cannot be compared",
                 remedy="train an adapter and publish it as one (rollout.weights=adapter)",
@@ -161,13 +168,36 @@ def held_weights(
     return arrays
 
 
-def _place(name: str, fused: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], sent: str) -> tuple[str, int]:
+_USUAL = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+"""What towers of images fuse without saying so."""
+
+
+def _fused_modules(modules: Mapping[str, Any]) -> dict[str, list[tuple[str, list[str]]]]:
+    """A module's name in the checkpoint -> the fused modules that may hold it, each with its parts in order. A model of
+    several parts says of each what it fuses."""
+    fused: dict[str, list[tuple[str, list[str]]]] = {}
+    for table in [*(getattr(module, "packed_modules_mapping", None) or {} for module in modules.values()), _USUAL]:
+        for whole, parts in table.items():
+            for part in parts:
+                if part != whole and (whole, parts) not in fused.setdefault(part, []):
+                    fused[part].append((whole, parts))
+    return fused
+
+
+def _place(
+    name: str,
+    modules: Mapping[str, Any],
+    fused: Mapping[str, list[tuple[str, list[str]]]],
+    shapes: Mapping[str, tuple[int, ...]],
+    sent: str,
+) -> tuple[str, int]:
     """The engine's parameter path for a (renamed) parameter, and the first row of it inside that parameter."""
     path, _, leaf = name.rpartition(".")
     parent, _, child = path.rpartition(".")
-    if child not in fused:
+    found = [] if path in modules else [one for one in fused.get(child, []) if f"{parent}.{one[0]}" in modules]
+    if not found:
         return name, 0
-    whole, parts = fused[child]
+    whole, parts = found[0]
     siblings = [sent.removesuffix(f"{child}.{leaf}") + f"{part}.{leaf}" for part in parts[: parts.index(child)]]
     return f"{parent}.{whole}.{leaf}", sum(shapes[sibling][0] for sibling in siblings if sibling in shapes)
 
@@ -186,7 +216,8 @@ def _held_matrix(module: nn.Module, leaf: str, parameter: Tensor) -> Tensor:
 
 def _apply_to_identity(module: Any, parameter: Tensor, rows: int = 1024) -> Tensor:
     """W [out, in] of a layer that computes x W^T, exactly; O(in^2 out), `rows` at a time to bound memory."""
-    width = int(getattr(module, "input_size_per_partition", 0) or module.embedding_dim)
+    sizes = ("input_size_per_partition", "input_size", "embedding_dim")
+    width = next(int(getattr(module, size)) for size in sizes if getattr(module, size, 0))
     columns = []
     for first in range(0, width, rows):
         block = torch.zeros(min(rows, width - first), width, dtype=parameter.dtype)

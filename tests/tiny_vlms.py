@@ -61,8 +61,26 @@ def write_tiny_vlm(folder: Path, family: str, *, seed: int = 0, **changes: Any) 
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     model.save_pretrained(folder)
+    if family in SIGLIP:
+        _rename_as_published(folder / "model.safetensors")
     make_processor(tokenizer).save_pretrained(folder)
     return folder
+
+
+SIGLIP = ("llava_onevision", "gemma3")
+
+
+def _rename_as_published(file: Path) -> None:
+    """Published checkpoints have a level in their tower that transformers' model has not; it writes it again when it
+    has read it, and vLLM knows no other names."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    save_file(
+        {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in tensors.items()},
+        file,
+        {"format": "pt"},
+    )
 
 
 def _write_tokenizer(folder: Path, family: str, marks: tuple[str, ...], image_mark: str) -> Any:
@@ -73,6 +91,8 @@ def _write_tokenizer(folder: Path, family: str, marks: tuple[str, ...], image_ma
 
     write_tokenizer(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if family == "gemma3":  # its tokenizer has runs of newlines, and vLLM looks for them
+        tokenizer.add_tokens([AddedToken("\n" * n, normalized=False) for n in (1, 2, 3, 4)])
     tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(TEMPLATE.replace("@@", image_mark), encoding="utf-8")

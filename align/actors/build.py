@@ -96,6 +96,7 @@ class RayBackend:
             adapter_config=job.start.config,
             losses=job.losses,
             optim=job.optim,
+            rates=job.rates,
             total_updates=job.total,
             adapter=str(job.start.adapter) if job.start.adapter else None,
             max_tokens=job.packing.budget(gpu),
@@ -155,6 +156,8 @@ class RayBackend:
             temperature=rollout.temperature,
             stop=rollout.stop,
             trust_remote_code=job.model.trust_remote_code,
+            media=job.media,
+            pixels=job.pixels,
             engine=options,
         )
         fleet = RayFleet(

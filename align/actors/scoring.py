@@ -30,6 +30,7 @@ import rewards
 from align import errors
 from align.actors.cluster import answer, die_with_parent
 from align.actors.plugins import align_errors, plugin_spec
+from align.mediastore import described
 from align.protocols import ErrorBudget, Failure, Group, ScoreTable
 from align.recipe.schema import Reward
 from align.stages.roles import REWARD_CPUS
@@ -42,6 +43,7 @@ log = logging.getLogger(__name__)
 
 def samples_of(groups: Sequence[Group]) -> list[rewards.Sample]:
     """The completions of the groups in order, as plugins see them."""
+    media = [tuple(described(medium) for medium in group.prompt.media) for group in groups]
     return [
         rewards.Sample(
             completion=completion.text,
@@ -51,9 +53,10 @@ def samples_of(groups: Sequence[Group]) -> list[rewards.Sample]:
             truncated=completion.truncated,
             group_id=group.prompt.group_id,
             sample_id=number,
+            media=seen,
             policy_version=int(completion.versions[-1]) if completion.versions.size else -1,
         )
-        for group in groups
+        for group, seen in zip(groups, media, strict=True)
         for number, completion in enumerate(group.completions)
     ]
 

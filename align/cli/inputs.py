@@ -27,6 +27,7 @@ from align.model.media_support import refuse_unsupported_media
 from align.objectives.check import Known
 from align.plugins import describe_in_child
 from align.protocols import PromptItem, Tree
+from align.recipe.families import family_of
 from align.recipe.labels import Labels
 from align.recipe.schema import DataSource, Model, Recipe, ReferencePath, Reward
 from align.stages.context import stage_seed
@@ -66,7 +67,7 @@ def open_model(recipe: Recipe, folder: Path) -> Iterator[ModelFacts]:
     assert model.tokenizer is not None and model.config is not None, "the grammar ties `config` and `tokenizer`"
     refuse_media_settings(recipe, model.config)
     with tempfile.TemporaryDirectory(prefix="align-check-") as aside:
-        train_tokenizer(model.tokenizer, aside, data_folder=folder)
+        train_tokenizer(model.tokenizer, aside, data_folder=folder, family=family_of(model.config))
         facts = _tokenizer(model, Path(aside))
         yield ModelFacts(dict(model.config), facts, Origin(recipe.run_folder / "base", None))
 
@@ -111,6 +112,7 @@ class DataFacts:
     """What the rows that were read say about a stage's data.
 
     whole: every row was read, so that `rows` is the epoch's size. longest, mean: tokens of a tree, or of a prompt.
+    patches: of its images, for each token, on average.
     """
 
     report: DataReport | None = None
@@ -118,6 +120,7 @@ class DataFacts:
     whole: bool = False
     longest: int = 0
     mean: float = 0.0
+    patches: float = 0.0
     notes: list[str] = field(default_factory=list)
 
 
@@ -179,6 +182,7 @@ def read_data(
     facts.report = prepared.report
     facts.rows, facts.whole = len(prepared.items), not any(cut) and len(here) == len(sources)
     facts.longest, facts.mean = max(lengths), sum(lengths) / len(lengths)
+    facts.patches = sum(medium.patches for item in prepared.items for medium in item.media) / sum(lengths)
     return facts
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import ModelError
-from align.recipe.schema import Adapter
+from align.recipe.schema import Adapter, Mode, Part
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ADAMW_BYTES = 8  # two float32 moments
@@ -23,8 +23,50 @@ CHUNK_BYTES = (1 << 24) * 4  # the head's largest piece of logits, align.model.h
 
 
 @dataclass(frozen=True)
+class Row:
+    """One part of a model that reads images: how it is trained, its weights, and the numbers that are trained (an
+    adapter's, or all)."""
+
+    mode: Mode
+    parameters: int
+    trained: int
+
+
+Table = Mapping[Part, Row]
+
+
+def others(table: Table | None) -> int:
+    """Weights beside the language model."""
+    return sum(row.parameters for part, row in (table or {}).items() if part != "language")
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What of the part that sees decides memory."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+
+
+def tower_of(config: Mapping[str, Any]) -> Tower | None:
+    """Sizes of the tower from a transformers configuration; None where there is none, or none that we can count."""
+    vision: Mapping[str, Any] = config.get("vision_config") or {}
+
+    def first(*names: str) -> int:
+        found = next((vision[name] for name in names if isinstance(vision.get(name), int)), 0)
+        return int(found)
+
+    layers = first("depth", "num_hidden_layers", "num_layers")
+    hidden = first("embed_dim", "hidden_size")  # Qwen2-VL: `hidden_size` is the language model's
+    intermediate = first("intermediate_size") or int(vision.get("mlp_ratio") or 4) * hidden
+    return Tower(layers, hidden, intermediate) if layers and hidden else None
+
+
+@dataclass(frozen=True)
 class Sizes:
-    """What of a decoder's architecture decides memory. linear: (in, out) of each linear layer of one block, by name."""
+    """What of a decoder's architecture decides memory. linear: (in, out) of each linear layer of one block, by name.
+    others: weights beside the decoder, of what reads images."""
 
     layers: int
     hidden: int
@@ -34,13 +76,14 @@ class Sizes:
     linear: Mapping[str, tuple[int, int]]
     tied: bool
     max_positions: int | None
+    others: int = 0
 
     @property
     def parameters(self) -> int:
         """Weights of the whole model; norms counted as two vectors a block."""
         block = sum(rows * columns for rows, columns in self.linear.values()) + 2 * self.hidden
         heads = 1 if self.tied else 2
-        return self.layers * block + heads * self.vocabulary * self.hidden + self.hidden
+        return self.layers * block + heads * self.vocabulary * self.hidden + self.hidden + self.others
 
     def adapter_parameters(self, adapter: Adapter) -> int:
         """r (in + out) for each layer that gets LoRA."""
@@ -134,22 +177,49 @@ def trainer(
     second_copy: bool,
     checkpointing: bool,
     logits: bool = True,
+    table: Table | None = None,
+    tower: Tower | None = None,
+    patches: int = 0,
 ) -> Estimate:
-    """A trainer with microbatches of `tokens` tokens. second_copy: a frozen reference of the whole weights. logits:
-    False for a model with a score head, which is too small to count."""
-    weights, b = sizes.parameters, BYTES[dtype]
-    if adapter.kind == "full":
-        parts = {"weights": weights * 4.0, "optimizer": float(weights * (ADAMW_BYTES + GRADIENT_BYTES))}
-        parts["reference"] = float(weights * b) if second_copy else 0.0
-    else:
-        own = sizes.adapter_parameters(adapter)
-        parts = {"weights": float(weights * b), "adapter and optimizer": own * (4.0 + ADAMW_BYTES + GRADIENT_BYTES)}
+    """A trainer with microbatches of `tokens` tokens and `patches` patches of images. second_copy: a frozen reference
+    of the whole weights, or of the parts that are trained whole. logits: False for a model with a score head, which is
+    too small to count. table: of a model that reads images, what is trained of it."""
+    b = BYTES[dtype]
+    if table is None:
+        own = 0 if adapter.kind == "full" else sizes.adapter_parameters(adapter)
+        table = {"language": Row(adapter.modes["language"], sizes.parameters, own or sizes.parameters)}
+    parts = _weights(table, adapter, b, second_copy)
     # Kept for backward, per token and block: about 12 vectors of the hidden width and 4 of the feed-forward's.
     block = (12 * sizes.hidden + 4 * sizes.intermediate) * b
     kept = sizes.hidden * b * sizes.layers + block if checkpointing else block * sizes.layers
     parts["activations"] = float(tokens * kept)
+    if tower is not None:
+        block = (12 * tower.hidden + 4 * tower.intermediate) * b
+        trained = "vision" in table and table["vision"].trained > 0
+        kept = block * tower.layers if trained and not checkpointing else block + tower.hidden * b * tower.layers
+        parts["activations of images"] = float(patches * (kept if trained else block))
     parts["logits"] = float(2 * min(CHUNK_BYTES, tokens * sizes.vocabulary * 4)) if logits else 0.0
     return Estimate(parts)
+
+
+def _weights(table: Table, adapter: Adapter, b: int, second_copy: bool) -> dict[str, float]:
+    """Bytes of weights, of what the optimizer keeps and of the reference. A model without adapter is float32 as a
+    whole; beside an adapter, the parts that are trained whole are."""
+    every = sum(row.parameters for row in table.values())
+    whole = sum(row.parameters for row in table.values() if row.mode == "full")
+    if adapter.kind == "full":
+        return {
+            "weights": every * 4.0,
+            "optimizer": float(whole * (ADAMW_BYTES + GRADIENT_BYTES)),
+            "reference": float(every * b) if second_copy else 0.0,
+        }
+    lora = sum(row.trained for row in table.values() if row.mode == "lora")
+    kept = lora * (4.0 + ADAMW_BYTES + GRADIENT_BYTES) + whole * float(ADAMW_BYTES + GRADIENT_BYTES)
+    return {
+        "weights": (every - whole) * b + whole * 4.0,
+        "adapter and optimizer": kept,
+        "reference": whole * 4.0 if second_copy else 0.0,
+    }
 
 
 def engine(sizes: Sizes, dtype: str, *, sequences: int, length: int) -> Estimate:

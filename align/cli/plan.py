@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from align.cli import memory
 from align.cli.inputs import DataFacts, ModelFacts
 from align.cli.objective_words import objective_words
+from align.cli.trained import Measured, table_lines
 from align.data.order import DEFAULT_BATCH, BatchPlan
 from align.errors import DataError, ModelError, PlacementError, RecipeError
 from align.losses import configure
@@ -20,7 +21,7 @@ from align.recipe.schema import Adapter, Recipe
 from align.recipe.support import publish_mode, reference_words
 from align.stages.backend import Needs
 from align.stages.context import stage_seed
-from align.stages.defaults import resolved_optim
+from align.stages.defaults import resolved_optim, resolved_rates
 from align.stages.handover import adapter_of, trained_by
 from align.stages.roles import Role, roles_of
 from align.stages.training import SCORED, needs_of, online_turns, record_kind, reference_of
@@ -85,6 +86,8 @@ class Planner:
     def __init__(self, recipe: Recipe, machine: Machine, model: ModelFacts):
         self.recipe, self.machine, self.model = recipe, machine, model
         self.sizes = memory.sizes_of(model.config, model.tokenizer.vocab_size)
+        scratch = None if recipe.model.path else model.tokenizer.vocab_size
+        self.measured = Measured(model.config, scratch)
 
     def model_line(self) -> str:
         where = self.recipe.model.path or "from scratch"
@@ -109,14 +112,17 @@ class Planner:
         optim = resolved_optim(stage, adapter)
         steps = self._steps(stage, facts)
         plan = StagePlan(stage.id, stage.kind, steps, self.roles(stage))
+        table = self.measured.table(adapter)
         losses = " + ".join(t.name if t.weight == 1 else f"{t.weight:g} {t.name}" for t in stage.loss)
         plan.lines += [
-            f"starts from {stage.from_ or 'the model'}; trains {_adapter_words(adapter, self.sizes)}"
+            f"starts from {stage.from_ or 'the model'}; trains {_adapter_words(adapter, self.sizes, table)}"
             f"{_head_words(stage)}; loss {losses}",
             f"reference: {reference_words(adapter, reference_of(stage), self._continues(stage))}",
             f"{_steps_words(steps)} of {_batch_words(stage)}; lr {optim.lr:g} {optim.schedule}, "
             f"warm-up {100 * (optim.warmup or 0):g} %",
         ]
+        if table is not None:
+            plan.lines += table_lines(table, resolved_rates(stage, adapter))
         if stage.kind == "online":
             self._check_length(stage.rollout, facts)
             plan.lines.append(
@@ -264,9 +270,11 @@ class Planner:
     # -------------------------------------------------------------------------------------------- memory
 
     def _estimate(self, plan: StagePlan, stage: Any, adapter: Adapter, facts: DataFacts) -> None:
+        table = self.measured.table(adapter)
         if self.sizes is None:
             plan.lines.append("memory: not estimated, the architecture is not a plain decoder")
             return
+        sizes = replace(self.sizes, others=memory.others(table))
         gpu = self.machine.gpus > 0
         budget = stage.packing.budget(gpu)
         model, reference = self.recipe.model, reference_of(stage)
@@ -280,17 +288,20 @@ class Planner:
         ranks = self.recipe.placement.trainer.ranks
         trainer = "trainer" if ranks == 1 else f"each of {ranks} trainer ranks"
         plan.memory[trainer] = memory.trainer(
-            self.sizes,
+            sizes,
             adapter,
             _dtype(gpu, model.dtype),
             tokens=tokens,
             second_copy=reference in ("start", "base"),
             checkpointing=model.gradient_checkpointing,
             logits=stage.kind not in SCORED,
+            table=table,
+            tower=memory.tower_of(self.model.config),
+            patches=int(tokens * facts.patches),
         )
         if stage.kind == "online":
             plan.memory["each engine"] = memory.engine(
-                self.sizes,
+                sizes,
                 _dtype(gpu, stage.rollout.dtype, model.dtype),
                 sequences=-(-sequences * (stage.staleness + 1) // stage.rollout.workers),
                 length=length,
@@ -374,12 +385,15 @@ def _dtype(gpu: bool, *names: str) -> str:
     return next((name for name in names if name != "auto"), "bfloat16" if gpu else "float32")
 
 
-def _adapter_words(adapter: Adapter, sizes: memory.Sizes | None) -> str:
+def _adapter_words(adapter: Adapter, sizes: memory.Sizes | None, table: memory.Table | None) -> str:
+    whole = " and ".join(adapter.parts("full"))
     if adapter.kind == "full":
-        return "all weights"
-    count = f" ({memory.count(sizes.adapter_parameters(adapter))} parameters)" if sizes else ""
+        return "all weights" if table is None else f"all weights of {whole}"
+    count = f" ({memory.count(sizes.adapter_parameters(adapter))} parameters)" if sizes and table is None else ""
     targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
-    return f"LoRA of rank {adapter.rank}, alpha {adapter.alpha:g} on {targets}{count}"
+    where = "" if table is None else f" of {' and '.join(adapter.parts('lora'))}"
+    beside = f", and all weights of {whole}" if whole else ""
+    return f"LoRA of rank {adapter.rank}, alpha {adapter.alpha:g} on {targets}{where}{count}{beside}"
 
 
 def _steps_words(steps: int | None) -> str:

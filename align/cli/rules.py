@@ -14,7 +14,7 @@ from align.plugins import describe_in_child
 from align.recipe.labels import Labels
 from align.recipe.problems import option_problems
 from align.recipe.schema import Adapter, Recipe, Rollout, TrainStage
-from align.recipe.support import check_adapter, is_offered, publish_mode
+from align.recipe.support import check_adapter, is_sound, publish_mode
 from align.stages.handover import adapter_of, check_adapters, trained_by
 from align.stages.training import SCORED
 from rollout.base import check_engine_options
@@ -317,7 +317,7 @@ def _check_online(recipe: Recipe, stage: Any, found: Findings) -> None:
             stage.id,
         )
     adapter: Adapter = adapter_of(recipe, stage)
-    if is_offered(adapter):  # otherwise the stage that asks for it has been told
+    if is_sound(adapter):  # otherwise the stage that asks for it has been told
         with found.gather(stage.id):
             publish_mode(adapter, stage.rollout)
     with found.gather(stage.id):

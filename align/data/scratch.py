@@ -14,8 +14,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from align.data.readers import Row
 from align.data.sources import apply_columns, open_source
-from align.data.templates import CHATML
+from align.data.templates import chatml
 from align.errors import DataError
+from align.recipe.families import Family
 from align.recipe.schema import TokenizerFromScratch
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -24,12 +25,18 @@ _NOT_TEXT = frozenset({"role", "from", "id", "type"})
 
 
 def train_tokenizer(
-    spec: TokenizerFromScratch, folder: str | Path, *, data_folder: Path | None = None, cache: Path | None = None
+    spec: TokenizerFromScratch,
+    folder: str | Path,
+    *,
+    data_folder: Path | None = None,
+    cache: Path | None = None,
+    family: Family | None = None,
 ) -> None:
     """Train on the text of `spec.train_on` and write a tokenizer that AutoTokenizer, vLLM and we load.
 
     Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja; equal data give equal
-    files. data_folder: what relative paths refer to. Raises DataError where there is no text.
+    files. data_folder: what relative paths refer to. family: of a model that reads images, whose tokens it gets.
+    Raises DataError where there is no text.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,9 +45,10 @@ def train_tokenizer(
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    marks = family.marks if family else ()
     trainer = trainers.BpeTrainer(
         vocab_size=spec.vocab_size,
-        special_tokens=[AddedToken(t, special=True, normalized=False) for t in (PAD, START, END)],
+        special_tokens=[AddedToken(t, special=True, normalized=False) for t in (PAD, START, END, *marks)],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -48,10 +56,10 @@ def train_tokenizer(
     if not texts:
         raise DataError("no text to train a tokenizer on", where=spec.train_on[0].path, remedy="check `train_on`")
     tokenizer.train_from_iterator(texts, trainer, length=len(texts))
-    _write(tokenizer, folder)
+    _write(tokenizer, folder, chatml(family.placeholders if family else {}))
 
 
-def _write(tokenizer: Tokenizer, folder: Path) -> None:
+def _write(tokenizer: Tokenizer, folder: Path, template: str) -> None:
     named = {"eos_token": END, "pad_token": PAD}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -73,7 +81,7 @@ def _write(tokenizer: Tokenizer, folder: Path) -> None:
         "tokenizer.json": tokenizer.to_str(pretty=True),
         "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False),
         "special_tokens_map.json": json.dumps(named, indent=2),
-        "chat_template.jinja": CHATML,
+        "chat_template.jinja": template,
     }
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,17 +54,25 @@ class Distance:
     top1: float
 
 
+# settings of a config that name the tokens which stand for media or stand around them
+MEDIA_TOKENS = re.compile(r"^(boi|eoi|boa|eoa|.*(image|video|audio|vision).*)_token_(id|index)$")
+Sample = np.ndarray | Mapping[str, Tensor]  # token ids i64[n], or what a processor made of a picture and a text
+
+
 def random_tokens(config: Any, seed: int) -> list[np.ndarray]:
-    """i64[n] token sequences, uniform over the vocabulary of a transformers config; n leaves room for one more."""
+    """i64[n] token sequences, uniform over the vocabulary of a transformers config, marks of media left out; n leaves
+    room for one more."""
     text = config.get_text_config()
     length = min(LENGTH, int(getattr(text, "max_position_embeddings", None) or LENGTH + 1) - 1)
     generator = np.random.default_rng([seed, text.vocab_size])
-    return [generator.integers(0, text.vocab_size, length) for _ in range(SEQUENCES)]
+    marks = [value for name, value in config.to_dict().items() if MEDIA_TOKENS.match(name) and isinstance(value, int)]
+    words = np.setdiff1d(np.arange(text.vocab_size), marks)
+    return [words[generator.integers(0, len(words), length)] for _ in range(SEQUENCES)]
 
 
 @torch.no_grad()
-def log_probabilities(model: Any, tokens: Sequence[np.ndarray]) -> list[Tensor]:
-    """f32[n, V] per sequence on the CPU: the distribution after each token.
+def log_probabilities(model: Any, samples: Sequence[Sample]) -> list[Tensor]:
+    """f32[n, V] per sample on the CPU: the distribution after each token.
 
     Of a model with a score head f32[n * K, 2], by output: how likely the text up to each token is preferred to one of
     score 0, and not. That tells any difference in scores, whatever they mean.
@@ -71,15 +80,33 @@ def log_probabilities(model: Any, tokens: Sequence[np.ndarray]) -> list[Tensor]:
     device = next(model.parameters()).device
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     found = []
-    for ids in tokens:
-        inputs = {"input_ids": torch.as_tensor(ids, device=device)[None], "use_cache": False}
+    for sample in samples:
+        if isinstance(sample, Mapping):
+            inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in sample.items()}
+        else:
+            inputs = {"input_ids": torch.as_tensor(sample, device=device)[None]}
+        inputs["use_cache"] = False
         if has_score_head(plain):
             scores = score(plain, plain.base_model(**inputs).last_hidden_state[0]).reshape(-1, 1)
             logits = torch.cat([scores, torch.zeros_like(scores)], dim=-1)
         else:
-            logits = model(**inputs).logits[0].float()
+            logits = _logits(model, inputs)
         found.append(torch.log_softmax(logits, dim=-1).cpu())
     return found
+
+
+def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """f32[n, V]. Raises ExportError where a picture, as its processor made it ready, does not fit the model."""
+    try:
+        logits: Tensor = model(**inputs).logits[0].float()
+    except (RuntimeError, ValueError) as error:
+        if set(inputs) == {"input_ids", "use_cache"}:
+            raise
+        raise ExportError(
+            f"the model cannot read a picture as its processor makes it ready: {error}",
+            remedy="check that the processor's files are those of this model",
+        ) from error
+    return logits
 
 
 def distance(before: Sequence[Tensor], after: Sequence[Tensor]) -> Distance:

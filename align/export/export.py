@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ import align
 from align.errors import ExportError, ModelError, Unsupported
 from align.export.checkpoint import open_checkpoint, rewrite, verify
 from align.export.compare import BOUNDS, random_tokens
+from align.export.images import has_processor
 from align.export.load_probe import plain_logps
 from align.model.adapter_config import CONFIG as ADAPTER_CONFIG
 from align.model.folders import copy_all_but_weights, require_free, written_aside
@@ -43,7 +44,8 @@ TIME_LIMIT_S = 900.0
 
 @dataclass(frozen=True)
 class LoadCheck:
-    """status: "proved", or "not checked" where the loader is not installed (message says why).
+    """status: "proved", or "not checked" where the loader is not installed (message says why, and what of a proof was
+    left out).
 
     mean_difference, max_difference: of log-probabilities of the same tokens in nats: for plain transformers against
     the source folder, for an engine against plain transformers on the exported folder; both in float32 where the
@@ -127,8 +129,8 @@ def export(
         )
         (aside / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     for check in checks:
-        if check.status != "proved":
-            log.warning("%s: loading in %s was not checked: %s", out, check.loader, check.message)
+        if check.message:
+            log.warning("%s: %s in %s: %s", out, check.status, check.loader, check.message)
     return report
 
 
@@ -145,6 +147,7 @@ def make_request(exported: Path, dtype: torch.dtype, seed: int, trust_remote_cod
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "trust_remote_code": trust_remote_code,
+        "image_seed": seed if has_processor(exported) else None,
     }
 
 
@@ -158,7 +161,7 @@ def prove_loading(
 ) -> tuple[LoadCheck, ...]:
     """Load the exported folder in every loader, each in a child, and compare. Raises ExportError."""
     tokens = [np.array(ids, dtype=np.int64) for ids in request["tokens"]]
-    reference = plain_logps(source, tokens, request["trust_remote_code"])
+    reference = plain_logps(source, tokens, request["trust_remote_code"], image_seed=request["image_seed"])
     answer, seconds = run_child("plain", exported, request, time_limit_s)
     plain = _logps("transformers", exported, answer)
     checks = [compare("transformers", plain, reference, dtype, seconds)]
@@ -170,7 +173,8 @@ def prove_loading(
         if answer["status"] == "unavailable":
             checks.append(LoadCheck(engine, "not checked", seconds, message=answer["message"]))
             continue
-        checks.append(compare(engine, _logps(engine, exported, answer), plain, dtype, seconds))
+        found = _logps(engine, exported, answer)
+        checks.append(replace(compare(engine, found, plain[: len(found)], dtype, seconds), message=answer["message"]))
     return tuple(checks)
 
 

@@ -4,7 +4,8 @@
 2. Validate, in float32: each merged module against base + adapter (peft's own forward) on random inputs.
 3. Apply: rewrite the checkpoint file by file, aside.
 4. Prove: every tensor read back bit by bit; the folder loaded in plain transformers and compared with the adapter-on
-   model on random tokens. A fault in any step leaves nothing behind; only then the folder is renamed into place.
+   model on random tokens, and on a picture where it reads images, made ready by its processor. A fault in any
+   step leaves nothing behind; only then the folder is renamed into place.
 
 Without an adapter the folder is copied and cast, under the same proofs.
 
@@ -24,13 +25,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from align.errors import ExportError, Unsupported
 from align.export.checkpoint import Checkpoint, Replacements, open_checkpoint, rewrite, verify
-from align.export.compare import BOUNDS, Distance, distance, log_probabilities, random_tokens, require_close
+from align.export.compare import BOUNDS, Distance, Sample, distance, log_probabilities, random_tokens, require_close
+from align.export.images import image_samples
 from align.model.adapter_config import read_adapter_config, refuse_beyond_lora, scores
 from align.model.adapters import load_frozen, lora_layers
 from align.model.folders import copy_all_but_weights, require_free, written_aside
@@ -45,7 +46,7 @@ from align.model.score_head import (
     load_score_model,
     trained_head,
 )
-from align.model.weights import edit_config, merged_parameters
+from align.model.weights import edit_config, merged_parameters, stored_names
 from align.recipe.labels import Labels
 
 log = logging.getLogger(__name__)
@@ -143,13 +144,14 @@ def merge(
         source = replace(source, files={k: v for k, v in source.files.items() if not k.startswith(LANGUAGE_HEAD)})
     model: Any = _load(base, labels, trust_remote_code)
     tokens = random_tokens(model.config, seed)
-    without = log_probabilities(model, tokens)
+    samples: list[Sample] = [*tokens, *image_samples(base, seed, trust_remote_code)]
+    without = log_probabilities(model, samples)
     tied = _is_tied(model)
     peft = None if adapter is None else load_frozen(model, adapter, use="merge")
     written = source.dtype if dtype == "auto" else resolve_dtype(dtype, "cpu")
     plan = Plan(source, adapter, out, written, seed, *plan_modules(source, model, peft, tied))
     errors = {} if peft is None else prove_modules(peft, seed)
-    trained = without if peft is None else log_probabilities(peft, tokens)
+    trained = without if peft is None else log_probabilities(peft, samples)
     with written_aside(out, "merged model") as aside:
         replaced = replacements(plan, peft)
         size = rewrite(source, aside, plan.dtype, replaced)
@@ -160,7 +162,8 @@ def merge(
         count = verify(source, aside, plan.dtype, replaced)
         replaced, peft, model = {}, None, None
         gc.collect()  # the proof loads a second model: let go of the first
-        measured = prove_folder(aside, plan, trained, tokens, trust_remote_code)
+        samples = [*tokens, *image_samples(aside, seed, trust_remote_code)]
+        measured = prove_folder(aside, plan, trained, samples, trust_remote_code)
         proofs = Proofs(errors, measured, distance(trained, without), count, size)
         report = _report(plan, proofs, time.perf_counter() - started)
         (aside / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
@@ -190,10 +193,13 @@ def plan_modules(
     """
     modules: dict[str, tuple[str, str | None]] = {}
     untied = False
+    stored = {} if peft is None else stored_names(model)
     for path, layer in () if peft is None else lora_layers(peft):
         is_tied_head = tied and layer is model.get_output_embeddings()
         untied = untied or is_tied_head
         weight, bias = f"{path}.weight", f"{path}.bias" if layer.lora_bias.get("default") else None
+        weight = stored.get(weight, weight)
+        bias = stored.get(bias, bias) if bias is not None else None
         for name in (weight, bias):
             if name is not None and name not in source.files and not is_tied_head:
                 raise Unsupported(
@@ -262,14 +268,14 @@ def module_error(layer: Any, weight: Tensor, bias: Tensor | None, seed: int, sam
 
 
 def prove_folder(
-    folder: Path, plan: Plan, trained: list[Tensor], tokens: list[np.ndarray], trust_remote_code: bool
+    folder: Path, plan: Plan, trained: list[Tensor], samples: list[Sample], trust_remote_code: bool
 ) -> Distance:
     """Load a written folder in plain transformers and compare it with what was trained. Raises ExportError."""
     model = _load(folder, folder_labels(folder), trust_remote_code)
     if plan.untied and model.config.get_text_config().tie_word_embeddings:
         # transformers would see two weights and leave them apart; engines go by the config
         raise ExportError("the head was untied, but the written config.json still ties it", where=plan.out)
-    measured = distance(trained, log_probabilities(model, tokens))
+    measured = distance(trained, log_probabilities(model, samples))
     require_close(measured, BOUNDS[plan.dtype], "the merged model", plan.dtype)
     return measured
 

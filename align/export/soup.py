@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from align.errors import ExportError, ModelError, Unsupported, UserError
-from align.model.adapter_config import CONFIG, WEIGHTS, read_adapter_config, refuse_beyond_lora, weights_file
+from align.model.adapter_config import CONFIG, OWN_BASE, WEIGHTS, read_adapter_config, refuse_beyond_lora, weights_file
 from align.model.folders import written_aside
 
 BOUND = 1e-6
@@ -128,6 +128,12 @@ def read_part(folder: Path) -> Part:
 
     config = read_adapter_config(folder)
     refuse_beyond_lora(config, folder, "train")
+    if (folder / OWN_BASE).is_dir():
+        raise Unsupported(
+            "parts of the model were trained whole beside this adapter, and are not in it",
+            where=folder,
+            remedy="soups are of adapters alone: train with `tune` at lora or frozen",
+        )
     file = weights_file(folder)
     try:
         state = load_file(file)

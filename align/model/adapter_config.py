@@ -8,9 +8,11 @@ from typing import Any
 
 from align.errors import ModelError, Unsupported
 from align.recipe.schema import Adapter
+from align.recipe.support import BASE_BESIDE_ADAPTER
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+OWN_BASE = BASE_BESIDE_ADAPTER  # where parts of the model were trained whole beside the adapter
 HEAD = "score"  # the module of a model that scores, saved whole beside the adapter
 PEFT_HEADS = {HEAD, "classifier"}  # peft's task type SEQ_CLS names both, whichever the model has
 

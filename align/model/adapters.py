@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +21,7 @@ from align.errors import ModelError, Unsupported
 from align.model.adapter_config import (
     CONFIG,
     HEAD,
+    OWN_BASE,
     WEIGHTS,
     read_adapter_config,
     refuse_beyond_lora,
@@ -170,6 +171,13 @@ def _config_of(model: Any, folder: Path, use: str) -> LoraConfig:
             where=folder,
             remedy="give the stage the adapter's labels in their order, or put a merge of the stage before between",
         )
+    own = folder / OWN_BASE
+    if own.is_dir() and Path(model.name_or_path).resolve() != own.resolve():
+        raise ModelError(
+            f"the adapter belongs on its own base, with the parts that were trained whole, not on {model.name_or_path}",
+            where=folder,
+            remedy=f"give {own} as the base",
+        )
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = False
     return config
@@ -302,8 +310,11 @@ def use_adapter(peft: PeftModel, name: str | None) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------- saving
 
 
-def save(peft: PeftModel, folder: Path, name: str = DEFAULT) -> None:
+def save(peft: PeftModel, folder: Path, name: str = DEFAULT, *, beside: Callable[[Path], None] | None = None) -> None:
     """Write an adapter in peft layout (adapter_config.json, adapter_model.safetensors), complete or not at all.
+
+    beside: writes the base that the adapter belongs on into the folder it is given, as `OWN_BASE`; the adapter's
+    configuration then names no other, which would lack what was trained.
 
     Raises UserError where `folder` already holds files.
     """
@@ -318,6 +329,9 @@ def save(peft: PeftModel, folder: Path, name: str = DEFAULT) -> None:
     }
     config["inference_mode"] = True
     with written_aside(Path(folder), "adapter") as aside:
+        if beside is not None:
+            beside(aside)
+            config["base_model_name_or_path"] = OWN_BASE
         save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
         (aside / CONFIG).write_text(text + "\n", encoding="utf-8")

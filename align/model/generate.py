@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -26,7 +26,8 @@ from torch import Tensor
 from align.errors import AlignError, EngineError, Unsupported
 from align.model import adapters
 from align.model.load import load_model, quiet, resolve_dtype
-from align.protocols import Completion, FailedPrompt, Group, PromptItem, Publication, Sampling, end_ids
+from align.model.prompt_inputs import prompt_inputs
+from align.protocols import Completion, FailedPrompt, Group, Medium, PromptItem, Publication, Sampling, end_ids
 
 MAX_ROWS = 64  # completions computed at once: bounds the key-value cache
 
@@ -164,11 +165,10 @@ class TransformersEngine:
             for n, item in enumerate(prompts)
             for i in range(group_size)
         ]
-        ids, mask = _left_padded([item.token_ids for item in prompts])
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        logits, cache = self._forward(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), None)
+        mask, position, inputs = prompt_inputs(self._model, [(i.token_ids, i.media) for i in prompts], self.device)
+        logits, cache = self._forward(inputs, None)
         cache.batch_repeat_interleave(group_size)
-        logits, mask = logits.repeat_interleave(group_size, 0), mask.repeat_interleave(group_size, 0)
+        logits, mask, position = (t.repeat_interleave(group_size, 0) for t in (logits, mask, position))
         live = rows
         while True:
             tokens = self._sample(live, logits, sampling)
@@ -180,16 +180,16 @@ class TransformersEngine:
             if len(keep) < len(live):
                 index = torch.tensor(keep, device=self.device)
                 cache.batch_select_indices(index)
-                mask, tokens, live = mask[index], tokens[index], [live[n] for n in keep]
+                mask, tokens, position, live = mask[index], tokens[index], position[index], [live[n] for n in keep]
             mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
-            logits, cache = self._forward(tokens[:, None], mask, mask.sum(-1, keepdim=True) - 1, cache)
+            inputs = {"input_ids": tokens[:, None], "attention_mask": mask, "position_ids": position[:, None]}
+            logits, cache = self._forward(inputs, cache)
+            position = position + 1
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    def _forward(self, inputs: Mapping[str, Any], cache: Any) -> tuple[Tensor, Any]:
         """Logits f32[B, V] after the last token of each row, and the cache."""
         extra = {"logits_to_keep": 1} if self._last_only else {}
-        out = self._model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **extra
-        )
+        out = self._model(**inputs, past_key_values=cache, use_cache=True, **extra)
         return out.logits[:, -1].float(), out.past_key_values
 
     def _sample(self, rows: list[_Row], logits: Tensor, sampling: Sampling) -> Tensor:
@@ -256,13 +256,14 @@ class TransformersEngine:
         )
 
     @torch.no_grad()
-    def logps(self, token_ids: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """f32[n - 1] per sequence of n tokens: log-probability of each token after the first, at temperature 1."""
+    def logps(self, token_ids: Sequence[np.ndarray], media: Sequence[Sequence[Medium]] = ()) -> list[np.ndarray]:
+        """See `rollout.base.Engine`."""
         self._require_version("score")
         result = []
-        for ids in token_ids:
+        for ids, some in zip(token_ids, media or [()] * len(token_ids), strict=True):
             tokens = torch.as_tensor(ids, dtype=torch.int64, device=self.device)
-            logits = self._model(input_ids=tokens[None], use_cache=False).logits[0, :-1].float()
+            inputs = prompt_inputs(self._model, [(ids, some)], self.device).tensors
+            logits = self._model(**inputs, use_cache=False).logits[0, :-1].float()
             logps = torch.log_softmax(logits, dim=-1).gather(-1, tokens[1:, None])[:, 0]
             result.append(logps.cpu().numpy())
         return result
@@ -334,16 +335,16 @@ class TransformersEngine:
         if sent.keys() != held.keys():
             odd = sorted(sent.keys() ^ held.keys())
             raise EngineError(f"{len(odd)} weights were sent but are not held, or the reverse: {', '.join(odd[:4])}")
-        own = self._model.state_dict()
-        if not all(name in own for name in sent):
+        own = {tensor.data_ptr() for tensor in self._model.state_dict().values()}
+        if not all(tensor.data_ptr() in own for tensor in held.values()):  # renamed is no matter: fused is
             raise Unsupported(
-                f"{type(self._model).__name__} holds its weights under other names than its checkpoint",
+                f"{type(self._model).__name__} holds its weights in another form than its checkpoint",
                 where="rollout.name",
                 remedy="use rollout.name=vllm",
             )
         with torch.no_grad():
             for name, tensor in sent.items():
-                own[name].copy_(tensor)
+                held[name].copy_(tensor)
         digest = adapters.weights_digest(self._model, self.dtype)
         self._require_equal(digest, publication)
         self._serve(None, publication.version)
@@ -379,13 +380,3 @@ def _uniforms(seed: int, number: int, count: int) -> np.ndarray:
     """f64[count] in [0, 1): the stream of completion `number` of the prompt with this seed."""
     key = np.array([seed, number], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).random(count)
-
-
-def _left_padded(prompts: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask i64[B, L]; every prompt ends in the last column."""
-    longest = max(len(ids) for ids in prompts)
-    ids, mask = torch.zeros(len(prompts), longest, dtype=torch.int64), torch.zeros(len(prompts), longest).long()
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.as_tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    return ids, mask

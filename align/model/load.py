@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,11 +69,15 @@ def load_model(
 
 def _auto_class(folder: Path) -> Any:
     """transformers' auto class for what config.json describes."""
+    file = folder / "config.json"
+    return auto_class_of(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {})
+
+
+def auto_class_of(config: Mapping[str, Any]) -> Any:
+    """transformers' auto class for a configuration: of a language model, or of one that reads images too."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto as known
 
-    file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     name = config.get("model_type")
     images = name in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     alone = name in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "vision_config" not in config

@@ -10,7 +10,9 @@ from torch import nn
 
 from align.errors import ModelError, Unsupported
 from align.model.adapter_config import HEAD
-from align.recipe.schema import Adapter, Tune
+from align.model.parts import parts_of
+from align.recipe.schema import Adapter
+from align.recipe.support import refuse_parts_of_text
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -26,13 +28,17 @@ def fresh_config(model: Any, adapter: Adapter) -> LoraConfig:
             where="adapter.kind",
             remedy="use kind: lora or kind: full",
         )
-    if adapter.tune != Tune():
-        raise Unsupported(
-            "`tune` chooses among parts of vision-language models; a language model has one part",
-            where="adapter.tune",
-            remedy="remove it; use `targets` and `exclude` to choose modules",
-        )
-    linear = linear_modules(model)
+    parts = parts_of(model)
+    if parts.one:
+        refuse_parts_of_text(adapter)
+    linear = [name for name in linear_modules(model) if adapter.modes[parts.of(name)] == "lora"]
+    for part in adapter.parts("lora"):
+        if not any(parts.of(name) == part for name in linear):
+            raise ModelError(
+                f"`adapter.tune.{part}: lora`, and the {part} part of {type(model).__name__} has no linear layer",
+                where=f"adapter.tune.{part}",
+                remedy="set it to full or to frozen",
+            )
     for word in adapter.exclude:
         _require_match(word, linear, "adapter.exclude")
     alpha = int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha
@@ -66,41 +72,51 @@ def linear_modules(model: Any) -> list[str]:
 
 
 def _resolve_targets(model: Any, targets: str | tuple[str, ...], linear: list[str]) -> list[str] | str:
+    """What peft is told. linear: the layers of the parts that get LoRA; no other is matched."""
     if targets == "all-linear":
-        wanted = set(linear) - {head_name(model)}
-        leaves = {name.rpartition(".")[2] for name in wanted}
-        matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves}
-        # short names where they mean the same: every tool reads them, and the file stays small
-        return sorted(leaves) if matched == wanted else sorted(wanted)
+        return _short(model, set(linear) - {head_name(model)})
     if isinstance(targets, str) and not re.fullmatch(r"[\w.]+", targets):
         try:
-            matches = any(re.fullmatch(targets, name) for name in linear)
+            matched = {name for name in linear_modules(model) if re.fullmatch(targets, name)}
         except re.error as error:
             raise ModelError(
                 f"{targets!r} is no regular expression: {error}",
                 where="adapter.targets",
             ) from error
-        if not matches:
+        if not matched:
             raise ModelError(
                 f"{targets!r} matches no linear layer of the model",
                 where="adapter.targets",
             )
-        return targets
+        return targets if matched <= set(linear) else sorted(matched & set(linear))
     words = (targets,) if isinstance(targets, str) else targets
     for word in words:
         _require_match(word, linear, "adapter.targets")
-    return sorted(words)
+    matched = {name for name in linear if any(_is_called(name, word) for word in words)}
+    everywhere = {name for name in linear_modules(model) if any(_is_called(name, word) for word in words)}
+    return sorted(words) if matched == everywhere else sorted(matched)
+
+
+def _short(model: Any, wanted: set[str]) -> list[str]:
+    """Short names where they mean the same: every tool reads them, and the file stays small."""
+    leaves = {name.rpartition(".")[2] for name in wanted}
+    matched = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves}
+    return sorted(leaves) if matched == wanted else sorted(wanted)
+
+
+def _is_called(name: str, word: str) -> bool:
+    return name == word or name.endswith(f".{word}")
 
 
 def _require_match(word: str, linear: list[str], where: str) -> None:
-    if any(name == word or name.endswith(f".{word}") for name in linear):
+    if any(_is_called(name, word) for name in linear):
         return
     leaves = sorted({name.rpartition(".")[2] for name in linear})
     near = difflib.get_close_matches(word, leaves, n=1)
     raise ModelError(
-        f"{word!r} is no linear layer of the model",
+        f"{word!r} is no linear layer of what gets LoRA",
         where=where,
-        remedy=(f"did you mean {near[0]!r}? " if near else "") + f"the model has {', '.join(leaves)}",
+        remedy=(f"did you mean {near[0]!r}? " if near else "") + f"it has {', '.join(leaves)}",
     )
 
 

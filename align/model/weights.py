@@ -146,6 +146,14 @@ def _checkpoint_names(model: Any, state: dict[str, Tensor]) -> Iterator[tuple[st
     yield from revert_weight_conversion(model, state).items()
 
 
+def stored_names(model: Any) -> dict[str, str]:
+    """Name in checkpoints of each parameter that is stored by itself, by its name in the model before any adapter;
+    those that are fused with others or split in checkpoints are left out."""
+    state = dict(_untied_state(model))
+    own = {id(tensor): name for name, tensor in state.items()}
+    return {own[id(tensor)]: stored for stored, tensor in _checkpoint_names(model, state) if id(tensor) in own}
+
+
 # ------------------------------------------------------------------------------------------------------- folders
 
 

@@ -1,8 +1,9 @@
 """Which adapter kinds, engines and ways of publishing go together: the one table, asked by the check and by a run.
 
 An adapter travels alone where the engine serves adapters; whole weights travel where there is no adapter (full
-fine-tuning), or where the recipe wants them merged (`rollout.weights: merged`: adapter kernels are several times slower
-than the base on a CPU).
+fine-tuning), where it is not all that is trained (a part of the model is trained whole beside it), where engines would
+leave some of it out (LoRA on the tower of images: vLLM ignores it unless told otherwise), or where the recipe wants
+them merged (`rollout.weights: merged`: adapter kernels are several times slower than the base on a CPU).
 """
 
 from __future__ import annotations
@@ -10,15 +11,25 @@ from __future__ import annotations
 from typing import Literal
 
 from align.errors import RecipeError, Unsupported
-from align.recipe.schema import Adapter, Rollout, Tune
+from align.recipe.schema import Adapter, Rollout
 
 Publish = Literal["adapter", "weights"]
+Trained = Literal["lora", "tower", "mixed", "full"]  # LoRA on language alone; on a tower too; beside whole parts; none
 
-# (adapter kind, rollout.weights) -> what engines receive, or why not and what to do. The same for both engines.
-_PUBLISH: dict[tuple[str, str], Publish | tuple[str, str]] = {
+# (what is trained, rollout.weights) -> what engines receive, or why not and what to do. The same for both engines.
+_PUBLISH: dict[tuple[Trained, str], Publish | tuple[str, str]] = {
     ("lora", "auto"): "adapter",
     ("lora", "adapter"): "adapter",
     ("lora", "merged"): "weights",
+    ("tower", "auto"): "weights",
+    ("tower", "adapter"): "adapter",
+    ("tower", "merged"): "weights",
+    ("mixed", "auto"): "weights",
+    ("mixed", "merged"): "weights",
+    ("mixed", "adapter"): (
+        "the parts that are trained whole (`adapter.tune`) are not in the adapter",
+        "leave `rollout.weights` out, or use merged",
+    ),
     ("full", "auto"): "weights",
     ("full", "merged"): "weights",
     ("full", "adapter"): ("a full fine-tune has no adapter to send", "leave `rollout.weights` out, or use merged"),
@@ -27,39 +38,87 @@ _KINDS_NOT_BUILT = {
     "qlora": "use `kind: lora`; `model.dtype: bfloat16` halves the base's memory",
     "dora": "use `kind: lora`",
 }
+TOWER_OPTION = "enable_tower_connector_lora"  # vllm.config.lora: without it LoRA on towers and connectors is ignored
+BASE_BESIDE_ADAPTER = "base"  # model folder inside an adapter's: the base with the parts that were trained whole
 LARGEST_SERVED_RANK = {"vllm": 512}  # vllm.config.lora.MaxLoRARanks
 
 
+def trained(adapter: Adapter) -> Trained:
+    """The row of the table that an adapter belongs to."""
+    if adapter.kind == "full":
+        return "full"
+    if adapter.mixed:
+        return "mixed"
+    return "tower" if set(adapter.parts("lora")) - {"language"} else "lora"
+
+
 def check_adapter(adapter: Adapter) -> None:
-    """Raise Unsupported for an adapter that this version cannot train."""
+    """Raise Unsupported for an adapter that this version cannot train, RecipeError for one that contradicts itself."""
     if adapter.kind in _KINDS_NOT_BUILT:
         raise Unsupported(
             f"`adapter.kind: {adapter.kind}` is not offered by this version",
             where="adapter.kind",
             remedy=_KINDS_NOT_BUILT[adapter.kind],
         )
-    if adapter.tune != Tune():
-        raise Unsupported(
-            "`adapter.tune` chooses among the parts of vision-language models, which this version does not train",
+    with_lora = adapter.parts("lora")
+    if adapter.kind == "full" and with_lora:
+        raise RecipeError(
+            f"`adapter.tune.{with_lora[0]}: lora` with `adapter.kind: full`, which makes no adapter",
+            where=f"adapter.tune.{with_lora[0]}",
+            remedy="write `kind: lora`; `tune` then says which parts are trained whole beside it",
+        )
+    if adapter.kind == "full" and not adapter.parts("full"):
+        raise RecipeError(
+            "`adapter.tune` freezes every part of the model",
             where="adapter.tune",
-            remedy="leave it out; `targets` and `exclude` choose modules of a language model",
+            remedy="set one of vision, projector and language to full",
+        )
+    if adapter.kind != "full" and not with_lora:
+        raise RecipeError(
+            f"`adapter.kind: {adapter.kind}`, and `adapter.tune` puts LoRA on no part of the model",
+            where="adapter.tune",
+            remedy="write `kind: full` to train whole parts and nothing else, or set a part to lora",
         )
 
 
-def is_offered(adapter: Adapter) -> bool:
+def is_sound(adapter: Adapter) -> bool:
     """Whether `check_adapter` lets it pass."""
-    return adapter.kind not in _KINDS_NOT_BUILT and adapter.tune == Tune()
+    try:
+        check_adapter(adapter)
+    except (Unsupported, RecipeError):
+        return False
+    return True
+
+
+def refuse_parts_of_text(adapter: Adapter) -> None:
+    """Raise Unsupported where `tune` asks of a model of text for other than what `kind` says."""
+    usual = Adapter(kind=adapter.kind).modes
+    wanted = [part for part, mode in adapter.modes.items() if mode != usual[part]]
+    if wanted:
+        raise Unsupported(
+            f"`adapter.tune.{wanted[0]}` chooses among the parts of models that see; this one reads text alone",
+            where=f"adapter.tune.{wanted[0]}",
+            remedy="leave it out; `kind` says how it is trained, `targets` and `exclude` choose modules",
+        )
 
 
 def publish_mode(adapter: Adapter, rollout: Rollout) -> Publish:
     """What the engines of an online stage receive. Raises RecipeError or Unsupported for combinations that fail."""
     check_adapter(adapter)
-    verdict = _PUBLISH[adapter.kind, rollout.weights]
+    how = trained(adapter)
+    verdict = _PUBLISH[how, rollout.weights]
     if isinstance(verdict, tuple):
         raise RecipeError(
             f"`rollout.weights: {rollout.weights}` with `adapter.kind: {adapter.kind}`: {verdict[0]}",
             where="rollout.weights",
             remedy=verdict[1],
+        )
+    if how == "tower" and verdict == "adapter" and rollout.name == "vllm" and not rollout.engine.get(TOWER_OPTION):
+        raise Unsupported(
+            "`rollout.weights: adapter` with LoRA on the vision tower or the projector, which vLLM ignores by default",
+            where="rollout.weights",
+            remedy=f"leave it out (merged weights are sent), or set `rollout.engine.{TOWER_OPTION}: true` where vLLM "
+            "serves it for this family",
         )
     if rollout.publish == "in_flight" and (verdict == "adapter" or rollout.name != "vllm"):
         why = "adapters" if verdict == "adapter" else f"`rollout.name: {rollout.name}`"
@@ -88,6 +147,7 @@ def reference_words(adapter: Adapter, reference: object, continues_adapter: bool
         return f"{getattr(reference, 'path', reference)}, in an actor of its own"
     if adapter.kind == "full":
         return f"{reference}: a frozen second copy of the weights beside the policy"
+    copy = f" and a frozen copy of {' and '.join(adapter.parts('full'))}" if adapter.mixed else ""
     if reference == "start" and continues_adapter:
-        return "start: a frozen copy of the starting adapter on the same base"
-    return f"{reference}: the same base with its adapter off"
+        return f"start: a frozen copy of the starting adapter on the same base{copy}"
+    return f"{reference}: the same base with its adapter off{copy}"

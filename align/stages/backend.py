@@ -6,15 +6,28 @@ data. Nothing here knows Ray, torch or vLLM.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from align.protocols import Fleet, PromptItem, Scorer, Trainer
 from align.recipe.labels import Labels
-from align.recipe.schema import Adapter, LossTerm, Model, Optim, Packing, ReferencePath, Reward, Rollout
+from align.recipe.schema import (
+    Adapter,
+    LossTerm,
+    Media,
+    Model,
+    Optim,
+    Packing,
+    Part,
+    Rate,
+    ReferencePath,
+    Reward,
+    Rollout,
+)
 from align.stages.processes import ProcessId
 
 
@@ -37,7 +50,8 @@ class Start:
 @dataclass(frozen=True)
 class TrainerJob:
     """A policy to train. total: the stage's updates; rollout: how engines sample it, None offline; seed: of fresh
-    adapter weights and dropout; trainable False: forward only, for evaluation; labels: of a classifier's head."""
+    adapter weights and dropout; trainable False: forward only, for evaluation; rates: of the model's parts, where they
+    are not `optim`'s; labels: of a classifier's head."""
 
     stage_id: str
     model: Model
@@ -51,12 +65,14 @@ class TrainerJob:
     rollout: Rollout | None = None
     trainable: bool = True
     labels: Labels | None = None
+    rates: Mapping[Part, Rate] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class FleetJob:
     """Engines to start. adapter_rank: 0 where whole weights or nothing is published; longest_prompt: tokens; versions:
-    how many may be in use at once."""
+    how many may be in use at once; media: the largest number of each kind in one prompt; pixels: min_pixels and
+    max_pixels where the recipe sets them."""
 
     stage_id: str
     model: Model
@@ -67,6 +83,8 @@ class FleetJob:
     longest_prompt: int
     seed: int
     versions: int = 1
+    media: Mapping[str, int] = field(default_factory=dict)
+    pixels: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,3 +148,17 @@ class Backend(Protocol):
 
 def longest_prompt(prompts: Sequence[PromptItem]) -> int:
     return max((len(prompt.token_ids) for prompt in prompts), default=1)
+
+
+def most_media(prompts: Sequence[PromptItem]) -> dict[str, int]:
+    """The largest number of each kind of media in one prompt; {} where all are text."""
+    most: Counter[str] = Counter()
+    for prompt in prompts:
+        most |= Counter(medium.kind for medium in prompt.media)
+    return dict(most)
+
+
+def pixel_limits(media: Media) -> dict[str, int]:
+    """min_pixels and max_pixels where the recipe sets them."""
+    limits = {"min_pixels": media.min_pixels, "max_pixels": media.max_pixels}
+    return {name: limit for name, limit in limits.items() if limit is not None}

@@ -1,10 +1,10 @@
-"""Values that a recipe may leave out and that depend on the stage: learning rate and schedule."""
+"""Values that a recipe may leave out and that depend on the stage: learning rates and schedule."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from align.recipe.schema import Adapter, Optim
+from align.recipe.schema import Adapter, Optim, Part, Rate
 
 # Learning rates by (stage kind, trains an adapter): what TRL, ms-swift and the LoRA papers use as starting points.
 LEARNING_RATES = {
@@ -39,3 +39,20 @@ def resolved_optim(stage: Any, adapter: Adapter) -> Optim:
             "warmup": warmup if optim.warmup is None else optim.warmup,
         }
     )
+
+
+def resolved_rates(stage: Any, adapter: Adapter) -> dict[Part, Rate]:
+    """Learning rate and weight decay of each part that is trained. A part without its own has the stage's; where the
+    stage leaves its learning rate open too, a part that is trained whole has what whole models have by default."""
+    optim = resolved_optim(stage, adapter)
+    assert optim.lr is not None
+    rates: dict[Part, Rate] = {}
+    for part, mode in adapter.modes.items():
+        if mode == "frozen":
+            continue
+        own, lr = getattr(adapter.tune, part), optim.lr
+        if stage.optim.lr is None and mode == "full":
+            lr = LEARNING_RATES[stage.kind, False]
+        own_lr, own_decay = (own.lr, own.weight_decay) if own is not None else (None, None)
+        rates[part] = Rate(lr if own_lr is None else own_lr, optim.weight_decay if own_decay is None else own_decay)
+    return rates

@@ -17,7 +17,7 @@ import numpy as np
 from align.errors import Interrupted
 from align.protocols import Metrics, Publication
 from align.recipe.schema import EvaluateStage, Optim
-from align.stages.backend import FleetJob, Needs, Start, TrainerJob, longest_prompt
+from align.stages.backend import FleetJob, Needs, Start, TrainerJob, longest_prompt, most_media, pixel_limits
 from align.stages.context import Context, opened
 from align.stages.handover import adapter_of, weights_of
 from align.stages.loop import StageResult
@@ -75,6 +75,8 @@ async def _by_rewards(context: Context, stage: EvaluateStage, name: str) -> Metr
             adapter_rank=0,
             longest_prompt=longest_prompt(prompts),
             seed=context.recipe.seed,
+            media=most_media(prompts),
+            pixels=pixel_limits(context.recipe.media),
         )
         judges = scorer_job(context, stage, stage.rewards)
         needs = Needs(engines=stage.rollout.workers, scorers=1)

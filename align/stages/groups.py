@@ -115,7 +115,7 @@ def to_trees(groups: Sequence[Group], advantages: np.ndarray, masked: np.ndarray
             _branch(c, float(advantages[i]), bool(masked[i])) for c, i in zip(group.completions, rows, strict=True)
         ]
         ids = group.prompt.token_ids
-        trunk = Segment(token_ids=ids, loss_mask=np.zeros(len(ids), dtype=bool))
+        trunk = Segment(token_ids=ids, loss_mask=np.zeros(len(ids), dtype=bool), media=group.prompt.media)
         # an empty completion has no token to predict; the packer refuses an empty segment
         kept = tuple(branch for branch in branches if len(branch))
         if kept:

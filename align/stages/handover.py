@@ -10,6 +10,7 @@ from typing import Any
 
 from align.errors import ModelError, RecipeError, RunFolderError
 from align.recipe.schema import Adapter, Recipe
+from align.recipe.support import BASE_BESIDE_ADAPTER
 from align.stages.backend import Start
 
 
@@ -117,4 +118,6 @@ def weights_of(recipe: Recipe, name: str, which: str, done: Mapping[str, Mapping
         )
     if f"{prefix}model" in artefacts:
         return Start(Path(artefacts[f"{prefix}model"]), None, config)
-    return Start(Path(entry["start"]["base"]), Path(artefacts[f"{prefix}adapter"]), config)
+    adapter = Path(artefacts[f"{prefix}adapter"])
+    own = adapter / BASE_BESIDE_ADAPTER
+    return Start(own if own.is_dir() else Path(entry["start"]["base"]), adapter, config)

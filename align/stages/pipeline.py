@@ -14,6 +14,7 @@ from typing import Any
 
 from align.data.scratch import train_tokenizer
 from align.hub import resolve_model_folder
+from align.recipe.families import family_of
 from align.recipe.schema import Recipe
 from align.stages.backend import Backend, Start
 from align.stages.context import Context, stage_seed
@@ -22,6 +23,7 @@ from align.stages.files import remove_folder, remove_leftovers, written_aside
 from align.stages.fingerprint import fingerprint
 from align.stages.handover import Origin, check_adapters, start_of
 from align.stages.loop import Report, StageResult
+from align.stages.media_limits import carry_limits
 from align.stages.publication import PublicationFolder
 from align.stages.runfolder import METRICS, RunFolder, cut_metrics
 from align.stages.training import run_offline, run_online
@@ -69,6 +71,7 @@ async def _one_folder(
     finally:
         remove_leftovers(target.parent)
     context.carry_template(target)
+    carry_limits(target, context.recipe.media)
     metrics = {k: float(v) for k, v in report.items() if isinstance(v, int | float)}
     context.report.step(stage.id, 1, metrics)
     return StageResult(1, time.perf_counter() - begun, 0.0, metrics, {"model": str(target)})
@@ -156,6 +159,6 @@ async def _origin(recipe: Recipe, run: RunFolder, backend: Backend, report: Repo
         assert model.tokenizer is not None, "the recipe's grammar ties `config` and `tokenizer`"
         report.message("base: training the tokenizer and writing the model from scratch")
         with written_aside(base) as aside:
-            await asyncio.to_thread(train_tokenizer, model.tokenizer, aside)
+            await asyncio.to_thread(train_tokenizer, model.tokenizer, aside, family=family_of(model.config))
             await backend.write_base(model, aside, stage_seed(recipe.seed, "base"))
     return Origin(base, None)

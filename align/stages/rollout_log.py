@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from align.errors import RunFolderError
+from align.mediastore import described
 from align.protocols import Group, ScoreTable
 from align.stages.files import sync_folder
 
@@ -27,7 +28,8 @@ _SCORE = "objective/"
 class RolloutLog:
     """Writer of `folder/step-000010.parquet`, named by the last turn inside.
 
-    Columns: step, group_id, sample, origin, prompt, completion, token_ids, one float column `objective/<name>` each
+    Columns: step, group_id, sample, origin, prompt, media (paths of what stands in the prompt, in
+    order), completion, token_ids, one float column `objective/<name>` each
     (null where missing), advantage (null where not trained on), trained, finish, version (of the first token),
     mean_logp (of the sampler). The metadata `KINDS` says which objectives are costs.
     """
@@ -70,6 +72,7 @@ class RolloutLog:
                         "sample": sample,
                         "origin": group.prompt.origin,
                         "prompt": prompt,
+                        "media": [described(medium)["path"] for medium in group.prompt.media],
                         "completion": completion.text,
                         "token_ids": np.asarray(completion.token_ids, dtype=np.int32),
                         **scores,

@@ -17,9 +17,9 @@ from align.protocols import PromptItem, Sampling, Trainer, Tree
 from align.recipe.schema import DataSource, LossTerm, ReferencePath, Reward, Rollout
 from align.recipe.schema import OnlineStage as OnlineSettings
 from align.recipe.support import check_adapter, publish_mode
-from align.stages.backend import FleetJob, Needs, ScorerJob, Start, TrainerJob, longest_prompt
+from align.stages.backend import FleetJob, Needs, ScorerJob, Start, TrainerJob, longest_prompt, most_media, pixel_limits
 from align.stages.context import Context, opened
-from align.stages.defaults import resolved_optim
+from align.stages.defaults import resolved_optim, resolved_rates
 from align.stages.groups import PromptCursor
 from align.stages.handover import start_of
 from align.stages.loop import Loop, StageResult, every_steps, latest_checkpoint
@@ -86,6 +86,7 @@ def trainer_job(context: Context, stage: Any, start: Start, total: int, rollout:
         start=start,
         losses=stage.loss,
         optim=resolved_optim(stage, start.config),
+        rates=resolved_rates(stage, start.config),
         total=total,
         packing=stage.packing,
         seed=context.seed(stage.id),
@@ -263,4 +264,6 @@ def fleet_job(context: Context, stage: OnlineSettings, start: Start, prompts: li
         longest_prompt=longest_prompt(prompts),
         seed=context.recipe.seed,
         versions=stage.staleness + 1,
+        media=most_media(prompts),
+        pixels=pixel_limits(context.recipe.media),
     )

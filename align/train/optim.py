@@ -3,27 +3,47 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from align.recipe.schema import Optim
+from align.recipe.schema import Optim, Part, Rate
 
 
-def make_optimizer(parameters: Iterable[torch.nn.Parameter], optim: Optim) -> torch.optim.Optimizer:
-    """AdamW (1711.05101) with decay on matrices only: biases, norms and other vectors are left alone."""
-    matrices: list[torch.nn.Parameter] = []
-    vectors: list[torch.nn.Parameter] = []
-    for p in parameters:
-        (matrices if p.ndim > 1 else vectors).append(p)
-    groups = [
-        {"params": matrices, "weight_decay": optim.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+def make_optimizer(
+    parts: Mapping[Part, Sequence[torch.nn.Parameter]], optim: Optim, rates: Mapping[Part, Rate]
+) -> torch.optim.Optimizer:
+    """AdamW (1711.05101) with decay on matrices only: biases, norms and other vectors are left alone.
+
+    parts: what is trained of each part of the model, at its own rates or else `optim`'s. Each group keeps its learning
+    rate as "peak_lr": what the schedule multiplies.
+    """
     assert optim.lr is not None, "the learning rate was resolved before training"
+    groups = []
+    for part, parameters in parts.items():
+        rate = rates.get(part, Rate(optim.lr, optim.weight_decay))
+        settings = {"lr": rate.lr, "peak_lr": rate.lr, "part": part}
+        matrices = [p for p in parameters if p.ndim > 1]
+        vectors = [p for p in parameters if p.ndim <= 1]
+        groups += [
+            {"params": matrices, "weight_decay": rate.weight_decay, **settings},
+            {"params": vectors, "weight_decay": 0.0, **settings},
+        ]
     return torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
     )
+
+
+def set_rates(optimizer: torch.optim.Optimizer, multiplier: float) -> dict[str, float]:
+    """Every group's learning rate at `multiplier` of its peak; the rates that it comes to, as metrics."""
+    rates: dict[str, float] = {}
+    for group in optimizer.param_groups:
+        group["lr"] = multiplier * group["peak_lr"]
+        rates[group["part"]] = group["lr"]
+    metrics = {"optim/lr": rates.get("language", max(rates.values()))}
+    if len(set(rates.values())) > 1:
+        metrics |= {f"optim/lr_{part}": lr for part, lr in rates.items()}
+    return metrics
 
 
 def lr_multiplier(schedule: str, warmup: float, progress: float) -> float:

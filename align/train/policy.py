@@ -1,12 +1,13 @@
 """What the trainer trains: a model with a LoRA adapter, or a whole model, behind one small interface.
 
-Both know their frozen reference, how to publish themselves to engines, and how to write what a user loads.
+A model that reads images is trained by parts (`Adapter.modes`): LoRA on some, others whole, the rest frozen. Policies
+know their frozen reference, how to publish themselves to engines, and how to write what a user loads.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,14 +16,19 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from safetensors.torch import save_file
 
+from align.errors import ModelError
 from align.losses import configure
 from align.model import adapters
+from align.model.adapter_config import OWN_BASE
 from align.model.fused import fuse
 from align.model.load import load_model, resolve_dtype
+from align.model.parts import parts_of
 from align.model.policy_module import PolicyModule
 from align.model.score_head import load_score_model
 from align.protocols import Publication
 from align.recipe.labels import Labels
+from align.recipe.schema import Part
+from align.recipe.support import refuse_parts_of_text
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -82,33 +88,45 @@ def _module(model: Any, spec: TrainerSpec, autocast: torch.dtype | None = None) 
 
 
 class LoraPolicy:
-    """A frozen base and a LoRA adapter. The reference costs no second model: the adapter is switched off ("base", or
-    a start without adapter), or a frozen copy of the starting adapter is switched on."""
+    """A frozen base and a LoRA adapter; parts of a model may be trained whole beside it, as float32 masters.
+
+    The reference costs no second model: the adapter is switched off ("base", or a start without adapter), or a frozen
+    copy of the starting adapter is switched on. Parts that are trained whole are no adapter's to switch: a copy of what
+    they were takes their place in the meantime.
+    """
 
     artefact: Literal["adapter", "model"] = "adapter"
 
     def __init__(self, spec: TrainerSpec, device: torch.device):
         self.spec, self.device = spec, device
-        model = _load_backbone(spec, resolve_dtype(spec.model.dtype, str(device)), device)
+        self.dtype = resolve_dtype(spec.model.dtype, str(device))
+        model = _load_backbone(spec, self.dtype, device)
         start = Path(spec.adapter) if spec.adapter else None
         self.peft: Any = None
         self.frozen: str | None = None
+        self.whole: list[torch.nn.Parameter] = []
+        self.before: list[torch.Tensor] = []
         if spec.trainable or start is not None:
             self.peft = adapters.attach(model, spec.adapter_config, start, seed=spec.seed)
             if not spec.trainable:
                 for parameter in self.peft.parameters():
                     parameter.requires_grad_(False)
-            elif spec.reference == "start" and start is not None:
-                adapters.add_frozen(self.peft, start, name="reference")
-                self.frozen = "reference"
+            else:
+                self.whole = train_whole(model, spec.adapter_config.parts("full"), torch.float32)
+                if spec.reference in ("start", "base"):
+                    self.before = [parameter.detach().clone() for parameter in self.whole]
+                if spec.reference == "start" and start is not None:
+                    adapters.add_frozen(self.peft, start, name="reference")
+                    self.frozen = "reference"
         else:
             model.requires_grad_(False)
         fuse(model)
-        self.module = _module(model, spec)
+        autocast = self.dtype if self.whole and self.dtype != torch.float32 else None
+        self.module = _module(model, spec, autocast)
 
     @contextmanager
     def reference(self) -> Iterator[PolicyModule]:
-        with adapters.use_adapter(self.peft, self.frozen):
+        with adapters.use_adapter(self.peft, self.frozen), _holding(self.whole, self.before):
             yield self.module
 
     def patches(self) -> int:
@@ -129,11 +147,56 @@ class LoraPolicy:
         )
 
     def write(self, folder: Path) -> None:
-        adapters.save(self.peft, folder)
+        """The adapter; parts that were trained whole go into a model folder inside, the base that it belongs on."""
+
+        def write_base(inside: Path) -> None:
+            adapters.save_full(self.module.model, inside / OWN_BASE, base=Path(self.spec.base), dtype=self.dtype)
+
+        adapters.save(self.peft, folder, beside=write_base if self.whole else None)
+
+
+@contextmanager
+def _holding(parameters: Sequence[torch.nn.Parameter], values: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Inside the block the parameters have other values, and no gradient may be taken; after it, their own."""
+    if not parameters:
+        yield
+        return
+    assert len(values) == len(parameters), "this trainer was made without a reference"
+    own = [parameter.data for parameter in parameters]
+    try:
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.data = value
+        yield
+    finally:
+        for parameter, value in zip(parameters, own, strict=True):
+            parameter.data = value
+
+
+def train_whole(model: Any, wanted: Collection[Part], dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    """Have every parameter of the parts `wanted` trained, in `dtype`, and return them in the model's order.
+
+    Raises ModelError for a part that the model has not."""
+    parts = parts_of(model)
+    found: dict[Part, list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        part = parts.of(name)
+        if part in wanted:
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(True)
+            found.setdefault(part, []).append(parameter)
+    for part in wanted:
+        if part not in found:
+            raise ModelError(
+                f"`adapter.tune.{part}: full`, and {type(model).__name__} has no {part} part",
+                where=f"adapter.tune.{part}",
+                remedy="leave it out",
+            )
+    return [parameter for own in found.values() for parameter in own]
 
 
 class FullPolicy:
-    """Every parameter is trained. Weights are float32 masters; a bfloat16 or float16 recipe computes under autocast."""
+    """Every parameter of the parts that are trained is. Weights are float32 masters; a bfloat16 or float16 recipe
+    computes under autocast."""
 
     artefact: Literal["adapter", "model"] = "model"
 
@@ -142,7 +205,11 @@ class FullPolicy:
         self.dtype = resolve_dtype(spec.model.dtype, str(device))
         autocast = None if self.dtype == torch.float32 else self.dtype
         model = _load_backbone(spec, torch.float32, device)
-        model.requires_grad_(spec.trainable)
+        model.requires_grad_(False)
+        if spec.trainable:
+            if parts_of(model).one:
+                refuse_parts_of_text(spec.adapter_config)
+            train_whole(model, spec.adapter_config.parts("full"), torch.float32)
         fuse(model)
         self.module = _module(model, spec, autocast)
         self._reference: PolicyModule | None = None

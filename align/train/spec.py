@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from align.recipe.labels import Labels
-from align.recipe.schema import Adapter, LossTerm, Model, Optim
+from align.recipe.schema import Adapter, LossTerm, Model, Optim, Part, Rate
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class TrainerSpec:
     whole stage, the length of the schedule. temperature: that of the rollouts. reference: where reference
     log-probabilities come from ("path" is an actor of its own, handed over as a callable; with "cached" the trees carry
     them and nothing is kept for them here).
+    rates: learning rate and weight decay of parts of the model, where they are not `optim`'s.
     max_tokens, max_patches: of a microbatch. media_cache_mb: features of images that are kept where nothing of the
     vision tower learns.
     publish, engine_dtype: how and in which dtype engines receive the policy. labels: of a score head, where a loss
@@ -30,6 +32,7 @@ class TrainerSpec:
     optim: Optim
     total_updates: int
     adapter: str | None = None
+    rates: Mapping[Part, Rate] = field(default_factory=dict)
     max_tokens: int = 16384
     max_patches: int = 65536
     media_cache_mb: int = 1024

@@ -23,15 +23,17 @@ from align.errors import NonFiniteError
 from align.losses import configure
 from align.losses.base import LossInputs, Metric
 from align.model.dropout import switch_off_own_dropout
+from align.model.parts import sizes, trained_parts
 from align.model.places import positions_of
 from align.model.policy_module import PolicyModule
 from align.model.probe import probe
 from align.protocols import Counts, Publication, Tree
+from align.recipe.schema import Rate
 from align.train import policy
 from align.train.memory import keep_freed_memory
 from align.train.metrics import MetricSums, join_terms
 from align.train.numerics import numerics
-from align.train.optim import lr_multiplier, make_optimizer
+from align.train.optim import lr_multiplier, make_optimizer, set_rates
 from align.train.prepass import run_prepass
 from align.train.ranks import Ranks, random_stream
 from align.train.spec import TrainerSpec
@@ -78,7 +80,8 @@ class PolicyTrainer:
         self.parameters = list(trainable(self.module).values())
         self.ranks.broadcast(self.parameters)
         random_stream(spec.seed, self.ranks.rank)
-        self.optimizer = make_optimizer(self.parameters, spec.optim) if spec.trainable else None
+        self.parts = trained_parts(self.module.model)
+        self.optimizer = make_optimizer(self.parts, spec.optim, spec.rates) if spec.trainable else None
 
     @property
     def keep_together(self) -> bool:
@@ -97,7 +100,21 @@ class PolicyTrainer:
             "layout": self.module.layout,
             "attention": self.module.attention,
             "packing_probe": self.probe_difference,
+            "parts": self._described_parts(),
         }
+
+    def _described_parts(self) -> dict[str, dict[str, Any]]:
+        """What is trained of each part of the model, and at which peak rates."""
+        modes, rates = self.spec.adapter_config.modes, self.spec.rates
+        usual = Rate(float(self.spec.optim.lr or 0.0), self.spec.optim.weight_decay)
+        found: dict[str, dict[str, Any]] = {}
+        for part, size in sizes(self.module.model).items():
+            own = self.parts.get(part, ())
+            found[part] = {"mode": modes[part] if own else "frozen", "parameters": size}
+            if own:
+                rate = rates.get(part, usual)
+                found[part] |= {"trained": sum(p.numel() for p in own), **rate._asdict()}
+        return found
 
     # ------------------------------------------------------------------------------------------ forward and update
 
@@ -122,18 +139,17 @@ class PolicyTrainer:
         metrics = self._metrics(sums)
         middle = min(progress + 0.5 / self.spec.total_updates, 1.0)
         optim = self.spec.optim
-        lr = float(optim.lr or 0.0) * lr_multiplier(optim.schedule or "cosine", optim.warmup or 0.0, middle)
+        rates = set_rates(self.optimizer, lr_multiplier(optim.schedule or "cosine", optim.warmup or 0.0, middle))
         if math.isfinite(norm) and math.isfinite(metrics["loss/total"]):
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
             self.optimizer.step()
             self._bad_steps = 0
         else:
             self._refuse_update(step, trees, norm, metrics["loss/total"])
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
-        return metrics | {
-            "optim/lr": lr,
+        return {
+            **metrics,
+            **rates,
             "optim/grad_norm": norm,
             "optim/skipped": float(self._bad_steps > 0),
             "time/train": seconds,

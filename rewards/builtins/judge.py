@@ -4,7 +4,8 @@
       args: {base_url: http://localhost:8000/v1, model: Qwen/Qwen3-8B, parse: choice, choices: {good: 1, bad: 0}}
 
 The API key is read from the environment variable that `api_key_env` names, and stands in no recipe. The judge is asked
-at temperature 0 unless told otherwise. 429 and 5xx are asked again until the deadline, after the time that Retry-After
+at temperature 0 unless told otherwise. It is shown the images of the prompt, unless `images: false` says that it reads
+text alone. 429 and 5xx are asked again until the deadline, after the time that Retry-After
 says, or else after 0.5 s, 1 s, 2 s... An answer that cannot be read is a failure, never a score.
 
 How an answer is read, after a reasoning model's <think>...</think>:
@@ -17,6 +18,7 @@ How an answer is read, after a reasoning model's <think>...</think>:
 from __future__ import annotations
 
 import asyncio
+import base64
 import email.utils
 import json
 import os
@@ -24,6 +26,7 @@ import re
 import string
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rewards.api import Context, Sample, Score, reward
@@ -67,6 +70,7 @@ def _check(
     temperature: float = 0.0,
     max_tokens: int = 512,
     extra: dict | None = None,
+    images: bool = True,
 ) -> None:
     if not base_url.startswith(("http://", "https://")):
         raise ValueError(f"base_url is {base_url!r}; it starts with http:// or https:// and usually ends in /v1")
@@ -114,6 +118,7 @@ async def judge(
     temperature: float = 0.0,
     max_tokens: int = 512,
     extra: dict | None = None,
+    images: bool = True,
 ) -> list[Score]:
     """A language model's verdict on each completion, over any OpenAI-compatible endpoint.
 
@@ -124,13 +129,18 @@ async def judge(
         scale: [lowest, highest] that a score may be; outside is a failure.
         api_key_env: name of the environment variable that holds the key.
         temperature, max_tokens: of the judge's answer. extra: further fields of the request.
+        images: whether the judge is shown the images of the prompt, before its text.
     """
     headers = {"authorization": f"Bearer {os.environ[api_key_env]}"} if api_key_env else {}
     url = base_url.rstrip("/") + "/chat/completions"
     fixed = {"model": model, "temperature": temperature, "max_tokens": max_tokens, **(extra or {})}
 
     async def one(sample: Sample) -> Score:
-        asked = [{"role": "user", "content": _filled(prompt, sample)}]
+        text = _filled(prompt, sample)
+        shown = await asyncio.to_thread(_images, sample) if images else []
+        asked: list[dict[str, Any]] = [
+            {"role": "user", "content": [*shown, {"type": "text", "text": text}] if shown else text}
+        ]
         if system is not None:
             asked.insert(0, {"role": "system", "content": _filled(system, sample)})
         reply = await _ask(url, headers, {**fixed, "messages": asked}, ctx)
@@ -144,6 +154,17 @@ async def judge(
 
 def _filled(template: str, sample: Sample) -> str:
     return template.format(prompt=_conversation(sample), completion=sample.completion, row=sample.row)
+
+
+def _images(sample: Sample) -> list[dict[str, Any]]:
+    """The sample's images as parts of a message, as the policy saw them. ValueError where it has other media."""
+    parts = []
+    for medium in sample.media:
+        if medium["type"] != "image":
+            raise ValueError(f"a judge is shown images alone, and the prompt has {medium['type']}; set images: false")
+        data = base64.b64encode(Path(medium["path"]).read_bytes()).decode("ascii")
+        parts.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}})
+    return parts
 
 
 def _conversation(sample: Sample) -> str:

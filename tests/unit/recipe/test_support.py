@@ -8,8 +8,8 @@ import pytest
 
 from align.errors import ModelError, RecipeError, Unsupported
 from align.hub import looks_like_hub_id, resolve_model_folder
-from align.recipe.schema import Adapter, ReferencePath, Rollout, Tune
-from align.recipe.support import check_adapter, publish_mode, reference_words
+from align.recipe.schema import Adapter, ReferencePath, Rollout
+from align.recipe.support import TOWER_OPTION, check_adapter, publish_mode, reference_words, refuse_parts_of_text
 
 
 @pytest.mark.parametrize(
@@ -49,10 +49,49 @@ def test_ranks_beyond_vllms_kernels_are_refused_unless_merged() -> None:
     assert publish_mode(Adapter(rank=1024), Rollout(name="transformers")) == "adapter"
 
 
-@pytest.mark.parametrize("adapter", [Adapter(kind="qlora"), Adapter(kind="dora"), Adapter(tune=Tune(vision="lora"))])
+@pytest.mark.parametrize("adapter", [Adapter(kind="qlora"), Adapter(kind="dora")])
 def test_adapters_of_later_versions_are_refused(adapter: Adapter) -> None:
-    with pytest.raises(Unsupported, match=r"not offered by this version|does not train"):
+    with pytest.raises(Unsupported, match="not offered by this version"):
         check_adapter(adapter)
+
+
+def tuned(kind: str = "lora", **tune: str) -> Adapter:
+    return Adapter.model_validate({"kind": kind, "tune": tune})
+
+
+def test_what_an_adapter_does_not_hold_is_published_as_whole_weights() -> None:
+    for adapter in (tuned(vision="full"), tuned(vision="lora"), tuned(projector="lora"), tuned("full", vision="full")):
+        assert publish_mode(adapter, Rollout()) == "weights"
+    assert publish_mode(tuned(vision="frozen", language="lora"), Rollout()) == "adapter"
+    with pytest.raises(RecipeError, match="trained whole"):
+        publish_mode(tuned(vision="full"), Rollout(weights="adapter"))
+
+
+def test_vllm_is_sent_lora_on_a_tower_only_where_it_was_told_to_serve_it() -> None:
+    with pytest.raises(Unsupported, match="ignores by default"):
+        publish_mode(tuned(vision="lora"), Rollout(weights="adapter"))
+    assert publish_mode(tuned(vision="lora"), Rollout(weights="adapter", engine={TOWER_OPTION: True})) == "adapter"
+    assert publish_mode(tuned(vision="lora"), Rollout(weights="adapter", name="transformers")) == "adapter"
+
+
+def test_parts_and_kind_must_not_contradict_each_other() -> None:
+    for adapter in (tuned("full", vision="lora"), tuned(language="full"), tuned("full", language="frozen")):
+        with pytest.raises(RecipeError, match=r"makes no adapter|puts LoRA on no part|freezes every part"):
+            check_adapter(adapter)
+    for adapter in (tuned(vision="full"), tuned(vision="lora", language="full"), tuned("full", vision="full")):
+        check_adapter(adapter)
+
+
+def test_a_model_of_text_is_tuned_as_its_kind_says() -> None:
+    refuse_parts_of_text(tuned(vision="frozen", language="lora"))
+    refuse_parts_of_text(tuned("full", language="full"))
+    with pytest.raises(Unsupported, match=r"adapter\.tune\.projector"):
+        refuse_parts_of_text(tuned(projector="full"))
+
+
+def test_a_reference_holds_a_copy_of_what_is_trained_whole() -> None:
+    words = reference_words(tuned(vision="full", projector="full"), "start", continues_adapter=False)
+    assert "a frozen copy of vision and projector" in words
 
 
 def test_the_largest_rank_is_the_one_that_vllm_names() -> None:

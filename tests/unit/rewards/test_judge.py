@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import email.utils
 import json
 import threading
@@ -55,6 +56,39 @@ def test_the_endpoint_sees_prompt_completion_and_row_and_the_score_is_its_answer
         ],
     }  # fmt: skip
     assert "sesame" not in (tmp_path / "cache.sqlite").read_bytes().decode(errors="replace")
+
+
+def picture(folder: Path, name: str, content: bytes) -> dict[str, str]:
+    path = folder / name
+    path.write_bytes(content)
+    return {"type": "image", "path": str(path)}
+
+
+def test_the_judge_is_shown_the_prompts_images_before_the_text_in_their_order(tmp_path: Path) -> None:
+    media = [picture(tmp_path, "a.png", b"first"), picture(tmp_path, "b.png", b"second")]
+    parts = [{"type": "image", "path": media[0]["path"]}, {"type": "text", "text": "which is red?"}]
+    sample = Sample("the left", [{"role": "user", "content": parts}], media=media)
+    with endpoint(lambda n, body: says("[[4]]")) as served:
+        assert column(score(served.url, [sample], tmp_path, prompt="{prompt}|{completion}")) == [4.0]
+        assert column(score(served.url, [sample], tmp_path, prompt="{prompt}|{completion}", images=False)) == [4.0]
+    shown, text = (request[2]["messages"][0]["content"] for request in served.requests)
+    assert [part["type"] for part in shown] == ["image_url", "image_url", "text"]
+    urls = [part["image_url"]["url"].removeprefix("data:image/png;base64,") for part in shown[:2]]
+    assert [base64.b64decode(url) for url in urls] == [b"first", b"second"]
+    assert shown[2]["text"] == text == "which is red?|the left"
+
+
+def test_an_image_that_changed_is_judged_again_and_a_video_is_a_failure_that_says_so(tmp_path: Path) -> None:
+    """A file in the media store is named by its content's hash."""
+    one = Sample("x", media=[picture(tmp_path, "key-1.png", b"1")])
+    two = Sample("x", media=[picture(tmp_path, "key-2.png", b"2")])
+    with endpoint(lambda n, body: says("[[4]]")) as served:
+        score(served.url, [one, two], tmp_path)
+        score(served.url, [one, two], tmp_path)
+        assert len(served.requests) == 2
+        video = Sample("x", media=[{"type": "video", "path": "v"}])
+        result = score(served.url, [video], tmp_path)
+    assert column(result) == [None] and "shown images alone" in result.failures[0].message
 
 
 def test_a_conversation_is_shown_with_its_roles_and_braces_in_it_do_no_harm(tmp_path: Path) -> None:
