@@ -24,7 +24,7 @@ from align.data.prepare import prepare
 from align.data.tokenizer import load_tokenizer
 from align.errors import ModelError, UserError
 from align.hub import resolve_model_folder
-from align.model.adapter_config import read_adapter_config, scores
+from align.model.adapter_config import OWN_BASE, read_adapter_config, scores
 from align.protocols import Tree
 from align.recipe.labels import Labels
 from align.recipe.schema import Adapter, DataSource, LossTerm, Media, Model, Optim, Packing
@@ -74,7 +74,8 @@ def find(model: str, base: str | None) -> Classifier:
     adapter = folder if (folder / "adapter_config.json").is_file() else None
     if adapter is not None:
         config = read_adapter_config(adapter)
-        named = base or config.get("base_model_name_or_path")
+        own = adapter / OWN_BASE
+        named = str(own) if own.is_dir() else base or config.get("base_model_name_or_path")
         if not named:
             raise ModelError("the adapter names no base", where=adapter, remedy="give it as --base")
         folder = resolve_model_folder(str(named))

@@ -170,7 +170,7 @@ def test_a_difference_in_one_outputs_level_alone_is_found(
         merge(base, tmp_path / "adapter", tmp_path / "out")
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "idefics3"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "idefics3"])
 def test_a_model_that_sees_is_merged_with_its_head_and_not_exported_for_others(family: str, tmp_path: Path) -> None:
     base = write_tiny_vlm(tmp_path / "base", family)
     language = r"model\.(language_model|text_model)\..*(q_proj|down_proj)"
