@@ -38,6 +38,10 @@ class Medium:
     patches: int
 
 
+# the first column of a row's label: see `align.recipe.labels.Labels.columns`
+FIRST_LABEL_COLUMNS = ("class", "labels/0", "targets/0")
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A run of tokens of one tree: its trunk, or one of its branches.
@@ -52,7 +56,7 @@ class Segment:
         (`reference: cached`); 0 where no token is scored. They belong to this segment after this trunk and no other.
     proximal_logps: f32[n] or None, log-probabilities under the policy at the start of a batch that makes several
         updates; 0 where no token is scored.
-    columns: one float per name for this sequence (desirable, weight, score...).
+    columns: one float per name for this sequence (desirable, weight, score, a label's...).
     media: what stands in it, in order of `start`; no token of it is scored.
     """
 
@@ -69,6 +73,11 @@ class Segment:
 
     def __len__(self) -> int:
         return int(self.token_ids.shape[0])
+
+    @property
+    def labelled(self) -> bool:
+        """Whether it carries a label: what is scored then is the sequence, and none of its tokens."""
+        return any(name in self.columns for name in FIRST_LABEL_COLUMNS)
 
 
 @dataclass(frozen=True, slots=True)

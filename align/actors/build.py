@@ -118,6 +118,7 @@ class RayBackend:
             threads=self._now.threads("trainer"),
             device="cuda" if gpu else "cpu",
             trainable=job.trainable,
+            labels=job.labels,
         )
 
     async def _reference(self, job: TrainerJob, path: ReferencePath, policy: TrainerSpec) -> Any:

@@ -97,13 +97,14 @@ def reward_model(
 def _opened(path: str, revision: str | None, label: str | None, dtype: str, device: str) -> Opened:
     """Loaded at the first call of a process, and kept."""
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from align.data.tokenizer import load_tokenizer
+    from align.model.scoring_class import scoring_class
 
     folder = resolve_model_folder(path, revision)
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    model = scoring_class(folder).from_pretrained(folder, dtype=dtype, use_safetensors=True)
     model.eval().to(chosen)
     chat = load_tokenizer(folder)
     pairs = AutoTokenizer.from_pretrained(folder) if chat.template is None else None

@@ -123,12 +123,13 @@ def _check_stage(
                 recipe,
                 sources,
                 "prompt" if sampled else record_kind(stage.loss),
-                planner.model.tokenizer,
+                planner.model,
                 seed_of=stage.id,
                 folder=folder,
                 every_row=every_row,
                 answers=judged,
                 margins=not sampled and needs_margin(stage),
+                labels=getattr(stage, "head", None),
             )
     if len(read) < len(sets):
         return

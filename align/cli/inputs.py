@@ -14,6 +14,7 @@ from align.actors.plugins import plugin_spec
 from align.cli import memory
 from align.cli.findings import Findings
 from align.data.audit import DataReport
+from align.data.media.opening import PROCESSOR_FILES, open_library, refuse_media_settings, takes_media
 from align.data.prepare import prepare
 from align.data.records import Kind
 from align.data.scratch import train_tokenizer
@@ -27,10 +28,12 @@ from align.objectives.check import Known
 from align.plugins import describe_in_child
 from align.protocols import PromptItem, Tree
 from align.recipe.families import family_of
+from align.recipe.labels import Labels
 from align.recipe.schema import DataSource, Model, Recipe, ReferencePath, Reward
 from align.stages.context import stage_seed
 from align.stages.handover import Origin
 from align.stages.margins import refuse_own_margins, require_margins
+from align.stages.training import SCORED
 from rewards.api import PluginError as RewardsPluginError
 from rewards.naming import Named, objective_names
 
@@ -58,9 +61,11 @@ def open_model(recipe: Recipe, folder: Path) -> Iterator[ModelFacts]:
         config = memory.read_config(found)
         _refuse_without_weights(found, Path(model.path).expanduser().is_dir())
         refuse_unsupported_media(config, found)
+        refuse_media_settings(recipe, config)
         yield ModelFacts(config, _tokenizer(model, found), Origin(found, _adapter(recipe)))
         return
     assert model.tokenizer is not None and model.config is not None, "the grammar ties `config` and `tokenizer`"
+    refuse_media_settings(recipe, model.config)
     with tempfile.TemporaryDirectory(prefix="align-check-") as aside:
         train_tokenizer(model.tokenizer, aside, data_folder=folder, family=family_of(model.config))
         facts = _tokenizer(model, Path(aside))
@@ -73,7 +78,7 @@ def _adapter(recipe: Recipe) -> Path | None:
         return None
     folder = resolve_model_folder(recipe.model.adapter)
     first = {stage.kind for stage in recipe.stages if stage.from_ is None and stage.kind != "evaluate"}
-    refuse_beyond_lora(read_adapter_config(folder), folder, "train", score_head=first == {"reward_model"})
+    refuse_beyond_lora(read_adapter_config(folder), folder, "train", score_head=first <= set(SCORED))
     return folder
 
 
@@ -123,17 +128,19 @@ def read_data(
     recipe: Recipe,
     sources: tuple[DataSource, ...],
     kind: Kind,
-    tokenizer: ChatTokenizer,
+    model: ModelFacts,
     *,
     seed_of: str,
     folder: Path,
     every_row: bool,
     answers: bool = False,
     margins: bool = False,
+    labels: Labels | None = None,
 ) -> DataFacts:
     """The first rows of each source (all with `every_row`) through tokenizer and template. Raises DataError.
 
-    answers: rewards will judge the pairs. margins: every pair must have one, from them or from its row.
+    answers: rewards will judge the pairs. margins: every pair must have one, from them or from its row. labels: of
+    labelled rows.
 
     A hub data set is opened with every row only: the library that reads it brings torch.
     """
@@ -142,11 +149,29 @@ def read_data(
     for source in sources:
         if source not in here:
             facts.notes.append(f"{source.path}: a hub data set, read by `align check --data` and by the run")
+    if takes_media(model.config) and not _has_processor(model.tokenizer):
+        facts.notes.append("read by the run, which makes the model's processor of images first")
+        return facts
     if not here:
         return facts
     first = None if every_row else FIRST_ROWS
     seed = stage_seed(recipe.seed, seed_of)
-    prepared = prepare(here, kind, tokenizer, seed=seed, first=first, folder=folder, answers=answers)
+    library = open_library(recipe, model.tokenizer.folder) if model.tokenizer.folder is not None else None
+    try:
+        prepared = prepare(
+            here,
+            kind,
+            model.tokenizer,
+            seed=seed,
+            first=first,
+            folder=folder,
+            answers=answers,
+            media=library,
+            labels=labels,
+        )
+    finally:
+        if library is not None:
+            library.close()
     if margins:
         (refuse_own_margins if answers else require_margins)(prepared.items)
     lengths = [_tokens(item) for item in prepared.items]
@@ -159,6 +184,10 @@ def read_data(
     facts.longest, facts.mean = max(lengths), sum(lengths) / len(lengths)
     facts.patches = sum(medium.patches for item in prepared.items for medium in item.media) / sum(lengths)
     return facts
+
+
+def _has_processor(tokenizer: ChatTokenizer) -> bool:
+    return any(tokenizer.folder is not None and (tokenizer.folder / name).is_file() for name in PROCESSOR_FILES)
 
 
 def _tokens(item: Tree | PromptItem) -> int:

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from align import packages
-from align.cli import experiment_flags, rewards_flags
+from align.cli import classify_flags, experiment_flags, rewards_flags
 from align.cli.simulate_flags import add_flags
-from align.errors import AlignError
+from align.errors import AlignError, UserError
 
 INTERRUPTED = 130
 
@@ -79,7 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(verb=_run)
 
     check = verbs.add_parser("check", parents=[common], help="check a recipe, its files and plugins; show the plan")
-    _recipe_arguments(check)
+    _recipe_arguments(check, optional=True)
+    check.add_argument("--model", metavar="FOLDER", help="with --suite: a model folder or hub id, in place of a recipe")
+    check.add_argument("--suite", action="store_true", help="try on it what runs do: packing, adapters, merge, engines")
+    check.add_argument(
+        "--trust-remote-code", action="store_true", help="with --suite: run code from the model's folder"
+    )
     check.add_argument("--data", action="store_true", help="read every row, not only the first 1,000 of each source")
     check.set_defaults(verb=_check)
 
@@ -104,12 +109,13 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--trust-remote-code", action="store_true", help="run model code from the base's folder")
     merge.set_defaults(verb=_merge)
 
+    classify_flags.add_verb(verbs, common)
     experiment_flags.add_verbs(verbs, common, _recipe_arguments)
     return parser
 
 
-def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a YAML file")
+def _recipe_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    parser.add_argument("recipe", nargs="?" if optional else None, help="a YAML file")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="such as stages.grpo.rollout.workers=2, seed=3, name=second"
     )
@@ -122,6 +128,15 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    if arguments.suite or arguments.model is not None or arguments.recipe is None:
+        if not arguments.suite or arguments.model is None or arguments.recipe is not None:
+            raise UserError(
+                "a check is of a recipe, or of a model",
+                remedy="write `align check recipe.yaml`, or `align check --model FOLDER --suite`",
+            )
+        from align.cli import suite
+
+        return suite.main(arguments)
     from align.cli import check
 
     return check.main(arguments)

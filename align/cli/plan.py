@@ -15,14 +15,16 @@ from align.cli.trained import Measured, table_lines
 from align.data.order import DEFAULT_BATCH, BatchPlan
 from align.errors import DataError, ModelError, PlacementError, RecipeError
 from align.losses import configure
+from align.model.scoring_class import SEEING, nobody_elses
+from align.recipe.labels import Labels
 from align.recipe.schema import Adapter, Recipe
 from align.recipe.support import publish_mode, reference_words
 from align.stages.backend import Needs
 from align.stages.context import stage_seed
 from align.stages.defaults import resolved_optim, resolved_rates
-from align.stages.handover import adapter_of
+from align.stages.handover import adapter_of, trained_by
 from align.stages.roles import Role, roles_of, sampling_threads
-from align.stages.training import needs_of, online_turns, record_kind, reference_of
+from align.stages.training import SCORED, needs_of, online_turns, record_kind, reference_of
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,8 @@ class Planner:
 
     def training(self, stage: Any, facts: DataFacts) -> StagePlan:
         """A stage that trains. Raises UserError where it cannot run."""
-        if stage.kind != "reward_model" and stage.from_ is None:
-            self._refuse_reward_model()
+        if stage.from_ is None:
+            self._check_head(stage)
         self._check_attention()
         adapter = adapter_of(self.recipe, stage, self.model.origin)
         optim = resolved_optim(stage, adapter)
@@ -117,7 +119,7 @@ class Planner:
         losses = " + ".join(t.name if t.weight == 1 else f"{t.weight:g} {t.name}" for t in stage.loss)
         plan.lines += [
             f"starts from {stage.from_ or 'the model'}; trains {_adapter_words(adapter, self.sizes, table)}"
-            f"{' and a score head' if stage.kind == 'reward_model' else ''}; loss {losses}",
+            f"{_head_words(stage)}; loss {losses}",
             f"reference: {reference_words(adapter, reference_of(stage), self._continues(stage))}",
             f"{_steps_words(steps)} of {_batch_words(stage)}; lr {optim.lr:g} {optim.schedule}, "
             f"warm-up {100 * (optim.warmup or 0):g} %",
@@ -136,7 +138,7 @@ class Planner:
             plan.lines += _loop_lines(stage)
         else:
             self._check_positions(facts)
-            if stage.kind == "reward_model":
+            if stage.kind in SCORED:
                 self._check_padding()
         if stage.kind == "preference" and stage.rewards:
             plan.lines.append("margins: before the stage, rewards judge both answers of each pair; scores are kept")
@@ -153,6 +155,11 @@ class Planner:
         return plan
 
     def files(self, stage: Any) -> StagePlan:
+        source = trained_by(self.recipe, stage.from_) if stage.from_ else None
+        model_type = str(self.model.config.get("model_type"))
+        sees = "vision_config" in self.model.config and model_type not in SEEING
+        if stage.kind == "export" and sees and source is not None and source.kind in SCORED:
+            raise nobody_elses(model_type)
         what = "merges" if stage.kind == "merge" else "exports"
         line = f"{what} {stage.from_ or 'the model'} into {self.recipe.run_folder / stage.id / 'model'}"
         return StagePlan(stage.id, stage.kind, 1, self.roles(stage), lines=[line])
@@ -228,20 +235,31 @@ class Planner:
                 remedy=f"set `max_length: {positions}` with `truncate: right`, or leave these rows out",
             )
 
-    def _refuse_reward_model(self) -> None:
+    def _check_head(self, stage: Any) -> None:
+        """A model that scores is where a stage may start that trains such a head: of the same labels."""
         names = [str(name) for name in self.model.config.get("architectures") or ()]
-        if any(name.endswith("ForSequenceClassification") for name in names):
+        if not any(name.endswith("ForSequenceClassification") for name in names):
+            return
+        if stage.kind not in SCORED:
             raise ModelError(
                 f"the model is a {names[0]}: it scores, and has no language model head",
                 where="model.path",
-                remedy="give a causal language model; only a stage of kind reward_model starts from a reward model",
+                remedy="give a causal language model; only a stage of kind reward_model or classify starts from one "
+                "that scores",
+            )
+        has, wanted = Labels.from_config(self.model.config), _labels(stage)
+        if not wanted.agrees_with(has):
+            raise ModelError(
+                f"the model is a {has.words}, and the stage trains a {wanted.words}",
+                where="model.path",
+                remedy="name the model's own labels in their order, or start from a causal language model",
             )
 
     def _check_padding(self) -> None:
-        """A reward model's users pad, and find the end of a sequence by the padding token."""
+        """Users of a model that scores pad, and find the end of a sequence by the padding token."""
         if self.model.tokenizer.pad_id is None:
             raise ModelError(
-                "the tokenizer has no padding token, by which users of a reward model find the end of a sequence",
+                "the tokenizer has no padding token, by which users of a model that scores find the end of a sequence",
                 where="model",
                 remedy="set `pad_token` in tokenizer_config.json to a token that ends no completion",
             )
@@ -279,7 +297,7 @@ class Planner:
             tokens=tokens,
             second_copy=reference in ("start", "base"),
             checkpointing=model.gradient_checkpointing,
-            logits=stage.kind != "reward_model",
+            logits=stage.kind not in SCORED,
             table=table,
             tower=memory.tower_of(self.model.config),
             patches=int(tokens * facts.patches),
@@ -295,6 +313,18 @@ class Planner:
         total = sum(times[who] * estimate.total for who, estimate in plan.memory.items())
         if not gpu and total > self.machine.memory:
             plan.lines.append(f"note: about {memory.human(total)} in all; here are {memory.human(self.machine.memory)}")
+
+
+def _labels(stage: Any) -> Labels:
+    """What the score head of a stage means."""
+    found: Labels = getattr(stage, "head", None) or Labels.numbered(1)
+    return found
+
+
+def _head_words(stage: Any) -> str:
+    if stage.kind not in SCORED:
+        return ""
+    return " and a score head" + (f": {stage.head.words}" if stage.kind == "classify" else "")
 
 
 def _loss_notes(stage: Any) -> list[str]:

@@ -11,16 +11,19 @@ from align.errors import PluginError, RecipeError, Unsupported
 from align.losses import configure, load
 from align.losses.base import Needs
 from align.plugins import describe_in_child
+from align.recipe.labels import Labels
 from align.recipe.problems import option_problems
-from align.recipe.schema import Adapter, Recipe, Rollout
+from align.recipe.schema import Adapter, Recipe, Rollout, TrainStage
 from align.recipe.support import check_adapter, is_sound, publish_mode
-from align.stages.handover import adapter_of, check_adapters
+from align.stages.handover import adapter_of, check_adapters, trained_by
+from align.stages.training import SCORED
 from rollout.base import check_engine_options
 
 _RECORDS = {
     "sft": ("conversation",),
     "preference": ("pair", "unpaired"),
     "reward_model": ("pair",),
+    "classify": ("labelled",),
     "online": ("group",),
 }
 _SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens")
@@ -37,7 +40,7 @@ def check_recipe(recipe: Recipe, found: Findings) -> set[str]:
         _check_score_head(recipe, stage, found)
         if not hasattr(stage, "loss") or check_losses(stage, found):
             sound.add(stage.id)
-        if stage.kind in ("sft", "preference", "reward_model", "online"):
+        if isinstance(stage, TrainStage):
             if stage.adapter is not None:
                 with found.gather(stage.id):
                     check_adapter(stage.adapter)
@@ -51,14 +54,6 @@ def check_recipe(recipe: Recipe, found: Findings) -> set[str]:
 
 
 def _check_whole(recipe: Recipe, found: Findings) -> None:
-    if recipe.media.model_dump(exclude_none=True):
-        found.add(
-            Unsupported(
-                "`media` is not offered by this version, which trains on text",
-                where="media",
-                remedy="leave it out",
-            )
-        )
     for part in ("reference", "rollout", "rewards"):
         ranks = getattr(recipe.placement, part).ranks
         if ranks != 1:
@@ -91,30 +86,28 @@ def _check_from(recipe: Recipe, stage: Any, found: Findings) -> None:
 
 
 def _check_score_head(recipe: Recipe, stage: Any, found: Findings) -> None:
-    """A reward model has a score head where others have the language model's: only its own kind goes on with it."""
-    if stage.kind in ("reward_model", "merge", "export"):
+    """A reward model or classifier has a score head where others have the language model's: only stages that train
+    such a head go on with it, and only with the same outputs."""
+    if stage.kind in ("merge", "export"):
         return
     for name in (stage.from_, *getattr(stage, "of", ())):
-        if name is None or not _makes_reward_model(recipe, name):
+        source = trained_by(recipe, name) if name is not None else None
+        if name is None or source is None or source.kind not in SCORED:
             continue
-        key, remedy = "from", f"build on the stage before {name!r}; its folder is what others load"
+        what = "a reward model" if source.kind == "reward_model" else "a classifier"
+        if stage.kind in SCORED:
+            mine, its = (getattr(one, "head", None) or Labels.numbered(1) for one in (stage, source))
+            if mine.agrees_with(its):
+                continue
+            problem = f"{name!r} is {what}, {its.words}, and stage {stage.id!r} trains a {mine.words}"
+            key, remedy = "from", f"build on the stage before {name!r}, or give both the same labels"
+        else:
+            problem = f"{name!r} is {what}: it scores, and a stage of kind {stage.kind} needs a language model"
+            key, remedy = "from", f"build on the stage before {name!r}; its folder is what others load"
         if stage.kind == "evaluate":
-            key, remedy = "of", f"give {name!r} an `eval: {{data: ...}}` with pairs: it reports accuracies"
-        found.add(
-            RecipeError(
-                f"{name!r} is a reward model: it scores, and a stage of kind {stage.kind} needs a language model",
-                where=key,
-                remedy=remedy,
-            ),
-            stage.id,
-        )
-
-
-def _makes_reward_model(recipe: Recipe, name: str) -> bool:
-    source = recipe.stage(name.partition("@")[0])
-    while source.kind in ("merge", "export") and source.from_:
-        source = recipe.stage(source.from_.partition("@")[0])
-    return bool(source.kind == "reward_model")
+            held = "with pairs: it reports accuracies" if source.kind == "reward_model" else "or use `align classify`"
+            key, remedy = "of", f"give {name!r} an `eval: {{data: ...}}` {held}"
+        found.add(RecipeError(problem, where=key, remedy=remedy), stage.id)
 
 
 # ------------------------------------------------------------------------------------------------- losses
@@ -147,14 +140,14 @@ def _check_needs(stage: Any, needs: list[Needs]) -> None:
     allowed = _RECORDS.get(stage.kind, ("conversation", "pair", "unpaired"))
     names = [term.name for term in stage.loss]
     for name, need in zip(names, needs, strict=True):
-        if ("scores" in need.head) == (stage.kind == "reward_model"):
+        if ("scores" in need.head) == (stage.kind in SCORED):
             continue
-        if stage.kind == "reward_model":
-            what = f"a stage of kind reward_model has a score head, and the loss {name!r} needs a language model's"
-            remedy = "leave `loss` out, or use `kind: preference`"
+        if stage.kind in SCORED:
+            what = f"a stage of kind {stage.kind} has a score head, and the loss {name!r} needs a language model's"
+            remedy = f"leave `loss` out, or use `kind: {'preference' if stage.kind == 'reward_model' else 'sft'}`"
         else:
             what = f"the loss {name!r} needs a score head, which a stage of kind {stage.kind} has not"
-            remedy = "use `kind: reward_model`"
+            remedy = f"use `kind: {'classify' if need.record == 'labelled' else 'reward_model'}`"
         raise RecipeError(what, where="loss", remedy=remedy)
     if needs[0].record not in allowed:
         kinds = [kind for kind, records in _RECORDS.items() if needs[0].record in records]
@@ -187,8 +180,32 @@ def _check_needs(stage: Any, needs: list[Needs]) -> None:
             remedy="leave it out" + (", or set `loss.kl` above 0" if stage.kind == "online" else ""),
         )
     _check_margin(stage, needs)
+    if stage.kind == "classify":
+        _check_labels(stage)
     _check_cached(stage, needs)
     _check_updates(stage, needs)
+
+
+def _check_labels(stage: Any) -> None:
+    """Options of the classify loss that depend on what the head's outputs are."""
+    for number, term in enumerate(stage.loss):
+        where = f"loss.{number}" if len(stage.loss) > 1 else "loss"
+        weights, count = term.options.get("class_weights"), len(stage.head.names)
+        if term.options.get("label_smoothing") and stage.problem != "single_label":
+            raise RecipeError(
+                f"`label_smoothing` spreads one label over all, and `problem: {stage.problem}` has not one a row",
+                where=f"{where}.label_smoothing",
+                remedy="leave it out",
+            )
+        if weights is not None and (stage.problem == "regression" or len(weights) != count):
+            has = "a regression has none" if stage.problem == "regression" else f"the stage has {count} labels"
+            raise RecipeError(
+                f"`class_weights` has {len(weights)} numbers, one for each label in order, and {has}",
+                where=f"{where}.class_weights",
+                remedy="leave it out"
+                if stage.problem == "regression"
+                else f"the labels are {', '.join(stage.head.names)}",
+            )
 
 
 def _check_margin(stage: Any, needs: list[Needs]) -> None:
@@ -250,7 +267,12 @@ def _check_units(stage: Any, record: str) -> None:
 
 
 def _plural(record: str) -> str:
-    words = {"conversation": "conversations", "pair": "pairs", "unpaired": "labelled completions"}
+    words = {
+        "conversation": "conversations",
+        "pair": "pairs",
+        "unpaired": "labelled completions",
+        "labelled": "labelled texts",
+    }
     return words.get(record, "groups of sampled completions")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from align.data.labels import describe as label_lines
 from align.errors import DataError
 
 _SHOWN = 10  # refused rows spelled out in an error or a summary; the JSON report has them all
@@ -103,6 +104,7 @@ class SourceReport:
     weights). truncated: rows cut to max_length. filtered: prompts left out by `overlong_prompts: filter`.
     reference_answers: final assistant turns taken off prompts. lengths i64[kept]: tokens of each kept row's longest
     sequence; scored i64[kept]: its scored tokens. media: `MediaReport.to_json`, {} where rows have none.
+    labels: of labelled rows, how often each label occurs, or the range of each number.
     """
 
     path: str
@@ -116,6 +118,7 @@ class SourceReport:
     plain_text: int = 0
     refused: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    labels: dict[str, Any] = field(default_factory=dict)
     media: dict[str, Any] = field(default_factory=dict)
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     scored: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -205,6 +208,7 @@ class DataReport:
                 [f"tokens {tokens['min']}/{tokens['median']:g}/{tokens['max']} (min/median/max)"] if s.kept else []
             )
             lines.append(f"{s.path} ({s.layout}): {', '.join(counts)}")
+            lines += [f"  {line}" for line in label_lines(s.labels, s.kept)]
             lines += [f"  {line}" for line in media_lines(s.media)]
             lines += [f"  note: {note}" for note in s.notes]
             lines += [f"  refused {line}" for line in describe(s.refused)]

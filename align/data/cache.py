@@ -64,6 +64,7 @@ def save(path: Path, table: Table) -> None:
         "weights": table.weights,
         "desirable": table.desirable,
         "margins": table.margins,
+        "labels": table.labels,
         "lengths": table.report.lengths,
         "scored": table.report.scored,
         "meta": np.frombuffer(json.dumps(meta).encode(), np.uint8),
@@ -107,7 +108,7 @@ def load(path: Path, kind: Any, library: Library | None = None) -> Table | None:
         encoded.append(Encoded(trunk, branches))
         at += int(parts)
     report = _report(meta["report"], arrays)
-    columns = {name: arrays[name] for name in ("weights", "desirable", "margins")}
+    columns = {name: arrays[name] for name in ("weights", "desirable", "margins", "labels")}
     return Table(kind, report, encoded, meta["origins"], files=meta["files"], **columns)
 
 

@@ -39,12 +39,14 @@ class Encoded:
         return int(self.trunk.mask.sum() + sum(b.mask.sum() for b in self.branches))
 
 
-def fit(encoded: Encoded, max_length: int | None, truncate: str, bos_id: int | None) -> tuple[Encoded, bool]:
+def fit(
+    encoded: Encoded, max_length: int | None, truncate: str, bos_id: int | None, *, scored: bool = True
+) -> tuple[Encoded, bool]:
     """(the record within max_length, whether it was cut).
 
     truncate "error" refuses; "right" keeps the beginning, of a pair the whole prompt; "left" keeps the end, of a pair
     the whole completions, and a leading BOS. A medium stays whole or goes with what is cut. Raises RowError where
-    nothing is left to score.
+    nothing is left to score, or (not `scored`: the whole is) nothing at all.
     """
     if max_length is None or encoded.length <= max_length:
         return encoded, False
@@ -62,7 +64,7 @@ def fit(encoded: Encoded, max_length: int | None, truncate: str, bos_id: int | N
         if room < 1:
             raise RowError(f"a completion alone has {max_length - room} tokens, max_length is {max_length}")
         cut = Encoded(_cut_tokens(encoded.trunk, room, truncate, bos_id), encoded.branches)
-    if not all(part.mask.any() for part in cut.branches or [cut.trunk]):
+    if not all(part.mask.any() if scored else len(part) for part in cut.branches or [cut.trunk]):
         raise RowError(f"{encoded.length} tokens; cut to max_length {max_length} nothing is left to score")
     return cut, True
 

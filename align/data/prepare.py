@@ -25,6 +25,7 @@ import numpy as np
 from align.data import cache as store
 from align.data.audit import DataReport, refusal_error
 from align.data.formats import FIELDS
+from align.data.labels import Labelling
 from align.data.media.library import Library
 from align.data.order import epoch_order
 from align.data.records import Kind
@@ -33,6 +34,7 @@ from align.data.tables import Table, Tokeniser
 from align.data.tokenizer import ChatTokenizer
 from align.errors import DataError
 from align.protocols import Group
+from align.recipe.labels import Labels
 from align.recipe.schema import DataSource
 
 
@@ -58,6 +60,8 @@ def prepare(
     folder: Path | None = None,
     answers: bool = False,
     media: Library | None = None,
+    labels: Labels | None = None,
+    unlabelled: bool = False,
 ) -> Prepared:
     """Read, convert, check, tokenise and mix the rows of a stage.
 
@@ -68,10 +72,15 @@ def prepare(
         answers: of pairs, also what rewards judge: their texts and rows, which no cache keeps.
         media: of a model that takes images; its media stay in the store until it is closed. None: rows with media are
             refused.
+        labels: of labelled rows, what their labels may be; unlabelled: a row may have none.
     Raises DataError where a source cannot be read or, unless it says `on_bad_row: skip`, has rows that cannot be used.
     """
     assert kind == "pair" or not answers, "only pairs have answers to judge"
-    tokenisers = [Tokeniser(_with_max_length(s, max_length), kind, tokenizer, media, answers) for s in sources]
+    assert (kind == "labelled") == (labels is not None), "labelled rows have labels, and others none"
+    labelling = Labelling(labels, unlabelled) if labels else None
+    tokenisers = [
+        Tokeniser(_with_max_length(s, max_length), kind, tokenizer, media, answers, labelling) for s in sources
+    ]
     tables = [_prepare_source(t, cache, first, folder) for t in tokenisers]
     for table, source in zip(tables, sources, strict=True):
         if not table.report.kept:
@@ -127,9 +136,11 @@ def _prepare_source(tokeniser: Tokeniser, cache: Path | None, first: int | None,
     opened = open_source(source, folder=folder, cache=cache, limit=limit)
     path = None
     if cache is not None and kind != "prompt" and not tokeniser.answers:
-        key = store.key(opened.digest(), tokeniser.tokenizer.fingerprint, kind, source, limit, library)
+        read_as = f"{kind} {tokeniser.labelling or ''}"
+        key = store.key(opened.digest(), tokeniser.tokenizer.fingerprint, read_as, source, limit, library)
         path = cache / f"{key}.npz"
         if (table := store.load(path, kind, library)) is not None:
+            table.label_columns = tokeniser.label_columns
             return table
     table = tokeniser.table(opened, limit)
     if table.report.refused and source.on_bad_row == "error":

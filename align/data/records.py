@@ -8,6 +8,7 @@ stage decides which record a row is read as:
     pair          preference      Pair
     unpaired      kto             Unpaired
     prompt        online          Prompt
+    labelled      classify        Labelled
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-Kind = Literal["conversation", "pair", "unpaired", "prompt"]
-KINDS: tuple[Kind, ...] = ("conversation", "pair", "unpaired", "prompt")
+Kind = Literal["conversation", "pair", "unpaired", "prompt", "labelled"]
+KINDS: tuple[Kind, ...] = ("conversation", "pair", "unpaired", "prompt", "labelled")
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
@@ -136,7 +137,17 @@ class Prompt:
     tools: tuple[Mapping[str, Any], ...] = ()
 
 
-Record = Conversation | Pair | Unpaired | Prompt
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A text or conversation, and what its row says it is (None: nobody said). No token of it is scored."""
+
+    prompt: Text
+    label: Any = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    weight: float = 1.0
+
+
+Record = Conversation | Pair | Unpaired | Prompt | Labelled
 
 _TEXTS = ("prompt", "completion", "chosen", "rejected")
 

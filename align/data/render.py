@@ -29,6 +29,7 @@ from align.data.encoded import Encoded, Tokens
 from align.data.media.shown import Shown, Written, written
 from align.data.records import (
     Conversation,
+    Labelled,
     Message,
     Pair,
     Prompt,
@@ -89,13 +90,13 @@ def draft(record: Record, tokenizer: ChatTokenizer, shown: Sequence[Shown] = (),
     """
     if marks is not None:
         _refuse_marks(record, tokenizer, marks)
-    if isinstance(record.prompt, str) and not isinstance(record, Prompt):
-        return _plain_draft(record)
-    if isinstance(record, Prompt):
+    if isinstance(record, Prompt | Labelled):
         if isinstance(record.prompt, str):
             return Draft((Piece(record.prompt, False),), plain=True)
-        prompt_text = _render(tokenizer, record.prompt, True, record.tools, shown)
-        return Draft((Piece(prompt_text.text, False),), media=(prompt_text.media(),))
+        whole_text = _render(tokenizer, record.prompt, isinstance(record, Prompt), record.tools, shown)
+        return Draft((Piece(whole_text.text, False),), media=(whole_text.media(),))
+    if isinstance(record.prompt, str):
+        return _plain_draft(record)
     prompt = _messages(record.prompt)
     if isinstance(record, Conversation):
         messages = prompt + _messages(record.completion)

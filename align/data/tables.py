@@ -12,11 +12,12 @@ from align.data.audit import MediaReport, Refusal, SourceReport
 from align.data.encoded import Encoded, Tokens, fit
 from align.data.formats import LAYOUTS
 from align.data.formats.base import Layout, choose, margin_of
+from align.data.labels import Labelling, distribution
 from align.data.media.library import Library
 from align.data.media.shown import Shown
 from align.data.placing import place_media
 from align.data.readers import Row
-from align.data.records import Kind, MediaPart, Pair, Prompt, Record, RowError, Text, check, media_of
+from align.data.records import Kind, Labelled, MediaPart, Pair, Prompt, Record, RowError, Text, check, media_of
 from align.data.render import draft, encode
 from align.data.sources import Opened, apply_columns
 from align.data.tokenizer import ChatTokenizer
@@ -34,7 +35,8 @@ Messages = tuple[dict[str, Any], ...]
 class Table:
     """Usable rows of one source, tokenised. rows: for prompts, (messages, values) of each; answers: of pairs that
     rewards are to judge, the same and both completions' texts; weights f32[kept]; margins f32[kept], NaN where a row
-    gives none. files: SHA-256 of every file that a medium was read from, by path."""
+    gives none. files: SHA-256 of every file that a medium was read from, by path. labels f32[kept, C]: of labelled
+    rows, the values of `label_columns`, NaN where a row gives none."""
 
     kind: Kind
     report: SourceReport
@@ -46,6 +48,8 @@ class Table:
     rows: list[tuple[Messages, dict[str, Any]]] | None = None
     answers: list[tuple[Messages, dict[str, Any], tuple[str, str]]] | None = None
     files: dict[str, str] = field(default_factory=dict)
+    labels: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    label_columns: tuple[str, ...] = ()
 
     def group(self, row: int, number: int) -> Group:
         """A pair as what a reward sees: its prompt, and two completions that nobody sampled."""
@@ -63,6 +67,8 @@ class Table:
         columns: dict[str, float] = {"weight": float(self.weights[row])} if weighted else {}
         if self.kind == "unpaired":
             columns["desirable"] = float(self.desirable[row])
+        if self.kind == "labelled" and not np.isnan(self.labels[row]).any():
+            columns |= dict(zip(self.label_columns, self.labels[row].tolist(), strict=True))
         trunk = _segment(e.trunk, {} if e.branches else columns)
         pair = columns if self.kind == "pair" else {}
         if self.kind == "pair" and not np.isnan(self.margins[row]):
@@ -93,13 +99,19 @@ class _Row:
 
 @dataclass
 class Tokeniser:
-    """How the rows of one source become a table. library: of a model that takes media; answers: see `prepare`."""
+    """How the rows of one source become a table. library: of a model that takes media; answers: see `prepare`;
+    labelling: of labelled rows."""
 
     source: DataSource
     kind: Kind
     tokenizer: ChatTokenizer
     library: Library | None = None
     answers: bool = False
+    labelling: Labelling | None = None
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        return self.labelling.labels.columns if self.labelling else ()
 
     def table(self, opened: Opened, limit: int | None) -> Table:
         """Read, convert, check and tokenise. Rows that cannot be used are in the table's report."""
@@ -119,6 +131,7 @@ class Tokeniser:
         report.layout = layout.name
         known = 0 if self.library is None else self.library.processed
         columns: list[tuple[float, bool, float]] = []
+        self.labels: list[list[float]] = []
         for start in range(0, len(rows), _CHUNK):
             chunk = slice(start, start + _CHUNK)
             for one, encoded in self._encoded(rows[chunk], named[chunk], layout):
@@ -134,6 +147,10 @@ class Tokeniser:
         table.weights = np.array([c[0] for c in columns], np.float32)
         table.desirable = np.array([c[1] for c in columns], bool)
         table.margins = np.array([c[2] for c in columns], np.float32)
+        if self.labelling is not None:
+            table.label_columns = self.label_columns
+            table.labels = np.array(self.labels, np.float32).reshape(-1, len(self.label_columns))
+            report.labels = distribution(table.labels, self.labelling.labels)
         self.media.processed = 0 if self.library is None else self.library.processed - known
         report.media = self.media.to_json()
         _finish(table, self.tokenizer)
@@ -196,9 +213,11 @@ class Tokeniser:
         """Add a row to the table; False for a prompt that is filtered. Raises RowError."""
         record = one.record
         texts = _answers(record) if self.answers and isinstance(record, Pair) else ("", "")
+        labels = self.labelling.values(record.label) if self.labelling and isinstance(record, Labelled) else []
         fitted = self._fit(encoded)
         if fitted is None:
             return False
+        self.labels.append(labels)
         table.encoded.append(fitted)
         table.origins.append(one.row.origin)
         if table.rows is not None and isinstance(record, Prompt):
@@ -228,7 +247,8 @@ class Tokeniser:
                 f"the prompt has {encoded.length} tokens, more than max_length {limit} "
                 "(`overlong_prompts: filter` leaves such prompts out)"
             )
-        fitted, cut = fit(encoded, limit, self.source.truncate, self.tokenizer.bos_id)
+        cut_from = self.source.truncate, self.tokenizer.bos_id
+        fitted, cut = fit(encoded, limit, *cut_from, scored=self.kind != "labelled")
         self.report.truncated += cut
         return fitted
 
@@ -300,7 +320,7 @@ def _finish(table: Table, tokenizer: ChatTokenizer) -> None:
         )
     elif tokenizer.template is not None and tokenizer.template.reads_clock:
         report.notes.append("the chat template prints today's date; fix it with `model.template_args`")
-    if table.kind != "prompt" and tokenizer.eos_ids and not report.truncated:
+    if table.kind not in ("prompt", "labelled") and tokenizer.eos_ids and not report.truncated:
         open_ended = sum(not _ends_with_eos(e, tokenizer.eos_ids) for e in table.encoded)
         if open_ended:
             report.notes.append(

@@ -74,7 +74,8 @@ def random_tokens(config: Any, seed: int) -> list[np.ndarray]:
 def log_probabilities(model: Any, samples: Sequence[Sample]) -> list[Tensor]:
     """f32[n, V] per sample on the CPU: the distribution after each token.
 
-    Of a reward model f32[n, 2]: how likely the text up to each token is preferred to one of score 0, and not.
+    Of a model with a score head f32[n * K, 2], by output: how likely the text up to each token is preferred to one of
+    score 0, and not. That tells any difference in scores, whatever they mean.
     """
     device = next(model.parameters()).device
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -86,7 +87,7 @@ def log_probabilities(model: Any, samples: Sequence[Sample]) -> list[Tensor]:
             inputs = {"input_ids": torch.as_tensor(sample, device=device)[None]}
         inputs["use_cache"] = False
         if has_score_head(plain):
-            scores = score(plain, plain.base_model(**inputs).last_hidden_state[0])
+            scores = score(plain, plain.base_model(**inputs).last_hidden_state[0]).reshape(-1, 1)
             logits = torch.cat([scores, torch.zeros_like(scores)], dim=-1)
         else:
             logits = _logits(model, inputs)

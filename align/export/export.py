@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,8 @@ from align.export.load_probe import plain_logps
 from align.model.adapter_config import CONFIG as ADAPTER_CONFIG
 from align.model.folders import copy_all_but_weights, require_free, written_aside
 from align.model.load import resolve_dtype
-from align.model.score_head import is_reward_model
+from align.model.score_head import scoring
+from align.model.scoring_class import nobody_elses, own_class_for
 from align.model.weights import edit_config
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,8 @@ TIME_LIMIT_S = 900.0
 
 @dataclass(frozen=True)
 class LoadCheck:
-    """status: "proved", or "not checked" where the loader is not installed (message says why).
+    """status: "proved", or "not checked" where the loader is not installed (message says why, and what of a proof was
+    left out).
 
     mean_difference, max_difference: of log-probabilities of the same tokens in nats: for plain transformers against
     the source folder, for an engine against plain transformers on the exported folder; both in float32 where the
@@ -102,6 +104,8 @@ def export(
         raise Unsupported(f"export format {format!r}", where="format", remedy=f"choose one of {', '.join(FORMATS)}")
     if (folder / ADAPTER_CONFIG).is_file():
         raise ModelError("this is an adapter, not a whole model", where=folder, remedy="merge it first")
+    if scoring(folder) and (model_type := own_class_for(folder)) is not None:
+        raise nobody_elses(model_type)
     require_free(out, "export")
     source = open_checkpoint(folder)
     written = source.dtype if dtype == "auto" else resolve_dtype(dtype, "cpu")
@@ -125,8 +129,8 @@ def export(
         )
         (aside / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     for check in checks:
-        if check.status != "proved":
-            log.warning("%s: loading in %s was not checked: %s", out, check.loader, check.message)
+        if check.message:
+            log.warning("%s: %s in %s: %s", out, check.status, check.loader, check.message)
     return report
 
 
@@ -162,14 +166,15 @@ def prove_loading(
     plain = _logps("transformers", exported, answer)
     checks = [compare("transformers", plain, reference, dtype, seconds)]
     for engine in engines:
-        if is_reward_model(exported):
-            checks.append(LoadCheck(engine, "not checked", 0.0, message="it generates, and a reward model scores"))
+        if scoring(exported):
+            checks.append(LoadCheck(engine, "not checked", 0.0, message="it generates, and this model scores"))
             continue
         answer, seconds = run_child(engine, exported, request, time_limit_s)
         if answer["status"] == "unavailable":
             checks.append(LoadCheck(engine, "not checked", seconds, message=answer["message"]))
             continue
-        checks.append(compare(engine, _logps(engine, exported, answer), plain[: len(tokens)], dtype, seconds))
+        found = _logps(engine, exported, answer)
+        checks.append(replace(compare(engine, found, plain[: len(found)], dtype, seconds), message=answer["message"]))
     return tuple(checks)
 
 

@@ -3,8 +3,8 @@
     python -m align.export.load_probe ENGINE FOLDER TOKENS OUT
 
 ENGINE: "plain" (transformers, float32) or a rollout engine's name. TOKENS: JSON {"tokens": [[...]], "dtype",
-"threads", "trust_remote_code", "image_seed" (null: no picture)}. OUT: JSON {"status": "loaded", "logps": [[...]]} or
-{"status": "unavailable" | "failed", "message"}.
+"threads", "trust_remote_code", "image_seed" (null: no picture)}. OUT: JSON {"status": "loaded", "logps": [[...]],
+"message" (what was left out)} or {"status": "unavailable" | "failed", "message"}.
 
 A process of its own, because engines cannot be unloaded without trace, may hang, and read the environment.
 """
@@ -16,20 +16,21 @@ import importlib
 import json
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from align.errors import AlignError, SetupError
-from align.protocols import Publication
+from align.errors import AlignError, SetupError, Unsupported
+from align.protocols import Medium, Publication
 
 
 def plain_logps(
     folder: Path, tokens: list[np.ndarray], trust_remote_code: bool = False, *, image_seed: int | None = None
 ) -> list[np.ndarray]:
-    """f32[n - 1] per sequence by plain transformers in float32: log-probabilities of its tokens. f32[n] of a reward
-    model: of being preferred, up to each token, to a text of score 0.
+    """f32[n - 1] per sequence by plain transformers in float32: log-probabilities of its tokens. f32[n * K] of a
+    model that scores: of being preferred, up to each token, to a text of score 0.
 
     image_seed: one sequence more, with the picture of this seed as the folder's own processor makes it ready."""
     import torch
@@ -37,9 +38,9 @@ def plain_logps(
     from align.export.compare import log_probabilities
     from align.export.images import image_samples
     from align.model.load import load_model
-    from align.model.score_head import is_reward_model, load_score_model
+    from align.model.score_head import load_score_model, scoring
 
-    if is_reward_model(folder):
+    if scoring(folder):
         scorer = load_score_model(folder, dtype=torch.float32, seed=0, trust_remote_code=trust_remote_code)
         return [logps[:, 0].numpy() for logps in log_probabilities(scorer, tokens)]
     model = load_model(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
@@ -49,8 +50,24 @@ def plain_logps(
     return [logps[:-1].gather(-1, ids[1:, None])[:, 0].numpy() for logps, ids in zip(found, all_ids, strict=True)]
 
 
-def engine_logps(name: str, folder: Path, tokens: list[np.ndarray], request: dict[str, Any]) -> list[np.ndarray]:
-    """f32[n - 1] per sequence by a rollout engine that serves the folder's own weights."""
+def engine_logps(
+    name: str, folder: Path, tokens: list[np.ndarray], request: dict[str, Any], *, picture: bool
+) -> list[np.ndarray]:
+    """f32[n - 1] per sequence by a rollout engine that serves the folder's own weights; `picture`: and one more, with
+    the request's picture. Raises Unsupported where the engine shows the model no pictures."""
+    from align.export.images import picture_prompt
+
+    media: list[tuple[Medium, ...]] = [() for _ in tokens]
+    with tempfile.TemporaryDirectory(prefix="align-picture-") as store:
+        if picture:
+            ids, medium = picture_prompt(folder, request["image_seed"], Path(store), request["trust_remote_code"])
+            tokens, media = [*tokens, ids], [*media, (medium,)]
+        return _engine_logps(name, folder, tokens, media, request)
+
+
+def _engine_logps(
+    name: str, folder: Path, tokens: list[np.ndarray], media: list[tuple[Medium, ...]], request: dict[str, Any]
+) -> list[np.ndarray]:
     base = importlib.import_module("rollout.base")  # by name: export stands beside rollout and does not import it
     engine = base.make_engine(
         base.EngineSpec(
@@ -61,11 +78,12 @@ def engine_logps(name: str, folder: Path, tokens: list[np.ndarray], request: dic
             max_model_len=max(len(ids) for ids in tokens) + 1,
             threads=request["threads"],
             trust_remote_code=request["trust_remote_code"],
+            media={"image": 1} if any(media) else {},
         )
     )
     try:
         engine.publish(Publication(version=0, kind="base", path=str(folder), digest=""))
-        result: list[np.ndarray] = engine.logps(tokens)
+        result: list[np.ndarray] = engine.logps(tokens, media) if any(media) else engine.logps(tokens)
     finally:
         engine.close()
     return result
@@ -76,13 +94,25 @@ def probe(name: str, folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     try:
         if name == "plain":
             logps = plain_logps(folder, tokens, request["trust_remote_code"], image_seed=request["image_seed"])
-        else:
-            logps = engine_logps(name, folder, tokens, request)
+            return {"status": "loaded", "logps": [row.tolist() for row in logps], "message": ""}
+        logps, message = _engine_answer(name, folder, tokens, request)
     except SetupError as error:
         return {"status": "unavailable", "message": str(error)}
     except (AlignError, ValueError, RuntimeError, OSError, KeyError) as error:
         return {"status": "failed", "message": f"{type(error).__name__}: {error}"}
-    return {"status": "loaded", "logps": [row.tolist() for row in logps]}
+    return {"status": "loaded", "logps": [row.tolist() for row in logps], "message": message}
+
+
+def _engine_answer(
+    name: str, folder: Path, tokens: list[np.ndarray], request: dict[str, Any]
+) -> tuple[list[np.ndarray], str]:
+    """Log-probabilities by an engine, with the picture where it shows the model pictures; else of text, and why."""
+    if request["image_seed"] is None:
+        return engine_logps(name, folder, tokens, request, picture=False), ""
+    try:
+        return engine_logps(name, folder, tokens, request, picture=True), ""
+    except Unsupported as error:
+        return engine_logps(name, folder, tokens, request, picture=False), f"on text alone: {error.what}"
 
 
 def main(arguments: list[str]) -> int:

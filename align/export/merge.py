@@ -9,8 +9,8 @@
 
 Without an adapter the folder is copied and cast, under the same proofs.
 
-A reward model's adapter brings a score head: it takes the place of the language model head, and the proofs compare, in
-place of the next token's distribution, whether a text is preferred to one of score 0.
+An adapter of a reward model or classifier brings a score head: it takes the place of the language model head, and the
+proofs compare, in place of the next token's distribution, whether a text is preferred to one of score 0, by output.
 """
 
 from __future__ import annotations
@@ -39,13 +39,15 @@ from align.model.load import load_model, resolve_dtype
 from align.model.score_head import (
     LANGUAGE_HEAD,
     WEIGHT,
+    adapter_labels,
     edit_score_config,
+    folder_labels,
     has_score_head,
-    is_reward_model,
     load_score_model,
     trained_head,
 )
 from align.model.weights import edit_config, merged_parameters, stored_names
+from align.recipe.labels import Labels
 
 log = logging.getLogger(__name__)
 
@@ -133,12 +135,14 @@ def merge(
     require_free(out, "merged model")
     source = open_checkpoint(base)
     config = None if adapter is None else read_adapter_config(adapter)
-    scored = is_reward_model(base) or (config is not None and scores(config))
+    brings_head = config is not None and scores(config)
+    labels = adapter_labels(adapter) if adapter is not None and brings_head else folder_labels(base)
+    scored = labels is not None
     if adapter is not None and config is not None:
         refuse_beyond_lora(config, adapter, "merge", score_head=scored)
     if scored:
         source = replace(source, files={k: v for k, v in source.files.items() if not k.startswith(LANGUAGE_HEAD)})
-    model: Any = _load(base, scored, trust_remote_code)
+    model: Any = _load(base, labels, trust_remote_code)
     tokens = random_tokens(model.config, seed)
     samples: list[Sample] = [*tokens, *image_samples(base, seed, trust_remote_code)]
     without = log_probabilities(model, samples)
@@ -168,9 +172,10 @@ def merge(
     return report
 
 
-def _load(folder: Path, scored: bool, trust_remote_code: bool) -> Any:
-    if scored:
-        return load_score_model(folder, dtype=torch.float32, seed=0, trust_remote_code=trust_remote_code)
+def _load(folder: Path, labels: Labels | None, trust_remote_code: bool) -> Any:
+    """With a score head of these labels, or (None) as a language model."""
+    if labels is not None:
+        return load_score_model(folder, dtype=torch.float32, seed=0, labels=labels, trust_remote_code=trust_remote_code)
     return load_model(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
 
 
@@ -266,7 +271,7 @@ def prove_folder(
     folder: Path, plan: Plan, trained: list[Tensor], samples: list[Sample], trust_remote_code: bool
 ) -> Distance:
     """Load a written folder in plain transformers and compare it with what was trained. Raises ExportError."""
-    model = _load(folder, is_reward_model(folder), trust_remote_code)
+    model = _load(folder, folder_labels(folder), trust_remote_code)
     if plan.untied and model.config.get_text_config().tie_word_embeddings:
         # transformers would see two weights and leave them apart; engines go by the config
         raise ExportError("the head was untied, but the written config.json still ties it", where=plan.out)

@@ -9,6 +9,8 @@ turns what a no-grad pass over the whole update found (`Prepass`) into the tenso
 `inputs.batch_stats`. With `auxiliary(trees, config)` it has that pass run over other trees than the update's own.
 
 `remarks(config) -> tuple[str, ...]` is optional: what the plan says about the options, where one is easily misread.
+`derived(metrics) -> dict` is optional too: numbers that are no sums (F1, a correlation) from the joined metrics, in
+place of the sums behind them.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ class Needs:
     prompt's; the trainer marks them before packing;
     margin: every pair must have one, from its row or from the stage's rewards."""
 
-    record: Literal["conversation", "pair", "unpaired", "group"]
+    record: Literal["conversation", "pair", "unpaired", "labelled", "group"]
     reference: bool = False
     head: tuple[str, ...] = ()
     scope: Literal["sequence", "pair", "batch"] = "sequence"

@@ -13,7 +13,7 @@ from align.recipe.support import BASE_BESIDE_ADAPTER
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 OWN_BASE = BASE_BESIDE_ADAPTER  # where parts of the model were trained whole beside the adapter
-HEAD = "score"  # the module of a reward model that is saved whole beside the adapter
+HEAD = "score"  # the module of a model that scores, saved whole beside the adapter
 PEFT_HEADS = {HEAD, "classifier"}  # peft's task type SEQ_CLS names both, whichever the model has
 
 # Settings that make an adapter more than W + scaling * B A on linear layers, and what the user would call them.
@@ -69,7 +69,7 @@ def weights_file(folder: Path) -> Path:
 
 
 def scores(config: dict[str, Any]) -> bool:
-    """Whether the adapter is a reward model's: LoRA and a score head."""
+    """Whether the adapter is a reward model's or a classifier's: LoRA and a score head."""
     saved = set(config.get("modules_to_save") or ())
     return config.get("task_type") == "SEQ_CLS" and bool(saved) and saved <= PEFT_HEADS
 
@@ -85,9 +85,9 @@ def refuse_beyond_lora(config: dict[str, Any], folder: Path, use: str, *, score_
     ]
     if not score_head and scores(config):
         raise Unsupported(
-            "the adapter is a reward model's: LoRA and a score head, which a language model has not",
+            "the adapter is a reward model's or classifier's: LoRA and a score head, which a language model has not",
             where=folder,
-            remedy="only a stage of kind reward_model goes on with it; start from another adapter",
+            remedy="only a stage of kind reward_model or classify goes on with it; start from another adapter",
         )
     if config.get("bias", "none") != "none":
         found.append(f"trained biases (bias: {config['bias']})")

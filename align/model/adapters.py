@@ -30,7 +30,7 @@ from align.model.adapter_config import (
 )
 from align.model.folders import written_aside
 from align.model.lora_targets import fresh_config, head_name, is_targeted, targeted_modules, with_score_head
-from align.model.score_head import has_score_head
+from align.model.score_head import adapter_labels, has_score_head, model_labels, write_meaning
 from align.model.weights import (
     digest,
     full_state,
@@ -162,7 +162,15 @@ def _draw(peft: PeftModel, seed: int) -> None:
 def _config_of(model: Any, folder: Path, use: str) -> LoraConfig:
     from peft import LoraConfig
 
-    refuse_beyond_lora(read_adapter_config(folder), folder, use, score_head=has_score_head(model))
+    stored = read_adapter_config(folder)
+    refuse_beyond_lora(stored, folder, use, score_head=has_score_head(model))
+    if has_score_head(model) and scores(stored) and not adapter_labels(folder).agrees_with(model_labels(model)):
+        raise ModelError(
+            f"the adapter has a head for a {adapter_labels(folder).words}, the model one for a "
+            f"{model_labels(model).words}",
+            where=folder,
+            remedy="give the stage the adapter's labels in their order, or put a merge of the stage before between",
+        )
     own = folder / OWN_BASE
     if own.is_dir() and Path(model.name_or_path).resolve() != own.resolve():
         raise ModelError(
@@ -327,3 +335,5 @@ def save(peft: PeftModel, folder: Path, name: str = DEFAULT, *, beside: Callable
         save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
         (aside / CONFIG).write_text(text + "\n", encoding="utf-8")
+        if has_score_head(peft.get_base_model()):
+            write_meaning(aside, peft.get_base_model())

@@ -135,7 +135,8 @@ def refuse_scoring(folder: Path) -> None:
         raise ModelError(
             f"the folder is a {names[0]}, a model that scores: it has no language model head",
             where=folder,
-            remedy="give a causal language model; only a stage of kind reward_model starts from a reward model",
+            remedy="give a causal language model; only a stage of kind reward_model or classify starts from one that "
+            "scores",
         )
 
 

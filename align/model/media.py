@@ -56,6 +56,17 @@ class MediaFeatures:
             for way in dict.fromkeys(self._way(p.medium) for p in placed)
         }
 
+    def nothing(self, media: Sequence[Medium], device: torch.device) -> Tensor:
+        """0, with a gradient of 0 for the towers, which have run; where nothing of them learns, 0 alone."""
+        zero = torch.zeros((), device=device)
+        if self.constant():
+            return zero
+        for medium in media:
+            output = self._run(self._way(medium), [read_tensors(medium)], device)
+            for value in (getattr(output, name, None) for name in USED):
+                zero = zero + sum(0.0 * t.float().sum() for t in _leaves(value))
+        return zero
+
     def _way(self, medium: Medium) -> str:
         """The modality as which the model computes a medium: to some, a video is images (InternVL, SmolVLM)."""
         return medium.kind if hasattr(self.whole, f"get_{medium.kind}_features") else "image"
@@ -93,13 +104,8 @@ class MediaFeatures:
         return found
 
     def _compute(self, group: list[tuple[Placed, dict[str, Tensor]]], device: torch.device) -> dict[str, Any]:
-        """One run of the tower over several media."""
         way = self._way(group[0][0].medium)
-        run = getattr(self.whole, f"get_{way}_features")
-        known = inspect.signature(run).parameters
-        tensors = {n: t.to(device) for n, t in merged([t for _, t in group]).items() if n in known}
-        output = run(**tensors, return_dict=True)
-        self.kinds[way] = type(output)
+        output = self._run(way, [tensors for _, tensors in group], device)
         self.computed += len(group)
         self.patches += sum(p.medium.patches for p, _ in group)
         slots = [p.slots for p, _ in group]
@@ -113,6 +119,14 @@ class MediaFeatures:
             for n, part in enumerate(parts):
                 part[name] = [layer[n] for layer in cut] if layers else cut[0][n]
         return {p.medium.key: part for (p, _), part in zip(group, parts, strict=True)}
+
+    def _run(self, way: str, media: Sequence[dict[str, Tensor]], device: torch.device) -> Any:
+        """One run of the tower over several media."""
+        run = getattr(self.whole, f"get_{way}_features")
+        known = inspect.signature(run).parameters
+        output = run(**{n: t.to(device) for n, t in merged(media).items() if n in known}, return_dict=True)
+        self.kinds[way] = type(output)
+        return output
 
     def _take(self, key: str, device: torch.device) -> dict[str, Any]:
         self._kept.move_to_end(key)
@@ -216,7 +230,13 @@ def _mapped(value: Any, change: Any) -> Any:
     return type(value)(_mapped(one, change) for one in value)
 
 
-def _size(value: Any) -> int:
+def _leaves(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    return sum(_size(one) for one in (value.values() if isinstance(value, dict) else value))
+        yield value
+    elif value is not None:
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(one)
+
+
+def _size(value: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in _leaves(value))

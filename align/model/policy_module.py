@@ -87,6 +87,8 @@ class PolicyModule(nn.Module):
         scores = has_score_head(self.model)
         with context:
             hidden = self._hidden(batch, batch.score_at if scores else batch.predict_at)
+            if batch.idle_media and self.media is not None:
+                hidden = hidden + self.media.nothing(batch.idle_media, device).to(hidden.dtype)
         if scores:
             wanted = score(self.model, hidden) if "scores" in want else None
             return HeadOutputs(logps=hidden.new_zeros(0, dtype=torch.float32), scores=wanted)

@@ -14,9 +14,6 @@ class Later(NamedTuple):
 
 _NOT_YET = "not offered by this version"
 _VALUES: dict[tuple[str, Any], Later] = {
-    ("kind", "classify"): Later(
-        _NOT_YET, "offered kinds: sft, preference, reward_model, online, evaluate, merge, export"
-    ),
     ("format", "gguf"): Later(_NOT_YET, "use `format: safetensors` and convert the folder with llama.cpp"),
     ("schedule", "wsd"): Later(_NOT_YET, "use cosine, linear or constant"),
 }

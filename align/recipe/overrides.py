@@ -16,7 +16,13 @@ import yaml
 from align.recipe.document import Document, Path_, Problem, parse_value
 
 _SHORTHAND = {"data": "path", "loss": "name", "train_on": "path", "rewards": "use"}  # text or map; one or a list
-_DEFAULT_LOSS = {"sft": "sft", "preference": "dpo", "reward_model": "reward_model", "online": "grpo"}
+_DEFAULT_LOSS = {
+    "sft": "sft",
+    "preference": "dpo",
+    "reward_model": "reward_model",
+    "classify": "classify",
+    "online": "grpo",
+}
 
 
 class _Wrong(Exception):

@@ -274,6 +274,8 @@ _SENTENCES = {  # their word -> the whole answer, where a key alone would mislea
     "tensor_model_parallel_size": "not offered by this version: an engine is one process; use `rollout.workers`",
     "actor_rollout_ref": "`actor_rollout_ref` is `model`, `rollout` and `reference`",
     "algorithm": "`algorithm` is `objectives` and `loss` of an online stage",
+    "problem_type": "`problem_type` is `problem` of a classify stage: single_label, multi_label or regression",
+    "task_type": "`task_type: seq_cls` is a stage, `kind: classify`; `task_type: reward_model` is `kind: reward_model`",
     "reward_model": "`reward_model` is a stage, `kind: reward_model`, where one is trained; rewards of an online stage "
     "are `rewards: [{use: ...}]`",
     "trainer": "`trainer` is the recipe itself: `name`, `output`, `report`, and `epochs` or `steps` of a stage",

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from align.recipe.labels import Labels, Problem
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -572,6 +574,49 @@ class RewardModelStage(TrainStage):
     batch: PairBatch = PairBatch()
 
 
+def _names(value: Any) -> Any:
+    """YAML reads `[1, 2, 3]` as numbers, which are names here; a truth value is a slip."""
+    items = value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(item, bool) for item in items):
+        raise ValueError('YAML takes true and false for truth values: put them in quotes, `labels: ["false", "true"]`')
+    return [str(item) if isinstance(item, int) else item for item in items]
+
+
+class ClassifyStage(TrainStage):
+    """A language model with a score head of one output per label, on labelled texts.
+
+    labels: their names, in the order of the outputs; num_labels: only how many (they are LABEL_0, ...; of a regression
+    one, unless given). problem: one label a row, any number of them, or numbers.
+    """
+
+    kind: Literal["classify"]
+    loss: LossField = (LossTerm(name="classify"),)
+    batch: SequenceBatch = SequenceBatch()
+    labels: Annotated[tuple[str, ...], BeforeValidator(_names), Field(min_length=1)] | None = None
+    num_labels: PositiveInt | None = None
+    problem: Problem = "single_label"
+
+    @model_validator(mode="after")
+    def _one_meaning_of_outputs(self) -> ClassifyStage:
+        if self.labels is not None and self.num_labels not in (None, len(self.labels)):
+            raise ValueError(
+                f"`labels` names {len(self.labels)} and `num_labels` is {self.num_labels}; give one of them"
+            )
+        if self.labels is not None and len(set(self.labels)) < len(self.labels):
+            raise ValueError("two of `labels` have the same name")
+        if self.labels is None and self.num_labels is None and self.problem != "regression":
+            raise ValueError("give `labels: [names]`, or `num_labels`: how many outputs the head has")
+        if self.problem == "single_label" and len(self.head.names) < 2:
+            raise ValueError("one label of one is no choice: name two at least, or say `problem: regression`")
+        return self
+
+    @property
+    def head(self) -> Labels:
+        if self.labels is not None:
+            return Labels(self.labels, self.problem)
+        return Labels.numbered(self.num_labels or 1, self.problem)
+
+
 class DynamicSampling(Strict):
     """Groups without signal (every completion scored alike) are replaced by fresh prompts (DAPO, 2503.14476).
     max_factor: a step samples at most so many times its groups; what then is without signal is trained as it is."""
@@ -665,7 +710,14 @@ class ExportStage(StageBase):
 
 
 Stage = Annotated[
-    SftStage | PreferenceStage | RewardModelStage | OnlineStage | EvaluateStage | MergeStage | ExportStage,
+    SftStage
+    | PreferenceStage
+    | RewardModelStage
+    | ClassifyStage
+    | OnlineStage
+    | EvaluateStage
+    | MergeStage
+    | ExportStage,
     Field(discriminator="kind"),
 ]
 
@@ -714,5 +766,14 @@ class Recipe(Strict):
 TokenizerFromScratch.model_rebuild()
 Eval.model_rebuild()
 Model.model_rebuild()
-for _stage in (TrainStage, SftStage, PreferenceStage, RewardModelStage, OnlineStage, EvaluateStage, Recipe):
+for _stage in (
+    TrainStage,
+    SftStage,
+    PreferenceStage,
+    RewardModelStage,
+    ClassifyStage,
+    OnlineStage,
+    EvaluateStage,
+    Recipe,
+):
     _stage.model_rebuild()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from align.protocols import Fleet, PromptItem, Scorer, Trainer
+from align.recipe.labels import Labels
 from align.recipe.schema import (
     Adapter,
     LossTerm,
@@ -50,7 +51,7 @@ class Start:
 class TrainerJob:
     """A policy to train. total: the stage's updates; rollout: how engines sample it, None offline; seed: of fresh
     adapter weights and dropout; trainable False: forward only, for evaluation; rates: of the model's parts, where they
-    are not `optim`'s."""
+    are not `optim`'s; labels: of a classifier's head."""
 
     stage_id: str
     model: Model
@@ -63,6 +64,7 @@ class TrainerJob:
     reference: Literal["start", "base", "cached"] | ReferencePath | None = None
     rollout: Rollout | None = None
     trainable: bool = True
+    labels: Labels | None = None
     rates: Mapping[Part, Rate] = field(default_factory=dict)
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from align.data.media.library import Library
+from align.data.media.opening import open_library
 from align.data.prepare import Prepared, prepare
 from align.data.records import Kind
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
@@ -44,6 +46,7 @@ class Context:
     origin: Origin
     _prepared: tuple[tuple[str, ...], list[Any]] | None = None
     _said: set[str] = field(default_factory=set)
+    _libraries: dict[Path, Library | None] = field(default_factory=dict)
 
     def seed(self, stage_id: str) -> int:
         return stage_seed(self.recipe.seed, stage_id)
@@ -66,6 +69,21 @@ class Context:
     def tokenizer(self, base: Path) -> ChatTokenizer:
         model = self.recipe.model
         return load_tokenizer(base, chat_template=model.chat_template, template_args=model.template_args)
+
+    def library(self, folder: Path | None) -> Library | None:
+        """The media of the model in `folder`, open until the run ends: what its trees name stays in the store."""
+        if folder is None:
+            return None
+        if folder not in self._libraries:
+            self._libraries[folder] = open_library(self.recipe, folder)
+        return self._libraries[folder]
+
+    def close(self) -> None:
+        """Give up what the run held of the media store."""
+        while self._libraries:
+            _, library = self._libraries.popitem()
+            if library is not None:
+                library.close()
 
     async def items(
         self, stage: Any, sources: Sequence[DataSource], kind: Kind, tokenizer: ChatTokenizer, name: str = "data"
@@ -100,6 +118,8 @@ class Context:
             cache=self.run.path.parent / ".cache",  # keyed by content: runs beside this one share it
             folder=self.recipe_folder,
             answers=answers,
+            labels=getattr(stage, "head", None),
+            media=self.library(tokenizer.folder),
         )
         folder = self.run.stage_folder(stage.id)
         folder.mkdir(parents=True, exist_ok=True)

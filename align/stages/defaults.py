@@ -14,6 +14,8 @@ LEARNING_RATES = {
     ("preference", False): 5e-7,
     ("reward_model", True): 1e-4,
     ("reward_model", False): 1e-5,
+    ("classify", True): 1e-4,
+    ("classify", False): 1e-5,
     ("online", True): 1e-5,
     ("online", False): 1e-6,
 }
@@ -21,6 +23,7 @@ SCHEDULES = {
     "sft": ("cosine", 0.05),
     "preference": ("cosine", 0.05),
     "reward_model": ("cosine", 0.05),
+    "classify": ("cosine", 0.05),
     "online": ("constant", 0.05),
 }
 

@@ -15,8 +15,12 @@ _CHUNK = 1 << 22
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` by the JSON of `value`; a reader sees the old text or the new one, never a part."""
-    text = json.dumps(value, indent=1, allow_nan=True) + "\n"
+    """Replace `path` by the JSON of `value`."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text`; a reader sees the old text or the new one, never a part."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     with aside.open("w", encoding="utf-8") as handle:
         handle.write(text)

@@ -52,6 +52,14 @@ def adapter_in(folder: Path) -> Adapter:
     )
 
 
+def trained_by(recipe: Recipe, name: str) -> Any:
+    """The stage that trained what stage `name` hands on."""
+    source = recipe.stage(name.partition("@")[0])
+    while source.kind in ("merge", "export") and source.from_:
+        source = recipe.stage(source.from_.partition("@")[0])
+    return source
+
+
 def check_adapters(recipe: Recipe, origin: Origin | None = None) -> None:
     """Refuse a stage that would continue an adapter under another configuration. Without `origin`, the adapter that
     the recipe starts from is not looked at."""

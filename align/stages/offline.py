@@ -1,4 +1,4 @@
-"""SFT, preference and reward model stages: batches of prepared trees in a fixed order, one update each.
+"""SFT, preference, reward model and classification stages: batches of prepared trees in a fixed order, one update each.
 
 Turn k's batch is arithmetic of (seed, k): no iterator state exists, so a resumed stage draws what an undisturbed one
 would have drawn.
@@ -36,7 +36,7 @@ def offline_evaluation(trainer: Trainer, trees: Sequence[Tree]) -> Callable[[], 
 
 def refuse_padding_at_end(trees: Sequence[Tree], pad_id: int | None) -> None:
     """Raise DataError where a sequence to be scored ends in the padding token: whoever loads the reward model in
-    transformers has the token before it scored."""
+    transformers, or the classifier, has the token before it scored."""
     for tree in trees:
         for sequence in tree.sequences:
             last = sequence if len(sequence) else tree.trunk

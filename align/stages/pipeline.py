@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ RUNNERS: dict[str, Callable[[Context, Any], Awaitable[StageResult]]] = {
     "sft": run_offline,
     "preference": run_offline,
     "reward_model": run_offline,
+    "classify": run_offline,
     "online": run_online,
     "evaluate": run_evaluate,
     "merge": run_merge,
@@ -113,12 +115,13 @@ async def run_pipeline(
     origin = await _origin(recipe, run, backend, report)
     check_adapters(recipe, origin)
     context = Context(recipe, run, backend, report, publications, recipe_folder, stop, origin)
-    for stage in recipe.stages:
-        if stage.id in run.finished():
-            report.message(f"{stage.id}: finished before, kept")
-            continue
-        context.raise_if_stopped(stage.id)
-        await _run_stage(context, stage, prints[stage.id])
+    with closing(context):
+        for stage in recipe.stages:
+            if stage.id in run.finished():
+                report.message(f"{stage.id}: finished before, kept")
+                continue
+            context.raise_if_stopped(stage.id)
+            await _run_stage(context, stage, prints[stage.id])
     return run.summary()
 
 

@@ -1,4 +1,4 @@
-"""Setting up and running the stages that train: sft, preference, reward_model and online."""
+"""Setting up and running the stages that train: sft, preference, reward_model, classify and online."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ from align.stages.reference_cache import cached_reference
 from align.stages.rollout_log import RolloutLog
 from align.stages.runfolder import METRICS, cut_metrics
 from align.stages.updates import UpdatePlan
+
+SCORED = ("reward_model", "classify")  # stages that train a score head
 
 
 def record_kind(losses: Sequence[LossTerm]) -> Kind:
@@ -90,6 +92,7 @@ def trainer_job(context: Context, stage: Any, start: Start, total: int, rollout:
         seed=context.seed(stage.id),
         reference=reference_of(stage),
         rollout=rollout,
+        labels=getattr(stage, "head", None),
     )
 
 
@@ -119,7 +122,7 @@ async def resumed(context: Context, loop: Loop) -> None:
 
 
 async def run_offline(context: Context, stage: Any) -> StageResult:
-    """An sft, preference or reward_model stage from its start, or from its newest checkpoint."""
+    """An sft, preference, reward_model or classify stage from its start, or from its newest checkpoint."""
     start = start_of(context.recipe, stage, context.origin, context.run.finished())
     tokenizer = context.tokenizer(start.base)
     kind = record_kind(stage.loss)
@@ -128,7 +131,7 @@ async def run_offline(context: Context, stage: Any) -> StageResult:
     held = await read(stage, stage.eval.data, kind, tokenizer, "eval") if stage.eval else []
     if needs_margin(stage):
         require_margins([*trees, *held])
-    if stage.kind == "reward_model":
+    if stage.kind in SCORED:
         refuse_padding_at_end([*trees, *held], tokenizer.pad_id)
     order = BatchPlan.of(stage, len(trees), context.seed(stage.id))
     job = trainer_job(context, stage, start, order.total)

@@ -26,6 +26,7 @@ from align.model.parts import parts_of
 from align.model.policy_module import PolicyModule
 from align.model.score_head import load_score_model
 from align.protocols import Publication
+from align.recipe.labels import Labels
 from align.recipe.schema import Part
 from align.recipe.support import refuse_parts_of_text
 
@@ -62,7 +63,8 @@ def load(spec: TrainerSpec) -> Policy:
 
 def _load_backbone(spec: TrainerSpec, dtype: torch.dtype, device: torch.device) -> Any:
     scored = any("scores" in configure(term.name, term.options)[2].head for term in spec.losses)
-    make = partial(load_score_model, seed=spec.seed) if scored else load_model
+    labels = spec.labels or Labels.numbered(1)
+    make = partial(load_score_model, seed=spec.seed, labels=labels) if scored else load_model
     model: Any = make(
         Path(spec.base),
         dtype=dtype,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from align.recipe.labels import Labels
 from align.recipe.schema import Adapter, LossTerm, Model, Optim, Part, Rate
 
 
@@ -20,7 +21,8 @@ class TrainerSpec:
     rates: learning rate and weight decay of parts of the model, where they are not `optim`'s.
     max_tokens, max_patches: of a microbatch. media_cache_mb: features of images that are kept where nothing of the
     vision tower learns.
-    publish, engine_dtype: how and in which dtype engines receive the policy.
+    publish, engine_dtype: how and in which dtype engines receive the policy. labels: of a score head, where a loss
+    needs scores; None: one score, as of a reward model.
     """
 
     model: Model
@@ -42,3 +44,4 @@ class TrainerSpec:
     threads: int | None = None
     device: str = "auto"
     trainable: bool = True
+    labels: Labels | None = None

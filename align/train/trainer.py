@@ -71,7 +71,7 @@ class PolicyTrainer:
             keep_freed_memory()
         self.module: PolicyModule = self.policy.module
         self.positions = positions_of(self.module.model, text_positions)
-        if any(needs.record != "conversation" for _, _, needs, _ in self.losses):
+        if any(needs.record not in ("conversation", "labelled") for _, _, needs, _ in self.losses):
             # Losses on ratios start at a ratio of 1 only without it; likelihoods alone may have it.
             switch_off_own_dropout(self.module)
         self.probe_difference = probe(self.module)
@@ -136,7 +136,7 @@ class PolicyTrainer:
         sums.add(_work(batches))
         if self.module.media is not None:
             sums.add({"tokens/patches": Metric(torch.tensor(float(self.policy.patches() - seen)), reduce="sum")})
-        metrics = sums.result(self.ranks.objects)
+        metrics = self._metrics(sums)
         middle = min(progress + 0.5 / self.spec.total_updates, 1.0)
         optim = self.spec.optim
         rates = set_rates(self.optimizer, lr_multiplier(optim.schedule or "cosine", optim.warmup or 0.0, middle))
@@ -173,7 +173,9 @@ class PolicyTrainer:
         return planned[self.ranks.rank]
 
     def _packed(self, part: Microbatch) -> TokenBatch:
-        return collate(part.trees, self.positions).to(self.device)
+        batch = collate(part.trees, self.positions)
+        batch.idle_media = part.idle_media
+        return batch.to(self.device)
 
     def _microbatches(self, trees: Sequence[Tree]) -> list[tuple[TokenBatch, bool]]:
         """This rank's share, packed, and whether each counts (see `align.data.packing.Microbatch`)."""
@@ -273,22 +275,51 @@ class PolicyTrainer:
         stats = self._batch_stats(trees)
         for batch, counted in self._microbatches(trees):
             self._loss(batch, counts, sums if counted else MetricSums(), stats)
-        return sums.result(self.ranks.objects)
+        return self._metrics(sums)
+
+    def _metrics(self, sums: MetricSums) -> dict[str, float]:
+        """Joined over ranks, with what a loss derives of them; a label's own are called after it."""
+        metrics = sums.result(self.ranks.objects)
+        for module, _, _, _ in self.losses:
+            metrics = module.derived(metrics) if hasattr(module, "derived") else metrics
+        names = self.spec.labels.names if self.spec.labels else ()
+        called = {f"f1/{k}": f"f1/{name}" for k, name in enumerate(names)}
+        return {called.get(name, name): value for name, value in metrics.items()}
 
     def logps(self, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
         """See `align.protocols.Trainer.logps`."""
+
+        def of(batch: TokenBatch) -> list[np.ndarray]:
+            logps = self._quiet(self.module, batch).logps.float().cpu().numpy()
+            owner = batch.sequence_ids.cpu().numpy()
+            return [logps[owner == s] for s in range(batch.sequences)]
+
+        return self._by_sequence(trees, of)
+
+    def scores(self, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
+        """Per tree, per sequence: f32[K], what the score head says. Computed without dropout."""
+
+        def of(batch: TokenBatch) -> list[np.ndarray]:
+            scores = self._quiet(self.module, batch, want=("scores",)).scores
+            assert scores is not None, "the model has no score head"
+            return list(scores.float().cpu().numpy())
+
+        return self._by_sequence(trees, of)
+
+    def _by_sequence(
+        self, trees: Sequence[Tree], of: Callable[[TokenBatch], list[np.ndarray]]
+    ) -> list[list[np.ndarray]]:
+        """What `of` gives for each sequence of a batch, per tree, gathered from all ranks."""
         found: dict[tuple[int, int], np.ndarray] = {}
         place = {(tree.id, id(s)): (n, k) for n, tree in enumerate(trees) for k, s in enumerate(tree.sequences)}
         for part in self._planned(trees):
-            batch = self._packed(part)
-            logps = self._quiet(self.module, batch).logps.float().cpu().numpy()
+            values = of(self._packed(part))
             if not part.counted:
                 continue
-            owner = batch.sequence_ids.cpu().numpy()
             # a group may be cut between its branches: each is found by itself
             keys = [(tree.id, id(sequence)) for tree in part.trees for sequence in tree.sequences]
-            found |= {place[key]: logps[owner == s] for s, key in enumerate(keys)}
-        found = {at: logps for own in self.ranks.objects(found) for at, logps in own.items()}
+            found |= {place[key]: value for key, value in zip(keys, values, strict=True)}
+        found = {at: value for own in self.ranks.objects(found) for at, value in own.items()}
         return [[found[n, k] for k in range(len(tree.sequences))] for n, tree in enumerate(trees)]
 
     def numerics(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from align.data.formats import alpaca, openai, sharegpt, swift, trl
+from align.data.formats import alpaca, labelled, openai, sharegpt, swift, trl
 from align.data.formats.base import Layout
 
 LAYOUTS: tuple[Layout, ...] = (
@@ -11,6 +11,7 @@ LAYOUTS: tuple[Layout, ...] = (
     *sharegpt.LAYOUTS,
     *alpaca.LAYOUTS,
     *swift.LAYOUTS,
+    *labelled.LAYOUTS,
 )
 
 FIELDS: frozenset[str] = frozenset().union(*(layout.columns for layout in LAYOUTS))

@@ -113,6 +113,7 @@ def _stage_words(kind: Kind) -> str:
         "pair": "a preference stage (pairs)",
         "unpaired": "unpaired preferences (completion and label)",
         "prompt": "an online stage (prompts)",
+        "labelled": "a classify stage (labelled texts)",
     }[kind]
 
 

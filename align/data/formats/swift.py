@@ -67,7 +67,7 @@ def _labelled(column: str) -> Callable[[Row], Unpaired]:
     return convert
 
 
-def _query(row: Row) -> tuple[Message, ...]:
+def read_query(row: Row) -> tuple[Message, ...]:
     messages: list[Message] = []
     for item in row.get("history") or ():
         if not isinstance(item, list | tuple) or len(item) != 2 or not all(isinstance(x, str) for x in item):
@@ -77,20 +77,20 @@ def _query(row: Row) -> tuple[Message, ...]:
 
 
 def _query_conversation(row: Row) -> Conversation:
-    return Conversation((), _query(row) + assistant(text_of(row, "response")), tools_of(row), weight_of(row))
+    return Conversation((), read_query(row) + assistant(text_of(row, "response")), tools_of(row), weight_of(row))
 
 
 def _query_pair(row: Row) -> Pair:
     chosen, rejected = assistant(text_of(row, "response")), assistant(text_of(row, "rejected_response"))
-    return Pair(_query(row), chosen, rejected, tools_of(row), weight_of(row))
+    return Pair(read_query(row), chosen, rejected, tools_of(row), weight_of(row))
 
 
 def _query_unpaired(row: Row) -> Unpaired:
-    return Unpaired(_query(row), assistant(text_of(row, "response")), label_of(row), tools_of(row), weight_of(row))
+    return Unpaired(read_query(row), assistant(text_of(row, "response")), label_of(row), tools_of(row), weight_of(row))
 
 
 def _query_prompt(row: Row) -> Prompt:
-    return prompt_from(_query(row), optional_text(row, "response"), tools_of(row))
+    return prompt_from(read_query(row), optional_text(row, "response"), tools_of(row))
 
 
 def _has_roles(row: Row) -> bool:

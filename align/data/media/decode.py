@@ -30,6 +30,9 @@ _KNOWN_STARTS = (
     (b"version https://git-lfs", "a Git LFS pointer: the file itself was not downloaded"),
     (b"PK\x03\x04", "a zip archive"),
     (b"\x1f\x8b", "a gzip file"),
+    (b"\x89PNG", "a PNG picture whose header is damaged"),
+    (b"\xff\xd8\xff", "a JPEG picture whose header is damaged"),
+    (b"GIF8", "a GIF picture whose header is damaged"),
     (b"RIFF", "a RIFF file (a video or a sound)"),
 )
 
@@ -137,7 +140,10 @@ def within(size: tuple[int, int], min_pixels: int | None, max_pixels: int | None
             width, height = min(width, max_pixels), min(height, max_pixels)
     elif min_pixels is not None and pixels < min_pixels:
         scale = math.sqrt(min_pixels / pixels)
-        width, height = math.ceil(width * scale), math.ceil(height * scale)
+        grown = math.ceil(width * scale), math.ceil(height * scale)
+        if max_pixels is not None and grown[0] * grown[1] > max_pixels:
+            grown = max(1, math.floor(width * scale)), max(1, math.floor(height * scale))
+        width, height = grown
     return width, height
 
 

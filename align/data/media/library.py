@@ -24,8 +24,7 @@ from align.data.records import MediaPart, RowError
 from align.recipe.schema import Media
 
 _PROCESSOR_FILES = (
-    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "image_processor.json",
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json",
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer.json",
 )  # fmt: skip
 
 
@@ -62,6 +61,9 @@ class Library:
         for name in _PROCESSOR_FILES:
             path = self.folder / name
             h.update(f"|{name}|".encode() + (path.read_bytes() if path.is_file() else b""))
+        config = self.folder / "config.json"
+        vision = json.loads(config.read_bytes()).get("vision_config") if config.is_file() else None
+        h.update(str((vision or {}).get("patch_size")).encode())
         for source in sorted(Path(__file__).parent.glob("*.py")):
             h.update(source.read_bytes())
         return h.hexdigest()

@@ -94,9 +94,13 @@ RECIPE = [
         changed("kind: preference", "kind: prefrence"),
     ),
     Case(
-        "a stage kind of later versions",
-        ("recipe.yaml:25", "kind: classify", "not offered by this version"),
-        changed("kind: preference", "kind: classify"),
+        "a classify stage without labels",
+        ("recipe.yaml:24", "give `labels: [names]`, or `num_labels`"),
+        changed(
+            "kind: preference\n    from: sft\n    adapter: {rank: 8}\n    data: pairs.jsonl\n"
+            "    loss: {name: dpo, beta: 0.2}\n    batch: {pairs: 4}\n",
+            "kind: classify\n    from: sft\n    data: pairs.jsonl\n",
+        ),
     ),
     Case("from: of an unknown stage", ("'dpp'", "no earlier stage", "sft"), changed("from: dpo", "from: dpp")),
     Case(

@@ -96,7 +96,8 @@ def test_what_a_reward_model_cannot_do_is_refused_with_a_way_round(workshop: Wor
 
 def test_a_reward_model_is_where_another_one_may_start_and_nothing_else(workshop: Workshop, tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "rm")
-    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["Qwen3ForSequenceClassification"]}
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["Qwen3ForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
     (folder / "config.json").write_text(json.dumps(config))
     text = workshop.recipe.read_text()
     head, stages = text[: text.index("model:")] + f"model: {{path: {folder}}}\n", text[text.index("stages:") :]

@@ -51,6 +51,10 @@ def test_no_microbatch_has_more_patches_than_its_budget_unless_it_cannot_be_spli
     parts = [part.trees for share in plan for part in share if part.counted]
     found = sorted((tree.id, id(branch.token_ids)) for part in parts for tree in part for branch in tree.branches)
     assert found == sorted((tree.id, id(branch.token_ids)) for tree in trees for branch in tree.branches)
+    for together in zip(*plan, strict=True):  # towers run on every rank, or on none
+        busy = [bool(part.idle_media) or any(tree.media for tree in part.trees) for part in together]
+        assert len(set(busy)) == 1
+        assert not any(part.idle_media and any(tree.media for tree in part.trees) for part in together)
     for part in parts:
         single = len(part) == 1 and len(part[0].branches) == 1
         assert single or (sum(t.patches for t in part) <= limit and sum(t.tokens for t in part) <= 60)

@@ -37,6 +37,12 @@ def group(rng: np.random.Generator, id: int, size: int = 4) -> Tree:
     return Tree(id, segment(rng, int(rng.integers(3, 9)), scored=False), branches)
 
 
+def labelled(rng: np.random.Generator, id: int, **columns: float) -> Tree:
+    """A text and its label: class 0, 1 or 2 where `columns` say nothing else."""
+    text = segment(rng, int(rng.integers(4, 12)), scored=False)
+    return Tree(id, replace(text, columns=columns or {"class": float(id // 3 % 3)}), origin=f"labels.jsonl:{id + 1}")
+
+
 def unpaired(rng: np.random.Generator, id: int) -> Tree:
     branch = replace(segment(rng, int(rng.integers(2, 8)), scored=True), columns={"desirable": float(id % 2)})
     return Tree(id, segment(rng, int(rng.integers(3, 9)), scored=False), (branch,), origin=f"kto.jsonl:{id + 1}")

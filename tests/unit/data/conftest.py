@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(folder: Path) -> ChatTokenizer:
     return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def vlm(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function of a family's name that writes its tiny vision-language model, once."""
+    from tests.tiny_vlms import write_tiny_vlm
+
+    written: dict[str, Path] = {}
+
+    def write(family: str) -> Path:
+        if family not in written:
+            written[family] = write_tiny_vlm(tmp_path_factory.mktemp(family), family)
+        return written[family]
+
+    return write

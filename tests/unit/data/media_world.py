@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from align.data.media.worker import answer
 from align.data.prepare import Prepared, prepare
 from align.data.tokenizer import load_tokenizer
 from align.recipe.schema import DataSource, Media
+
+MakeVlm = Callable[[str], Path]
 
 
 def picture(width: int = 60, height: int = 40, seed: int = 0) -> Image.Image:
@@ -46,6 +48,16 @@ def write_rows(folder: Path, rows: Sequence[Mapping[str, Any]], name: str = "dat
     path = folder / name
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def shown(name: str) -> dict[str, Any]:
+    return {"type": "image", "image": name}
+
+
+def chat(*parts: Any, answer: str = "3.") -> dict[str, Any]:
+    """A row of one question, in parts, and one answer."""
+    content = [part if isinstance(part, dict) else {"type": "text", "text": part} for part in parts]
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
 
 
 class InProcess(Pool):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +12,14 @@ from PIL import Image
 
 from align.mediastore import read_tensors, view_path
 from align.protocols import Medium, Segment
-from tests.tiny_vlms import FAMILIES, write_tiny_vlm
-from tests.unit.data.media_world import World
-
-MakeVlm = Callable[[str], Path]
-
-
-@pytest.fixture(scope="session")
-def vlm(tmp_path_factory: pytest.TempPathFactory) -> MakeVlm:
-    """A function of a family's name that writes its tiny model, once."""
-    written: dict[str, Path] = {}
-
-    def write(family: str) -> Path:
-        if family not in written:
-            written[family] = write_tiny_vlm(tmp_path_factory.mktemp(family), family)
-        return written[family]
-
-    return write
+from tests.tiny_vlms import FAMILIES
+from tests.unit.data.media_world import MakeVlm, World, chat, shown
 
 
 def processor(folder: Path) -> Any:
     from transformers import AutoProcessor
 
     return AutoProcessor.from_pretrained(folder)
-
-
-def chat(*parts: Any, answer: str = "3.") -> dict[str, Any]:
-    content = [part if isinstance(part, dict) else {"type": "text", "text": part} for part in parts]
-    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
-
-
-def shown(name: str) -> dict[str, Any]:
-    return {"type": "image", "image": name}
 
 
 def stand_for(segment: Segment, medium: Medium) -> np.ndarray:

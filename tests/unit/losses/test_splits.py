@@ -19,9 +19,15 @@ from align.protocols import Counts, Tree
 from align.train.metrics import MetricSums
 from align.train.prepass import run_prepass
 from align.types import HeadOutputs, TokenBatch
-from tests.unit.core.trees import conversation, group, pair, unpaired
+from tests.unit.core.trees import conversation, group, labelled, pair, unpaired
 
-MAKE = {"conversation": conversation, "pair": pair, "unpaired": unpaired, "group": group}
+MAKE = {
+    "conversation": conversation,
+    "pair": pair,
+    "unpaired": unpaired,
+    "labelled": labelled,
+    "group": group,
+}
 
 CASES: dict[str, list[dict[str, Any]]] = {
     "sft": [{}, {"variant": "dft"}],
@@ -54,6 +60,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
         {"variant": "ipo"},
     ],
     "reward_model": [{}, {"centre": 0.1}],
+    "classify": [{}, {"label_smoothing": 0.1}, {"class_weights": [0.5, 2.0, 1.5]}],
     "modpo": [{}, {"beta": 0.3, "preference_weight": 0.4}],
     "grpo": [
         {},
@@ -100,7 +107,9 @@ class Forward:
             "entropy": 2 * noise(batch, 2.0) + 0.1,
             "log_sum_sq": -2 * noise(batch, 3.0) - 0.1,
         }
-        made["scores"] = 4 * noise(batch, 6.0)[last_tokens(batch)][:, None] - 2
+        made["scores"] = (
+            4 * (noise(batch, 6.0)[last_tokens(batch)][:, None] if len(batch.labels) else of_tree(batch)) - 2
+        )
         for leaf in made.values():
             leaf.requires_grad_()
         self.leaves[id(batch)] = made
@@ -113,6 +122,11 @@ class Forward:
     @staticmethod
     def reference(batch: TokenBatch) -> Tensor:
         return -3 * noise(batch, 1.0) - 0.05 + 0.8 * (noise(batch, 4.0) - 0.4)
+
+
+def of_tree(batch: TokenBatch) -> Tensor:
+    """f64[S, 3] in (0, 1) that depends on a sequence's tree alone, where no token is scored."""
+    return (43758.5453 * torch.sin(37.719 * batch.group_ids.double()[:, None] + torch.arange(3.0))).frac().abs()
 
 
 def last_tokens(batch: TokenBatch) -> Tensor:
@@ -136,8 +150,12 @@ def gradient_by_token(batch: TokenBatch, leaves: dict[str, Tensor]) -> dict[tupl
     for name, leaf in leaves.items():
         if leaf.grad is None:
             continue
-        rows = keys if name != "scores" else [keys[at] for at in last_tokens(batch)]
-        for key, value in zip(rows, leaf.grad.reshape(len(rows), -1).sum(1).tolist(), strict=True):
+        rows = (
+            keys if name != "scores" else [keys[at] for at in last_tokens(batch)] if keys else batch.group_ids.tolist()
+        )
+        grad = leaf.grad.reshape(len(rows), -1)
+        grad = grad * torch.arange(1.0, 1 + grad.shape[1])  # a softmax's own gradients add up to 0
+        for key, value in zip(rows, grad.sum(1).tolist(), strict=True):
             found[(name, key)] = found.get((name, key), 0.0) + value
     return found
 

@@ -19,8 +19,11 @@ from align.model import adapters
 from align.model.load import load_model
 from align.model.policy_module import PolicyModule
 from align.model.probe import probe
-from align.model.score_head import WEIGHT, load_score_model
+from align.model.score_head import MEANING, WEIGHT, adapter_labels, folder_labels, load_score_model, model_labels
+from align.model.scoring_class import SEEING
 from align.protocols import Segment, Tree
+from align.recipe.labels import Labels
+from tests.tiny_vlms import write_tiny_vlm
 from tests.unit.core.trees import conversation, pair
 from tests.unit.model.tiny import LLAMA, QWEN3, lora, train_a_little, write_tiny
 
@@ -178,10 +181,10 @@ def test_heads_of_another_layout_are_refused(written: Path, tmp_path: Path) -> N
         load_score_model(base, dtype=F32, seed=0)
 
 
-def test_a_classifier_of_several_labels_is_refused(written: Path) -> None:
+def test_a_classifier_of_several_labels_is_no_reward_model(written: Path) -> None:
     edit_json(written / "config.json", id2label={"0": "bad", "1": "good"}, label2id={"bad": 0, "good": 1})
-    with pytest.raises(ModelError, match="a classifier of 2 labels, not a reward model"):
-        load_score_model(written, dtype=F32, seed=0)
+    with pytest.raises(ModelError, match="a classifier of 2 labels"):
+        load_score_model(written, dtype=F32, seed=0, labels=Labels.numbered(1))
 
 
 def test_a_tokenizer_without_padding_token_is_refused_with_the_remedy(tmp_path: Path) -> None:
@@ -264,3 +267,103 @@ def test_the_head_is_no_target_of_lora(base: Path) -> None:
         adapters.attach(load_score_model(base, dtype=F32, seed=5), lora(targets=("score",)), None, seed=8)
     peft = adapters.attach(load_score_model(base, dtype=F32, seed=5), lora(targets=r".*(q_proj|score)"), None, seed=8)
     assert not any("score" in name for name, _ in adapters.lora_layers(peft))
+
+
+# ------------------------------------------------------------------------------------------------- several labels
+
+LABELS = Labels(("bad", "so-so", "good"), "single_label")
+
+
+def test_a_head_of_several_labels_is_written_with_their_names_and_read_back(base: Path, tmp_path: Path) -> None:
+    model = load_score_model(base, dtype=F32, seed=5, labels=LABELS)
+    assert model.score.weight.shape[0] == 3
+    adapters.save_full(model, tmp_path / "judge", base=base, dtype=F32)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge")
+    assert plain.config.id2label == {0: "bad", 1: "so-so", 2: "good"}
+    assert plain.config.label2id == {"bad": 0, "so-so": 1, "good": 2}
+    assert plain.config.problem_type == "single_label_classification"
+    ours = our_scores(PolicyModule(model), trees())
+    torch.testing.assert_close(transformers_scores(plain, plain_ids(trees())), ours, atol=1e-5, rtol=1e-5)
+    again = load_score_model(tmp_path / "judge", dtype=F32, seed=99)
+    assert folder_labels(tmp_path / "judge") == model_labels(again) == LABELS
+    assert torch.equal(again.score.weight, model.score.weight)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fits"),
+    [
+        (LABELS, True),
+        (Labels.numbered(3), True),
+        (Labels.numbered(3, "single_label"), True),
+        (Labels.numbered(2, "single_label"), False),
+        (Labels(("good", "so-so", "bad"), "single_label"), False),
+        (Labels(LABELS.names, "multi_label"), False),
+        (Labels.numbered(1), False),
+    ],
+)
+def test_a_classifier_serves_its_own_labels_and_no_others(written: Path, wanted: Labels, fits: bool) -> None:
+    edit_json(written / "config.json", **LABELS.to_config())
+    change_weights(written, **{WEIGHT: torch.randn(3, 32)})
+    if fits:
+        assert model_labels(load_score_model(written, dtype=F32, seed=0, labels=wanted)) == LABELS
+    else:
+        with pytest.raises(ModelError, match=r"a classifier of 3 labels, single_label of 3 \(bad, so-so, good\)"):
+            load_score_model(written, dtype=F32, seed=0, labels=wanted)
+
+
+def test_labels_that_a_checkpoint_only_numbers_get_the_names_that_are_wanted(written: Path) -> None:
+    edit_json(written / "config.json", **Labels.numbered(3).to_config())
+    change_weights(written, **{WEIGHT: torch.randn(3, 32)})
+    assert model_labels(load_score_model(written, dtype=F32, seed=0, labels=LABELS)) == LABELS
+
+
+def test_the_adapter_of_somebody_elses_classifier_is_taken_by_its_width(base: Path, tmp_path: Path) -> None:
+    model = load_score_model(base, dtype=F32, seed=5, labels=LABELS)
+    adapters.save(adapters.attach(model, lora(), None, seed=3), tmp_path / "adapter")
+    assert adapter_labels(tmp_path / "adapter") == LABELS
+    (tmp_path / "adapter" / MEANING).unlink()
+    assert adapter_labels(tmp_path / "adapter") == Labels.numbered(3)
+    with pytest.raises(ModelError, match="the adapter has a head for a score of 3"):
+        adapters.attach(load_score_model(base, dtype=F32, seed=5), lora(), tmp_path / "adapter", seed=8)
+
+
+# ------------------------------------------------------------------------------------------------- models that see
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl", "gemma3", "idefics3", "internvl"])
+def seeing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_vlm(tmp_path_factory.mktemp(request.param) / "model", request.param)
+
+
+def test_a_model_that_sees_gets_a_head_on_its_language_width_and_is_read_back_with_its_tower(
+    seeing: Path, tmp_path: Path
+) -> None:
+    model = load_score_model(seeing, dtype=F32, seed=5, labels=LABELS)
+    assert model.score.weight.shape == (3, model.config.get_text_config().hidden_size)
+    assert model.get_output_embeddings() is None
+    seen = load_model(seeing, dtype=F32).state_dict()
+    shared = {name: value for name, value in model.state_dict().items() if name != WEIGHT}
+    assert all(torch.equal(value, seen[name]) for name, value in shared.items()), "backbone and tower are the model's"
+    adapters.save_full(model, tmp_path / "judge", base=seeing, dtype=F32)
+    assert folder_labels(tmp_path / "judge") == LABELS
+    again = load_score_model(tmp_path / "judge", dtype=F32, seed=99).state_dict()
+    assert again.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+
+
+def test_its_packed_scores_of_text_equal_those_of_its_own_forward(seeing: Path) -> None:
+    model = load_score_model(seeing, dtype=F32, seed=5, labels=LABELS)
+    with torch.no_grad():
+        expected = torch.cat([model(input_ids=torch.tensor([ids])).logits for ids in plain_ids(trees())])
+    module = PolicyModule(model)
+    assert probe(module) < 1e-4
+    torch.testing.assert_close(our_scores(module, trees()), expected.float(), atol=1e-4, rtol=1e-4)
+
+
+def test_for_which_models_that_see_transformers_has_a_classifier_is_known_without_it() -> None:
+    from transformers.models.auto import modeling_auto as known
+
+    there = {*known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES} & {
+        *known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    }
+    assert {name for name in there if name in known.MODEL_MAPPING_NAMES} == {*SEEING}

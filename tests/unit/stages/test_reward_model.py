@@ -86,6 +86,7 @@ class LocalBackend(PlainBackend):
                 adapter=str(job.start.adapter) if job.start.adapter else None,
                 device="cpu",
                 reference=job.reference,
+                labels=job.labels,
             )
         )
         self.prepare(trainer, job)

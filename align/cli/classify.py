@@ -1,0 +1,196 @@
+"""`align classify`: log-probabilities of every label for every row of a file, by the forward that training uses.
+
+Of one label a row, log-probabilities are of a softmax over the labels; of several, each label's own (log sigmoid); of a
+regression and of a reward model the scores are the answer. Where rows have labels, they are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from align.data.media.library import Library
+from align.data.media.opening import takes_media
+from align.data.prepare import prepare
+from align.data.tokenizer import load_tokenizer
+from align.errors import ModelError, UserError
+from align.hub import resolve_model_folder
+from align.model.adapter_config import OWN_BASE, read_adapter_config, scores
+from align.protocols import Tree
+from align.recipe.labels import Labels
+from align.recipe.schema import Adapter, DataSource, LossTerm, Media, Model, Optim, Packing
+from align.stages.files import write_text
+from align.stages.handover import adapter_in
+
+if TYPE_CHECKING:
+    from align.train.trainer import PolicyTrainer
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """base, adapter: folders; labels: of the head, wherever it lies."""
+
+    base: Path
+    adapter: Path | None
+    labels: Labels
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Write the answers, and print what they are worth where rows have labels. Raises UserError, DataError."""
+    out = Path(arguments.out)
+    if out.exists():
+        raise UserError("the file exists", where=out, remedy="remove it, or choose another name")
+    found = find(arguments.model, arguments.base)
+    with tempfile.TemporaryDirectory(prefix="align-classify-") as store, ExitStack() as stack:
+        library = None
+        if takes_media(json.loads((found.base / "config.json").read_text(encoding="utf-8"))):
+            library = Library(Media(), found.base, Path(store), trust_remote_code=arguments.trust_remote_code)
+            stack.callback(library.close)
+        trees, lines = _read(arguments, found, library)
+        print("\n".join(lines), flush=True)
+        trainer = open_trainer(arguments, found)
+        said = np.stack([rows[0] for rows in trainer.scores(trees)])
+    rows = [json.dumps(answer, ensure_ascii=False) for answer in answers(said, trees, found.labels)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, "\n".join(rows) + "\n")
+    print(f"{out}: {len(trees)} rows; {found.labels.words}")
+    for name, value in compare(said, trees, found.labels).items():
+        print(f"  {name} {value:.4f}")
+    return 0
+
+
+def find(model: str, base: str | None) -> Classifier:
+    """The folders of a classifier or reward model. Raises ModelError for a model without score head."""
+    folder = resolve_model_folder(model)
+    adapter = folder if (folder / "adapter_config.json").is_file() else None
+    if adapter is not None:
+        config = read_adapter_config(adapter)
+        own = adapter / OWN_BASE
+        named = str(own) if own.is_dir() else base or config.get("base_model_name_or_path")
+        if not named:
+            raise ModelError("the adapter names no base", where=adapter, remedy="give it as --base")
+        folder = resolve_model_folder(str(named))
+    from align.model.score_head import adapter_labels, folder_labels  # torch: only once the folders are there
+
+    labels = adapter_labels(adapter) if adapter is not None and scores(config) else folder_labels(folder)
+    if labels is None:
+        raise ModelError(
+            "the model has no score head: it writes, and does not classify",
+            where=adapter or folder,
+            remedy="give what a stage of kind classify or reward_model made",
+        )
+    if labels.problem is None and len(labels.names) > 1:  # as transformers' pipelines take it
+        labels = Labels(labels.names, "single_label")
+    return Classifier(folder, adapter, labels)
+
+
+def _read(arguments: argparse.Namespace, found: Classifier, library: Library | None) -> tuple[list[Tree], list[str]]:
+    """The rows as trees, and the data report's lines."""
+    pairs = [pair.partition("=") for pair in arguments.columns.split(",") if pair]
+    if any(not (ours and theirs) for ours, _, theirs in pairs):
+        raise UserError(f"{arguments.columns!r} names no columns", where="--columns", remedy="write text=review")
+    config = json.loads((found.base / "config.json").read_text(encoding="utf-8"))
+    positions = config.get("text_config", config).get("max_position_embeddings")
+    source = DataSource(
+        path=arguments.data,
+        columns={ours.strip(): theirs.strip() for ours, _, theirs in pairs},
+        format=arguments.format,
+        limit=arguments.limit,
+        max_length=arguments.max_length or positions,
+        truncate=arguments.truncate,
+        on_bad_row=arguments.on_bad_row,
+    )
+    tokenizer = load_tokenizer(found.base, chat_template=arguments.chat_template)
+    prepared = prepare((source,), "labelled", tokenizer, seed=0, media=library, labels=found.labels, unlabelled=True)
+    return prepared.items, prepared.report.summary
+
+
+def open_trainer(arguments: argparse.Namespace, found: Classifier) -> PolicyTrainer:
+    """The model behind the trainer's forward, without optimizer."""
+    import torch
+
+    from align.report.quiet import quiet
+    from align.train.spec import TrainerSpec
+    from align.train.trainer import PolicyTrainer
+
+    quiet()
+    gpu = arguments.device != "cpu" and torch.cuda.is_available()
+    return PolicyTrainer(
+        TrainerSpec(
+            model=Model(path=str(found.base), dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code),
+            base=str(found.base),
+            adapter=str(found.adapter) if found.adapter else None,
+            adapter_config=adapter_in(found.adapter) if found.adapter else Adapter(),
+            losses=(LossTerm(name="classify"),),
+            optim=Optim(),
+            total_updates=1,
+            max_tokens=Packing(max_tokens=arguments.max_tokens or "auto").budget(gpu),
+            device=arguments.device,
+            trainable=False,
+            labels=found.labels,
+        )
+    )
+
+
+# ------------------------------------------------------------------------------------------------- answers
+
+
+def answers(said: np.ndarray, trees: Sequence[Tree], labels: Labels) -> Iterator[dict[str, Any]]:
+    """One object per row of scores f32[n, K]: origin, the answer, log-probabilities (or scores) by label, and
+    `expected`, the row's own label, where it has one."""
+    for number, (row, tree) in enumerate(zip(said.astype(np.float64), trees, strict=True)):
+        out: dict[str, Any] = {"row": number, "origin": tree.origin}
+        if labels.problem == "single_label":
+            logps = row - row.max() - math.log(np.exp(row - row.max()).sum())
+            out |= {"label": labels.names[int(row.argmax())], "log_probs": _by_name(labels, logps)}
+        elif labels.problem == "multi_label":
+            logps = -np.logaddexp(0.0, -row)
+            out |= {"labels": _chosen(labels, row > 0), "log_probs": _by_name(labels, logps)}
+        else:
+            out["scores"] = _by_name(labels, row)
+        if tree.trunk.labelled:
+            out["expected"] = _expected(tree, labels)
+        yield out
+
+
+def _by_name(labels: Labels, values: np.ndarray) -> dict[str, float]:
+    return {name: round(float(value), 6) for name, value in zip(labels.names, values, strict=True)}
+
+
+def _chosen(labels: Labels, there: Sequence[bool] | np.ndarray) -> list[str]:
+    return [name for name, yes in zip(labels.names, there, strict=True) if yes]
+
+
+def _expected(tree: Tree, labels: Labels) -> Any:
+    values = np.array([tree.trunk.columns[name] for name in labels.columns])
+    if labels.problem == "single_label":
+        return labels.names[int(values[0])]
+    return _chosen(labels, values > 0) if labels.problem == "multi_label" else _by_name(labels, values)
+
+
+def compare(said: np.ndarray, trees: Sequence[Tree], labels: Labels) -> dict[str, float]:
+    """Accuracy and F1, or errors and correlation, over the rows that have a label; of a label by its name."""
+    import torch
+
+    from align.losses.classify import derived, measures
+    from align.train.metrics import MetricSums
+
+    there = [number for number, tree in enumerate(trees) if tree.trunk.labelled]
+    if not there:
+        return {}
+    columns = {
+        f"sequence/{name}": torch.tensor([trees[n].trunk.columns[name] for n in there]) for name in labels.columns
+    }
+    sums = MetricSums()
+    sums.add(measures(torch.as_tensor(said[there]), columns))
+    called = {f"f1/{k}": f"f1/{name}" for k, name in enumerate(labels.names)}
+    return {called.get(name, name): value for name, value in derived(sums.result()).items()}
