@@ -2,9 +2,9 @@
 stand.
 
 transformers' multimodal models take what their towers give as `mm_encoder_outputs` and do the rest (scatter, deep
-features). So a medium is computed once for all rows that hold it: a prompt's image once for its G completions. Where
-neither tower nor projector learns, what they make of a medium never changes, and is kept between microbatches, passes
-and epochs.
+features). So a medium is computed once for all rows that hold it, a prompt's image once for its G completions, and all
+media of a row in one run. Where neither tower nor projector learns, what they make of a medium never changes, and is
+kept between microbatches, passes and epochs.
 """
 
 from __future__ import annotations
@@ -95,8 +95,11 @@ class MediaFeatures:
         wanted = {p.medium.key: p for p in placed}
         found = {key: self._take(key, device) for key in wanted if constant and key in self._kept}
         missing = [p for key, p in wanted.items() if key not in found]
+        # What is kept is computed alone: its last bits then do not depend on what it first stood beside, and a run that
+        # is resumed, with nothing kept, goes on as it would have.
+        groups = [[p] for p in missing] if constant and self.limit else [missing]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not constant):
-            for group in _alike(missing):
+            for group in (alike for some in groups for alike in _alike(some)):
                 found |= self._compute(group, device)
         if constant:
             for p in missing:
