@@ -82,9 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     _recipe_arguments(check, optional=True)
     check.add_argument("--model", metavar="FOLDER", help="with --suite: a model folder or hub id, in place of a recipe")
     check.add_argument("--suite", action="store_true", help="try on it what runs do: packing, adapters, merge, engines")
-    check.add_argument(
-        "--trust-remote-code", action="store_true", help="with --suite: run code from the model's folder"
-    )
+    check.add_argument("--trust-remote-code", action="store_true", help="with --suite: run the model's own code")
     check.add_argument("--data", action="store_true", help="read every row, not only the first 1,000 of each source")
     check.set_defaults(verb=_check)
 

@@ -28,5 +28,5 @@ def main(arguments: argparse.Namespace) -> int:
             for line in more:
                 print(f"{'':<63}{line}", flush=True)
             failed += check.status == "failed"
-    print(f"\n{failed} checks failed" if failed else "\nall right")
+    print(f"\n{failed} of the checks failed" if failed else "\nall right")
     return 1 if failed else 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +50,7 @@ class Subject:
     trust_remote_code: bool
     engines: tuple[str, ...]
     time_limit_s: float
-    tuned: Adapter = Adapter()  # LoRA wherever the model has linear layers, once that is known
+    tuned: Adapter = field(default_factory=Adapter)  # then LoRA wherever the model has linear layers
 
     def load(self) -> Any:
         return load_model(self.folder, dtype=torch.float32, trust_remote_code=self.trust_remote_code)
@@ -112,17 +112,14 @@ def _reads_a_picture(subject: Subject) -> Lines:
         yield (
             "",
             "failed",
-            "the folder has no processor: copy preprocessor_config.json or processor_config.json into it",
+            "the folder has no processor: copy its preprocessor_config.json beside the weights",
         )
         return
     one, two = (log_probabilities(model, sample)[0] for sample in pictures)
     apart = float((one - two).abs().max()) if one.shape == two.shape else float("inf")
     tokens = pictures[0][0]["input_ids"].shape[1]
-    yield (
-        "",
-        "passed" if apart > 0 else "failed",
-        f"{tokens} tokens; another picture moves log-probabilities by {apart:.2g}",
-    )
+    words = f"{tokens} tokens; another picture moves log-probabilities by {apart:.2g}"
+    yield "", "passed" if apart > 0 else "failed", words
 
 
 def _packed(subject: Subject) -> Lines:
