@@ -45,7 +45,7 @@ from align.errors import SetupError, Unsupported
 from align.mediastore import VIEW_SUFFIX
 from align.protocols import Medium, PromptItem, Sampling
 from rollout.base import VLLM_ARGUMENTS_FILE, EngineSpec, start_error
-from rollout.vllm_media import bounded_by_pixels, media_prompt
+from rollout.vllm_media import media_prompt, pixel_arguments
 
 ENVIRONMENT: Mapping[str, str] = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: no second process to die or to wait for
@@ -221,8 +221,9 @@ def _arguments(spec: EngineSpec, max_rank: int) -> dict[str, Any]:
         most = {**dict.fromkeys(VIEW_SUFFIX, 0), "image": 1, **spec.media}  # a picture probes
         arguments.setdefault("limit_mm_per_prompt", most)
         arguments.setdefault("mm_device_do_normalize", False)  # pixels as the trainer has them, bit for bit
-    if spec.pixels and bounded_by_pixels(Path(spec.folder)):
-        arguments["mm_processor_kwargs"] = {**spec.pixels, **(arguments.get("mm_processor_kwargs") or {})}
+    own = pixel_arguments(Path(spec.folder), spec.pixels) if spec.pixels else {}
+    if own:
+        arguments["mm_processor_kwargs"] = own | (arguments.get("mm_processor_kwargs") or {})
     if max_rank:
         arguments |= {"enable_lora": True, "max_lora_rank": max_rank, "max_loras": adapter_slots(spec)}
     return arguments

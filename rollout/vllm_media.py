@@ -97,15 +97,22 @@ def _input(tokens: list[int], made: Any, ranges: Mapping[str, Sequence[Any]]) ->
     return mm_input(tokens, made.kwargs, made.hashes, ranges)
 
 
-def bounded_by_pixels(folder: Path) -> bool:
-    """Whether the model's processor itself resizes pictures to between min_pixels and max_pixels (those of the Qwen
-    family, which merge patches); others would not know the words."""
-    for name, part in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
-        file = folder / name
-        if file.is_file():
+def pixel_arguments(folder: Path, pixels: Mapping[str, int]) -> dict[str, Any]:
+    """Arguments by which a processor that itself counts pixels (Qwen's, which joins patches) has the recipe's limits in
+    place of its own; {} for any other, which would not know them."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (file := folder / name).is_file():
             config = json.loads(file.read_text(encoding="utf-8"))
-            return "merge_size" in (config.get(part) or {} if part in config else config)
-    return False
+            config = config.get("image_processor") or config
+            size = config.get("size") or {}
+            lowest = size.get("shortest_edge", config.get("min_pixels"))
+            highest = size.get("longest_edge", config.get("max_pixels"))
+            if "merge_size" not in config or lowest is None or highest is None:
+                continue
+            highest = pixels.get("max_pixels") or max(highest, pixels.get("min_pixels", 0))
+            lowest = pixels.get("min_pixels") or min(lowest, highest)
+            return {"images_kwargs": {"size": {"shortest_edge": lowest, "longest_edge": highest}}}
+    return {}
 
 
 def _check_limits(renderer: Any, counts: Mapping[str, int]) -> None:
@@ -137,8 +144,7 @@ def _opened(medium: Medium) -> Any:
             with Image.open(path) as image:
                 return image.convert("RGB")
         if medium.kind == "video":
-            frames = read_frames(medium)
-            return frames, _frame_times(len(frames))
+            return read_frames(medium), _frame_times(path)
         with wave.open(str(path)) as sound:
             samples = np.frombuffer(sound.readframes(sound.getnframes()), np.int16).astype(np.float32) / 2**15
             return samples.reshape(-1, sound.getnchannels()).mean(axis=1), float(sound.getframerate())
@@ -150,16 +156,20 @@ def _opened(medium: Medium) -> Any:
         ) from error
 
 
-def _frame_times(count: int) -> dict[str, Any]:
-    """The metadata of a video that is all there: no frame of it is to be left out."""
-    return {
+def _frame_times(path: Path) -> dict[str, Any]:
+    """Which frames of its file a video's are (`align.mediastore`), and that none of them is to be left out."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as header:
+        known = json.loads((header.metadata() or {}).get("video", "{}"))
+        count = header.get_slice("frames").get_shape()[0]
+    whole = {
         "fps": FRAMES_PER_SECOND,
         "duration": count / FRAMES_PER_SECOND,
         "total_num_frames": count,
         "frames_indices": list(range(count)),
-        "video_backend": "align",
-        "do_sample_frames": False,
     }
+    return {**whole, **known, "video_backend": "align", "do_sample_frames": False}
 
 
 def _placed(medium: Medium, token_ids: np.ndarray, updates: Sequence[Any]) -> Any:
