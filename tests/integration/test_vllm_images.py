@@ -187,7 +187,7 @@ def test_a_tower_whose_adapter_does_nothing_is_caught_at_the_start(
 
     monkeypatch.setattr(engine, "_probed", False)
     with monkeypatch.context() as patched:
-        patched.setattr("rollout.vllm_engine.write_probe_adapter", tower_left_out)
+        patched.setattr("rollout.vllm_probe.write_probe_adapter", tower_left_out)
         with pytest.raises(EngineError, match="not applied: one with large random weights on the tower of images"):
             engine.publish(replace(first, version=7))
     assert engine.publish(first) == first.digest
