@@ -11,8 +11,11 @@ What vLLM must offer, in the words of version 0.32 (`CALLS` is the same list for
 * `vllm.v1.engine.llm_engine.LLMEngine`: add_request (request_id, prompt, params, lora_request), step,
   abort_request, add_lora, remove_lora, list_loras, set_weight_version, reset_encoder_cache; its
   vllm_config.cache_config.block_size;
-* `vllm.inputs.engine`: tokens_input (prompt_token_ids), mm_input (and the multi-modal processor that makes what goes
-  into it: `rollout.vllm_media`);
+* `vllm.inputs.engine`: tokens_input (prompt_token_ids), mm_input (prompt_token_ids, mm_kwargs, mm_hashes,
+  mm_placeholders), the last one made of `vllm.multimodal.inputs.PlaceholderRange` (offset, length, is_embed);
+* what processes media (`rollout.vllm_media`): `vllm.renderers.base.BaseRenderer` (get_mm_processor,
+  mm_processor_cache), `vllm.multimodal.processing`: BaseMultiModalProcessor (_cached_apply_hf_processor) and
+  ProcessorInputs (prompt, mm_data_items, mm_uuid_items, cache);
 * `vllm.RequestOutput`: request_id (the one given to add_request), finished, outputs, prompt_logprobs,
   num_cached_tokens;
 * `vllm.outputs.CompletionOutput`: token_ids, logprobs, finish_reason, stop_reason, weight_versions (spans of tokens
