@@ -50,7 +50,10 @@ def media_prompt(llm: Any, token_ids: np.ndarray, media: Sequence[Medium]) -> An
         for kind, some in by_kind.items():
             placed = zip(some, made.prompt_updates[kind], strict=True)
             ranges[kind] = [_placed(medium, token_ids, updates) for medium, updates in placed]
-    except EngineError:
+        for medium, item in zip(by_kind.get("video", ()), made.kwargs.get("video", ()), strict=True):
+            if item is not None:  # None: vLLM knows it from before
+                check_extent(llm.model_config.hf_config, item.get_data(), medium)
+    except (EngineError, Unsupported):
         llm.reset_mm_cache()  # the two halves of vLLM's cache must agree on what was sent
         raise
     return _input(token_ids.tolist(), made, ranges)
@@ -170,6 +173,30 @@ def _frame_times(path: Path) -> dict[str, Any]:
         "frames_indices": list(range(count)),
     }
     return {**whole, **known, "video_backend": "align", "do_sample_frames": False}
+
+
+ENDLESS = ("qwen2_vl", "qwen2_5_vl")
+
+
+def check_extent(config: Any, data: Mapping[str, Any], medium: Medium) -> None:
+    """Raise Unsupported for a video after which vLLM counts positions otherwise than transformers.
+
+    In Qwen2-VL and Qwen2.5-VL text goes on behind the largest position of a video. For transformers (5.19) that is of
+    its height and width; vLLM takes its time into account, which only matters where a video is longer than it is large.
+    """
+    if config.model_type not in ENDLESS:
+        return
+    frames, height, width = (int(n) for n in data["video_grid_thw"].flatten().tolist())
+    interval = float(data.get("second_per_grid_ts", 1.0)) * getattr(config.vision_config, "tokens_per_second", 1.0)
+    sides = max(height, width) // config.vision_config.spatial_merge_size
+    last = int((frames - 1) * interval)
+    if last >= sides:
+        raise Unsupported(
+            f"a video takes {last + 1} positions in time and {sides} in space; vLLM counts the text behind it from the "
+            "larger number, transformers from the second",
+            where=view_path(medium),
+            remedy="lower media.video_frames, raise media.min_pixels, or set rollout.name=transformers",
+        )
 
 
 def _placed(medium: Medium, token_ids: np.ndarray, updates: Sequence[Any]) -> Any:

@@ -15,6 +15,7 @@ from align.data.order import DEFAULT_BATCH, BatchPlan
 from align.errors import DataError, ModelError, PlacementError, RecipeError
 from align.losses import configure
 from align.recipe.schema import Adapter, Recipe
+from align.recipe.served import refuse_unserved
 from align.recipe.support import publish_mode, reference_words
 from align.stages.backend import Needs
 from align.stages.context import stage_seed
@@ -117,6 +118,8 @@ class Planner:
         ]
         if stage.kind == "online":
             self._check_length(stage.rollout, facts)
+            kind = str(self.model.config.get("model_type"))
+            refuse_unserved(kind, publish_mode(adapter, stage.rollout), stage.rollout)
             plan.lines.append(
                 f"engines: {stage.rollout.workers} x {stage.rollout.name}, "
                 f"receive {_PUBLISHED[publish_mode(adapter, stage.rollout)]}; "

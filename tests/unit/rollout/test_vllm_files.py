@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from align.errors import Unsupported
+from align.protocols import Medium
 from rollout.vllm_files import unchanged, write_probe_adapter
-from rollout.vllm_media import pixel_arguments
+from rollout.vllm_media import check_extent, pixel_arguments
 
 QWEN = {"merge_size": 2, "size": {"shortest_edge": 3136, "longest_edge": 50176}}
 
@@ -34,6 +37,26 @@ def test_a_processor_that_counts_pixels_has_the_recipes_limits(
     old = {"merge_size": 2, "min_pixels": 3136, "max_pixels": 50176}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(old))
     assert pixel_arguments(tmp_path, pixels) == expected
+
+
+@pytest.mark.parametrize(
+    ("frames", "seconds", "fits"), [(2, 1.0, True), (4, 0.25, True), (2, 2.0, False), (4, 1.0, False)]
+)
+def test_a_video_that_is_longer_than_large_is_refused_where_positions_would_differ(
+    frames: int, seconds: float, fits: bool
+) -> None:
+    """10 x 4 patches, joined by twos: 5 positions in space; 4 positions a second."""
+    vision = SimpleNamespace(tokens_per_second=4.0, spatial_merge_size=2)
+    config = SimpleNamespace(model_type="qwen2_5_vl", vision_config=vision)
+    data = {"video_grid_thw": torch.tensor([frames, 4, 10]), "second_per_grid_ts": torch.tensor(seconds)}
+    medium = Medium("video", "key", "/store", 0, 8, 1)
+    if fits:
+        check_extent(config, data, medium)
+        return
+    with pytest.raises(Unsupported, match="5 in space"):
+        check_extent(config, data, medium)
+    config.model_type = "qwen3_vl"  # writes the time of each frame as text
+    check_extent(config, data, medium)
 
 
 def test_a_processor_of_tiles_is_given_no_words_that_it_does_not_know(tmp_path: Path) -> None:
