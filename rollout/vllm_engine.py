@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from align.errors import EngineError
+from align.errors import AlignError, EngineError
 from align.protocols import (
     Completion,
     FailedPrompt,
@@ -103,17 +103,25 @@ class VllmEngine:
             check_sampling(request.group_size, request.sampling)
         if requests and not self._running:
             self._empty_prefix_cache()
-        for request in requests:
-            failed = self._too_long(request)
-            if failed is not None:
-                self._answers.append((request.ticket, failed))
-                continue
+        too_long = [(r.ticket, failed) for r in requests if (failed := self._too_long(r)) is not None]
+        failed_tickets = {ticket for ticket, _ in too_long}
+        fitting = [request for request in requests if request.ticket not in failed_tickets]
+        prompts = self._made_prompts(fitting)  # all, before any is added: an error leaves the engine as it was
+        self._answers += too_long
+        for request, prompt in zip(fitting, prompts, strict=True):
             name = str(next(self._ids))
             item = request.prompt
             parameters = calls.sampling_parameters(item, request.group_size, request.sampling, self._end_ids)
-            prompt = calls.made_prompt(self._llm, item.token_ids, item.media)
             calls.add_request(self._llm, name, prompt, parameters, self._adapter)
             self._running[name] = _Running(request, self.version, self._adapter)
+
+    def _made_prompts(self, requests: Sequence[Request]) -> list[Any]:
+        try:
+            return [calls.made_prompt(self._llm, r.prompt.token_ids, r.prompt.media) for r in requests]
+        except AlignError:
+            if any(request.prompt.media for request in requests):
+                self._llm.reset_mm_cache()  # half of vLLM's cache takes what was made for sent
+            raise
 
     def step(self) -> list[Answer]:
         answers, self._answers = self._answers, []
