@@ -11,8 +11,11 @@ What vLLM must offer, in the words of version 0.32 (`CALLS` is the same list for
 * `vllm.v1.engine.llm_engine.LLMEngine`: add_request (request_id, prompt, params, lora_request), step,
   abort_request, add_lora, remove_lora, list_loras, set_weight_version, reset_encoder_cache; its
   vllm_config.cache_config.block_size;
-* `vllm.inputs.engine`: tokens_input (prompt_token_ids), mm_input (and the multi-modal processor that makes what goes
-  into it: `rollout.vllm_media`);
+* `vllm.inputs.engine`: tokens_input (prompt_token_ids), mm_input (prompt_token_ids, mm_kwargs, mm_hashes,
+  mm_placeholders), the last one made of `vllm.multimodal.inputs.PlaceholderRange` (offset, length, is_embed);
+* what processes media (`rollout.vllm_media`): `vllm.renderers.base.BaseRenderer` (get_mm_processor,
+  mm_processor_cache), `vllm.multimodal.processing`: BaseMultiModalProcessor (_cached_apply_hf_processor) and
+  ProcessorInputs (prompt, mm_data_items, mm_uuid_items, cache);
 * `vllm.RequestOutput`: request_id (the one given to add_request), finished, outputs, prompt_logprobs,
   num_cached_tokens;
 * `vllm.outputs.CompletionOutput`: token_ids, logprobs, finish_reason, stop_reason, weight_versions (spans of tokens
@@ -45,7 +48,7 @@ from align.errors import SetupError, Unsupported
 from align.mediastore import VIEW_SUFFIX
 from align.protocols import Medium, PromptItem, Sampling
 from rollout.base import VLLM_ARGUMENTS_FILE, EngineSpec, start_error
-from rollout.vllm_media import bounded_by_pixels, media_prompt
+from rollout.vllm_media import media_prompt, pixel_arguments
 
 ENVIRONMENT: Mapping[str, str] = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: no second process to die or to wait for
@@ -221,8 +224,9 @@ def _arguments(spec: EngineSpec, max_rank: int) -> dict[str, Any]:
         most = {**dict.fromkeys(VIEW_SUFFIX, 0), "image": 1, **spec.media}  # a picture probes
         arguments.setdefault("limit_mm_per_prompt", most)
         arguments.setdefault("mm_device_do_normalize", False)  # pixels as the trainer has them, bit for bit
-    if spec.pixels and bounded_by_pixels(Path(spec.folder)):
-        arguments["mm_processor_kwargs"] = {**spec.pixels, **(arguments.get("mm_processor_kwargs") or {})}
+    own = pixel_arguments(Path(spec.folder), spec.pixels) if spec.pixels else {}
+    if own:
+        arguments["mm_processor_kwargs"] = own | (arguments.get("mm_processor_kwargs") or {})
     if max_rank:
         arguments |= {"enable_lora": True, "max_lora_rank": max_rank, "max_loras": adapter_slots(spec)}
     return arguments

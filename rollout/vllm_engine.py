@@ -23,8 +23,7 @@ where requests run).
 from __future__ import annotations
 
 import itertools
-import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from align.errors import EngineError
+from align.errors import AlignError, EngineError
 from align.protocols import (
     Completion,
     FailedPrompt,
@@ -46,9 +45,9 @@ from align.protocols import (
 )
 from rollout import vllm as calls
 from rollout.base import Answer, EngineSpec, Request, check_engine_options, check_sampling
-from rollout.vllm_files import read_tensors, tensor_shapes, unchanged, write_probe_adapter
+from rollout.vllm_files import read_tensors, tensor_shapes, unchanged
 from rollout.vllm_held import held_adapter, held_weights, retie, tied_groups
-from rollout.vllm_media import picture_prompt
+from rollout.vllm_probe import probe_prompt, require_applied, spread_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,17 +103,25 @@ class VllmEngine:
             check_sampling(request.group_size, request.sampling)
         if requests and not self._running:
             self._empty_prefix_cache()
-        for request in requests:
-            failed = self._too_long(request)
-            if failed is not None:
-                self._answers.append((request.ticket, failed))
-                continue
+        too_long = [(r.ticket, failed) for r in requests if (failed := self._too_long(r)) is not None]
+        failed_tickets = {ticket for ticket, _ in too_long}
+        fitting = [request for request in requests if request.ticket not in failed_tickets]
+        prompts = self._made_prompts(fitting)  # all, before any is added: an error leaves the engine as it was
+        self._answers += too_long
+        for request, prompt in zip(fitting, prompts, strict=True):
             name = str(next(self._ids))
             item = request.prompt
             parameters = calls.sampling_parameters(item, request.group_size, request.sampling, self._end_ids)
-            prompt = calls.made_prompt(self._llm, item.token_ids, item.media)
             calls.add_request(self._llm, name, prompt, parameters, self._adapter)
             self._running[name] = _Running(request, self.version, self._adapter)
+
+    def _made_prompts(self, requests: Sequence[Request]) -> list[Any]:
+        try:
+            return [calls.made_prompt(self._llm, r.prompt.token_ids, r.prompt.media) for r in requests]
+        except AlignError:
+            if any(request.prompt.media for request in requests):
+                self._llm.reset_mm_cache()  # half of vLLM's cache takes what was made for sent
+            raise
 
     def step(self) -> list[Answer]:
         answers, self._answers = self._answers, []
@@ -284,13 +291,9 @@ class VllmEngine:
         length = calls.block_size(self._llm) + 1
         if length >= self._llm.model_config.max_model_len:
             return 0  # no prompt fills a block
-        prompt = calls.made_prompt(self._llm, self._spread_tokens(length), ())
+        prompt = calls.made_prompt(self._llm, spread_tokens(self._llm, length), ())
         output = self._alone(prompt, calls.scoring_parameters(cached=True), None)
         return int(output.num_cached_tokens or 0)
-
-    def _spread_tokens(self, length: int) -> np.ndarray:
-        """i64[length]: ids from all over the vocabulary."""
-        return np.linspace(0, self._llm.model_config.get_vocab_size() - 1, length).astype(np.int64)
 
     def _serve(self, adapter: Any, publication: Publication) -> None:
         self._adapter, self.version = adapter, publication.version
@@ -344,46 +347,18 @@ class VllmEngine:
         return self._llm.apply_model(function)[0]
 
     def _probe_once(self, like: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Once per engine: an adapter of the published one's shape with large random weights must move log-probs, and
-        so must its part outside the language model alone, of a prompt with a picture.
-
-        Holding an adapter and computing with it are two things; the digest proves the first, this proves the second.
-        """
+        """Once per engine, see `rollout.vllm_probe`."""
         if self._probed:
             return
+        llm = self._llm.llm_engine
+        load = partial(self._load_adapter, name="probe")
         tower = self._apply(lambda model: calls.tower_tensors(model, shapes))
-        around = self._spread_tokens(min(16, self._llm.model_config.max_model_len - 1))
-        seen = bool(tower or self.spec.media)
-        prompt = picture_prompt(self._llm, around) if seen else calls.made_prompt(self._llm, around, ())
-        if len(prompt["prompt_token_ids"]) >= self._llm.model_config.max_model_len:
-            raise EngineError(
-                f"the probe of adapters has {len(prompt['prompt_token_ids'])} tokens, its picture's included, which do "
-                f"not fit the engine's length of {self._llm.model_config.max_model_len}",
-                remedy="raise rollout.max_model_len",
-            )
-        for part, silent in (("language model", tower), ("tower of images", shapes.keys() - tower)):
-            if len(silent) < len(shapes):
-                self._require_moved(part, prompt, like, shapes, silent)
+        prompt = probe_prompt(self._llm, with_picture=bool(tower or self.spec.media))
+        least = 1e-3 if self.spec.dtype == "float32" else 5e-2
+        require_applied(
+            prompt, like, shapes, tower, load, lambda a: llm.remove_lora(a.lora_int_id), self._prompt_logps, least
+        )
         self._probed = True
-
-    def _require_moved(
-        self, part: str, prompt: Any, like: Path, shapes: Mapping[str, tuple[int, ...]], silent: Collection[str]
-    ) -> None:
-        """Raise EngineError unless random weights on this part of the model move log-probs."""
-        with tempfile.TemporaryDirectory(prefix=".probe-", dir=like) as folder:  # lives no longer than the version does
-            write_probe_adapter(Path(folder), like, shapes, silent)
-            adapter = self._load_adapter(Path(folder), "probe")
-            try:
-                with_adapter, without = self._prompt_logps(prompt, adapter), self._prompt_logps(prompt, None)
-            finally:
-                self._llm.llm_engine.remove_lora(adapter.lora_int_id)
-        moved = float(np.abs(with_adapter - without).max())
-        if not moved > (1e-3 if self.spec.dtype == "float32" else 5e-2):
-            raise EngineError(
-                f"adapter not applied: one with large random weights on the {part} moved log-probabilities by "
-                f"{moved:.1e} only",
-                remedy="this model's layers take no adapter in this vLLM; set rollout.weights=merged",
-            )
 
     def close(self) -> None:
         if self._llm is None:

@@ -50,7 +50,10 @@ def media_prompt(llm: Any, token_ids: np.ndarray, media: Sequence[Medium]) -> An
         for kind, some in by_kind.items():
             placed = zip(some, made.prompt_updates[kind], strict=True)
             ranges[kind] = [_placed(medium, token_ids, updates) for medium, updates in placed]
-    except EngineError:
+        for medium, item in zip(by_kind.get("video", ()), made.kwargs.get("video", ()), strict=True):
+            if item is not None:  # None: vLLM knows it from before
+                check_extent(llm.model_config.hf_config, item.get_data(), medium)
+    except (EngineError, Unsupported):
         llm.reset_mm_cache()  # the two halves of vLLM's cache must agree on what was sent
         raise
     return _input(token_ids.tolist(), made, ranges)
@@ -97,15 +100,22 @@ def _input(tokens: list[int], made: Any, ranges: Mapping[str, Sequence[Any]]) ->
     return mm_input(tokens, made.kwargs, made.hashes, ranges)
 
 
-def bounded_by_pixels(folder: Path) -> bool:
-    """Whether the model's processor itself resizes pictures to between min_pixels and max_pixels (those of the Qwen
-    family, which merge patches); others would not know the words."""
-    for name, part in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
-        file = folder / name
-        if file.is_file():
+def pixel_arguments(folder: Path, pixels: Mapping[str, int]) -> dict[str, Any]:
+    """Arguments by which a processor that itself counts pixels (Qwen's, which joins patches) has the recipe's limits in
+    place of its own; {} for any other, which would not know them."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (file := folder / name).is_file():
             config = json.loads(file.read_text(encoding="utf-8"))
-            return "merge_size" in (config.get(part) or {} if part in config else config)
-    return False
+            config = config.get("image_processor") or config
+            size = config.get("size") or {}
+            lowest = size.get("shortest_edge", config.get("min_pixels"))
+            highest = size.get("longest_edge", config.get("max_pixels"))
+            if "merge_size" not in config or lowest is None or highest is None:
+                continue
+            highest = pixels.get("max_pixels") or max(highest, pixels.get("min_pixels", 0))
+            lowest = pixels.get("min_pixels") or min(lowest, highest)
+            return {"images_kwargs": {"size": {"shortest_edge": lowest, "longest_edge": highest}}}
+    return {}
 
 
 def _check_limits(renderer: Any, counts: Mapping[str, int]) -> None:
@@ -137,8 +147,7 @@ def _opened(medium: Medium) -> Any:
             with Image.open(path) as image:
                 return image.convert("RGB")
         if medium.kind == "video":
-            frames = read_frames(medium)
-            return frames, _frame_times(len(frames))
+            return read_frames(medium), _frame_times(path)
         with wave.open(str(path)) as sound:
             samples = np.frombuffer(sound.readframes(sound.getnframes()), np.int16).astype(np.float32) / 2**15
             return samples.reshape(-1, sound.getnchannels()).mean(axis=1), float(sound.getframerate())
@@ -150,16 +159,44 @@ def _opened(medium: Medium) -> Any:
         ) from error
 
 
-def _frame_times(count: int) -> dict[str, Any]:
-    """The metadata of a video that is all there: no frame of it is to be left out."""
-    return {
+def _frame_times(path: Path) -> dict[str, Any]:
+    """Which frames of its file a video's are (`align.mediastore`), and that none of them is to be left out."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as header:
+        known = json.loads((header.metadata() or {}).get("video", "{}"))
+        count = header.get_slice("frames").get_shape()[0]
+    whole = {
         "fps": FRAMES_PER_SECOND,
         "duration": count / FRAMES_PER_SECOND,
         "total_num_frames": count,
         "frames_indices": list(range(count)),
-        "video_backend": "align",
-        "do_sample_frames": False,
     }
+    return {**whole, **known, "video_backend": "align", "do_sample_frames": False}
+
+
+ENDLESS = ("qwen2_vl", "qwen2_5_vl")
+
+
+def check_extent(config: Any, data: Mapping[str, Any], medium: Medium) -> None:
+    """Raise Unsupported for a video after which vLLM counts positions otherwise than transformers.
+
+    In Qwen2-VL and Qwen2.5-VL text goes on behind the largest position of a video. For transformers (5.19) that is of
+    its height and width; vLLM takes its time into account, which only matters where a video is longer than it is large.
+    """
+    if config.model_type not in ENDLESS:
+        return
+    frames, height, width = (int(n) for n in data["video_grid_thw"].flatten().tolist())
+    interval = float(data.get("second_per_grid_ts", 1.0)) * getattr(config.vision_config, "tokens_per_second", 1.0)
+    sides = max(height, width) // config.vision_config.spatial_merge_size
+    last = int((frames - 1) * interval)
+    if last >= sides:
+        raise Unsupported(
+            f"a video takes {last + 1} positions in time and {sides} in space; vLLM counts the text behind it from the "
+            "larger number, transformers from the second",
+            where=view_path(medium),
+            remedy="lower media.video_frames, raise media.min_pixels, or set rollout.name=transformers",
+        )
 
 
 def _placed(medium: Medium, token_ids: np.ndarray, updates: Sequence[Any]) -> Any:

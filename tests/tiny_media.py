@@ -18,9 +18,6 @@ from align.mediastore import TOKENS, read_tensors, tensors_path, view_path
 from align.protocols import Medium, PromptItem, group_seed
 from tests.tiny_vlms import FAMILIES
 
-IMAGE = object()
-"""Stands for the next picture in the parts of `image_prompt`."""
-
 
 def picture(seed: int, width: int = 112, height: int = 56) -> Image.Image:
     """Smooth noise: every patch of it is different."""

@@ -18,6 +18,7 @@ from align.losses import configure
 from align.model.scoring_class import SEEING, nobody_elses
 from align.recipe.labels import Labels
 from align.recipe.schema import Adapter, Recipe
+from align.recipe.served import refuse_unserved
 from align.recipe.support import publish_mode, reference_words
 from align.stages.backend import Needs
 from align.stages.context import stage_seed
@@ -128,6 +129,8 @@ class Planner:
             plan.lines += table_lines(table, resolved_rates(stage, adapter))
         if stage.kind == "online":
             self._check_length(stage.rollout, facts)
+            kind = str(self.model.config.get("model_type"))
+            refuse_unserved(kind, publish_mode(adapter, stage.rollout), stage.rollout)
             plan.lines.append(
                 f"engines: {stage.rollout.workers} x {stage.rollout.name}, "
                 f"receive {_PUBLISHED[publish_mode(adapter, stage.rollout)]}; "

@@ -27,6 +27,7 @@ from align.errors import AlignError, EngineError, Unsupported
 from align.model import adapters
 from align.model.load import load_model, quiet, resolve_dtype
 from align.model.prompt_inputs import prompt_inputs
+from align.model.spelled import words_for_marks
 from align.protocols import Completion, FailedPrompt, Group, Medium, PromptItem, Publication, Sampling, end_ids
 
 MAX_ROWS = 64  # completions computed at once: bounds the key-value cache
@@ -263,7 +264,12 @@ class TransformersEngine:
         for ids, some in zip(token_ids, media or [()] * len(token_ids), strict=True):
             tokens = torch.as_tensor(ids, dtype=torch.int64, device=self.device)
             inputs = prompt_inputs(self._model, [(ids, some)], self.device).tensors
-            logits = self._model(**inputs, use_cache=False).logits[0, :-1].float()
+            inside = torch.zeros_like(tokens, dtype=torch.bool)
+            for medium in some:
+                inside[medium.start : medium.start + medium.length] = True
+            with words_for_marks(self._model, tokens, inside) as plain:
+                inputs = {**inputs, "input_ids": plain[None]}
+                logits = self._model(**inputs, use_cache=False).logits[0, :-1].float()
             logps = torch.log_softmax(logits, dim=-1).gather(-1, tokens[1:, None])[:, 0]
             result.append(logps.cpu().numpy())
         return result

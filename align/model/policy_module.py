@@ -8,8 +8,9 @@ the layout they know.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
-from contextlib import nullcontext, suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ from align.model.last_layer import LastLayer
 from align.model.media import MediaFeatures, Placed
 from align.model.places import BOTH_WAYS, runs, slots_of, type_ids
 from align.model.score_head import has_score_head, score
+from align.model.spelled import words_for_marks
 from align.types import HeadOutputs, TokenBatch
 
 MEDIA_CACHE = 1 << 30
@@ -85,8 +87,8 @@ class PolicyModule(nn.Module):
         device = batch.token_ids.device
         context = nullcontext() if self.autocast is None else torch.autocast(device.type, dtype=self.autocast)
         scores = has_score_head(self.model)
-        with context:
-            hidden = self._hidden(batch, batch.score_at if scores else batch.predict_at)
+        with context, self._words_for_marks(batch) as plain:
+            hidden = self._hidden(plain, batch.score_at if scores else batch.predict_at)
             if batch.idle_media and self.media is not None:
                 hidden = hidden + self.media.nothing(batch.idle_media, device).to(hidden.dtype)
         if scores:
@@ -102,6 +104,18 @@ class PolicyModule(nn.Module):
             transform=self.transform,
             want=want,
         )
+
+    @contextmanager
+    def _words_for_marks(self, batch: TokenBatch) -> Iterator[TokenBatch]:
+        """The batch to compute with: see `align.model.spelled`."""
+        if not batch.media:
+            yield batch
+            return
+        inside = torch.zeros(batch.token_ids.shape[0], dtype=torch.bool)
+        for medium, at in zip(batch.media, batch.media_at, strict=True):
+            inside[at : at + medium.length] = True
+        with words_for_marks(self.model, batch.token_ids, inside.to(batch.token_ids.device)) as ids:
+            yield replace(batch, token_ids=ids)
 
     def _checkpoints(self) -> bool:
         return self.training and bool(getattr(self.model, "is_gradient_checkpointing", False))

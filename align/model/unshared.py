@@ -91,14 +91,22 @@ def hidden_states(backbone: Any, batch: TokenBatch, at: Tensor, inputs: Inputs =
     return torch.cat(parts).index_select(0, torch.argsort(back).to(at.device))
 
 
+def _token_outside_media(batch: TokenBatch) -> Tensor:
+    """A token of the row that stands for no medium; any, where there is no other."""
+    outside = torch.ones(batch.token_ids.shape[0], dtype=torch.bool)
+    for medium, at in zip(batch.media, batch.media_at, strict=True):
+        outside[at : at + medium.length] = False
+    return batch.token_ids[int(outside.long().argmax())]
+
+
 def _run(backbone: Any, batch: TokenBatch, block: Block, inputs: Inputs) -> Tensor:
     """Hidden states [B, L, D] of one block under the model's own forward."""
     kwargs = inputs(batch, block)
     index, past = (x.to(batch.token_ids.device) for x in (block.index, block.past))
     ids = batch.token_ids[index]
     if batch.media:
-        # a padding token that repeats an image's would want features; a scored one is never an image's
-        ids = ids.where(past == 0, batch.labels[0] if len(batch.labels) else batch.token_ids[0])
+        # a padding token that repeats an image's would want features
+        ids = ids.where(past == 0, _token_outside_media(batch))
     parameters = inspect.signature(backbone.forward).parameters
     if "position_ids" in parameters:
         # positions go on behind the end: transformers would take a step back for the start of another sequence

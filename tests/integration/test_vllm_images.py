@@ -94,22 +94,6 @@ def test_scored_sequences_with_pictures_have_the_log_probabilities_that_they_wer
     np.testing.assert_allclose(seen[len(prompt.token_ids) - 1 :], drawn.logps, atol=1e-5)
 
 
-def test_merged_weights_of_the_tower_are_what_pictures_are_seen_with_from_then_on(qwen: Family, policy: Any) -> None:
-    prompts = qwen.prompts()
-    with qwen.engine() as engine:
-        base = qwen.as_it_is()
-        assert largest_gap(engine, qwen.model(), prompts, base) < TOLERANCE  # now its caches know the pictures
-        assert largest_gap(engine, policy, prompts, qwen.weights(policy)) < TOLERANCE
-
-
-def test_a_family_of_tiles_agrees_with_an_adapter_on_its_language_model(tmp_path: Path) -> None:
-    family = Family("internvl", tmp_path)
-    policy, prompts = family.policy(LANGUAGE), family.prompts()
-    with family.engine(lora_rank=RANK) as engine:
-        assert largest_gap(engine, family.model(), prompts, family.as_it_is()) < TOLERANCE
-        assert largest_gap(engine, policy, prompts, family.adapter(policy)) < TOLERANCE
-
-
 # ------------------------------------------------------------------------------------------------ caches
 
 
@@ -187,10 +171,30 @@ def test_a_tower_whose_adapter_does_nothing_is_caught_at_the_start(
 
     monkeypatch.setattr(engine, "_probed", False)
     with monkeypatch.context() as patched:
-        patched.setattr("rollout.vllm_engine.write_probe_adapter", tower_left_out)
+        patched.setattr("rollout.vllm_probe.write_probe_adapter", tower_left_out)
         with pytest.raises(EngineError, match="not applied: one with large random weights on the tower of images"):
             engine.publish(replace(first, version=7))
     assert engine.publish(first) == first.digest
+
+
+# ------------------------------------------------------------------------------------------------ engines of their own
+# (after the tests of the engine above: one that stops takes the process groups of others in its process with it)
+
+
+def test_merged_weights_of_the_tower_are_what_pictures_are_seen_with_from_then_on(qwen: Family, policy: Any) -> None:
+    prompts = qwen.prompts()
+    with qwen.engine() as engine:
+        base = qwen.as_it_is()
+        assert largest_gap(engine, qwen.model(), prompts, base) < TOLERANCE  # now its caches know the pictures
+        assert largest_gap(engine, policy, prompts, qwen.weights(policy)) < TOLERANCE
+
+
+def test_a_family_of_tiles_agrees_with_an_adapter_on_its_language_model(tmp_path: Path) -> None:
+    family = Family("internvl", tmp_path)
+    policy, prompts = family.policy(LANGUAGE), family.prompts()
+    with family.engine(lora_rank=RANK) as engine:
+        assert largest_gap(engine, family.model(), prompts, family.as_it_is()) < TOLERANCE
+        assert largest_gap(engine, policy, prompts, family.adapter(policy)) < TOLERANCE
 
 
 def test_an_adapter_on_a_tower_that_the_engine_ignores_is_refused(qwen: Family, first: Publication) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.protocols import PromptItem, Sampling
+from align.protocols import Medium, PromptItem, Sampling
 from rollout.base import Request
 from rollout.ledger import Ledger, Routed
 
@@ -147,3 +148,18 @@ def test_every_request_finishes_once_whatever_engines_are_lost_and_however_late_
         answer(copy)
     assert finished == Counter(range(admitted))
     assert ledger.unfinished == 0
+
+
+def test_the_same_text_after_another_picture_is_no_known_beginning() -> None:
+    def shown(ticket: int, key: str) -> Request:
+        plain = request(ticket, range(300))
+        return replace(plain, prompt=replace(plain.prompt, media=(Medium("image", key, "/store", 2, 250, 1),)))
+
+    ledger = serving(2)
+    ledger.admit([request(0, [7]), shown(1, "a")])
+    ledger.finish(0, 0, 0)
+    ledger.finish(1, 1, 0)
+    ledger.admit([request(2, [7]), request(3, [8])])  # one each
+    assert tickets(ledger.admit([shown(4, "b")])) == {0: [4]}, "neither knows it, and the first comes first"
+    ledger.finish(4, 0, 0)
+    assert tickets(ledger.admit([shown(5, "a")])) == {1: [5]}
