@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.protocols import Medium
+
 
 @dataclass
 class TokenBatch:
@@ -25,6 +27,7 @@ class TokenBatch:
     pairs i64[P, 2]: sequence numbers of (chosen, rejected); group_ids i64[S]: tree of each sequence;
     score_at i64[S]: index in the row of each sequence's last token, which a score head reads.
     columns: per sequence f32[S] ("sequence/<name>") and per pair f32[P] ("pair/<name>").
+    media: what stands in the row, references in the order of their tokens; media_at: the first token of each.
     """
 
     token_ids: Tensor
@@ -45,7 +48,8 @@ class TokenBatch:
     group_ids: Tensor
     score_at: Tensor
     columns: dict[str, Tensor] = field(default_factory=dict)
-    media: dict[str, Any] = field(default_factory=dict)
+    media: tuple[Medium, ...] = ()
+    media_at: tuple[int, ...] = ()
     reference_logps: Tensor | None = None
     proximal_logps: Tensor | None = None
 
@@ -59,10 +63,10 @@ class TokenBatch:
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
                 moved[f.name] = value.to(device)
-            elif value is None:
-                moved[f.name] = None
+            elif isinstance(value, dict):
+                moved[f.name] = {k: v.to(device) for k, v in value.items()}
             else:
-                moved[f.name] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in value.items()}
+                moved[f.name] = value
         return TokenBatch(**moved)
 
 

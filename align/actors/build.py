@@ -107,6 +107,8 @@ class RayBackend:
             total_updates=job.total,
             adapter=str(job.start.adapter) if job.start.adapter else None,
             max_tokens=job.packing.budget(gpu),
+            max_patches=job.packing.patches(gpu),
+            media_cache_mb=job.packing.media_cache_mb,
             temperature=rollout.temperature if rollout else 1.0,
             reference="path" if isinstance(job.reference, ReferencePath) else job.reference,
             publish=publish_mode(job.start.config, rollout) if rollout else "adapter",

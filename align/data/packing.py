@@ -1,8 +1,8 @@
 """Trees -> microbatches -> TokenBatch.
 
 Trees are laid end to end in one row of tokens. A trunk stands once and its branches follow it; a branch attends to
-its trunk and causally to itself, so a prompt is computed once however many completions it has. Packing decides only
-how a batch is computed: losses divide by global counts, so every split gives the same gradient.
+its trunk and causally to itself, so a prompt and its images are computed once however many completions it has.
+Packing decides only how a batch is computed: losses divide by global counts, so every split gives the same gradient.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from align.errors import DataError
-from align.protocols import Counts, Segment, Tree
+from align.protocols import Counts, Medium, Segment, Tree
 from align.types import TokenBatch
 
+# Positions i64[n], or i64[3, n] under M-RoPE, of a tree's trunk and of each of its branches
 PositionFn = Callable[[Tree], tuple[np.ndarray, list[np.ndarray]]]
 
 
@@ -59,38 +60,65 @@ def mark_nll(tree: Tree, which: str) -> Tree:
     )
 
 
-def split_to_budget(tree: Tree, max_tokens: int, keep_together: bool) -> list[Tree]:
-    """Parts of a tree that fit the budget, each repeating the trunk; pairs stay whole (`keep_together`)."""
-    if tree.tokens <= max_tokens or keep_together or len(tree.branches) < 2:
+@dataclass(frozen=True)
+class Budget:
+    """What one microbatch may hold: tokens of its row, and patches of its media (None: any number)."""
+
+    tokens: int
+    patches: int | None = None
+
+    def less(self, size: Tree | Segment) -> Budget:
+        return Budget(self.tokens - _tokens(size), None if self.patches is None else self.patches - _patches(size))
+
+    def holds(self, *sizes: Tree | Segment) -> bool:
+        fits = sum(map(_tokens, sizes)) <= self.tokens
+        return fits and (self.patches is None or sum(map(_patches, sizes)) <= self.patches)
+
+
+def _tokens(size: Tree | Segment) -> int:
+    return size.tokens if isinstance(size, Tree) else len(size)
+
+
+def _patches(size: Tree | Segment) -> int:
+    return sum(medium.patches for medium in size.media)
+
+
+def split_to_budget(tree: Tree, budget: Budget, keep_together: bool) -> list[Tree]:
+    """Parts of a tree that fit the budget, each repeating the trunk and its media; pairs stay whole
+    (`keep_together`)."""
+    if budget.holds(tree) or keep_together or len(tree.branches) < 2:
         return [tree]
     parts: list[list[Segment]] = [[]]
-    room = max_tokens - len(tree.trunk)
+    room = budget.less(tree.trunk)
     for branch in tree.branches:
-        if parts[-1] and len(branch) > room:
+        if parts[-1] and not room.holds(branch):
             parts.append([])
-            room = max_tokens - len(tree.trunk)
+            room = budget.less(tree.trunk)
         parts[-1].append(branch)
-        room -= len(branch)
+        room = room.less(branch)
     return [replace(tree, branches=tuple(part)) for part in parts]
 
 
-def plan_microbatches(trees: Sequence[Tree], max_tokens: int, *, keep_together: bool) -> list[list[Tree]]:
-    """Best-fit decreasing under a token budget, deterministic: ties go to the lower id.
+def plan_microbatches(
+    trees: Sequence[Tree], max_tokens: int, *, keep_together: bool, max_patches: int | None = None
+) -> list[list[Tree]]:
+    """Best-fit decreasing by tokens, under a budget of tokens and one of patches; deterministic: ties go to the lower
+    id.
 
     A tree larger than the budget is a microbatch of its own. Within a microbatch trees stand in order of id, and
     microbatches in order of their first tree, so the arithmetic does not depend on the order of arrival.
     """
-    parts = [part for tree in trees for part in split_to_budget(tree, max_tokens, keep_together)]
+    budget = Budget(max_tokens, max_patches)
+    parts = [part for tree in trees for part in split_to_budget(tree, budget, keep_together)]
     order = sorted(range(len(parts)), key=lambda i: (-parts[i].tokens, parts[i].id, i))
-    bins: list[tuple[int, list[int]]] = []  # (free tokens, part indices)
+    bins: list[tuple[Budget, list[int]]] = []  # (what is free, part indices)
     for i in order:
-        size = parts[i].tokens
-        fitting = [b for b in range(len(bins)) if bins[b][0] >= size]
+        fitting = [b for b in range(len(bins)) if bins[b][0].holds(parts[i])]
         if fitting:
-            best = min(fitting, key=lambda b: (bins[b][0], b))
-            bins[best] = (bins[best][0] - size, [*bins[best][1], i])
+            best = min(fitting, key=lambda b: (bins[b][0].tokens, b))
+            bins[best] = (bins[best][0].less(parts[i]), [*bins[best][1], i])
         else:
-            bins.append((max_tokens - size, [i]))
+            bins.append((budget.less(parts[i]), [i]))
     microbatches = [sorted(members, key=lambda i: (parts[i].id, i)) for _, members in bins]
     microbatches.sort(key=lambda members: (parts[members[0]].id, members[0]))
     return [[parts[i] for i in members] for members in microbatches]
@@ -117,16 +145,18 @@ def assign(sizes: Sequence[int], bins: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def plan_ranks(trees: Sequence[Tree], max_tokens: int, *, keep_together: bool, ranks: int) -> list[list[Microbatch]]:
+def plan_ranks(
+    trees: Sequence[Tree], max_tokens: int, *, keep_together: bool, ranks: int, max_patches: int | None = None
+) -> list[list[Microbatch]]:
     """Microbatches of every rank: balanced by tokens, the same number for each, the same whatever the order of `trees`.
 
     On one rank this is `plan_microbatches`. On more, trees are spread evenly over a multiple of `ranks` microbatches
     where the budget allows, and cut finer (groups between branches) where there would be less of them than ranks.
     """
-    planned = plan_microbatches(trees, max_tokens, keep_together=keep_together)
+    planned = plan_microbatches(trees, max_tokens, keep_together=keep_together, max_patches=max_patches)
     if ranks == 1 or not planned:
         return [[Microbatch(group) for group in planned] for _ in range(ranks)]
-    planned = _spread(trees, planned, max_tokens, keep_together, ranks)
+    planned = _spread(trees, planned, Budget(max_tokens, max_patches), keep_together, ranks)
     shares = assign([sum(tree.tokens for tree in group) for group in planned], ranks)
     rounds = max(len(share) for share in shares)
     least = min((tree for group in planned for tree in group), key=lambda tree: (tree.tokens, tree.id))
@@ -135,11 +165,11 @@ def plan_ranks(trees: Sequence[Tree], max_tokens: int, *, keep_together: bool, r
 
 
 def _spread(
-    trees: Sequence[Tree], planned: list[list[Tree]], max_tokens: int, keep_together: bool, ranks: int
+    trees: Sequence[Tree], planned: list[list[Tree]], limit: Budget, keep_together: bool, ranks: int
 ) -> list[list[Tree]]:
     """`planned` again as a multiple of `ranks` microbatches of about one size, or as it is where that cannot be."""
     wanted = -(-len(planned) // ranks) * ranks
-    budgets = [max_tokens]
+    budgets = [limit.tokens]
     if len(planned) < ranks:
         budget = -(-sum(tree.tokens for tree in trees) // ranks)
         while budget > 1:
@@ -148,11 +178,12 @@ def _spread(
         budgets.append(1)
     ordered = sorted(trees, key=lambda tree: tree.id)
     for budget in budgets:
-        parts = [part for tree in ordered for part in split_to_budget(tree, budget, keep_together)]
+        aim = Budget(budget, limit.patches)
+        parts = [part for tree in ordered for part in split_to_budget(tree, aim, keep_together)]
         if len(parts) < wanted:
             continue
         even = [[parts[i] for i in share] for share in assign([part.tokens for part in parts], wanted)]
-        if all(len(group) == 1 or sum(part.tokens for part in group) <= max_tokens for group in even):
+        if all(len(group) == 1 or limit.holds(*group) for group in even):
             return even
     return planned if len(planned) >= ranks else plan_microbatches(trees, 1, keep_together=keep_together)
 
@@ -182,6 +213,7 @@ class _Layout:
         self.segments: list[tuple[int, int, int, int]] = []
         self.scored: dict[str, list[np.ndarray]] = {name: [] for name in SCORED_DTYPES}
         self.carried: dict[str, list[np.ndarray]] = {name: [] for name in CARRIED}
+        self.media: list[tuple[Medium, int]] = []
         self.group_ids: list[int] = []
         self.score_at: list[int] = []
         self.pairs: list[tuple[int, int]] = []
@@ -194,6 +226,7 @@ class _Layout:
         self.positions.append(positions)
         if end > start:
             self.segments.append((start, end, *(parent or (-1, -1))))
+        self.media += [(medium, start + medium.start) for medium in segment.media]
         self.offset = end
         return start, end
 
@@ -288,5 +321,7 @@ def collate(trees: Sequence[Tree], position_fn: PositionFn = text_positions) -> 
         group_ids=torch.tensor(layout.group_ids, dtype=torch.int64),
         score_at=torch.tensor(layout.score_at, dtype=torch.int64),
         columns=_columns("sequence", layout.sequence_columns) | _columns("pair", layout.pair_columns),
+        media=tuple(medium for medium, _ in layout.media),
+        media_at=tuple(at for _, at in layout.media),
         **carried,
     )

@@ -1,8 +1,9 @@
 """Attention over packed trees: a trunk attends causally to itself, a branch to its trunk and causally to itself.
 
-Registered with transformers as the attention implementation `align_packed`. No mask function is registered for it,
-so the models build none: who sees whom is described by segments, and no T x T mask exists anywhere. The plan is made
-once per microbatch and used by every layer.
+Where a model says so, the tokens of an image also see each other both ways. Registered with transformers as the
+attention implementation `align_packed`. No mask function is registered for it, so the models build none: who sees whom
+is described by segments, and no T x T mask exists anywhere. The plan is made once per microbatch and used by every
+layer.
 
 Four kernels compute the same: `sdpa` (anywhere), `varlen` (flash attention, NVIDIA, half precision) and `flex`
 (FlexAttention, NVIDIA); on the CPU, soft-capping and sinks go through a softmax that is written out.
@@ -34,6 +35,7 @@ class AttentionPlan:
     """Who sees whom in one row of tokens, for every layer of a microbatch.
 
     segments: (query_start, query_end, parent_start, parent_end) of each; parent bounds are 0, 0 for a trunk.
+    blocks: (start, end) of runs of tokens that see each other both ways, each inside one segment (Gemma 3's images).
     device: the batch's. kernel: one of KERNELS. What a kernel derives from the segments (indices, masks) is kept by
     `derived`.
     """
@@ -41,6 +43,7 @@ class AttentionPlan:
     segments: list[tuple[int, int, int, int]]
     device: torch.device
     kernel: str = "sdpa"
+    blocks: tuple[tuple[int, int], ...] = ()
     cache: dict[str, Any] = field(default_factory=dict)
 
     def derived(self, name: str, make: Callable[[AttentionPlan], Any]) -> Any:
@@ -49,12 +52,16 @@ class AttentionPlan:
             self.cache[name] = make(self)
         return self.cache[name]
 
+    def blocks_in(self, start: int, end: int) -> tuple[tuple[int, int], ...]:
+        """The blocks of a segment, counted from its start."""
+        return tuple((a - start, b - start) for a, b in self.blocks if start <= a and b <= end)
 
-def plan_attention(batch: TokenBatch, kernel: str = "sdpa") -> AttentionPlan:
+
+def plan_attention(batch: TokenBatch, kernel: str = "sdpa", blocks: tuple[tuple[int, int], ...] = ()) -> AttentionPlan:
     """The plan of a packed batch."""
     rows = torch.stack([batch.query_start, batch.query_end, batch.parent_start, batch.parent_end], dim=1).tolist()
     segments = [(a, b, max(c, 0), d if c >= 0 else 0) for a, b, c, d in rows]
-    return AttentionPlan(segments, batch.token_ids.device, kernel)
+    return AttentionPlan(segments, batch.token_ids.device, kernel, blocks)
 
 
 def kernels_for(wanted: str, device: torch.device, dtype: torch.dtype, *, dropout: bool = False) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """Attention over packed trees by FlexAttention: one compiled kernel a layer, with soft-capping and sinks.
 
-Four numbers per token say what it sees: where its segment begins, where its trunk begins and ends, and its place in
-its sequence. The block mask is laid out from the segments, block by block; nothing of size T x T is made.
+Five numbers per token say what it sees: where its segment begins, where its trunk begins and ends, its place in its
+sequence, and the last token that it sees. The block mask is laid out from the segments, block by block; nothing of
+size T x T is made.
 """
 
 from __future__ import annotations
@@ -27,20 +28,23 @@ BLOCK = 128
 @dataclass
 class FlexPlan:
     """starts, parent_starts, parent_ends, places i64[T]: of each token's segment, its trunk, and its place in its
-    sequence; masks: block masks by window, made once."""
+    sequence; lasts i64[T]: the last token that it sees, itself or its block's last one; masks: block masks by window,
+    made once."""
 
     starts: Tensor
     parent_starts: Tensor
     parent_ends: Tensor
     places: Tensor
+    lasts: Tensor
     masks: dict[int | None, BlockMask] = field(default_factory=dict)
 
     def visible(self, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """FlexAttention's mask_mod."""
         starts, parent_starts, parent_ends, places = self.starts, self.parent_starts, self.parent_ends, self.places
+        lasts = self.lasts
 
         def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return ((k >= starts[q]) & (k <= q)) | ((k >= parent_starts[q]) & (k < parent_ends[q]))
+            return ((k >= starts[q]) & (k <= lasts[q])) | ((k >= parent_starts[q]) & (k < parent_ends[q]))
 
         if window is None:
             return sees
@@ -55,6 +59,8 @@ class FlexPlan:
         if window not in self.masks:
             tokens = int(self.starts.shape[0])
             touched, whole = touched_blocks(plan.segments, tokens, window)
+            for start, end in plan.blocks:
+                touched[start // BLOCK : -(-end // BLOCK), start // BLOCK : -(-end // BLOCK)] = True
             self.masks[window] = BlockMask.from_kv_blocks(
                 *_listed(touched & ~whole, plan.device),
                 *_listed(whole, plan.device),
@@ -71,7 +77,10 @@ def plan_flex(plan: AttentionPlan) -> FlexPlan:
     lengths = bounds[:, 1] - bounds[:, 0]
     starts, _, parent_starts, parent_ends = bounds.repeat_interleave(lengths, dim=0).T
     places = torch.arange(len(starts)) - starts + parent_ends - parent_starts
-    return FlexPlan(*(x.contiguous().to(plan.device) for x in (starts, parent_starts, parent_ends, places)))
+    lasts = torch.arange(len(starts))
+    for start, end in plan.blocks:
+        lasts[start:end] = end - 1
+    return FlexPlan(*(x.contiguous().to(plan.device) for x in (starts, parent_starts, parent_ends, places, lasts)))
 
 
 def _listed(blocks: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -20,12 +20,30 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """B segments of Lq queries and Lk keys each (Lk - Lq of them the parent's)."""
+class Shape:
+    """Lq queries and Lk keys of a segment (Lk - Lq of them the parent's), and its blocks, counted from its start."""
 
-    size: int
     queries: int
     keys: int
+    blocks: tuple[tuple[int, int], ...] = ()
+
+
+def visible(shape: Shape, window: int | None, device: torch.device) -> Tensor:
+    """bool[Lq, Lk]: causal, aligned bottom-right, and both ways inside a block; of all that what the window holds."""
+    queries, keys = shape.queries, shape.keys
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    seen = distance >= 0
+    for start, end in shape.blocks:
+        seen[start:end, start + keys - queries : end + keys - queries] = True
+    return seen if window is None else seen & (distance < window)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """B segments of one shape."""
+
+    size: int
+    shape: Shape
 
 
 @dataclass
@@ -40,36 +58,33 @@ class SdpaPlan:
     query_index: Tensor
     key_index: Tensor
     restore: Tensor
-    masks: dict[tuple[int, int, int | None], Tensor | None] = field(default_factory=dict)
+    masks: dict[tuple[Shape, int | None], Tensor | None] = field(default_factory=dict)
 
-    def mask(self, queries: int, keys: int, window: int | None) -> Tensor | None:
-        """Bottom-right aligned causal mask, or None where SDPA's own causal flag (or no mask) says the same."""
-        window = None if window is None or window >= keys else window
-        if window is None and (queries == keys or queries == 1):
+    def mask(self, shape: Shape, window: int | None) -> Tensor | None:
+        """What is visible, or None where SDPA's own causal flag (or no mask) says the same."""
+        window = None if window is None or window >= shape.keys else window
+        if window is None and not shape.blocks and (shape.queries == shape.keys or shape.queries == 1):
             return None
-        key = (queries, keys, window)
+        key = (shape, window)
         if key not in self.masks:
-            device = self.query_index.device
-            distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-            visible = distance >= 0
-            self.masks[key] = visible if window is None else visible & (distance < window)
+            self.masks[key] = visible(shape, window, self.query_index.device)
         return self.masks[key]
 
 
 def plan_sdpa(plan: AttentionPlan) -> SdpaPlan:
     """Group the segments of a batch by shape. Indices are on the batch's device."""
-    shapes: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}
+    shapes: dict[Shape, list[tuple[int, int, int, int]]] = {}
     for start, end, parent_start, parent_end in plan.segments:
-        shapes.setdefault((end - start, end - start + parent_end - parent_start), []).append(
-            (start, end, parent_start, parent_end)
-        )
+        shape = Shape(end - start, end - start + parent_end - parent_start, plan.blocks_in(start, end))
+        shapes.setdefault(shape, []).append((start, end, parent_start, parent_end))
     buckets, query_parts, key_parts = [], [], []
-    for (queries, keys), members in shapes.items():
-        buckets.append(Bucket(len(members), queries, keys))
+    for shape, members in shapes.items():
+        buckets.append(Bucket(len(members), shape))
         for start, end, parent_start, parent_end in members:
             own = torch.arange(start, end)
             query_parts.append(own)
-            key_parts.append(own if keys == queries else torch.cat([torch.arange(parent_start, parent_end), own]))
+            joined = [torch.arange(parent_start, parent_end), own]
+            key_parts.append(own if shape.keys == shape.queries else torch.cat(joined))
     query_index = torch.cat(query_parts)
     restore = torch.empty_like(query_index)
     restore[query_index] = torch.arange(query_index.numel())
@@ -107,26 +122,33 @@ def sdpa_attention(
 ) -> Tensor:
     """query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, D].
 
-    sliding_window w: a token sees itself and the w - 1 before it, its trunk's among them.
+    sliding_window w: a token sees itself and the w - 1 before it, its trunk's among them, and what comes after it in
+    its block.
     """
     if sliding_window is not None and sliding_window >= plan.derived("longest", longest_sequence):
         sliding_window = None  # it reaches to the beginning of every sequence
-    if sliding_window is None and dropout == 0.0 and query.device.type == "cpu":
+    if sliding_window is None and dropout == 0.0 and query.device.type == "cpu" and not plan.blocks:
         trees = plan.derived("trees", plan_trees)
         if trees is not None and query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1]:
             return tree_attention(query, key, value, trees, scaling)
     own = plan.derived("sdpa", plan_sdpa)
-    queries = _segments(query, own.query_index, [(b.size, b.queries) for b in own.buckets])
-    keys = _segments(key, own.key_index, [(b.size, b.keys) for b in own.buckets])
-    values = _segments(value, own.key_index, [(b.size, b.keys) for b in own.buckets])
+    queries = _segments(query, own.query_index, [(b.size, b.shape.queries) for b in own.buckets])
+    keys = _segments(key, own.key_index, [(b.size, b.shape.keys) for b in own.buckets])
+    values = _segments(value, own.key_index, [(b.size, b.shape.keys) for b in own.buckets])
     repeat = query.shape[1] // key.shape[1]
     outputs: list[Tensor] = []
     for bucket, q, k, v in zip(own.buckets, queries, keys, values, strict=True):
         if repeat > 1:
             k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-        mask = own.mask(bucket.queries, bucket.keys, sliding_window)
+        mask = own.mask(bucket.shape, sliding_window)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None and bucket.queries > 1
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=dropout,
+            scale=scaling,
+            is_causal=mask is None and bucket.shape.queries > 1,
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, own.restore).unsqueeze(0)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from align.model.attention_sdpa import Shape, visible
 from align.model.attention_varlen import Keys, plan_keys
 
 if TYPE_CHECKING:
@@ -40,12 +41,13 @@ def softmax_attention(
     q_all = query.squeeze(0).transpose(0, 1).split(keys.query_lengths)
     k_all, v_all = (keys.gather(x.squeeze(0).transpose(0, 1)).split(keys.key_lengths) for x in (key, value))
     outputs = []
-    for q, k, v in zip(q_all, k_all, v_all, strict=True):
+    for (start, end, *_), q, k, v in zip(plan.segments, q_all, k_all, v_all, strict=True):
         grouped = q.transpose(0, 1).reshape(kv_heads, heads // kv_heads, *q.shape[::2])  # [Hkv, G, Lq, D]
         scores = (grouped @ k.permute(1, 2, 0)[:, None]) * scaling
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(_hidden(len(q), len(k), sliding_window, q.device), float("-inf"))
+        shape = Shape(len(q), len(k), plan.blocks_in(start, end))
+        scores = scores.masked_fill(~visible(shape, sliding_window, q.device), float("-inf"))
         if sinks is None:
             weights = scores.softmax(-1, dtype=torch.float32)
         else:
@@ -55,10 +57,3 @@ def softmax_attention(
         out = weights @ v.transpose(0, 1)[:, None]
         outputs.append(out.flatten(0, 1).transpose(0, 1))
     return torch.cat(outputs).unsqueeze(0)
-
-
-def _hidden(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """bool[Lq, Lk]: True where a query does not see a key; aligned bottom-right."""
-    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-    hidden = distance < 0
-    return hidden if window is None else hidden | (distance >= window)

@@ -71,13 +71,14 @@ def varlen_attention(
 ) -> Tensor:
     """query [1, Hq, T, D], key and value [1, Hkv, T, D] in half precision -> [1, T, Hq, D].
 
-    Raises Unsupported for what the kernel has not: dropout, heads above 256, values of another width than keys.
+    Raises Unsupported for what the kernel has not: dropout, heads above 256, values of another width than keys, blocks.
     """
     width = query.shape[-1]
     for found, what in (
         (dropout > 0, "dropout on attention weights"),
         (width > MAX_HEAD, f"heads of {width} (at most {MAX_HEAD})"),
         (value.shape[-1] != width, "values of another width than keys"),
+        (bool(plan.blocks), "blocks of tokens that see each other both ways"),
     ):
         if found:
             raise Unsupported(f"varlen attention has no {what}", where="model.attention", remedy="use auto")

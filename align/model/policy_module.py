@@ -7,10 +7,12 @@ the layout they know.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection
 from contextlib import nullcontext, suppress
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,8 +21,12 @@ from align.model import unshared
 from align.model.attention import NAME, plan_attention
 from align.model.head import LogitTransform, fused_head
 from align.model.last_layer import LastLayer
+from align.model.media import MediaFeatures, Placed
+from align.model.places import BOTH_WAYS, runs, slots_of, type_ids
 from align.model.score_head import has_score_head, score
 from align.types import HeadOutputs, TokenBatch
+
+MEDIA_CACHE = 1 << 30
 
 
 class PolicyModule(nn.Module):
@@ -31,6 +37,7 @@ class PolicyModule(nn.Module):
         temperature: log-probabilities are those of softmax(logits / temperature); 1.0 except for online stages.
         autocast: compute dtype for float32 master weights (full fine-tuning in bfloat16), or None.
         attention: the recipe's word; which kernel and layout it comes to is for `align.model.probe` to find.
+        media_cache: bytes of features of images to keep, where tower and projector are frozen.
 
     layout: "shared" (packed trees, a trunk stands once) or "unshared" (a sequence a row, by the model's own attention).
     attention: the kernel of the packed layout, or transformers' name of the model's own.
@@ -43,6 +50,7 @@ class PolicyModule(nn.Module):
         temperature: float = 1.0,
         autocast: torch.dtype | None = None,
         attention: str = "auto",
+        media_cache: int = MEDIA_CACHE,
     ):
         super().__init__()
         self.model = model
@@ -51,6 +59,7 @@ class PolicyModule(nn.Module):
         model.config.use_cache = False
         model.config.get_text_config().output_router_logits = False  # losses of a mixture's router are off
         self.last_layer = LastLayer(text_backbone(model))
+        self.media = MediaFeatures(model, media_cache) if takes_media(model) else None
         self.wanted_attention = attention
         self.use("shared", "sdpa")
 
@@ -97,24 +106,23 @@ class PolicyModule(nn.Module):
 
     def _hidden(self, batch: TokenBatch, at: Tensor) -> Tensor:
         """Hidden states [K, D] of the tokens at places `at` i64[K] of the packed row."""
-        if batch.media:
-            raise Unsupported(
-                "images, video and audio have no forward in this version: a model may attend both ways inside an image",
-                remedy="train on text",
-            )
-        backbone = text_backbone(self.model)
         if self.layout == "unshared":
-            return unshared.hidden_states(backbone, batch, at)
+            return unshared.hidden_states(self._backbone(batch), batch, at, self._rows_with_media)
         if self.model.config.get_text_config()._attn_implementation != NAME:
             raise ModelError(f"{type(self.model).__name__} lets no attention be registered for it", remedy=_OTHER_MODEL)
-        positions = batch.position_ids[..., None, :]
-        plan = plan_attention(batch, self.attention)
+        types, placed = self._placed(batch)
+        both_ways = self.model.config.model_type in BOTH_WAYS
+        plan = plan_attention(batch, self.attention, runs(types, batch.media, batch.media_at) if both_ways else ())
         # checkpointing runs layers again in backward, long after this block
         trimmed = nullcontext() if self._checkpoints() else self.last_layer.reading(at, batch.token_ids.shape[0])
         try:
             with trimmed:
-                out = backbone(
-                    input_ids=batch.token_ids[None], position_ids=positions, use_cache=False, align_plan=plan
+                out = self._backbone(batch)(
+                    input_ids=batch.token_ids[None],
+                    position_ids=batch.position_ids[..., None, :],
+                    use_cache=False,
+                    align_plan=plan,
+                    **self._media_outputs(placed, batch.token_ids.device),
                 )
         except TypeError as error:
             if "unexpected keyword argument" not in str(error):
@@ -125,6 +133,33 @@ class PolicyModule(nn.Module):
         hidden: Tensor = out.last_hidden_state.squeeze(0)
         return hidden.index_select(0, at)
 
+    def _backbone(self, batch: TokenBatch) -> Any:
+        """The language model, or for media the whole model without its head."""
+        return self.model.base_model if batch.media else text_backbone(self.model)
+
+    def _placed(self, batch: TokenBatch) -> tuple[np.ndarray, list[Placed]]:
+        """Types of the row's tokens i64[T] (`align.model.places.type_ids`), and its media with their slots."""
+        if batch.media and self.media is None:
+            raise ModelError(f"{type(self.model).__name__} takes no images", remedy="choose a vision-language model")
+        types = type_ids(self.model.config, batch.token_ids.cpu().numpy(), batch.media, batch.media_at)
+        slots = slots_of(types, batch.media, batch.media_at)
+        return types, [Placed(medium, n) for medium, n in zip(batch.media, slots, strict=True)]
+
+    def _media_outputs(self, placed: list[Placed], device: torch.device) -> dict[str, Any]:
+        return {"mm_encoder_outputs": self.media.outputs(placed, device)} if self.media is not None and placed else {}
+
+    def _rows_with_media(self, batch: TokenBatch, block: unshared.Block) -> dict[str, Any]:
+        """What the backbone takes for a block of rows: their media, row by row, and the types of their tokens."""
+        if not batch.media:
+            return {}
+        types, placed = self._placed(batch)
+        within = [set(row[gap == 0].tolist()) for row, gap in zip(block.index, block.past, strict=True)]
+        in_rows = [p for own in within for p, at in zip(placed, batch.media_at, strict=True) if at in own]
+        rows = torch.as_tensor(types)[block.index].masked_fill(block.past > 0, 0).to(batch.token_ids.device)
+        known = inspect.signature(self.model.base_model.forward).parameters
+        named = {name: rows for name in ("token_type_ids", "mm_token_type_ids") if name in known}
+        return named | self._media_outputs(in_rows, batch.token_ids.device)
+
 
 _OTHER_MODEL = "choose another model, one whose attention goes through transformers' AttentionInterface"
 
@@ -132,6 +167,11 @@ _OTHER_MODEL = "choose another model, one whose attention goes through transform
 def text_backbone(model: Any) -> Any:
     """The decoder that makes hidden states of text; of a model for images too, its language model."""
     return model.base_model if model.config.get_text_config() is model.config else model.get_decoder()
+
+
+def takes_media(model: Any) -> bool:
+    """Whether the model has a tower beside its language model."""
+    return text_backbone(model) is not model.base_model and hasattr(model.base_model, "get_image_features")
 
 
 def set_attention(model: Any, name: str) -> None:

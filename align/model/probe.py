@@ -1,24 +1,31 @@
 """The two-tree probe: which layout computes what the model's own forward computes. It decides, not a list of names.
 
-At load, two small random trees are run through the packed forward, kernel by kernel, and where none agrees through
-the unshared one. A layer that carries state, attends both ways, or treats positions specially shows here, whatever
-its name. Sliding windows are made small for it, so that two small trees reach beyond them.
+At load, two small random trees, one of them on a picture where the model takes images, are run through the packed
+forward, kernel by kernel, and where none agrees through the unshared one. A layer that carries state, attends both
+ways, or treats positions specially shows here, whatever its name. Sliding windows are made small for it, so that two
+small trees reach beyond them.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from align.errors import ModelError, UserError
+from align.mediastore import read_tensors
 from align.model.attention import kernels_for
+from align.model.media import merged
+from align.model.places import type_ids
 from align.model.policy_module import PolicyModule, set_attention, text_backbone
+from align.model.probe_rows import Alone, picture_prompt, two_tree_batch
 from align.model.score_head import HEAD, has_score_head, score
 from align.types import TokenBatch
 
@@ -26,71 +33,11 @@ log = logging.getLogger(__name__)
 
 Layout = Literal["shared", "unshared"]
 
-TREES = ((7, (5, 3)), (4, (6, 1)))  # tokens of a trunk and of its branches
 WINDOW = 4  # of layers with a sliding window, for the time of the probe
 FLOAT32_BOUND = 1e-3  # largest difference
 LOW_BOUND, LOW_FACTOR = 0.05, 6.0  # mean difference, alone and in units of the model's own noise
 # what a forward may raise that a model was not written for
 FAILURES = (UserError, RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError)
-
-
-class Alone(NamedTuple):
-    """A sequence by itself: its tokens, and how many of them are its trunk's."""
-
-    tokens: list[int]
-    trunk: int
-
-
-def two_tree_batch(vocabulary: int, device: torch.device | str, seed: int = 0) -> tuple[TokenBatch, list[Alone]]:
-    """Two random trees of two branches as a packed batch, and the same four sequences alone."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens: list[int] = []
-    positions: list[int] = []
-    segments: list[tuple[int, int, int, int]] = []
-    predict_at: list[int] = []
-    labels: list[int] = []
-    sequence_ids: list[int] = []
-    score_at: list[int] = []
-    plain: list[Alone] = []
-    for trunk_size, branch_sizes in TREES:
-        trunk = torch.randint(0, vocabulary, (trunk_size,), generator=generator).tolist()
-        start = len(tokens)
-        tokens += trunk
-        positions += range(trunk_size)
-        segments.append((start, start + trunk_size, -1, -1))
-        for size in branch_sizes:
-            branch = torch.randint(0, vocabulary, (size,), generator=generator).tolist()
-            at = len(tokens)
-            tokens += branch
-            positions += range(trunk_size, trunk_size + size)
-            segments.append((at, at + size, start, start + trunk_size))
-            predict_at += [start + trunk_size - 1, *range(at, at + size - 1)]
-            labels += branch
-            sequence_ids += [len(plain)] * size
-            score_at.append(len(tokens) - 1)
-            plain.append(Alone(trunk + branch, trunk_size))
-    n = len(labels)
-    bounds = torch.tensor(segments, dtype=torch.int32)
-    batch = TokenBatch(
-        token_ids=torch.tensor(tokens),
-        position_ids=torch.tensor(positions),
-        query_start=bounds[:, 0],
-        query_end=bounds[:, 1],
-        parent_start=bounds[:, 2],
-        parent_end=bounds[:, 3],
-        predict_at=torch.tensor(predict_at),
-        labels=torch.tensor(labels),
-        sequence_ids=torch.tensor(sequence_ids),
-        loss_mask=torch.ones(n, dtype=torch.bool),
-        nll_mask=torch.ones(n, dtype=torch.bool),
-        advantages=torch.zeros(n),
-        behavior_logps=torch.zeros(n),
-        versions=torch.zeros(n, dtype=torch.int32),
-        pairs=torch.tensor([[0, 1], [2, 3]]),
-        group_ids=torch.tensor([0, 0, 1, 1]),
-        score_at=torch.tensor(score_at),
-    )
-    return batch.to(device), plain
 
 
 @torch.no_grad()
@@ -103,13 +50,14 @@ def probe(module: PolicyModule) -> float:
     """
     model = module.model
     device = next(model.parameters()).device
-    batch, plain = two_tree_batch(model.config.get_text_config().vocab_size, device)
     what = "scores" if has_score_head(model) else "log-probabilities"
     was_training = module.training
     tried: list[str] = []
     module.eval()
     try:
-        with _small_windows(model):
+        with _small_windows(model), picture_prompt(module) as prompt:
+            vocabulary = model.config.get_text_config().vocab_size
+            batch, plain = two_tree_batch(vocabulary, device, model=model, prompt=prompt)
             bound = _Bound(module, plain)
             for layout, attention in _candidates(module):
                 module.use(layout, attention)
@@ -221,17 +169,31 @@ def _own_values(module: PolicyModule, rows: list[Alone]) -> Tensor:
     gaps = [longest - len(row.tokens) for row in rows]
     ids = torch.tensor([row.tokens + row.tokens[-1:] * gap for row, gap in zip(rows, gaps, strict=True)], device=device)
     mask = torch.tensor([[1] * (longest - gap) + [0] * gap for gap in gaps], device=device)
-    kwargs = {"attention_mask": mask} if len(rows) > 1 else {}
+    kwargs = ({"attention_mask": mask} if len(rows) > 1 else {}) | _own_media(model, rows, ids)
     context = nullcontext() if module.autocast is None else torch.autocast(device.type, dtype=module.autocast)
     if has_score_head(model):
         with context:
-            hidden = text_backbone(model)(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
+            backbone = model.base_model if any(row.media for row in rows) else text_backbone(model)
+            hidden = backbone(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
         last = [len(row.tokens) - 1 for row in rows]
         return _unit_scores(model, score(model, hidden[range(len(rows)), last]))
     with context:
         logits = model(input_ids=ids, use_cache=False, **kwargs).logits[:, :-1].float()
     log_p = torch.log_softmax(logits / module.transform.temperature, dim=-1).gather(-1, ids[:, 1:, None])[..., 0]
     return torch.cat([one[row.trunk - 1 : len(row.tokens) - 1] for one, row in zip(log_p, rows, strict=True)])
+
+
+def _own_media(model: Any, rows: list[Alone], ids: Tensor) -> dict[str, Tensor]:
+    """What the model's own forward takes for the media in rows of ids i64[B, L], as a processor would return it."""
+    media = [medium for row in rows for medium in row.media]
+    if not media:
+        return {}
+    known = inspect.signature(model.base_model.forward).parameters
+    at = [[medium.start for medium in row.media] for row in rows]
+    types = [type_ids(model.config, one, row.media, a) for one, row, a in zip(ids.cpu().numpy(), rows, at, strict=True)]
+    tensors = merged([read_tensors(medium) for medium in media])
+    tensors |= dict.fromkeys(("token_type_ids", "mm_token_type_ids"), torch.as_tensor(np.stack(types)))
+    return {name: tensor.to(ids.device) for name, tensor in tensors.items() if name in known}
 
 
 def _unit_scores(model: Any, scores: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ on the right. Nothing in a causal model looks to the right, so no mask is needed
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,9 +60,13 @@ def blocks_of(rows: list[Tensor]) -> tuple[list[Block], list[int]]:
     return blocks, order
 
 
-def hidden_states(backbone: Any, batch: TokenBatch, at: Tensor) -> Tensor:
+Inputs = Callable[[TokenBatch, Block], dict[str, Any]]
+
+
+def hidden_states(backbone: Any, batch: TokenBatch, at: Tensor, inputs: Inputs = lambda batch, block: {}) -> Tensor:
     """Hidden states [K, D] of the tokens at places `at` i64[K] of the packed row.
 
+    inputs: what else the backbone takes for a block of rows: features of their media.
     A token of a shared trunk is read from the trunk's first sequence: it is the same in all of them.
     """
     rows = sequences_of(batch)
@@ -81,18 +86,22 @@ def hidden_states(backbone: Any, batch: TokenBatch, at: Tensor) -> Tensor:
     for block in blocks:
         bounds = torch.searchsorted(flat, torch.tensor([offset, offset + block.index.numel()]))
         local = flat[bounds[0] : bounds[1]] - offset
-        parts.append(_run(backbone, batch, block).flatten(0, 1).index_select(0, local.to(at.device)))
+        parts.append(_run(backbone, batch, block, inputs).flatten(0, 1).index_select(0, local.to(at.device)))
         offset += block.index.numel()
     return torch.cat(parts).index_select(0, torch.argsort(back).to(at.device))
 
 
-def _run(backbone: Any, batch: TokenBatch, block: Block) -> Tensor:
+def _run(backbone: Any, batch: TokenBatch, block: Block, inputs: Inputs) -> Tensor:
     """Hidden states [B, L, D] of one block under the model's own forward."""
+    kwargs = inputs(batch, block)
     index, past = (x.to(batch.token_ids.device) for x in (block.index, block.past))
-    kwargs: dict[str, Any] = {}
+    ids = batch.token_ids[index]
+    if batch.media:
+        # a padding token that repeats an image's would want features; a scored one is never an image's
+        ids = ids.where(past == 0, batch.labels[0] if len(batch.labels) else batch.token_ids[0])
     parameters = inspect.signature(backbone.forward).parameters
     if "position_ids" in parameters:
         # positions go on behind the end: transformers would take a step back for the start of another sequence
         kwargs["position_ids"] = batch.position_ids[..., index] + past
-    hidden: Tensor = backbone(input_ids=batch.token_ids[index], use_cache=False, **kwargs).last_hidden_state
+    hidden: Tensor = backbone(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
     return hidden

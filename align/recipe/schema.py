@@ -121,12 +121,22 @@ class Optim(Strict):
 
 class Packing(Strict):
     """How a batch is computed: microbatches of at most `max_tokens`. "auto" is what computes fastest: on a CPU as much
-    as its cache holds of a layer's activations (measured: tests/bench/results), on a GPU what fills it."""
+    as its cache holds of a layer's activations (measured: tests/bench/results), on a GPU what fills it.
+
+    max_patches: of images and video in a microbatch, in the units of the model's vision tower; "auto" is four for each
+    token, as many as towers that join 2 x 2 patches make of a row of images alone. media_cache_mb: how much of what
+    frozen towers make of images is kept (in memory of the trainer's process) and not computed again; 0 keeps none.
+    """
 
     max_tokens: PositiveInt | Literal["auto"] = "auto"
+    max_patches: PositiveInt | Literal["auto"] = "auto"
+    media_cache_mb: Annotated[int, Field(ge=0)] = 1024
 
     def budget(self, gpu: bool) -> int:
         return self.max_tokens if self.max_tokens != "auto" else 16384 if gpu else 4096
+
+    def patches(self, gpu: bool) -> int:
+        return self.max_patches if self.max_patches != "auto" else 4 * self.budget(gpu)
 
 
 def _every(value: Any) -> Any:

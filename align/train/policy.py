@@ -38,6 +38,10 @@ class Policy(Protocol):
         """The module to run for reference log-probabilities, ready inside the context."""
         ...
 
+    def patches(self) -> int:
+        """Patches of media that its towers computed since the start."""
+        ...
+
     def publish(self, folder: Path, version: int) -> Publication: ...
 
     def write(self, folder: Path) -> None: ...
@@ -65,6 +69,16 @@ def _load_backbone(spec: TrainerSpec, dtype: torch.dtype, device: torch.device) 
     return model
 
 
+def _module(model: Any, spec: TrainerSpec, autocast: torch.dtype | None = None) -> PolicyModule:
+    return PolicyModule(
+        model,
+        temperature=spec.temperature,
+        autocast=autocast,
+        attention=spec.model.attention,
+        media_cache=spec.media_cache_mb << 20,
+    )
+
+
 class LoraPolicy:
     """A frozen base and a LoRA adapter. The reference costs no second model: the adapter is switched off ("base", or
     a start without adapter), or a frozen copy of the starting adapter is switched on."""
@@ -88,12 +102,15 @@ class LoraPolicy:
         else:
             model.requires_grad_(False)
         fuse(model)
-        self.module = PolicyModule(model, temperature=spec.temperature, attention=spec.model.attention)
+        self.module = _module(model, spec)
 
     @contextmanager
     def reference(self) -> Iterator[PolicyModule]:
         with adapters.use_adapter(self.peft, self.frozen):
             yield self.module
+
+    def patches(self) -> int:
+        return _patches(self.module)
 
     def publish(self, folder: Path, version: int) -> Publication:
         dtype = resolve_dtype(self.spec.engine_dtype, str(self.device))
@@ -125,20 +142,21 @@ class FullPolicy:
         model = _load_backbone(spec, torch.float32, device)
         model.requires_grad_(spec.trainable)
         fuse(model)
-        self.module = PolicyModule(
-            model, temperature=spec.temperature, autocast=autocast, attention=spec.model.attention
-        )
+        self.module = _module(model, spec, autocast)
         self._reference: PolicyModule | None = None
         if spec.reference in ("start", "base") and spec.trainable:
             frozen = _load_backbone(spec, self.dtype, device)
             frozen.requires_grad_(False)
             fuse(frozen)
-            self._reference = PolicyModule(frozen.eval(), temperature=spec.temperature)
+            self._reference = _module(frozen.eval(), spec)
 
     def reference(self) -> AbstractContextManager[PolicyModule]:
         assert self._reference is not None, "this trainer was made without a reference"
         self._reference.follow(self.module)
         return nullcontext(self._reference)
+
+    def patches(self) -> int:
+        return _patches(self.module, self._reference)
 
     def publish(self, folder: Path, version: int) -> Publication:
         dtype = resolve_dtype(self.spec.engine_dtype, str(self.device))
@@ -147,6 +165,10 @@ class FullPolicy:
 
     def write(self, folder: Path) -> None:
         adapters.save_full(self.module.model, folder, base=Path(self.spec.base), dtype=self.dtype)
+
+
+def _patches(*modules: PolicyModule | None) -> int:
+    return sum(module.media.patches for module in modules if module is not None and module.media is not None)
 
 
 def write_weights(state: dict[str, torch.Tensor], folder: Path, version: int, dtype: torch.dtype) -> Publication:

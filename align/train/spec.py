@@ -16,6 +16,8 @@ class TrainerSpec:
     whole stage, the length of the schedule. temperature: that of the rollouts. reference: where reference
     log-probabilities come from ("path" is an actor of its own, handed over as a callable; with "cached" the trees carry
     them and nothing is kept for them here).
+    max_tokens, max_patches: of a microbatch. media_cache_mb: features of images that are kept where nothing of the
+    vision tower learns.
     publish, engine_dtype: how and in which dtype engines receive the policy.
     """
 
@@ -27,6 +29,8 @@ class TrainerSpec:
     total_updates: int
     adapter: str | None = None
     max_tokens: int = 16384
+    max_patches: int = 65536
+    media_cache_mb: int = 1024
     temperature: float = 1.0
     reference: Literal["start", "base", "path", "cached"] | None = None
     publish: Literal["adapter", "weights"] = "adapter"

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.data.packing import Microbatch, collate, global_counts, mark_nll, plan_ranks
+from align.data.packing import Microbatch, collate, global_counts, mark_nll, plan_ranks, text_positions
 from align.errors import NonFiniteError
 from align.losses import configure
 from align.losses.base import LossInputs, Metric
 from align.model.dropout import switch_off_own_dropout
+from align.model.places import positions_of
 from align.model.policy_module import PolicyModule
 from align.model.probe import probe
 from align.protocols import Counts, Publication, Tree
@@ -67,6 +68,7 @@ class PolicyTrainer:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.module: PolicyModule = self.policy.module
+        self.positions = positions_of(self.module.model, text_positions)
         if any(needs.record != "conversation" for _, _, needs, _ in self.losses):
             # Losses on ratios start at a ratio of 1 only without it; likelihoods alone may have it.
             switch_off_own_dropout(self.module)
@@ -104,7 +106,7 @@ class PolicyTrainer:
         assert self.optimizer is not None, "this trainer was made without an optimizer"
         started = time.perf_counter()
         self.module.train()
-        sums = MetricSums()
+        sums, seen = MetricSums(), self.policy.patches()
         trees = self._marked(trees)
         batches = self._microbatches(trees)
         counts = global_counts(trees)
@@ -115,6 +117,8 @@ class PolicyTrainer:
         self.ranks.sum_gradients(self.parameters)
         norm = self._clip()
         sums.add(_work(batches))
+        if self.module.media is not None:
+            sums.add({"tokens/patches": Metric(torch.tensor(float(self.policy.patches() - seen)), reduce="sum")})
         metrics = sums.result(self.ranks.objects)
         middle = min(progress + 0.5 / self.spec.total_updates, 1.0)
         optim = self.spec.optim
@@ -143,12 +147,21 @@ class PolicyTrainer:
 
     def _planned(self, trees: Sequence[Tree]) -> list[Microbatch]:
         """This rank's share of the trees."""
-        planned = plan_ranks(trees, self._budget(trees), keep_together=self.keep_together, ranks=self.ranks.size)
+        planned = plan_ranks(
+            trees,
+            self._budget(trees),
+            keep_together=self.keep_together,
+            ranks=self.ranks.size,
+            max_patches=self.spec.max_patches,
+        )
         return planned[self.ranks.rank]
+
+    def _packed(self, part: Microbatch) -> TokenBatch:
+        return collate(part.trees, self.positions).to(self.device)
 
     def _microbatches(self, trees: Sequence[Tree]) -> list[tuple[TokenBatch, bool]]:
         """This rank's share, packed, and whether each counts (see `align.data.packing.Microbatch`)."""
-        return [(collate(part.trees).to(self.device), part.counted) for part in self._planned(trees)]
+        return [(self._packed(part), part.counted) for part in self._planned(trees)]
 
     def _budget(self, trees: Sequence[Tree]) -> int:
         """Packed tokens of a microbatch; so many fewer where trunks are repeated, that as many are computed."""
@@ -251,7 +264,7 @@ class PolicyTrainer:
         found: dict[tuple[int, int], np.ndarray] = {}
         place = {(tree.id, id(s)): (n, k) for n, tree in enumerate(trees) for k, s in enumerate(tree.sequences)}
         for part in self._planned(trees):
-            batch = collate(part.trees).to(self.device)
+            batch = self._packed(part)
             logps = self._quiet(self.module, batch).logps.float().cpu().numpy()
             if not part.counted:
                 continue

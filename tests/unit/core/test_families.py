@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.data.packing import collate, global_counts, split_to_budget, text_positions
+from align.data.packing import Budget, collate, global_counts, split_to_budget, text_positions
 from align.losses import configure
 from align.losses.base import LossInputs
 from align.model.policy_module import PolicyModule, set_attention
@@ -33,7 +33,7 @@ def trees() -> list[Tree]:
 
 def parts_of(trees: list[Tree]) -> list[Tree]:
     """Groups cut into parts of a few branches; each part repeats the trunk."""
-    return [part for tree in trees for part in split_to_budget(tree, len(tree.trunk) + 8, keep_together=False)]
+    return [part for tree in trees for part in split_to_budget(tree, Budget(len(tree.trunk) + 8), keep_together=False)]
 
 
 def branch_by_branch(trees: list[Tree]) -> list[Tree]:

@@ -1,0 +1,155 @@
+"""What the probe computes with: two random trees, the first on a small picture where the model takes images, as a
+packed batch and as rows alone."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from align.mediastore import tensors_path
+from align.model.load import quiet
+from align.model.places import Positions, placeholder, positions_of
+from align.model.policy_module import PolicyModule
+from align.protocols import Medium, Segment, Tree
+from align.types import TokenBatch
+
+log = logging.getLogger(__name__)
+
+TREES = ((7, (5, 3)), (4, (6, 1)))  # tokens of a trunk and of its branches
+PICTURE = 48  # pixels of a side, before the processor makes of it what it does
+TEXTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # of a processor, beside its media
+
+
+class Alone(NamedTuple):
+    """A sequence by itself: its tokens, how many of them are its trunk's, and what stands in that."""
+
+    tokens: list[int]
+    trunk: int
+    media: tuple[Medium, ...] = ()
+
+
+def two_tree_batch(
+    vocabulary: int,
+    device: torch.device | str,
+    seed: int = 0,
+    *,
+    model: Any = None,
+    prompt: Segment | None = None,
+) -> tuple[TokenBatch, list[Alone]]:
+    """Two random trees of two branches as a packed batch, and the same four sequences alone.
+
+    model: whose positions they have, and whose marks of media do not occur in random text; text's where it is None.
+    prompt: the trunk of the first tree, in place of random text.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    marks = {placeholder(model.config, "image"), placeholder(model.config, "video")} if prompt is not None else set()
+    usual = [token for token in range(min(vocabulary, len(marks) + 1)) if token not in marks]
+
+    def text(size: int) -> Segment:
+        drawn = torch.randint(0, vocabulary, (size,), generator=generator).tolist()
+        return Segment(np.array([usual[0] if t in marks else t for t in drawn]), np.zeros(size, dtype=bool))
+
+    trees = []
+    for number, (size, branches) in enumerate(TREES):
+        trunk = text(size)
+        trees.append(Tree(number, trunk if prompt is None or number else prompt, tuple(text(n) for n in branches)))
+    positions = _text_positions if model is None else positions_of(model, _text_positions)
+    return _laid(trees, [positions(tree) for tree in trees]).to(device), [
+        Alone([*tree.trunk.token_ids.tolist(), *b.token_ids.tolist()], len(tree.trunk), tree.trunk.media)
+        for tree in trees
+        for b in tree.branches
+    ]
+
+
+def _text_positions(tree: Tree) -> Positions:
+    n = len(tree.trunk)
+    return np.arange(n), [np.arange(n, n + len(b)) for b in tree.branches]
+
+
+def _laid(trees: list[Tree], positions: list[Positions]) -> TokenBatch:
+    """Every token of the branches is scored. (`align.data.packing` lays what is trained on; models do not know it.)"""
+    at = 0
+    segments: list[tuple[int, int, int, int]] = []
+    predict_at: list[int] = []
+    score_at: list[int] = []
+    for tree in trees:
+        trunk = (at, at + len(tree.trunk))
+        segments.append((*trunk, -1, -1))
+        at = trunk[1]
+        for branch in tree.branches:
+            segments.append((at, at + len(branch), *trunk))
+            predict_at += [trunk[1] - 1, *range(at, at + len(branch) - 1)]
+            at += len(branch)
+            score_at.append(at - 1)
+    branches = [b for tree in trees for b in tree.branches]
+    labels = np.concatenate([b.token_ids for b in branches])
+    bounds = torch.tensor(segments, dtype=torch.int32)
+    starts = [int(start) for start, _, first, _ in segments if first < 0]
+    rows = [row for tree in trees for row in (tree.trunk, *tree.branches)]
+    laid = [p for trunk, following in positions for p in (trunk, *following)]
+    return TokenBatch(
+        token_ids=torch.as_tensor(np.concatenate([row.token_ids for row in rows])),
+        position_ids=torch.as_tensor(np.concatenate(laid, axis=-1)),
+        query_start=bounds[:, 0],
+        query_end=bounds[:, 1],
+        parent_start=bounds[:, 2],
+        parent_end=bounds[:, 3],
+        predict_at=torch.tensor(predict_at),
+        labels=torch.as_tensor(labels),
+        sequence_ids=torch.as_tensor(np.repeat(np.arange(len(branches)), [len(b) for b in branches])),
+        loss_mask=torch.ones(len(labels), dtype=torch.bool),
+        nll_mask=torch.ones(len(labels), dtype=torch.bool),
+        advantages=torch.zeros(len(labels)),
+        behavior_logps=torch.zeros(len(labels)),
+        versions=torch.zeros(len(labels), dtype=torch.int32),
+        pairs=torch.tensor([[0, 1], [2, 3]]),
+        group_ids=torch.tensor([tree.id for tree in trees for _ in tree.branches]),
+        score_at=torch.tensor(score_at),
+        media=tuple(m for tree in trees for m in tree.trunk.media),
+        media_at=tuple(s + m.start for s, tree in zip(starts, trees, strict=True) for m in tree.trunk.media),
+    )
+
+
+@contextmanager
+def picture_prompt(module: PolicyModule) -> Iterator[Segment | None]:
+    """A prompt with a small random picture by the processor in the model's folder; None where the model takes none or
+    the folder has no processor. Its tensors lie in a store that ends with the block."""
+    made = _processed(module.model) if module.media is not None else None
+    if made is None:
+        yield None
+        return
+    ids = made["input_ids"][0].numpy()
+    slots = np.flatnonzero(ids == placeholder(module.model.config, "image"))
+    tensors = {name: t.contiguous() for name, t in made.items() if name not in TEXTS and isinstance(t, Tensor)}
+    with tempfile.TemporaryDirectory(prefix="align-probe-") as store:
+        save_file(tensors, tensors_path(store, "probe"))
+        start, length = int(slots[0]), int(slots[-1] - slots[0]) + 1
+        medium = Medium("image", "probe", store, start, length, patches=0)
+        yield Segment(ids, np.zeros(len(ids), dtype=bool), media=(medium,))
+
+
+def _processed(model: Any) -> dict[str, Any] | None:
+    from transformers import AutoProcessor
+
+    folder = Path(str(model.name_or_path or ""))
+    if not any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+        log.info("%s has no processor beside it: probed on text alone", type(model).__name__)
+        return None
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (PICTURE, PICTURE, 3), dtype=np.uint8)
+    with quiet():
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        # Gemma's processors expand the mark of a beginning, the others that of an image
+        mark = getattr(processor, "boi_token", None) or processor.image_token
+        made: dict[str, Any] = processor(images=[Image.fromarray(pixels)], text=[f"a {mark} b"], return_tensors="pt")
+    return made

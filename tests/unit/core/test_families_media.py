@@ -1,0 +1,149 @@
+"""Model x layout with pictures: in every family, however trees are laid out, log-probabilities and gradients are those
+of the model's own forward over padded rows. Float32; gradients by a random cotangent, relative to the largest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from align.data.packing import Budget, PositionFn, collate, split_to_budget, text_positions
+from align.model.places import positions_of, type_ids
+from align.model.policy_module import PolicyModule
+from align.model.probe import probe
+from align.protocols import Medium, Tree
+from tests.tiny_vlms import FAMILIES
+from tests.unit.core.pictures import Workshop, open_workshop
+from tests.unit.core.test_families import branch_by_branch, gradients
+
+Split = Callable[[list[Tree]], list[list[Tree]]]
+LAYOUTS: dict[str, Split] = {
+    "one row of all trees": lambda trees: [trees],
+    "one tree a microbatch": lambda trees: [[tree] for tree in trees],
+    "groups split, each part with the trunk's pictures": lambda trees: [
+        [part]
+        for tree in trees
+        for part in split_to_budget(tree, Budget(len(tree.trunk) + 8, 100), keep_together=False)
+    ],
+    "trunk repeated per branch": lambda trees: [
+        [part for tree in trees for part in (branch_by_branch([tree]) if tree.branches else [tree])]
+    ],
+}
+
+
+@dataclass
+class Known:
+    """A family's shop, its probed module, and what the model's own padded forward gives for the shop's trees."""
+
+    shop: Workshop
+    module: PolicyModule
+    positions: PositionFn
+    values: Tensor
+    grads: list[Tensor]
+
+    def logps(self, split: Split) -> list[Tensor]:
+        return [self.module(collate(part, self.positions)).logps for part in split(self.shop.trees())]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def known(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Known]:
+    shop = open_workshop(request.param, tmp_path_factory.mktemp("media"))
+    own = own_logps(shop, shop.trees())
+    values, grads = own.detach(), gradients(shop.model, [own])
+    module = PolicyModule(shop.model)
+    assert probe(module) < 1e-5
+    yield Known(shop, module, positions_of(shop.model, text_positions), values, grads)
+
+
+def own_logps(shop: Workshop, trees: list[Tree]) -> Tensor:
+    """Scored log-probabilities of every sequence, in the model's own forward over rows padded on the right."""
+    rows: list[tuple[np.ndarray, np.ndarray, list[Medium], list[int]]] = []
+    for tree in trees:
+        for branch in tree.branches or (None,):
+            parts = [tree.trunk] if branch is None else [tree.trunk, branch]
+            starts = np.cumsum([0, *map(len, parts)])
+            media = [(m, int(at) + m.start) for at, part in zip(starts, parts, strict=False) for m in part.media]
+            ids, mask = (np.concatenate([getattr(p, name) for p in parts]) for name in ("token_ids", "loss_mask"))
+            rows.append((ids, mask, [m for m, _ in media], [at for _, at in media]))
+    longest = max(len(ids) for ids, *_ in rows)
+    pad = [longest - len(ids) for ids, *_ in rows]
+    ids = torch.tensor(np.stack([np.pad(row, (0, gap)) for (row, *_), gap in zip(rows, pad, strict=True)]))
+    types = np.stack(
+        [np.pad(type_ids(shop.model.config, r[0], *r[2:]), (0, g)) for r, g in zip(rows, pad, strict=True)]
+    )
+    seen = torch.tensor([[1] * (longest - gap) + [0] * gap for gap in pad])
+    model_type = shop.model.config.model_type
+    named = {"gemma3": "token_type_ids", "qwen2_vl": "mm_token_type_ids", "qwen2_5_vl": "mm_token_type_ids"}
+    named["qwen3_vl"] = "mm_token_type_ids"
+    kwargs: dict[str, Any] = {named[model_type]: torch.tensor(types)} if model_type in named else {}
+    kwargs |= by_hand(shop, [row[2] for row in rows])
+    logits = shop.model(input_ids=ids, attention_mask=seen, use_cache=False, **kwargs).logits[:, :-1]
+    logps = torch.log_softmax(logits, -1).gather(-1, ids[:, 1:, None])[..., 0]
+    return torch.cat([one[: len(r[0]) - 1][torch.as_tensor(r[1][1:])] for one, r in zip(logps, rows, strict=True)])
+
+
+def by_hand(shop: Workshop, rows: list[list[Medium]]) -> dict[str, Tensor]:
+    """The pictures of a batch of rows as the family's processor returns them: with tiles, Idefics 3 has a row's tiles
+    on one axis and LLaVA-OneVision an image's; both fill up with zeros."""
+    media = [medium for row in rows for medium in row]
+    tensors = [shop.tensors[medium.key] for medium in media]
+    if shop.model.config.model_type not in ("idefics3", "smolvlm", "llava_onevision"):
+        return {name: torch.cat([one[name] for one in tensors]) for name in tensors[0]}
+    per_image = shop.model.config.model_type == "llava_onevision"
+    groups = [[m] for m in media] if per_image else rows
+    found: dict[str, Tensor] = {}
+    for name, example in tensors[0].items():
+        if example.dim() < 3:
+            found[name] = torch.cat([one[name] for one in tensors])
+            continue
+        joined = [torch.cat([shop.tensors[m.key][name][0] for m in group] or [example[0][:0]]) for group in groups]
+        most = max(len(one) for one in joined)
+        found[name] = torch.stack([torch.cat([one, one.new_zeros(most - len(one), *one.shape[1:])]) for one in joined])
+    return found
+
+
+def assert_same(known: Known, logps: list[Tensor]) -> None:
+    torch.testing.assert_close(torch.cat(logps).detach(), known.values, atol=1e-5, rtol=1e-5)
+    assert abs(torch.cat(logps).mean() - known.values.mean()) < 1e-6  # a likelihood loss
+    largest = max(g.abs().max() for g in known.grads)
+    assert largest > 0.1
+    found = gradients(known.module.model, logps)
+    worst = max((a - b).abs().max() for a, b in zip(found, known.grads, strict=True)) / largest
+    assert worst < 1e-5, f"gradients differ by {worst:.2g} of the largest"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_log_probs_and_gradients_are_those_of_the_models_own_padded_forward(known: Known, layout: str) -> None:
+    towers = [name for name, p in known.shop.model.named_parameters() if "language_model" not in name]
+    assert len(towers) > 10  # and their gradients are among those that are compared
+    assert_same(known, known.logps(LAYOUTS[layout]))
+
+
+def test_a_row_a_sequence_serves_too(known: Known) -> None:
+    before = known.module.layout, known.module.attention
+    known.module.use("unshared", "eager")
+    try:
+        assert_same(known, known.logps(LAYOUTS["one row of all trees"]))
+    finally:
+        known.module.use(*before)
+
+
+def test_trees_without_pictures_are_computed_as_ever(known: Known) -> None:
+    text = known.shop.trees()[:1]
+    before = known.module.media.computed
+    packed = known.module(collate(text, known.positions)).logps
+    torch.testing.assert_close(packed.detach(), known.values[: len(packed)], atol=1e-5, rtol=1e-5)
+    assert known.module.media.computed == before
+
+
+def test_another_picture_gives_other_values(known: Known) -> None:
+    rng = np.random.default_rng(2)
+    tree = known.shop.trees()[1]
+    other = Tree(1, known.shop.segment(rng, 6, 1), tree.branches)
+    same = [known.module(collate([one], known.positions)).logps for one in (tree, other)]
+    assert (same[0] - same[1]).abs().max() > 1e-3
