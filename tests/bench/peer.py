@@ -311,12 +311,12 @@ def as_generation_batch(trees: Sequence[Tree], device: str) -> dict[str, Any]:
     advantages = [0.0 if branch.advantages is None else float(branch.advantages[0]) for _, branch in rows]
     media = _media_of_rows([trunk for trunk, _ in rows], completions.shape[1]) if rows[0][0].media else {}
     return {
-        **{name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in media.items()},
         "prompt_ids": prompts,
         "prompt_mask": torch.ones_like(prompts),
         "completion_ids": completions,
         "completion_mask": torch.ones_like(completions),
         "advantages": torch.tensor(advantages, device=device),
+        **{name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in media.items()},
     }
 
 

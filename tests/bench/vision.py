@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def write_model(shape: work.Shape, tower: Tower, folder: Path, *, real: bool, dt
     tokenizer = _write_tokenizer(shape, folder, real)
     ids = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in MARKS}
     text = {
-        "vocab_size": shape.vocabulary,
+        "vocab_size": max(shape.vocabulary, len(tokenizer)),
         "hidden_size": shape.hidden,
         "intermediate_size": shape.intermediate,
         "num_hidden_layers": shape.layers,
@@ -260,6 +260,28 @@ def forget_features(trainer: Any, megabytes: int) -> None:
     trainer.module.media = MediaFeatures(trainer.module.model, megabytes << 20)
 
 
+def our_sides(
+    trainer: Any, trees: Sequence[Tree], megabytes: int, *, frozen: bool, later: str
+) -> dict[str, Callable[[], object]]:
+    """Updates of our engine: "ours" begins with an empty cache of features; where the tower is frozen, the side that
+    `later` names finds every picture in it, and "ours, no cache" has none."""
+
+    def update(cache: int) -> None:
+        forget_features(trainer, cache)
+        trainer.step(trees, step=0, progress=0.0)
+
+    def known() -> None:
+        trainer.module.media = kept
+        trainer.step(trees, step=0, progress=0.0)
+
+    sides: dict[str, Callable[[], object]] = {"ours": lambda: update(megabytes)}
+    if frozen:
+        forget_features(trainer, megabytes)
+        kept = trainer.module.media  # filled by the first update, which is not counted
+        sides |= {later: known, "ours, no cache": lambda: update(0)}
+    return sides
+
+
 def padded_windows(trees: Sequence[Tree], batch: int, *, by_length: bool) -> list[list[Tree]]:
     """A row for every sequence, `batch` of them at a time: in the order given, or the longest together."""
     rows = [replace(tree, branches=(branch,)) for tree in trees for branch in tree.branches] or list(trees)
@@ -291,7 +313,7 @@ class Padded:
         self.trainer: Any = work.make_trainer(
             folder, loss, dtype=dtype, device="cpu", targets=targets, reference=reference, kind=PaddedTrainer
         )
-        module = self.trainer.module
+        module: Any = self.trainer.module
         module.use("unshared", "sdpa")
         module._rows_with_media = lambda batch, block: _pixels_of_rows(module, batch, block)
 

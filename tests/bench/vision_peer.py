@@ -1,7 +1,7 @@
 """TRL's SFTTrainer for vision-language models, on batches that its own collator makes of pictures and text.
 
-The collator's work (rendering, tokenising, resizing and cutting pictures into patches) is not timed, since TRL can leave
-it to other processes. Neither `packing` nor `padding_free` is tried: SFTTrainer refuses both for data with images
+The collator's work (rendering, tokenising, resizing and cutting pictures into patches) is not timed, since TRL can
+leave it to other processes. Neither `packing` nor `padding_free` is tried: SFTTrainer refuses both for data with images
 (sft_trainer.py).
 """
 
@@ -41,6 +41,9 @@ class Sft(peer.Peer):
             processing_class=AutoProcessor.from_pretrained(folder),
             peft_config=self._lora(),
         )
+        # Qwen2.5-VL says that it takes no number of items, so TRL would weigh every batch alike, however many tokens
+        # it scores: another gradient than ours, for the same work. `update` hands the number to TRL's loss.
+        self.trainer.loss_is_scaled_for_ga = True
         self._prepare()
 
     def _example(self, number: int) -> dict[str, Any]:

@@ -61,19 +61,6 @@ def choose_padded(
     return padded, best[0], {f"padded {key}": value for key, value in tried.items()}
 
 
-def our_sides(trainer: Any, trees: Sequence[Tree], frozen: bool) -> dict[str, Callable[[], object]]:
-    def update(forget: int | None) -> None:
-        if forget is not None:
-            vision.forget_features(trainer, forget)
-        trainer.step(trees, step=0, progress=0.0)
-
-    sides: dict[str, Callable[[], object]] = {"ours": functools.partial(update, CACHE_MB)}
-    if frozen:
-        sides["ours, later epochs"] = lambda: update(None)  # what "ours" has left in the cache
-        sides["ours, no cache"] = functools.partial(update, 0)
-    return sides
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run and print; returns what is recorded."""
     arguments = parse(argv)
@@ -112,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             batch,
             arguments,
             {
-                **our_sides(trainer, trees, frozen),
+                **vision.our_sides(trainer, trees, CACHE_MB, frozen=frozen, later="ours, later epochs"),
                 "padded": lambda: padded.call("update", trees, (arguments.padded_batch, False)),
                 "padded, by length": lambda: padded.call("update", trees, (length_batch, True)),
             },
@@ -123,7 +110,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "padded, by length": vision.padded_windows(trees, length_batch, by_length=True),
         "TRL": vision.padded_windows(trees, batch, by_length=True),
     }
-    settings = {"TRL": setting, "padded": f"batch {arguments.padded_batch}", "padded, by length": f"batch {length_batch}"}
+    settings = {
+        "TRL": setting,
+        "padded": f"batch {arguments.padded_batch}",
+        "padded, by length": f"batch {length_batch}",
+    }
     return common.report(
         f"vision-sft-against-trl-{arguments.tower}-{arguments.dtype}",
         [
