@@ -28,6 +28,7 @@ class TokenBatch:
     score_at i64[S]: index in the row of each sequence's last token, which a score head reads.
     columns: per sequence f32[S] ("sequence/<name>") and per pair f32[P] ("pair/<name>").
     media: what stands in the row, references in the order of their tokens; media_at: the first token of each.
+    idle_media: what towers that learn compute beside it, for nothing, because other ranks have media now.
     """
 
     token_ids: Tensor
@@ -50,6 +51,7 @@ class TokenBatch:
     columns: dict[str, Tensor] = field(default_factory=dict)
     media: tuple[Medium, ...] = ()
     media_at: tuple[int, ...] = ()
+    idle_media: tuple[Medium, ...] = ()
     reference_logps: Tensor | None = None
     proximal_logps: Tensor | None = None
 

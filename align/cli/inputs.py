@@ -19,9 +19,10 @@ from align.data.records import Kind
 from align.data.scratch import train_tokenizer
 from align.data.sources import is_hub_id
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
-from align.errors import ModelError, PluginError, Unsupported
+from align.errors import ModelError, PluginError
 from align.hub import resolve_model_folder
 from align.model.adapter_config import read_adapter_config, refuse_beyond_lora
+from align.model.media_support import refuse_unsupported_media
 from align.objectives.check import Known
 from align.plugins import describe_in_child
 from align.protocols import PromptItem, Tree
@@ -55,7 +56,7 @@ def open_model(recipe: Recipe, folder: Path) -> Iterator[ModelFacts]:
         found = resolve_model_folder(model.path, model.revision, weights=False)
         config = memory.read_config(found)
         _refuse_without_weights(found, Path(model.path).expanduser().is_dir())
-        _refuse_images(config, found)
+        refuse_unsupported_media(config, found)
         yield ModelFacts(config, _tokenizer(model, found), Origin(found, _adapter(recipe)))
         return
     assert model.tokenizer is not None and model.config is not None, "the grammar ties `config` and `tokenizer`"
@@ -95,15 +96,6 @@ def _refuse_without_weights(folder: Path, local: bool) -> None:
 
 def _tokenizer(model: Model, folder: Path) -> ChatTokenizer:
     return load_tokenizer(folder, chat_template=model.chat_template, template_args=model.template_args)
-
-
-def _refuse_images(config: dict[str, Any], folder: Path) -> None:
-    if "vision_config" in config or "audio_config" in config:
-        raise Unsupported(
-            f"a {config.get('model_type')} model has a vision or audio part; this version trains language models",
-            where=folder,
-            remedy="use a model of text alone",
-        )
 
 
 # ------------------------------------------------------------------------------------------------- data

@@ -126,11 +126,16 @@ def plan_microbatches(
 
 @dataclass(frozen=True)
 class Microbatch:
-    """What one rank computes at a time. counted: False where it only keeps the rank in step with the others (they have
-    one microbatch more): its loss is multiplied by 0, its metrics and pre-pass values are dropped."""
+    """What one rank computes at a time.
+
+    counted: False where it only keeps the rank in step with the others (they have one microbatch more): its loss is
+    multiplied by 0, its metrics and pre-pass values are dropped. idle_media: where others have media and this has none,
+    one of theirs: a tower that learns runs on every rank, or on none.
+    """
 
     trees: list[Tree]
     counted: bool = True
+    idle_media: tuple[Medium, ...] = ()
 
 
 def assign(sizes: Sequence[int], bins: int) -> list[list[int]]:
@@ -161,7 +166,18 @@ def plan_ranks(
     rounds = max(len(share) for share in shares)
     least = min((tree for group in planned for tree in group), key=lambda tree: (tree.tokens, tree.id))
     idle = Microbatch([least], counted=False)
-    return [[Microbatch(planned[i]) for i in share] + [idle] * (rounds - len(share)) for share in shares]
+    plan = [[Microbatch(planned[i]) for i in share] + [idle] * (rounds - len(share)) for share in shares]
+    return [list(share) for share in zip(*map(_in_step, zip(*plan, strict=True)), strict=True)]
+
+
+def _in_step(together: tuple[Microbatch, ...]) -> list[Microbatch]:
+    """What the ranks compute at one time; those without media get the smallest of the others'."""
+    media = [[medium for tree in part.trees for medium in tree.media] for part in together]
+    least = min((m for own in media for m in own), key=lambda m: (m.patches, m.key), default=None)
+    return [
+        part if own or least is None else replace(part, idle_media=(least,))
+        for part, own in zip(together, media, strict=True)
+    ]
 
 
 def _spread(

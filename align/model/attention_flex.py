@@ -80,7 +80,9 @@ def plan_flex(plan: AttentionPlan) -> FlexPlan:
     lasts = torch.arange(len(starts))
     for start, end in plan.blocks:
         lasts[start:end] = end - 1
-    return FlexPlan(*(x.contiguous().to(plan.device) for x in (starts, parent_starts, parent_ends, places, lasts)))
+    columns = {"starts": starts, "parent_starts": parent_starts, "parent_ends": parent_ends}
+    columns |= {"places": places, "lasts": lasts}
+    return FlexPlan(**{name: x.contiguous().to(plan.device) for name, x in columns.items()})
 
 
 def _listed(blocks: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""A causal language model from a local folder, complete or refused.
+"""A causal language model, or one for images too, from a local folder, complete or refused.
 
 transformers fills a weight that the checkpoint lacks with random numbers and a warning; here that is an error.
 """
@@ -47,7 +47,7 @@ def load_model(
     device: str = "cpu",
 ) -> PreTrainedModel:
     """Load a causal language model in transformers layout from `folder`, weights in safetensors. A model for images too
-    is loaded whole, to be used on text.
+    is loaded whole, its tower included.
 
     attention: "auto" (sdpa, and eager where the model has what SDPA has not) or any implementation that transformers
     knows, registered ones included.
@@ -72,9 +72,10 @@ def _auto_class(folder: Path) -> Any:
     from transformers.models.auto import modeling_auto as known
 
     file = folder / "config.json"
-    name = json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    name = config.get("model_type")
     images = name in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    alone = name in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    alone = name in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "vision_config" not in config
     return AutoModelForImageTextToText if images and not alone else AutoModelForCausalLM
 
 

@@ -44,7 +44,7 @@ class MediaFeatures:
         self.whole = model.base_model
         self.limit = limit
         self.computed = self.patches = 0
-        self.kinds: dict[str, type] = {}  # the class of a tower's output, by kind of medium
+        self.kinds: dict[str, type] = {}  # the class of a tower's output, by modality
         self._kept: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._bytes = 0
 
@@ -52,9 +52,24 @@ class MediaFeatures:
         """`mm_encoder_outputs` for media in the order of their tokens; the same medium may stand there many times."""
         found = self._features(placed, device)
         return {
-            kind: self.kinds[kind](**_joined([found[p.medium.key] for p in placed if p.medium.kind == kind]))
-            for kind in dict.fromkeys(p.medium.kind for p in placed)
+            way: self.kinds[way](**_joined([found[p.medium.key] for p in placed if self._way(p.medium) == way]))
+            for way in dict.fromkeys(self._way(p.medium) for p in placed)
         }
+
+    def nothing(self, media: Sequence[Medium], device: torch.device) -> Tensor:
+        """0, with a gradient of 0 for the towers, which have run; where nothing of them learns, 0 alone."""
+        zero = torch.zeros((), device=device)
+        if self.constant():
+            return zero
+        for medium in media:
+            output = self._run(self._way(medium), [read_tensors(medium)], device)
+            for value in (getattr(output, name, None) for name in USED):
+                zero = zero + sum(0.0 * t.float().sum() for t in _leaves(value))
+        return zero
+
+    def _way(self, medium: Medium) -> str:
+        """The modality as which the model computes a medium: to some, a video is images (InternVL, SmolVLM)."""
+        return medium.kind if hasattr(self.whole, f"get_{medium.kind}_features") else "image"
 
     def constant(self) -> bool:
         """Whether features never change: nothing of tower and projector learns, has an adapter, or drops anything.
@@ -89,16 +104,8 @@ class MediaFeatures:
         return found
 
     def _compute(self, group: list[tuple[Placed, dict[str, Tensor]]], device: torch.device) -> dict[str, Any]:
-        """One run of the tower over several media."""
-        kind = group[0][0].medium.kind
-        name = f"get_{kind}_features"
-        if not hasattr(self.whole, name):
-            name = "get_image_features"  # InternVL: a video is its frames
-        run = getattr(self.whole, name)
-        known = inspect.signature(run).parameters
-        tensors = {n: t.to(device) for n, t in merged([t for _, t in group]).items() if n in known}
-        output = run(**tensors, return_dict=True)
-        self.kinds[kind] = type(output)
+        way = self._way(group[0][0].medium)
+        output = self._run(way, [tensors for _, tensors in group], device)
         self.computed += len(group)
         self.patches += sum(p.medium.patches for p, _ in group)
         slots = [p.slots for p, _ in group]
@@ -108,10 +115,18 @@ class MediaFeatures:
             if value is None:
                 continue
             layers = name == "deepstack_features"
-            cut = [_cut(layer, slots, kind) for layer in (value if layers else [value])]
+            cut = [_cut(layer, slots, way) for layer in (value if layers else [value])]
             for n, part in enumerate(parts):
                 part[name] = [layer[n] for layer in cut] if layers else cut[0][n]
         return {p.medium.key: part for (p, _), part in zip(group, parts, strict=True)}
+
+    def _run(self, way: str, media: Sequence[dict[str, Tensor]], device: torch.device) -> Any:
+        """One run of the tower over several media."""
+        run = getattr(self.whole, f"get_{way}_features")
+        known = inspect.signature(run).parameters
+        output = run(**{n: t.to(device) for n, t in merged(media).items() if n in known}, return_dict=True)
+        self.kinds[way] = type(output)
+        return output
 
     def _take(self, key: str, device: torch.device) -> dict[str, Any]:
         self._kept.move_to_end(key)
@@ -163,7 +178,7 @@ def _filled(tensor: Tensor, tiles: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------- features of media
 
 
-def _cut(value: Any, slots: Sequence[int], kind: str) -> list[Any]:
+def _cut(value: Any, slots: Sequence[int], way: str) -> list[Any]:
     """A tower's output for several media, medium by medium: a tensor [tiles, n, D] or [n, D], or one [n, D] for each
     image (and each frame of a video)."""
     if isinstance(value, Tensor):
@@ -180,7 +195,7 @@ def _cut(value: Any, slots: Sequence[int], kind: str) -> list[Any]:
             parts = []
     if len(parts) != len(slots):
         raise ModelError(
-            f"the tower gives other features than {kind} tokens stand in the row ({sum(slots)})",
+            f"the tower gives other features than {way} tokens stand in the row ({sum(slots)})",
             remedy="prepare the data with the processor that belongs to this model",
         )
     return parts
@@ -215,7 +230,13 @@ def _mapped(value: Any, change: Any) -> Any:
     return type(value)(_mapped(one, change) for one in value)
 
 
-def _size(value: Any) -> int:
+def _leaves(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    return sum(_size(one) for one in (value.values() if isinstance(value, dict) else value))
+        yield value
+    elif value is not None:
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(one)
+
+
+def _size(value: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in _leaves(value))

@@ -87,6 +87,8 @@ class PolicyModule(nn.Module):
         scores = has_score_head(self.model)
         with context:
             hidden = self._hidden(batch, batch.score_at if scores else batch.predict_at)
+            if batch.idle_media and self.media is not None:
+                hidden = hidden + self.media.nothing(batch.idle_media, device).to(hidden.dtype)
         if scores:
             wanted = score(self.model, hidden) if "scores" in want else None
             return HeadOutputs(logps=hidden.new_zeros(0, dtype=torch.float32), scores=wanted)
@@ -141,6 +143,8 @@ class PolicyModule(nn.Module):
         """Types of the row's tokens i64[T] (`align.model.places.type_ids`), and its media with their slots."""
         if batch.media and self.media is None:
             raise ModelError(f"{type(self.model).__name__} takes no images", remedy="choose a vision-language model")
+        if not batch.media:
+            return np.zeros(0, dtype=np.int64), []
         types = type_ids(self.model.config, batch.token_ids.cpu().numpy(), batch.media, batch.media_at)
         slots = slots_of(types, batch.media, batch.media_at)
         return types, [Placed(medium, n) for medium, n in zip(batch.media, slots, strict=True)]

@@ -79,13 +79,15 @@ def _files(folder: Path) -> dict[str, str]:
 
 
 def tree_digest(tree: Tree) -> bytes:
-    """SHA-256 of what a tree's log-probabilities depend on: its segments' tokens, and which of them are scored. Its
-    id, origin and columns are left out, so equal rows share their values."""
+    """SHA-256 of what a tree's log-probabilities depend on: its segments' tokens, which of them are scored, and which
+    images stand where. Its id, origin and columns are left out, so equal rows share their values."""
     h = hashlib.sha256()
     for segment in (tree.trunk, *tree.branches):
         h.update(len(segment).to_bytes(8, "little"))
         h.update(np.ascontiguousarray(segment.token_ids, dtype="<i8").tobytes())
         h.update(np.packbits(_scored(segment)).tobytes())
+        for medium in segment.media:
+            h.update(f"{medium.kind}|{medium.key}|{medium.start}|".encode())
     return h.digest()
 
 

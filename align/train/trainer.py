@@ -157,7 +157,9 @@ class PolicyTrainer:
         return planned[self.ranks.rank]
 
     def _packed(self, part: Microbatch) -> TokenBatch:
-        return collate(part.trees, self.positions).to(self.device)
+        batch = collate(part.trees, self.positions)
+        batch.idle_media = part.idle_media
+        return batch.to(self.device)
 
     def _microbatches(self, trees: Sequence[Tree]) -> list[tuple[TokenBatch, bool]]:
         """This rank's share, packed, and whether each counts (see `align.data.packing.Microbatch`)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,11 @@ from align.protocols import Medium, Segment, Tree
 
 NOT_MEDIA = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 SIZES = ((60, 80), (64, 40), (112, 60))  # of pictures, height and width: one, two and several tiles or grids
+_QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+VIDEO_MARKS = {  # what stands for a video in a prompt
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), _QWEN_VIDEO),
+    **dict.fromkeys(("internvl", "llava_onevision"), "<video>"),
+}
 TEXT_IDS = range(3, 200)  # of the tokenizer: plain bytes, no mark of any family
 
 
@@ -97,15 +102,25 @@ def add_picture(shop: Workshop, processor: Any, key: str, pixels: np.ndarray) ->
 
     message = {"role": "user", "content": [{"type": "image", "image": Image.fromarray(pixels)}]}
     made = processor.apply_chat_template([message], tokenize=True, return_dict=True, return_tensors="pt")
+    _store(shop, key, "image", made)
+
+
+def add_video(shop: Workshop, key: str, frames: np.ndarray) -> None:
+    """frames u8[F, H, W, 3]"""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(shop.folder)
+    made = processor(text=[f"a{VIDEO_MARKS[shop.model.config.model_type]}b"], videos=[frames], return_tensors="pt")
+    _store(shop, key, "video", made)
+
+
+def _store(shop: Workshop, key: str, kind: Literal["image", "video"], made: Any) -> None:
     ids = made["input_ids"][0].numpy()
-    at = np.flatnonzero(ids == placeholder(shop.model.config, "image"))
+    at = np.flatnonzero(ids == placeholder(shop.model.config, kind))
     tokens = ids[at[0] : at[-1] + 1]
-    tensors = {name: t.contiguous() for name, t in made.items() if name not in NOT_MEDIA}
+    tensors = {name: torch.as_tensor(t).contiguous() for name, t in made.items() if name not in NOT_MEDIA}
     save_file(tensors | {TOKENS: torch.as_tensor(tokens.copy())}, tensors_path(shop.store, key))
-    patches = (
-        tensors["pixel_values"].shape[0]
-        if tensors["pixel_values"].dim() == 2
-        else tensors["pixel_values"][0].numel() // (3 * 14 * 14)
-    )
-    shop.pictures.append(Medium("image", key, str(shop.store), 0, len(tokens), patches))
+    pixels = next(t for name, t in tensors.items() if name.startswith("pixel_values"))
+    patches = pixels.shape[0] if pixels.dim() == 2 else pixels.numel() // (3 * 14 * 14)
+    shop.pictures.append(Medium(kind, key, str(shop.store), 0, len(tokens), patches))
     shop.tokens[key], shop.tensors[key] = tokens, tensors

@@ -33,8 +33,17 @@ def some_trees() -> list[Tree]:
     return [conversation(rng, 0), pair(rng, 1), group(rng, 2), no_trunk, pair(rng, 4)]
 
 
-def visible(segments: list[tuple[int, int, int, int]], window: int | None) -> np.ndarray:
-    """bool[T, T], by the definition: itself causally, and its parent; places count from the trunk's first token."""
+def some_blocks(plan: AttentionPlan) -> tuple[tuple[int, int], ...]:
+    """Three or four tokens inside every segment that has so many, one of them a segment's first tokens."""
+    long = [(start, end) for start, end, *_ in plan.segments if end - start > 3]
+    return tuple((start + n % 2, min(end, start + n % 2 + 4)) for n, (start, end) in enumerate(long))
+
+
+def visible(
+    segments: list[tuple[int, int, int, int]], window: int | None, blocks: tuple[tuple[int, int], ...] = ()
+) -> np.ndarray:
+    """bool[T, T], by the definition: itself causally, its parent, and all of its block; places count from the trunk's
+    first token."""
     seen = np.zeros((segments[-1][1],) * 2, dtype=bool)
     for start, end, first, last in segments:
         chain = [*range(first, last), *range(start, end)]
@@ -42,6 +51,10 @@ def visible(segments: list[tuple[int, int, int, int]], window: int | None) -> np
             if q >= start:
                 near = chain[: place + 1] if window is None else chain[max(0, place + 1 - window) : place + 1]
                 seen[q, near] = True
+    for first, last in blocks:
+        for q in range(first, last):
+            seen[q, q:last] = True
+            seen[q, first if window is None else max(first, q - window + 1) : q] = True
     return seen
 
 
@@ -103,6 +116,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *((kernel, {"sliding_window": window}) for kernel in ("sdpa", "varlen", "flex") for window in (None, 1, 3, 6)),
     *((kernel, {"softcap": 1.5, "sliding_window": window}) for kernel in ("sdpa", "flex") for window in (None, 4)),
     *((kernel, {"s_aux": True, "sliding_window": window}) for kernel in ("sdpa", "flex") for window in (None, 4)),
+    *((kernel, {"blocks": True, "sliding_window": window}) for kernel in ("sdpa", "flex") for window in (None, 3)),
+    ("sdpa", {"blocks": True, "softcap": 1.5, "sliding_window": 3}),
 ]
 
 
@@ -113,12 +128,14 @@ def test_every_kernel_gives_the_softmax_over_trunk_and_own_past(
 ) -> None:
     monkeypatch.setattr(attention_varlen, "varlen_attn", plain_varlen)
     plan = plan_attention(collate(some_trees()), kernel)
+    plan.blocks = some_blocks(plan) if "blocks" in options else ()
+    options = {name: value for name, value in options.items() if name != "blocks"}
     inputs = tensors(plan.segments[-1][1])
     if "s_aux" in options:
         options = options | {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0], requires_grad=True)}
         inputs.append(options["s_aux"])
     q, k, v = inputs[:3]
-    mask = torch.tensor(visible(plan.segments, options["sliding_window"]))
+    mask = torch.tensor(visible(plan.segments, options["sliding_window"], plan.blocks))
     wanted = outcome(dense(q, k, v, mask, 0.3, options.get("softcap"), options.get("s_aux")), inputs)
     given = [x.detach() for x in (q, k, v)] if kernel == "flex" else [q, k, v]  # it has no backward on a CPU
     with torch.set_grad_enabled(kernel != "flex"):
@@ -129,6 +146,19 @@ def test_every_kernel_gives_the_softmax_over_trunk_and_own_past(
         return
     for found, expected in zip(outcome(out, inputs), wanted, strict=True):
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_flash_attention_refuses_blocks() -> None:
+    plan = AttentionPlan([(0, 6, 0, 0)], CPU, "varlen", blocks=((1, 4),))
+    with pytest.raises(Unsupported, match="blocks of tokens"):
+        packed_attention_forward(torch.nn.Module(), *tensors(6), None, align_plan=plan)
+
+
+def test_a_block_over_the_edge_of_flex_attentions_blocks_is_visible_on_both_sides() -> None:
+    plan = AttentionPlan([(0, 300, 0, 0)], CPU, "flex", blocks=((120, 140),))
+    mask = plan.derived("flex", attention_flex.plan_flex).mask(plan, None)
+    dense = mask.to_dense()[0, 0]
+    assert dense[0, 1] and not dense[0, 2] and not dense[1, 2]
 
 
 def test_heads_of_odd_width_and_without_parents_go_through_varlen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,13 +13,18 @@ import torch
 from torch import Tensor
 
 from align.data.packing import Budget, PositionFn, collate, split_to_budget, text_positions
+from align.model import adapters
+from align.model.fused import fuse
+from align.model.load import load_model
 from align.model.places import positions_of, type_ids
-from align.model.policy_module import PolicyModule
+from align.model.policy_module import PolicyModule, set_attention
 from align.model.probe import probe
 from align.protocols import Medium, Tree
+from align.recipe.schema import Adapter
 from tests.tiny_vlms import FAMILIES
-from tests.unit.core.pictures import Workshop, open_workshop
+from tests.unit.core.pictures import VIDEO_MARKS, Workshop, add_video, open_workshop
 from tests.unit.core.test_families import branch_by_branch, gradients
+from tests.unit.model.tiny import train_a_little
 
 Split = Callable[[list[Tree]], list[list[Tree]]]
 LAYOUTS: dict[str, Split] = {
@@ -147,3 +152,55 @@ def test_another_picture_gives_other_values(known: Known) -> None:
     other = Tree(1, known.shop.segment(rng, 6, 1), tree.branches)
     same = [known.module(collate([one], known.positions)).logps for one in (tree, other)]
     assert (same[0] - same[1]).abs().max() > 1e-3
+
+
+def test_an_adapter_is_fused_without_changing_a_number(known: Known) -> None:
+    """As the trainer has it: transformers' sdpa in the tower, the language model's modules exchanged for fused ones."""
+    batch = collate(known.shop.trees(), known.positions)
+    found = []
+    for fused in (False, True):
+        model = load_model(known.shop.folder, dtype=torch.float32)
+        adapters.attach(model, Adapter(rank=2, alpha=4), None, seed=0)
+        train_a_little(model)
+        if fused:
+            assert sum(fuse(model).values()) > 0
+        module = PolicyModule(model)
+        assert probe(module) < 1e-5 and module.layout == "shared"
+        logps = module(batch).logps
+        trained = [p for p in model.parameters() if p.requires_grad]
+        grads = torch.autograd.grad((logps * torch.arange(len(logps))).sum(), trained, allow_unused=True)
+        found.append([logps.detach(), *(torch.zeros(1) if g is None else g for g in grads)])
+    largest = max(g.abs().max() for g in found[0][1:])
+    assert (found[0][0] - known.values).abs().max() > 1e-3, "the adapter does something"
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-5, rtol=1e-5)
+    assert max((a - b).abs().max() for a, b in zip(found[0][1:], found[1][1:], strict=True)) / largest < 1e-5
+
+
+def test_videos_stand_beside_pictures(known: Known) -> None:
+    """Two videos and a picture before two answers; the model's own forward on each sequence alone."""
+    shop, family = known.shop, known.shop.model.config.model_type
+    if family not in VIDEO_MARKS:
+        pytest.skip(f"the tiny {family} has no processor for videos")
+    rng = np.random.default_rng(7)
+    for n in range(2):
+        add_video(shop, f"{family}-video-{n}", rng.integers(0, 256, (4, 56, 56 + 28 * n, 3), dtype=np.uint8))
+    trunk = shop.segment(rng, 8, 3, 0, 4)
+    tree = Tree(0, trunk, tuple(shop.segment(rng, n, scored=True) for n in (4, 3)))
+    packed = known.module(collate([tree], known.positions)).logps
+    tensors: dict[str, list[Tensor]] = {}
+    for medium in trunk.media:
+        for name, t in shop.tensors[medium.key].items():
+            tensors.setdefault(name, []).append(t)
+    kwargs: dict[str, Any] = {name: torch.cat(parts) for name, parts in tensors.items()}
+    alone = []
+    set_attention(shop.model, "eager")
+    for branch in tree.branches:
+        ids = np.concatenate([trunk.token_ids, branch.token_ids])
+        if family.startswith("qwen"):
+            types = type_ids(shop.model.config, ids, trunk.media, [m.start for m in trunk.media])
+            kwargs["mm_token_type_ids"] = torch.tensor(types)[None]
+        row = torch.tensor(ids)[None]
+        logits = shop.model(input_ids=row, use_cache=False, **kwargs).logits[0, len(trunk) - 1 : -1]
+        alone.append(torch.log_softmax(logits, -1).gather(-1, row[0, len(trunk) :, None])[:, 0])
+    known.module.use(known.module.layout, known.module.attention)
+    torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=1e-5)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.data.packing import collate, global_counts, plan_microbatches
+from align.data.packing import collate, global_counts, plan_microbatches, plan_ranks
 from align.errors import DataError
-from align.protocols import Segment, Tree
+from align.protocols import Medium, Segment, Tree
 from tests.unit.core.trees import conversation, group, pair
 
 
@@ -28,6 +28,46 @@ def test_every_sequence_is_in_exactly_one_microbatch_within_the_budget(seed: int
         size = sum(tree.tokens for tree in mb)
         single = len(mb) == 1 and len(mb[0].branches) == 1
         assert size <= budget or single, "only one completion that cannot be split may exceed the budget"
+
+
+def pictured(tree: Tree, patches: int, in_branches: int = 0) -> Tree:
+    """The tree with a picture in its trunk, and one in each branch where `in_branches` is more than 0."""
+
+    def medium(n: int) -> tuple[Medium, ...]:
+        return (Medium("image", f"{tree.id}-{n}", "/store", 0, 1, n),) if n else ()
+
+    branches = tuple(replace(branch, media=medium(in_branches)) for branch in tree.branches)
+    return replace(tree, trunk=replace(tree.trunk, media=medium(patches)), branches=branches)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 12), limit=st.integers(4, 40), ranks=st.integers(1, 3))
+def test_no_microbatch_has_more_patches_than_its_budget_unless_it_cannot_be_split(
+    seed: int, n: int, limit: int, ranks: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    trees = [pictured(group(rng, i, 3), int(rng.integers(0, 12)), int(rng.integers(0, 3))) for i in range(n)]
+    plan = plan_ranks(trees, 60, keep_together=False, ranks=ranks, max_patches=limit)
+    parts = [part.trees for share in plan for part in share if part.counted]
+    found = sorted((tree.id, id(branch.token_ids)) for part in parts for tree in part for branch in tree.branches)
+    assert found == sorted((tree.id, id(branch.token_ids)) for tree in trees for branch in tree.branches)
+    for together in zip(*plan, strict=True):  # towers run on every rank, or on none
+        busy = [bool(part.idle_media) or any(tree.media for tree in part.trees) for part in together]
+        assert len(set(busy)) == 1
+        assert not any(part.idle_media and any(tree.media for tree in part.trees) for part in together)
+    for part in parts:
+        single = len(part) == 1 and len(part[0].branches) == 1
+        assert single or (sum(t.patches for t in part) <= limit and sum(t.tokens for t in part) <= 60)
+
+
+def test_a_row_says_where_its_media_stand() -> None:
+    def segment(n: int, *starts: int) -> Segment:
+        media = tuple(Medium("image", f"k{start}", "/store", start, 2, 4) for start in starts)
+        return Segment(np.arange(n), np.zeros(n, bool), media=media)
+
+    batch = collate([Tree(0, segment(6, 1, 3), (segment(4), segment(5, 2))), Tree(1, segment(4, 0))]).to("cpu")
+    assert [medium.key for medium in batch.media] == ["k1", "k3", "k2", "k0"]
+    assert batch.media_at == (1, 3, 12, 15)
 
 
 def test_packing_does_not_depend_on_the_order_of_arrival() -> None:

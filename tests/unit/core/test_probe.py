@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +12,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from align.data.packing import collate
-from align.errors import ModelError, Unsupported
+from align.errors import ModelError
 from align.model import policy_module
 from align.model.attention import NAME, AttentionPlan
 from align.model.policy_module import PolicyModule
 from align.model.probe import probe, two_tree_batch
+from align.protocols import Medium
+from tests import tiny_vlms
 from tests.unit.core.families import BASE, make_family
+from tests.unit.core.pictures import open_workshop
 from tests.unit.core.test_families import trees
 
 
@@ -91,11 +95,11 @@ def test_the_vision_tower_keeps_its_own_attention() -> None:
     assert config.vision_config._attn_implementation == "eager"
 
 
-def test_images_are_refused_until_they_have_a_forward() -> None:
+def test_images_for_a_model_without_a_tower_are_refused() -> None:
     batch = collate(trees())
-    batch.media = {"pixel_values": torch.zeros(1)}
-    with pytest.raises(Unsupported, match="images"):
-        PolicyModule(make_family("qwen2_5_vl"))(batch)
+    batch.media, batch.media_at = (Medium("image", "key", "/nowhere", 0, 1, 1),), (0,)
+    with pytest.raises(ModelError, match="takes no images"):
+        PolicyModule(make_family("qwen2"))(batch)
 
 
 def test_a_forward_that_takes_no_plan_is_told_clearly_and_gets_a_row_a_sequence() -> None:
@@ -182,3 +186,39 @@ def test_gradient_checkpointing_changes_neither_values_nor_gradients(family: str
     assert torch.equal(values, again)
     largest = max(g.abs().max() for g in grads)
     assert max((a - b).abs().max() for a, b in zip(grads, again_grads, strict=True)) / largest < 1e-6
+
+
+def test_the_probe_sees_that_a_models_pictures_see_each_other_both_ways(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Gemma 3: its mask joins an image's tokens. Where packing does not say so, a row a sequence is all that agrees."""
+    shop = open_workshop("gemma3", tmp_path)
+    module = PolicyModule(shop.model)
+    assert probe(module) < 1e-5 and module.layout == "shared"
+    assert module.media is not None and module.media.computed > 0
+    monkeypatch.setattr(policy_module, "BOTH_WAYS", ())
+    other = PolicyModule(shop.model)
+    assert probe(other) < 1e-5
+    assert other.layout == "unshared" and "packed trees do not serve it" in caplog.text
+
+
+def test_without_a_processor_beside_it_a_model_is_probed_on_text(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shop = open_workshop("smolvlm", tmp_path)
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (shop.folder / name).unlink(missing_ok=True)
+    module = PolicyModule(shop.model)
+    with caplog.at_level(logging.INFO, logger="align.model.probe_rows"):
+        assert probe(module) < 1e-5
+    assert "probed on text alone" in caplog.text and module.media is not None and module.media.computed == 0
+
+
+def test_linear_attention_with_pictures_gets_a_row_a_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = {f"linear_num_{what}_heads": n for what, n in (("key", 2), ("value", 4))}
+    linear |= {f"linear_{what}_head_dim": 8 for what in ("key", "value")}
+    monkeypatch.setitem(tiny_vlms.FAMILIES, "qwen3_5", tiny_vlms.FAMILIES["qwen3_vl"])
+    shop = open_workshop("qwen3_5", tmp_path, layer_types=["linear_attention", "full_attention"], **linear)
+    module = PolicyModule(shop.model)
+    assert probe(module) < 1e-5 and module.layout == "unshared"
+    assert module.media is not None and module.media.computed > 0

@@ -18,7 +18,7 @@ import torch
 
 from align.data.packing import collate, mark_nll
 from align.errors import Interrupted
-from align.protocols import Metrics, Segment, Tree
+from align.protocols import Medium, Metrics, Segment, Tree
 from align.recipe.schema import Adapter, Optim, Recipe
 from align.stages import reference_cache
 from align.stages.backend import Start
@@ -133,6 +133,16 @@ def moved_boundary(tree: Tree) -> Tree:
     return replace(tree, trunk=trunk, branches=(shorter, second))
 
 
+def pictured(tree: Tree, key: str) -> Tree:
+    """The same tokens, a picture behind one of them."""
+    return replace(tree, trunk=replace(tree.trunk, media=(Medium("image", key, "/store", 0, 1, 4),)))
+
+
+def test_the_same_tokens_on_another_picture_are_another_tree() -> None:
+    assert tree_digest(pictured(pairs()[0], "a")) == tree_digest(pictured(pairs()[0], "a"))
+    assert tree_digest(pictured(pairs()[0], "a")) != tree_digest(pictured(pairs()[0], "b"))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -141,8 +151,9 @@ def moved_boundary(tree: Tree) -> Tree:
         lambda trees: [moved_boundary(trees[0]), *trees[1:]],
         lambda trees: trees[:-1],
         lambda trees: [replace(trees[0], branches=trees[0].branches[::-1]), *trees[1:]],
+        lambda trees: [pictured(trees[0], "a picture"), *trees[1:]],
     ],
-    ids=["a token", "a scored token", "a boundary", "a row less", "chosen and rejected swapped"],
+    ids=["a token", "a scored token", "a boundary", "a row less", "chosen and rejected swapped", "a picture"],
 )
 def test_other_data_has_another_key(change: Callable[[list[Tree]], list[Tree]]) -> None:
     cache = make_cache(Path(), Counting(), {})
