@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.protocols import Tree
+from align.protocols import Segment, Tree
 from tests.bench import common
 from tests.bench.work import ALPHA, LR, RANK, draw_adapter
 
 HEAD_NOTE = "TRL's head compacts to scored positions only on CUDA (trl/trainer/utils.py, add_fused_lm_head: compact)"
+MEDIA = ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")  # what TRL hands on of Qwen's images
 # name: dtype of the loaded model, mixed precision
 MODES = {
     "float32": ("float32", False),
@@ -35,12 +36,21 @@ def modes_for(dtype: str) -> list[str]:
     return ["float32"] if dtype == "float32" else ["autocast", "bfloat16", "bfloat16, no autocast"]
 
 
-def in_turn(trainer: Any, theirs: common.Apart, trees: Sequence[Tree], batch: int, arguments: Any) -> common.Rounds:
-    """One update of all trees by our trainer and by TRL's, `arguments.repeats` times, with the peak in between; before
-    that once uncounted, since the first update of a size allocates what the others find."""
-    sides = {
+def in_turn(
+    trainer: Any,
+    theirs: common.Apart,
+    trees: Sequence[Tree],
+    batch: int,
+    arguments: Any,
+    more: Mapping[str, Callable[[], object]] | None = None,
+) -> common.Rounds:
+    """One update of all trees by our trainer, by TRL's and by the sides of `more` (which may make "ours" another),
+    `arguments.repeats` times, with the peak in between; before that once uncounted, since the first update of a size
+    allocates what the others find."""
+    sides: dict[str, Callable[[], object]] = {
         "ours": lambda: trainer.step(trees, step=0, progress=0.0),
         "TRL": lambda: theirs.call("update", trees, batch),
+        **(more or {}),
     }
     for run in sides.values():
         run()
@@ -71,6 +81,8 @@ def choose(
     for mode in modes_for(arguments.dtype):
         theirs = make(mode)
         theirs.call("draw_adapter")
+        for rows, batch in ((checked, 2), *((some, batch) for batch in arguments.batches)):
+            theirs.call("prepare", rows, batch)
         common.check_same_work(mine, theirs.call("update", checked, 2), arguments.dtype, mode)
         run = functools.partial(theirs.call, "update", some)
         batch, seconds = common.fastest(arguments.batches, run, f"TRL, {mode}, batch")
@@ -97,31 +109,35 @@ def usable(batches: Sequence[int], items: int) -> list[int]:
     return sorted({min(batch, items) for batch in batches if items % min(batch, items) == 0})
 
 
-class _Peer:
-    """A TRL trainer made ready as its `train` would, one update at a time."""
+class Peer:
+    """A TRL trainer made ready as its `train` would, one update at a time.
+
+    targets: what LoRA is put on, as peft reads it."""
 
     trainer: Any
 
-    def __init__(self, folder: Path, mode: str, device: str, checkpointing: bool):
+    def __init__(self, folder: Path, mode: str, device: str, checkpointing: bool, targets: str = "all-linear"):
         self.folder, self.mode, self.device = folder, mode, device
-        self.checkpointing = checkpointing
+        self.checkpointing, self.targets = checkpointing, targets
         warnings.filterwarnings("ignore", message="TRL currently supports vLLM")  # no engine runs here
 
     def _model(self) -> Any:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
         from align.model.load import quiet
 
+        vision = hasattr(AutoConfig.from_pretrained(self.folder), "vision_config")
+        make = AutoModelForImageTextToText if vision else AutoModelForCausalLM
         with quiet():
             dtype = getattr(torch, MODES[self.mode][0])
-            return AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, local_files_only=True)
+            return make.from_pretrained(self.folder, dtype=dtype, local_files_only=True)
 
     def _lora(self) -> Any:
         from peft import LoraConfig
 
         return LoraConfig(
-            r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", bias="none", task_type="CAUSAL_LM"
+            r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=self.targets, bias="none", task_type="CAUSAL_LM"
         )
 
     def _arguments(self) -> dict[str, Any]:
@@ -151,18 +167,22 @@ class _Peer:
     def draw_adapter(self) -> None:
         draw_adapter(self.trainer.model)
 
-    def _window(self, inputs: Sequence[Any]) -> tuple[float, float]:
-        """(loss, gradient norm) of one update over a window of batches, each a function that makes its input."""
+    def prepare(self, trees: Sequence[Tree], batch: int) -> None:
+        """Make what an `update` of these would otherwise make and is not timed for."""
+
+    def _window(self, inputs: Sequence[Any], items: Any = None) -> tuple[float, float]:
+        """(loss, gradient norm) of one update over a window of batches, each a function that makes its input. items:
+        the window's scored tokens, where TRL's loss divides by them."""
         trainer = self.trainer
         trainer.current_gradient_accumulation_steps = len(inputs)
-        loss = sum(trainer.training_step(trainer.model_wrapped, make(), None) for make in inputs)
+        loss = sum(trainer.training_step(trainer.model_wrapped, make(), items) for make in inputs)
         norm = trainer.accelerator.clip_grad_norm_(trainer.model_wrapped.parameters(), trainer.args.max_grad_norm)
         trainer.optimizer.step()
         trainer.model_wrapped.zero_grad()
         return float(loss), float(norm)
 
 
-class Dpo(_Peer):
+class Dpo(Peer):
     def __init__(
         self, folder: Path, trees: Sequence[Tree], mode: str, *, device: str = "cpu", checkpointing: bool = False
     ):
@@ -200,7 +220,7 @@ def as_row(tree: Tree) -> dict[str, list[int]]:
     }
 
 
-class Grpo(_Peer):
+class Grpo(Peer):
     """GRPOTrainer's update on completions that are given: its reference pass over the whole generation batch, then its
     training steps. Generation, rewards and advantages are left out; `_prepare_inputs`, which makes them, hands over."""
 
@@ -214,10 +234,11 @@ class Grpo(_Peer):
         kl: float,
         device: str = "cpu",
         checkpointing: bool = False,
+        targets: str = "all-linear",
     ):
-        super().__init__(folder, mode, device, checkpointing)
+        super().__init__(folder, mode, device, checkpointing, targets)
         from datasets import Dataset
-        from transformers import AutoTokenizer
+        from transformers import AutoProcessor
         from trl import GRPOConfig, GRPOTrainer
 
         class Given(GRPOTrainer):
@@ -238,7 +259,7 @@ class Grpo(_Peer):
             reward_funcs=[lambda completions, **_: [0.0] * len(completions)],
             args=arguments,
             train_dataset=Dataset.from_list([{"prompt": "never read"}] * group_size),
-            processing_class=AutoTokenizer.from_pretrained(self.folder),
+            processing_class=AutoProcessor.from_pretrained(self.folder),  # of a language model: its tokenizer
             peft_config=self._lora(),
         )
         self._prepare()
@@ -246,15 +267,16 @@ class Grpo(_Peer):
     def update(self, trees: Sequence[Tree], batch: int) -> tuple[float, float]:
         """batch: completions per training step and per reference forward. All prompts of one length, and all
         completions."""
+        from trl.trainer import utils
+
         whole = as_generation_batch(trees, self.device)
         whole["ref_per_token_logps"] = self._reference(whole, batch)
-        count = whole["prompt_ids"].shape[0]
+        steps = whole["prompt_ids"].shape[0] // batch
         items = whole["completion_mask"].sum()
-        parts = [
-            {name: value[i : i + batch] for name, value in whole.items()} | {"num_items_in_batch": items}
-            for i in range(0, count, batch)
-        ]
-        self.trainer.args.steps_per_generation = len(parts)
+        # as `_prepare_inputs` has it, without the shuffle
+        split = utils.split_tensor_dict(utils.split_pixel_values_by_grid(whole), steps)
+        parts = [utils.unsplit_pixel_values_by_grid(part) | {"num_items_in_batch": items} for part in split]
+        self.trainer.args.steps_per_generation = steps
         return self._window([lambda part=part: part for part in parts])
 
     def _reference(self, whole: dict[str, Any], batch: int) -> Any:
@@ -273,7 +295,9 @@ class Grpo(_Peer):
             use_adapter(model, adapter_name=None),
         ):
             kept = whole["completion_ids"].shape[1]
-            return trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, kept, batch_size=batch)[0]
+            media = {name: whole[name] for name in MEDIA if name in whole}
+            logps = trainer._get_per_token_logps_and_entropies
+            return logps(trainer.model, ids, mask, kept, batch_size=batch, **media)[0]
 
 
 def as_generation_batch(trees: Sequence[Tree], device: str) -> dict[str, Any]:
@@ -285,10 +309,32 @@ def as_generation_batch(trees: Sequence[Tree], device: str) -> dict[str, Any]:
     prompts = torch.as_tensor(np.stack([trunk.token_ids for trunk, _ in rows])).to(device)
     completions = torch.as_tensor(np.stack([branch.token_ids for _, branch in rows])).to(device)
     advantages = [0.0 if branch.advantages is None else float(branch.advantages[0]) for _, branch in rows]
+    media = _media_of_rows([trunk for trunk, _ in rows], completions.shape[1]) if rows[0][0].media else {}
     return {
         "prompt_ids": prompts,
         "prompt_mask": torch.ones_like(prompts),
         "completion_ids": completions,
         "completion_mask": torch.ones_like(completions),
         "advantages": torch.tensor(advantages, device=device),
+        **{name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in media.items()},
+    }
+
+
+def _media_of_rows(prompts: Sequence[Segment], completion: int) -> dict[str, Any]:
+    """Qwen's images of every row, in order, and the types of its tokens, those of its completion included."""
+    import numpy as np
+    import torch
+
+    from align.mediastore import read_tensors
+
+    media = [medium for prompt in prompts for medium in prompt.media]
+    known = {medium.key: read_tensors(medium) for medium in media}
+    types = np.zeros((len(prompts), len(prompts[0]) + completion), dtype=np.int64)
+    for row, prompt in zip(types, prompts, strict=True):
+        for medium in prompt.media:
+            row[medium.start : medium.start + medium.length] = 1
+    return {
+        **{name: torch.cat([known[m.key][name] for m in media]) for name in ("pixel_values", "image_grid_thw")},
+        "num_images": [len(prompt.media) for prompt in prompts],
+        "mm_token_type_ids": torch.as_tensor(types),
     }

@@ -9,6 +9,7 @@ backward) is not counted: it lowers its share of the peak.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,14 +86,14 @@ def padded_layout(windows: Sequence[Sequence[Tree]], *, compact_head: bool) -> L
     """Of padded rows, prompt repeated; compact_head: the head runs on scored positions only (TRL: on CUDA)."""
     tokens = pairs = scored = 0
     for window in windows:
-        lengths = [len(tree.trunk) + len(branch) for tree in window for branch in tree.branches]
-        size = max(lengths)
-        tokens += size * len(lengths)
-        pairs += size * (size + 1) // 2 * len(lengths)
+        rows = [(tree, branch) for tree in window for branch in tree.branches or (None,)]
+        size = max(len(tree.trunk) + (0 if branch is None else len(branch)) for tree, branch in rows)
+        tokens += size * len(rows)
+        pairs += size * (size + 1) // 2 * len(rows)
         scored += (
-            sum(len(branch) for tree in window for branch in tree.branches)
+            sum(int((tree.trunk if branch is None else branch).loss_mask.sum()) for tree, branch in rows)
             if compact_head
-            else (size - 1) * len(lengths)
+            else (size - 1) * len(rows)
         )
     return Layout(tokens, pairs, scored)
 
@@ -221,18 +222,20 @@ def make_trainer(
     reference: bool = True,
     device: str = "auto",
     checkpointing: bool = False,
+    targets: str = "all-linear",
+    kind: type[PolicyTrainer] | None = None,
 ) -> PolicyTrainer:
-    """LoRA on all linear layers, AdamW at a constant rate, and the base as reference by switching the adapter off."""
+    """LoRA on `targets`, AdamW at a constant rate, and the base as reference by switching the adapter off."""
     from align.recipe.schema import Adapter, LossTerm, Model, Optim
     from align.train.spec import TrainerSpec
     from align.train.trainer import PolicyTrainer
 
     model = Model.model_validate({"path": str(folder), "dtype": dtype, "gradient_checkpointing": checkpointing})
-    return PolicyTrainer(
+    return (kind or PolicyTrainer)(
         TrainerSpec(
             model=model,
             base=str(folder),
-            adapter_config=Adapter(rank=RANK, alpha=ALPHA, dropout=0.0, targets="all-linear"),
+            adapter_config=Adapter(rank=RANK, alpha=ALPHA, dropout=0.0, targets=targets),
             losses=(LossTerm(**loss),),
             optim=Optim(lr=LR, schedule="constant", warmup=0.0),
             total_updates=1000,
@@ -249,8 +252,10 @@ def repack(trainer: PolicyTrainer, max_tokens: int) -> None:
 
 
 def adapter_tensors(module: Any) -> dict[str, Any]:
-    """The adapter's parameters by their path from the layer on, equal for any wrapping of the model."""
-    return {name[name.index("layers.") :]: p for name, p in module.named_parameters() if "lora_" in name}
+    """The adapter's parameters by their path from the layer (of a vision tower: block) on, equal for any wrapping of
+    the model."""
+    found = ((re.search(r"(layers|blocks)\..*lora_.*", name), p) for name, p in module.named_parameters())
+    return {match.group(): p for match, p in found if match}
 
 
 def draw_adapter(module: Any, spread: float = 0.05, seed: int = 1) -> None:
