@@ -86,6 +86,7 @@ def children() -> list[psutil.Process]:
     return [c for c in psutil.Process().children() if "align.data.media.worker" in " ".join(c.cmdline())]
 
 
+@pytest.mark.slow
 def test_a_child_process_decodes_and_a_broken_picture_costs_its_row_alone(library: Library, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png())
     found = show(library, "a.png", png()[:99], data_uri(png(picture(seed=1))), png(picture(200, 200)), folder=tmp_path)
@@ -97,6 +98,7 @@ def test_a_child_process_decodes_and_a_broken_picture_costs_its_row_alone(librar
     assert len(children()) == 1
 
 
+@pytest.mark.slow
 def test_a_child_that_hangs_costs_one_row_and_is_replaced_until_the_library_closes(library: Library) -> None:
     show(library, png(picture(seed=2)))
     [child] = children()
