@@ -139,6 +139,11 @@ class Opened:
         if plain:
             record = Unpaired(messages[0]["content"], sample.completion, True)
         else:
+            if any(isinstance(m["content"], list) for m in messages):
+                raise UserError(
+                    "a reward model is asked about a prompt with media, and this version lets it read text alone",
+                    remedy="judge such prompts with a reward of your own: `messages` name the files that show them",
+                )
             prompt_turns = tuple(Message(m.pop("role"), str(m.pop("content") or ""), m) for m in messages)
             record = Unpaired(prompt_turns, (Message("assistant", sample.completion),), True)
         [encoded] = encode([draft(record, self.chat)], self.chat)

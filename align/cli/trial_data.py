@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from align.data.audit import Refusal
 from align.data.formats import LAYOUTS
 from align.data.formats.base import choose
+from align.data.placing import place_media
 from align.data.readers import Row
-from align.data.records import Prompt, RowError
+from align.data.records import MediaPart, Prompt, RowError
 from align.data.sources import apply_columns, open_source
 from align.errors import DataError
 from align.recipe.schema import DataSource
@@ -54,7 +56,7 @@ def _rows(path: Path, columns: dict[str, str], limit: int | None) -> list[Row]:
         raise DataError(refused.reason, where=refused.origin)
     rows = [item for item in items if isinstance(item, Row)]
     named = apply_columns(rows, source)
-    return [Row(values, row.origin, row.number) for values, row in zip(named, rows, strict=True)]
+    return [replace(row, values=values) for values, row in zip(named, rows, strict=True)]
 
 
 def _read_data(rows: Sequence[Row], trial: Trial, columns: dict[str, str]) -> None:
@@ -67,7 +69,7 @@ def _read_data(rows: Sequence[Row], trial: Trial, columns: dict[str, str]) -> No
 
 
 def _without(row: Row, column: str) -> Row:
-    return Row({k: v for k, v in row.values.items() if k != column}, row.origin, row.number)
+    return replace(row, values={k: v for k, v in row.values.items() if k != column})
 
 
 def _texts(row: Row, column: str) -> list[str]:
@@ -111,7 +113,7 @@ def _prompts(
     found: list[tuple[tuple[dict[str, Any], ...], dict[str, Any]]] = []
     for row in rows:
         try:
-            record = layout.convert(row.values)
+            record = place_media(layout.convert(row.values), row.values)
         except RowError as error:
             raise DataError(str(error), where=row.origin) from None
         assert isinstance(record, Prompt)
@@ -119,8 +121,16 @@ def _prompts(
         if isinstance(record.prompt, str):
             found.append((({"role": "text", "content": record.prompt},), more))
         else:
-            found.append((tuple(m.as_dict() for m in record.prompt), more))
+            describe = partial(_described, folder=row.folder)
+            found.append((tuple(m.as_dict(describe) for m in record.prompt), more))
     return found
+
+
+def _described(part: MediaPart, folder: Path | None) -> dict[str, str]:
+    """A medium as a run would name it to a reward: its kind, and its file where it is one."""
+    if isinstance(part.source, str) and ":" not in part.source[:8]:
+        return {"type": part.kind, "path": str((folder or Path()) / part.source)}
+    return {"type": part.kind}
 
 
 # ------------------------------------------------------------------------------------------------- a run's rollouts

@@ -1,14 +1,10 @@
-"""Records to token ids and masks; the only file that knows what a chat template does to a conversation.
+"""Records to token ids and masks.
 
-A record is rendered to text, and the text is cut where a scored part begins or ends. Each piece is tokenised on its
-own and the ids are concatenated, so that a prompt's ids are what an engine is given and the completion's ids could
-have been sampled after them; a merge across the boundary cannot happen. (Where a tokenizer marks the start of its
-input with a space, a piece cannot be tokenised alone: then the whole is, and each beginning must be its prefix.)
-
-What is scored: assistant turns only, from the header's end to the end-of-turn token inclusive; a newline that the
-template writes behind that token is not. With generation markers in the template they decide; without, the render of
-the messages before a turn, with generation prompt, is where the turn begins, and must be a prefix of what follows.
-Of pairs and of rows with a separate prompt, assistant turns in the prompt are context and not scored.
+A record is rendered to text (`align.data.turns`), and the text is cut where a scored part begins or ends. Each piece is
+tokenised on its own and the ids are concatenated, so that a prompt's ids are what an engine is given and the
+completion's ids could have been sampled after them; a merge across the boundary cannot happen. (Where a tokenizer marks
+the start of its input with a space, a piece cannot be tokenised alone: then the whole is, and each beginning must be
+its prefix.)
 
 Plain text takes no template: prompt + completion + EOS, with the BOS that the tokenizer adds, once.
 
@@ -18,15 +14,15 @@ may hold a token that the model takes for a medium.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from align.data.encoded import Encoded, Tokens
-from align.data.media.shown import Shown, Written, written
+from align.data.media.shown import Shown, Written
 from align.data.records import (
     Conversation,
     Labelled,
@@ -41,14 +37,9 @@ from align.data.records import (
     texts,
 )
 from align.data.template import Span
-from align.data.templates import NAMED
 from align.data.tokenizer import ChatTokenizer
+from align.data.turns import media_count, not_a_prefix, rendered, scored_turns
 from align.errors import ModelError
-
-_TEMPLATE_REMEDY = (
-    "name a training template with generation markers by `model.chat_template` "
-    f"(a file, or one of ours: {', '.join(sorted(NAMED))})"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,27 +84,27 @@ def draft(record: Record, tokenizer: ChatTokenizer, shown: Sequence[Shown] = (),
     if isinstance(record, Prompt | Labelled):
         if isinstance(record.prompt, str):
             return Draft((Piece(record.prompt, False),), plain=True)
-        whole_text = _render(tokenizer, record.prompt, isinstance(record, Prompt), record.tools, shown)
-        return Draft((Piece(whole_text.text, False),), media=(whole_text.media(),))
+        text = rendered(tokenizer, record.prompt, isinstance(record, Prompt), record.tools, shown)
+        return Draft((Piece(text.text, False),), media=(text.media(),))
     if isinstance(record.prompt, str):
         return _plain_draft(record)
     prompt = _messages(record.prompt)
     if isinstance(record, Conversation):
         messages = prompt + _messages(record.completion)
-        whole = _scored(tokenizer, messages, len(prompt), record.tools, shown)
+        whole = scored_turns(tokenizer, messages, len(prompt), record.tools, shown)
         return Draft(_cut(whole.text, whole.spans, 0), media=(whole.media(),))
     sides = [
-        _scored(tokenizer, prompt + _messages(c), len(prompt), record.tools, own)
+        scored_turns(tokenizer, prompt + _messages(c), len(prompt), record.tools, own)
         for c, own in _completions(record, shown)
     ]
     if isinstance(record, Pair) and context_differs(record):
         start = sides[0].text[: _fork(tokenizer, record, sides[0], sides[1])]
     else:
-        start = _render(tokenizer, prompt, True, record.tools, shown).text
+        start = rendered(tokenizer, prompt, True, record.tools, shown).text
         for side in sides:
             if not side.text.startswith(start):
                 one, other = "the prompt with generation prompt", "the whole conversation"
-                raise _not_a_prefix(tokenizer, start, side.text, one, other)
+                raise not_a_prefix(tokenizer, start, side.text, one, other)
     trunk = sides[0].media(0, len(start))
     branches = tuple(_cut(side.text, side.spans, len(start)) for side in sides)
     return Draft((Piece(start, False),), branches, media=(trunk, *(side.media(len(start)) for side in sides)))
@@ -122,19 +113,15 @@ def draft(record: Record, tokenizer: ChatTokenizer, shown: Sequence[Shown] = (),
 def _completions(record: Pair | Unpaired, shown: Sequence[Shown]) -> list[tuple[tuple[Message, ...], Sequence[Shown]]]:
     """Each completion, and the media of prompt and completion together."""
     fields = ("chosen", "rejected") if isinstance(record, Pair) else ("completion",)
-    at = _media_count(_messages(record.prompt))
+    at = media_count(_messages(record.prompt))
     prompt = list(shown[:at])
     out: list[tuple[tuple[Message, ...], Sequence[Shown]]] = []
     for name in fields:
         completion = _messages(getattr(record, name))
-        count = _media_count(completion)
+        count = media_count(completion)
         out.append((completion, [*prompt, *shown[at : at + count]]))
         at += count
     return out
-
-
-def _media_count(messages: Iterable[Message]) -> int:
-    return sum(len(m.media) for m in messages)
 
 
 def _fork(tokenizer: ChatTokenizer, record: Pair, one: Written, other: Written) -> int:
@@ -149,8 +136,8 @@ def _fork(tokenizer: ChatTokenizer, record: Pair, one: Written, other: Written) 
             return at
     prompt = _messages(record.prompt)
     if prompt:
-        count = _media_count(prompt)
-        head = _render(tokenizer, prompt, False, record.tools, [s for _, s in one.places[:count]]).text
+        count = media_count(prompt)
+        head = rendered(tokenizer, prompt, False, record.tools, [s for _, s in one.places[:count]]).text
         if one.text.startswith(head) and other.text.startswith(head):
             return len(head)
     alike = next((i for i, (x, y) in enumerate(zip(one.text, other.text, strict=False)) if x != y), 0)
@@ -192,23 +179,6 @@ def _messages(text: Text) -> tuple[Message, ...]:
     return text
 
 
-def _dicts(messages: Iterable[Message], tokenizer: ChatTokenizer) -> list[dict[str, Any]]:
-    dicts = [m.as_dict() for m in messages]
-    if tokenizer.needs_parts:
-        for one in dicts:
-            if isinstance(one["content"], str) and one["content"]:
-                one["content"] = [{"type": "text", "text": one["content"]}]
-    return dicts
-
-
-def _render(
-    tokenizer: ChatTokenizer, messages: tuple[Message, ...], generation: bool, tools: Any, shown: Sequence[Shown] = ()
-) -> Written:
-    """The render of messages whose media are the first of `shown`."""
-    text, spans = tokenizer.render_spans(_dicts(messages, tokenizer), generation, tools)
-    return written(text, spans, shown[: _media_count(messages)])
-
-
 def _cut(text: str, spans: Sequence[Span], start: int) -> tuple[Piece, ...]:
     """Pieces of text[start:], cut at the spans."""
     pieces: list[Piece] = []
@@ -222,74 +192,6 @@ def _cut(text: str, spans: Sequence[Span], start: int) -> tuple[Piece, ...]:
     if start < len(text):
         pieces.append(Piece(text[start:], False))
     return tuple(pieces)
-
-
-def _scored(
-    tokenizer: ChatTokenizer, messages: tuple[Message, ...], first: int, tools: Any, shown: Sequence[Shown]
-) -> Written:
-    """The render of `messages` with the spans of its scored turns: assistant, from message `first` on."""
-    whole = _render(tokenizer, messages, False, tools, shown)
-    if tokenizer.require_template().has_generation:
-        spans = _marked_spans(tokenizer, messages, first, whole.spans)
-    else:
-        spans = _incremental_spans(tokenizer, messages, first, tools, whole.text, shown)
-    return Written(whole.text, spans, whole.places)
-
-
-def _marked_spans(
-    tokenizer: ChatTokenizer, messages: tuple[Message, ...], first: int, marked: list[Span]
-) -> list[Span]:
-    turns = [i for i, m in enumerate(messages) if m.role == "assistant"]
-    if all(i >= first and messages[i].scored for i in turns):
-        return marked
-    if len(marked) != len(turns):
-        raise RowError(
-            f"the template marks {len(marked)} generation blocks for {len(turns)} assistant turns; "
-            "it is unclear which of them are not to be scored"
-        )
-    return [span for i, span in zip(turns, marked, strict=True) if i >= first and messages[i].scored]
-
-
-def _incremental_spans(
-    tokenizer: ChatTokenizer,
-    messages: tuple[Message, ...],
-    first: int,
-    tools: Any,
-    text: str,
-    shown: Sequence[Shown],
-) -> list[Span]:
-    spans: list[Span] = []
-    for k, message in enumerate(messages):
-        if message.role != "assistant" or not message.scored or k < first:
-            continue
-        before = _render(tokenizer, messages[:k], True, tools, shown).text
-        upto = text
-        if k + 1 < len(messages):
-            upto = _render(tokenizer, messages[: k + 1], False, tools, shown).text
-        if not upto.startswith(before):
-            raise _not_a_prefix(tokenizer, before, upto, f"what comes before turn {k}", f"the same with turn {k}")
-        end = _end_of_turn(tokenizer, upto)
-        if not text.startswith(upto[:end]):
-            raise _not_a_prefix(tokenizer, upto, text, f"the messages up to turn {k}", "the whole conversation")
-        spans.append((len(before), end))
-    return spans
-
-
-def _end_of_turn(tokenizer: ChatTokenizer, text: str) -> int:
-    """Where the turn that ends `text` ends: behind its end-of-turn token, before what the template adds to it."""
-    scored, rest = tokenizer.turn_ending
-    return len(text) - len(rest) if text.endswith(scored + rest) else len(text)
-
-
-def _not_a_prefix(tokenizer: ChatTokenizer, shorter: str, longer: str, one: str, other: str) -> RowError:
-    a, b = tokenizer.encode_batch([shorter, longer])
-    n = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    theirs = tokenizer.token(b[n]) if n < len(b) else "nothing"
-    ours = tokenizer.token(a[n]) if n < len(a) else "nothing"
-    return RowError(
-        f"the chat template renders {one} differently within {other}: token {n} is {ours} in the one and {theirs} "
-        f"in the other, so the turn's tokens are undefined; {_TEMPLATE_REMEDY}"
-    )
 
 
 # ------------------------------------------------------------------------------------------------- text to ids

@@ -28,6 +28,8 @@ class Pool:
     def __init__(self, folder: Path, workers: int, timeout_s: float, trust_remote_code: bool = False):
         start = {"folder": str(folder), "trust_remote_code": trust_remote_code}
         self._children = [_Child(start, timeout_s) for _ in range(workers)]
+        # A child is killed when the thread that started it ends (its parent-death signal), so these threads stay.
+        self._threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="align-media")
         # last in, first out: where one child keeps up with the work, no second one is started
         self._idle: LifoQueue[_Child] = LifoQueue()
         for child in self._children:
@@ -35,14 +37,13 @@ class Pool:
 
     def describe(self) -> dict[str, Any]:
         """`Processor.describe`. Raises ModelError."""
-        return self._with_child(lambda child: child.described())
+        return self._threads.submit(self._with_child, lambda child: child.described()).result()
 
     def process(
         self, jobs: Sequence[tuple[str, Located]], store: Path, limits: dict[str, Any]
     ) -> list[dict[str, Any] | RowError]:
         """Facts of each medium under its key, or why there are none, in order. Raises ModelError."""
-        with ThreadPoolExecutor(max_workers=len(self._children)) as threads:
-            return list(threads.map(lambda job: self._one(job[0], job[1], store, limits), jobs))
+        return list(self._threads.map(lambda job: self._one(job[0], job[1], store, limits), jobs))
 
     def _one(self, key: str, medium: Located, store: Path, limits: dict[str, Any]) -> dict[str, Any] | RowError:
         blobs = [
@@ -74,6 +75,7 @@ class Pool:
             self._idle.put(child)
 
     def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
         for child in self._children:
             child.close()
 

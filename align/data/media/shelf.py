@@ -20,6 +20,7 @@ FACTS = "align"
 """Name under which a tensor file's header holds the facts of its medium, as JSON."""
 
 _LEASES = "leases"
+_MAX_HEADER = 1 << 24
 _STALE_S = 24 * 3600.0  # unfinished files older than that were left by a process that was killed
 
 
@@ -37,6 +38,8 @@ class Shelf:
         try:
             with path.open("rb") as f:
                 (length,) = struct.unpack("<Q", f.read(8))
+                if length > _MAX_HEADER:
+                    return None
                 header = json.loads(f.read(length))
             facts: dict[str, Any] = json.loads(header["__metadata__"][FACTS])
             os.utime(self.folder / f"{key}{VIEW_SUFFIX[facts['kind']]}")

@@ -1,0 +1,114 @@
+"""Messages as text with the spans of the turns that are scored; the only file that knows what a chat template does.
+
+What is scored: assistant turns only, from the header's end to the end-of-turn token inclusive; a newline that the
+template writes behind that token is not. With generation markers in the template they decide; without, the render of
+the messages before a turn, with generation prompt, is where the turn begins, and must be a prefix of what follows.
+Of pairs and of rows with a separate prompt, assistant turns in the prompt are context and not scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from align.data.media.shown import Shown, Written, written
+from align.data.records import Message, RowError
+from align.data.template import Span
+from align.data.templates import NAMED
+from align.data.tokenizer import ChatTokenizer
+
+_TEMPLATE_REMEDY = (
+    "name a training template with generation markers by `model.chat_template` "
+    f"(a file, or one of ours: {', '.join(sorted(NAMED))})"
+)
+
+
+def _dicts(messages: Iterable[Message], tokenizer: ChatTokenizer) -> list[dict[str, Any]]:
+    dicts = [m.as_dict() for m in messages]
+    if tokenizer.needs_parts:
+        for one in dicts:
+            if isinstance(one["content"], str) and one["content"]:
+                one["content"] = [{"type": "text", "text": one["content"]}]
+    return dicts
+
+
+def rendered(
+    tokenizer: ChatTokenizer, messages: tuple[Message, ...], generation: bool, tools: Any, shown: Sequence[Shown] = ()
+) -> Written:
+    """The render of messages whose media are the first of `shown`."""
+    text, spans = tokenizer.render_spans(_dicts(messages, tokenizer), generation, tools)
+    return written(text, spans, shown[: media_count(messages)])
+
+
+def media_count(messages: Iterable[Message]) -> int:
+    """How many media stand in these messages."""
+    return sum(len(m.media) for m in messages)
+
+
+def scored_turns(
+    tokenizer: ChatTokenizer, messages: tuple[Message, ...], first: int, tools: Any, shown: Sequence[Shown]
+) -> Written:
+    """The render of `messages` with the spans of its scored turns: assistant, from message `first` on."""
+    whole = rendered(tokenizer, messages, False, tools, shown)
+    if tokenizer.require_template().has_generation:
+        spans = _marked_spans(tokenizer, messages, first, whole.spans)
+    else:
+        spans = _incremental_spans(tokenizer, messages, first, tools, whole.text, shown)
+    return Written(whole.text, spans, whole.places)
+
+
+def _marked_spans(
+    tokenizer: ChatTokenizer, messages: tuple[Message, ...], first: int, marked: list[Span]
+) -> list[Span]:
+    turns = [i for i, m in enumerate(messages) if m.role == "assistant"]
+    if all(i >= first and messages[i].scored for i in turns):
+        return marked
+    if len(marked) != len(turns):
+        raise RowError(
+            f"the template marks {len(marked)} generation blocks for {len(turns)} assistant turns; "
+            "it is unclear which of them are not to be scored"
+        )
+    return [span for i, span in zip(turns, marked, strict=True) if i >= first and messages[i].scored]
+
+
+def _incremental_spans(
+    tokenizer: ChatTokenizer,
+    messages: tuple[Message, ...],
+    first: int,
+    tools: Any,
+    text: str,
+    shown: Sequence[Shown],
+) -> list[Span]:
+    spans: list[Span] = []
+    for k, message in enumerate(messages):
+        if message.role != "assistant" or not message.scored or k < first:
+            continue
+        before = rendered(tokenizer, messages[:k], True, tools, shown).text
+        upto = text
+        if k + 1 < len(messages):
+            upto = rendered(tokenizer, messages[: k + 1], False, tools, shown).text
+        if not upto.startswith(before):
+            raise not_a_prefix(tokenizer, before, upto, f"what comes before turn {k}", f"the same with turn {k}")
+        end = _end_of_turn(tokenizer, upto)
+        if not text.startswith(upto[:end]):
+            raise not_a_prefix(tokenizer, upto, text, f"the messages up to turn {k}", "the whole conversation")
+        spans.append((len(before), end))
+    return spans
+
+
+def _end_of_turn(tokenizer: ChatTokenizer, text: str) -> int:
+    """Where the turn that ends `text` ends: behind its end-of-turn token, before what the template adds to it."""
+    scored, rest = tokenizer.turn_ending
+    return len(text) - len(rest) if text.endswith(scored + rest) else len(text)
+
+
+def not_a_prefix(tokenizer: ChatTokenizer, shorter: str, longer: str, one: str, other: str) -> RowError:
+    """The error where `shorter` (called `one`) should begin `longer` (called `other`), with the token that differs."""
+    a, b = tokenizer.encode_batch([shorter, longer])
+    n = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    theirs = tokenizer.token(b[n]) if n < len(b) else "nothing"
+    ours = tokenizer.token(a[n]) if n < len(a) else "nothing"
+    return RowError(
+        f"the chat template renders {one} differently within {other}: token {n} is {ours} in the one and {theirs} "
+        f"in the other, so the turn's tokens are undefined; {_TEMPLATE_REMEDY}"
+    )
