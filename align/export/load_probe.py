@@ -93,7 +93,7 @@ def probe(name: str, folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     tokens = [np.array(ids, dtype=np.int64) for ids in request["tokens"]]
     try:
         if name == "plain":
-            logps = plain_logps(folder, tokens, request["trust_remote_code"], image_seed=request["image_seed"])
+            logps = plain_logps(folder, tokens, request["trust_remote_code"], image_seed=request.get("image_seed"))
             return {"status": "loaded", "logps": [row.tolist() for row in logps], "message": ""}
         logps, message = _engine_answer(name, folder, tokens, request)
     except SetupError as error:
@@ -107,7 +107,7 @@ def _engine_answer(
     name: str, folder: Path, tokens: list[np.ndarray], request: dict[str, Any]
 ) -> tuple[list[np.ndarray], str]:
     """Log-probabilities by an engine, with the picture where it shows the model pictures; else of text, and why."""
-    if request["image_seed"] is None:
+    if request.get("image_seed") is None:
         return engine_logps(name, folder, tokens, request, picture=False), ""
     try:
         return engine_logps(name, folder, tokens, request, picture=True), ""
