@@ -8,7 +8,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class Row:
     values: dict[str, Any]
     origin: str
     number: int
-    folder: Path | None = None
+    folder: Path | None = field(default=None, compare=False)
 
 
 Item = Row | Refusal  # a line that is not valid JSON is a refusal with its place; reading goes on

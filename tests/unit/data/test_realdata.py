@@ -113,9 +113,9 @@ def test_files_of_no_layout_are_refused_with_their_columns(shared_data: Path, to
             prepare((source(shared_data / "text" / name),), "prompt", tokenizer, seed=0)
 
 
-def test_rows_with_pictures_are_refused_for_now(shared_data: Path, tokenizer: ChatTokenizer) -> None:
+def test_rows_with_pictures_are_refused_for_a_model_of_text(shared_data: Path, tokenizer: ChatTokenizer) -> None:
     path = shared_data / "multimodal/mllm_demo/mllm_demo.json"
-    with pytest.raises(DataError, match="the row has `images`; this version trains on text only"):
+    with pytest.raises(DataError, match="the row has images, and the model takes text alone"):
         prepare((source(path),), "conversation", tokenizer, seed=0)
 
 
