@@ -2,9 +2,9 @@
 stand.
 
 transformers' multimodal models take what their towers give as `mm_encoder_outputs` and do the rest (scatter, deep
-features). So a medium is computed once for all rows that hold it: a prompt's image once for its G completions. Where
-neither tower nor projector learns, what they make of a medium never changes, and is kept between microbatches, passes
-and epochs.
+features). So a medium is computed once for all rows that hold it, a prompt's image once for its G completions, and all
+media of a row in one run. Where neither tower nor projector learns, what they make of a medium never changes, and is
+kept between microbatches, passes and epochs.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ class Placed(NamedTuple):
     slots: int
 
 
+Features = dict[str, dict[str, Any]]  # by key of the medium: the parts of a tower's output that are USED
+
+
 class MediaFeatures:
     """What one model's towers make of media.
 
@@ -48,13 +51,34 @@ class MediaFeatures:
         self._kept: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._bytes = 0
 
-    def outputs(self, placed: Sequence[Placed], device: torch.device) -> dict[str, Any]:
+    def features(self, placed: Sequence[Placed], device: torch.device) -> Features:
+        """What the towers make of media: each computed once, or taken from what is kept; with gradient where they
+        learn."""
+        constant = self.constant()
+        wanted = {p.medium.key: p for p in placed}
+        found = {key: self._take(key, device) for key in wanted if constant and key in self._kept}
+        missing = [p for key, p in wanted.items() if key not in found]
+        # What is kept is computed alone: its last bits then do not depend on what it first stood beside, and a run that
+        # is resumed, with nothing kept, goes on as it would have.
+        groups = [[p] for p in missing] if constant and self.limit else [missing]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not constant):
+            for group in (alike for some in groups for alike in _alike(some)):
+                found |= self._compute(group, device)
+        if constant:
+            for p in missing:
+                self._keep(p.medium.key, found[p.medium.key])
+        return found
+
+    def laid(self, placed: Sequence[Placed], features: Features) -> dict[str, Any]:
         """`mm_encoder_outputs` for media in the order of their tokens; the same medium may stand there many times."""
-        found = self._features(placed, device)
         return {
-            way: self.kinds[way](**_joined([found[p.medium.key] for p in placed if self._way(p.medium) == way]))
+            way: self.kinds[way](**_joined([features[p.medium.key] for p in placed if self._way(p.medium) == way]))
             for way in dict.fromkeys(self._way(p.medium) for p in placed)
         }
+
+    def outputs(self, placed: Sequence[Placed], device: torch.device) -> dict[str, Any]:
+        """`features` and `laid` at once, for a row that is computed as it is."""
+        return self.laid(placed, self.features(placed, device))
 
     def nothing(self, media: Sequence[Medium], device: torch.device) -> Tensor:
         """0, with a gradient of 0 for the towers, which have run; where nothing of them learns, 0 alone."""
@@ -89,19 +113,6 @@ class MediaFeatures:
         text = self.whole.get_decoder()
         inside = {id(module) for module in text.modules()}
         return (module for module in self.whole.modules() if id(module) not in inside)
-
-    def _features(self, placed: Sequence[Placed], device: torch.device) -> dict[str, dict[str, Any]]:
-        constant = self.constant()
-        wanted = {p.medium.key: p for p in placed}
-        found = {key: self._take(key, device) for key in wanted if constant and key in self._kept}
-        missing = [p for key, p in wanted.items() if key not in found]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not constant):
-            for group in _alike(missing):
-                found |= self._compute(group, device)
-        if constant:
-            for p in missing:
-                self._keep(p.medium.key, found[p.medium.key])
-        return found
 
     def _compute(self, group: list[tuple[Placed, dict[str, Tensor]]], device: torch.device) -> dict[str, Any]:
         way = self._way(group[0][0].medium)

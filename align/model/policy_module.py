@@ -108,23 +108,27 @@ class PolicyModule(nn.Module):
 
     def _hidden(self, batch: TokenBatch, at: Tensor) -> Tensor:
         """Hidden states [K, D] of the tokens at places `at` i64[K] of the packed row."""
+        backbone = self.model.base_model if batch.media else text_backbone(self.model)
+        types, placed = self._placed(batch)
         if self.layout == "unshared":
-            return unshared.hidden_states(self._backbone(batch), batch, at, self._rows_with_media)
+            return unshared.hidden_states(backbone, batch, at, self._inputs_of_rows(batch, types, placed))
         if self.model.config.get_text_config()._attn_implementation != NAME:
             raise ModelError(f"{type(self.model).__name__} lets no attention be registered for it", remedy=_OTHER_MODEL)
-        types, placed = self._placed(batch)
         both_ways = self.model.config.model_type in BOTH_WAYS
         plan = plan_attention(batch, self.attention, runs(types, batch.media, batch.media_at) if both_ways else ())
+        media = (
+            {"mm_encoder_outputs": self.media.outputs(placed, batch.token_ids.device)} if self.media and placed else {}
+        )
         # checkpointing runs layers again in backward, long after this block
         trimmed = nullcontext() if self._checkpoints() else self.last_layer.reading(at, batch.token_ids.shape[0])
         try:
             with trimmed:
-                out = self._backbone(batch)(
+                out = backbone(
                     input_ids=batch.token_ids[None],
                     position_ids=batch.position_ids[..., None, :],
                     use_cache=False,
                     align_plan=plan,
-                    **self._media_outputs(placed, batch.token_ids.device),
+                    **media,
                 )
         except TypeError as error:
             if "unexpected keyword argument" not in str(error):
@@ -134,10 +138,6 @@ class PolicyModule(nn.Module):
             ) from error
         hidden: Tensor = out.last_hidden_state.squeeze(0)
         return hidden.index_select(0, at)
-
-    def _backbone(self, batch: TokenBatch) -> Any:
-        """The language model, or for media the whole model without its head."""
-        return self.model.base_model if batch.media else text_backbone(self.model)
 
     def _placed(self, batch: TokenBatch) -> tuple[np.ndarray, list[Placed]]:
         """Types of the row's tokens i64[T] (`align.model.places.type_ids`), and its media with their slots."""
@@ -149,20 +149,23 @@ class PolicyModule(nn.Module):
         slots = slots_of(types, batch.media, batch.media_at)
         return types, [Placed(medium, n) for medium, n in zip(batch.media, slots, strict=True)]
 
-    def _media_outputs(self, placed: list[Placed], device: torch.device) -> dict[str, Any]:
-        return {"mm_encoder_outputs": self.media.outputs(placed, device)} if self.media is not None and placed else {}
-
-    def _rows_with_media(self, batch: TokenBatch, block: unshared.Block) -> dict[str, Any]:
-        """What the backbone takes for a block of rows: their media, row by row, and the types of their tokens."""
-        if not batch.media:
-            return {}
-        types, placed = self._placed(batch)
-        within = [set(row[gap == 0].tolist()) for row, gap in zip(block.index, block.past, strict=True)]
-        in_rows = [p for own in within for p, at in zip(placed, batch.media_at, strict=True) if at in own]
-        rows = torch.as_tensor(types)[block.index].masked_fill(block.past > 0, 0).to(batch.token_ids.device)
+    def _inputs_of_rows(self, batch: TokenBatch, types: np.ndarray, placed: list[Placed]) -> unshared.Inputs:
+        """For a block of rows, what the backbone takes for it: its media, row by row, and the types of its tokens. A
+        medium is computed once for all rows and blocks."""
+        media = self.media
+        if media is None or not placed:
+            return lambda batch, block: {}
+        features = media.features(placed, batch.token_ids.device)
         known = inspect.signature(self.model.base_model.forward).parameters
-        named = {name: rows for name in ("token_type_ids", "mm_token_type_ids") if name in known}
-        return named | self._media_outputs(in_rows, batch.token_ids.device)
+
+        def inputs(batch: TokenBatch, block: unshared.Block) -> dict[str, Any]:
+            within = [set(row[gap == 0].tolist()) for row, gap in zip(block.index, block.past, strict=True)]
+            in_rows = [p for own in within for p, at in zip(placed, batch.media_at, strict=True) if at in own]
+            rows = torch.as_tensor(types)[block.index].masked_fill(block.past > 0, 0).to(batch.token_ids.device)
+            found: dict[str, Any] = {n: rows for n in ("token_type_ids", "mm_token_type_ids") if n in known}
+            return found | ({"mm_encoder_outputs": media.laid(in_rows, features)} if in_rows else {})
+
+        return inputs
 
 
 _OTHER_MODEL = "choose another model, one whose attention goes through transformers' AttentionInterface"

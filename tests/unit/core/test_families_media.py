@@ -132,10 +132,13 @@ def test_log_probs_and_gradients_are_those_of_the_models_own_padded_forward(know
 def test_a_row_a_sequence_serves_too(known: Known) -> None:
     before = known.module.layout, known.module.attention
     known.module.use("unshared", "eager")
+    assert known.module.media is not None
+    computed = known.module.media.computed
     try:
         assert_same(known, known.logps(LAYOUTS["one row of all trees"]))
     finally:
         known.module.use(*before)
+    assert known.module.media.computed == computed + 3, "each picture once, however many rows and blocks hold it"
 
 
 def test_trees_without_pictures_are_computed_as_ever(known: Known) -> None:

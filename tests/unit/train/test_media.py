@@ -99,6 +99,17 @@ def test_kept_features_change_no_number(shop: Workshop) -> None:
         assert value == pytest.approx(afresh[1][name], abs=1e-6), name
 
 
+def test_what_is_kept_of_a_picture_does_not_depend_on_what_it_first_stood_beside(shop: Workshop) -> None:
+    trees = pairs(shop)
+    found = []
+    for first in (trees[2], trees[0]):  # the first picture behind another one, and alone
+        trainer = PolicyTrainer(make_spec(shop.folder, LANGUAGE))
+        trainer.logps([first])
+        found.append(trainer.logps([trees[0]]))
+    for one, other in zip(*(logps[0] for logps in found), strict=True):
+        assert np.array_equal(one, other)
+
+
 def test_the_oldest_features_go_where_they_would_not_fit(shop: Workshop) -> None:
     trainer = PolicyTrainer(make_spec(shop.folder, LANGUAGE))
     media = trainer.module.media
