@@ -2,10 +2,10 @@
 own engine.
 
 The model is a Qwen2.5-VL whose language part has the shape of the text benches (`work.BENCH`, with Qwen2.5's biases).
-Its tower is in proportion to it what Qwen2.5-VL-7B's is to its own language model: there an image token costs the tower
-2.6 GFLOP (four patches through 32 blocks, and the merger) and the language model 6.5 GFLOP multiply-adds alike, a
-ratio of 0.39; here 5.0M to 13.8M, 0.36, and the tower's width is a third of the language model's in both. All blocks
-but the last attend within windows of 112 pixels, as all but one in eight do there. LoRA is on the language model
+Its tower is in proportion to it what Qwen2.5-VL-7B's is to its own language model. There an image token costs the tower
+2.5G multiply-adds (four patches through 32 blocks, and the merger) and the language model 6.5G, a ratio of 0.39; here
+5.0M and 13.8M, 0.36, and in both the tower is a third as wide. All blocks but the last attend within windows of 112
+pixels, as all but one in eight do there. LoRA is on the language model
 (`LANGUAGE`) and the tower is frozen, or on both (`BOTH`).
 
 Images are processed before anything is timed: ours lie in the media store, from which every update reads them, and
