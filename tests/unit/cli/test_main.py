@@ -62,7 +62,7 @@ def test_overrides_may_stand_before_and_after_options(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    "words", [["check"], ["check", "x.yaml", "--nothing"], ["check", "x.yaml", "--data", "word"], ["fly"], []]
+    "words", [["run"], ["check", "x.yaml", "--nothing"], ["check", "x.yaml", "--data", "word"], ["fly"], []]
 )
 def test_wrong_words_are_answered_with_usage_and_status_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
