@@ -55,7 +55,7 @@ def media_of_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[st
     return tuple(part for parts in contents if isinstance(parts, list) for part in parts if part["type"] in VIEW_SUFFIX)
 
 
-def with_files(messages: Sequence[Mapping[str, Any]], paths: Sequence[str]) -> tuple[Mapping[str, Any], ...]:
+def with_files(messages: Sequence[dict[str, Any]], paths: Sequence[str]) -> tuple[dict[str, Any], ...]:
     """The messages with other files for their media, in order: those that a run's rollouts name.
 
     As they are where the numbers differ, or a file is gone from the media store.
