@@ -29,8 +29,9 @@ from align.objectives.check import Known
 from align.plugins import describe_in_child
 from align.protocols import PromptItem, Tree
 from align.recipe.families import family_of
+from align.recipe.inputs import DataSource, Model
 from align.recipe.labels import Labels
-from align.recipe.schema import DataSource, Model, Recipe, ReferencePath, Reward
+from align.recipe.schema import Recipe, ReferencePath, Reward
 from align.stages.context import stage_seed
 from align.stages.handover import Origin
 from align.stages.margins import refuse_own_margins, require_margins

@@ -16,8 +16,9 @@ from align.data.order import DEFAULT_BATCH, BatchPlan
 from align.errors import DataError, ModelError, PlacementError, RecipeError
 from align.losses import configure
 from align.model.scoring_class import SEEING, nobody_elses
+from align.recipe.adapter import Adapter
 from align.recipe.labels import Labels
-from align.recipe.schema import Adapter, Recipe
+from align.recipe.schema import Recipe
 from align.recipe.served import refuse_unserved
 from align.recipe.support import publish_mode, reference_words
 from align.stages.backend import Needs

@@ -19,7 +19,7 @@ from align.data.records import Prompt, RowError
 from align.data.sources import apply_columns, open_source
 from align.data.tables import light
 from align.errors import DataError
-from align.recipe.schema import DataSource
+from align.recipe.inputs import DataSource
 from rewards.api import Sample
 
 _ROLLOUTS = {"group_id", "sample", "origin", "prompt", "completion", "finish", "token_ids"}

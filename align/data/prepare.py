@@ -34,8 +34,8 @@ from align.data.tables import Table, Tokeniser
 from align.data.tokenizer import ChatTokenizer
 from align.errors import DataError
 from align.protocols import Group
+from align.recipe.inputs import DataSource
 from align.recipe.labels import Labels
-from align.recipe.schema import DataSource
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from align.data.sources import Opened, apply_columns
 from align.data.tokenizer import ChatTokenizer
 from align.mediastore import described
 from align.protocols import Completion, Group, Medium, PromptItem, Segment, Tree
-from align.recipe.schema import DataSource
+from align.recipe.inputs import DataSource
 
 _CHUNK = 4096  # rows tokenised in one call
 _LONG_URI = 200  # characters of a data URI that go no further than the data

@@ -17,7 +17,8 @@ from align.data.records import Kind
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
 from align.errors import Interrupted
 from align.protocols import Group, PromptItem, Tree, group_seed
-from align.recipe.schema import DataSource, Recipe
+from align.recipe.inputs import DataSource
+from align.recipe.schema import Recipe
 from align.stages.backend import Backend
 from align.stages.files import write_json
 from align.stages.handover import Origin

@@ -29,7 +29,7 @@ from align.model.places import positions_of
 from align.model.policy_module import PolicyModule
 from align.model.probe import probe
 from align.protocols import Counts, Publication, Tree
-from align.recipe.schema import Rate
+from align.recipe.adapter import Rate
 from align.train import policy
 from align.train.memory import keep_freed_memory
 from align.train.metrics import MetricSums, join_terms

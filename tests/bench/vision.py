@@ -121,7 +121,7 @@ def _write_tokenizer(shape: work.Shape, folder: Path, real: bool) -> Any:
     from transformers import AutoTokenizer
 
     from align.data.scratch import train_tokenizer
-    from align.recipe.schema import TokenizerFromScratch
+    from align.recipe.inputs import TokenizerFromScratch
     from tests.tiny_models import write_byte_tokenizer
 
     if real:

@@ -93,7 +93,7 @@ def test_merge_writes_a_folder_that_is_proved_and_says_what_was_measured(
 
     from align.model.adapters import attach, save
     from align.model.load import load_model
-    from align.recipe.schema import Adapter
+    from align.recipe.adapter import Adapter
 
     base, adapter, out = tiny_model_folder(), tmp_path / "adapter", tmp_path / "merged"
     peft = attach(load_model(base, dtype=torch.float32), Adapter(rank=4), None, seed=1)

@@ -21,7 +21,7 @@ from align.model.places import positions_of, type_ids
 from align.model.policy_module import PolicyModule, set_attention
 from align.model.probe import probe
 from align.protocols import Medium, Tree
-from align.recipe.schema import Adapter
+from align.recipe.adapter import Adapter
 from tests.tiny_vlms import FAMILIES
 from tests.unit.core.pictures import VIDEO_MARKS, Workshop, add_video, open_workshop
 from tests.unit.core.test_families import branch_by_branch, gradients

@@ -15,7 +15,7 @@ from align.data.media.library import Library
 from align.data.media.shelf import Shelf
 from align.data.records import MediaPart, RowError
 from align.mediastore import tensors_path
-from align.recipe.schema import Media
+from align.recipe.inputs import Media
 from tests.unit.data.media_world import MakeVlm, data_uri, picture, png
 
 NOW = 2_000_000_000.0
