@@ -269,10 +269,17 @@ class Planner:
             )
 
     def _packing_notes(self, stage: Any, facts: DataFacts) -> list[str]:
-        budget = stage.packing.budget(self.machine.gpus > 0)
-        if stage.kind == "online" or facts.longest <= budget:
-            return []
-        return [f"note: the largest example has {facts.longest} tokens and is computed alone (budget {budget})"]
+        gpu, what = self.machine.gpus > 0, "prompt" if stage.kind == "online" else "example"
+        budget, patches = stage.packing.budget(gpu), stage.packing.patches(gpu)
+        said = []
+        if stage.kind != "online" and facts.longest > budget:
+            said.append(f"note: the largest example has {facts.longest} tokens and is computed alone (budget {budget})")
+        if facts.most_patches > patches:
+            said.append(
+                f"note: the media of the largest {what} are {facts.most_patches} patches, more than "
+                f"`packing.max_patches` ({patches}): it is computed alone; `media.max_pixels` makes images smaller"
+            )
+        return said
 
     # -------------------------------------------------------------------------------------------- memory
 

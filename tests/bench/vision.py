@@ -305,7 +305,7 @@ class Padded:
             batch, by_length = 1, False
 
             def _planned(self, trees: Sequence[Tree]) -> Any:
-                from align.data.packing import Microbatch
+                from align.data.microbatches import Microbatch
 
                 return [Microbatch(rows) for rows in padded_windows(trees, self.batch, by_length=self.by_length)]
 

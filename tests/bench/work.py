@@ -70,7 +70,7 @@ class Layout:
 
 def packed_layout(trees: Sequence[Tree], max_tokens: int, *, keep_together: bool) -> Layout:
     """Of our microbatches: a trunk once for all its branches, the head on scored tokens only."""
-    from align.data.packing import plan_microbatches
+    from align.data.microbatches import plan_microbatches
 
     tokens = pairs = scored = 0
     for tree in (tree for group in plan_microbatches(trees, max_tokens, keep_together=keep_together) for tree in group):

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.data.packing import Budget, PositionFn, collate, split_to_budget, text_positions
+from align.data.microbatches import Budget, split_to_budget
+from align.data.packing import PositionFn, collate, text_positions
 from align.model import adapters
 from align.model.fused import fuse
 from align.model.load import load_model

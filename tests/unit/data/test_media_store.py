@@ -54,6 +54,17 @@ def test_what_a_live_run_holds_stays_and_what_a_dead_one_held_does_not(tmp_path:
     mine.close()
 
 
+def test_the_lease_of_a_killed_run_goes_with_the_next_one(tmp_path: Path) -> None:
+    (tmp_path / "leases").mkdir()
+    (tmp_path / "leases" / "1-dead").write_text("a\n")
+    shelf = Shelf(tmp_path)
+    shelf.hold(["b"])
+    [lease] = (tmp_path / "leases").iterdir()
+    assert lease.read_text() == "b\n"
+    shelf.close()
+    assert not list((tmp_path / "leases").iterdir())
+
+
 def test_files_that_a_killed_process_left_unfinished_go_after_a_day(tmp_path: Path) -> None:
     for name, age in ((".a.17", 2 * 86400), (".b.18", 60)):
         (tmp_path / name).write_bytes(b"x")

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from align.data.packing import collate, global_counts, plan_microbatches
+from align.data.microbatches import plan_microbatches
+from align.data.packing import collate, global_counts
 from align.errors import RecipeError
 from align.losses import configure
 from align.losses.base import LossInputs

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing.spawn import start_processes
 
-from align.data.packing import assign, plan_microbatches, plan_ranks
+from align.data.microbatches import assign, plan_microbatches, plan_ranks
 from align.errors import NonFiniteError, RanksError
 from align.losses.base import Metric
 from align.protocols import Segment, Tree
