@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import statistics
@@ -13,13 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from tests.prove.entry import CHECKOUT
+from tests.prove.prove_real_data import lines_of
 
 DATA = Path(os.environ.get("ALIGN_SHARED_DATA", CHECKOUT.parent / "shared" / "data"))
 SETS = DATA / "multimodal"
 MERGED = 2  # patches a side that stand for one token in Qwen2.5-VL
 LEAST_TOKENS = 4  # of a picture, in the processor of a model from scratch
 
+SEED = 1  # tuned on 0
+EVERYTHING = {"kind": "full", "tune": {"vision": "full", "projector": "full"}}
+QUESTIONS = {"prompt": "question", "completion": "answer"}  # columns of most sets
+
 Row = dict[str, Any]
+Found = tuple[dict[str, Any], dict[str, bool]]
+"""Figures and checks."""
 
 
 def config(patch: int, window: int) -> dict[str, Any]:
@@ -47,6 +55,12 @@ def config(patch: int, window: int) -> dict[str, Any]:
         "fullatt_block_indexes": [1],
     }
     return {"model_type": "qwen2_5_vl", "tie_word_embeddings": True, "text_config": text, "vision_config": vision}
+
+
+def recipe(folder: Path, name: str, settings: dict[str, Any]) -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps({"name": name, "seed": SEED, **settings}), encoding="utf-8")  # JSON is YAML
+    return path
 
 
 def rows_of(path: Path) -> list[Row]:
@@ -161,3 +175,8 @@ def rollouts(folder: Path) -> list[Row]:
     import pyarrow.parquet as pq
 
     return [row for file in sorted(folder.glob("*.parquet")) for row in pq.read_table(file).to_pylist()]
+
+
+def all_finite(run: Path, *stages: str) -> bool:
+    values = [value for stage in stages for line in lines_of(run, stage) for value in line.values()]
+    return bool(values) and all(value is not None and math.isfinite(value) for value in values)

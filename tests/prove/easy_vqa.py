@@ -1,0 +1,160 @@
+"""easy_vqa: what a small model from scratch learns of 128 pictures, examined on 32 that it has not seen."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from tests.prove.prove_real_data import align_run, lines_of
+from tests.prove.real_images import (
+    EVERYTHING,
+    QUESTIONS,
+    SEED,
+    SETS,
+    Found,
+    Row,
+    all_finite,
+    config,
+    facts,
+    names_of,
+    pictures_said,
+    recipe,
+    report_of,
+    reported,
+    rollouts,
+    rows_of,
+    rows_said,
+    write_rows,
+)
+
+AIM = 0.9
+HELD_OUT = 32
+PATCH = 8
+SHAPES = ("circle", "rectangle", "triangle")
+
+
+def easy_recipe(folder: Path, train: Path, held_out: Path) -> Path:
+    data = {"path": str(train), "columns": QUESTIONS}
+    exact = [{"use": "exact", "as": "correct"}]
+    stages: list[dict[str, Any]] = [
+        {
+            "id": "sft",
+            "kind": "sft",
+            "adapter": EVERYTHING,
+            "data": data,
+            "batch": {"sequences": 64},
+            "optim": {"lr": 2e-3, "schedule": "cosine", "warmup": 0.05},
+            "steps": 500,
+            "save": {"every": "50%"},
+        },
+        {
+            "id": "grpo",
+            "kind": "online",
+            "from": "sft",
+            "data": data,
+            "batch": {"groups": 16, "group_size": 4},
+            "rollout": {"name": "vllm", "temperature": 1.0, "max_tokens": 4},
+            "rewards": exact,
+            "optim": {"lr": 2e-4},
+            "steps": 8,
+            "save": {"every": "50%"},
+        },
+        {
+            "id": "exam",
+            "kind": "evaluate",
+            "of": ["sft", "grpo"],
+            "data": {"path": str(held_out), "columns": QUESTIONS},
+            "rewards": exact,
+            "rollout": {"name": "vllm", "temperature": 0, "max_tokens": 4},
+        },
+    ]
+    texts = {"path": str(train), "columns": QUESTIONS, "limit": 2000}
+    model = {
+        "dtype": "float32",
+        "config": config(PATCH, window=64),
+        "tokenizer": {"train_on": texts, "vocab_size": 384},
+    }
+    return recipe(folder, "easy", {"model": model, "media": {"folders": [str(SETS / "easy_vqa")]}, "stages": stages})
+
+
+def divided(folder: Path) -> tuple[Path, Path]:
+    """Files of the rows of 128 pictures and of the other 32, drawn by SEED."""
+    rows = rows_of(SETS / "easy_vqa/vqa.jsonl")
+    names = sorted(names_of(rows))
+    random.Random(SEED).shuffle(names)
+    held_out = set(names[:HELD_OUT])
+    train = [row for row in rows if row["image"] not in held_out]
+    turned = [{**row, "image": name} for row in train for name in turns(folder, row["image"])]
+    return (
+        write_rows(folder / "easy-train.jsonl", turned),
+        write_rows(folder / "easy-held-out.jsonl", [row for row in rows if row["image"] in held_out]),
+    )
+
+
+def turns(folder: Path, name: str) -> list[str]:
+    """The picture as it is and in the seven other ways to flip and turn a square, written below `folder`."""
+    from PIL import Image
+
+    turn = Image.Transpose
+    names = [f"{Path(name).stem}-{number}.png" for number in range(8)]
+    if not (folder / names[-1]).exists():
+        with Image.open(SETS / "easy_vqa" / name) as image:
+            views = [image.copy(), image.transpose(turn.FLIP_LEFT_RIGHT)]
+        views += [view.transpose(turn.FLIP_TOP_BOTTOM) for view in views]
+        views += [view.transpose(turn.TRANSPOSE) for view in views]
+        for view, file in zip(views, names, strict=True):
+            view.save(folder / file)
+    return names
+
+
+def question_type(row: Row) -> str:
+    answer = row["answer"]
+    return "yes or no" if answer in ("yes", "no") else "shape" if answer in SHAPES else "colour"
+
+
+def accuracies(rows: list[Row], right: list[float]) -> dict[str, float]:
+    by_type: dict[str, list[float]] = defaultdict(list)
+    for row, value in zip(rows, right, strict=True):
+        by_type[question_type(row)].append(value)
+        by_type["all"].append(value)
+    return {name: round(sum(values) / len(values), 4) for name, values in sorted(by_type.items())}
+
+
+def commonest(train: list[Row], rows: list[Row]) -> list[float]:
+    """What one scores who answers each type of question by its commonest answer in training."""
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in train:
+        answers[question_type(row)][row["answer"]] += 1
+    best = {name: counted.most_common(1)[0][0] for name, counted in answers.items()}
+    return [float(row["answer"] == best[question_type(row)]) for row in rows]
+
+
+def easy_vqa(folder: Path) -> Found:
+    train, held_out = divided(folder)
+    run = align_run(easy_recipe(folder, train, held_out), folder)
+    seen, rows = rows_of(train), rows_of(held_out)
+    found = {"baseline": accuracies(rows, commonest(seen, rows))}
+    for stage in ("sft", "grpo"):
+        answered = rollouts(run / "exam" / "rollouts" / stage)
+        by_line = {int(row["origin"].rsplit(":", 1)[1]): row["objective/correct"] for row in answered}
+        found[stage] = accuracies(rows, [by_line[number] for number in range(1, len(rows) + 1)])
+    trained = report_of(run, "sft")["sources"][0]
+    figures = {
+        "rows": {"train": len(seen), "held out": len(rows)},
+        "pictures": {"train": trained["media"]["distinct"], "held out": len(names_of(rows))},
+        "accuracy": found,
+        "loss": [line["loss/total"] for line in lines_of(run, "sft")][-1],
+    }
+    checks = {
+        "1,548 rows and 160 pictures as SOURCES.md says": len(seen) // 8 + len(rows) == rows_said("easy_vqa/vqa.jsonl")
+        and len(names_of(rows_of(SETS / "easy_vqa/vqa.jsonl"))) == pictures_said("easy_vqa/images"),
+        "the data report says what the files are": reported(trained)
+        == facts(seen, folder, max_pixels=64 * 64, patch=PATCH),
+        f"SFT answers {AIM:g} of the questions about pictures it has not seen": found["sft"]["all"] >= AIM,
+        "GRPO keeps it": found["grpo"]["all"] >= AIM,
+        "every metric of every step is finite": all_finite(run, "sft", "grpo"),
+        "GRPO's prompts show a picture each": all(len(r["media"]) == 1 for r in rollouts(run / "grpo" / "rollouts")),
+    }
+    return figures, checks
