@@ -46,9 +46,9 @@ def config(patch: int, window: int) -> dict[str, Any]:
     }
     vision = {
         "depth": 2,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_heads": 2,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_heads": 4,
         "out_hidden_size": 128,
         "patch_size": patch,
         "window_size": window,
@@ -104,7 +104,7 @@ def facts(rows: Iterable[Row], folder: Path, *, max_pixels: int, patch: int) -> 
     after = [_resized(size, max_pixels, patch * MERGED) for size in before]
     return {
         "images": len(shown),
-        "distinct": len({_digest(path) for path in shown}),
+        "distinct": len({_digest(path) for path in set(shown)}),
         "source_sizes": _three(before),
         "sizes": _three(after),
         "tokens": _spread([w * h // (patch * MERGED) ** 2 for w, h in after]),
@@ -124,6 +124,17 @@ SAID = ("distinct", "source_sizes", "sizes", "tokens", "patches")
 def names_of(rows: Iterable[Row]) -> set[str]:
     """The paths of the pictures that rows show; two may hold the same picture."""
     return {name for row in rows for name in _pictures(row)}
+
+
+def digests(folder: Path, rows: Iterable[Row]) -> set[str]:
+    """SHA-256 of the pixels of the pictures that rows show."""
+    from PIL import Image
+
+    found = set()
+    for name in names_of(rows):
+        with Image.open(folder / name) as image:
+            found.add(hashlib.sha256(image.convert("RGB").tobytes()).hexdigest())
+    return found
 
 
 def _pictures(row: Row) -> list[str]:
