@@ -84,11 +84,8 @@ def easy_recipe(folder: Path, train: Path, held_out: Path) -> Path:
         "config": config(PATCH, window=56),
         "tokenizer": {"train_on": texts, "vocab_size": 384},
     }
-    return recipe(
-        folder,
-        "easy",
-        {"model": model, "media": {"folders": [str(SETS / "easy_vqa")], "max_pixels": MAX_PIXELS}, "stages": stages},
-    )
+    media = {"folders": [str(SETS / "easy_vqa")], "max_pixels": MAX_PIXELS}
+    return recipe(folder, "easy", {"model": model, "media": media, "stages": stages})
 
 
 def divided(folder: Path) -> tuple[Path, Path]:

@@ -3,8 +3,9 @@
     python -m tests.prove real_images
 
 easy_vqa: a Qwen2.5-VL from scratch sees 128 of the 160 pictures in SFT and a short GRPO; its answers about the other 32
-are compared with the commonest answer to each type of question. The other sets pass whole through SFT, DPO and GRPO of a few steps each, two images in a prompt and videos
-included; what the data reports say of them is compared with the files and with SOURCES.md.
+are compared with the commonest answer to each type of question. The other sets pass whole through SFT, DPO and GRPO of
+a few steps each, two images in a prompt and videos included; what the data reports say of them is compared with the
+files and with SOURCES.md.
 ALIGN_PROVE_SETS=easy_vqa or others proves a part.
 """
 
