@@ -156,9 +156,11 @@ def _digest(path: str) -> str:
 
 @lru_cache(None)
 def _resized(size: tuple[int, int], max_pixels: int, unit: int) -> tuple[int, int]:
+    """Shrunk to `max_pixels` with its aspect, and then by Qwen's processor to sides of whole `unit`s."""
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-    width, height = size
+    scale = min(1.0, math.sqrt(max_pixels / (size[0] * size[1])))
+    width, height = math.floor(size[0] * scale), math.floor(size[1] * scale)
     height, width = smart_resize(height, width, unit, LEAST_TOKENS * unit * unit, max_pixels)
     return width, height
 
