@@ -125,7 +125,7 @@ class Connection:
 
 
 class Worker:
-    """One plugin, one process at a time. Not shared between event loops.
+    """One plugin, one process at a time, whose temporary files go with it. Not shared between event loops.
 
     Args:
         spec, folder, seed: the plugin, the recipe's folder, the run's seed.
@@ -139,6 +139,8 @@ class Worker:
         self.starts = 0
         self.description: dict[str, Any] = {}
         self._log: IO[bytes] = tempfile.TemporaryFile("ab+") if log_path is None else log_path.open("ab+")  # noqa: SIM115
+        # its process is killed, and cannot tidy up after itself
+        self._temporary = tempfile.TemporaryDirectory(prefix="reward-", ignore_cleanup_errors=True)
         self._connection: Connection | None = None
         self._starting = asyncio.Lock()
 
@@ -186,7 +188,7 @@ class Worker:
             stderr=self._log,
             pass_fds=(fd,),
             cwd=self.folder,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": self._temporary.name},
             start_new_session=True,
         )
 
@@ -220,6 +222,7 @@ class Worker:
             self._connection.process.wait(timeout=30)
             self._connection = None
         self._log.close()
+        self._temporary.cleanup()
 
     def log_tail(self, size: int = 2000) -> str:
         """The last of what the plugin printed."""

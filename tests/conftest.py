@@ -99,7 +99,7 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
 
 def write_tokenizer(folder: Path) -> Path:
     from align.data.scratch import train_tokenizer
-    from align.recipe.schema import TokenizerFromScratch
+    from align.recipe.inputs import TokenizerFromScratch
 
     text = folder / "text.jsonl"
     rows = [{"messages": _turns(a, b)} for a in range(12) for b in range(12)]
@@ -117,7 +117,7 @@ def _turns(a: int, b: int) -> list[dict[str, str]]:
 def write_tiny_model(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
     """Head size 32: the smallest that vLLM's CPU attention takes."""
     from align.model.scratch import write_base
-    from align.recipe.schema import Model
+    from align.recipe.inputs import Model
 
     write_tokenizer(folder)
     config = {

@@ -13,7 +13,7 @@ import torch
 
 from align.model.adapters import attach, digest, lora_layers, merged_state, save
 from align.protocols import PromptItem, Publication, Sampling
-from align.recipe.schema import Adapter
+from align.recipe.adapter import Adapter
 from align.train.policy import write_weights
 from rollout.base import EngineSpec, generate, make_engine
 from tests.tiny_media import TinyMedia, forward_logps, holds_mark, picture

@@ -18,7 +18,9 @@ from align.actors.reference import ReferenceActor
 from align.actors.scoring import RayScorer
 from align.hub import resolve_model_folder
 from align.protocols import Fleet, Scorer
-from align.recipe.schema import Adapter, Model, Placement, ReferencePath, Rollout
+from align.recipe.adapter import Adapter
+from align.recipe.inputs import Model
+from align.recipe.schema import Placement, ReferencePath, Rollout
 from align.recipe.support import publish_mode
 from align.stages import processes
 from align.stages.backend import FleetJob, Needs, ScorerJob, TrainerJob

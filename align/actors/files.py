@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from align.actors.cluster import die_with_parent, require_shared
-from align.recipe.schema import Model
+from align.recipe.inputs import Model
 
 
 def write_base(token: Path, model: Model, folder: Path, seed: int) -> None:

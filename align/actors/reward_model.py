@@ -8,7 +8,7 @@ the threads and GPUs of their reward actor: `placement: {rewards: {threads: 4, g
 
 A conversation is rendered by the checkpoint's chat template exactly as a stage of kind reward_model does, so that the
 token that is scored is the one that was trained; without a template, prompt and completion are the two texts of a
-classifier's input.
+classifier's input. A checkpoint that sees is shown the pictures of prompts (see reward_pictures.py).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from rewards.api import Context, Sample, reward
 if TYPE_CHECKING:
     import torch
 
+    from align.actors.reward_pictures import Seeing
     from align.data.tokenizer import ChatTokenizer
 
 _CLASSIFIER = "ForSequenceClassification"
@@ -84,26 +85,31 @@ def reward_model(
         max_length: tokens; a longer sequence is a failure (default: the model's positions).
         dtype: of the weights; auto: as saved. device: auto: a GPU where there is one.
     """
-    model = _opened(path, revision, label, dtype, device)
-    ids = [model.ids(sample) for sample in samples]
+    model: Any = _opened(path, revision, label, dtype, device)
+    read = model.read(samples)
     limit = min(max_length or model.positions, model.positions)
-    longest = max(map(len, ids))
+    longest = max(map(len, read))
     if longest > limit:
         raise ValueError(f"prompt and completion have {longest} tokens, more than {limit}")
-    return model.scores(ids)
+    found: list[float] = model.scores(read)
+    return found
 
 
 @lru_cache(maxsize=1)
-def _opened(path: str, revision: str | None, label: str | None, dtype: str, device: str) -> Opened:
+def _opened(path: str, revision: str | None, label: str | None, dtype: str, device: str) -> Opened | Seeing:
     """Loaded at the first call of a process, and kept."""
     import torch
     from transformers import AutoTokenizer
 
+    from align.actors.reward_pictures import Seeing
+    from align.data.media.opening import takes_media
     from align.data.tokenizer import load_tokenizer
     from align.model.scoring_class import scoring_class
 
     folder = resolve_model_folder(path, revision)
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if takes_media(json.loads((folder / "config.json").read_text(encoding="utf-8"))):
+        return Seeing(folder, column_of(folder, label), dtype, chosen)
     model = scoring_class(folder).from_pretrained(folder, dtype=dtype, use_safetensors=True)
     model.eval().to(chosen)
     chat = load_tokenizer(folder)
@@ -125,8 +131,11 @@ class Opened:
     def positions(self) -> int:
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
 
-    def ids(self, sample: Sample) -> list[int]:
-        """Token ids of prompt and completion."""
+    def read(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """Token ids of prompts and completions."""
+        return [self._ids(sample) for sample in samples]
+
+    def _ids(self, sample: Sample) -> list[int]:
         from align.data.records import Message, Unpaired
         from align.data.render import draft, encode
 
@@ -141,8 +150,9 @@ class Opened:
         else:
             if any(isinstance(m["content"], list) for m in messages):
                 raise UserError(
-                    "a reward model is asked about a prompt with media, and this version lets it read text alone",
-                    remedy="judge such prompts with a reward of your own: `messages` name the files that show them",
+                    "a reward model that takes text alone is asked about a prompt with media",
+                    remedy="train one from a vision-language model, or judge such prompts with a reward of your own: "
+                    "`media` names the files that show them",
                 )
             prompt_turns = tuple(Message(m.pop("role"), str(m.pop("content") or ""), m) for m in messages)
             record = Unpaired(prompt_turns, (Message("assistant", sample.completion),), True)

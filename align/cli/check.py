@@ -14,7 +14,8 @@ from align.cli.rules import check_recipe
 from align.objectives.check import Known, problems
 from align.recipe.document import Document
 from align.recipe.load import load_document
-from align.recipe.schema import Objectives, Recipe
+from align.recipe.objectives import Objectives
+from align.recipe.schema import Recipe
 from align.stages.groups import TRUNCATED, refuse_second_truncated, with_penalty
 from align.stages.handover import check_adapters
 from align.stages.training import needs_margin, record_kind

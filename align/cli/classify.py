@@ -26,8 +26,10 @@ from align.errors import ModelError, UserError
 from align.hub import resolve_model_folder
 from align.model.adapter_config import OWN_BASE, read_adapter_config, scores
 from align.protocols import Tree
+from align.recipe.adapter import Adapter
+from align.recipe.inputs import DataSource, Media, Model
 from align.recipe.labels import Labels
-from align.recipe.schema import Adapter, DataSource, LossTerm, Media, Model, Optim, Packing
+from align.recipe.schema import LossTerm, Optim, Packing
 from align.stages.files import write_text
 from align.stages.handover import adapter_in
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from align.actors.plugins import plugin_spec
 from align.cli import memory
 from align.cli.findings import Findings
 from align.data.audit import DataReport
+from align.data.media.library import Library
 from align.data.media.opening import PROCESSOR_FILES, open_library, refuse_media_settings, takes_media
 from align.data.prepare import prepare
 from align.data.records import Kind
@@ -28,8 +29,9 @@ from align.objectives.check import Known
 from align.plugins import describe_in_child
 from align.protocols import PromptItem, Tree
 from align.recipe.families import family_of
+from align.recipe.inputs import DataSource, Model
 from align.recipe.labels import Labels
-from align.recipe.schema import DataSource, Model, Recipe, ReferencePath, Reward
+from align.recipe.schema import Recipe, ReferencePath, Reward
 from align.stages.context import stage_seed
 from align.stages.handover import Origin
 from align.stages.margins import refuse_own_margins, require_margins
@@ -42,11 +44,15 @@ FIRST_ROWS = 1000
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The model before the first stage: its configuration and tokenizer, and where it (or its folder to be) is."""
+    """The model before the first stage: its configuration and tokenizer, and where it (or its folder to be) is.
+
+    media: of a model that takes them, open as long as it is: a process that decodes takes seconds to start.
+    """
 
     config: dict[str, Any]
     tokenizer: ChatTokenizer
     origin: Origin
+    media: Library | None = None
 
 
 @contextmanager
@@ -62,7 +68,9 @@ def open_model(recipe: Recipe, folder: Path) -> Iterator[ModelFacts]:
         _refuse_without_weights(found, Path(model.path).expanduser().is_dir())
         refuse_unsupported_media(config, found)
         refuse_media_settings(recipe, config)
-        yield ModelFacts(config, _tokenizer(model, found), Origin(found, _adapter(recipe)))
+        library = open_library(recipe, found)
+        with closing(library) if library is not None else nullcontext():
+            yield ModelFacts(config, _tokenizer(model, found), Origin(found, _adapter(recipe)), library)
         return
     assert model.tokenizer is not None and model.config is not None, "the grammar ties `config` and `tokenizer`"
     refuse_media_settings(recipe, model.config)
@@ -112,7 +120,7 @@ class DataFacts:
     """What the rows that were read say about a stage's data.
 
     whole: every row was read, so that `rows` is the epoch's size. longest, mean: tokens of a tree, or of a prompt.
-    patches: of its images, for each token, on average.
+    patches: of its images, for each token, on average; most_patches: of one tree's or prompt's.
     """
 
     report: DataReport | None = None
@@ -121,6 +129,7 @@ class DataFacts:
     longest: int = 0
     mean: float = 0.0
     patches: float = 0.0
+    most_patches: int = 0
     notes: list[str] = field(default_factory=list)
 
 
@@ -156,22 +165,17 @@ def read_data(
         return facts
     first = None if every_row else FIRST_ROWS
     seed = stage_seed(recipe.seed, seed_of)
-    library = open_library(recipe, model.tokenizer.folder) if model.tokenizer.folder is not None else None
-    try:
-        prepared = prepare(
-            here,
-            kind,
-            model.tokenizer,
-            seed=seed,
-            first=first,
-            folder=folder,
-            answers=answers,
-            media=library,
-            labels=labels,
-        )
-    finally:
-        if library is not None:
-            library.close()
+    prepared = prepare(
+        here,
+        kind,
+        model.tokenizer,
+        seed=seed,
+        first=first,
+        folder=folder,
+        answers=answers,
+        media=model.media,
+        labels=labels,
+    )
     if margins:
         (refuse_own_margins if answers else require_margins)(prepared.items)
     lengths = [_tokens(item) for item in prepared.items]
@@ -182,7 +186,8 @@ def read_data(
     facts.report = prepared.report
     facts.rows, facts.whole = len(prepared.items), not any(cut) and len(here) == len(sources)
     facts.longest, facts.mean = max(lengths), sum(lengths) / len(lengths)
-    facts.patches = sum(medium.patches for item in prepared.items for medium in item.media) / sum(lengths)
+    patches = [sum(medium.patches for medium in item.media) for item in prepared.items]
+    facts.patches, facts.most_patches = sum(patches) / sum(lengths), max(patches)
     return facts
 
 

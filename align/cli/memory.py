@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import ModelError
-from align.recipe.schema import Adapter, Mode, Part
+from align.recipe.adapter import Adapter, Mode, Part
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ADAMW_BYTES = 8  # two float32 moments

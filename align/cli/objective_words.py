@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from align.recipe.schema import Constraint, Gate, Objectives
+from align.recipe.objectives import Constraint, Gate, Objectives
 
 
 def objective_words(config: Objectives) -> str:

@@ -16,8 +16,9 @@ from align.data.order import DEFAULT_BATCH, BatchPlan
 from align.errors import DataError, ModelError, PlacementError, RecipeError
 from align.losses import configure
 from align.model.scoring_class import SEEING, nobody_elses
+from align.recipe.adapter import Adapter
 from align.recipe.labels import Labels
-from align.recipe.schema import Adapter, Recipe
+from align.recipe.schema import Recipe
 from align.recipe.served import refuse_unserved
 from align.recipe.support import publish_mode, reference_words
 from align.stages.backend import Needs
@@ -268,10 +269,17 @@ class Planner:
             )
 
     def _packing_notes(self, stage: Any, facts: DataFacts) -> list[str]:
-        budget = stage.packing.budget(self.machine.gpus > 0)
-        if stage.kind == "online" or facts.longest <= budget:
-            return []
-        return [f"note: the largest example has {facts.longest} tokens and is computed alone (budget {budget})"]
+        gpu, what = self.machine.gpus > 0, "prompt" if stage.kind == "online" else "example"
+        budget, patches = stage.packing.budget(gpu), stage.packing.patches(gpu)
+        said = []
+        if stage.kind != "online" and facts.longest > budget:
+            said.append(f"note: the largest example has {facts.longest} tokens and is computed alone (budget {budget})")
+        if facts.most_patches > patches:
+            said.append(
+                f"note: the media of the largest {what} are {facts.most_patches} patches, more than "
+                f"`packing.max_patches` ({patches}): it is computed alone; `media.max_pixels` makes images smaller"
+            )
+        return said
 
     # -------------------------------------------------------------------------------------------- memory
 

@@ -11,7 +11,7 @@ from align.experiments.grid import parse_weights
 from align.experiments.rescore import Rescored, correlation, rescore, write
 from align.experiments.runs import chosen, online_stages, read_recipe
 from align.recipe.load import load_recipe
-from align.recipe.schema import Objectives
+from align.recipe.objectives import Objectives
 from align.report.table import text_table
 
 DRIFT = 1e-5  # advantages are float32

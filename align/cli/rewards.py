@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -88,15 +89,21 @@ def _parameter(name: str, parameter: dict[str, Any]) -> str:
 def _try(arguments: argparse.Namespace) -> int:
     columns = {key: str(value) for key, value in _pairs(arguments.columns, "--columns").items()}
     args = _pairs(arguments.args, "--args")
-    data = read_trial(Path(arguments.data), arguments.completion, columns, arguments.limit)
     # every failure is shown, and none ends the trial
     options = {"on_error": "mask", "max_error_rate": 1.0}
     own = PluginSpec(REWARDS.get(arguments.name, arguments.name), args=args, signature=arguments.signature)
     spec = PluginSpec(own.use, args=args, options=options, signature=own.signature)
+    with tempfile.TemporaryDirectory(prefix="align-try-") as aside:
+        data = read_trial(Path(arguments.data), arguments.completion, columns, arguments.limit, Path(aside))
+        return _judge(data, spec, own, arguments.show)
+
+
+def _judge(data: Trial, spec: PluginSpec, own: PluginSpec, show: int) -> int:
+    """Print what the plugin says of the samples; 0 where it holds. own: as the plugin itself would run."""
     with align_errors(), RewardPool([spec], Path.cwd(), seed=0) as pool:
         [described] = pool.run(pool.start())
         result = pool.score_sync(data.samples)
-        print("\n".join([*_head(described, data), *_shown(data, result, arguments.show), *_summary(data, result)]))
+        print("\n".join([*_head(described, data), *_shown(data, result, show), *_summary(data, result)]))
         failed = result.errors[described["name"]]
         bad = failed > allowed_failures(_own_rate(own), len(data.samples))
         if described["gold"]:

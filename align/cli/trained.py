@@ -9,8 +9,8 @@ from typing import Any
 from align.cli.memory import Row, Table, count
 from align.errors import ModelError, PluginError
 from align.plugins import describe_in_child
+from align.recipe.adapter import PARTS, Adapter, Part, Rate
 from align.recipe.families import family_of
-from align.recipe.schema import PARTS, Adapter, Part, Rate
 from align.recipe.support import refuse_parts_of_text
 
 LIMIT_S = (

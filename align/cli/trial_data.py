@@ -9,15 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from align.cli.trial_media import TrialMedia, media_of_messages, with_files
 from align.data.audit import Refusal
 from align.data.formats import LAYOUTS
 from align.data.formats.base import choose
 from align.data.placing import place_media
 from align.data.readers import Row
-from align.data.records import MediaPart, Prompt, RowError
+from align.data.records import Prompt, RowError
 from align.data.sources import apply_columns, open_source
+from align.data.tables import light
 from align.errors import DataError
-from align.recipe.schema import DataSource
+from align.recipe.inputs import DataSource
 from rewards.api import Sample
 
 _ROLLOUTS = {"group_id", "sample", "origin", "prompt", "completion", "finish", "token_ids"}
@@ -30,15 +32,19 @@ class Trial:
 
     path: Path
     column: str
+    media: TrialMedia
     samples: list[Sample] = field(default_factory=list)
     origins: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def read_trial(path: Path, column: str, columns: dict[str, str], limit: int | None) -> Trial:
-    """The first rows of a file, each with one completion or a list of them. Raises DataError, naming the row."""
+def read_trial(path: Path, column: str, columns: dict[str, str], limit: int | None, aside: Path) -> Trial:
+    """The first rows of a file, each with one completion or a list of them. Raises DataError, naming the row.
+
+    aside: an empty folder for media that rows hold themselves; it must outlive the trial.
+    """
     rows = _rows(path, columns, limit)
-    trial = Trial(path, column)
+    trial = Trial(path, column, TrialMedia(aside))
     if not rows:
         raise DataError("there are no rows", where=path)
     if rows[0].values.keys() >= _ROLLOUTS:
@@ -63,8 +69,10 @@ def _read_data(rows: Sequence[Row], trial: Trial, columns: dict[str, str]) -> No
     # what is scored must not be read as the answer that the row knows
     prompts = _prompts([_without(row, trial.column) for row in rows], trial, frozenset(columns))
     for row, (messages, more) in zip(rows, prompts, strict=True):
+        shown, values = media_of_messages(messages), {**light(row.values), **more}
         for sample, text in enumerate(_texts(row, trial.column)):
-            trial.samples.append(Sample(text, messages, {**row.values, **more}, group_id=row.number, sample_id=sample))
+            own = Sample(text, messages, values, group_id=row.number, sample_id=sample, media=shown)
+            trial.samples.append(own)
             trial.origins.append(row.origin)
 
 
@@ -114,23 +122,19 @@ def _prompts(
     for row in rows:
         try:
             record = place_media(layout.convert(row.values), row.values)
+            assert isinstance(record, Prompt)
+            messages = _messages(record, trial.media, row.folder)
         except RowError as error:
             raise DataError(str(error), where=row.origin) from None
-        assert isinstance(record, Prompt)
         more = {} if record.reference_answer is None else {"reference_answer": record.reference_answer}
-        if isinstance(record.prompt, str):
-            found.append((({"role": "text", "content": record.prompt},), more))
-        else:
-            describe = partial(_described, folder=row.folder)
-            found.append((tuple(m.as_dict(describe) for m in record.prompt), more))
+        found.append((messages, more))
     return found
 
 
-def _described(part: MediaPart, folder: Path | None) -> dict[str, str]:
-    """A medium as a run would name it to a reward: its kind, and its file where it is one."""
-    if isinstance(part.source, str) and ":" not in part.source[:8]:
-        return {"type": part.kind, "path": str((folder or Path()) / part.source)}
-    return {"type": part.kind}
+def _messages(prompt: Prompt, media: TrialMedia, folder: Path | None) -> tuple[dict[str, Any], ...]:
+    if isinstance(prompt.prompt, str):
+        return ({"role": "text", "content": prompt.prompt},)
+    return tuple(m.as_dict(partial(media.describe, folder=folder)) for m in prompt.prompt)
 
 
 # ------------------------------------------------------------------------------------------------- a run's rollouts
@@ -142,11 +146,13 @@ def _read_rollouts(rows: Sequence[Row], trial: Trial) -> None:
     for row in sorted(rows, key=lambda r: (r.values["step"], r.values["group_id"], r.values["sample"])):
         v = row.values
         messages, values = known.get(v["origin"], (({"role": "text", "content": v["prompt"]},), {}))
+        messages = with_files(messages, v.get("media") or ())
         [text] = _texts(row, trial.column)
         trial.samples.append(
             Sample(
                 completion=text,
                 messages=messages,
+                media=media_of_messages(messages),
                 row=values,
                 token_ids=v["token_ids"],
                 truncated=v["finish"] == "length",
@@ -168,5 +174,5 @@ def _origin_rows(origins: set[str], trial: Trial) -> dict[str, tuple[tuple[dict[
             continue
         rows = [row for row in _rows(Path(name), {}, None) if row.origin in origins]
         for row, (messages, more) in zip(rows, _prompts(rows, trial), strict=True):
-            found[row.origin] = (messages, {**row.values, **more})
+            found[row.origin] = (messages, {**light(row.values), **more})
     return found

@@ -17,7 +17,7 @@ import tokenizers
 from align.data.audit import Refusal, SourceReport
 from align.data.encoded import Encoded, Tokens
 from align.protocols import Medium
-from align.recipe.schema import DataSource
+from align.recipe.inputs import DataSource
 
 if TYPE_CHECKING:
     from align.data.media.library import Library

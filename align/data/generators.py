@@ -17,7 +17,7 @@ from typing import Any
 
 import align
 from align.errors import DataError, PluginError
-from align.recipe.schema import DataSource
+from align.recipe.inputs import DataSource
 
 TIMEOUT_S = 600.0
 

@@ -34,18 +34,20 @@ from align.data.tables import Table, Tokeniser
 from align.data.tokenizer import ChatTokenizer
 from align.errors import DataError
 from align.protocols import Group
+from align.recipe.inputs import DataSource
 from align.recipe.labels import Labels
-from align.recipe.schema import DataSource
 
 
 @dataclass(frozen=True)
 class Prepared:
     """items: Trees (ids 0..n-1), or PromptItems for kind "prompt" (group_id = number, seed 0: the stage draws both).
-    groups: where `answers` were asked for, each pair as a group of two completions, chosen first."""
+    groups: where `answers` were asked for, each pair as a group of two completions, chosen first.
+    files: SHA-256 of every file that a medium was read from, by path."""
 
     items: list[Any]
     report: DataReport
     groups: list[Group] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
 
 
 def prepare(
@@ -99,7 +101,8 @@ def prepare(
         table.report.used = len(rows)
         groups += [table.group(int(row), len(items) + i) for i, row in enumerate(rows if answers else ())]
         items += [table.item(int(row), len(items) + i, weighted) for i, row in enumerate(rows)]
-    return Prepared(items, DataReport(kind, [t.report for t in tables]), groups)
+    files = {path: sha for table in tables for path, sha in table.files.items()}
+    return Prepared(items, DataReport(kind, [t.report for t in tables]), groups, files)
 
 
 def mix(kept: Sequence[int], weights: Sequence[float | None], seed: int) -> list[np.ndarray]:

@@ -17,7 +17,7 @@ from align.data.sources import apply_columns, open_source
 from align.data.templates import chatml
 from align.errors import DataError
 from align.recipe.families import Family
-from align.recipe.schema import TokenizerFromScratch
+from align.recipe.inputs import TokenizerFromScratch
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 _HEADERS = ("system\n", "user\n", "assistant\n")  # what the template writes around every message

@@ -22,7 +22,7 @@ from align.data import generators
 from align.data.audit import Refusal
 from align.data.readers import SUFFIXES, Item, Row, read_file, suffix_of
 from align.errors import DataError, SetupError
-from align.recipe.schema import DataSource
+from align.recipe.inputs import DataSource
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")

@@ -23,7 +23,7 @@ from align.data.sources import Opened, apply_columns
 from align.data.tokenizer import ChatTokenizer
 from align.mediastore import described
 from align.protocols import Completion, Group, Medium, PromptItem, Segment, Tree
-from align.recipe.schema import DataSource
+from align.recipe.inputs import DataSource
 
 _CHUNK = 4096  # rows tokenised in one call
 _LONG_URI = 200  # characters of a data URI that go no further than the data
@@ -221,13 +221,13 @@ class Tokeniser:
         table.encoded.append(fitted)
         table.origins.append(one.row.origin)
         if table.rows is not None and isinstance(record, Prompt):
-            values = _light(one.row.values)
+            values = light(one.row.values)
             if record.reference_answer is not None:
                 values["reference_answer"] = record.reference_answer
                 self.report.reference_answers += 1
             table.rows.append((_messages(record.prompt, fitted.trunk.media), values))
         if table.answers is not None and isinstance(record, Pair):
-            values = _light(one.row.values)
+            values = light(one.row.values)
             table.answers.append((_messages(record.prompt, fitted.trunk.media), values, texts))
         for shown in one.shown:
             self.media.add(shown.kind, shown.key, shown.facts)
@@ -278,7 +278,7 @@ def _messages(prompt: Text, media: Sequence[Medium] = ()) -> Messages:
     return tuple(m.as_dict(lambda part: described(next(waiting[part.kind]))) for m in prompt)
 
 
-def _light(values: Mapping[str, Any]) -> dict[str, Any]:
+def light(values: Mapping[str, Any]) -> dict[str, Any]:
     """A row without the bytes of its media, which would travel with every sample of it."""
     return {name: _without_bytes(value) for name, value in values.items()}
 

@@ -16,6 +16,7 @@ from align.recipe.load import dump_recipe
 from align.recipe.schema import Recipe
 from align.stages.files import read_json, write_json
 from align.stages.fingerprint import differences, fingerprint
+from align.stages.media_inputs import changed_media
 from align.stages.runfolder import RECIPE, RUN, SUMMARY
 
 
@@ -83,7 +84,7 @@ def is_done(recipe: Recipe, plugins: Mapping[str, str]) -> bool:
         entry = entries.get(stage.id)
         if entry is None or entry["state"] != "finished":
             return False
-        if differences(entry["fingerprint"], fingerprint(recipe, stage, plugins)):
+        if differences(entry["fingerprint"], fingerprint(recipe, stage, plugins)) or changed_media(run / stage.id):
             return False
     return True
 

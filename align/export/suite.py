@@ -25,7 +25,7 @@ from align.model.lora_targets import fresh_config, linear_modules, targeted_modu
 from align.model.parts import parts_of, sizes
 from align.model.policy_module import PolicyModule
 from align.model.probe import probe
-from align.recipe.schema import PARTS, Adapter, Part
+from align.recipe.adapter import PARTS, Adapter, Part
 
 Status = Literal["passed", "failed", "not checked"]
 SCALE = 0.05  # of the random lora_B: far enough from the base to see, near enough to stay a model

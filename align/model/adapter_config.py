@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import ModelError, Unsupported
-from align.recipe.schema import Adapter
+from align.recipe.adapter import Adapter
 from align.recipe.support import BASE_BESIDE_ADAPTER
 
 CONFIG = "adapter_config.json"

@@ -40,7 +40,7 @@ from align.model.weights import (
     tensors_digest,
     weights_digest,
 )
-from align.recipe.schema import Adapter
+from align.recipe.adapter import Adapter
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

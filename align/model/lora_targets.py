@@ -11,7 +11,7 @@ from torch import nn
 from align.errors import ModelError, Unsupported
 from align.model.adapter_config import HEAD
 from align.model.parts import parts_of
-from align.recipe.schema import Adapter
+from align.recipe.adapter import Adapter
 from align.recipe.support import refuse_parts_of_text
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from align.model.load import auto_class_of, quiet
 from align.model.lora_targets import fresh_config, targeted_modules
 from align.model.parts import parts_of, sizes
 from align.model.scratch import make_config
+from align.recipe.adapter import Adapter
 from align.recipe.families import family_of
-from align.recipe.schema import Adapter
 
 Table = dict[str, dict[str, Any]]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from align.errors import ModelError
-from align.recipe.schema import PARTS, Part
+from align.recipe.adapter import PARTS, Part
 
 # names of modules, anywhere on a parameter's path outside the language model
 PROJECTORS = frozenset(

@@ -17,7 +17,7 @@ from align.model.folders import flush, sync_path
 from align.model.load import auto_class_of, quiet, resolve_dtype
 from align.model.scratch_vision import nested_config, vision_family, write_processor
 from align.recipe.families import FAMILIES
-from align.recipe.schema import Model
+from align.recipe.inputs import Model
 
 WHERE = "model.config"
 PROCESSOR = "processor_config.json"

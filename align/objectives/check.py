@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from align.errors import RecipeError
-from align.recipe.schema import Constraint, Gate, Objectives
+from align.recipe.objectives import Constraint, Gate, Objectives
 
 
 @dataclass(frozen=True, slots=True)

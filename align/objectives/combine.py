@@ -27,7 +27,7 @@ from align.objectives.gates import closed, gated, weights_at
 from align.objectives.groups import Grouped, centre, std
 from align.objectives.metrics import describe
 from align.objectives.view import State, View, WeightPolicy
-from align.recipe.schema import Objectives
+from align.recipe.objectives import Objectives
 
 EPS = 1e-4
 

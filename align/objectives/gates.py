@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from align.recipe.schema import Gate, Objectives
+from align.recipe.objectives import Gate, Objectives
 
 
 def gated(scores: np.ndarray, names: Sequence[str], gates: Mapping[str, Gate]) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from align.recipe.schema import Objectives
+from align.recipe.objectives import Objectives
 
 State = dict[str, Any]
 

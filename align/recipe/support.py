@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import Literal
 
 from align.errors import RecipeError, Unsupported
-from align.recipe.schema import Adapter, Rollout
+from align.recipe.adapter import Adapter
+from align.recipe.schema import Rollout
 
 Publish = Literal["adapter", "weights"]
 Trained = Literal["lora", "tower", "mixed", "full"]  # LoRA on language alone; on a tower too; beside whole parts; none

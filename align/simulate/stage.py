@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from align.protocols import Metrics, PromptItem, Sampling
-from align.recipe.schema import Objectives
+from align.recipe.objectives import Objectives
 from align.simulate.fleet import SimulatedFleet
 from align.simulate.parts import NoFolders, NoLog, SimulatedScorer, SimulatedTrainer
 from align.simulate.workload import Workload

@@ -14,20 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from align.protocols import Fleet, PromptItem, Scorer, Trainer
+from align.recipe.adapter import Adapter, Part, Rate
+from align.recipe.inputs import Media, Model
 from align.recipe.labels import Labels
-from align.recipe.schema import (
-    Adapter,
-    LossTerm,
-    Media,
-    Model,
-    Optim,
-    Packing,
-    Part,
-    Rate,
-    ReferencePath,
-    Reward,
-    Rollout,
-)
+from align.recipe.schema import LossTerm, Optim, Packing, ReferencePath, Reward, Rollout
 from align.stages.processes import ProcessId
 
 

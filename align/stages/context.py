@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from align.data.media.library import Library
-from align.data.media.opening import open_library
+from align.data.media.opening import open_library, store_of
 from align.data.prepare import Prepared, prepare
 from align.data.records import Kind
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
 from align.errors import Interrupted
 from align.protocols import Group, PromptItem, Tree, group_seed
-from align.recipe.schema import DataSource, Recipe
+from align.recipe.inputs import DataSource
+from align.recipe.schema import Recipe
 from align.stages.backend import Backend
 from align.stages.files import write_json
 from align.stages.handover import Origin
 from align.stages.loop import Report
+from align.stages.media_inputs import note_media
 from align.stages.publication import PublicationFolder
 from align.stages.runfolder import RunFolder
 
@@ -124,6 +126,8 @@ class Context:
         folder = self.run.stage_folder(stage.id)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"{name}.json", prepared.report.to_json())
+        store = store_of(self.recipe)  # what was fetched lies there: it is ours, and may go
+        note_media(folder, name, {p: sha for p, sha in prepared.files.items() if not Path(p).is_relative_to(store)})
         for line in (f"{stage.id}: {line}" for line in prepared.report.summary):
             if line not in self._said:  # an evaluate stage reads the same data once for every stage it judges
                 self._said.add(line)

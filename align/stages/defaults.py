@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from align.recipe.schema import Adapter, Optim, Part, Rate
+from align.recipe.adapter import Adapter, Part, Rate
+from align.recipe.schema import Optim
 
 # Learning rates by (stage kind, trains an adapter): what TRL, ms-swift and the LoRA papers use as starting points.
 LEARNING_RATES = {

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from align.recipe.schema import DataSource, Recipe
+from align.recipe.inputs import DataSource
+from align.recipe.schema import Recipe
 from align.stages.files import sha256_file, tree_files
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")

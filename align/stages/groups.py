@@ -12,7 +12,7 @@ from align.data.order import epoch_order
 from align.errors import RecipeError
 from align.objectives import Grouped, before_whitening
 from align.protocols import Completion, Group, Metrics, PromptItem, ScoreTable, Segment, Tree, group_seed
-from align.recipe.schema import Objectives
+from align.recipe.objectives import Objectives
 
 TRUNCATED = "truncated"  # the objective of `rollout.truncated: penalise`
 _NO_SIGNAL = 1e-7  # whitening leaves a rounding residue where the advantages of a group are all zero

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import ModelError, RecipeError, RunFolderError
-from align.recipe.schema import Adapter, Recipe
+from align.recipe.adapter import Adapter
+from align.recipe.schema import Recipe
 from align.recipe.support import BASE_BESIDE_ADAPTER
 from align.stages.backend import Start
 

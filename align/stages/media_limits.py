@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from align.recipe.schema import Media
+from align.recipe.inputs import Media
 
 FILES = ("processor_config.json", "preprocessor_config.json")
 

@@ -21,7 +21,7 @@ import numpy as np
 from align.errors import RewardError
 from align.objectives import combine
 from align.protocols import Fleet, Group, Metrics, PromptItem, Publication, Scorer, ScoreTable, Trainer, Tree
-from align.recipe.schema import Objectives
+from align.recipe.objectives import Objectives
 from align.stages.background import Background
 from align.stages.buffer import check_age
 from align.stages.groups import (

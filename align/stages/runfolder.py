@@ -23,6 +23,7 @@ from align.recipe.schema import Recipe
 from align.stages import processes
 from align.stages.files import read_json, remove_leftovers, write_json
 from align.stages.fingerprint import differences
+from align.stages.media_inputs import changed_media
 from align.stages.processes import ProcessId
 
 RUN, SUMMARY, RECIPE, METRICS = "run.json", "summary.json", "recipe.yaml", "metrics.jsonl"
@@ -134,6 +135,7 @@ class RunFolder:
             if entry is None:
                 continue
             changed = differences(entry["fingerprint"], dict(fingerprints(stage)))
+            changed += changed_media(self.stage_folder(stage.id))
             if changed:
                 raise RunFolderError(
                     f"stage {stage.id!r} ran with other settings or inputs: {'; '.join(changed)}",

@@ -14,7 +14,8 @@ from align.data.records import Kind
 from align.data.tokenizer import ChatTokenizer
 from align.losses import configure
 from align.protocols import PromptItem, Sampling, Trainer, Tree
-from align.recipe.schema import DataSource, LossTerm, ReferencePath, Reward, Rollout
+from align.recipe.inputs import DataSource
+from align.recipe.schema import LossTerm, ReferencePath, Reward, Rollout
 from align.recipe.schema import OnlineStage as OnlineSettings
 from align.recipe.support import check_adapter, publish_mode
 from align.stages.backend import FleetJob, Needs, ScorerJob, Start, TrainerJob, longest_prompt, most_media, pixel_limits

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from align.recipe.schema import Optim, Part, Rate
+from align.recipe.adapter import Part, Rate
+from align.recipe.schema import Optim
 
 
 def make_optimizer(

@@ -26,8 +26,8 @@ from align.model.parts import parts_of
 from align.model.policy_module import PolicyModule
 from align.model.score_head import load_score_model
 from align.protocols import Publication
+from align.recipe.adapter import Part
 from align.recipe.labels import Labels
-from align.recipe.schema import Part
 from align.recipe.support import refuse_parts_of_text
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ def run_prepass(
 ) -> Prepass:
     """Summed log-probabilities of every sequence of the update, and the entropies that `forward` gives.
 
-    batches: each with whether it counts; one that does not is computed and dropped (`align.data.packing.Microbatch`).
+    batches: each with whether it counts; one that does not is computed and dropped (see
+        `align.data.microbatches.Microbatch`).
     gather: joins a tensor of every rank along its first dimension (ranks may have different lengths).
     """
     rows: dict[str, list[Tensor]] = {name: [] for name in ("ids", "logps", "ratios", "lengths")}

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from align.recipe.adapter import Adapter, Part, Rate
+from align.recipe.inputs import Model
 from align.recipe.labels import Labels
-from align.recipe.schema import Adapter, LossTerm, Model, Optim, Part, Rate
+from align.recipe.schema import LossTerm, Optim
 
 
 @dataclass(frozen=True)

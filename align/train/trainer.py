@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.data.packing import Microbatch, collate, global_counts, mark_nll, plan_ranks, text_positions
+from align.data.microbatches import Microbatch, plan_ranks
+from align.data.packing import collate, global_counts, mark_nll, text_positions
 from align.errors import NonFiniteError
 from align.losses import configure
 from align.losses.base import LossInputs, Metric
@@ -28,7 +29,7 @@ from align.model.places import positions_of
 from align.model.policy_module import PolicyModule
 from align.model.probe import probe
 from align.protocols import Counts, Publication, Tree
-from align.recipe.schema import Rate
+from align.recipe.adapter import Rate
 from align.train import policy
 from align.train.memory import keep_freed_memory
 from align.train.metrics import MetricSums, join_terms
@@ -178,7 +179,7 @@ class PolicyTrainer:
         return batch.to(self.device)
 
     def _microbatches(self, trees: Sequence[Tree]) -> list[tuple[TokenBatch, bool]]:
-        """This rank's share, packed, and whether each counts (see `align.data.packing.Microbatch`)."""
+        """This rank's share, packed, and whether each counts (see `align.data.microbatches.Microbatch`)."""
         return [(self._packed(part), part.counted) for part in self._planned(trees)]
 
     def _budget(self, trees: Sequence[Tree]) -> int:

@@ -200,7 +200,7 @@ def write_versions(folder: Path, hidden: int, layers: int, rank: int) -> dict[st
     from transformers import AutoModelForCausalLM
 
     from align.model.adapters import attach, digest, merged_state, save, tensors_digest
-    from align.recipe.schema import Adapter
+    from align.recipe.adapter import Adapter
     from tests.tiny_models import write_tiny_qwen3
 
     base = write_tiny_qwen3(folder / "base", layers=layers, hidden=hidden)

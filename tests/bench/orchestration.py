@@ -31,7 +31,7 @@ from align.protocols import (
     ScoreTable,
     Tree,
 )
-from align.recipe.schema import Objectives
+from align.recipe.objectives import Objectives
 from align.stages.groups import PromptCursor
 from align.stages.online import OnlinePlan, OnlineStage
 from align.stages.publication import PublicationFolder

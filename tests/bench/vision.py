@@ -2,10 +2,10 @@
 own engine.
 
 The model is a Qwen2.5-VL whose language part has the shape of the text benches (`work.BENCH`, with Qwen2.5's biases).
-Its tower is in proportion to it what Qwen2.5-VL-7B's is to its own language model: there an image token costs the tower
-2.6 GFLOP (four patches through 32 blocks, and the merger) and the language model 6.5 GFLOP multiply-adds alike, a
-ratio of 0.39; here 5.0M to 13.8M, 0.36, and the tower's width is a third of the language model's in both. All blocks
-but the last attend within windows of 112 pixels, as all but one in eight do there. LoRA is on the language model
+Its tower is in proportion to it what Qwen2.5-VL-7B's is to its own language model. There an image token costs the tower
+2.5G multiply-adds (four patches through 32 blocks, and the merger) and the language model 6.5G, a ratio of 0.39; here
+5.0M and 13.8M, 0.36, and in both the tower is a third as wide. All blocks but the last attend within windows of 112
+pixels, as all but one in eight do there. LoRA is on the language model
 (`LANGUAGE`) and the tower is frozen, or on both (`BOTH`).
 
 Images are processed before anything is timed: ours lie in the media store, from which every update reads them, and
@@ -121,7 +121,7 @@ def _write_tokenizer(shape: work.Shape, folder: Path, real: bool) -> Any:
     from transformers import AutoTokenizer
 
     from align.data.scratch import train_tokenizer
-    from align.recipe.schema import TokenizerFromScratch
+    from align.recipe.inputs import TokenizerFromScratch
     from tests.tiny_models import write_byte_tokenizer
 
     if real:
@@ -305,7 +305,7 @@ class Padded:
             batch, by_length = 1, False
 
             def _planned(self, trees: Sequence[Tree]) -> Any:
-                from align.data.packing import Microbatch
+                from align.data.microbatches import Microbatch
 
                 return [Microbatch(rows) for rows in padded_windows(trees, self.batch, by_length=self.by_length)]
 
@@ -315,7 +315,7 @@ class Padded:
         )
         module: Any = self.trainer.module
         module.use("unshared", "sdpa")
-        module._rows_with_media = lambda batch, block: _pixels_of_rows(module, batch, block)
+        module._inputs_of_rows = _pixels_of_rows
 
     def draw_adapter(self) -> None:
         work.draw_adapter(self.trainer.module)
@@ -327,20 +327,22 @@ class Padded:
         return found["loss/total"], found["optim/grad_norm"]
 
 
-def _pixels_of_rows(module: Any, batch: Any, block: Any) -> dict[str, Any]:
-    """The images of a block's rows as the model's own forward takes them: as often as they stand there."""
+def _pixels_of_rows(batch: Any, types: np.ndarray, placed: Sequence[Any]) -> Callable[[Any, Any], dict[str, Any]]:
+    """For a block of rows, its images as the model's own forward takes them: as often as they stand there."""
     import torch
 
     from align.mediastore import read_tensors
     from align.model.media import merged
 
-    if not batch.media:
-        return {}
-    types, _ = module._placed(batch)
-    within = [set(row[gap == 0].tolist()) for row, gap in zip(block.index, block.past, strict=True)]
-    media = [m for own in within for m, at in zip(batch.media, batch.media_at, strict=True) if at in own]
-    rows = torch.as_tensor(types)[block.index].masked_fill(block.past > 0, 0)
-    return {"mm_token_type_ids": rows, **merged([read_tensors(medium) for medium in media])}
+    def inputs(batch: Any, block: Any) -> dict[str, Any]:
+        if not placed:
+            return {}
+        within = [set(row[gap == 0].tolist()) for row, gap in zip(block.index, block.past, strict=True)]
+        media = [p.medium for own in within for p, at in zip(placed, batch.media_at, strict=True) if at in own]
+        rows = torch.as_tensor(types)[block.index].masked_fill(block.past > 0, 0)
+        return {"mm_token_type_ids": rows, **merged([read_tensors(medium) for medium in media])}
+
+    return inputs
 
 
 # ------------------------------------------------------------------------------------------------------- counts

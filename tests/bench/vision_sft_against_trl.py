@@ -8,7 +8,7 @@ one update over all of them. Sides:
     ours                 as a run's first epoch: the cache of features is emptied before every update
     ours, later epochs   with every picture in the cache (frozen tower)
     ours, no cache       the tower runs for every microbatch, once for a picture that several of its rows show
-    padded               our engine, `--padded-batch` rows at a time in the order of the data
+    padded               our engine, 8 rows at a time (transformers' default) in the order of the data
     padded, by length    our engine, rows of a length together, at its fastest batch size
     TRL                  rows of a length together, at its fastest batch size
 
@@ -180,7 +180,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--share", type=float, default=0.1, help="of the images, each with all its questions")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--select-rows", type=int, default=48, help="rows that settings are chosen on")
-    parser.add_argument("--batches", type=common.integers, default=[1, 4, 8, 16], help="TRL's, and of padded batches")
+    parser.add_argument("--batches", type=common.integers, default=[1, 8, 16, 32], help="TRL's, and of padded batches")
     parser.add_argument("--padded-batch", type=int, default=8, help="rows of a padded batch in the order of the data")
     parser.add_argument("--max-tokens", type=common.integers, default=[1024, 2048, 4096])
     parser.add_argument("--threads", type=int)

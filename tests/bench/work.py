@@ -70,7 +70,7 @@ class Layout:
 
 def packed_layout(trees: Sequence[Tree], max_tokens: int, *, keep_together: bool) -> Layout:
     """Of our microbatches: a trunk once for all its branches, the head on scored tokens only."""
-    from align.data.packing import plan_microbatches
+    from align.data.microbatches import plan_microbatches
 
     tokens = pairs = scored = 0
     for tree in (tree for group in plan_microbatches(trees, max_tokens, keep_together=keep_together) for tree in group):
@@ -162,7 +162,7 @@ def demo_pairs(folder: Path, rows: int, *, vocabulary: int, max_length: int = 10
     from align.data.prepare import prepare
     from align.data.scratch import train_tokenizer
     from align.data.tokenizer import load_tokenizer
-    from align.recipe.schema import DataSource, TokenizerFromScratch
+    from align.recipe.inputs import DataSource, TokenizerFromScratch
 
     path = str(shared_data() / "text" / "preference_paired" / "lf_dpo_en_demo.json")
     train_tokenizer(TokenizerFromScratch.model_validate({"train_on": path, "vocab_size": vocabulary}), folder)
@@ -226,7 +226,9 @@ def make_trainer(
     kind: type[PolicyTrainer] | None = None,
 ) -> PolicyTrainer:
     """LoRA on `targets`, AdamW at a constant rate, and the base as reference by switching the adapter off."""
-    from align.recipe.schema import Adapter, LossTerm, Model, Optim
+    from align.recipe.adapter import Adapter
+    from align.recipe.inputs import Model
+    from align.recipe.schema import LossTerm, Optim
     from align.train.spec import TrainerSpec
     from align.train.trainer import PolicyTrainer
 

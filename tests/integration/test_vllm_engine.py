@@ -20,7 +20,7 @@ from align.errors import AlignError, DataError, EngineError, RecipeError, SetupE
 from align.export.soup import soup
 from align.model.adapters import attach, digest, merged_state, save, use_adapter, weights_digest
 from align.protocols import Completion, FailedPrompt, Group, PromptItem, Publication, Sampling, Tree, group_seed
-from align.recipe.schema import Adapter
+from align.recipe.adapter import Adapter
 from align.stages.monitor import Monitor
 from rollout.base import EngineSpec, Request, check_engine_options, generate, make_engine
 from rollout.fleet import RayFleet

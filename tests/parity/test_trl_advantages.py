@@ -15,7 +15,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 
 from align.objectives import combine
-from align.recipe.schema import Objectives
+from align.recipe.objectives import Objectives
 from tests.parity.stand_in import stand_in
 
 WEIGHTS = {"a": 1.0, "b": 0.5, "c": 2.0}

@@ -21,7 +21,7 @@ from align.data.media.shown import Shown
 from align.data.media.sources import Allowed, Finder, Located
 from align.data.media.web import Web
 from align.data.records import MediaPart, RowError
-from align.recipe.schema import Media
+from align.recipe.inputs import Media
 
 _PROCESSOR_FILES = (
     "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer.json",

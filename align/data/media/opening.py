@@ -9,7 +9,8 @@ from typing import Any
 
 from align.data.media.library import Library
 from align.errors import RecipeError
-from align.recipe.schema import Media, Recipe
+from align.recipe.inputs import Media
+from align.recipe.schema import Recipe
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 

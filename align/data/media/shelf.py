@@ -65,6 +65,7 @@ class Shelf:
         if self._lease is None:
             leases = self.folder / _LEASES
             leases.mkdir(parents=True, exist_ok=True)
+            self._in_use()  # what killed runs left goes
             self._lease = _locked(leases)
         self._lease.write("".join(f"{key}\n" for key in new))
         self._lease.flush()

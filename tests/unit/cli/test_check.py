@@ -16,8 +16,8 @@ from align.cli.main import main
 from align.cli.memory import read_config, sizes_of
 from align.cli.plan import Machine, Plan
 from align.errors import PlacementError, UserError
+from align.recipe.adapter import Adapter
 from align.recipe.load import load_document
-from align.recipe.schema import Adapter
 from tests.unit.cli.workshop import Workshop, conversation
 
 MACHINE = Machine(cores=8, gpus=0, memory=16 << 30)

@@ -45,6 +45,12 @@ def test_the_report_says_what_becomes_of_images(tmp_path: Path) -> None:
     loaded, document = load_document(recipe(tmp_path, model, "media: {max_pixels: 3200, workers: 1}\n"), [])
     [stage] = validate(loaded, tmp_path, document=document).stages
     text = "\n".join(stage.lines)
-    assert "media: 3 images (1 different), sizes 84x56/84x56/84x56 -> 56x28/56x28/56x28, tokens each 2/2/2" in text
+    assert "media: 3 images (1 different), sizes 84x56/84x56/84x56 -> 56x56/56x56/56x56, tokens each 4/4/4" in text
     assert "there is no file b.png" in text and "1 row refused for their media" in text
     assert list((tmp_path / "runs" / ".cache" / "media").glob("*.png")), "the run finds them there"
+    assert "max_patches" not in text
+    loaded, document = load_document(
+        recipe(tmp_path, model, "media: {max_pixels: 3200, workers: 1}\n"), ["stages.sft.packing.max_patches=15"]
+    )
+    [stage] = validate(loaded, tmp_path, document=document).stages
+    assert "the largest example are 16 patches, more than `packing.max_patches` (15)" in "\n".join(stage.lines)

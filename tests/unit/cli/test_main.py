@@ -62,7 +62,7 @@ def test_overrides_may_stand_before_and_after_options(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    "words", [["check"], ["check", "x.yaml", "--nothing"], ["check", "x.yaml", "--data", "word"], ["fly"], []]
+    "words", [["run"], ["check", "x.yaml", "--nothing"], ["check", "x.yaml", "--data", "word"], ["fly"], []]
 )
 def test_wrong_words_are_answered_with_usage_and_status_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
@@ -93,7 +93,7 @@ def test_merge_writes_a_folder_that_is_proved_and_says_what_was_measured(
 
     from align.model.adapters import attach, save
     from align.model.load import load_model
-    from align.recipe.schema import Adapter
+    from align.recipe.adapter import Adapter
 
     base, adapter, out = tiny_model_folder(), tmp_path / "adapter", tmp_path / "merged"
     peft = attach(load_model(base, dtype=torch.float32), Adapter(rank=4), None, seed=1)

@@ -13,8 +13,8 @@ from align.cli.check import validate
 from align.cli.plan import lines
 from align.cli.trained import Measured
 from align.errors import ModelError, Unsupported, UserError
+from align.recipe.adapter import Adapter
 from align.recipe.load import load_document
-from align.recipe.schema import Adapter
 from tests.tiny_vlms import write_tiny_vlm
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import subprocess
 import sys
@@ -10,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from align.cli.main import main
-from align.protocols import Completion, Group, PromptItem, ScoreTable
+from align.protocols import Completion, Group, Medium, PromptItem, ScoreTable
 from align.stages.rollout_log import RolloutLog
 from rewards.find import builtin_names
 
@@ -48,6 +50,17 @@ def picky(samples):
     if any(s.completion.startswith("five") for s in samples):
         raise ValueError("five is not my number")
     return [Score(float(len(s.messages)), info={"said": s.completion}) for s in samples]
+
+@reward(retries=0)
+def red(samples):
+    from PIL import Image
+    found = []
+    for s in samples:
+        [medium], [turn] = s.media, s.messages
+        assert turn["content"][0] == medium and medium["type"] == "image", (turn, medium)
+        with Image.open(medium["path"]) as picture:
+            found.append(float(picture.convert("RGB").getpixel((0, 0))[0]))
+    return found
 
 def of_trl(prompts, completions, answer, **kwargs):
     return [float(c[0]["content"] == str(a)) for c, a in zip(completions, answer)]
@@ -180,9 +193,9 @@ def test_what_cannot_be_tried_is_refused_with_its_reason(
     assert status == 2 and message in said
 
 
-def rollouts(here: Path, origin: str) -> Path:
+def rollouts(here: Path, origin: str, media: tuple[Medium, ...] = ()) -> Path:
     message = {"role": "user", "content": "2+2?"}
-    prompt = PromptItem(70, np.arange(3), 0, (message,), {}, origin)
+    prompt = PromptItem(70, np.arange(3), 0, (message,), {}, origin, media)
 
     def said(text: str, finish: Any) -> Completion:
         ids = np.arange(4, dtype=np.int64)
@@ -210,6 +223,41 @@ def test_rollouts_whose_data_are_gone_are_tried_without_rows(here: Path, capsys:
         capsys, "try", "length", "--data", str(folder), "--completion", "completion", "--args", "target=4"
     )
     assert status == 0 and "/gone/rows.jsonl is not there" in said and "length 1" in said
+
+
+def seen(here: Path) -> Path:
+    """Rows with a picture each: a file, and a data URI."""
+    paths = []
+    for number, name in enumerate(("a.png", "b.png")):
+        paths.append(here / name)
+        Image.new("RGB", (8, 8), (40 + 60 * number, 0, 0)).save(paths[-1])
+    uri = "data:image/png;base64," + base64.b64encode(paths[1].read_bytes()).decode()
+    rows = [{"prompt": "<image>Red?", "image": image, "said": "yes"} for image in ("a.png", uri)]
+    (here / "seen.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return here / "seen.jsonl"
+
+
+def test_rewards_are_shown_the_pictures_of_rows(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = seen(here)
+    words = ("try", "mine.py:red", "--data", rows.name, "--completion", "said")
+    status, said = attempt(capsys, *words)
+    assert status == 0 and "seen.jsonl:1: red 40" in said and "seen.jsonl:2: red 100" in said, said
+    (here / "a.png").unlink()
+    status, said = attempt(capsys, *words)
+    assert status == 2 and "there is no file a.png" in said and "seen.jsonl:1" in said
+
+
+@pytest.mark.parametrize(("there", "value"), [(True, 7), (False, 40)])
+def test_rewards_are_shown_what_the_policy_saw_of_a_runs_pictures_while_it_is_there(
+    here: Path, capsys: pytest.CaptureFixture[str], there: bool, value: int
+) -> None:
+    medium = Medium("image", "k", str(here / "store"), 0, 1, 4)
+    if there:
+        (here / "store").mkdir()
+        Image.new("RGB", (8, 8), (7, 0, 0)).save(here / "store" / "k.png")
+    folder = rollouts(here, f"{seen(here)}:1", (medium,))
+    status, said = attempt(capsys, "try", "mine.py:red", "--data", str(folder), "--completion", "completion")
+    assert status == 0 and f"sample 0): red {value}" in said, said
 
 
 def test_the_verb_brings_no_torch_ray_or_vllm(here: Path) -> None:

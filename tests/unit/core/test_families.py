@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.data.packing import Budget, collate, global_counts, split_to_budget, text_positions
+from align.data.microbatches import Budget, split_to_budget
+from align.data.packing import collate, global_counts, text_positions
 from align.losses import configure
 from align.losses.base import LossInputs
 from align.model.policy_module import PolicyModule, set_attention

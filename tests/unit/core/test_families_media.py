@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.data.packing import Budget, PositionFn, collate, split_to_budget, text_positions
+from align.data.microbatches import Budget, split_to_budget
+from align.data.packing import PositionFn, collate, text_positions
 from align.model import adapters
 from align.model.fused import fuse
 from align.model.load import load_model
@@ -20,7 +21,7 @@ from align.model.places import positions_of, type_ids
 from align.model.policy_module import PolicyModule, set_attention
 from align.model.probe import probe
 from align.protocols import Medium, Tree
-from align.recipe.schema import Adapter
+from align.recipe.adapter import Adapter
 from tests.tiny_vlms import FAMILIES
 from tests.unit.core.pictures import VIDEO_MARKS, Workshop, add_video, open_workshop
 from tests.unit.core.test_families import branch_by_branch, gradients

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from align.data.packing import collate, global_counts, mark_nll, plan_microbatches
+from align.data.microbatches import plan_microbatches
+from align.data.packing import collate, global_counts, mark_nll
 from align.errors import ModelError
 from align.losses import configure
 from align.losses.base import LossInputs

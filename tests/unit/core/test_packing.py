@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.data.packing import collate, global_counts, plan_microbatches, plan_ranks
+from align.data.microbatches import plan_microbatches, plan_ranks
+from align.data.packing import collate, global_counts
 from align.errors import DataError
 from align.protocols import Medium, Segment, Tree
 from tests.unit.core.trees import conversation, group, pair
@@ -46,7 +47,7 @@ def test_no_microbatch_has_more_patches_than_its_budget_unless_it_cannot_be_spli
     seed: int, n: int, limit: int, ranks: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    trees = [pictured(group(rng, i, 3), int(rng.integers(0, 12)), int(rng.integers(0, 3))) for i in range(n)]
+    trees = [pictured(group(rng, i, 3), int(rng.integers(0, 5)), int(rng.integers(0, 3))) for i in range(n)]
     plan = plan_ranks(trees, 60, keep_together=False, ranks=ranks, max_patches=limit)
     parts = [part.trees for share in plan for part in share if part.counted]
     found = sorted((tree.id, id(branch.token_ids)) for part in parts for tree in part for branch in tree.branches)
@@ -58,6 +59,17 @@ def test_no_microbatch_has_more_patches_than_its_budget_unless_it_cannot_be_spli
     for part in parts:
         single = len(part) == 1 and len(part[0].branches) == 1
         assert single or (sum(t.patches for t in part) <= limit and sum(t.tokens for t in part) <= 60)
+
+
+def test_a_group_whose_picture_exceeds_the_patch_budget_is_not_split_for_it() -> None:
+    """Every part would compute the picture again."""
+    tree = pictured(group(np.random.default_rng(0), 0, 6), 50)
+    [[whole]] = plan_microbatches([tree], 1000, keep_together=False, max_patches=8)
+    assert whole is tree
+    [[alone], [other]] = plan_microbatches(
+        [tree, pictured(group(np.random.default_rng(1), 1, 2), 4)], 1000, keep_together=False, max_patches=8
+    )
+    assert alone is tree and other.id == 1
 
 
 def test_a_row_says_where_its_media_stand() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from align.data.prepare import Prepared, prepare
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
 from align.protocols import Segment
-from align.recipe.schema import DataSource
+from align.recipe.inputs import DataSource
 
 UNMARKED_CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"

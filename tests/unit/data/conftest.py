@@ -7,7 +7,7 @@ import pytest
 
 from align.data.scratch import train_tokenizer
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
-from align.recipe.schema import TokenizerFromScratch
+from align.recipe.inputs import TokenizerFromScratch
 from tests.unit.data.build import write_jsonl
 
 LINES = [

@@ -18,7 +18,7 @@ from align.data.media.pool import Pool
 from align.data.media.worker import answer
 from align.data.prepare import Prepared, prepare
 from align.data.tokenizer import load_tokenizer
-from align.recipe.schema import DataSource, Media
+from align.recipe.inputs import DataSource, Media
 
 MakeVlm = Callable[[str], Path]
 

@@ -17,7 +17,7 @@ from align.data.tokenizer import load_tokenizer
 from align.errors import DataError, ModelError
 from align.mediastore import read_frames, tensors_path, view_path
 from align.protocols import Segment
-from align.recipe.schema import DataSource
+from align.recipe.inputs import DataSource
 from tests.tiny_vlms import TEMPLATE
 from tests.unit.data.media_world import MakeVlm, World, chat, data_uri, encoded, picture, png, shown, write_rows
 

@@ -15,7 +15,7 @@ from align.data.media.library import Library
 from align.data.media.shelf import Shelf
 from align.data.records import MediaPart, RowError
 from align.mediastore import tensors_path
-from align.recipe.schema import Media
+from align.recipe.inputs import Media
 from tests.unit.data.media_world import MakeVlm, data_uri, picture, png
 
 NOW = 2_000_000_000.0
@@ -52,6 +52,17 @@ def test_what_a_live_run_holds_stays_and_what_a_dead_one_held_does_not(tmp_path:
     mine.prune(0, NOW)
     assert kept(tmp_path) == {"d"}
     mine.close()
+
+
+def test_the_lease_of_a_killed_run_goes_with_the_next_one(tmp_path: Path) -> None:
+    (tmp_path / "leases").mkdir()
+    (tmp_path / "leases" / "1-dead").write_text("a\n")
+    shelf = Shelf(tmp_path)
+    shelf.hold(["b"])
+    [lease] = (tmp_path / "leases").iterdir()
+    assert lease.read_text() == "b\n"
+    shelf.close()
+    assert not list((tmp_path / "leases").iterdir())
 
 
 def test_files_that_a_killed_process_left_unfinished_go_after_a_day(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from align.data.scratch import train_tokenizer
 from align.data.tokenizer import load_tokenizer
 from align.errors import DataError
-from align.recipe.schema import TokenizerFromScratch
+from align.recipe.inputs import TokenizerFromScratch
 from tests.unit.data.build import turns, write_jsonl
 
 ROWS = [{"messages": turns(f"What is {a}+{b}?", f"{a}+{b} = {a + b}.")} for a in range(10, 40) for b in range(10, 40)]
@@ -42,7 +42,7 @@ def test_the_same_data_give_the_same_files_in_another_process(tmp_path: Path) ->
     data = write_jsonl(tmp_path / "data.jsonl", ROWS)
     code = (
         "from align.data.scratch import train_tokenizer as t\n"
-        "from align.recipe.schema import TokenizerFromScratch as S\n"
+        "from align.recipe.inputs import TokenizerFromScratch as S\n"
         f"t(S(train_on={str(data)!r}, vocab_size=400), {str(tmp_path / 'one')!r})\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

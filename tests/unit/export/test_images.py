@@ -15,7 +15,7 @@ from align.export.images import PROCESSORS, has_processor, image_samples, pictur
 from align.export.merge import merge
 from align.model import adapters
 from align.model.load import load_model
-from align.recipe.schema import Adapter
+from align.recipe.adapter import Adapter
 from tests.tiny_vlms import FAMILIES, write_tiny_vlm
 from tests.unit.model.images import image_inputs, image_logits
 from tests.unit.model.tiny import train_a_little, write_tiny

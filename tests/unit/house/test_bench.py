@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from align.data.packing import collate, plan_microbatches
+from align.data.microbatches import plan_microbatches
+from align.data.packing import collate
 from tests.bench import (
     common,
     dpo_against_trl,

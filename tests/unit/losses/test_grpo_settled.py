@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from align.data.packing import collate, global_counts, plan_microbatches
+from align.data.microbatches import plan_microbatches
+from align.data.packing import collate, global_counts
 from align.errors import RecipeError
 from align.losses import configure
 from align.losses.base import LossInputs
 from align.losses.policy_terms import entropy_threshold, kl_terms
 from align.objectives import combine
 from align.protocols import Completion, Group, ScoreTable
-from align.recipe.schema import Objectives, OnlineStage, Rollout
+from align.recipe.objectives import Objectives
+from align.recipe.schema import OnlineStage, Rollout
 from align.stages.groups import group_ids, penalise_truncated, to_trees, untrained
 from align.train.trainer import PolicyTrainer
 from align.types import HeadOutputs

@@ -38,7 +38,8 @@ from align.losses.policy_terms import kl_terms
 from align.model.policy_module import PolicyModule
 from align.objectives import combine
 from align.protocols import Completion, Group, PromptItem, ScoreTable, Segment, Tree
-from align.recipe.schema import Adapter, Objectives
+from align.recipe.adapter import Adapter
+from align.recipe.objectives import Objectives
 from align.stages.groups import PromptCursor, penalise_truncated, to_trees, untrained
 from align.train.prepass import run_prepass
 from align.train.trainer import PolicyTrainer

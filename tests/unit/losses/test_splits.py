@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.data.packing import collate, global_counts, mark_nll, plan_microbatches
+from align.data.microbatches import plan_microbatches
+from align.data.packing import collate, global_counts, mark_nll
 from align.losses import configure, load, names
 from align.losses.base import LossInputs
 from align.protocols import Counts, Tree

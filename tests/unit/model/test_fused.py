@@ -153,7 +153,7 @@ def test_a_module_that_computes_something_else_keeps_its_own_forward(kind: type[
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 def test_a_whole_model_computes_the_same_fused(family: str) -> None:
     from align.model import adapters
-    from align.recipe.schema import Adapter
+    from align.recipe.adapter import Adapter
 
     batch = collate([pair(torch_rng(), i) for i in range(3)])
     results = []

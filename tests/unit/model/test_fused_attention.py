@@ -19,7 +19,7 @@ from align.model import adapters, fused, fused_qkv, fused_rotary
 from align.model.fused import FusedLoraLinear, fuse
 from align.model.policy_module import PolicyModule
 from align.model.probe import probe
-from align.recipe.schema import Adapter
+from align.recipe.adapter import Adapter
 from tests.unit.core.families import FAMILIES, make_family, mrope_positions
 from tests.unit.core.test_forward import make_model
 from tests.unit.core.trees import pair

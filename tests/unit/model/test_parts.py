@@ -13,7 +13,7 @@ from align.errors import ModelError, Unsupported
 from align.model.load import load_model
 from align.model.lora_targets import fresh_config, targeted_modules
 from align.model.parts import parts_of, sizes
-from align.recipe.schema import Adapter
+from align.recipe.adapter import Adapter
 from tests.tiny_vlms import FAMILIES, write_tiny_vlm
 from tests.unit.model.tiny import write_tiny
 

@@ -17,7 +17,7 @@ from align.model.load import load_model
 from align.model.parts import sizes
 from align.model.scratch import write_base
 from align.recipe.families import FAMILIES, family_of
-from align.recipe.schema import Model
+from align.recipe.inputs import Model
 from tests.unit.model.images import image_logits
 
 TEXT = {

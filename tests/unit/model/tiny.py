@@ -9,7 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from align.model.scratch import write_base
-from align.recipe.schema import Adapter, Model
+from align.recipe.adapter import Adapter
+from align.recipe.inputs import Model
 
 QWEN3: dict[str, Any] = {
     "model_type": "qwen3",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from align.objectives.check import Known, problems
-from align.recipe.schema import Objectives
+from align.recipe.objectives import Objectives
 
 KNOWN = {
     "correct": Known("reward", (0.0, 1.0)),

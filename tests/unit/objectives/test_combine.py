@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from align.errors import RecipeError, RewardError
 from align.objectives import combine
-from align.recipe.schema import Objectives
+from align.recipe.objectives import Objectives
 
 NAN = math.nan
 

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from align.objectives import combine
-from align.recipe.schema import Objectives
+from align.recipe.objectives import Objectives
 
 NAN = math.nan
 NAMES = ["correct", "polite", "length"]

@@ -12,7 +12,7 @@ import pytest
 from align.objectives import combine
 from align.objectives.hypervolume import ARCHIVE, faces, gain, not_dominated
 from align.objectives.pareto import hypervolume as volume
-from align.recipe.schema import Objectives
+from align.recipe.objectives import Objectives
 
 NAN = math.nan
 NAMES = ["correct", "length", "polite"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from align.objectives import combine
-from align.recipe.schema import Objectives
+from align.recipe.objectives import Objectives
 
 COUNTS = np.array([8, 4, 3, 1])  # of each action in a group: exactly 16 times its probability
 PI = COUNTS / COUNTS.sum()

@@ -8,7 +8,8 @@ import pytest
 
 from align.errors import ModelError, RecipeError, Unsupported
 from align.hub import looks_like_hub_id, resolve_model_folder
-from align.recipe.schema import Adapter, ReferencePath, Rollout
+from align.recipe.adapter import Adapter
+from align.recipe.schema import ReferencePath, Rollout
 from align.recipe.support import TOWER_OPTION, check_adapter, publish_mode, reference_words, refuse_parts_of_text
 
 

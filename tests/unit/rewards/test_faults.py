@@ -221,7 +221,8 @@ def test_plugins_die_with_the_process_that_holds_the_pool(tmp_path: Path) -> Non
         "from rewards.pool import RewardPool; from rewards.plugin import PluginSpec; from rewards import Sample\n"
         f"RewardPool([PluginSpec('hang.py:hang')], {str(tmp_path)!r}, 0).score_sync([Sample('a')])"
     )
-    process = subprocess.Popen([sys.executable, "-c", driver], cwd=HERE.parents[2])
+    env = {**os.environ, "TMPDIR": str(tmp_path)}  # nobody is left to remove what is temporary
+    process = subprocess.Popen([sys.executable, "-c", driver], cwd=HERE.parents[2], env=env)
     deadline = time.monotonic() + 30
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         assert time.monotonic() < deadline, "the plugin never started"
@@ -232,6 +233,23 @@ def test_plugins_die_with_the_process_that_holds_the_pool(tmp_path: Path) -> Non
     while os.path.exists(f"/proc/{child}") and "State:\tZ" not in Path(f"/proc/{child}/status").read_text():
         assert time.monotonic() < deadline, "the plugin outlived its parent"
         time.sleep(0.05)
+
+
+def test_what_a_plugin_leaves_in_its_temporary_folder_goes_with_the_pool(tmp_path: Path) -> None:
+    source = (
+        "import tempfile\n"
+        "from rewards import Score, reward\n"
+        "@reward\n"
+        "def untidy(samples):\n"
+        "    folders = [tempfile.mkdtemp() for s in samples]\n"
+        "    return [Score(0.0, info={'folder': folder}) for folder in folders]\n"
+    )
+    (tmp_path / "untidy.py").write_text(source)
+    with RewardPool([PluginSpec("untidy.py:untidy")], tmp_path, seed=0) as running:
+        result = running.score_sync(samples(3))
+        folders = [Path(info["untidy"]["folder"]) for info in result.infos]
+        assert len(set(folders)) == 3 and all(folder.is_dir() for folder in folders)
+    assert not any(folder.exists() or folder.parent.exists() for folder in folders)
 
 
 def test_close_ends_every_process() -> None:

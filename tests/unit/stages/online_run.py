@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from align.protocols import ErrorBudget, FailedPrompt, Group, Metrics, PromptItem, Sampling, ScoreTable, Tree
-from align.recipe.schema import Objectives, Save
+from align.recipe.objectives import Objectives
+from align.recipe.schema import Save
 from align.stages.groups import PromptCursor
 from align.stages.loop import Loop, StageResult, latest_checkpoint
 from align.stages.monitor import Monitor

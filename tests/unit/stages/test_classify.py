@@ -18,8 +18,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from align.cli.main import main
 from align.errors import Interrupted, ModelError
 from align.model.score_head import MEANING
+from align.recipe.inputs import Model
 from align.recipe.load import load_recipe
-from align.recipe.schema import Model, Recipe
+from align.recipe.schema import Recipe
 from tests.unit.stages.test_pipeline import start
 from tests.unit.stages.test_reward_model import KINDS, MODEL, WORDS, LocalBackend, write_rows
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from align.errors import RecipeError, RunFolderError
-from align.recipe.schema import Adapter, Recipe
+from align.recipe.adapter import Adapter
+from align.recipe.schema import Recipe
 from align.stages.handover import Origin, adapter_of, check_adapters, start_of, weights_of
 
 LORA = {"kind": "lora", "rank": 4}

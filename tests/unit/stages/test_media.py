@@ -11,7 +11,7 @@ import pytest
 
 from align.actors.scoring import samples_of
 from align.protocols import Completion, Group, Medium, PromptItem, ScoreTable
-from align.recipe.schema import Media
+from align.recipe.inputs import Media
 from align.stages.backend import most_media, pixel_limits
 from align.stages.groups import PromptCursor, to_trees
 from align.stages.rollout_log import RolloutLog, read_rollouts

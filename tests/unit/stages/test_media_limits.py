@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from align.recipe.schema import Media
+from align.recipe.inputs import Media
 from align.stages.media_limits import carry_limits
 
 SIZE = {"shortest_edge": 100, "longest_edge": 5000}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from align.protocols import Group, ScoreTable
-from align.recipe.schema import Objectives
+from align.recipe.objectives import Objectives
 from align.stages.groups import carries_signal
 from tests.unit.stages.online_run import Run
 from tests.unit.stages.plain import PlainScorer, prompt

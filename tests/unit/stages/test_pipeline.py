@@ -13,8 +13,9 @@ import pytest
 
 from align.errors import AlignError, Interrupted, RunFolderError
 from align.protocols import Metrics, Publication
+from align.recipe.inputs import Model
 from align.recipe.load import dump_recipe
-from align.recipe.schema import Model, Recipe
+from align.recipe.schema import Recipe
 from align.stages.backend import FleetJob, Needs, ScorerJob, TrainerJob
 from align.stages.pipeline import run_pipeline
 from align.stages.processes import ProcessId

@@ -21,7 +21,9 @@ from align.errors import DataError, Interrupted
 from align.export.merge import merge
 from align.model import scratch
 from align.protocols import Tree
-from align.recipe.schema import Adapter, LossTerm, Model, Optim, Recipe
+from align.recipe.adapter import Adapter
+from align.recipe.inputs import Model
+from align.recipe.schema import LossTerm, Optim, Recipe
 from align.stages.backend import TrainerJob
 from align.train.spec import TrainerSpec
 from align.train.state import trainable

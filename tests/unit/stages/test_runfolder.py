@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 from align.errors import RunFolderError
 from align.recipe.schema import Recipe
 from align.stages import processes
-from align.stages.files import read_json, write_json
+from align.stages.files import read_json, sha256_file, write_json
 from align.stages.fingerprint import differences, fingerprint
+from align.stages.media_inputs import note_media
 from align.stages.processes import ProcessId
 from align.stages.runfolder import RunFolder, cut_metrics
 
@@ -194,6 +196,40 @@ def test_changed_data_is_noticed(tmp_path: Path) -> None:
     run = finished(r, "sft")
     (tmp_path / "rows.jsonl").write_text('{"messages": [1]}\n')
     with pytest.raises(RunFolderError, match=r"data\..*rows\.jsonl"):
+        compare(run, r)
+
+
+def test_an_edited_picture_is_noticed_and_one_that_was_only_touched_is_not(tmp_path: Path) -> None:
+    r, pictures = recipe(tmp_path), [tmp_path / "pictures" / f"{n}.png" for n in range(5)]
+    pictures[0].parent.mkdir()
+    for picture in pictures:
+        picture.write_bytes(b"as it was")
+    run = finished(r, "sft", "dpo")
+    files = {str(picture): sha256_file(picture) for picture in pictures}
+    note_media(run.stage_folder("dpo"), "data", files)
+    note_media(run.stage_folder("dpo"), "eval", {})
+    assert [path.name for path in run.stage_folder("dpo").iterdir()] == ["data.media.json"]
+    os.utime(pictures[0], (1, 1))
+    compare(run, r)
+    for picture in pictures[:4]:
+        picture.write_bytes(b"is edited")
+    pictures[4].unlink()
+    with pytest.raises(RunFolderError, match="--from-stage dpo") as caught:
+        compare(run, r)
+    said = str(caught.value)
+    assert "stage 'dpo'" in said and "0.png has another content" in said and "and 2 more media files" in said
+    note_media(run.stage_folder("dpo"), "data", {})
+    compare(run, r)
+
+
+def test_a_picture_that_is_gone_is_noticed(tmp_path: Path) -> None:
+    r, picture = recipe(tmp_path), tmp_path / "pictures" / "a.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"as it was")
+    run = finished(r, "sft")
+    note_media(run.stage_folder("sft"), "data", {str(picture): sha256_file(picture)})
+    picture.unlink()
+    with pytest.raises(RunFolderError, match=r"'sft' .*a\.png is gone"):
         compare(run, r)
 
 

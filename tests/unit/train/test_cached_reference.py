@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from align.protocols import Tree
-from align.recipe.schema import Adapter, LossTerm, Model, Optim
+from align.recipe.adapter import Adapter
+from align.recipe.inputs import Model
+from align.recipe.schema import LossTerm, Optim
 from align.train import numerics
 from align.train.spec import TrainerSpec
 from align.train.state import trainable

@@ -11,7 +11,7 @@ import torch
 from align.model.load import load_model
 from align.model.policy_module import PolicyModule
 from align.model.probe import probe
-from align.recipe.schema import Adapter
+from align.recipe.adapter import Adapter
 from align.train.trainer import PolicyTrainer
 from tests.unit.core.families import make_family
 from tests.unit.train.test_trainer import FULL, LORA, make_spec, trees_for, weights

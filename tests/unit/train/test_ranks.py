@@ -22,11 +22,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing.spawn import start_processes
 
-from align.data.packing import assign, plan_microbatches, plan_ranks
+from align.data.microbatches import assign, plan_microbatches, plan_ranks
 from align.errors import NonFiniteError, RanksError
 from align.losses.base import Metric
 from align.protocols import Segment, Tree
-from align.recipe.schema import Adapter, LossTerm, Model, Optim
+from align.recipe.adapter import Adapter
+from align.recipe.inputs import Model
+from align.recipe.schema import LossTerm, Optim
 from align.stages.updates import carrying
 from align.train.metrics import MetricSums
 from align.train.ranks import Ranks

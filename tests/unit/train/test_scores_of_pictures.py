@@ -15,8 +15,10 @@ from align.model.policy_module import PolicyModule
 from align.model.probe import probe
 from align.model.score_head import load_score_model
 from align.protocols import Tree
+from align.recipe.adapter import Adapter
+from align.recipe.inputs import Model
 from align.recipe.labels import Labels
-from align.recipe.schema import Adapter, LossTerm, Model, Optim
+from align.recipe.schema import LossTerm, Optim
 from align.train.spec import TrainerSpec
 from align.train.trainer import PolicyTrainer
 from tests.tiny_vlms import FAMILIES

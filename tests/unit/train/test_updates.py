@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from align.protocols import Metrics, Tree
-from align.recipe.schema import Adapter, Model
+from align.recipe.adapter import Adapter
+from align.recipe.inputs import Model
 from align.stages.updates import UpdatePlan, Updates, carrying
 from align.train.trainer import PolicyTrainer
 from tests.unit.core.test_forward import make_model

@@ -1,0 +1,121 @@
+"""A reward model that sees, in a plugin's process: the trainer's packed forward over prompts with pictures.
+
+It reads each picture as the policy saw it, and resizes it by its own processor. What that makes of it lies in the
+plugin's temporary folder, which goes with it.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align.data.media.library import Library
+from align.data.records import MediaPart, Message, RowError, Unpaired
+from align.data.render import draft, encode
+from align.data.tokenizer import load_tokenizer
+from align.errors import ModelError
+from align.protocols import Segment, Tree
+from align.recipe.schema import Adapter, LossTerm, Media, Model, Optim, Packing
+from align.train.spec import TrainerSpec
+from align.train.trainer import PolicyTrainer
+from rewards.api import Sample
+
+
+class Seeing:
+    """A vision-language model with a score head. column: which of its outputs is the score; dtype: of the weights, or
+    "auto": as saved. Raises ModelError where it has no chat template or no processor."""
+
+    def __init__(self, folder: Path, column: int, dtype: str, device: str):
+        from align.model.score_head import folder_labels
+
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.column, self._labels = column, folder_labels(folder)
+        self.positions = int(config.get("text_config", config).get("max_position_embeddings") or 1 << 30)
+        self._chat = load_tokenizer(folder)
+        if self._chat.template is None:
+            raise ModelError(
+                "a reward model that sees has no chat template, which says where pictures stand",
+                where=folder,
+                remedy="copy chat_template.jinja of the model that it was made from beside its weights",
+            )
+        saved = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+        self._trainer = PolicyTrainer(
+            TrainerSpec(
+                model=Model(path=str(folder), dtype=saved if dtype == "auto" else dtype),  # type: ignore[arg-type]
+                base=str(folder),
+                adapter_config=Adapter(),
+                losses=(LossTerm(name="classify"),),
+                optim=Optim(),
+                total_updates=1,
+                max_tokens=Packing().budget(device != "cpu"),
+                max_patches=Packing().patches(device != "cpu"),
+                device=device,
+                trainable=False,
+                labels=self._labels,
+            )
+        )
+        # the engine names the files, not a row: they may lie anywhere
+        settings = Media(folders=("/",), workers=1)
+        self._library = Library(settings, folder, Path(tempfile.mkdtemp(prefix="media-")))
+
+    def read(self, samples: Sequence[Sample]) -> list[Segment]:
+        """Prompts and completions as trunks with their media. Raises RowError where one cannot be read."""
+        records = [_record(sample) for sample in samples]
+        shown = self._library.show([(_parts(record), None) for record in records])
+        drafts = []
+        for record, own in zip(records, shown, strict=True):
+            if isinstance(own, RowError):
+                raise own
+            drafts.append(draft(record, self._chat, own, self._library))
+        return [_segment(encoded) for encoded in encode(drafts, self._chat)]
+
+    def scores(self, read: Sequence[Segment]) -> list[float]:
+        """One number per sequence: its output, or of several labels the probability of the one that is asked for."""
+        rows = self._trainer.scores([Tree(number, segment) for number, segment in enumerate(read)])
+        said = np.stack([sequences[0] for sequences in rows]).astype(np.float64)
+        if said.shape[1] == 1:
+            return [float(value) for value in said[:, 0]]
+        if self._labels is not None and self._labels.problem == "multi_label":
+            chances = np.exp(-np.logaddexp(0.0, -said))
+        else:
+            raised = np.exp(said - said.max(1, keepdims=True))
+            chances = raised / raised.sum(1, keepdims=True)
+        return [float(value) for value in chances[:, self.column]]
+
+
+def _record(sample: Sample) -> Unpaired:
+    turns = [dict(message) for message in sample.messages]
+    if len(turns) == 1 and turns[0]["role"] == "text":
+        return Unpaired(turns[0]["content"], sample.completion, True)
+    prompt = tuple(Message(turn.pop("role"), _content(turn.pop("content")), turn) for turn in turns)
+    return Unpaired(prompt, (Message("assistant", sample.completion),), True)
+
+
+def _content(content: Any) -> Any:
+    if not isinstance(content, list):
+        return str(content or "")
+    return tuple(part["text"] if part["type"] == "text" else _medium(part) for part in content)
+
+
+def _medium(part: dict[str, str]) -> MediaPart:
+    if part["type"] != "image" or "path" not in part:
+        raise RowError(f"a reward model that sees reads images from files; the prompt has {dict(part)}")
+    return MediaPart("image", part["path"])
+
+
+def _parts(record: Unpaired) -> list[MediaPart]:
+    turns = () if isinstance(record.prompt, str) else record.prompt
+    return [part for turn in turns for part in turn.media]
+
+
+def _segment(encoded: Any) -> Segment:
+    if isinstance(encoded, Exception):
+        raise encoded
+    completion = encoded.branches[0]
+    ids = np.concatenate([encoded.trunk.ids, completion.ids])
+    return Segment(ids, np.zeros(len(ids), dtype=bool), media=encoded.trunk.media)

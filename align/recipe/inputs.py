@@ -1,0 +1,100 @@
+"""The recipe's inputs: where the policy starts, where rows come from, what becomes of media."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from align.recipe.strict import PositiveInt, Strict
+
+
+class TokenizerFromScratch(Strict):
+    """A byte-level BPE trained on the text of `train_on`, with our ChatML template."""
+
+    train_on: DataField
+    vocab_size: Annotated[int, Field(ge=300)] = 512
+    split_digits: bool = True
+
+
+class Model(Strict):
+    """Where the policy starts. Either `path` (hub id or local folder) or `config` + `tokenizer` (from scratch)."""
+
+    path: str | None = None
+    revision: str | None = None
+    adapter: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention: Literal["auto", "sdpa", "varlen", "flex"] = "auto"
+    chat_template: str | None = None
+    template_args: dict[str, Any] = Field(default_factory=dict)
+    trust_remote_code: bool = False
+    gradient_checkpointing: bool = False
+    config: dict[str, Any] | None = None
+    tokenizer: TokenizerFromScratch | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Model:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give either `path` (a hub id or a folder) or `config` with `tokenizer` (from scratch)")
+        if (self.config is None) != (self.tokenizer is None):
+            raise ValueError("`config` and `tokenizer` go together: both are needed to start from scratch")
+        if self.config is not None and self.adapter is not None:
+            raise ValueError("`adapter` needs `path`: a model from scratch has no adapter yet")
+        return self
+
+
+class DataSource(Strict):
+    """One source of rows. `path`: file, folder, hub id, or `file.py:function` (a generator of rows, called with
+    `options` in a child process). `columns` maps our field to theirs."""
+
+    path: str
+    columns: dict[str, str] = Field(default_factory=dict)
+    format: str | None = None
+    split: str | None = None
+    limit: PositiveInt | None = None
+    weight: Annotated[float, Field(gt=0)] | None = None
+    max_length: PositiveInt | None = None
+    truncate: Literal["error", "right", "left"] = "error"
+    on_bad_row: Literal["error", "skip"] = "error"
+    overlong_prompts: Literal["error", "filter"] = "error"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+def _sources(value: Any) -> Any:
+    items = value if isinstance(value, list) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+DataField = Annotated[tuple[DataSource, ...], BeforeValidator(_sources), Field(min_length=1)]
+
+
+class Media(Strict):
+    """Images, videos and sounds of the data: where they may come from, and what becomes of them.
+
+    max_pixels, min_pixels: an image, and each frame of a video, is resized to at most and at least so many pixels, its
+        aspect kept; None: what the model's processor allows.
+    video_frames: how many frames are taken evenly from a video file; a list of frames longer than that is thinned.
+    folders: where files may lie beside the data file's own folder, such as one images folder for several sets.
+    hosts: names that http(s) addresses may have; none are fetched otherwise. Private addresses never are.
+    max_source_pixels, max_bytes: of an image before it is resized, and of a file, an address or a data URI. timeout_s:
+        for one download, and for the processing of one medium.
+    workers: processes that decode; None: half the cores, at most 8. cache_gb: of processed media on disk, beyond which
+        those used longest ago are removed.
+    """
+
+    max_pixels: PositiveInt | None = None
+    min_pixels: PositiveInt | None = None
+    video_frames: PositiveInt = 8
+    folders: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    max_source_pixels: PositiveInt = 100_000_000
+    max_bytes: PositiveInt = 256 * 1024 * 1024
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    workers: PositiveInt | None = None
+    cache_gb: Annotated[float, Field(gt=0)] = 20.0
+
+    @model_validator(mode="after")
+    def _a_range(self) -> Media:
+        if self.max_pixels is not None and self.min_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ValueError(f"no picture has at least {self.min_pixels} and at most {self.max_pixels} pixels")
+        return self
