@@ -1,6 +1,6 @@
 """easy_vqa: what a small model from scratch learns of 128 pictures, examined on 32 that it has not seen.
 
-128 pictures are few to learn seeing from, so each is shown in the eight ways to flip and turn it, and asked the set's
+128 pictures are few to learn seeing from, so each is shown flipped, turned and moved, and asked the set's
 other questions too, where the answer follows from the answers it has: a red circle is no teal shape. Nothing is made of
 the 32 pictures and their questions, which the set's own answers judge.
 """
@@ -11,6 +11,8 @@ import random
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
+
+from PIL import Image, ImageChops
 
 from tests.prove.prove_real_data import align_run, lines_of
 from tests.prove.real_images import (
@@ -37,7 +39,8 @@ from tests.prove.real_images import (
 
 AIM = 0.9
 HELD_OUT = 32
-PATCH = 14
+PATCH = 8
+VIEWS = 24
 MAX_PIXELS = 64 * 64  # as they are
 SHAPES = ("circle", "rectangle", "triangle")
 ATTRIBUTES = {*SHAPES, "black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
@@ -81,7 +84,7 @@ def easy_recipe(folder: Path, named: Path, train: Path, held_out: Path) -> Path:
     texts = {"path": str(train), "columns": QUESTIONS, "limit": 2000}
     model = {
         "dtype": "float32",
-        "config": config(PATCH, window=56),
+        "config": config(PATCH, window=32),
         "tokenizer": {"train_on": texts, "vocab_size": 384},
     }
     media = {"folders": [str(SETS / "easy_vqa")], "max_pixels": MAX_PIXELS}
@@ -97,11 +100,18 @@ def divided(folder: Path) -> tuple[Path, Path, Path]:
     held_out = set(names[:HELD_OUT])
     train = [row for row in rows if row["image"] not in held_out]
     draw = random.Random(SEED)
-    shown = [{**row, "image": name} for row in train for name in turns(folder, row["image"])]
-    shown += [{**row, "image": draw.choice(turns(folder, row["image"]))} for row in asked_anew(train)]
+    named = [
+        {**row, "image": name}
+        for row in train
+        if question_type(row) != "yes or no"
+        for name in views(folder, row["image"])
+    ]
+    asked = asked_anew(train) + train * 8
     return (
-        write_rows(folder / "easy-named.jsonl", [row for row in shown if question_type(row) != "yes or no"]),
-        write_rows(folder / "easy-train.jsonl", shown),
+        write_rows(folder / "easy-named.jsonl", named),
+        write_rows(
+            folder / "easy-train.jsonl", [{**row, "image": draw.choice(views(folder, row["image"]))} for row in asked]
+        ),
         write_rows(folder / "easy-held-out.jsonl", [row for row in rows if row["image"] in held_out]),
     )
 
@@ -146,20 +156,34 @@ def answer(question: str, attributes: set[str]) -> str | None:
     return "yes" if (named <= attributes) != negated(question) else "no"
 
 
-def turns(folder: Path, name: str) -> list[str]:
-    """The picture as it is and in the seven other ways to flip and turn a square, written below `folder`."""
-    from PIL import Image
-
-    turn = Image.Transpose
-    names = [f"{Path(name).stem}-{number}.png" for number in range(8)]
+def views(folder: Path, name: str) -> list[str]:
+    """VIEWS pictures of what a picture shows, written below `folder`: flipped or turned, and elsewhere in it where it
+    is whole. No answer of the set minds."""
+    names = [f"{Path(name).stem}-{number}.png" for number in range(VIEWS)]
     if not (folder / names[-1]).exists():
+        draw = random.Random(name)
         with Image.open(SETS / "easy_vqa" / name) as image:
-            views = [image.copy(), image.transpose(turn.FLIP_LEFT_RIGHT)]
-        views += [view.transpose(turn.FLIP_TOP_BOTTOM) for view in views]
-        views += [view.transpose(turn.TRANSPOSE) for view in views]
-        for view, file in zip(views, names, strict=True):
-            view.save(folder / file)
+            turned = [image.convert("RGB")]
+        turned += [view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for view in turned]
+        turned += [view.transpose(Image.Transpose.FLIP_TOP_BOTTOM) for view in turned]
+        turned += [view.transpose(Image.Transpose.TRANSPOSE) for view in turned]
+        for number, file in enumerate(names):
+            view = turned[number % len(turned)]
+            (view if number < len(turned) else moved(view, draw)).save(folder / file)
     return names
+
+
+def moved(image: Image.Image, draw: random.Random) -> Image.Image:
+    """What stands on the even ground of a picture, elsewhere on it; the picture itself where it is cut off."""
+    colours = image.getcolors(maxcolors=image.width * image.height) or []
+    ground = Image.new("RGB", image.size, max(colours)[1])
+    box = ImageChops.difference(image, ground).getbbox()
+    if box is None or min(box) == 0 or box[2] == image.width or box[3] == image.height:
+        return image
+    thing = image.crop(box)
+    place = draw.randint(0, image.width - thing.width), draw.randint(0, image.height - thing.height)
+    ground.paste(thing, place)
+    return ground
 
 
 def question_type(row: Row) -> str:
