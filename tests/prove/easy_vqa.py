@@ -1,8 +1,8 @@
 """easy_vqa: what a small model from scratch learns of 128 pictures, examined on 32 that it has not seen.
 
-128 pictures are few to learn seeing from, so each is shown flipped, turned and moved, and asked the set's
-other questions too, where the answer follows from the answers it has: a red circle is no teal shape. Nothing is made of
-the 32 pictures and their questions, which the set's own answers judge.
+128 pictures are few to learn seeing from, so each is shown mirrored and moved too, and asked the set's other
+questions, where the answer follows from the answers it has: a red circle is no teal shape. Nothing is made of the
+32 pictures and their questions, which the set's own answers judge.
 """
 
 from __future__ import annotations
@@ -157,26 +157,24 @@ def answer(question: str, attributes: set[str]) -> str | None:
 
 
 def views(folder: Path, name: str) -> list[str]:
-    """VIEWS pictures of what a picture shows, written below `folder`: flipped or turned, and elsewhere in it where it
-    is whole. No answer of the set minds."""
+    """VIEWS pictures of what a picture shows, written below `folder`: mirrored, and elsewhere in it where it is whole.
+    No answer of the set minds."""
     names = [f"{Path(name).stem}-{number}.png" for number in range(VIEWS)]
     if not (folder / names[-1]).exists():
         draw = random.Random(name)
         with Image.open(SETS / "easy_vqa" / name) as image:
-            turned = [image.convert("RGB")]
-        turned += [view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for view in turned]
-        turned += [view.transpose(Image.Transpose.FLIP_TOP_BOTTOM) for view in turned]
-        turned += [view.transpose(Image.Transpose.TRANSPOSE) for view in turned]
+            sides = image.convert("RGB"), image.convert("RGB").transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         for number, file in enumerate(names):
-            view = turned[number % len(turned)]
-            (view if number < len(turned) else moved(view, draw)).save(folder / file)
+            view = sides[number % 2]
+            (view if number < 2 else moved(view, draw)).save(folder / file)
     return names
 
 
 def moved(image: Image.Image, draw: random.Random) -> Image.Image:
     """What stands on the even ground of a picture, elsewhere on it; the picture itself where it is cut off."""
-    colours = image.getcolors(maxcolors=image.width * image.height) or []
-    ground = Image.new("RGB", image.size, max(colours)[1])
+    pixels = Counter(image.tobytes()[at : at + 3] for at in range(0, 3 * image.width * image.height, 3))
+    [(colour, _)] = pixels.most_common(1)
+    ground = Image.frombytes("RGB", image.size, colour * (image.width * image.height))
     box = ImageChops.difference(image, ground).getbbox()
     if box is None or min(box) == 0 or box[2] == image.width or box[3] == image.height:
         return image
