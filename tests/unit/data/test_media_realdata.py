@@ -26,6 +26,7 @@ def world(vlm: MakeVlm, tmp_path: Path) -> World:
         ("easy_vqa/preference_pairs.jsonl", "pair", {}, 40, 40, 5),
         ("nlvr/vqa.jsonl", "conversation", {"prompt": "sentence", "completion": "label"}, 30, 30, 30),
         ("nlvr/two_image_vqa.jsonl", "prompt", {"prompt": "question"}, 20, 40, 40),
+        ("nlvr/preference_pairs.jsonl", "pair", {}, 30, 30, 30),
         ("receipts/vqa.jsonl", "conversation", {"prompt": "question", "completion": "answer"}, 9, 9, 3),
         ("caption_contest/preference_pairs.jsonl", "pair", {}, 30, 30, 3),
         ("mllm_demo/mllm_demo.json", "conversation", {}, 6, 8, 3),
@@ -52,3 +53,13 @@ def test_videos_are_decoded_and_sounds_are_refused_with_the_reason(world: World,
     for name in ("mllm_audio_demo.json", "mllm_video_audio_demo.json"):
         with pytest.raises(Exception, match="the model takes images and videos, and the row has an audio"):
             world.prepare(folder / name, template=VIDEO_TEMPLATE)
+
+
+def test_a_folder_of_sets_keeps_what_the_model_reads_and_names_the_rest(world: World, shared_data: Path) -> None:
+    made = world.prepare(shared_data / "multimodal" / "mllm_demo", template=VIDEO_TEMPLATE, on_bad_row="skip")
+    report = made.report.sources[0]
+    assert (report.read, report.kept) == (15, 9)
+    assert report.media["counts"] == {"image": 8, "video": 3} and report.media["distinct"] == 6
+    origins = {Path(row.origin.rsplit(":", 1)[0]).name for row in report.refused}
+    assert origins == {"mllm_audio_demo.json", "mllm_video_audio_demo.json"}
+    assert all("the row has an audio" in row.reason for row in report.refused)
