@@ -225,7 +225,8 @@ def make_trainer(
     targets: str = "all-linear",
     kind: type[PolicyTrainer] | None = None,
 ) -> PolicyTrainer:
-    """LoRA on `targets`, AdamW at a constant rate, and the base as reference by switching the adapter off."""
+    """LoRA on `targets` (of the tower too where they name it), AdamW at a constant rate, and the base as reference by
+    switching the adapter off."""
     from align.recipe.adapter import Adapter
     from align.recipe.inputs import Model
     from align.recipe.schema import LossTerm, Optim
@@ -233,11 +234,14 @@ def make_trainer(
     from align.train.trainer import PolicyTrainer
 
     model = Model.model_validate({"path": str(folder), "dtype": dtype, "gradient_checkpointing": checkpointing})
+    adapter: dict[str, Any] = {"rank": RANK, "alpha": ALPHA, "targets": targets}
+    if "visual" in targets:
+        adapter["tune"] = {"vision": "lora"}
     return (kind or PolicyTrainer)(
         TrainerSpec(
             model=model,
             base=str(folder),
-            adapter_config=Adapter(rank=RANK, alpha=ALPHA, dropout=0.0, targets=targets),
+            adapter_config=Adapter.model_validate(adapter),
             losses=(LossTerm(**loss),),
             optim=Optim(lr=LR, schedule="constant", warmup=0.0),
             total_updates=1000,

@@ -217,7 +217,7 @@ def test_loading_and_preparing_import_no_heavy_package(folder: Path, tmp_path: P
         "import sys\n"
         "from align.data.prepare import prepare\n"
         "from align.data.tokenizer import load_tokenizer\n"
-        "from align.recipe.schema import DataSource\n"
+        "from align.recipe.inputs import DataSource\n"
         f"t = load_tokenizer({str(folder)!r})\n"
         f"prepare((DataSource(path={str(data)!r}),), 'conversation', t, seed=0)\n"
         "heavy = {'torch', 'transformers', 'datasets', 'ray', 'vllm', 'pandas'} & set(sys.modules)\n"

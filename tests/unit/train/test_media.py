@@ -25,8 +25,10 @@ from align.train.trainer import PolicyTrainer
 from tests.unit.core.pictures import Workshop, open_workshop
 
 LANGUAGE = Adapter(rank=4, alpha=8, targets=r".*(language_model|text_model).*_proj")
-EVERYWHERE = Adapter(rank=4, alpha=8, targets=r".*(language_model.*_proj|visual.*(qkv|fc1|fc2))")
-FULL = Adapter(kind="full")
+EVERYWHERE = Adapter(
+    rank=4, alpha=8, targets=r".*(language_model.*_proj|visual.*(qkv|fc1|fc2))", tune={"vision": "lora"}
+)
+FULL = Adapter(kind="full", tune={"vision": "full", "projector": "full"})
 
 
 @pytest.fixture(scope="module")
