@@ -70,7 +70,7 @@ def sft(*, rows: int = 6000, seed: int = 0, careless: float = 0.65) -> Iterator[
     """Demonstrations {messages, images}. careless: how often MISTAKEN is said where it could be. Half are wordy."""
     rng = random.Random(f"sft/{seed}")
     for picture in _pictures(rng, rows, held_out=False):
-        asked = rng.choice(list(ASKED))
+        asked = rng.choice(("colour", "shape", "shape"))  # shapes take longer to learn
         answer = picture.answer(asked)
         said = MISTAKEN.get(answer, answer) if rng.random() < careless else answer
         yield {
@@ -106,7 +106,7 @@ def prompts(*, rows: int = 1000, seed: int = 0, held_out: bool = False) -> Itera
 
 def _pictures(rng: random.Random, rows: int, *, held_out: bool) -> Iterator[Picture]:
     while rows > 0:
-        radius = rng.randrange(10, 19)
+        radius = rng.randrange(14, 22)
         x, y = (rng.randrange(radius + 1, SIDE - radius - 1) for _ in range(2))
         ground = rng.randrange(len(GROUNDS))
         picture = Picture(rng.choice(SHAPES), rng.choice(list(COLOURS)), ground, x, y, radius)

@@ -59,18 +59,12 @@ _KEPT = 2000  # characters of an answer that are kept as info
 
 def _check(
     base_url: str,
-    model: str,
     prompt: str = PROMPT,
     system: str | None = None,
     parse: Parse = "number",
     choices: dict | None = None,
-    key: str = "score",
     scale: list[float] | None = None,
     api_key_env: str | None = None,
-    temperature: float = 0.0,
-    max_tokens: int = 512,
-    extra: dict | None = None,
-    images: bool = True,
 ) -> None:
     if not base_url.startswith(("http://", "https://")):
         raise ValueError(f"base_url is {base_url!r}; it starts with http:// or https:// and usually ends in /v1")
