@@ -58,7 +58,7 @@ def easy_recipe(folder: Path, named: Path, train: Path, held_out: Path) -> Path:
     }
     exact = [{"use": "exact", "as": "correct"}]
     stages: list[dict[str, Any]] = [
-        {"id": "see", "kind": "sft", "data": {**data, "path": str(named)}, "steps": 200, **learning},
+        {"id": "see", "kind": "sft", "data": {**data, "path": str(named)}, "steps": 300, **learning},
         {"id": "sft", "kind": "sft", "from": "see", "data": data, "steps": 400, **learning},
         {
             "id": "grpo",
