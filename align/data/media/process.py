@@ -85,7 +85,8 @@ class Processor:
                 remedy="copy the model's preprocessor_config.json beside its weights, or use data without images",
             )
         self.tokenizer = self.hf.tokenizer
-        self.marks = frozenset(self.tokenizer.added_tokens_decoder)
+        # Gemma adds runs of newlines, of which neighbours become one
+        self.marks = frozenset(i for i, token in self.tokenizer.added_tokens_decoder.items() if token.content.strip())
         self.patch = _patch_size(folder, self.hf)
 
     def describe(self) -> dict[str, Any]:
