@@ -51,8 +51,11 @@ class Family:
         return AutoModelForImageTextToText.from_pretrained(self.base, **options).eval()
 
     def policy(self, targets: str) -> Any:
-        """A peft model whose adapter is far from zero."""
-        peft = attach(self.model(), Adapter(rank=RANK, alpha=12.0, targets=targets), None, seed=3)
+        """A peft model whose adapter is far from zero: on the language model (LANGUAGE), or on whatever has layers."""
+        parts = ["vision"] if self.name == "gemma3" else ["vision", "projector"]  # its projector is one bare matrix
+        tune = {} if targets == LANGUAGE else dict.fromkeys(parts, "lora")
+        adapter = Adapter.model_validate({"rank": RANK, "alpha": 12.0, "targets": targets, "tune": tune})
+        peft = attach(self.model(), adapter, None, seed=3)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for _, layer in lora_layers(peft):
