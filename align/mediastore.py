@@ -22,6 +22,20 @@ from align.protocols import Medium
 
 TOKENS = "token_ids"
 VIEW_SUFFIX = {"image": ".png", "video": ".frames.safetensors", "audio": ".wav"}
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+"""Of a model folder: either says how images are made ready for the model."""
+
+
+def processor_files(folder: Path) -> list[Path]:
+    """Those of PROCESSOR_FILES that a model folder has."""
+    return [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
+
+
+def pixel_bounds(lowest: int, highest: int, min_pixels: int | None, max_pixels: int | None) -> tuple[int, int]:
+    """(least, most) pixels that a processor which counts them allows, from its own and the recipe's limits, which come
+    first. Data, engines and exports ask this, so that one picture has one size everywhere."""
+    most = max_pixels or max(highest, min_pixels or 0)
+    return min_pixels or min(lowest, most), most
 
 
 def tensors_path(store: str | Path, key: str) -> Path:

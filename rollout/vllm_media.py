@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from align.errors import EngineError, Unsupported
-from align.mediastore import read_frames, view_path
+from align.mediastore import pixel_bounds, processor_files, read_frames, view_path
 from align.protocols import Medium
 
 PROBE_PIXELS = 56  # a side of the picture that probes; processors make it as large as they need
@@ -103,18 +103,16 @@ def _input(tokens: list[int], made: Any, ranges: Mapping[str, Sequence[Any]]) ->
 def pixel_arguments(folder: Path, pixels: Mapping[str, int]) -> dict[str, Any]:
     """Arguments by which a processor that itself counts pixels (Qwen's, which joins patches) has the recipe's limits in
     place of its own; {} for any other, which would not know them."""
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        if (file := folder / name).is_file():
-            config = json.loads(file.read_text(encoding="utf-8"))
-            config = config.get("image_processor") or config
-            size = config.get("size") or {}
-            lowest = size.get("shortest_edge", config.get("min_pixels"))
-            highest = size.get("longest_edge", config.get("max_pixels"))
-            if "merge_size" not in config or lowest is None or highest is None:
-                continue
-            highest = pixels.get("max_pixels") or max(highest, pixels.get("min_pixels", 0))
-            lowest = pixels.get("min_pixels") or min(lowest, highest)
-            return {"images_kwargs": {"size": {"shortest_edge": lowest, "longest_edge": highest}}}
+    for file in processor_files(folder):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config = config.get("image_processor") or config
+        size = config.get("size") or {}
+        lowest = size.get("shortest_edge", config.get("min_pixels"))
+        highest = size.get("longest_edge", config.get("max_pixels"))
+        if "merge_size" not in config or lowest is None or highest is None:
+            continue
+        least, most = pixel_bounds(lowest, highest, pixels.get("min_pixels"), pixels.get("max_pixels"))
+        return {"images_kwargs": {"size": {"shortest_edge": least, "longest_edge": most}}}
     return {}
 
 

@@ -20,7 +20,9 @@ from align.data.render import draft, encode
 from align.data.tokenizer import load_tokenizer
 from align.errors import ModelError
 from align.protocols import Segment, Tree
-from align.recipe.schema import Adapter, LossTerm, Media, Model, Optim, Packing
+from align.recipe.adapter import Adapter
+from align.recipe.inputs import Media, Model
+from align.recipe.schema import LossTerm, Optim, Packing
 from align.train.spec import TrainerSpec
 from align.train.trainer import PolicyTrainer
 from rewards.api import Sample

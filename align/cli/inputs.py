@@ -15,7 +15,7 @@ from align.cli import memory
 from align.cli.findings import Findings
 from align.data.audit import DataReport
 from align.data.media.library import Library
-from align.data.media.opening import PROCESSOR_FILES, open_library, refuse_media_settings, takes_media
+from align.data.media.opening import open_library, refuse_media_settings, takes_media
 from align.data.prepare import prepare
 from align.data.records import Kind
 from align.data.scratch import train_tokenizer
@@ -23,6 +23,7 @@ from align.data.sources import is_hub_id
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
 from align.errors import ModelError, PluginError
 from align.hub import resolve_model_folder
+from align.mediastore import processor_files
 from align.model.adapter_config import read_adapter_config, refuse_beyond_lora
 from align.model.media_support import refuse_unsupported_media
 from align.objectives.check import Known
@@ -192,7 +193,7 @@ def read_data(
 
 
 def _has_processor(tokenizer: ChatTokenizer) -> bool:
-    return any(tokenizer.folder is not None and (tokenizer.folder / name).is_file() for name in PROCESSOR_FILES)
+    return tokenizer.folder is not None and bool(processor_files(tokenizer.folder))
 
 
 def _tokens(item: Tree | PromptItem) -> int:

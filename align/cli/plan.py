@@ -12,6 +12,7 @@ from align.cli import memory
 from align.cli.inputs import DataFacts, ModelFacts
 from align.cli.objective_words import objective_words
 from align.cli.trained import Measured, table_lines
+from align.data.media.opening import takes_media
 from align.data.order import DEFAULT_BATCH, BatchPlan
 from align.errors import DataError, ModelError, PlacementError, RecipeError
 from align.losses import configure
@@ -161,7 +162,7 @@ class Planner:
     def files(self, stage: Any) -> StagePlan:
         source = trained_by(self.recipe, stage.from_) if stage.from_ else None
         model_type = str(self.model.config.get("model_type"))
-        sees = "vision_config" in self.model.config and model_type not in SEEING
+        sees = takes_media(self.model.config) and model_type not in SEEING
         if stage.kind == "export" and sees and source is not None and source.kind in SCORED:
             raise nobody_elses(model_type)
         what = "merges" if stage.kind == "merge" else "exports"

@@ -7,20 +7,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from align.cli.memory import Row, Table, count
+from align.data.media.opening import takes_media
 from align.errors import ModelError, PluginError
 from align.plugins import describe_in_child
 from align.recipe.adapter import PARTS, Adapter, Part, Rate
 from align.recipe.families import family_of
 from align.recipe.support import refuse_parts_of_text
 
-LIMIT_S = (
-    180.0  # a child that imports torch and transformers and makes a model without weights: seconds, if undisturbed
-)
+LIMIT_S = 180.0  # a child that imports torch and transformers and makes a model without weights needs seconds
 
 
 def reads_images(config: Mapping[str, Any]) -> bool:
     """Whether a transformers configuration has a part that sees."""
-    return "vision_config" in config or family_of(config) is not None
+    return takes_media(config) or family_of(config) is not None
 
 
 class Measured:

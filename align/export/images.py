@@ -10,18 +10,17 @@ import numpy as np
 from torch import Tensor
 
 from align.errors import ExportError
-from align.mediastore import view_path
+from align.mediastore import processor_files, view_path
 from align.protocols import Medium
 
 SIZE = (112, 84)  # small, and of no square: rows and columns must not be exchanged
-PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 QUESTION = "What is in the picture?"
 
 
 def has_processor(folder: Path) -> bool:
     """Whether a model folder says how images are made ready for it."""
-    files = [folder / name for name in PROCESSORS if (folder / name).is_file()]
-    return any("image_processor" in json.dumps(json.loads(file.read_text(encoding="utf-8"))) for file in files)
+    texts = [file.read_text(encoding="utf-8") for file in processor_files(folder)]
+    return any("image_processor" in json.dumps(json.loads(text)) for text in texts)
 
 
 def picture(seed: int) -> Any:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from align.mediastore import tensors_path
+from align.mediastore import processor_files, tensors_path
 from align.model.load import quiet
 from align.model.places import Positions, placeholder, positions_of
 from align.model.policy_module import PolicyModule
@@ -141,7 +141,7 @@ def _processed(model: Any) -> dict[str, Any] | None:
     from transformers import AutoProcessor
 
     folder = Path(str(model.name_or_path or ""))
-    if not any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+    if not processor_files(folder):
         log.info("%s has no processor beside it: probed on text alone", type(model).__name__)
         return None
     from PIL import Image

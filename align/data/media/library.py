@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from align import mediastore
 from align.data.media.pool import Pool
 from align.data.media.shelf import Shelf
 from align.data.media.shown import Shown
@@ -23,9 +24,7 @@ from align.data.media.web import Web
 from align.data.records import MediaPart, RowError
 from align.recipe.inputs import Media
 
-_PROCESSOR_FILES = (
-    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "tokenizer.json",
-)  # fmt: skip
+_PROCESSOR_FILES = (*mediastore.PROCESSOR_FILES, "video_preprocessor_config.json", "tokenizer.json")
 
 
 class Library:
@@ -64,7 +63,7 @@ class Library:
         config = self.folder / "config.json"
         vision = json.loads(config.read_bytes()).get("vision_config") if config.is_file() else None
         h.update(str((vision or {}).get("patch_size")).encode())
-        for source in sorted(Path(__file__).parent.glob("*.py")):
+        for source in (*sorted(Path(__file__).parent.glob("*.py")), Path(mediastore.__file__)):
             h.update(source.read_bytes())
         return h.hexdigest()
 

@@ -12,8 +12,6 @@ from align.errors import RecipeError
 from align.recipe.inputs import Media
 from align.recipe.schema import Recipe
 
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
-
 
 def takes_media(config: Mapping[str, Any]) -> bool:
     """Whether a model's config.json describes one that sees."""

@@ -27,7 +27,7 @@ from align.data.media.decode import decode, resized, within
 from align.data.media.shelf import FACTS
 from align.data.records import MediaKind, RowError
 from align.errors import ModelError
-from align.mediastore import TOKENS, VIEW_SUFFIX, tensors_path
+from align.mediastore import TOKENS, VIEW_SUFFIX, pixel_bounds, tensors_path
 
 _TEXT_KEYS = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
 
@@ -157,9 +157,8 @@ class Processor:
         lowest, highest = size.get("shortest_edge"), size.get("longest_edge")
         if _smart_resize(part) is None or lowest is None or highest is None:
             return {}
-        highest = limits.max_pixels or max(highest, limits.min_pixels or 0)
-        lowest = limits.min_pixels or min(lowest, highest)
-        return {"shortest_edge": int(lowest), "longest_edge": int(highest)}
+        least, most = pixel_bounds(int(lowest), int(highest), limits.min_pixels, limits.max_pixels)
+        return {"shortest_edge": least, "longest_edge": most}
 
     def _grid(self, part: Any, image: Image.Image, size: Mapping[str, int], name: str) -> tuple[int, int]:
         """The size to which a processor that counts pixels would resize; of any other, the image's own."""

@@ -11,8 +11,9 @@ import torch
 
 from align.errors import ExportError
 from align.export.export import export
-from align.export.images import PROCESSORS, has_processor, image_samples, picture
+from align.export.images import has_processor, image_samples, picture
 from align.export.merge import merge
+from align.mediastore import PROCESSOR_FILES
 from align.model import adapters
 from align.model.load import load_model
 from align.recipe.adapter import Adapter
@@ -74,7 +75,7 @@ def test_an_export_carries_the_processor_and_is_proved_on_a_picture(qwen: Path, 
 def test_an_export_whose_processor_takes_no_picture_fails_and_leaves_nothing(qwen: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(qwen, broken)
-    file = next(broken / name for name in PROCESSORS if (broken / name).is_file())
+    file = next(broken / name for name in PROCESSOR_FILES if (broken / name).is_file())
     settings = json.loads(file.read_text())
     settings.get("image_processor", settings)["patch_size"] = 13
     file.write_text(json.dumps(settings))
