@@ -14,7 +14,7 @@ classifier's input. A checkpoint that sees is shown the pictures of prompts (see
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from align.actors.reward_pictures import Seeing
+    from align.data.records import MediaPart, Unpaired
     from align.data.tokenizer import ChatTokenizer
 
 _CLASSIFIER = "ForSequenceClassification"
@@ -95,6 +96,31 @@ def reward_model(
     return found
 
 
+def record_of(sample: Sample) -> Unpaired:
+    """Prompt and completion of a sample. Raises RowError for media that no file shows, or that are no images."""
+    from align.data.records import Message, Unpaired
+
+    turns = [dict(message) for message in sample.messages]
+    if len(turns) == 1 and turns[0]["role"] == "text":
+        return Unpaired(turns[0]["content"], sample.completion, True)
+    prompt = tuple(Message(turn.pop("role"), _content(turn.pop("content")), turn) for turn in turns)
+    return Unpaired(prompt, (Message("assistant", sample.completion),), True)
+
+
+def _content(content: Any) -> str | tuple[str | MediaPart, ...]:
+    if not isinstance(content, list):
+        return str(content or "")
+    return tuple(part["text"] if part["type"] == "text" else _medium(part) for part in content)
+
+
+def _medium(part: Mapping[str, str]) -> MediaPart:
+    from align.data.records import MediaPart, RowError
+
+    if part["type"] != "image" or "path" not in part:
+        raise RowError(f"a reward model that sees reads images from files; the prompt has {dict(part)}")
+    return MediaPart("image", part["path"])
+
+
 @lru_cache(maxsize=1)
 def _opened(path: str, revision: str | None, label: str | None, dtype: str, device: str) -> Opened | Seeing:
     """Loaded at the first call of a process, and kept."""
@@ -136,27 +162,19 @@ class Opened:
         return [self._ids(sample) for sample in samples]
 
     def _ids(self, sample: Sample) -> list[int]:
-        from align.data.records import Message, Unpaired
         from align.data.render import draft, encode
 
-        messages = [dict(m) for m in sample.messages]
-        plain = len(messages) == 1 and messages[0]["role"] == "text"
         if self.pairs is not None:
-            prompt = "\n\n".join(str(m["content"]) for m in messages)
+            prompt = "\n\n".join(str(m["content"]) for m in sample.messages)
             given = (prompt, sample.completion) if prompt else (sample.completion,)
             return list(self.pairs(*given)["input_ids"])
-        if plain:
-            record = Unpaired(messages[0]["content"], sample.completion, True)
-        else:
-            if any(isinstance(m["content"], list) for m in messages):
-                raise UserError(
-                    "a reward model that takes text alone is asked about a prompt with media",
-                    remedy="train one from a vision-language model, or judge such prompts with a reward of your own: "
-                    "`media` names the files that show them",
-                )
-            prompt_turns = tuple(Message(m.pop("role"), str(m.pop("content") or ""), m) for m in messages)
-            record = Unpaired(prompt_turns, (Message("assistant", sample.completion),), True)
-        [encoded] = encode([draft(record, self.chat)], self.chat)
+        if any(isinstance(m["content"], list) for m in sample.messages):
+            raise UserError(
+                "a reward model that takes text alone is asked about a prompt with media",
+                remedy="train one from a vision-language model, or judge such prompts with a reward of your own: "
+                "`media` names the files that show them",
+            )
+        [encoded] = encode([draft(record_of(sample), self.chat)], self.chat)
         if isinstance(encoded, Exception):
             raise encoded
         return [*encoded.trunk.ids.tolist(), *encoded.branches[0].ids.tolist()]

@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from align.actors.reward_model import record_of
 from align.data.media.library import Library
-from align.data.records import MediaPart, Message, RowError, Unpaired
+from align.data.records import MediaPart, RowError, Unpaired
 from align.data.render import draft, encode
 from align.data.tokenizer import load_tokenizer
 from align.errors import ModelError
+from align.losses.classify import log_probs
 from align.protocols import Segment, Tree
-from align.recipe.adapter import Adapter
-from align.recipe.inputs import Media, Model
-from align.recipe.schema import LossTerm, Optim, Packing
-from align.train.spec import TrainerSpec
+from align.recipe.inputs import Media
+from align.train.spec import scoring_spec
 from align.train.trainer import PolicyTrainer
 from rewards.api import Sample
 
@@ -46,20 +46,9 @@ class Seeing:
                 remedy="copy chat_template.jinja of the model that it was made from beside its weights",
             )
         saved = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+        chosen = saved if dtype == "auto" else dtype
         self._trainer = PolicyTrainer(
-            TrainerSpec(
-                model=Model(path=str(folder), dtype=saved if dtype == "auto" else dtype),  # type: ignore[arg-type]
-                base=str(folder),
-                adapter_config=Adapter(),
-                losses=(LossTerm(name="classify"),),
-                optim=Optim(),
-                total_updates=1,
-                max_tokens=Packing().budget(device != "cpu"),
-                max_patches=Packing().patches(device != "cpu"),
-                device=device,
-                trainable=False,
-                labels=self._labels,
-            )
+            scoring_spec(folder, self._labels, dtype=chosen, device=device, gpu=device != "cpu")
         )
         # the engine names the files, not a row: they may lie anywhere
         settings = Media(folders=("/",), workers=1)
@@ -67,7 +56,7 @@ class Seeing:
 
     def read(self, samples: Sequence[Sample]) -> list[Segment]:
         """Prompts and completions as trunks with their media. Raises RowError where one cannot be read."""
-        records = [_record(sample) for sample in samples]
+        records = [record_of(sample) for sample in samples]
         shown = self._library.show([(_parts(record), None) for record in records])
         drafts = []
         for record, own in zip(records, shown, strict=True):
@@ -79,35 +68,11 @@ class Seeing:
     def scores(self, read: Sequence[Segment]) -> list[float]:
         """One number per sequence: its output, or of several labels the probability of the one that is asked for."""
         rows = self._trainer.scores([Tree(number, segment) for number, segment in enumerate(read)])
-        said = np.stack([sequences[0] for sequences in rows]).astype(np.float64)
+        said = np.stack([sequences[0] for sequences in rows])
         if said.shape[1] == 1:
             return [float(value) for value in said[:, 0]]
-        if self._labels is not None and self._labels.problem == "multi_label":
-            chances = np.exp(-np.logaddexp(0.0, -said))
-        else:
-            raised = np.exp(said - said.max(1, keepdims=True))
-            chances = raised / raised.sum(1, keepdims=True)
+        chances = np.exp(log_probs(said, self._labels.problem if self._labels else None))
         return [float(value) for value in chances[:, self.column]]
-
-
-def _record(sample: Sample) -> Unpaired:
-    turns = [dict(message) for message in sample.messages]
-    if len(turns) == 1 and turns[0]["role"] == "text":
-        return Unpaired(turns[0]["content"], sample.completion, True)
-    prompt = tuple(Message(turn.pop("role"), _content(turn.pop("content")), turn) for turn in turns)
-    return Unpaired(prompt, (Message("assistant", sample.completion),), True)
-
-
-def _content(content: Any) -> Any:
-    if not isinstance(content, list):
-        return str(content or "")
-    return tuple(part["text"] if part["type"] == "text" else _medium(part) for part in content)
-
-
-def _medium(part: dict[str, str]) -> MediaPart:
-    if part["type"] != "image" or "path" not in part:
-        raise RowError(f"a reward model that sees reads images from files; the prompt has {dict(part)}")
-    return MediaPart("image", part["path"])
 
 
 def _parts(record: Unpaired) -> list[MediaPart]:

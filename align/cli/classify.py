@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from align.cli.memory import read_config
 from align.data.media.library import Library
 from align.data.media.opening import takes_media
 from align.data.prepare import prepare
 from align.data.tokenizer import load_tokenizer
 from align.errors import ModelError, UserError
 from align.hub import resolve_model_folder
+from align.losses.classify import derived, log_probs, measures
 from align.model.adapter_config import OWN_BASE, read_adapter_config, scores
 from align.protocols import Tree
-from align.recipe.adapter import Adapter
-from align.recipe.inputs import DataSource, Media, Model
+from align.recipe.inputs import DataSource, Media
 from align.recipe.labels import Labels
-from align.recipe.schema import LossTerm, Optim, Packing
+from align.recipe.schema import Packing
 from align.stages.files import write_text
 from align.stages.handover import adapter_in
 
@@ -52,12 +52,13 @@ def main(arguments: argparse.Namespace) -> int:
     if out.exists():
         raise UserError("the file exists", where=out, remedy="remove it, or choose another name")
     found = find(arguments.model, arguments.base)
+    config = read_config(found.base)
     with tempfile.TemporaryDirectory(prefix="align-classify-") as store, ExitStack() as stack:
         library = None
-        if takes_media(json.loads((found.base / "config.json").read_text(encoding="utf-8"))):
+        if takes_media(config):
             library = Library(Media(), found.base, Path(store), trust_remote_code=arguments.trust_remote_code)
             stack.callback(library.close)
-        trees, lines = _read(arguments, found, library)
+        trees, lines = _read(arguments, found, config, library)
         print("\n".join(lines), flush=True)
         trainer = open_trainer(arguments, found)
         said = np.stack([rows[0] for rows in trainer.scores(trees)])
@@ -95,12 +96,13 @@ def find(model: str, base: str | None) -> Classifier:
     return Classifier(folder, adapter, labels)
 
 
-def _read(arguments: argparse.Namespace, found: Classifier, library: Library | None) -> tuple[list[Tree], list[str]]:
+def _read(
+    arguments: argparse.Namespace, found: Classifier, config: Mapping[str, Any], library: Library | None
+) -> tuple[list[Tree], list[str]]:
     """The rows as trees, and the data report's lines."""
     pairs = [pair.partition("=") for pair in arguments.columns.split(",") if pair]
     if any(not (ours and theirs) for ours, _, theirs in pairs):
         raise UserError(f"{arguments.columns!r} names no columns", where="--columns", remedy="write text=review")
-    config = json.loads((found.base / "config.json").read_text(encoding="utf-8"))
     positions = config.get("text_config", config).get("max_position_embeddings")
     source = DataSource(
         path=arguments.data,
@@ -121,26 +123,23 @@ def open_trainer(arguments: argparse.Namespace, found: Classifier) -> PolicyTrai
     import torch
 
     from align.report.quiet import quiet
-    from align.train.spec import TrainerSpec
+    from align.train.spec import scoring_spec
     from align.train.trainer import PolicyTrainer
 
     quiet()
     gpu = arguments.device != "cpu" and torch.cuda.is_available()
-    return PolicyTrainer(
-        TrainerSpec(
-            model=Model(path=str(found.base), dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code),
-            base=str(found.base),
-            adapter=str(found.adapter) if found.adapter else None,
-            adapter_config=adapter_in(found.adapter) if found.adapter else Adapter(),
-            losses=(LossTerm(name="classify"),),
-            optim=Optim(),
-            total_updates=1,
-            max_tokens=Packing(max_tokens=arguments.max_tokens or "auto").budget(gpu),
-            device=arguments.device,
-            trainable=False,
-            labels=found.labels,
-        )
+    spec = scoring_spec(
+        found.base,
+        found.labels,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        gpu=gpu,
+        packing=Packing(max_tokens=arguments.max_tokens or "auto"),
+        adapter=found.adapter,
+        adapter_config=adapter_in(found.adapter) if found.adapter else None,
+        trust_remote_code=arguments.trust_remote_code,
     )
+    return PolicyTrainer(spec)
 
 
 # ------------------------------------------------------------------------------------------------- answers
@@ -149,13 +148,12 @@ def open_trainer(arguments: argparse.Namespace, found: Classifier) -> PolicyTrai
 def answers(said: np.ndarray, trees: Sequence[Tree], labels: Labels) -> Iterator[dict[str, Any]]:
     """One object per row of scores f32[n, K]: origin, the answer, log-probabilities (or scores) by label, and
     `expected`, the row's own label, where it has one."""
-    for number, (row, tree) in enumerate(zip(said.astype(np.float64), trees, strict=True)):
+    every = log_probs(said, labels.problem)
+    for number, (row, logps, tree) in enumerate(zip(said, every, trees, strict=True)):
         out: dict[str, Any] = {"row": number, "origin": tree.origin}
         if labels.problem == "single_label":
-            logps = row - row.max() - math.log(np.exp(row - row.max()).sum())
             out |= {"label": labels.names[int(row.argmax())], "log_probs": _by_name(labels, logps)}
         elif labels.problem == "multi_label":
-            logps = -np.logaddexp(0.0, -row)
             out |= {"labels": _chosen(labels, row > 0), "log_probs": _by_name(labels, logps)}
         else:
             out["scores"] = _by_name(labels, row)
@@ -183,7 +181,6 @@ def compare(said: np.ndarray, trees: Sequence[Tree], labels: Labels) -> dict[str
     """Accuracy and F1, or errors and correlation, over the rows that have a label; of a label by its name."""
     import torch
 
-    from align.losses.classify import derived, measures
     from align.train.metrics import MetricSums
 
     there = [number for number, tree in enumerate(trees) if tree.trunk.labelled]
@@ -194,5 +191,4 @@ def compare(said: np.ndarray, trees: Sequence[Tree], labels: Labels) -> dict[str
     }
     sums = MetricSums()
     sums.add(measures(torch.as_tensor(said[there]), columns))
-    called = {f"f1/{k}": f"f1/{name}" for k, name in enumerate(labels.names)}
-    return {called.get(name, name): value for name, value in derived(sums.result()).items()}
+    return labels.called(derived(sums.result()))

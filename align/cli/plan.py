@@ -27,7 +27,7 @@ from align.stages.context import stage_seed
 from align.stages.defaults import resolved_optim, resolved_rates
 from align.stages.handover import adapter_of, trained_by
 from align.stages.roles import Role, roles_of, sampling_threads
-from align.stages.training import SCORED, needs_of, online_turns, record_kind, reference_of
+from align.stages.training import SCORED, head_of, needs_of, online_turns, record_kind, reference_of
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ class Planner:
                 remedy="give a causal language model; only a stage of kind reward_model or classify starts from one "
                 "that scores",
             )
-        has, wanted = Labels.from_config(self.model.config), _labels(stage)
+        has, wanted = Labels.from_config(self.model.config), head_of(stage)
         if not wanted.agrees_with(has):
             raise ModelError(
                 f"the model is a {has.words}, and the stage trains a {wanted.words}",
@@ -325,12 +325,6 @@ class Planner:
         total = sum(times[who] * estimate.total for who, estimate in plan.memory.items())
         if not gpu and total > self.machine.memory:
             plan.lines.append(f"note: about {memory.human(total)} in all; here are {memory.human(self.machine.memory)}")
-
-
-def _labels(stage: Any) -> Labels:
-    """What the score head of a stage means."""
-    found: Labels = getattr(stage, "head", None) or Labels.numbered(1)
-    return found
 
 
 def _head_words(stage: Any) -> str:

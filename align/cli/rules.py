@@ -12,12 +12,11 @@ from align.losses import configure, load
 from align.losses.base import Needs
 from align.plugins import describe_in_child
 from align.recipe.adapter import Adapter
-from align.recipe.labels import Labels
 from align.recipe.problems import option_problems
 from align.recipe.schema import Recipe, Rollout, TrainStage
 from align.recipe.support import check_adapter, is_sound, publish_mode
 from align.stages.handover import adapter_of, check_adapters, trained_by
-from align.stages.training import SCORED
+from align.stages.training import SCORED, head_of
 from rollout.base import check_engine_options
 
 _RECORDS = {
@@ -97,7 +96,7 @@ def _check_score_head(recipe: Recipe, stage: Any, found: Findings) -> None:
             continue
         what = "a reward model" if source.kind == "reward_model" else "a classifier"
         if stage.kind in SCORED:
-            mine, its = (getattr(one, "head", None) or Labels.numbered(1) for one in (stage, source))
+            mine, its = (head_of(one) for one in (stage, source))
             if mine.agrees_with(its):
                 continue
             problem = f"{name!r} is {what}, {its.words}, and stage {stage.id!r} trains a {mine.words}"

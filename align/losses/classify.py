@@ -18,9 +18,11 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
+import numpy as np
 from pydantic import Field
 
 from align.losses.base import LossConfig, LossInputs, LossOutput, Metric, Needs
+from align.recipe.labels import Problem
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,6 +89,16 @@ def _binary_cross_entropy(scores: Tensor, labels: Tensor, config: Config) -> Ten
 
     weights = 1.0 if config.class_weights is None else scores.new_tensor(config.class_weights)
     return -(weights * labels * logsigmoid(scores) + (1 - labels) * logsigmoid(-scores)).mean(-1)
+
+
+def log_probs(scores: np.ndarray, problem: Problem | None) -> np.ndarray:
+    """f64[n, K] log-probabilities of the labels by scores [n, K]: of a softmax over them for one label a row, each
+    label's own (log sigmoid) for several."""
+    s = scores.astype(np.float64)
+    if problem == "multi_label":
+        return -np.logaddexp(0.0, -s)
+    raised = s - s.max(-1, keepdims=True)
+    return np.asarray(raised - np.log(np.exp(raised).sum(-1, keepdims=True)))
 
 
 # ------------------------------------------------------------------------------------------------- metrics

@@ -26,6 +26,7 @@ from torch import Tensor
 from align.errors import AlignError, EngineError, Unsupported
 from align.model import adapters
 from align.model.load import load_model, quiet, resolve_dtype
+from align.model.places import inside_media
 from align.model.prompt_inputs import prompt_inputs
 from align.model.spelled import words_for_marks
 from align.protocols import Completion, FailedPrompt, Group, Medium, PromptItem, Publication, Sampling, end_ids
@@ -264,9 +265,7 @@ class TransformersEngine:
         for ids, some in zip(token_ids, media or [()] * len(token_ids), strict=True):
             tokens = torch.as_tensor(ids, dtype=torch.int64, device=self.device)
             inputs = prompt_inputs(self._model, [(ids, some)], self.device).tensors
-            inside = torch.zeros_like(tokens, dtype=torch.bool)
-            for medium in some:
-                inside[medium.start : medium.start + medium.length] = True
+            inside = inside_media(len(ids), some, [medium.start for medium in some]).to(self.device)
             with words_for_marks(self._model, tokens, inside) as plain:
                 inputs = {**inputs, "input_ids": plain[None]}
                 logits = self._model(**inputs, use_cache=False).logits[0, :-1].float()

@@ -42,6 +42,14 @@ def type_ids(config: Any, token_ids: np.ndarray, media: Sequence[Medium], at: Se
     return found
 
 
+def inside_media(length: int, media: Sequence[Medium], at: Sequence[int]) -> Tensor:
+    """bool[length]: the tokens of a row that belong to media, which begin at `at`."""
+    found = torch.zeros(length, dtype=torch.bool)
+    for medium, start in zip(media, at, strict=True):
+        found[start : start + medium.length] = True
+    return found
+
+
 def slots_of(types: np.ndarray, media: Sequence[Medium], at: Sequence[int]) -> list[int]:
     """Of each medium, how many of its tokens features replace."""
     return [int((types[start : start + medium.length] > 0).sum()) for medium, start in zip(media, at, strict=True)]

@@ -23,7 +23,7 @@ from align.model.attention import NAME, plan_attention
 from align.model.head import LogitTransform, fused_head
 from align.model.last_layer import LastLayer
 from align.model.media import MediaFeatures, Placed
-from align.model.places import BOTH_WAYS, runs, slots_of, type_ids
+from align.model.places import BOTH_WAYS, inside_media, runs, slots_of, type_ids
 from align.model.score_head import has_score_head, score
 from align.model.spelled import words_for_marks
 from align.types import HeadOutputs, TokenBatch
@@ -111,9 +111,7 @@ class PolicyModule(nn.Module):
         if not batch.media:
             yield batch
             return
-        inside = torch.zeros(batch.token_ids.shape[0], dtype=torch.bool)
-        for medium, at in zip(batch.media, batch.media_at, strict=True):
-            inside[at : at + medium.length] = True
+        inside = inside_media(batch.token_ids.shape[0], batch.media, batch.media_at)
         with words_for_marks(self.model, batch.token_ids, inside.to(batch.token_ids.device)) as ids:
             yield replace(batch, token_ids=ids)
 

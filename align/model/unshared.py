@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align.model.places import inside_media
 from align.types import TokenBatch
 
 MAX_PADDING = 0.25  # of a row's own length
@@ -93,10 +94,8 @@ def hidden_states(backbone: Any, batch: TokenBatch, at: Tensor, inputs: Inputs =
 
 def _token_outside_media(batch: TokenBatch) -> Tensor:
     """A token of the row that stands for no medium; any, where there is no other."""
-    outside = torch.ones(batch.token_ids.shape[0], dtype=torch.bool)
-    for medium, at in zip(batch.media, batch.media_at, strict=True):
-        outside[at : at + medium.length] = False
-    return batch.token_ids[int(outside.long().argmax())]
+    inside = inside_media(batch.token_ids.shape[0], batch.media, batch.media_at)
+    return batch.token_ids[int(inside.long().argmin())]
 
 
 def _run(backbone: Any, batch: TokenBatch, block: Block, inputs: Inputs) -> Tensor:

@@ -57,6 +57,11 @@ class Labels:
         shown = ", ".join(self.names[:6]) + (", ..." if len(self.names) > 6 else "")
         return f"{self.problem or 'score'} of {len(self.names)} ({shown})"
 
+    def called(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Metrics with those of single labels (f1/<number>) under the labels' names."""
+        names = {f"f1/{k}": f"f1/{name}" for k, name in enumerate(self.names)}
+        return {names.get(name, name): value for name, value in metrics.items()}
+
     def to_config(self) -> dict[str, Any]:
         """The entries of transformers' config.json."""
         config: dict[str, Any] = {

@@ -15,6 +15,7 @@ from align.data.tokenizer import ChatTokenizer
 from align.losses import configure
 from align.protocols import PromptItem, Sampling, Trainer, Tree
 from align.recipe.inputs import DataSource
+from align.recipe.labels import Labels
 from align.recipe.schema import LossTerm, ReferencePath, Reward, Rollout
 from align.recipe.schema import OnlineStage as OnlineSettings
 from align.recipe.support import check_adapter, publish_mode
@@ -34,6 +35,12 @@ from align.stages.runfolder import METRICS, cut_metrics
 from align.stages.updates import UpdatePlan
 
 SCORED = ("reward_model", "classify")  # stages that train a score head
+
+
+def head_of(stage: Any) -> Labels:
+    """What the score head means that a stage of SCORED trains."""
+    head: Labels | None = getattr(stage, "head", None)
+    return head or Labels.numbered(1)
 
 
 def record_kind(losses: Sequence[LossTerm]) -> Kind:

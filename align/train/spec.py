@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from align.recipe.adapter import Adapter, Part, Rate
 from align.recipe.inputs import Model
 from align.recipe.labels import Labels
-from align.recipe.schema import LossTerm, Optim
+from align.recipe.schema import LossTerm, Optim, Packing
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,34 @@ class TrainerSpec:
     device: str = "auto"
     trainable: bool = True
     labels: Labels | None = None
+
+
+def scoring_spec(
+    base: Path,
+    labels: Labels | None,
+    *,
+    dtype: str,
+    device: str,
+    gpu: bool,
+    packing: Packing | None = None,
+    adapter: Path | None = None,
+    adapter_config: Adapter | None = None,
+    trust_remote_code: bool = False,
+) -> TrainerSpec:
+    """A forward over packed rows without optimizer, for a model with a score head: of a folder, or of one and an
+    adapter on it."""
+    packing = packing or Packing()
+    return TrainerSpec(
+        model=Model.model_validate({"path": str(base), "dtype": dtype, "trust_remote_code": trust_remote_code}),
+        base=str(base),
+        adapter=str(adapter) if adapter else None,
+        adapter_config=adapter_config or Adapter(),
+        losses=(LossTerm(name="classify"),),
+        optim=Optim(),
+        total_updates=1,
+        max_tokens=packing.budget(gpu),
+        max_patches=packing.patches(gpu),
+        device=device,
+        trainable=False,
+        labels=labels,
+    )

@@ -283,9 +283,7 @@ class PolicyTrainer:
         metrics = sums.result(self.ranks.objects)
         for module, _, _, _ in self.losses:
             metrics = module.derived(metrics) if hasattr(module, "derived") else metrics
-        names = self.spec.labels.names if self.spec.labels else ()
-        called = {f"f1/{k}": f"f1/{name}" for k, name in enumerate(names)}
-        return {called.get(name, name): value for name, value in metrics.items()}
+        return self.spec.labels.called(metrics) if self.spec.labels else metrics
 
     def logps(self, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
         """See `align.protocols.Trainer.logps`."""
