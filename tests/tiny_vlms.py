@@ -119,36 +119,32 @@ NAMED_MARKS = {
 # ------------------------------------------------------------------------------------------------- Qwen
 
 
-def _qwen_ids(ids: dict[str, int]) -> Settings:
+def _qwen(text: Settings, vision: Settings, ids: dict[str, int], **rope: Any) -> Settings:
     names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
-    return {name: ids[mark] for name, mark in zip(names, QWEN_MARKS, strict=True)}
+    marks = {name: ids[mark] for name, mark in zip(names, QWEN_MARKS, strict=True)}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6], **rope}
+    return {"text_config": {**text, "rope_parameters": rope}, "vision_config": vision, **marks}
 
 
 def _qwen2_vl(text: Settings, ids: dict[str, int]) -> Settings:
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-    text = {**text, "rope_parameters": rope}
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": text["hidden_size"], "num_heads": 2, "mlp_ratio": 2}
-    return {"text_config": text, "vision_config": vision, **_qwen_ids(ids)}
+    return _qwen(text, vision, ids)
 
 
 def _qwen2_5_vl(text: Settings, ids: dict[str, int]) -> Settings:
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-    text = {**text, "rope_parameters": rope}
     vision = {
         "depth": 2, "hidden_size": 32, "out_hidden_size": text["hidden_size"], "num_heads": 2, "intermediate_size": 48,
         "window_size": 56, "fullatt_block_indexes": [1],
     }  # fmt: skip
-    return {"text_config": text, "vision_config": vision, **_qwen_ids(ids)}
+    return _qwen(text, vision, ids)
 
 
 def _qwen3_vl(text: Settings, ids: dict[str, int]) -> Settings:
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6], "mrope_interleaved": True}
-    text = {**text, "rope_parameters": rope}
     vision = {
         "depth": 2, "hidden_size": 32, "out_hidden_size": text["hidden_size"], "num_heads": 2, "intermediate_size": 48,
         "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
     }  # fmt: skip
-    return {"text_config": text, "vision_config": vision, **_qwen_ids(ids)}
+    return _qwen(text, vision, ids, mrope_interleaved=True)
 
 
 def _qwen_processor(name: str, patch: int) -> Callable[[Any], Any]:

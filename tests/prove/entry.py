@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -51,6 +52,17 @@ def record(
         number += 1
     path.write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def conclude(name: str, *, claim: str, command: str, figures: Mapping[str, Any], begun: float) -> int:
+    """Record a proof whose parts each have `checks` that all must hold, and print where; the exit status.
+
+    begun: `time.monotonic()` at its start.
+    """
+    proved = all(all(part["checks"].values()) for part in figures.values())
+    seconds = time.monotonic() - begun
+    print(record(name, claim=claim, command=command, figures=figures, proved=proved, seconds=seconds))
+    return 0 if proved else 1
 
 
 def _versions() -> dict[str, str]:

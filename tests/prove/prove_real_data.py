@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.prove.entry import CHECKOUT, record
+from tests.prove.entry import CHECKOUT, conclude
 
 DATA = Path(os.environ.get("ALIGN_SHARED_DATA", CHECKOUT.parent / "shared" / "data")) / "text"
 GSM8K = DATA / "gsm8k" / "train.jsonl"
@@ -227,18 +227,14 @@ def main() -> int:
             found, checks = prove(folder, models[model])
             figures[name] = {**found, "seconds": round(time.monotonic() - start), "checks": checks}
             print(json.dumps({name: figures[name]}, indent=1), flush=True)
-    proved = all(all(entry["checks"].values()) for entry in figures.values())
-    path = record(
+    return conclude(
         "real-data",
         claim=f"each recipe learns what it is for from real data in at least {LEAST_STEPS} steps, by more than "
         f"{STANDARD_ERRORS:g} standard errors, and its data report is right; only model and paths are overridden",
         command=f"ALIGN_PROVE_RECIPES={','.join(wanted)} python -m tests.prove real_data",
         figures=figures,
-        proved=proved,
-        seconds=time.monotonic() - begun,
+        begun=begun,
     )
-    print(path)
-    return 0 if proved else 1
 
 
 if __name__ == "__main__":

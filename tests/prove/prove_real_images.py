@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.prove.easy_vqa import AIM, easy_vqa
-from tests.prove.entry import CHECKOUT, record
+from tests.prove.entry import CHECKOUT, conclude
 from tests.prove.prove_real_data import align_run, lines_of
 from tests.prove.real_images import (
     EVERYTHING,
@@ -194,17 +194,13 @@ def main() -> int:
             found, checks = PROOFS[name][0](Path(temporary))
             figures[name] = {**found, "seconds": round(time.monotonic() - start), "checks": checks}
             print(json.dumps({name: figures[name]}, indent=1), flush=True)
-    proved = all(all(entry["checks"].values()) for entry in figures.values())
-    path = record(
+    return conclude(
         "real-images",
         claim="; ".join(PROOFS[name][1] for name in wanted),
         command=f"ALIGN_PROVE_SETS={','.join(wanted)} python -m tests.prove real_images",
         figures=figures,
-        proved=proved,
-        seconds=time.monotonic() - begun,
+        begun=begun,
     )
-    print(path)
-    return 0 if proved else 1
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -16,12 +16,8 @@ RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 
 
 @pytest.fixture(scope="module")
-def reviews() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reviews", RECIPES / "reviews.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def reviews(generator: Callable[[str], ModuleType]) -> ModuleType:
+    return generator("reviews")
 
 
 def statements(text: str) -> tuple[str, str]:

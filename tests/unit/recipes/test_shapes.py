@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import io
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,14 +17,8 @@ RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 
 
 @pytest.fixture(scope="module")
-def shapes() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("shapes", RECIPES / "shapes.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def shapes(generator: Callable[[str], ModuleType]) -> ModuleType:
+    return generator("shapes")
 
 
 def pixels(row: dict[str, Any]) -> np.ndarray:
