@@ -31,10 +31,9 @@ from typing import Any
 import numpy as np
 
 from align.protocols import Segment, Tree
-from tests.bench import common, peer, vision, work
+from tests.bench import common, peer, vision, vision_report, work
 from tests.bench.grpo_update_against_trl import KL, with_sampler_logps
 
-GOAL, PADDED_GOAL = 2.0, 3.0
 CACHE_MB = 1024
 LOSS = {"name": "grpo", "kl": KL}
 EXPECTED = (
@@ -127,34 +126,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     windows = {
         side: vision.padded_windows(trees, size, by_length=False) for side, size in (("padded", rows), ("TRL", batch))
     }
-    settings = {"TRL": setting, "padded": f"batch {rows}"}
-    sides = [
-        common.Side(
-            side,
-            settings.get(side, f"max_tokens {budget}"),
-            seconds,
-            work_of(side, shape, tower, trees, budget, windows, frozen),
-            {"completions": arguments.groups * arguments.group_size},
-        )
-        for side, seconds in rounds.seconds.items()
-    ]
-    return common.report(
-        f"vision-grpo-update-{arguments.tower}-{arguments.dtype}",
-        sides,
+    return vision_report.report(
+        "vision-grpo-update",
+        arguments,
         rounds,
-        goal=GOAL,
-        other_goals={"padded": PADDED_GOAL},
-        about={
-            "groups": arguments.groups,
-            "group_size": arguments.group_size,
-            "tower": arguments.tower,
-            "dtype": arguments.dtype,
-            "expected": EXPECTED,
-            "note": peer.HEAD_NOTE,
-        },
+        settings={"TRL": setting, "padded": f"batch {rows}"},
+        budget=budget,
+        work_of=lambda side: work_of(side, shape, tower, trees, budget, windows, frozen),
+        amounts={"completions": arguments.groups * arguments.group_size},
+        about={"groups": arguments.groups, "group_size": arguments.group_size, "expected": EXPECTED},
         tried=tried,
         started=started,
-        record=arguments.record,
     )
 
 
@@ -181,17 +163,11 @@ def work_of(
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--tower", choices=("frozen", "trained"), default="frozen")
+    parser = vision_report.parser(__doc__)
     parser.add_argument("--groups", type=int, default=2)
     parser.add_argument("--group-size", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batches", type=common.integers, default=[1, 2, 8], help="completions of TRL's batches, ours")
     parser.add_argument("--max-tokens", type=common.integers, default=[1024, 2048])
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--toy", action="store_true", help="a tiny model and a small picture")
-    parser.add_argument("--record", action="store_true", help="write the result down")
     return parser.parse_args(argv)
 
 

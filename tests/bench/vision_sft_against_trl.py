@@ -27,9 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from align.protocols import Tree
-from tests.bench import common, peer, vision, vision_peer, work
+from tests.bench import common, peer, vision, vision_peer, vision_report, work
 
-GOAL, PADDED_GOAL = 2.0, 3.0
 CHECKED_ROWS = 12
 CACHE_MB = 1024
 EXPECTED = (
@@ -115,31 +114,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "padded": f"batch {arguments.padded_batch}",
         "padded, by length": f"batch {length_batch}",
     }
-    return common.report(
-        f"vision-sft-against-trl-{arguments.tower}-{arguments.dtype}",
-        [
-            common.Side(
-                side,
-                settings.get(side, f"max_tokens {budget}"),
-                seconds,
-                work_of(side, shape, tower, trees, budget, windows, frozen),
-                {"rows": len(trees)},
-            )
-            for side, seconds in rounds.seconds.items()
-        ],
+    return vision_report.report(
+        "vision-sft-against-trl",
+        arguments,
         rounds,
-        goal=GOAL,
-        other_goals={"padded": PADDED_GOAL},
-        about={
-            "rows": len(trees),
-            "tower": arguments.tower,
-            "dtype": arguments.dtype,
-            "expected": EXPECTED,
-            "note": peer.HEAD_NOTE,
-        },
+        settings=settings,
+        budget=budget,
+        work_of=lambda side: work_of(side, shape, tower, trees, budget, windows, frozen),
+        amounts={"rows": len(trees)},
+        about={"rows": len(trees), "expected": EXPECTED},
         tried=tried | more | others,
         started=started,
-        record=arguments.record,
     )
 
 
@@ -174,18 +159,12 @@ def describe(trees: Sequence[Tree], arguments: argparse.Namespace, threads: int)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--tower", choices=("frozen", "trained"), default="frozen")
+    parser = vision_report.parser(__doc__)
     parser.add_argument("--share", type=float, default=0.1, help="of the images, each with all its questions")
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--select-rows", type=int, default=48, help="rows that settings are chosen on")
     parser.add_argument("--batches", type=common.integers, default=[1, 8, 16, 32], help="TRL's, and of padded batches")
     parser.add_argument("--padded-batch", type=int, default=8, help="rows of a padded batch in the order of the data")
     parser.add_argument("--max-tokens", type=common.integers, default=[1024, 2048, 4096])
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--toy", action="store_true", help="a tiny model")
-    parser.add_argument("--record", action="store_true", help="write the result down")
     return parser.parse_args(argv)
 
 
