@@ -20,6 +20,7 @@ from torch import Tensor
 
 from align.data.microbatches import Microbatch, plan_ranks
 from align.data.packing import collate, global_counts, mark_nll, text_positions
+from align.data.prefixes import share_prefixes
 from align.errors import NonFiniteError
 from align.losses import configure
 from align.losses.base import LossInputs, Metric
@@ -162,8 +163,16 @@ class PolicyTrainer:
         wanted = [needs.nll for _, _, needs, _ in self.losses if needs.nll != "none"]
         return [mark_nll(tree, wanted[0]) for tree in trees] if wanted else list(trees)
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether rows that begin alike are computed as one tree: where a row is a sequence, and trunks are shared."""
+        of_one_sequence = ("conversation", "labelled", "unpaired")
+        return self.module.layout == "shared" and all(needs.record in of_one_sequence for _, _, needs, _ in self.losses)
+
     def _planned(self, trees: Sequence[Tree]) -> list[Microbatch]:
         """This rank's share of the trees."""
+        if self.shares_prefixes:
+            trees = share_prefixes(trees)
         planned = plan_ranks(
             trees,
             self._budget(trees),
