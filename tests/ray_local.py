@@ -26,6 +26,8 @@ def local_ray() -> Iterator[None]:
         log_to_driver=False,
         logging_level=logging.ERROR,
         _temp_dir=folder,
+        # as in a run: what a killed vLLM leaves in the temporary folder goes with the cluster
+        runtime_env={"env_vars": {"TMPDIR": folder}},
     )
     try:
         yield
