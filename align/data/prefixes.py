@@ -16,7 +16,7 @@ import numpy as np
 
 from align.protocols import Medium, Segment, Tree
 
-LEAST = 16
+LEAST = 8
 """Tokens that are worth a branch: below, one more segment costs attention what the shared tokens save."""
 
 FLAGS = ("loss_mask", "nll_mask")

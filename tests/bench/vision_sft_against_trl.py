@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from align.data.prefixes import share_prefixes
 from align.protocols import Tree
 from tests.bench import common, peer, vision, vision_peer, vision_report, work
 
@@ -137,14 +138,17 @@ def work_of(
     windows: dict[str, list[list[Tree]]],
     frozen: bool,
 ) -> float:
-    """Operations of a side's update. A picture that a microbatch without cache shows twice is counted twice."""
+    """Operations of a side's update. A picture that a microbatch without cache shows twice is counted twice, unless
+    the two rows begin with it."""
     if side in windows:
         layout = work.padded_layout(windows[side], compact_head=side != "TRL")
+        images = vision.images_of(trees, once=False)
     else:
-        layout = work.packed_layout(trees, budget, keep_together=False)
-    images = vision.images_of(trees, once=side == "ours" and frozen)
-    if side == "ours, later epochs":
-        images = []
+        joined = share_prefixes(trees)
+        layout = work.packed_layout(joined, budget, keep_together=False)
+        images = [medium.length for tree in joined for medium in tree.media]
+        if frozen and side != "ours, no cache":
+            images = [] if side == "ours, later epochs" else vision.images_of(trees, once=True)
     return vision.flop(shape, tower, layout, images if frozen else images * 2, reference=False)
 
 

@@ -1,14 +1,16 @@
 """easy_vqa: what a small model from scratch learns of 128 pictures, examined on 32 that it has not seen.
 
-128 pictures are few to learn seeing from, so each is shown mirrored and moved too, and asked the set's other
-questions, where the answer follows from the answers it has: a red circle is no teal shape. Nothing is made of the
-32 pictures and their questions, which the set's own answers judge.
+128 pictures are few to learn seeing from, so what each shows is shown elsewhere too, mirrored, in other sizes, in the
+colours and on the grounds of others among them; and is asked all questions of the set whose answer follows from the
+answers it has: a red circle is no teal shape. Nothing is made of the 32 pictures and their questions, which the set's
+own answers judge.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,11 @@ from tests.prove.real_images import (
 AIM = 0.9
 HELD_OUT = 32
 PATCH = 8
-VIEWS = 24
-MAX_PIXELS = 64 * 64  # as they are
+SEE_STEPS, SFT_STEPS = 1000, 400
+VIEWS = 48
+SIDE = 64
+LEAST_SIDE, MOST_SIDE = 10, 40  # of what is shown, in pixels
+MAX_PIXELS = SIDE * SIDE  # as they are
 SHAPES = ("circle", "rectangle", "triangle")
 ATTRIBUTES = {*SHAPES, "black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
 
@@ -58,8 +63,8 @@ def easy_recipe(folder: Path, named: Path, train: Path, held_out: Path) -> Path:
     }
     exact = [{"use": "exact", "as": "correct"}]
     stages: list[dict[str, Any]] = [
-        {"id": "see", "kind": "sft", "data": {**data, "path": str(named)}, "steps": 300, **learning},
-        {"id": "sft", "kind": "sft", "from": "see", "data": data, "steps": 400, **learning},
+        {"id": "see", "kind": "sft", "data": {**data, "path": str(named)}, "steps": SEE_STEPS, **learning},
+        {"id": "sft", "kind": "sft", "from": "see", "data": data, "steps": SFT_STEPS, **learning},
         {
             "id": "grpo",
             "kind": "online",
@@ -92,47 +97,47 @@ def easy_recipe(folder: Path, named: Path, train: Path, held_out: Path) -> Path:
 
 
 def divided(folder: Path) -> tuple[Path, Path, Path]:
-    """Files of the rows of 128 pictures, first those that ask for a name, then all, and of the other 32's, drawn by
-    SEED."""
+    """Files of rows about views of 128 pictures, first those that ask for a name, then all; and of the other 32's own
+    rows, drawn by SEED."""
     rows = rows_of(SETS / "easy_vqa/vqa.jsonl")
     names = sorted(names_of(rows))
     random.Random(SEED).shuffle(names)
     held_out = set(names[:HELD_OUT])
     train = [row for row in rows if row["image"] not in held_out]
+    shown = views(folder, known(train))
+    questions = sorted({row["question"] for row in train})
     draw = random.Random(SEED)
-    named = [
-        {**row, "image": name}
-        for row in train
-        if question_type(row) != "yes or no"
-        for name in views(folder, row["image"])
-    ]
-    asked = asked_anew(train) + train * 8
+    named = [row for view in shown for row in drawn(view, questions, draw, names=2, others=0)]
+    asked = [row for view in shown for row in drawn(view, questions, draw, names=2, others=6)]
     return (
         write_rows(folder / "easy-named.jsonl", named),
-        write_rows(
-            folder / "easy-train.jsonl", [{**row, "image": draw.choice(views(folder, row["image"]))} for row in asked]
-        ),
+        write_rows(folder / "easy-train.jsonl", asked),
         write_rows(folder / "easy-held-out.jsonl", [row for row in rows if row["image"] in held_out]),
     )
 
 
-def asked_anew(rows: list[Row]) -> list[Row]:
-    """Every picture with every question of `rows` whose answer follows from what the set says of the picture: its
-    shape and its colour. The answers of the set's own rows follow so too, or this raises ValueError."""
-    known: dict[str, set[str]] = defaultdict(set)
+def known(rows: list[Row]) -> dict[str, set[str]]:
+    """Shape and colour of every picture whose rows tell both. Raises ValueError where a row's answer does not follow
+    from them."""
+    found: dict[str, set[str]] = defaultdict(set)
     for row in rows:
-        known[row["image"]] |= {row["answer"]} - {"yes", "no"}
-        known[row["image"]] |= set(row["question"].rstrip("?").split()) & ATTRIBUTES if affirmed(row) else set()
+        found[row["image"]] |= {row["answer"]} - {"yes", "no"}
+        found[row["image"]] |= set(row["question"].rstrip("?").split()) & ATTRIBUTES if affirmed(row) else set()
     for row in rows:
-        if answer(row["question"], known[row["image"]]) not in (row["answer"], None):
-            raise ValueError(f"{row} does not follow from {known[row['image']]}")
-    questions = sorted({row["question"] for row in rows})
-    return [
-        {"image": image, "question": question, "answer": said}
-        for image, attributes in sorted(known.items())
-        for question in questions
-        if (said := answer(question, attributes)) is not None
-    ]
+        if answer(row["question"], found[row["image"]]) not in (row["answer"], None):
+            raise ValueError(f"{row} does not follow from {found[row['image']]}")
+    return {image: attributes for image, attributes in found.items() if len(attributes) == 2}
+
+
+def drawn(view: View, questions: list[str], draw: random.Random, *, names: int, others: int) -> list[Row]:
+    """Rows about a view: so many that ask for its shape or colour, and so many of yes or no, half of them yes."""
+    rows: dict[str, list[Row]] = defaultdict(list)
+    for question in draw.sample(questions, len(questions)):
+        said = answer(question, view.attributes)
+        if said is not None:
+            rows[said].append({"image": view.name, "question": question, "answer": said})
+    of_names = [row for said in sorted(view.attributes) for row in rows[said][: names // 2]]
+    return of_names + rows["yes"][: others // 2] + rows["no"][: others // 2]
 
 
 def affirmed(row: Row) -> bool:
@@ -156,32 +161,65 @@ def answer(question: str, attributes: set[str]) -> str | None:
     return "yes" if (named <= attributes) != negated(question) else "no"
 
 
-def views(folder: Path, name: str) -> list[str]:
-    """VIEWS pictures of what a picture shows, written below `folder`: mirrored, and elsewhere in it where it is whole.
-    No answer of the set minds."""
-    names = [f"{Path(name).stem}-{number}.png" for number in range(VIEWS)]
-    if not (folder / names[-1]).exists():
-        draw = random.Random(name)
-        with Image.open(SETS / "easy_vqa" / name) as image:
-            sides = image.convert("RGB"), image.convert("RGB").transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        for number, file in enumerate(names):
-            view = sides[number % 2]
-            (view if number < 2 else moved(view, draw)).save(folder / file)
-    return names
+@dataclass(frozen=True)
+class View:
+    """A picture made of what another shows. attributes: its shape and colour."""
+
+    name: str
+    attributes: set[str]
 
 
-def moved(image: Image.Image, draw: random.Random) -> Image.Image:
-    """What stands on the even ground of a picture, elsewhere on it; the picture itself where it is cut off."""
-    pixels = Counter(image.tobytes()[at : at + 3] for at in range(0, 3 * image.width * image.height, 3))
-    [(colour, _)] = pixels.most_common(1)
-    ground = Image.frombytes("RGB", image.size, colour * (image.width * image.height))
-    box = ImageChops.difference(image, ground).getbbox()
+@dataclass(frozen=True)
+class Thing:
+    """What stands on the even ground of a picture: where, as a mask, and both colours."""
+
+    shape: str
+    colour: str
+    mask: Image.Image
+    paint: tuple[int, ...]
+    ground: tuple[int, ...]
+
+
+def thing(path: Path, attributes: set[str]) -> Thing | None:
+    """None where it is cut off by the edge, so that its shape is not whole."""
+    with Image.open(path) as opened:
+        image = opened.convert("RGB")
+    ground, paint = (colour for _, colour in sorted(image.getcolors(image.width * image.height), reverse=True)[:2])
+    even = Image.new("RGB", image.size, ground)
+    mask = ImageChops.difference(image, even).convert("L").point(lambda level: 255 if level else 0)
+    box = mask.getbbox()
     if box is None or min(box) == 0 or box[2] == image.width or box[3] == image.height:
-        return image
-    thing = image.crop(box)
-    place = draw.randint(0, image.width - thing.width), draw.randint(0, image.height - thing.height)
-    ground.paste(thing, place)
-    return ground
+        return None
+    [shape] = attributes & set(SHAPES)
+    [colour] = attributes - set(SHAPES)
+    return Thing(shape, colour, mask.crop(box), paint, ground)
+
+
+def views(folder: Path, pictures: dict[str, set[str]]) -> list[View]:
+    """VIEWS of what each picture shows, written below `folder`: in a colour and on a ground of any of them."""
+    things = [thing(SETS / "easy_vqa" / name, attributes) for name, attributes in sorted(pictures.items())]
+    whole = [one for one in things if one is not None]
+    paints = {one.colour: one.paint for one in whole}
+    draw = random.Random(SEED)
+    found = []
+    for number, one in enumerate(whole):
+        for again in range(VIEWS):
+            colour, name = draw.choice(sorted(paints)), f"view-{number}-{again}.png"
+            painted(one.mask, paints[colour], draw.choice(whole).ground, draw).save(folder / name)
+            found.append(View(name, {one.shape, colour}))
+    return found
+
+
+def painted(mask: Image.Image, paint: tuple[int, ...], ground: tuple[int, ...], draw: random.Random) -> Image.Image:
+    """A mask, mirrored or not, larger or smaller, anywhere on the ground."""
+    mask = mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.random() < 0.5 else mask
+    least, most = LEAST_SIDE / min(mask.size), MOST_SIDE / max(mask.size)
+    scale = min(most, max(least, draw.uniform(0.7, 1.4)))
+    mask = mask.resize((round(mask.width * scale), round(mask.height * scale)), Image.Resampling.BILINEAR)
+    image = Image.new("RGB", (SIDE, SIDE), ground)
+    place = draw.randint(0, SIDE - mask.width), draw.randint(0, SIDE - mask.height)
+    image.paste(Image.new("RGB", mask.size, paint), place, mask)
+    return image
 
 
 def question_type(row: Row) -> str:
