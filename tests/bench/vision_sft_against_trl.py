@@ -34,7 +34,8 @@ CHECKED_ROWS = 12
 CACHE_MB = 1024
 EXPECTED = (
     "padded in the order of the data 2.4x at 8 rows (a picture of nlvr in most batches makes 25-token rows 80 to 150 "
-    "long), by length 1.4x, TRL 2.2x (its head scores every position, its layers make more passes over memory)"
+    "long), by length 1.4x, TRL 2.2x (its head scores every position, its layers make more passes over memory); "
+    "since rows that begin alike share that, 23 % fewer tokens: 1.15 times those"
 )
 
 

@@ -89,7 +89,7 @@ def easy_recipe(folder: Path, named: Path, train: Path, held_out: Path) -> Path:
     texts = {"path": str(train), "columns": QUESTIONS, "limit": 2000}
     model = {
         "dtype": "float32",
-        "config": config(PATCH, window=32),
+        "config": config(PATCH, window=4 * PATCH),
         "tokenizer": {"train_on": texts, "vocab_size": 384},
     }
     media = {"folders": [str(SETS / "easy_vqa")], "max_pixels": MAX_PIXELS}

@@ -22,6 +22,7 @@ from tests.bench import (
     orchestration,
     peer,
     reward_overhead,
+    shared_prefixes,
     simulator,
     work,
 )
@@ -198,6 +199,12 @@ def test_the_cost_of_a_token_is_measured_at_every_size(capsys: pytest.CaptureFix
     figures = linear_cost.main([*TINY, "--sizes", "320,640"])
     assert figures["tokens"] == {"320": 320, "640": 640}
     assert all(found["median"] > 0 for found in figures["microseconds_per_token"].values())
+
+
+def test_shared_beginnings_are_timed_beside_the_same_rows_apart() -> None:
+    found = shared_prefixes.main(["--toy", "--repeats", "1"])["beginnings"]
+    assert set(found) == {"10", "40", "200"}
+    assert all(own["tokens"]["shared"] < own["tokens"]["apart"] for own in found.values())
 
 
 def test_the_loops_cost_is_measured_for_every_staleness(capsys: pytest.CaptureFixture[str]) -> None:
