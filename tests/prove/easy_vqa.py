@@ -42,18 +42,28 @@ from tests.prove.real_images import (
 AIM = 0.9
 HELD_OUT = 32
 PATCH = 8
-SEE_STEPS, SFT_STEPS = 1000, 400
 VIEWS = 48
 SIDE = 64
-LEAST_SIDE, MOST_SIDE = 10, 40  # of what is shown, in pixels
+LEAST_SIDE, MOST_SIDE = 12, 56  # the longer side of what is shown, in pixels
 MAX_PIXELS = SIDE * SIDE  # as they are
 SHAPES = ("circle", "rectangle", "triangle")
 ATTRIBUTES = {*SHAPES, "black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
 
 
-def easy_recipe(folder: Path, named: Path, train: Path, held_out: Path) -> Path:
-    """To see comes first (`named`: rows whose answer is a shape or a colour): three questions in four are of yes or no,
-    and hide from a tower that knows nothing what it should look at."""
+@dataclass(frozen=True)
+class Files:
+    """Rows to train on, whose answer is a shape; a shape or a colour; anything: and the rows of the exam."""
+
+    shapes: Path
+    names: Path
+    train: Path
+    held_out: Path
+
+
+def easy_recipe(folder: Path, files: Files) -> Path:
+    """To see comes first, and shapes before all: a colour is told by any patch of it, and a model that has learned to
+    tell colours stays there for long; questions of yes or no hide what one should look at."""
+    train, held_out = files.train, files.held_out
     data = {"path": str(train), "columns": QUESTIONS}
     learning = {
         "adapter": EVERYTHING,
@@ -63,8 +73,10 @@ def easy_recipe(folder: Path, named: Path, train: Path, held_out: Path) -> Path:
     }
     exact = [{"use": "exact", "as": "correct"}]
     stages: list[dict[str, Any]] = [
-        {"id": "see", "kind": "sft", "data": {**data, "path": str(named)}, "steps": SEE_STEPS, **learning},
-        {"id": "sft", "kind": "sft", "from": "see", "data": data, "steps": SFT_STEPS, **learning},
+        {"id": "shapes", "kind": "sft", "data": {**data, "path": str(files.shapes)}, "steps": 400, **learning},
+        {"id": "see", "kind": "sft", "from": "shapes", "data": {**data, "path": str(files.names)}, "steps": 200}
+        | learning,
+        {"id": "sft", "kind": "sft", "from": "see", "data": data, "steps": 400, **learning},
         {
             "id": "grpo",
             "kind": "online",
@@ -96,9 +108,8 @@ def easy_recipe(folder: Path, named: Path, train: Path, held_out: Path) -> Path:
     return recipe(folder, "easy", {"model": model, "media": media, "stages": stages})
 
 
-def divided(folder: Path) -> tuple[Path, Path, Path]:
-    """Files of rows about views of 128 pictures, first those that ask for a name, then all; and of the other 32's own
-    rows, drawn by SEED."""
+def divided(folder: Path) -> Files:
+    """Files of rows about views of 128 pictures, and of the other 32's own rows, drawn by SEED."""
     rows = rows_of(SETS / "easy_vqa/vqa.jsonl")
     names = sorted(names_of(rows))
     random.Random(SEED).shuffle(names)
@@ -109,10 +120,11 @@ def divided(folder: Path) -> tuple[Path, Path, Path]:
     draw = random.Random(SEED)
     named = [row for view in shown for row in drawn(view, questions, draw, names=2, others=0)]
     asked = [row for view in shown for row in drawn(view, questions, draw, names=2, others=6)]
-    return (
-        write_rows(folder / "easy-named.jsonl", named),
-        write_rows(folder / "easy-train.jsonl", asked),
-        write_rows(folder / "easy-held-out.jsonl", [row for row in rows if row["image"] in held_out]),
+    return Files(
+        shapes=write_rows(folder / "easy-shapes.jsonl", [row for row in named if question_type(row) == "shape"]),
+        names=write_rows(folder / "easy-names.jsonl", named),
+        train=write_rows(folder / "easy-train.jsonl", asked),
+        held_out=write_rows(folder / "easy-held-out.jsonl", [row for row in rows if row["image"] in held_out]),
     )
 
 
@@ -213,9 +225,8 @@ def views(folder: Path, pictures: dict[str, set[str]]) -> list[View]:
 def painted(mask: Image.Image, paint: tuple[int, ...], ground: tuple[int, ...], draw: random.Random) -> Image.Image:
     """A mask, mirrored or not, larger or smaller, anywhere on the ground."""
     mask = mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draw.random() < 0.5 else mask
-    least, most = LEAST_SIDE / min(mask.size), MOST_SIDE / max(mask.size)
-    scale = min(most, max(least, draw.uniform(0.7, 1.4)))
-    mask = mask.resize((round(mask.width * scale), round(mask.height * scale)), Image.Resampling.BILINEAR)
+    scale = draw.uniform(LEAST_SIDE, MOST_SIDE) / max(mask.size)
+    mask = mask.resize([max(6, round(side * scale)) for side in mask.size], Image.Resampling.BILINEAR)
     image = Image.new("RGB", (SIDE, SIDE), ground)
     place = draw.randint(0, SIDE - mask.width), draw.randint(0, SIDE - mask.height)
     image.paste(Image.new("RGB", mask.size, paint), place, mask)
@@ -245,9 +256,9 @@ def commonest(train: list[Row], rows: list[Row]) -> list[float]:
 
 
 def easy_vqa(folder: Path) -> Found:
-    named, train, held_out = divided(folder)
-    run = align_run(easy_recipe(folder, named, train, held_out), folder)
-    own, seen, rows = rows_of(SETS / "easy_vqa/vqa.jsonl"), rows_of(train), rows_of(held_out)
+    files = divided(folder)
+    run = align_run(easy_recipe(folder, files), folder)
+    own, seen, rows = rows_of(SETS / "easy_vqa/vqa.jsonl"), rows_of(files.train), rows_of(files.held_out)
     found = {"baseline": accuracies(rows, commonest(seen, rows))}
     for stage in ("sft", "grpo"):
         answered = rollouts(run / "exam" / "rollouts" / stage)
@@ -258,7 +269,7 @@ def easy_vqa(folder: Path) -> Found:
         "rows": {"train": len(seen), "held out": len(rows)},
         "pictures": {"train": trained["media"]["distinct"], "held out": len(names_of(rows))},
         "accuracy": found,
-        "steps": {stage: len(lines_of(run, stage)) for stage in ("see", "sft", "grpo")},
+        "steps": {stage: len(lines_of(run, stage)) for stage in ("shapes", "see", "sft", "grpo")},
         "loss": [line["loss/total"] for line in lines_of(run, "sft")][-1],
         "grpo": {"correct": [line["objective/correct/mean"] for line in lines_of(run, "grpo")]},
     }
@@ -270,7 +281,7 @@ def easy_vqa(folder: Path) -> Found:
         == facts(seen, folder, max_pixels=MAX_PIXELS, patch=PATCH),
         f"SFT answers {AIM:g} of the questions about pictures it has not seen": found["sft"]["all"] >= AIM,
         "GRPO keeps it": found["grpo"]["all"] >= AIM,
-        "every metric of every step is finite": all_finite(run, "see", "sft", "grpo"),
+        "every metric of every step is finite": all_finite(run, "shapes", "see", "sft", "grpo"),
         "GRPO's prompts show a picture each": all(len(r["media"]) == 1 for r in rollouts(run / "grpo" / "rollouts")),
     }
     return figures, checks
