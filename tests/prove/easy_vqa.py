@@ -142,14 +142,17 @@ def known(rows: list[Row]) -> dict[str, set[str]]:
 
 
 def drawn(view: View, questions: list[str], draw: random.Random, *, names: int, others: int) -> list[Row]:
-    """Rows about a view: so many that ask for its shape or colour, and so many of yes or no, half of them yes."""
-    rows: dict[str, list[Row]] = defaultdict(list)
+    """Rows about a view: so many that ask for its shape or colour, and so many of yes or no, half of which are about
+    what it shows. (Of all questions a fifth are: who answers each "is there" with no is right in four of five.)"""
+    asked: dict[str, list[Row]] = {"shape": [], "colour": [], "there": [], "not there": []}
     for question in draw.sample(questions, len(questions)):
         said = answer(question, view.attributes)
         if said is not None:
-            rows[said].append({"image": view.name, "question": question, "answer": said})
-    of_names = [row for said in sorted(view.attributes) for row in rows[said][: names // 2]]
-    return of_names + rows["yes"][: others // 2] + rows["no"][: others // 2]
+            row = {"image": view.name, "question": question, "answer": said}
+            kind = question_type(row)
+            asked[kind if kind in asked else "there" if affirmed(row) else "not there"].append(row)
+    of_names = [row for kind in ("shape", "colour") for row in asked[kind][: names // 2]]
+    return of_names + [row for kind in ("there", "not there") for row in asked[kind][: others // 2]]
 
 
 def affirmed(row: Row) -> bool:
@@ -228,7 +231,8 @@ def painted(mask: Image.Image, paint: tuple[int, ...], ground: tuple[int, ...], 
     scale = draw.uniform(LEAST_SIDE, MOST_SIDE) / max(mask.size)
     mask = mask.resize([max(6, round(side * scale)) for side in mask.size], Image.Resampling.BILINEAR)
     image = Image.new("RGB", (SIDE, SIDE), ground)
-    place = draw.randint(0, SIDE - mask.width), draw.randint(0, SIDE - mask.height)
+    out = [side // 6 for side in mask.size]  # as in the set, an edge may cut a little off
+    place = draw.randint(-out[0], SIDE - mask.width + out[0]), draw.randint(-out[1], SIDE - mask.height + out[1])
     image.paste(Image.new("RGB", mask.size, paint), place, mask)
     return image
 
