@@ -73,10 +73,11 @@ def easy_recipe(folder: Path, files: Files) -> Path:
     }
     exact = [{"use": "exact", "as": "correct"}]
     stages: list[dict[str, Any]] = [
-        {"id": "shapes", "kind": "sft", "data": {**data, "path": str(files.shapes)}, "steps": 400, **learning},
+        {"id": "shapes", "kind": "sft", "data": {**data, "path": str(files.shapes)}, "steps": 300, **learning},
         {"id": "see", "kind": "sft", "from": "shapes", "data": {**data, "path": str(files.names)}, "steps": 200}
         | learning,
-        {"id": "sft", "kind": "sft", "from": "see", "data": data, "steps": 400, **learning},
+        {"id": "sft", "kind": "sft", "from": "see", "data": data, "steps": 600, **learning}
+        | {"adapter": {"kind": "full"}},  # the tower has learned to see: every picture runs through it once
         {
             "id": "grpo",
             "kind": "online",
@@ -120,12 +121,20 @@ def divided(folder: Path) -> Files:
     draw = random.Random(SEED)
     named = [row for view in shown for row in drawn(view, questions, draw, names=2, others=0)]
     asked = [row for view in shown for row in drawn(view, questions, draw, names=2, others=6)]
+    parts = {
+        "shapes": [row for row in named if question_type(row) == "shape"],
+        "names": named,
+        "train": asked,
+        "held_out": [row for row in rows if row["image"] in held_out],
+    }
     return Files(
-        shapes=write_rows(folder / "easy-shapes.jsonl", [row for row in named if question_type(row) == "shape"]),
-        names=write_rows(folder / "easy-names.jsonl", named),
-        train=write_rows(folder / "easy-train.jsonl", asked),
-        held_out=write_rows(folder / "easy-held-out.jsonl", [row for row in rows if row["image"] in held_out]),
+        **{part: write_rows(folder / f"easy-{part}.jsonl", map(question_first, own)) for part, own in parts.items()}
     )
+
+
+def question_first(row: Row) -> Row:
+    """The picture after its question: each patch then knows what is asked, and compares for itself."""
+    return {**row, "question": f"{row['question']}\n<image>"}
 
 
 def known(rows: list[Row]) -> dict[str, set[str]]:
