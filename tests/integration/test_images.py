@@ -249,7 +249,7 @@ def test_two_ranks_with_pictures_in_some_rows_report_what_one_does(folder: Path,
     ours, theirs = metrics(folder / "runs" / "two", "sft"), metrics(story, "sft")
     assert len(ours) == len(theirs)
     for mine, other in zip(ours, theirs, strict=True):
-        assert mine.keys() == other.keys()
+        assert mine.keys() - {"comm/bytes", "time/communicate"} == other.keys()
         for name in ("loss/total", "optim/grad_norm", "eval/loss", "tokens/scored"):
             if name in other:
                 assert mine[name] == pytest.approx(other[name], rel=2e-3, abs=1e-4), (mine["step"], name)
