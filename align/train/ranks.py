@@ -37,10 +37,10 @@ class Traffic(NamedTuple):
 
 
 class Ranks:
-    """One process of `size`, the `rank`-th. All ranks call its methods, in one order; not so `join`, `traffic`, `since`.
+    """One process of `size`, the `rank`-th. All ranks call its methods, in one order; but not `traffic`, `since`.
 
     sent: bytes that this rank has sent, by collective ("all_reduce", "all_gather", "broadcast"), as rings send them:
-    an all-reduce of n bytes sends 2 (W-1)/W n from each of W ranks (Patarasuk and Yuan 2009), a gather sends each rank's
+    an all-reduce of n bytes sends 2 (W-1)/W n from each of W ranks (Patarasuk and Yuan 2009), a gather sends a rank's
     part W-1 times, a broadcast passes n on from every rank but the last. Headers of the transport are not counted.
 
     Raises RanksError where another rank ended, or stayed silent for longer than the limit given to `join`.

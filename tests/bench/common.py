@@ -165,6 +165,24 @@ class Apart:
         self._child.join()
 
 
+class Here(Apart):
+    """The same in this process: what a run of a toy model needs, which would otherwise mostly start interpreters."""
+
+    def __init__(self, make: Callable[..., Any], *arguments: Any, **options: Any):
+        self._served = make(*arguments, **options)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self._served, method)(*arguments)
+
+    def close(self) -> None:
+        del self._served
+
+
+def place_for(toy: bool) -> type[Apart]:
+    """Where a side of a comparison lives."""
+    return Here if toy else Apart
+
+
 def _serve(pipe: Any, make: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     try:
         served = make(*arguments, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,6 +142,14 @@ def test_the_deviation_is_of_the_value_farthest_from_the_mean() -> None:
 def test_a_process_that_dies_is_an_error_and_not_a_wait() -> None:
     with pytest.raises(RuntimeError, match="ended with code"):
         common.apart(os._exit, 3)
+
+
+def test_a_side_in_a_process_of_its_own_answers_and_hands_over_its_errors() -> None:
+    side = common.place_for(toy=False)(Counter, "aab")
+    assert side.call("total") == 3
+    with pytest.raises(RuntimeError, match="AttributeError: 'Counter' object has no attribute 'mode'"):
+        side.call("mode")
+    side.close()
 
 
 def test_a_comparison_is_recorded_with_date_hardware_and_versions(
