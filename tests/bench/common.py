@@ -144,13 +144,17 @@ class Apart:
         self._child = context.Process(target=_serve, args=(far, make, arguments, options), daemon=True)
         self._child.start()
         far.close()
-        self._answer("start")
+        self.answer("start")
 
     def call(self, method: str, *arguments: Any) -> Any:
-        self._pipe.send((method, arguments))
-        return self._answer(method)
+        self.ask(method, *arguments)
+        return self.answer(method)
 
-    def _answer(self, what: str) -> Any:
+    def ask(self, method: str, *arguments: Any) -> None:
+        """Call without waiting: `answer` does, so that several can work at a time."""
+        self._pipe.send((method, arguments))
+
+    def answer(self, what: str) -> Any:
         try:
             error, answer = self._pipe.recv()
         except EOFError:
