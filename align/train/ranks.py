@@ -37,7 +37,8 @@ class Traffic(NamedTuple):
 
 
 class Ranks:
-    """One process of `size`, the `rank`-th. All ranks call its methods, in one order; but not `traffic`, `since`.
+    """One process of `size`, the `rank`-th. Every method but `join`, `traffic` and `since` is collective: all ranks call
+    it, in one order.
 
     sent: bytes that this rank has sent, by collective ("all_reduce", "all_gather", "broadcast"), as rings send them:
     an all-reduce of n bytes sends 2 (W-1)/W n from each of W ranks (Patarasuk and Yuan 2009), a gather sends a rank's
@@ -91,6 +92,7 @@ class Ranks:
         self.size, self.rank = 1, 0
 
     def traffic(self) -> Traffic:
+        """Up to now; a difference of two is what was said between them."""
         return Traffic(self.sent.total(), self._seconds)
 
     def since(self, before: Traffic) -> dict[str, float]:
