@@ -37,8 +37,8 @@ class Traffic(NamedTuple):
 
 
 class Ranks:
-    """One process of `size`, the `rank`-th. Every method but `join`, `traffic` and `since` is collective: all ranks call
-    it, in one order.
+    """One process of `size`, the `rank`-th. Every method but `join`, `traffic` and `since` is collective: all ranks
+    call it, in one order.
 
     sent: bytes that this rank has sent, by collective ("all_reduce", "all_gather", "broadcast"), as rings send them:
     an all-reduce of n bytes sends 2 (W-1)/W n from each of W ranks (Patarasuk and Yuan 2009), a gather sends a rank's
