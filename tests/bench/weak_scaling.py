@@ -20,6 +20,7 @@ included.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import socket
 import struct
@@ -53,48 +54,49 @@ class Job:
 
 
 class Worker:
-    """One rank, in a process of its own with one torch thread."""
+    """One rank, in a process of its own with one torch thread: of a policy that it trains alone, and of one that all
+    train together."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.taken = job, 0
         common.use_threads(1)
 
-    def start(self, rank: int, size: int, meet: str | None, core: int) -> None:
-        """Meet the others and load the model. meet: where; None: a policy of its own."""
+    def start(self, rank: int, size: int, core: int) -> None:
+        """Meet the others and load the models."""
         os.sched_setaffinity(0, {core})
         from align.train.ranks import Ranks
 
         job = self.job
-        self.ranks = Ranks() if meet is None else Ranks.join(rank, size, init_method=meet)
-        shape = work.TOY if job.toy else work.BENCH
-        pairs = job.pairs * self.ranks.size
-        self.trees = work.random_trees(pairs, PROMPT, COMPLETION, vocabulary=shape.vocabulary)
-        full, more = job.adapter == "full", {} if job.strategy == "single" else {"strategy": job.strategy}
-        self.trainer = work.make_trainer(
-            job.folder, {"name": "dpo"}, dtype=job.dtype, device="cpu", full=full, ranks=self.ranks, **more
+        together = Ranks.join(rank, size, init_method=f"file://{job.folder}/meet")
+        make = functools.partial(
+            work.make_trainer, job.folder, {"name": "dpo"}, dtype=job.dtype, device="cpu", full=job.adapter == "full"
         )
+        more = {} if job.strategy == "single" else {"strategy": job.strategy}
+        self.trainers = {"alone": make(ranks=Ranks()), "together": make(ranks=together, **more)}
 
     def elements(self) -> list[int]:
         """Of every trained tensor."""
-        return [p.numel() for p in self.trainer.parameters]
+        return [p.numel() for p in self.trainers["together"].parameters]
 
-    def update(self) -> dict[str, Any]:
-        """The updates of a round. All figures are of one step: seconds of the mean, bytes of the last."""
-        metrics: dict[str, float] = {}
-        before, wired = Counter(self.ranks.sent), 0
-        said, started = self.ranks.traffic(), time.perf_counter()
+    def update(self, name: str) -> dict[str, Any]:
+        """The updates of a round, "alone" or "together". All figures are of one step: seconds of the mean, bytes of the
+        last."""
+        trainer, vocabulary = self.trainers[name], (work.TOY if self.job.toy else work.BENCH).vocabulary
+        ranks, metrics, wired = trainer.ranks, {}, 0
+        trees = work.random_trees(self.job.pairs * ranks.size, PROMPT, COMPLETION, vocabulary=vocabulary)
+        before, said, started = Counter(ranks.sent), ranks.traffic(), time.perf_counter()
         for _ in range(self.job.steps):
-            before, wired = Counter(self.ranks.sent), bytes_on_the_wire()
-            metrics = self.trainer.step(self.trees, step=self.taken, progress=0.0)
+            before, wired = Counter(ranks.sent), bytes_on_the_wire()
+            metrics = trainer.step(trees, step=self.taken, progress=0.0)
             self.taken += 1
         seconds = (time.perf_counter() - started) / self.job.steps
-        talking = (self.ranks.traffic().seconds - said.seconds) / self.job.steps
-        sent = {name: total - before[name] for name, total in self.ranks.sent.items() if total > before[name]}
+        talking = (ranks.traffic().seconds - said.seconds) / self.job.steps
+        sent = {kind: total - before[kind] for kind, total in ranks.sent.items() if total > before[kind]}
         assert metrics.get("comm/bytes", 0.0) == sum(sent.values()), "a metric that says something else"
         return {"seconds": seconds, "talking": talking, "sent": sent, "wire": bytes_on_the_wire() - wired}
 
     def leave(self) -> None:
-        self.ranks.leave()
+        self.trainers["together"].ranks.leave()
 
 
 def bytes_on_the_wire() -> int:
@@ -130,26 +132,24 @@ def measure(job: Job, size: int, repeats: int) -> tuple[common.Rounds, list[dict
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < size:
         raise SystemExit(f"error: {size} ranks need a core each, and there are {len(cores)}")
-    alone, joined = ([common.Apart(Worker, job) for _ in range(size)] for _ in range(2))
-    meet = f"file://{job.folder}/meet"
-    of_all(alone, "start", [(0, 1, None, core) for core in cores[:size]])
-    of_all(joined, "start", [(rank, size, meet, core) for rank, core in enumerate(cores[:size])])
+    workers = [common.Apart(Worker, job) for _ in range(size)]
+    of_all(workers, "start", [(rank, size, core) for rank, core in enumerate(cores[:size])])
     last: list[dict[str, Any]] = []
 
     def together() -> None:
-        last[:] = of_all(joined, "update")
+        last[:] = of_all(workers, "update", [("together",)] * size)
 
     sides: dict[str, Callable[[], object]] = {
-        "1 rank": lambda: alone[0].call("update"),
+        "1 rank": lambda: workers[0].call("update", "alone"),
         f"{size} ranks": together,
-        f"{size} apart": lambda: of_all(alone, "update"),
+        f"{size} apart": lambda: of_all(workers, "update", [("alone",)] * size),
     }
     for run in sides.values():
         run()
     rounds = common.alternate(sides, repeats)
-    elements = joined[0].call("elements")
-    of_all(joined, "leave")
-    for worker in (*alone, *joined):
+    elements = workers[0].call("elements")
+    of_all(workers, "leave")
+    for worker in workers:
         worker.close()
     return rounds, last, elements
 

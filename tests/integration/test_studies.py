@@ -91,11 +91,11 @@ def test_old_rollouts_under_the_same_weights_have_the_advantages_that_the_run_tr
 
 def test_a_soup_of_the_ends_is_examined_without_training(study: Path) -> None:
     adapters = [str(study / "runs" / "study" / "sweep" / name / "grpo" / "adapter") for name in RUNS]
-    words = ["--weights", "0,1", "--recipe", "study.yaml", "--out", "soups"]
+    words = ["--weights", "0.5,0.5", "--weights", "0,1", "--parallel", "2", "--recipe", "study.yaml", "--out", "soups"]
     said = align(study, "soup", *adapters, *words)
     assert "rank 8, 14 modules" in said
     found = json.loads((study / "soups" / "front.json").read_text())
-    assert [point["label"] for point in found["points"]] == ["0_1"]
+    assert [point["label"] for point in found["points"]] == ["0.5_0.5", "0_1"]
     trained = read_json(study / "runs" / "study" / "sweep" / RUNS[1] / "summary.json")["stages"]["grpo"]["metrics"]
-    end = found["points"][0]["objectives"]
+    end = found["points"][1]["objectives"]
     assert end["length"]["mean"] == pytest.approx(trained["length"]), "an end of the grid is the adapter itself"
