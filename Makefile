@@ -45,12 +45,14 @@ lint: SHELL := /bin/bash
 
 test: lint test-unit test-integration
 
-# Unit tests are short and independent: two at a time. The others start engines and clusters that fill two cores.
+# Unit tests and comparisons of tensors with TRL's are short and independent: two at a time, in order of their folders
+# (by default files of few tests come last, and those are the long ones). The others start engines and clusters that
+# fill two cores.
 test-unit: $(STAMP)
-	$(BIN)/python -m pytest tests/unit -n 2 --dist loadscope
+	$(BIN)/python -m pytest tests/unit tests/parity -n 2 --dist loadscope --no-loadscope-reorder
 
 test-integration: $(STAMP)
-	$(BIN)/python -m pytest tests/integration tests/parity
+	$(BIN)/python -m pytest tests/integration
 
 prove: $(STAMP)
 	$(BIN)/python -m tests.prove $(ONLY)

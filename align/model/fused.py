@@ -16,9 +16,13 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from align.model.bitsandbytes_import import import_bitsandbytes
+
+import_bitsandbytes()
+from peft.tuners.lora.layer import Linear as LoraLinear  # noqa: E402 (it imports bitsandbytes)
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,15 @@ from torch import nn
 
 from align.errors import ModelError, Unsupported
 from align.model.adapter_config import HEAD
+from align.model.bitsandbytes_import import import_bitsandbytes
 from align.model.parts import parts_of
 from align.recipe.adapter import Adapter
 from align.recipe.support import refuse_parts_of_text
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+import_bitsandbytes()  # before peft does
 
 
 def fresh_config(model: Any, adapter: Adapter) -> LoraConfig:

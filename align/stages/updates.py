@@ -18,7 +18,7 @@ from align.losses import configure
 from align.protocols import Metrics, Segment, Trainer, Tree
 from align.recipe.schema import OnlineStage
 
-_SUMMED = ("time/", "tokens/", "train/")
+_SUMMED = ("time/", "tokens/", "train/", "comm/")
 _COUNTED = ("_tokens", "_sequences")
 
 
@@ -99,9 +99,9 @@ def carrying(tree: Tree, logps: Sequence[np.ndarray]) -> Tree:
 
 
 def merged(found: Sequence[Metrics]) -> Metrics:
-    """The metrics of a turn from those of its updates: sums of times, tokens and counts (time/, tokens/, train/,
-    *_tokens, *_sequences), the largest of every max_abs, the mean of all others over the updates that have them. Every
-    update counts once, however many tokens it had. train/updates: their number."""
+    """The metrics of a turn from those of its updates: sums of times, tokens, bytes and counts (time/, tokens/, comm/,
+    train/, *_tokens, *_sequences), the largest of every max_abs, the mean of all others over the updates that have
+    them. Every update counts once, however many tokens it had. train/updates: their number."""
     out: Metrics = {"train/updates": float(len(found))}
     for name in dict.fromkeys(name for metrics in found for name in metrics):
         values = [metrics[name] for metrics in found if name in metrics]

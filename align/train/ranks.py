@@ -2,15 +2,18 @@
 
 Every rank is given all trees of an update, plans the same microbatches and computes its share of them. Losses divide by
 global counts, which every rank works out for itself, so gradients are summed and never averaged. `Ranks()` is a
-process on its own and says nothing.
+process on its own and says nothing. What is said is counted: bytes that this rank sends, and seconds.
 """
 
 from __future__ import annotations
 
+import pickle
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +29,20 @@ BUCKET_ELEMENTS = 1 << 24  # of float32: 64 MiB are sent at a time
 SILENCE_LIMIT_S = 1800.0  # longer than one rank writes a checkpoint while the others wait
 
 
+class Traffic(NamedTuple):
+    """What a rank has sent so far, in bytes, and the seconds it spent on that, waiting for slower ranks included."""
+
+    bytes: int
+    seconds: float
+
+
 class Ranks:
-    """One process of `size`, the `rank`-th. Every method but `join` is collective: all ranks call it, in one order.
+    """One process of `size`, the `rank`-th. Every method but `join`, `traffic` and `since` is collective: all ranks
+    call it, in one order.
+
+    sent: bytes that this rank has sent, by collective ("all_reduce", "all_gather", "broadcast"), as rings send them:
+    an all-reduce of n bytes sends 2 (W-1)/W n from each of W ranks (Patarasuk and Yuan 2009), a gather sends a rank's
+    part W-1 times, a broadcast passes n on from every rank but the last. Headers of the transport are not counted.
 
     Raises RanksError where another rank ended, or stayed silent for longer than the limit given to `join`.
     """
@@ -35,6 +50,8 @@ class Ranks:
     def __init__(self) -> None:
         self.size, self.rank = 1, 0
         self.wire = torch.device("cpu")
+        self.sent: Counter[str] = Counter()
+        self._seconds = 0.0
 
     @classmethod
     def join(
@@ -74,8 +91,20 @@ class Ranks:
             dist.destroy_process_group()
         self.size, self.rank = 1, 0
 
+    def traffic(self) -> Traffic:
+        """Up to now; a difference of two is what was said between them."""
+        return Traffic(self.sent.total(), self._seconds)
+
+    def since(self, before: Traffic) -> dict[str, float]:
+        """Metrics of what was said since `before`; none of a process on its own."""
+        if self.size == 1:
+            return {}
+        now = self.traffic()
+        return {"comm/bytes": float(now.bytes - before.bytes), "time/communicate": now.seconds - before.seconds}
+
     @contextmanager
     def _together(self, doing: str) -> Iterator[None]:
+        started = time.perf_counter()
         try:
             yield
         except RuntimeError as error:  # torch.distributed's own errors are RuntimeErrors
@@ -84,13 +113,13 @@ class Ranks:
                 f"rank {self.rank} of {self.size} lost the others while they {doing}: {first}",
                 remedy="another rank failed first: its own error, or logs/, says why",
             ) from error
+        finally:
+            self._seconds += time.perf_counter() - started
 
     def barrier(self) -> None:
         if self.size > 1:
-            import torch.distributed as dist
-
             with self._together("waited for each other"):
-                dist.all_reduce(torch.zeros(1))
+                self._all_reduce(torch.zeros(1))
 
     def objects(self, value: Any) -> list[Any]:
         """`value` of every rank, by rank. For small, picklable things: numbers, random states, arrays."""
@@ -98,6 +127,8 @@ class Ranks:
             return [value]
         import torch.distributed as dist
 
+        # torch exchanges lengths as int64, then the pickles; how it pads the shorter ones is not counted
+        self.sent["all_gather"] += (self.size - 1) * (8 + len(pickle.dumps(value)))
         found: list[Any] = [None] * self.size
         with self._together("exchanged numbers"):
             dist.all_gather_object(found, value)
@@ -113,6 +144,7 @@ class Ranks:
         padded = torch.zeros((max(lengths), *tensor.shape[1:]), dtype=tensor.dtype, device=self.wire)
         padded[: tensor.shape[0]] = tensor
         parts = [torch.empty_like(padded) for _ in lengths]
+        self.sent["all_gather"] += (self.size - 1) * padded.nbytes
         with self._together("gathered values"):
             dist.all_gather(parts, padded)
         return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]).to(tensor.device)
@@ -121,19 +153,14 @@ class Ranks:
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace every tensor by its sum over ranks, in place; added in float32, whatever the dtype."""
         if self.size > 1:
-            import torch.distributed as dist
-
-            self._in_buckets(tensors, dist.all_reduce, torch.float32)
+            self._in_buckets(tensors, self._all_reduce, torch.float32)
 
     @torch.no_grad()
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Replace every tensor by rank 0's, in place."""
         if self.size > 1:
-            import torch.distributed as dist
-
             for dtype in dict.fromkeys(t.dtype for t in tensors):
-                same = [t for t in tensors if t.dtype == dtype]
-                self._in_buckets(same, lambda flat: dist.broadcast(flat, 0), dtype)
+                self._in_buckets([t for t in tensors if t.dtype == dtype], self._broadcast, dtype)
 
     @torch.no_grad()
     def require_equal(self, tensors: Iterable[Tensor]) -> None:
@@ -158,6 +185,18 @@ class Ranks:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 grads.append(p.grad)
         self.sum(grads)
+
+    def _all_reduce(self, flat: Tensor) -> None:
+        import torch.distributed as dist
+
+        self.sent["all_reduce"] += 2 * (self.size - 1) * flat.nbytes // self.size
+        dist.all_reduce(flat)
+
+    def _broadcast(self, flat: Tensor) -> None:
+        import torch.distributed as dist
+
+        self.sent["broadcast"] += flat.nbytes if self.rank < self.size - 1 else 0
+        dist.broadcast(flat, 0)
 
     def _in_buckets(self, tensors: Sequence[Tensor], send: Callable[[Tensor], Any], dtype: torch.dtype) -> None:
         with self._together("exchanged tensors"):

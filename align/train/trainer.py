@@ -123,7 +123,7 @@ class PolicyTrainer:
     def step(self, trees: Sequence[Tree], *, step: int, progress: float) -> dict[str, float]:
         """One optimizer update over all `trees`. A non-finite loss or gradient leaves the weights as they were."""
         assert self.optimizer is not None, "this trainer was made without an optimizer"
-        started = time.perf_counter()
+        started, said = time.perf_counter(), self.ranks.traffic()
         self.module.train()
         sums, seen = MetricSums(), self.policy.patches()
         trees = self._marked(trees)
@@ -155,6 +155,7 @@ class PolicyTrainer:
             "optim/grad_norm": norm,
             "optim/skipped": float(self._bad_steps > 0),
             "time/train": seconds,
+            **self.ranks.since(said),
             "tokens/scored": float(counts.tokens),
         }
 

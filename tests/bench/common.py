@@ -144,13 +144,17 @@ class Apart:
         self._child = context.Process(target=_serve, args=(far, make, arguments, options), daemon=True)
         self._child.start()
         far.close()
-        self._answer("start")
+        self.answer("start")
 
     def call(self, method: str, *arguments: Any) -> Any:
-        self._pipe.send((method, arguments))
-        return self._answer(method)
+        self.ask(method, *arguments)
+        return self.answer(method)
 
-    def _answer(self, what: str) -> Any:
+    def ask(self, method: str, *arguments: Any) -> None:
+        """Call without waiting: `answer` does, so that several can work at a time."""
+        self._pipe.send((method, arguments))
+
+    def answer(self, what: str) -> Any:
         try:
             error, answer = self._pipe.recv()
         except EOFError:
@@ -163,6 +167,24 @@ class Apart:
     def close(self) -> None:
         self._pipe.close()
         self._child.join()
+
+
+class Here(Apart):
+    """The same in this process: what a run of a toy model needs, which would otherwise mostly start interpreters."""
+
+    def __init__(self, make: Callable[..., Any], *arguments: Any, **options: Any):
+        self._served = make(*arguments, **options)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self._served, method)(*arguments)
+
+    def close(self) -> None:
+        del self._served
+
+
+def place_for(toy: bool) -> type[Apart]:
+    """Where a side of a comparison lives."""
+    return Here if toy else Apart
 
 
 def _serve(pipe: Any, make: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:

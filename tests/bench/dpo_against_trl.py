@@ -52,7 +52,7 @@ def choose(
         trainer.step(some, step=0, progress=0.0)
 
     budget, tried = common.fastest(arguments.max_tokens, ours, "ours, max_tokens")
-    make = functools.partial(common.Apart, peer.Dpo, folder, trees[:1])
+    make = functools.partial(common.place_for(arguments.toy), peer.Dpo, folder, trees[:1])
     theirs, setting, batch, more = peer.choose(arguments, make, mine, checked, some)
     return budget, theirs, setting, batch, tried | more
 

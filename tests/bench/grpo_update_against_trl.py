@@ -57,7 +57,7 @@ def choose(
 
     budget, tried = common.fastest(arguments.max_tokens, ours, "ours, max_tokens")
     options = {"group_size": arguments.group_size, "max_completion": len(trees[0].branches[0]), "kl": KL}
-    make = functools.partial(common.Apart, peer.Grpo, folder, **options)
+    make = functools.partial(common.place_for(arguments.toy), peer.Grpo, folder, **options)
     theirs, setting, batch, more = peer.choose(arguments, make, mine, trees[:1], some)
     return budget, theirs, setting, batch, tried | more, trees
 

@@ -293,12 +293,9 @@ def padded_windows(trees: Sequence[Tree], batch: int, *, by_length: bool) -> lis
 class Padded:
     """Our trainer on padded batches: the same losses, optimizer, kernels and fused head; each sequence is a row padded
     to the longest of its batch, and runs with its prompt and its images through the model's own forward.
-
-    In a process of its own (`common.Apart`): the padding it allows is set for the whole process.
     """
 
     def __init__(self, folder: Path, loss: dict[str, Any], dtype: str, targets: str, reference: bool):
-        from align.model import unshared
         from align.train.trainer import PolicyTrainer
 
         class PaddedTrainer(PolicyTrainer):
@@ -309,7 +306,6 @@ class Padded:
 
                 return [Microbatch(rows) for rows in padded_windows(trees, self.batch, by_length=self.by_length)]
 
-        unshared.MAX_PADDING = math.inf  # one block of rows, however long the longest
         self.trainer: Any = work.make_trainer(
             folder, loss, dtype=dtype, device="cpu", targets=targets, reference=reference, kind=PaddedTrainer
         )
@@ -322,8 +318,14 @@ class Padded:
 
     def update(self, trees: Sequence[Tree], setting: tuple[int, bool]) -> tuple[float, float]:
         """(loss, gradient norm). setting: rows of a batch, and whether rows of a length stand together."""
+        from align.model import unshared
+
         self.trainer.batch, self.trainer.by_length = setting
-        found = self.trainer.step(trees, step=0, progress=0.0)
+        usual, unshared.MAX_PADDING = unshared.MAX_PADDING, math.inf  # one block of rows, however long the longest
+        try:
+            found = self.trainer.step(trees, step=0, progress=0.0)
+        finally:
+            unshared.MAX_PADDING = usual
         return found["loss/total"], found["optim/grad_norm"]
 
 

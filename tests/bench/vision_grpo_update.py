@@ -82,14 +82,14 @@ def choose(
         trainer.step(some, step=0, progress=0.0)
 
     budget, tried = common.fastest(arguments.max_tokens, ours, "ours, max_tokens")
-    padded = common.Apart(vision.Padded, folder, LOSS, arguments.dtype, targets, reference=True)
+    padded = common.place_for(arguments.toy)(vision.Padded, folder, LOSS, arguments.dtype, targets, reference=True)
     padded.call("draw_adapter")
     checked = padded.call("update", some, (2, False))
     common.check_same_work(mine, checked, arguments.dtype, "padded batches of our engine", other="padded")
     settings = [(batch, False) for batch in arguments.batches]
     best, more = common.fastest(settings, functools.partial(padded.call, "update", some), "padded")
     options = {"group_size": arguments.group_size, "max_completion": len(trees[0].branches[0]), "kl": KL}
-    make = functools.partial(common.Apart, peer.Grpo, folder, **options, targets=targets)
+    make = functools.partial(common.place_for(arguments.toy), peer.Grpo, folder, **options, targets=targets)
     theirs, setting, batch, others = peer.choose(arguments, make, mine, some, some)
     tried |= {f"padded {key}": value for key, value in more.items()} | others
     return budget, padded, best[0], theirs, setting, batch, tried

@@ -83,11 +83,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         mine = (found["loss/total"], found["optim/grad_norm"])
         some = trees[: arguments.select_rows]
         budget, tried = choose_ours(arguments, trainer, some)
+        place = common.place_for(arguments.toy)
         make = functools.partial(
-            common.Apart, vision.Padded, folder, {"name": "sft"}, arguments.dtype, targets, reference=False
+            place, vision.Padded, folder, {"name": "sft"}, arguments.dtype, targets, reference=False
         )
         padded, length_batch, more = choose_padded(arguments, make, mine, trees)
-        make_peer = functools.partial(common.Apart, vision_peer.Sft, folder, rows, targets)
+        make_peer = functools.partial(place, vision_peer.Sft, folder, rows, targets)
         theirs, setting, batch, others = peer.choose(arguments, make_peer, mine, trees[:CHECKED_ROWS], some)
         theirs.call("prepare", trees, batch)
         collating = theirs.call("collate_seconds", batch)

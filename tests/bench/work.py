@@ -20,6 +20,7 @@ import numpy as np
 from align.protocols import Segment, Tree
 
 if TYPE_CHECKING:
+    from align.train.ranks import Ranks
     from align.train.trainer import PolicyTrainer
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -223,10 +224,13 @@ def make_trainer(
     device: str = "auto",
     checkpointing: bool = False,
     targets: str = "all-linear",
+    full: bool = False,
     kind: type[PolicyTrainer] | None = None,
+    ranks: Ranks | None = None,
+    **more: Any,
 ) -> PolicyTrainer:
-    """LoRA on `targets` (of the tower too where they name it), AdamW at a constant rate, and the base as reference by
-    switching the adapter off."""
+    """LoRA on `targets` (of the tower too where they name it), or all of the model (`full`), AdamW at a constant rate,
+    and the base as reference by switching the adapter off. more: fields of the trainer's spec."""
     from align.recipe.adapter import Adapter
     from align.recipe.inputs import Model
     from align.recipe.schema import LossTerm, Optim
@@ -234,7 +238,7 @@ def make_trainer(
     from align.train.trainer import PolicyTrainer
 
     model = Model.model_validate({"path": str(folder), "dtype": dtype, "gradient_checkpointing": checkpointing})
-    adapter: dict[str, Any] = {"rank": RANK, "alpha": ALPHA, "targets": targets}
+    adapter: dict[str, Any] = {"kind": "full"} if full else {"rank": RANK, "alpha": ALPHA, "targets": targets}
     if "visual" in targets:
         adapter["tune"] = {"vision": "lora"}
     return (kind or PolicyTrainer)(
@@ -248,7 +252,9 @@ def make_trainer(
             max_tokens=max_tokens,
             reference="start" if reference else None,
             device=device,
-        )
+            **more,
+        ),
+        ranks=ranks,
     )
 
 

@@ -53,7 +53,7 @@ def test_two_ranks_report_what_one_process_does(folder: Path, two: Path) -> None
         ours, theirs = metrics(two, stage), metrics(folder / "runs" / "one", stage)
         assert len(ours) == len(theirs)
         for mine, other in zip(ours, theirs, strict=True):
-            assert mine.keys() == other.keys()
+            assert mine.keys() - {"comm/bytes", "time/communicate"} == other.keys()
             for name in ("loss/total", "optim/grad_norm", "eval/loss", "rewards/margins"):
                 if name in other:
                     assert mine[name] == pytest.approx(other[name], rel=2e-3, abs=1e-4), (stage, mine["step"], name)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from align.stages import processes
+from tests import image_runs
 from tests.prove.entry import record
 from tests.runs import (
     GONE_S,
@@ -48,6 +49,13 @@ KINDS: dict[str, list[dict[str, Any]]] = {
     "online-lora": [grpo(**ALONE, adapter=LORA)],
     "online-full": [grpo(**ALONE, adapter=FULL)],
     "online-transformers": [grpo(**ALONE, adapter=LORA, rollout={"name": "transformers", "max_tokens": 8})],
+    "online-updates": [  # four of a turn
+        grpo(
+            **ALONE, adapter=LORA, rollout={"name": "transformers", "max_tokens": 8, "truncated": "keep"},
+            batch={"groups": 4, "group_size": 4}, updates_per_batch=2, minibatches=2, packing={"max_tokens": 64},
+        ),
+    ],
+    "online-images": [image_runs.SEEING],
     "pipeline": [
         sft(),
         dpo(),
@@ -63,11 +71,16 @@ KINDS: dict[str, list[dict[str, Any]]] = {
 
 def prove(folder: Path, kind: str, kills: int, seed: int) -> dict[str, Any]:
     """Figures of one kind; "equal" and "left" decide."""
-    whole = write_recipe(folder, f"{kind}-whole", KINDS[kind])
+    write = write_recipe
+    if kind == "online-images":
+        write, folder = image_runs.write_recipe, folder / "images"
+        folder.mkdir()
+        image_runs.write_data(folder)
+    whole = write(folder, f"{kind}-whole", KINDS[kind])
     begun = time.monotonic()
     run(whole)
     duration = time.monotonic() - begun
-    broken = write_recipe(folder, f"{kind}-broken", KINDS[kind])
+    broken = write(folder, f"{kind}-broken", KINDS[kind])
     chance, moments, left = random.Random(f"{kind}/{seed}"), [], 0
     for _ in range(kills):
         moment = chance.uniform(0.0, duration)
@@ -78,7 +91,7 @@ def prove(folder: Path, kind: str, kills: int, seed: int) -> dict[str, Any]:
     return {
         "seconds_undisturbed": round(duration, 1),
         "killed_after_seconds": moments,
-        "left_behind": left,
+        "left_behind": left + len(list((folder / "runs" / ".cache" / "media" / "leases").glob("*"))),
         "equal": differences(one, two, [stage["id"] for stage in KINDS[kind]]),
     }
 

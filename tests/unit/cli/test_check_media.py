@@ -40,6 +40,7 @@ def test_media_beside_a_model_of_text_and_images_for_it_are_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("measured_here")
 def test_the_report_says_what_becomes_of_images(tmp_path: Path) -> None:
     model = write_tiny_vlm(tmp_path / "model", "qwen2_5_vl")
     loaded, document = load_document(recipe(tmp_path, model, "media: {max_pixels: 3200, workers: 1}\n"), [])

@@ -35,6 +35,7 @@ def checked(folder: Path, base: Path, tune: dict[str, Any], **adapter: Any) -> s
     return "\n".join(lines(validate(loaded, folder, document=document), "recipe.yaml"))
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_the_plan_shows_what_is_trained_of_each_part(base: Path, tmp_path: Path) -> None:
     tune = {"vision": {"mode": "full", "lr": 1e-5, "weight_decay": 0.05}, "projector": "full"}
     shown = checked(tmp_path, base, tune, rank=8)
@@ -47,6 +48,7 @@ def test_the_plan_shows_what_is_trained_of_each_part(base: Path, tmp_path: Path)
     assert "on all-linear of language, and all weights of vision and projector" in shown
 
 
+@pytest.mark.usefixtures("measured_here")
 @pytest.mark.parametrize(
     ("tune", "adapter", "words"),
     [
@@ -81,6 +83,7 @@ def test_the_numbers_of_a_table_are_those_of_the_model(base: Path) -> None:
     assert table["language"].trained == sum(4 * sum(layer.weight.shape) for layer in layers)
 
 
+@pytest.mark.usefixtures("measured_here")
 def test_a_model_from_scratch_is_measured_as_it_will_be_written() -> None:
     text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48}

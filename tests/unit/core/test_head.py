@@ -66,6 +66,7 @@ def test_statistics_and_gradients_equal_float64(
 
 
 @pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize("tile", [(33, 5)], ids=str, indirect=True)
 def test_gradients_equal_finite_differences() -> None:
     tensors = [t.requires_grad_() for t in inputs()]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from tests.bench import (
     reward_overhead,
     shared_prefixes,
     simulator,
+    weak_scaling,
     work,
 )
 
@@ -144,6 +146,14 @@ def test_a_process_that_dies_is_an_error_and_not_a_wait() -> None:
         common.apart(os._exit, 3)
 
 
+def test_a_side_in_a_process_of_its_own_answers_and_hands_over_its_errors() -> None:
+    side = common.place_for(toy=False)(Counter, "aab")
+    assert side.call("total") == 3
+    with pytest.raises(RuntimeError, match="AttributeError: 'Counter' object has no attribute 'mode'"):
+        side.call("mode")
+    side.close()
+
+
 def test_a_comparison_is_recorded_with_date_hardware_and_versions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +229,17 @@ def test_the_pools_cost_is_measured_with_a_trivial_plugin_and_a_judge(capsys: py
     assert figures["trivial"]["samples_per_second"]["median"] > 0
     assert figures["judge"]["seconds"] >= figures["judge"]["at_least"] == pytest.approx(0.4)
     assert "samples/s of 200" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_bytes_of_two_ranks_are_counted_as_theory_and_kernel_have_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert weak_scaling.ring_bytes([100, 20], 4) == 1.5 * 4 * (120 + 2)
+    figures = weak_scaling.main(["--toy", "--repeats", "1", "--steps", "1", "--pairs", "2"])
+    found = figures["bytes"]
+    assert found["counted"]["all_reduce"] == found["theory"] == 4 * (figures["trained_elements"] + 28)  # 14 linears
+    assert 1.0 < found["wire_over_counted"] < 1.05, "headers are more, and little more"
+    assert set(figures["tokens_per_second"]) == {"1 rank", "2 ranks", "2 apart"}
+    assert "theory of the all_reduce" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [[], ["--failures"]])

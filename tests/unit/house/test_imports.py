@@ -91,3 +91,21 @@ def test_every_folder_of_modules_is_a_package_that_an_installation_includes() ->
     for room in ("align", "rewards", "rollout"):
         folders = {file.parent for file in (ROOT / room).rglob("*.py")}
         assert not [str(folder) for folder in folders if not (folder / "__init__.py").is_file()]
+
+
+COMPILED_LATE = """
+import json, sys
+import align.train.trainer, peft, torch
+from align.model.bitsandbytes_import import _compile_at_first_call
+loaded = [name for name in ("bitsandbytes", "torch._inductor.compile_fx") if name in sys.modules]
+calls = []
+twice = _compile_at_first_call(lambda f, **options: calls.append(options) or f, dynamic=False)(lambda x: 2 * x)
+print(json.dumps([loaded, torch.compile.__module__, len(calls), twice(3), twice(x=4), calls]))
+"""
+
+
+def test_a_trainer_has_bitsandbytes_without_loading_torchs_compiler() -> None:
+    done = subprocess.run([sys.executable, "-c", COMPILED_LATE], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == [["bitsandbytes"], "torch", 0, 6, 8, [{"dynamic": False}]]

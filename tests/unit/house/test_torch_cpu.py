@@ -49,11 +49,6 @@ def test_transformers_and_its_image_processors_import_in_a_fresh_process() -> No
     assert "[16, 1176]" in run_python(code)
 
 
-@pytest.mark.vllm
-def test_vllm_imports_in_a_fresh_process() -> None:
-    assert "LLM" in run_python("from vllm import LLM; print(LLM.__name__)")
-
-
 def test_torchvision_imports_in_a_spawned_child() -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(transform_a_picture, (4,)) == [3, 4, 4]

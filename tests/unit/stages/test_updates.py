@@ -111,14 +111,14 @@ def test_values_stand_where_tokens_are_scored() -> None:
 
 
 def test_a_turn_reports_sums_of_times_and_counts_the_largest_gap_and_means_of_the_rest() -> None:
-    first = {"loss/total": 1.0, "time/train": 2.0, "tokens/trained": 10.0, "train/microbatches": 1.0}
+    first = {"loss/total": 1.0, "time/train": 2.0, "tokens/trained": 10.0, "train/microbatches": 1.0, "comm/bytes": 8.0}
     first |= {"mismatch/max_abs": 0.1, "mismatch/masked_sequences": 2.0, "policy/clip_fraction": 0.2}
     second = {name: 3 * value for name, value in first.items()}
     del second["policy/clip_fraction"]  # no token was scored
     assert merged([first, second]) == pytest.approx(
         {
             "train/updates": 2.0, "loss/total": 2.0, "time/train": 8.0, "tokens/trained": 40.0,
-            "train/microbatches": 4.0, "mismatch/max_abs": 0.3, "mismatch/masked_sequences": 8.0,
+            "train/microbatches": 4.0, "comm/bytes": 32.0, "mismatch/max_abs": 0.3, "mismatch/masked_sequences": 8.0,
             "policy/clip_fraction": 0.2,
         }
     )  # fmt: skip

@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -79,7 +80,7 @@ LORA_ONLY = (
 )  # more of a loss that is run in full anyway
 RUNS = [(c, kind) for c in CASES for kind in KINDS if kind == "lora" or not ("-of-" in c or c in LORA_ONLY)]
 REFERENCED = ("dpo", "kto", "grpo")
-OWN = ("time/", "train/microbatches", "tokens/trained")  # of how it was computed
+OWN = ("time/", "comm/", "train/microbatches", "tokens/trained")  # of how it was computed
 
 
 def make_spec(base: Path, loss: str, kind: Adapter, **options: Any) -> TrainerSpec:
@@ -181,6 +182,16 @@ def run_resume(base: Path, folder: Path, ranks: Ranks) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def run_traffic(base: Path, ranks: Ranks) -> dict[str, Any]:
+    """What one update of sft with LoRA sent: no pre-pass, so gradients, metrics and the norm are all there is."""
+    trainer = PolicyTrainer(make_spec(base, "sft", LORA), ranks=ranks)
+    before = Counter(ranks.sent)
+    metrics = trainer.step(trees_of("sft", 4), step=0, progress=0.0)
+    sent = Counter(ranks.sent)
+    sent.subtract(before)
+    return {"sent": +sent, "metrics": metrics, "gradients": [p.nbytes for p in trainer.parameters]}
+
+
 def run_odds(base: Path, folder: Path, ranks: Ranks) -> dict[str, Any]:
     started = weights(PolicyTrainer(replace(make_spec(base, "sft", LORA), seed=ranks.rank), ranks=ranks))
     trainer = PolicyTrainer(make_spec(base, "sft", LORA), ranks=ranks)
@@ -218,6 +229,7 @@ def work(rank: int, base: Path, folder: Path, size: int) -> None:
     found["proximal"] = run_proximal(base, ranks)
     found["bad"] = run_bad_steps(base, ranks)
     found["resume"] = run_resume(base, folder / "checkpoint", ranks)
+    found["traffic"] = run_traffic(base, ranks)
     found["odds"] = run_odds(base, folder / "published", ranks)
     if rank == 1:
         found["lost"] = partner_lost(ranks)
@@ -338,6 +350,23 @@ def test_ranks_begin_with_the_weights_of_rank_0_publish_one_version_and_notice_a
     first, second = (rank["odds"] for rank in results[0])
     assert all(torch.equal(value, second["started"][name]) for name, value in first["started"].items())
     assert first["published"] == second["published"] and first["published"].version == 3
+
+
+def test_an_update_sends_what_a_ring_sends_of_the_trained_gradients_and_says_so(results: Any) -> None:
+    for found in (rank["traffic"] for rank in results[0]):
+        assert set(found["sent"]) == {"all_reduce", "all_gather"}
+        flags = 4 * len(found["gradients"])  # a float32 each: whether any rank has a gradient
+        assert found["sent"]["all_reduce"] == 2 * (2 - 1) * (sum(found["gradients"]) + flags) / 2
+        assert found["metrics"]["comm/bytes"] == found["sent"].total()
+        assert 0 < found["metrics"]["time/communicate"] < found["metrics"]["time/train"]
+        assert found["sent"]["all_gather"] < 2000  # metrics and the gradient norm
+
+
+def test_a_process_on_its_own_sends_nothing(base: Path) -> None:
+    ranks = Ranks()
+    trainer = PolicyTrainer(make_spec(base, "sft", LORA), ranks=ranks)
+    metrics = trainer.step(trees_of("sft", 4), step=0, progress=0.0)
+    assert ranks.traffic() == (0, 0.0) and not {"comm/bytes", "time/communicate"} & set(metrics)
 
 
 def test_metrics_join_by_sum_mean_and_max_and_ragged_tensors_by_rank(results: Any) -> None:
