@@ -7,6 +7,7 @@ projector, inside a tower too (Qwen's merger stands in `visual`); a module with 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,7 +115,8 @@ def sizes(model: Any) -> dict[Part, int]:
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
             part = parts.of(name)
-            found[part] = found.get(part, 0) + parameter.numel()
+            state = getattr(parameter, "quant_state", None)  # packed: two numbers in each byte
+            found[part] = found.get(part, 0) + (parameter.numel() if state is None else math.prod(state.shape))
     return {part: found[part] for part in PARTS if part in found}
 
 
