@@ -86,7 +86,7 @@ class QuantisedLinear(nn.Linear):
         made = cls.__new__(cls)
         nn.Module.__init__(made)
         made.in_features, made.out_features = linear.in_features, linear.out_features
-        bare = Params4bit(
+        bare: Any = Params4bit(
             linear.weight.data.to(dtype),
             requires_grad=False,
             blocksize=quant.blocksize,

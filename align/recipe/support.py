@@ -97,6 +97,29 @@ def check_adapter(adapter: Adapter) -> None:
         )
 
 
+def zero_stage(trainer: object) -> int:
+    """Of `placement.trainer`, the stage of ZeRO that its `strategy` names; 0 where nothing is spread over ranks."""
+    strategy = getattr(trainer, "strategy", None)
+    name = str(getattr(strategy, "name", strategy))
+    return int(name[-1]) if name.startswith("zero") else 0
+
+
+def check_sharded(adapter: Adapter, optimizer: str, stage: int) -> None:
+    """Raise Unsupported for what ZeRO's `stage` cannot spread."""
+    if stage and optimizer == "adamw_8bit":
+        raise Unsupported(
+            f"`optim.name: adamw_8bit` with zero{stage}: moments in blocks of eight bits cannot be spread over ranks",
+            where="optim.name",
+            remedy="use adamw, whose moments the ranks divide, or leave `placement.trainer.strategy` out",
+        )
+    if stage == 3 and adapter.quant is not None:
+        raise Unsupported(
+            "weights in four bits with zero3: they cannot be spread over ranks",
+            where="placement.trainer.strategy",
+            remedy="use zero2: a base in four bits is small, and stays whole on every rank",
+        )
+
+
 def is_sound(adapter: Adapter) -> bool:
     """Whether `check_adapter` lets it pass."""
     try:

@@ -1,0 +1,165 @@
+"""The memory plan of `align check` against what a trainer then takes: peak resident memory of an update, on a CPU.
+
+    python -m tests.bench.memory_plan [--tokens 2048 --hidden 768 --layers 12 --vocabulary 16384] [--toy]
+
+Each case runs in a process of its own. What it holds after its imports and a first product of matrices is taken away;
+the trainer is built and makes an update, so that moments exist and what was only needed to load is gone; then the peak
+is set back (5 into /proc/self/clear_refs), a second update runs, and the peak is read. An update has two microbatches,
+as one of a recipe that does not fit one has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.bench import common
+from tests.bench.head_memory import reset_peak, resident_peak
+
+LIMIT = 0.15
+CASES: dict[str, dict[str, Any]] = {
+    "lora": {"kind": "lora"},
+    "lora, checkpointing": {"kind": "lora", "checkpointing": True},
+    "qlora": {"kind": "qlora"},
+    "qlora, checkpointing": {"kind": "qlora", "checkpointing": True},
+    "dora": {"kind": "dora"},
+    "full": {"kind": "full"},
+    "full, checkpointing": {"kind": "full", "checkpointing": True},
+    "full, 8-bit AdamW": {"kind": "full", "optimizer": "adamw_8bit"},
+}
+
+
+def config_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "vocab_size": arguments.vocabulary,
+        "hidden_size": arguments.hidden,
+        "intermediate_size": arguments.hidden * 8 // 3,
+        "num_hidden_layers": arguments.layers,
+        "num_attention_heads": arguments.hidden // 64,
+        "num_key_value_heads": max(1, arguments.hidden // 256),
+        "tie_word_embeddings": True,
+    }
+
+
+def planned(config: dict[str, Any], case: dict[str, Any], tokens: int) -> Any:
+    """The plan's Estimate."""
+    from align.cli.memory import sizes_of
+    from align.cli.memory_plan import Work, trainer
+    from align.recipe.adapter import Adapter
+
+    sizes = sizes_of(config)
+    assert sizes is not None
+    work = Work(
+        "float32",
+        tokens,
+        checkpointing=case.get("checkpointing", False),
+        optimizer=case.get("optimizer", "adamw"),
+    )
+    return trainer(sizes, Adapter(kind=case["kind"]), work)
+
+
+def write_model(folder: Path, config: dict[str, Any]) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    settings = {key: value for key, value in config.items() if key != "model_type"}
+    made = AutoConfig.for_model(config["model_type"], **settings)
+    AutoModelForCausalLM.from_config(made).save_pretrained(folder)
+
+
+def measured(folder: str, case: dict[str, Any], tokens: int, vocabulary: int) -> dict[str, float]:
+    """{"bytes": growth at the peak of the second update, "seconds": of it}; in a process that has done nothing else."""
+    import bitsandbytes  # noqa: F401  (its library is no part of a trainer)
+    import torch
+
+    from align.recipe.adapter import Adapter
+    from align.recipe.inputs import Model
+    from align.recipe.schema import LossTerm, Optim
+    from align.train.spec import TrainerSpec
+    from align.train.trainer import PolicyTrainer
+
+    common.use_threads(None)
+    torch.randn(512, 512) @ torch.randn(512, 512)
+    reset_peak()
+    before = resident_peak()
+    model = Model(path=folder, dtype="float32", gradient_checkpointing=case.get("checkpointing", False))
+    optim = Optim(name=case.get("optimizer", "adamw"), lr=1e-4, schedule="constant", warmup=0.0)
+    spec = TrainerSpec(
+        model=model,
+        base=folder,
+        adapter_config=Adapter(kind=case["kind"]),
+        losses=(LossTerm(name="sft"),),
+        optim=optim,
+        total_updates=10,
+        max_tokens=tokens,
+    )
+    trainer = PolicyTrainer(spec)
+    trees = conversations(2 * tokens, vocabulary)
+    trainer.step(trees, step=0, progress=0.0)
+    reset_peak()
+    started = time.perf_counter()
+    trainer.step(trees, step=1, progress=0.1)
+    return {"bytes": resident_peak() - before, "seconds": time.perf_counter() - started}
+
+
+def conversations(tokens: int, vocabulary: int, length: int = 256) -> list[Any]:
+    """Trees of random tokens, all but the first scored."""
+    import numpy as np
+
+    from align.protocols import Segment, Tree
+
+    rng = np.random.default_rng(0)
+    mask = np.arange(length) > 0
+    ids = (rng.integers(3, vocabulary, length).astype(np.int64) for _ in range(tokens // length))
+    return [Tree(id=n, trunk=Segment(token_ids=own, loss_mask=mask)) for n, own in enumerate(ids)]
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run and print; returns what is recorded."""
+    arguments = parse(argv)
+    config, started = config_of(arguments), time.perf_counter()
+    found: dict[str, dict[str, Any]] = {}
+    rows = [["", "plan GB", "measured GB", "error", "seconds"]]
+    with tempfile.TemporaryDirectory(prefix="memory-plan-") as folder:
+        common.apart(write_model, Path(folder), config)
+        for name in arguments.cases:
+            plan = planned(config, CASES[name], arguments.tokens)
+            got = common.apart(measured, folder, CASES[name], arguments.tokens, arguments.vocabulary)
+            error = plan.total / got["bytes"] - 1
+            parts = {part: size / 1e9 for part, size in plan.parts.items()}
+            found[name] = {
+                "plan_gb": plan.total / 1e9,
+                "measured_gb": got["bytes"] / 1e9,
+                "error": error,
+                "plan": parts,
+            }
+            said = [f"{plan.total / 1e9:.3f}", f"{got['bytes'] / 1e9:.3f}", f"{error:+.1%}", f"{got['seconds']:.1f}"]
+            rows.append([name, *said])
+            print(f"  {name}: {'  '.join(said)}  ({plan})", flush=True)
+    print(common.columns(rows))
+    worst = max(abs(own["error"]) for own in found.values())
+    print(f"largest error {worst:.1%}, at most {LIMIT:.0%} wanted")
+    figures = {"config": config, "tokens": arguments.tokens, "largest_error": worst, "cases": found}
+    if not arguments.toy:
+        goal = f"the memory plan of `align check` is within {LIMIT:.0%} of the peak of an update"
+        common.write_result("memory-plan", goal=goal, met=worst <= LIMIT, figures=figures, started=started)
+    return figures
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("tokens", 2048), ("hidden", 768), ("layers", 12), ("vocabulary", 16384)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--toy", action="store_true", help="nothing is recorded")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
