@@ -125,10 +125,12 @@ def _block(sizes: Sizes, adapter: Adapter, work: Work) -> float:
 
     Both norms keep what they read, and the products what the norms made of it: four of the hidden width. Attention
     keeps rotated queries and keys, gathered values, and its output; where queries and keys are normalised, what they
-    were before it too, which of a joint product is a view of all three. The feed-forward keeps gate and up.
+    were before it too, which of a joint product is a view of all three. A CPU's attention computes in float32, and
+    its output is kept in half precision beside. The feed-forward keeps gate and up.
     """
     d, q, k, i = sizes.hidden, sizes.queries, sizes.kv_width, sizes.intermediate
-    kept = 4.0 * d + 2 * q + 2 * k + 2 * i
+    widened = not work.gpu and work.dtype != "float32"
+    kept = 4.0 * d + (5 * q + 4 * k if widened else 2 * q + 2 * k) + 2 * i
     if sizes.qk_norm:
         kept += q + k + (k if _joint(adapter, work) and not work.gpu else 0)
     if adapter.kind == "dora" or adapter.dropout:

@@ -78,8 +78,8 @@ def main() -> int:
         print(json.dumps(figures[f"seed {seed}"], indent=1), flush=True)
     return conclude(
         "memory-savers",
-        claim="the demo's DPO with QLoRA and with DoRA is right on as many held-out sums as with LoRA, but for 3 points, at "
-        "equal steps; a QLoRA policy's log-probabilities are the engine's",
+        claim="at equal steps of the demo's DPO, QLoRA and DoRA are right on as many held-out sums as LoRA, but for 3 "
+        "points; a QLoRA policy's log-probabilities are the engine's",
         command="python -m tests.prove memory_savers",
         figures=figures,
         begun=begun,
