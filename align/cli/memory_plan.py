@@ -76,7 +76,8 @@ def trainer(
     if tower is not None:
         parts["activations of images"] = _images(tower, work, table)
     parts["logits"] = _head(sizes, adapter, work) if work.head else 0.0
-    parts["in passing"] = _passing(sizes, adapter, work)
+    # The head is done when backward comes to the blocks.
+    parts["in passing"] = max(0.0, _passing(sizes, adapter, work) - parts["logits"])
     return Estimate(parts)
 
 
@@ -155,10 +156,8 @@ def _of_peft(sizes: Sizes, adapter: Adapter, work: Work) -> float:
 
 
 def _kept(sizes: Sizes, adapter: Adapter, work: Work) -> float:
-    """Numbers of `work.dtype` that are kept for backward, per token; the last norm and the head's rows included."""
-    block = _block(sizes, adapter, work)
-    blocks = sizes.layers * sizes.hidden + block if work.checkpointing else sizes.layers * block
-    return blocks + 2 * sizes.hidden
+    """Numbers of `work.dtype` that are kept for backward, per token; those of the last norm included."""
+    return sizes.layers * (sizes.hidden if work.checkpointing else _block(sizes, adapter, work)) + 2 * sizes.hidden
 
 
 def _images(tower: Tower, work: Work, table: Table | None) -> float:
@@ -171,16 +170,17 @@ def _images(tower: Tower, work: Work, table: Table | None) -> float:
 
 
 def _head(sizes: Sizes, adapter: Adapter, work: Work) -> float:
-    """Three tiles of logits in float32, and the direction of each row's gradient beside what it is computed from."""
+    """Two tiles of logits in float32, and the direction of each row's gradient beside what it is computed from."""
     tile = 4 * min(TILE[work.gpu], work.tokens * sizes.vocabulary)
     rows = 2 * work.tokens * sizes.hidden * BYTES[work.dtype]
     second = 4.0 * sizes.vocabulary * sizes.hidden if adapter.kind == "full" and sizes.tied else 0.0
-    return 3.0 * tile + rows + second  # tied: the head's gradient and the embedding's, until they are added
+    return 2.0 * tile + rows + second  # tied: the head's gradient and the embedding's, until they are added
 
 
 def _passing(sizes: Sizes, adapter: Adapter, work: Work) -> float:
-    """What one block's backward uses and gives back: gradients of its activations, weights unpacked or with the adapter
-    folded in, and under autocast the weights in half precision."""
+    """What one block's backward uses and gives back: what it keeps where that was not kept, gradients of it, weights
+    unpacked or with the adapter folded in, and under autocast all weights in half precision."""
+    again = work.tokens * _block(sizes, adapter, work) * BYTES[work.dtype] if work.checkpointing else 0.0
     b, wide = BYTES[work.dtype], sizes.queries + 2 * sizes.kv_width
     gradients = work.tokens * (3 * sizes.hidden + 2 * wide) * b
     inner = 4 * (sizes.intermediate * work.tokens * b if work.gpu else SLICE * 4)
@@ -191,7 +191,7 @@ def _passing(sizes: Sizes, adapter: Adapter, work: Work) -> float:
     if adapter.kind == "dora":
         products += 4 * feed_forward / 3 * 4
     cast = sizes.layers * sizes.block_linear * b if adapter.kind == "full" and work.dtype != "float32" else 0
-    return float(gradients + inner + products + cast)
+    return again + gradients + inner + products + cast
 
 
 def engine(sizes: Sizes, dtype: str, *, sequences: int, length: int, reserved: float | None = None) -> Estimate:
