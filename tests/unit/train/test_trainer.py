@@ -96,6 +96,11 @@ def replace_dropout(adapter: Adapter) -> Adapter:
     return adapter if adapter.kind == "full" else adapter.model_copy(update={"dropout": 0.1})
 
 
+def test_weights_in_four_bits_are_counted_as_the_weights_that_they_are(base: Path) -> None:
+    counts = [PolicyTrainer(make_spec(base, "sft", adapter)).describe() for adapter in (LORA, QLORA)]
+    assert counts[0]["parameters"] == counts[1]["parameters"] and counts[0]["parts"] == counts[1]["parts"]
+
+
 @pytest.mark.parametrize("adapter", [LORA, QLORA, DORA, FULL], ids=["lora", "qlora", "dora", "full"])
 def test_the_start_reference_is_the_start_from_base_and_from_an_adapter(
     base: Path, adapter: Adapter, tmp_path: Path
