@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from align.errors import UserError
 from align.recipe.adapter import Adapter, Quant
 from align.recipe.inputs import Model
 from align.recipe.load import load_document
+from align.recipe.support import check_sharded, zero_stage
 from align.train.metrics import MetricSums
 from align.train.trainer import PolicyTrainer
 from tests.bench.memory_plan import conversations
@@ -166,9 +168,24 @@ def test_a_stage_that_does_not_fit_the_machine_is_said_with_what_makes_it_fit(wo
     assert any("the trainer needs about" in line for line in lines), lines
 
 
-def test_what_zero_cannot_spread_is_refused() -> None:
-    from align.recipe.support import check_sharded
+def test_the_plan_says_what_is_packed_and_refuses_what_cannot_be(workshop: Workshop) -> None:
+    machine = Machine(cores=2, gpus=0, memory=16 << 30)
+    stages = []
+    for adapter in ("{rank: 8}", "{rank: 8, kind: qlora, rslora: true}"):
+        recipe, document = load_document(workshop.recipe, [f"stages.dpo.adapter={adapter}"])
+        stages.append(validate(recipe, workshop.folder, document=document, machine=machine).stages[1:3])
+    (dpo, _), (packed, grpo) = stages
+    assert "LoRA on weights in four bits (nf4) of rank 8, alpha 32 (rsLoRA)" in packed.lines[0]
+    assert packed.memory["trainer"].parts["weights"] < dpo.memory["trainer"].parts["weights"]
+    assert any("receive whole weights" in line for line in grpo.lines)
+    experts = ["model.config.num_experts=4", "stages.dpo.adapter={kind: qlora}"]
+    recipe, document = load_document(workshop.recipe, experts)
+    with pytest.raises(UserError, match="4 experts a block are stacked"):
+        validate(recipe, workshop.folder, document=document, machine=machine)
 
+
+def test_what_zero_cannot_spread_is_refused() -> None:
+    assert zero_stage(SimpleNamespace(strategy=SimpleNamespace(name="zero3"))) == 3 and zero_stage(object()) == 0
     check_sharded(Adapter(kind="qlora"), "adamw", 2)
     check_sharded(Adapter(kind="qlora"), "adamw_8bit", 0)
     for adapter, optimizer, stage in ((Adapter(kind="qlora"), "adamw", 3), (Adapter(), "adamw_8bit", 1)):
