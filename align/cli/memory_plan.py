@@ -21,6 +21,7 @@ GRADIENT_BYTES = MASTER_BYTES = 4
 TILE = {False: 1 << 21, True: 1 << 27}  # of logits: align.model.head.TILE, by whether there is a GPU
 SLICE = 1 << 21  # elements of a feed-forward's inner slice on a CPU: align.model.fused_mlp.SLICE_ELEMENTS
 FOLD_FROM = 4  # align.model.fused.FOLD_FROM
+GAPS = 0.75  # of what comes and goes in an update, what glibc holds between it (measured: tests/bench/results)
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,9 @@ def trainer(
     parts["logits"] = _head(sizes, adapter, work) if work.head else 0.0
     # The head is done when backward comes to the blocks.
     parts["in passing"] = max(0.0, _passing(sizes, adapter, work) - parts["logits"])
+    if not work.gpu:
+        coming_and_going = ("activations", "activations of images", "logits", "in passing")
+        parts["malloc's gaps"] = GAPS * sum(parts.get(name, 0.0) for name in coming_and_going)
     return Estimate(parts)
 
 
@@ -183,7 +187,8 @@ def _passing(sizes: Sizes, adapter: Adapter, work: Work) -> float:
     again = work.tokens * _block(sizes, adapter, work) * BYTES[work.dtype] if work.checkpointing else 0.0
     b, wide = BYTES[work.dtype], sizes.queries + 2 * sizes.kv_width
     gradients = work.tokens * (3 * sizes.hidden + 2 * wide) * b
-    inner = 4 * (sizes.intermediate * work.tokens * b if work.gpu else SLICE * 4)
+    rows = work.tokens * sizes.intermediate
+    inner = 4 * (rows * b if work.gpu else min(SLICE, rows) * 4)
     feed_forward = 3 * sizes.hidden * sizes.intermediate
     products = float(feed_forward * b if adapter.quant else 0)
     if _joint(adapter, work) and work.tokens * (sizes.hidden + sizes.intermediate) >= FOLD_FROM * feed_forward / 3:

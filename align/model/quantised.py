@@ -131,7 +131,15 @@ def quantise(
         parent, _, name = path.rpartition(".")
         owner = model.get_submodule(parent)
         setattr(owner, name, QuantisedLinear.of(getattr(owner, name), quant, torch.device(device), dtype))
+    _leave_the_file(model)
     return places
+
+
+def _leave_the_file(model: Any) -> None:
+    """Copy what was not packed out of the checkpoint's file: one tensor that is left keeps all of it mapped."""
+    for parameter in model.parameters():
+        if getattr(parameter, "quant_state", None) is None and parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def _require_most(model: Any, places: list[str]) -> None:
