@@ -21,6 +21,7 @@ GRADIENT_BYTES = MASTER_BYTES = 4
 TILE = {False: 1 << 21, True: 1 << 27}  # of logits: align.model.head.TILE, by whether there is a GPU
 SLICE = 1 << 21  # elements of a feed-forward's inner slice on a CPU: align.model.fused_mlp.SLICE_ELEMENTS
 FOLD_FROM = 4  # align.model.fused.FOLD_FROM
+STEP_COPIES = 5.5  # of a tensor, in float32: moments, gradient, denominator, its root, and a part of packing them
 GAPS = 0.75  # of what comes and goes in an update, what glibc holds between it (measured: tests/bench/results)
 
 
@@ -77,8 +78,9 @@ def trainer(
     if tower is not None:
         parts["activations of images"] = _images(tower, work, table)
     parts["logits"] = _head(sizes, adapter, work) if work.head else 0.0
-    # The head is done when backward comes to the blocks.
-    parts["in passing"] = max(0.0, _passing(sizes, adapter, work) - parts["logits"])
+    # The head is done when backward comes to the blocks, and both are when the optimizer steps.
+    passing = max(0.0, _passing(sizes, adapter, work) - parts["logits"])
+    parts["in passing"] = max(passing, _step(sizes, adapter, work) - parts["logits"] - parts["activations"])
     if not work.gpu:
         coming_and_going = ("activations", "activations of images", "logits", "in passing")
         parts["malloc's gaps"] = GAPS * sum(parts.get(name, 0.0) for name in coming_and_going)
@@ -197,6 +199,16 @@ def _passing(sizes: Sizes, adapter: Adapter, work: Work) -> float:
         products += 4 * feed_forward / 3 * 4
     cast = sizes.layers * sizes.block_linear * b if adapter.kind == "full" and work.dtype != "float32" else 0
     return again + gradients + inner + products + cast
+
+
+def _step(sizes: Sizes, adapter: Adapter, work: Work) -> float:
+    """What a step of the optimizer takes for the largest tensor: on a CPU, bitsandbytes' unpacks its moments."""
+    if work.optimizer != "adamw_8bit" or work.gpu:
+        return 0.0
+    feed_forward = sizes.hidden * sizes.intermediate
+    whole = max(sizes.vocabulary * sizes.hidden, feed_forward)
+    largest = whole if adapter.kind == "full" else adapter.rank * max(sizes.hidden, sizes.intermediate)
+    return STEP_COPIES * 4.0 * largest
 
 
 def engine(sizes: Sizes, dtype: str, *, sequences: int, length: int, reserved: float | None = None) -> Estimate:

@@ -216,7 +216,6 @@ def _check_alike(parts: Sequence[Part]) -> None:
                     where=CONFIG,
                     remedy="they are adapters for different uses of the base",
                 )
-
     for part in parts:
         if part.packed != parts[0].packed:
             raise ModelError(

@@ -30,6 +30,7 @@ from align.model.adapter_config import (
 )
 from align.model.folders import written_aside
 from align.model.lora_targets import fresh_config, head_name, is_targeted, targeted_modules, with_score_head
+from align.model.quantised import quantised_layers
 from align.model.score_head import adapter_labels, has_score_head, model_labels, write_meaning
 from align.model.weights import (
     digest,
@@ -178,6 +179,12 @@ def _config_of(model: Any, folder: Path, use: str) -> LoraConfig:
             f"the adapter belongs on its own base, with the parts that were trained whole, not on {model.name_or_path}",
             where=folder,
             remedy=f"give {own} as the base",
+        )
+    if quantised_base(folder) is not None and not quantised_layers(model):
+        raise ModelError(
+            "the adapter was trained on weights in four bits, and those of this model are not",
+            where=folder,
+            remedy="write `adapter: {kind: qlora}`, or merge it with `align merge`, which packs the base first",
         )
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = False

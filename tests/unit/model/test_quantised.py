@@ -121,6 +121,8 @@ def test_an_adapter_says_what_it_was_trained_on_and_other_bases_are_refused(base
     for changes in ({"kind": "lora"}, {"kind": "qlora", "quant": Quant(type="fp4")}):
         with pytest.raises(ModelError, match="weights in four bits"):
             adapters.attach(packed_model(bases["qwen3"]), lora(**changes), tmp_path / "adapter", seed=0)
+    with pytest.raises(ModelError, match="those of this model are not"):
+        adapters.load_frozen(load_model(bases["qwen3"], dtype=torch.float32), tmp_path / "adapter", use="generate")
     (tmp_path / "adapter" / QUANTISED).write_text("{}")
     with pytest.raises(ModelError, match="unreadable"):
         quantised_base(tmp_path / "adapter")
