@@ -168,6 +168,17 @@ def test_a_stage_that_does_not_fit_the_machine_is_said_with_what_makes_it_fit(wo
     assert any("the trainer needs about" in line for line in lines), lines
 
 
+def test_a_gpu_that_two_processes_share_is_divided_between_them(workshop: Workshop) -> None:
+    recipe, document = load_document(workshop.recipe, ())
+    stages = []
+    for memory in (64 << 20, 1 << 20):
+        machine = Machine(cores=8, gpus=1, memory=16 << 30, gpu_memory=memory)
+        stages.append(validate(recipe, workshop.folder, document=document, machine=machine).stages[2])
+    assert stages[0].memory["each engine"].total == pytest.approx(0.9 * 0.5 * (64 << 20))  # what vLLM takes
+    assert not any("of a GPU has" in line for line in stages[0].lines)
+    assert any("its 0.5 of a GPU has 512 KiB" in line for line in stages[1].lines), stages[1].lines
+
+
 def test_the_plan_says_what_is_packed_and_refuses_what_cannot_be(workshop: Workshop) -> None:
     machine = Machine(cores=2, gpus=0, memory=16 << 30)
     stages = []
