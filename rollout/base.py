@@ -23,6 +23,7 @@ ENGINES: Mapping[str, str] = {
     "transformers": "align.model.generate:TransformersEngine",  # by name: rollout imports nothing of align.model
 }
 
+CPU_KV_CACHE_BYTES = 1 << 30  # of vLLM's engines on a CPU, unless `rollout.engine.kv_cache_memory_bytes` says other
 VLLM_ARGUMENTS_FILE = Path(__file__).with_name("engine_args.json")
 """Names of vLLM's EngineArgs fields, written by `rollout.vllm.write_engine_arguments`."""
 

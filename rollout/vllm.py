@@ -47,7 +47,7 @@ import numpy as np
 from align.errors import SetupError, Unsupported
 from align.mediastore import VIEW_SUFFIX
 from align.protocols import Medium, PromptItem, Sampling
-from rollout.base import VLLM_ARGUMENTS_FILE, EngineSpec, start_error
+from rollout.base import CPU_KV_CACHE_BYTES, VLLM_ARGUMENTS_FILE, EngineSpec, start_error
 from rollout.vllm_media import media_prompt, pixel_arguments
 
 ENVIRONMENT: Mapping[str, str] = {
@@ -56,7 +56,6 @@ ENVIRONMENT: Mapping[str, str] = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 QUIET: Mapping[str, str] = {"VLLM_LOGGING_LEVEL": "ERROR"}
-CPU_KV_CACHE_BYTES = 1 << 30
 CPU_MAX_SEQUENCES = 256
 
 CALLS: Mapping[str, str] = {

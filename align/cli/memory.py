@@ -1,7 +1,6 @@
-"""Memory of a stage, estimated from config.json before anything is loaded.
+"""What of a model decides memory, from config.json before anything is loaded: sizes of its layers, counts of weights.
 
-Exact where it can be (weights, adapters, optimizer state, KV cache: counts times bytes), a rule of thumb for
-activations. What a process needs beside (Python, torch, CUDA context) is not counted.
+What processes make of it is worked out in `align.cli.memory_plan`.
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ from align.errors import ModelError
 from align.recipe.adapter import Adapter, Mode, Part
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-ADAMW_BYTES = 8  # two float32 moments
-GRADIENT_BYTES = 4
-CHUNK_BYTES = (1 << 24) * 4  # the head's largest piece of logits, align.model.head.CHUNK_ELEMENTS in float32
+# families that normalise queries and keys, and so keep what they were before it
+QK_NORMS = frozenset({"qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_text", "gemma3", "gemma3_text", "olmo2"})
 
 
 @dataclass(frozen=True)
@@ -77,20 +75,33 @@ class Sizes:
     tied: bool
     max_positions: int | None
     others: int = 0
+    qk_norm: bool = False
+    experts: int = 1
+
+    @property
+    def block_linear(self) -> int:
+        """Weights of one block's linear layers."""
+        return sum(rows * columns for rows, columns in self.linear.values())
+
+    @property
+    def queries(self) -> int:
+        """Width of all heads' queries."""
+        return self.linear["q_proj"][1]
 
     @property
     def parameters(self) -> int:
         """Weights of the whole model; norms counted as two vectors a block."""
-        block = sum(rows * columns for rows, columns in self.linear.values()) + 2 * self.hidden
+        block = self.block_linear + 2 * self.hidden
         heads = 1 if self.tied else 2
         return self.layers * block + heads * self.vocabulary * self.hidden + self.hidden + self.others
 
     def adapter_parameters(self, adapter: Adapter) -> int:
-        """r (in + out) for each layer that gets LoRA."""
+        """r (in + out) for each layer that gets LoRA; DoRA has a magnitude for each output too."""
         wanted = adapter.targets
         names = set(self.linear) if wanted == "all-linear" else {wanted} if isinstance(wanted, str) else set(wanted)
         chosen = [shape for name, shape in self.linear.items() if name in names and name not in adapter.exclude]
-        return self.layers * adapter.rank * sum(rows + columns for rows, columns in chosen)
+        magnitudes = sum(columns for _, columns in chosen) if adapter.kind == "dora" else 0
+        return self.layers * (adapter.rank * sum(rows + columns for rows, columns in chosen) + magnitudes)
 
     def kv_bytes(self, dtype: str) -> int:
         """Keys and values of one token in all layers."""
@@ -144,92 +155,19 @@ def sizes_of(config: Mapping[str, Any], vocabulary: int | None = None) -> Sizes 
         },
         tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", True))),
         max_positions=text.get("max_position_embeddings"),
+        qk_norm=str(text.get("model_type", config.get("model_type"))) in QK_NORMS,
+        experts=_experts(text),
     )
+
+
+def _experts(text: Mapping[str, Any]) -> int:
+    return int(text.get("num_experts") or text.get("num_local_experts") or 1)
 
 
 def _feed_forward(text: Mapping[str, Any], hidden: int, intermediate: int) -> dict[str, tuple[int, int]]:
-    experts = text.get("num_experts") or text.get("num_local_experts") or 1
-    width = int(text.get("moe_intermediate_size") or intermediate) * int(experts) if experts > 1 else intermediate
+    experts = _experts(text)
+    width = int(text.get("moe_intermediate_size") or intermediate) * experts if experts > 1 else intermediate
     return {"gate_proj": (hidden, width), "up_proj": (hidden, width), "down_proj": (width, hidden)}
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Bytes of one process, by part."""
-
-    parts: Mapping[str, float]
-
-    @property
-    def total(self) -> float:
-        return sum(self.parts.values())
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {human(size)}" for name, size in self.parts.items() if size)
-        return f"{human(self.total)} ({parts})"
-
-
-def trainer(
-    sizes: Sizes,
-    adapter: Adapter,
-    dtype: str,
-    *,
-    tokens: int,
-    second_copy: bool,
-    checkpointing: bool,
-    logits: bool = True,
-    table: Table | None = None,
-    tower: Tower | None = None,
-    patches: int = 0,
-) -> Estimate:
-    """A trainer with microbatches of `tokens` tokens and `patches` patches of images. second_copy: a frozen reference
-    of the whole weights, or of the parts that are trained whole. logits: False for a model with a score head, which is
-    too small to count. table: of a model that reads images, what is trained of it."""
-    b = BYTES[dtype]
-    if table is None:
-        own = 0 if adapter.kind == "full" else sizes.adapter_parameters(adapter)
-        table = {"language": Row(adapter.modes["language"], sizes.parameters, own or sizes.parameters)}
-    parts = _weights(table, adapter, b, second_copy)
-    # Kept for backward, per token and block: about 12 vectors of the hidden width and 4 of the feed-forward's.
-    block = (12 * sizes.hidden + 4 * sizes.intermediate) * b
-    kept = sizes.hidden * b * sizes.layers + block if checkpointing else block * sizes.layers
-    parts["activations"] = float(tokens * kept)
-    if tower is not None:
-        block = (12 * tower.hidden + 4 * tower.intermediate) * b
-        trained = "vision" in table and table["vision"].trained > 0
-        kept = block * tower.layers if trained and not checkpointing else block + tower.hidden * b * tower.layers
-        parts["activations of images"] = float(patches * (kept if trained else block))
-    parts["logits"] = float(2 * min(CHUNK_BYTES, tokens * sizes.vocabulary * 4)) if logits else 0.0
-    return Estimate(parts)
-
-
-def _weights(table: Table, adapter: Adapter, b: int, second_copy: bool) -> dict[str, float]:
-    """Bytes of weights, of what the optimizer keeps and of the reference. A model without adapter is float32 as a
-    whole; beside an adapter, the parts that are trained whole are."""
-    every = sum(row.parameters for row in table.values())
-    whole = sum(row.parameters for row in table.values() if row.mode == "full")
-    if adapter.kind == "full":
-        return {
-            "weights": every * 4.0,
-            "optimizer": float(whole * (ADAMW_BYTES + GRADIENT_BYTES)),
-            "reference": float(every * b) if second_copy else 0.0,
-        }
-    lora = sum(row.trained for row in table.values() if row.mode == "lora")
-    kept = lora * (4.0 + ADAMW_BYTES + GRADIENT_BYTES) + whole * float(ADAMW_BYTES + GRADIENT_BYTES)
-    return {
-        "weights": (every - whole) * b + whole * 4.0,
-        "adapter and optimizer": kept,
-        "reference": whole * 4.0 if second_copy else 0.0,
-    }
-
-
-def engine(sizes: Sizes, dtype: str, *, sequences: int, length: int) -> Estimate:
-    """An engine whose `sequences` completions all reach `length` tokens, prompt included."""
-    return Estimate(
-        {
-            "weights": float(sizes.parameters * BYTES[dtype]),
-            f"KV cache of {sequences} x {length} tokens": float(sequences * length * sizes.kv_bytes(dtype)),
-        }
-    )
 
 
 def human(size: float) -> str:

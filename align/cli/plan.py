@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from align.cli import memory
 from align.cli.inputs import DataFacts, ModelFacts
+from align.cli.memory_plan import Estimate
+from align.cli.memory_stage import SeenBy, dtype_of
 from align.cli.objective_words import objective_words
 from align.cli.trained import Measured, table_lines
 from align.data.media.opening import takes_media
 from align.data.order import DEFAULT_BATCH, BatchPlan
-from align.errors import DataError, ModelError, PlacementError, RecipeError
+from align.errors import DataError, ModelError, PlacementError, RecipeError, Unsupported
 from align.losses import configure
 from align.model.scoring_class import SEEING, nobody_elses
 from align.recipe.adapter import Adapter
@@ -32,11 +35,13 @@ from align.stages.training import SCORED, head_of, needs_of, online_turns, recor
 
 @dataclass(frozen=True)
 class Machine:
-    """Cores, GPUs and bytes of memory of the machine that a run would start its own cluster on."""
+    """Cores, GPUs and bytes of memory of the machine that a run would start its own cluster on. gpu_memory: of its
+    smallest GPU; 0 where it is not known."""
 
     cores: int
     gpus: float
     memory: int
+    gpu_memory: int = 0
 
     @classmethod
     def here(cls, cores: int | None = None) -> Machine:
@@ -44,7 +49,8 @@ class Machine:
         there = os.cpu_count() or 1
         if cores is not None and not 1 <= cores <= there:
             raise PlacementError(f"{cores} of {there} cores", where="--cores", remedy=f"give 1 to {there}")
-        return cls(cores or there, _gpus(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        gpus, memory = _gpus(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return cls(cores or there, gpus, memory, _gpu_memory() if gpus else 0)
 
 
 def _gpus() -> int:
@@ -56,6 +62,16 @@ def _gpus() -> int:
     return min(len(present), len([name for name in visible.split(",") if name.strip() not in ("", "-1")]))
 
 
+def _gpu_memory() -> int:
+    """Bytes of the smallest GPU, as the driver's tool says; 0 where it says nothing."""
+    asked = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout
+        return min((int(line) for line in said.split("\n") if line.strip()), default=0) << 20
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return 0
+
+
 @dataclass
 class StagePlan:
     """One stage. lines: what it does, for a person. steps: None where the data were not read to their end."""
@@ -64,7 +80,7 @@ class StagePlan:
     kind: str
     steps: int | None = None
     roles: list[Role] = field(default_factory=list)
-    memory: dict[str, memory.Estimate] = field(default_factory=dict)
+    memory: dict[str, Estimate] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
 
 
@@ -106,7 +122,7 @@ class Planner:
         model = self.recipe.model
         if model.attention != "auto":
             return model.attention
-        half = self.machine.gpus > 0 and _dtype(True, model.dtype) != "float32"
+        half = self.machine.gpus > 0 and dtype_of(True, model.dtype) != "float32"
         return f"auto ({'varlen' if half else 'sdpa'})"
 
     def training(self, stage: Any, facts: DataFacts) -> StagePlan:
@@ -115,6 +131,7 @@ class Planner:
             self._check_head(stage)
         self._check_attention()
         adapter = adapter_of(self.recipe, stage, self.model.origin)
+        self._check_experts(adapter)
         optim = resolved_optim(stage, adapter)
         steps = self._steps(stage, facts)
         plan = StagePlan(stage.id, stage.kind, steps, self.roles(stage))
@@ -148,7 +165,12 @@ class Planner:
         if stage.kind == "preference" and stage.rewards:
             plan.lines.append("margins: before the stage, rewards judge both answers of each pair; scores are kept")
         plan.lines += _loss_notes(stage) + self._packing_notes(stage, facts)
-        self._estimate(plan, stage, adapter, facts)
+        if self.sizes is None:
+            plan.lines.append("memory: not estimated, the architecture is not a plain decoder")
+        else:
+            seen = SeenBy(self.recipe, self.machine, self.model.config, self.sizes, table)
+            plan.memory, said = seen.memory(stage, adapter, facts, plan.roles)
+            plan.lines += said
         return plan
 
     def evaluation(self, stage: Any, facts: DataFacts) -> StagePlan:
@@ -168,6 +190,16 @@ class Planner:
         what = "merges" if stage.kind == "merge" else "exports"
         line = f"{what} {stage.from_ or 'the model'} into {self.recipe.run_folder / stage.id / 'model'}"
         return StagePlan(stage.id, stage.kind, 1, self.roles(stage), lines=[line])
+
+    def _check_experts(self, adapter: Adapter) -> None:
+        """Stacked experts are no linear layers: most weights of such a model would stay as they are."""
+        if adapter.quant is not None and self.sizes is not None and self.sizes.experts > 1:
+            raise Unsupported(
+                f"four bits are for linear layers; this model's {self.sizes.experts} experts a block are stacked in "
+                "tensors of their own",
+                where="adapter.kind",
+                remedy="use `kind: lora` with `model.dtype: bfloat16`",
+            )
 
     def _check_attention(self) -> None:
         """Kernels of a GPU need one, and flash attention half precision."""
@@ -282,50 +314,6 @@ class Planner:
             )
         return said
 
-    # -------------------------------------------------------------------------------------------- memory
-
-    def _estimate(self, plan: StagePlan, stage: Any, adapter: Adapter, facts: DataFacts) -> None:
-        table = self.measured.table(adapter)
-        if self.sizes is None:
-            plan.lines.append("memory: not estimated, the architecture is not a plain decoder")
-            return
-        sizes = replace(self.sizes, others=memory.others(table))
-        gpu = self.machine.gpus > 0
-        budget = stage.packing.budget(gpu)
-        model, reference = self.recipe.model, reference_of(stage)
-        if stage.kind == "online":
-            sequences = stage.batch.groups * stage.batch.group_size
-            length = facts.longest + stage.rollout.max_tokens
-            tokens = min(budget, stage.batch.groups * facts.longest + sequences * length)
-        else:
-            size = stage.batch.sequences or getattr(stage.batch, "pairs", None) or DEFAULT_BATCH
-            tokens = min(budget, max(facts.longest, int(size * facts.mean)))
-        ranks = self.recipe.placement.trainer.ranks
-        trainer = "trainer" if ranks == 1 else f"each of {ranks} trainer ranks"
-        plan.memory[trainer] = memory.trainer(
-            sizes,
-            adapter,
-            _dtype(gpu, model.dtype),
-            tokens=tokens,
-            second_copy=reference in ("start", "base"),
-            checkpointing=model.gradient_checkpointing,
-            logits=stage.kind not in SCORED,
-            table=table,
-            tower=memory.tower_of(self.model.config),
-            patches=int(tokens * facts.patches),
-        )
-        if stage.kind == "online":
-            plan.memory["each engine"] = memory.engine(
-                sizes,
-                _dtype(gpu, stage.rollout.dtype, model.dtype),
-                sequences=-(-sequences * (stage.staleness + 1) // stage.rollout.workers),
-                length=length,
-            )
-        times = {trainer: ranks, "each engine": stage.rollout.workers if stage.kind == "online" else 0}
-        total = sum(times[who] * estimate.total for who, estimate in plan.memory.items())
-        if not gpu and total > self.machine.memory:
-            plan.lines.append(f"note: about {memory.human(total)} in all; here are {memory.human(self.machine.memory)}")
-
 
 def _head_words(stage: Any) -> str:
     if stage.kind not in SCORED:
@@ -389,11 +377,6 @@ def check_fits(roles: list[Role], machine: Machine) -> None:
             )
 
 
-def _dtype(gpu: bool, *names: str) -> str:
-    """The first that is not auto; else the device's usual one."""
-    return next((name for name in names if name != "auto"), "bfloat16" if gpu else "float32")
-
-
 def _adapter_words(adapter: Adapter, sizes: memory.Sizes | None, table: memory.Table | None) -> str:
     whole = " and ".join(adapter.parts("full"))
     if adapter.kind == "full":
@@ -402,7 +385,10 @@ def _adapter_words(adapter: Adapter, sizes: memory.Sizes | None, table: memory.T
     targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
     where = "" if table is None else f" of {' and '.join(adapter.parts('lora'))}"
     beside = f", and all weights of {whole}" if whole else ""
-    return f"LoRA of rank {adapter.rank}, alpha {adapter.alpha:g} on {targets}{where}{count}{beside}"
+    what = "DoRA" if adapter.kind == "dora" else "LoRA"
+    packed = f" on weights in four bits ({adapter.quant.type})" if adapter.quant else ""
+    scale = f"alpha {adapter.alpha:g}{' (rsLoRA)' if adapter.rslora else ''}"
+    return f"{what}{packed} of rank {adapter.rank}, {scale} on {targets}{where}{count}{beside}"
 
 
 def _steps_words(steps: int | None) -> str:

@@ -3,6 +3,7 @@
 1. Plan: which stored tensor each adapted module replaces; whether the head is untied. Refuses before it computes.
 2. Validate, in float32: each merged module against base + adapter (peft's own forward) on random inputs.
 3. Apply: rewrite the checkpoint file by file, aside.
+   An adapter that was trained on weights in four bits is merged into those: the base is packed again, as it was.
 4. Prove: every tensor read back bit by bit; the folder loaded in plain transformers and compared with the adapter-on
    model on random tokens, and on a picture where it reads images, made ready by its processor. A fault in any
    step leaves nothing behind; only then the folder is renamed into place.
@@ -36,6 +37,7 @@ from align.model.adapter_config import read_adapter_config, refuse_beyond_lora, 
 from align.model.adapters import load_frozen, lora_layers
 from align.model.folders import copy_all_but_weights, require_free, written_aside
 from align.model.load import load_model, resolve_dtype
+from align.model.quantised import Packed, quantise, quantised_layers
 from align.model.score_head import (
     LANGUAGE_HEAD,
     WEIGHT,
@@ -47,6 +49,7 @@ from align.model.score_head import (
     trained_head,
 )
 from align.model.weights import edit_config, merged_parameters, stored_names
+from align.recipe.adapter_folder import quantised_base
 from align.recipe.labels import Labels
 
 log = logging.getLogger(__name__)
@@ -143,6 +146,9 @@ def merge(
     if scored:
         source = replace(source, files={k: v for k, v in source.files.items() if not k.startswith(LANGUAGE_HEAD)})
     model: Any = _load(base, labels, trust_remote_code)
+    packed = None if adapter is None else quantised_base(adapter)
+    if packed is not None:  # the base that was trained on: the packed one
+        quantise(model, packed.quant, packed.parts, dtype=resolve_dtype(packed.dtype, "cpu"))
     tokens = random_tokens(model.config, seed)
     samples: list[Sample] = [*tokens, *image_samples(base, seed, trust_remote_code)]
     without = log_probabilities(model, samples)
@@ -194,21 +200,36 @@ def plan_modules(
     modules: dict[str, tuple[str, str | None]] = {}
     untied = False
     stored = {} if peft is None else stored_names(model)
+    for path in bare_packed(model):
+        modules[path] = (_in_source(source, stored, path, f"{path}.weight"), None)
     for path, layer in () if peft is None else lora_layers(peft):
         is_tied_head = tied and layer is model.get_output_embeddings()
         untied = untied or is_tied_head
         weight, bias = f"{path}.weight", f"{path}.bias" if layer.lora_bias.get("default") else None
-        weight = stored.get(weight, weight)
-        bias = stored.get(bias, bias) if bias is not None else None
-        for name in (weight, bias):
-            if name is not None and name not in source.files and not is_tied_head:
-                raise Unsupported(
-                    f"the base stores {path!r} under another name or fused with others",
-                    where=source.folder,
-                    remedy="save the base once with model.save_pretrained(folder) in transformers",
-                )
-        modules[path] = (weight, bias)
+        if is_tied_head:
+            modules[path] = (stored.get(weight, weight), None if bias is None else stored.get(bias, bias))
+            continue
+        weight = _in_source(source, stored, path, weight)
+        modules[path] = (weight, None if bias is None else _in_source(source, stored, path, bias))
     return modules, untied
+
+
+def _in_source(source: Checkpoint, stored: dict[str, str], path: str, name: str) -> str:
+    """The name that a parameter of module `path` is stored under. Raises Unsupported where it has none of its own."""
+    found = stored.get(name, name)
+    if found not in source.files:
+        raise Unsupported(
+            f"the base stores {path!r} under another name or fused with others",
+            where=source.folder,
+            remedy="save the base once with model.save_pretrained(folder) in transformers",
+        )
+    return found
+
+
+def bare_packed(model: Any) -> dict[str, Packed]:
+    """Packed weights that no adapter is on, by the path of their layers."""
+    layers = quantised_layers(model).items()
+    return {path: layer.packed for path, layer in layers if not path.endswith(".base_layer")}
 
 
 def replacements(plan: Plan, peft: Any) -> Replacements:
@@ -216,8 +237,12 @@ def replacements(plan: Plan, peft: Any) -> Replacements:
     if peft is None:
         return {}
     layers = dict(lora_layers(peft))
+    bare = bare_packed(peft.get_base_model())
     made: dict[str, Callable[[], Tensor]] = {}
     for path, (weight, bias) in plan.modules.items():
+        if path in bare:
+            made[weight] = bare[path].dense
+            continue
         made[weight] = partial(_merged, layers[path], 0)
         if bias is not None:
             made[bias] = partial(_merged, layers[path], 1)

@@ -25,6 +25,7 @@ from torch import Tensor
 from align.errors import ExportError, ModelError, Unsupported, UserError
 from align.model.adapter_config import CONFIG, OWN_BASE, WEIGHTS, read_adapter_config, refuse_beyond_lora, weights_file
 from align.model.folders import written_aside
+from align.recipe.adapter_folder import QUANTISED, QuantisedBase, quantised_base
 
 BOUND = 1e-6
 REPORT = "soup_report.json"
@@ -35,11 +36,12 @@ _ONE_OF_ALL = ("task_type", "fan_in_fan_out")  # settings that adapters of one s
 
 @dataclass(frozen=True)
 class Part:
-    """One adapter. modules: path -> (A [r, in], B [out, r], scale s), tensors as stored."""
+    """One adapter. modules: path -> (A [r, in], B [out, r], scale s), tensors as stored. packed: its base, if so."""
 
     folder: Path
     config: Mapping[str, Any]
     modules: Mapping[str, tuple[Tensor, Tensor, float]]
+    packed: QuantisedBase | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ def soup(adapters: Sequence[Path], weights: Sequence[float], out: Path, *, base:
         tensors[f"{_PREFIX}{path}{_A}"], tensors[f"{_PREFIX}{path}{_B}"] = a.float(), b.float()
     with written_aside(Path(out), "soup") as aside:
         _write(aside, tensors, _config(parts[0], list(modules), rank, name))
+        if parts[0].packed is not None:
+            parts[0].packed.write(aside)
         error = prove(read_part(aside), used)
         names = tuple(str(Path(folder).absolute()) for folder in adapters)
         report = SoupReport(Path(out), names, tuple(map(float, weights)), name, rank, len(modules), error)
@@ -128,6 +132,12 @@ def read_part(folder: Path) -> Part:
 
     config = read_adapter_config(folder)
     refuse_beyond_lora(config, folder, "train")
+    if config.get("use_dora"):
+        raise Unsupported(
+            "the adapter is DoRA: its magnitudes are no sum of low-rank matrices",
+            where=folder,
+            remedy="soups are of LoRA adapters: train with `kind: lora`",
+        )
     if (folder / OWN_BASE).is_dir():
         raise Unsupported(
             "parts of the model were trained whole beside this adapter, and are not in it",
@@ -154,7 +164,7 @@ def read_part(folder: Path) -> Part:
         modules[path] = (a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
     if not modules:
         raise ModelError("the adapter has no LoRA weights", where=file)
-    return Part(folder, config, modules)
+    return Part(folder, config, modules, quantised_base(folder))
 
 
 def _path(key: str, file: Path) -> str:
@@ -206,6 +216,14 @@ def _check_alike(parts: Sequence[Part]) -> None:
                     where=CONFIG,
                     remedy="they are adapters for different uses of the base",
                 )
+    for part in parts:
+        if part.packed != parts[0].packed:
+            raise ModelError(
+                f"{parts[0].folder} and {part.folder} were trained on weights that are packed differently, or one of "
+                "them on weights in full precision",
+                where=QUANTISED,
+                remedy="the weights of one mean little on the base of the other; merge each, or train them alike",
+            )
 
 
 def _shapes(parts: Sequence[Part], path: str) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from align.errors import ModelError, Unsupported
 from align.recipe.adapter import Adapter
+from align.recipe.adapter_folder import described, quantised_base
 from align.recipe.support import BASE_BESIDE_ADAPTER
 
 CONFIG = "adapter_config.json"
@@ -19,7 +20,6 @@ PEFT_HEADS = {HEAD, "classifier"}  # peft's task type SEQ_CLS names both, whiche
 # Settings that make an adapter more than W + scaling * B A on linear layers, and what the user would call them.
 # "train": refused where the adapter is trained further; "merge": refused by the merge as well.
 BEYOND_LORA: dict[str, tuple[str, str]] = {
-    "use_dora": ("DoRA", "train"),
     "lora_bias": ("a bias in lora_B", "train"),
     "modules_to_save": (
         "whole modules saved in the adapter (modules_to_save)",
@@ -104,17 +104,7 @@ def refuse_beyond_lora(config: dict[str, Any], folder: Path, use: str, *, score_
 
 def recipe_adapter(folder: Path) -> Adapter:
     """The recipe's `adapter:` that describes an existing adapter, for stages that inherit it."""
-    config = read_adapter_config(folder)
-    targets = config.get("target_modules") or ()
-    exclude = config.get("exclude_modules") or ()
-    return Adapter(
-        kind="dora" if config.get("use_dora") else "lora",
-        rank=config.get("r", 8),
-        alpha=config.get("lora_alpha", 8),
-        dropout=config.get("lora_dropout", 0.0),
-        targets=targets if isinstance(targets, str) else tuple(sorted(targets)),
-        exclude=(exclude,) if isinstance(exclude, str) else tuple(sorted(exclude)),
-    )
+    return described(read_adapter_config(folder), quantised_base(folder))
 
 
 def lora_rank(folder: Path) -> int:

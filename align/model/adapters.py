@@ -30,6 +30,7 @@ from align.model.adapter_config import (
 )
 from align.model.folders import written_aside
 from align.model.lora_targets import fresh_config, head_name, is_targeted, targeted_modules, with_score_head
+from align.model.quantised import quantised_layers
 from align.model.score_head import adapter_labels, has_score_head, model_labels, write_meaning
 from align.model.weights import (
     digest,
@@ -40,7 +41,8 @@ from align.model.weights import (
     tensors_digest,
     weights_digest,
 )
-from align.recipe.adapter import Adapter
+from align.recipe.adapter import Adapter, Quant
+from align.recipe.adapter_folder import QuantisedBase, quantised_base
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -98,7 +100,7 @@ def attach(model: Any, adapter: Adapter | None, folder: Path | None, *, seed: in
 
 
 def load_frozen(model: Any, folder: Path, name: str = DEFAULT, *, use: Literal["merge", "generate"]) -> PeftModel:
-    """Put the adapter in `folder` on `model`, frozen. For merging, DoRA and biases in lora_B are taken as well."""
+    """Put the adapter in `folder` on `model`, frozen. For merging, biases in lora_B are taken as well."""
     peft = inject(model, _config_of(model, Path(folder), "merge" if use == "merge" else "train"), name)
     _load_weights(peft, name, Path(folder))
     peft.requires_grad_(False)
@@ -178,6 +180,12 @@ def _config_of(model: Any, folder: Path, use: str) -> LoraConfig:
             where=folder,
             remedy=f"give {own} as the base",
         )
+    if quantised_base(folder) is not None and not quantised_layers(model):
+        raise ModelError(
+            "the adapter was trained on weights in four bits, and those of this model are not",
+            where=folder,
+            remedy="write `adapter: {kind: qlora}`, or merge it with `align merge`, which packs the base first",
+        )
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = False
     return config
@@ -186,9 +194,19 @@ def _config_of(model: Any, folder: Path, use: str) -> LoraConfig:
 def _check_agrees(model: Any, adapter: Adapter, config: LoraConfig, folder: Path) -> None:
     """What the recipe can say of an adapter must be what the folder's is; the rest is the folder's own business."""
     ours = fresh_config(model, adapter)
+    packed = quantised_base(folder)
+    if packed is not None and packed.quant != adapter.quant:
+        raise ModelError(
+            f"the adapter was trained on weights in four bits ({_quant_words(packed.quant)}), and the stage trains on "
+            f"{_quant_words(adapter.quant)}",
+            where=folder,
+            remedy="write `adapter: {kind: qlora}` with the same `quant`, or put a merge stage between",
+        )
     pairs = {
         "rank": (ours.r, config.r),
         "alpha": (ours.lora_alpha, config.lora_alpha),
+        "rslora": (ours.use_rslora, config.use_rslora),
+        "DoRA": (ours.use_dora, config.use_dora),
         "dropout": (ours.lora_dropout, config.lora_dropout),
         "targets": (targeted_modules(model, ours), targeted_modules(model, config)),
     }
@@ -203,6 +221,10 @@ def _check_agrees(model: Any, adapter: Adapter, config: LoraConfig, folder: Path
             where=folder,
             remedy="put a merge stage between, or leave out `adapter:` to go on with this one",
         )
+
+
+def _quant_words(quant: Quant | None) -> str:
+    return "others" if quant is None else ", ".join(f"{key}: {value}" for key, value in quant.model_dump().items())
 
 
 def _load_weights(peft: PeftModel, name: str, folder: Path) -> None:
@@ -264,9 +286,7 @@ def add_frozen(peft: PeftModel, folder: Path | None, name: str = "reference") ->
     copied: dict[str, torch.Tensor] = {}
     if folder is None:
         config = type(peft.peft_config[DEFAULT])(**peft.peft_config[DEFAULT].to_dict())
-        for path, layer in lora_layers(peft):
-            copied[f"{path}.A"] = layer.lora_A[DEFAULT].weight.detach().clone()
-            copied[f"{path}.B"] = layer.lora_B[DEFAULT].weight.detach().clone()
+        copied = {key: tensor.detach().clone() for key, tensor in _own_tensors(peft, DEFAULT)}
     else:
         config = _config_of(peft.get_base_model(), Path(folder), "train")
     config.inference_mode = True
@@ -275,14 +295,20 @@ def add_frozen(peft: PeftModel, folder: Path | None, name: str = "reference") ->
         peft.add_adapter(name, config)
     if folder is not None:
         _load_weights(peft, name, Path(folder))
-    else:
-        for path, layer in lora_layers(peft, name):
-            layer.lora_A[name].weight.data.copy_(copied[f"{path}.A"])
-            layer.lora_B[name].weight.data.copy_(copied[f"{path}.B"])
-    for _, layer in lora_layers(peft, name):
-        layer.lora_A[name].requires_grad_(False)
-        layer.lora_B[name].requires_grad_(False)
+    for key, tensor in _own_tensors(peft, name):
+        if folder is None:
+            tensor.data.copy_(copied[key])
+        tensor.requires_grad_(False)
     peft.train(training)
+
+
+def _own_tensors(peft: PeftModel, name: str) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(path and kind, parameter) of what an adapter consists of: A and B of each module, and DoRA's magnitudes."""
+    for path, layer in lora_layers(peft, name):
+        yield f"{path}.A", layer.lora_A[name].weight
+        yield f"{path}.B", layer.lora_B[name].weight
+        if name in layer.lora_magnitude_vector:
+            yield f"{path}.magnitude", layer.lora_magnitude_vector[name].weight
 
 
 @contextmanager
@@ -310,11 +336,19 @@ def use_adapter(peft: PeftModel, name: str | None) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------- saving
 
 
-def save(peft: PeftModel, folder: Path, name: str = DEFAULT, *, beside: Callable[[Path], None] | None = None) -> None:
+def save(
+    peft: PeftModel,
+    folder: Path,
+    name: str = DEFAULT,
+    *,
+    beside: Callable[[Path], None] | None = None,
+    packed: QuantisedBase | None = None,
+) -> None:
     """Write an adapter in peft layout (adapter_config.json, adapter_model.safetensors), complete or not at all.
 
     beside: writes the base that the adapter belongs on into the folder it is given, as `OWN_BASE`; the adapter's
-    configuration then names no other, which would lack what was trained.
+    configuration then names no other, which would lack what was trained. packed: how the base is packed that it was
+    trained on, written beside it.
 
     Raises UserError where `folder` already holds files.
     """
@@ -332,6 +366,8 @@ def save(peft: PeftModel, folder: Path, name: str = DEFAULT, *, beside: Callable
         if beside is not None:
             beside(aside)
             config["base_model_name_or_path"] = OWN_BASE
+        if packed is not None:
+            packed.write(aside)
         save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
         (aside / CONFIG).write_text(text + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from align.model.bitsandbytes_import import import_bitsandbytes
+from align.model.quantised import Packed, QuantisedLinear, dense, linear_weight
 
 import_bitsandbytes()
 from peft.tuners.lora.layer import Linear as LoraLinear  # noqa: E402 (it imports bitsandbytes)
@@ -32,7 +33,7 @@ FOLD_FROM = 4  # rows (out + in) / (out in): thin products over many rows are as
 # ------------------------------------------------------------------------------------------------- LoRA
 
 
-def folds(rows: int, weight: Tensor) -> bool:
+def folds(rows: int, weight: Tensor | Packed) -> bool:
     """Whether W + s B A should be made for a product with so many rows: it costs a product of the weight's size, and
     saves thin ones over all rows. Never in half precision, whose rounding would swallow a small update."""
     wide, width = weight.shape
@@ -40,10 +41,10 @@ def folds(rows: int, weight: Tensor) -> bool:
 
 
 class LowRank(NamedTuple):
-    """One linear map with its adapter, y = x W' + bias + s (x A') B'. weight [out, in], a [r, in] and b [out, r], or
-    None. folded: W + s B A, where that was worth making."""
+    """One linear map with its adapter, y = x W' + bias + s (x A') B'. weight [out, in], perhaps in four bits; a [r, in]
+    and b [out, r], or None. folded: W + s B A, where that was worth making."""
 
-    weight: Tensor
+    weight: Tensor | Packed
     bias: Tensor | None = None
     a: Tensor | None = None
     b: Tensor | None = None
@@ -51,16 +52,18 @@ class LowRank(NamedTuple):
     folded: Tensor | None = None
 
     def over(self, rows: Tensor) -> LowRank:
-        """For a product with rows [n, in]: A and B, float32 masters of a bfloat16 base perhaps, in their dtype."""
+        """For a product with rows [n, in]: the weight unpacked; A and B, float32 masters of a bfloat16 base perhaps, in
+        their dtype."""
+        weight = dense(self.weight)
         if self.a is None or self.b is None:
-            return self
+            return self._replace(weight=weight)
         a, b = self.a.to(rows.dtype), self.b.to(rows.dtype)
-        folded = torch.addmm(self.weight, b, a, alpha=self.scaling) if folds(rows.shape[0], self.weight) else None
-        return self._replace(a=a, b=b, folded=folded)
+        folded = torch.addmm(weight, b, a, alpha=self.scaling) if folds(rows.shape[0], weight) else None
+        return self._replace(weight=weight, a=a, b=b, folded=folded)
 
     def apply(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x [n, in] -> [n, out]; into `out`, without the bias, where there is one."""
-        weight = self.weight if self.folded is None else self.folded
+        weight = dense(self.weight) if self.folded is None else self.folded
         y = F.linear(x, weight, self.bias) if out is None else torch.mm(x, weight.T, out=out)
         if self.a is not None and self.b is not None and self.folded is None:
             y.addmm_(x @ self.a.T, self.b.T, alpha=self.scaling)
@@ -68,11 +71,21 @@ class LowRank(NamedTuple):
 
     def pull(self, grad: Tensor, into: Tensor | None = None) -> Tensor:
         """Gradient of the input [n, in]; added to `into` where there is one."""
-        weight = self.weight if self.folded is None else self.folded
+        weight = dense(self.weight) if self.folded is None else self.folded
         into = grad @ weight if into is None else into.addmm_(grad, weight)
         if self.a is not None and self.b is not None and self.folded is None:
             into.addmm_(grad @ self.b, self.a, alpha=self.scaling)
         return into
+
+
+def save(ctx: Any, *tensors: Tensor | Packed | None) -> None:
+    """Keep what backward needs; packed weights are no tensors, and nothing may be kept of them but themselves."""
+    ctx.packed = [tensor if isinstance(tensor, Packed) else None for tensor in tensors]
+    ctx.save_for_backward(*(None if isinstance(tensor, Packed) else tensor for tensor in tensors))
+
+
+def saved(ctx: Any) -> list[Any]:
+    return [tensor if packed is None else packed for tensor, packed in zip(ctx.saved_tensors, ctx.packed, strict=True)]
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -80,17 +93,17 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+        ctx: Any, x: Tensor, weight: Tensor | Packed, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         y = LowRank(weight, bias, a, b, scaling).over(rows).apply(rows)
-        ctx.save_for_backward(rows, weight, a, b)
+        save(ctx, rows, weight, a, b)
         ctx.scaling, ctx.has_bias = scaling, bias is not None
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, a, b = ctx.saved_tensors
+        rows, weight, a, b = saved(ctx)
         needs_x, needs_weight, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
         shape = (*grad.shape[:-1], rows.shape[-1])
         grad = grad.reshape(-1, grad.shape[-1])
@@ -130,21 +143,20 @@ class FusedLoraLinear(LoraLinear):
         """The map that is on, its adapter's matrices as they are kept. None: several adapters are active, dropout is
         on, a variant (DoRA), autocast, another dtype than the input's."""
         base = self.get_base_layer()
-        if self.merged or type(base) is not nn.Linear:
+        if self.merged or type(base) not in (nn.Linear, QuantisedLinear):
             return None
-        if x.dtype != base.weight.dtype or torch.is_autocast_enabled(x.device.type):
+        weight = linear_weight(base)
+        if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
             return None
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or not active:
-            return LowRank(base.weight, base.bias)
+            return LowRank(weight, base.bias)
         name = active[0]
         if len(active) > 1 or self.lora_variant or self.lora_bias[name]:
             return None
         if self.training and getattr(self.lora_dropout[name], "p", 0.0):
             return None
-        return LowRank(
-            base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, float(self.scaling[name])
-        )
+        return LowRank(weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, float(self.scaling[name]))
 
 
 # ------------------------------------------------------------------------------------------------- RMS norm

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from align.model.fused import FusedLoraLinear, LowRank
+from align.model.fused import FusedLoraLinear, LowRank, save, saved
 from align.model.head import add_product
+from align.model.quantised import Packed, QuantisedLinear, linear_weight
 
 SLICE_ELEMENTS = 1 << 21  # of one inner activation
 MIN_ROWS = 128
@@ -30,7 +31,9 @@ class _Grads:
         self.part = part
         tensors = (part.weight, part.a, part.b)
         self.sums = [
-            torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) if on and t is not None else None
+            torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
+            if on and isinstance(t, Tensor)
+            else None
             for t, on in zip(tensors, needs, strict=True)
         ]
 
@@ -54,7 +57,7 @@ def _slices(rows: int, width: int, like: Tensor) -> Iterator[slice]:
 
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scalings: tuple[float, float, float], *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scalings: tuple[float, float, float], *tensors: Tensor | Packed | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         gate, up, down = _parts(tensors, scalings, rows)
         width = gate.weight.shape[0]
@@ -64,13 +67,13 @@ class _GatedMlp(torch.autograd.Function):
         for some in _slices(len(rows), width, rows):
             g, u = (part.apply(rows[some], out=kept[n][some] if keep else None) for n, part in enumerate((gate, up)))
             down.apply(F.silu(g).mul_(u), out=y[some])
-        ctx.save_for_backward(rows, *kept, *tensors)
+        save(ctx, rows, *kept, *tensors)
         ctx.scalings, ctx.shape = scalings, x.shape
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        rows, gates, ups, *tensors = ctx.saved_tensors
+        rows, gates, ups, *tensors = saved(ctx)
         gate, up, down = parts = _parts(tensors, ctx.scalings, rows)
         needs_x, _, *needs = ctx.needs_input_grad
         sums = [_Grads(part, tuple(needs[3 * n : 3 * n + 3])) for n, part in enumerate(parts)]
@@ -104,8 +107,8 @@ def _parts(tensors: Any, scalings: tuple[float, float, float], rows: Tensor) -> 
 
 def _source(linear: Any, x: Tensor) -> LowRank | None:
     """The map of a linear layer with or without one plain adapter; None for anything else."""
-    if type(linear) is nn.Linear:
-        return LowRank(linear.weight, linear.bias)
+    if type(linear) in (nn.Linear, QuantisedLinear):
+        return LowRank(linear_weight(linear), linear.bias)
     return linear.source(x) if isinstance(linear, FusedLoraLinear) else None
 
 
@@ -145,10 +148,11 @@ def computes_gated_silu(module: Any) -> bool:
     """Whether the activation is SiLU, and a few random tokens come out as from the fused product."""
     generator = torch.Generator().manual_seed(0)
     z = torch.linspace(-6, 6, 25)
-    weight = getattr(module.gate_proj, "weight", None)
+    gate = module.gate_proj.get_base_layer() if isinstance(module.gate_proj, FusedLoraLinear) else module.gate_proj
     try:
-        if weight is None or not torch.allclose(module.act_fn(z), F.silu(z), atol=1e-6):
+        if not isinstance(gate, nn.Linear) or not torch.allclose(module.act_fn(z), F.silu(z), atol=1e-6):
             return False
+        weight = linear_weight(gate)
         x = torch.randn(3, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
         fused, own = _fused(module, x), module(x)
     except (TypeError, RuntimeError, AttributeError):

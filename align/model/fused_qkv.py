@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from align.model.fused import FusedLoraLinear, LowRank, folds
+from align.model.fused import FusedLoraLinear, LowRank, folds, save, saved
+from align.model.quantised import Packed, dense
 
 NAMES = ("q_proj", "k_proj", "v_proj")
 
@@ -30,9 +31,9 @@ class _Sizes(NamedTuple):
     scalings: tuple[float | None, ...]
 
 
-def _joined(tensors: Sequence[Tensor | None], sizes: _Sizes) -> Tensor:
+def _joined(tensors: Sequence[Any], sizes: _Sizes) -> Tensor:
     """W + s B A of each, one below the other: [sum of outputs, in]."""
-    weights = [weight for weight in tensors[0::3] if weight is not None]
+    weights = [dense(weight) for weight in tensors[0::3]]
     whole = weights[0].new_empty(sum(sizes.wide), weights[0].shape[1])
     for place, weight, a, b, scaling in zip(
         whole.split(sizes.wide), weights, tensors[1::3], tensors[2::3], sizes.scalings, strict=True
@@ -48,16 +49,18 @@ class _Joint(torch.autograd.Function):
     """tensors: weight [out, in], a [r, in] and b [out, r] (or None twice) of each map. Gradients of x, A and B."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, sizes: _Sizes, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, sizes: _Sizes, *tensors: Tensor | Packed | None
+    ) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
         y = F.linear(rows, _joined(tensors, sizes), bias).view(*x.shape[:-1], -1)
-        ctx.save_for_backward(rows, *tensors)
+        save(ctx, rows, *tensors)
         ctx.sizes = sizes
         return y.split(sizes.wide, dim=-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, *tensors = ctx.saved_tensors
+        rows, *tensors = saved(ctx)
         sizes: _Sizes = ctx.sizes
         grad = torch.cat(grads, dim=-1)
         shape = (*grad.shape[:-1], rows.shape[1])

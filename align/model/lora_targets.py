@@ -25,11 +25,9 @@ def fresh_config(model: Any, adapter: Adapter) -> LoraConfig:
     """peft's configuration for the recipe's `adapter:`; every target and every exclusion must match something."""
     from peft import LoraConfig
 
-    if adapter.kind != "lora":
+    if adapter.kind == "full":
         raise Unsupported(
-            f"adapter kind {adapter.kind!r} is no LoRA",
-            where="adapter.kind",
-            remedy="use kind: lora or kind: full",
+            "adapter kind 'full' is no LoRA", where="adapter.kind", remedy="use kind: lora, qlora or dora"
         )
     parts = parts_of(model)
     if parts.one:
@@ -53,6 +51,8 @@ def fresh_config(model: Any, adapter: Adapter) -> LoraConfig:
         exclude_modules=sorted(adapter.exclude) or None,
         bias="none",
         task_type="CAUSAL_LM",
+        use_rslora=adapter.rslora,
+        use_dora=adapter.kind == "dora",
     )
 
 

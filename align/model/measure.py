@@ -58,7 +58,8 @@ def table_of(model: Any, adapter: Adapter) -> Table:
         modules = dict(model.named_modules())
         for path in targeted_modules(model, fresh_config(model, adapter)):
             wide, narrow = modules[path].weight.shape
-            adapted[parts.of(path)] = adapted.get(parts.of(path), 0) + adapter.rank * (wide + narrow)
+            magnitudes = wide if adapter.kind == "dora" else 0
+            adapted[parts.of(path)] = adapted.get(parts.of(path), 0) + adapter.rank * (wide + narrow) + magnitudes
     table: Table = {}
     for part, size in counts.items():
         mode = adapter.modes[part]

@@ -7,6 +7,7 @@ projector, inside a tower too (Qwen's merger stands in `visual`); a module with 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +108,12 @@ def _modules(model: Any) -> str:
     return ", ".join(name for name, _ in model.named_modules() if name and name.count(".") <= 1)
 
 
+def numel(parameter: Any) -> int:
+    """Numbers that a parameter stands for: a packed one (`align.model.quantised`) holds two in each byte."""
+    state = getattr(parameter, "quant_state", None)
+    return int(parameter.numel()) if state is None else math.prod(state.shape)
+
+
 def sizes(model: Any) -> dict[Part, int]:
     """Parameters of each part that the model has; tied ones once, adapters' own left out."""
     parts = parts_of(model)
@@ -114,7 +121,7 @@ def sizes(model: Any) -> dict[Part, int]:
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
             part = parts.of(name)
-            found[part] = found.get(part, 0) + parameter.numel()
+            found[part] = found.get(part, 0) + numel(parameter)
     return {part: found[part] for part in PARTS if part in found}
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from align.errors import Unsupported
 from align.model.folders import copy_all_but_weights, written_aside
+from align.model.quantised import dense, linear_weight, quantised_layers
 from align.model.score_head import edit_score_config, has_score_head
 from align.protocols import digest_arrays
 
@@ -81,10 +82,12 @@ def full_state(model: Any) -> Iterator[tuple[str, Tensor]]:
 def merged_state(peft: Any, dtype: torch.dtype, name: str = "default") -> Iterator[tuple[str, Tensor]]:
     """(checkpoint name, tensor in `dtype`) of the base with adapter `name` merged in.
 
-    Each merged weight is made in float32 and then cast; the model's own weights are left as they are.
+    Each merged weight is made in float32 and then cast, and is on the CPU where the base is packed: a device that holds
+    a base in four bits has no room for it in full. The model's own weights are left as they are.
     """
     model = peft.get_base_model()
     layers = dict(lora_layers(peft, name))
+    device = "cpu" if quantised_layers(model) else None
     state: dict[str, Tensor] = {}
     for key, tensor in _untied_state(model):
         path, _, leaf = key.rpartition(".")
@@ -92,9 +95,9 @@ def merged_state(peft: Any, dtype: torch.dtype, name: str = "default") -> Iterat
             weight, bias = merged_parameters(layers[path], name)
             merged = weight if leaf == "weight" else bias
             assert merged is not None
-            state[key] = merged.to(dtype)
+            state[key] = merged.to(device, dtype)
         else:
-            state[key] = cast(tensor, dtype)
+            state[key] = cast(tensor, dtype).to(device)
     yield from _checkpoint_names(model, state)
 
 
@@ -102,10 +105,11 @@ def merged_state(peft: Any, dtype: torch.dtype, name: str = "default") -> Iterat
 def merged_parameters(layer: Any, name: str) -> tuple[Tensor, Tensor | None]:
     """Weight and bias, in float32, of the plain layer that equals `layer` with adapter `name` on.
 
-    W + scaling * B A (transposed where the layer stores its weight so); variants such as DoRA by peft's own rule.
+    W + scaling * B A (transposed where the layer stores its weight so); variants such as DoRA by peft's own rule. W is
+    what the layer computes with: of a packed one the unpacked weight.
     """
     base = layer.get_base_layer()
-    weight = base.weight.detach().float()
+    weight = dense(linear_weight(base)).detach().float()
     if name in layer.lora_variant:
         weight = layer.lora_variant[name].merge_safe(layer, name, weight.clone()).float()
     else:
@@ -125,8 +129,10 @@ def merged_parameters(layer: Any, name: str) -> tuple[Tensor, Tensor | None]:
 
 
 def _untied_state(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """The state dict without adapter weights, under the names it had before peft wrapped any module."""
+    """The state dict without adapter weights, under the names it had before peft wrapped any module; packed weights
+    unpacked, one at a time."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    packed = {f"{path}.weight": layer.packed for path, layer in quantised_layers(model).items()}
     for key, tensor in model.state_dict().items():
         if any(part.startswith("lora_") for part in key.split(".")):
             continue
@@ -136,7 +142,7 @@ def _untied_state(model: Any) -> Iterator[tuple[str, Tensor]]:
         elif ".original_module." in plain:
             continue
         if plain not in tied:
-            yield plain, tensor.detach()
+            yield plain, packed[key].dense() if key in packed else tensor.detach()
 
 
 def _checkpoint_names(model: Any, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

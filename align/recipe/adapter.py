@@ -49,7 +49,26 @@ class Tune(Strict):
     language: PartField = None
 
 
+class Quant(Strict):
+    """Four-bit storage of frozen weights (QLoRA, 2305.14314): NF4 or FP4, a scale for each `blocksize` weights, and
+    with `double` those scales in eight bits."""
+
+    type: Literal["nf4", "fp4"] = "nf4"
+    double: bool = True
+    blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Half a byte, its share of a float32 scale or of an eight-bit one whose own scale 256 share."""
+        scale = 1 + 4 / 256 if self.double else 4
+        return 0.5 + scale / self.blocksize
+
+
 class Adapter(Strict):
+    """kind: LoRA on frozen weights, on weights in four bits (qlora), with magnitudes (dora, 2402.09353), or no adapter
+    (full). rslora: scale alpha / sqrt(rank) in place of alpha / rank (2312.03732). quant: of qlora; DoRA on weights in
+    four bits is `{kind: dora, quant: {}}`."""
+
     kind: Literal["lora", "qlora", "dora", "full"] = "lora"
     rank: PositiveInt = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
@@ -57,6 +76,30 @@ class Adapter(Strict):
     targets: str | tuple[str, ...] = "all-linear"
     exclude: tuple[str, ...] = ()
     tune: Tune = Tune()
+    rslora: bool = False
+    quant: Quant | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _qlora_is_quantised(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("kind") == "qlora" and given.get("quant") is None:
+            return {**given, "quant": Quant()}
+        return given
+
+    @model_validator(mode="after")
+    def _options_of_their_kinds(self) -> Adapter:
+        if self.quant is not None and self.kind not in ("qlora", "dora"):
+            raise ValueError(f"`quant` with `kind: {self.kind}`: write `kind: qlora`, or `kind: dora` for DoRA on it")
+        if self.rslora and self.kind == "full":
+            raise ValueError("`rslora` scales an adapter, and `kind: full` makes none: leave it out")
+        return self
+
+    @property
+    def quantised_parts(self) -> tuple[Part, ...]:
+        """Parts whose linear layers are stored in four bits: the language model, and a tower that takes LoRA."""
+        if self.quant is None:
+            return ()
+        return tuple(part for part, mode in self.modes.items() if mode == "lora" or part == "language")
 
     @property
     def modes(self) -> dict[Part, Mode]:

@@ -27,9 +27,21 @@ _KEYS: dict[tuple[str, str], Later] = {
 }
 
 
+# optimizers by the names that TRL and others give those that are offered
+_OPTIMIZERS = {
+    "adam": "use adamw; its `weight_decay` is 0 unless given",
+    "adamw_torch": "use adamw",
+    "adamw_torch_fused": "use adamw",
+    "adamw_bnb_8bit": "use adamw_8bit",
+}
+
+
 def later_value(path: Path_, value: Any) -> Later | None:
     if not path or not isinstance(value, str):
         return None
+    if path[-2:] == ("optim", "name"):
+        remedy = _OPTIMIZERS.get(value.lower(), "use adamw, or adamw_8bit, whose moments take a quarter of the memory")
+        return Later(_NOT_YET, remedy)
     return _VALUES.get((str(path[-1]), value))
 
 

@@ -22,7 +22,9 @@ from align.recipe.strict import Fraction, PositiveInt, Strict
 
 
 class Optim(Strict):
-    name: Literal["adamw"] = "adamw"
+    """name: AdamW (1711.05101); adamw_8bit keeps its moments in eight bits (2110.02861): 2 bytes a weight, not 8."""
+
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
     lr: Annotated[float, Field(gt=0)] | None = None
     schedule: Literal["cosine", "linear", "constant"] | None = None
     warmup: Fraction | None = None

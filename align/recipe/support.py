@@ -3,7 +3,9 @@
 An adapter travels alone where the engine serves adapters; whole weights travel where there is no adapter (full
 fine-tuning), where it is not all that is trained (a part of the model is trained whole beside it), where engines would
 leave some of it out (LoRA on the tower of images: vLLM ignores it unless told otherwise), or where the recipe wants
-them merged (`rollout.weights: merged`: adapter kernels are several times slower than the base on a CPU).
+them merged (`rollout.weights: merged`: adapter kernels are several times slower than the base on a CPU). What was
+trained on weights in four bits is merged into those weights, unpacked: on the base in full precision the adapter is
+another policy, and every importance ratio would correct a difference that need not be.
 """
 
 from __future__ import annotations
@@ -15,13 +17,26 @@ from align.recipe.adapter import Adapter
 from align.recipe.schema import Rollout
 
 Publish = Literal["adapter", "weights"]
-Trained = Literal["lora", "tower", "mixed", "full"]  # LoRA on language alone; on a tower too; beside whole parts; none
+# LoRA on language alone; with magnitudes; on weights in four bits; on a tower too; beside whole parts; none
+Trained = Literal["lora", "dora", "quantised", "tower", "mixed", "full"]
 
 # (what is trained, rollout.weights) -> what engines receive, or why not and what to do. The same for both engines.
 _PUBLISH: dict[tuple[Trained, str], Publish | tuple[str, str]] = {
     ("lora", "auto"): "adapter",
     ("lora", "adapter"): "adapter",
     ("lora", "merged"): "weights",
+    ("dora", "auto"): "weights",
+    ("dora", "merged"): "weights",
+    ("dora", "adapter"): (
+        "engines serve no adapter with magnitudes (DoRA)",
+        "leave `rollout.weights` out, or use merged",
+    ),
+    ("quantised", "auto"): "weights",
+    ("quantised", "merged"): "weights",
+    ("quantised", "adapter"): (
+        "engines would put it on the base in full precision, and it is trained on weights in four bits",
+        "leave `rollout.weights` out, or use merged: what the trainer computes with is sent",
+    ),
     ("tower", "auto"): "weights",
     ("tower", "adapter"): "adapter",
     ("tower", "merged"): "weights",
@@ -35,10 +50,6 @@ _PUBLISH: dict[tuple[Trained, str], Publish | tuple[str, str]] = {
     ("full", "merged"): "weights",
     ("full", "adapter"): ("a full fine-tune has no adapter to send", "leave `rollout.weights` out, or use merged"),
 }
-_KINDS_NOT_BUILT = {
-    "qlora": "use `kind: lora`; `model.dtype: bfloat16` halves the base's memory",
-    "dora": "use `kind: lora`",
-}
 TOWER_OPTION = "enable_tower_connector_lora"  # vllm.config.lora: without it LoRA on towers and connectors is ignored
 BASE_BESIDE_ADAPTER = "base"  # model folder inside an adapter's: the base with the parts that were trained whole
 LARGEST_SERVED_RANK = {"vllm": 512}  # vllm.config.lora.MaxLoRARanks
@@ -50,18 +61,22 @@ def trained(adapter: Adapter) -> Trained:
         return "full"
     if adapter.mixed:
         return "mixed"
+    if adapter.quant is not None or adapter.kind == "dora":
+        return "quantised" if adapter.quant is not None else "dora"
     return "tower" if set(adapter.parts("lora")) - {"language"} else "lora"
 
 
 def check_adapter(adapter: Adapter) -> None:
     """Raise Unsupported for an adapter that this version cannot train, RecipeError for one that contradicts itself."""
-    if adapter.kind in _KINDS_NOT_BUILT:
-        raise Unsupported(
-            f"`adapter.kind: {adapter.kind}` is not offered by this version",
-            where="adapter.kind",
-            remedy=_KINDS_NOT_BUILT[adapter.kind],
-        )
     with_lora = adapter.parts("lora")
+    if adapter.quant is not None and adapter.mixed:
+        whole = adapter.parts("full")[0]
+        raise Unsupported(
+            f"`adapter.tune.{whole}: full` with weights in four bits: the base that is written with the parts trained "
+            "whole would be packed a second time, to other weights",
+            where=f"adapter.tune.{whole}",
+            remedy="set it to lora or frozen, or use `kind: lora`",
+        )
     if adapter.kind == "full" and with_lora:
         raise RecipeError(
             f"`adapter.tune.{with_lora[0]}: lora` with `adapter.kind: full`, which makes no adapter",
@@ -79,6 +94,29 @@ def check_adapter(adapter: Adapter) -> None:
             f"`adapter.kind: {adapter.kind}`, and `adapter.tune` puts LoRA on no part of the model",
             where="adapter.tune",
             remedy="write `kind: full` to train whole parts and nothing else, or set a part to lora",
+        )
+
+
+def zero_stage(trainer: object) -> int:
+    """Of `placement.trainer`, the stage of ZeRO that its `strategy` names; 0 where nothing is spread over ranks."""
+    strategy = getattr(trainer, "strategy", None)
+    name = str(getattr(strategy, "name", strategy))
+    return int(name[-1]) if name.startswith("zero") else 0
+
+
+def check_sharded(adapter: Adapter, optimizer: str, stage: int) -> None:
+    """Raise Unsupported for what ZeRO's `stage` cannot spread."""
+    if stage and optimizer == "adamw_8bit":
+        raise Unsupported(
+            f"`optim.name: adamw_8bit` with zero{stage}: moments in blocks of eight bits cannot be spread over ranks",
+            where="optim.name",
+            remedy="use adamw, whose moments the ranks divide, or leave `placement.trainer.strategy` out",
+        )
+    if stage == 3 and adapter.quant is not None:
+        raise Unsupported(
+            "weights in four bits with zero3: they cannot be spread over ranks",
+            where="placement.trainer.strategy",
+            remedy="use zero2: a base in four bits is small, and stays whole on every rank",
         )
 
 

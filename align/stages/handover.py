@@ -10,6 +10,7 @@ from typing import Any
 
 from align.errors import ModelError, RecipeError, RunFolderError
 from align.recipe.adapter import Adapter
+from align.recipe.adapter_folder import described, quantised_base
 from align.recipe.schema import Recipe
 from align.recipe.support import BASE_BESIDE_ADAPTER
 from align.stages.backend import Start
@@ -42,15 +43,7 @@ def adapter_in(folder: Path) -> Adapter:
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise ModelError("the folder has no adapter_config.json", where=folder, remedy="give a peft adapter")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    targets, exclude = config["target_modules"], config.get("exclude_modules") or ()
-    return Adapter(
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout", 0.0),
-        targets=targets if isinstance(targets, str) else tuple(sorted(targets)),
-        exclude=(exclude,) if isinstance(exclude, str) else tuple(sorted(exclude)),
-    )
+    return described(json.loads(path.read_text(encoding="utf-8")), quantised_base(folder))
 
 
 def trained_by(recipe: Recipe, name: str) -> Any:
@@ -86,7 +79,7 @@ def _inherited(recipe: Recipe, stage: Any, origin: Origin | None) -> tuple[Adapt
         source = recipe.stage(stage.from_.partition("@")[0])
         continues = source.kind not in ("merge", "export")
         return (adapter_of(recipe, source, origin) if continues else None), f"stage {source.id!r}"
-    if origin is None or origin.adapter is None or stage.adapter.kind == "lora":
+    if origin is None or origin.adapter is None or stage.adapter.kind != "full":
         return None, ""  # whoever loads an adapter compares it: the same targets can be spelled in several ways
     return adapter_in(origin.adapter), "model.adapter"
 

@@ -31,7 +31,7 @@ def numerics(spec: TrainerSpec, device: torch.device) -> dict[str, Any]:
         "temperature": spec.temperature,
         "dtype": str(resolve_dtype(spec.model.dtype, str(device))),
         "device": device.type,
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
         "code": _code_version(),
     }
 

@@ -16,6 +16,9 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW (1711.05101) with decay on matrices only: biases, norms and other vectors are left alone.
 
+    adamw_8bit: bitsandbytes' (2110.02861), moments in eight bits by blocks of 256, on CPUs and GPUs; tensors of fewer
+    than 4096 numbers keep them in float32.
+
     parts: what is trained of each part of the model, at its own rates or else `optim`'s. Each group keeps its learning
     rate as "peak_lr": what the schedule multiplies.
     """
@@ -30,9 +33,13 @@ def make_optimizer(
             {"params": matrices, "weight_decay": rate.weight_decay, **settings},
             {"params": vectors, "weight_decay": 0.0, **settings},
         ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
-    )
+    groups = [group for group in groups if group["params"]]
+    if optim.name == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        made: torch.optim.Optimizer = AdamW8bit(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+        return made
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, multiplier: float) -> dict[str, float]:

@@ -24,9 +24,11 @@ from align.model.fused import fuse
 from align.model.load import load_model, resolve_dtype
 from align.model.parts import parts_of
 from align.model.policy_module import PolicyModule
+from align.model.quantised import quantise
 from align.model.score_head import load_score_model
 from align.protocols import Publication
-from align.recipe.adapter import Part
+from align.recipe.adapter import Adapter, Part
+from align.recipe.adapter_folder import QuantisedBase, quantised_base
 from align.recipe.labels import Labels
 from align.recipe.support import refuse_parts_of_text
 
@@ -61,7 +63,9 @@ def load(spec: TrainerSpec) -> Policy:
     return FullPolicy(spec, device) if spec.adapter_config.kind == "full" else LoraPolicy(spec, device)
 
 
-def _load_backbone(spec: TrainerSpec, dtype: torch.dtype, device: torch.device) -> Any:
+def _load_backbone(
+    spec: TrainerSpec, dtype: torch.dtype, device: torch.device, packed: QuantisedBase | None = None
+) -> Any:
     scored = any("scores" in configure(term.name, term.options)[2].head for term in spec.losses)
     labels = spec.labels or Labels.numbered(1)
     make = partial(load_score_model, seed=spec.seed, labels=labels) if scored else load_model
@@ -69,8 +73,11 @@ def _load_backbone(spec: TrainerSpec, dtype: torch.dtype, device: torch.device) 
         Path(spec.base),
         dtype=dtype,
         trust_remote_code=spec.model.trust_remote_code,
-        device=str(device),
+        device="cpu" if packed else str(device),  # a device for packed weights may have no room for the others
     )
+    if packed is not None:
+        quantise(model, packed.quant, packed.parts, dtype=dtype, device=device)
+        model.to(device)
     if spec.model.gradient_checkpointing and spec.trainable:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
@@ -100,8 +107,9 @@ class LoraPolicy:
     def __init__(self, spec: TrainerSpec, device: torch.device):
         self.spec, self.device = spec, device
         self.dtype = resolve_dtype(spec.model.dtype, str(device))
-        model = _load_backbone(spec, self.dtype, device)
         start = Path(spec.adapter) if spec.adapter else None
+        self.packed = _packed(spec.adapter_config, start, self.dtype)
+        model = _load_backbone(spec, self.dtype, device, self.packed)
         self.peft: Any = None
         self.frozen: str | None = None
         self.whole: list[torch.nn.Parameter] = []
@@ -152,7 +160,16 @@ class LoraPolicy:
         def write_base(inside: Path) -> None:
             adapters.save_full(self.module.model, inside / OWN_BASE, base=Path(self.spec.base), dtype=self.dtype)
 
-        adapters.save(self.peft, folder, beside=write_base if self.whole else None)
+        adapters.save(self.peft, folder, beside=write_base if self.whole else None, packed=self.packed)
+
+
+def _packed(adapter: Adapter, start: Path | None, dtype: torch.dtype) -> QuantisedBase | None:
+    """How the base is packed: as the recipe says, and the same parts as before where an adapter is trained further."""
+    if adapter.quant is None:
+        return None
+    before = None if start is None else quantised_base(start)
+    parts = adapter.quantised_parts if before is None else before.parts
+    return QuantisedBase(adapter.quant, parts, str(dtype).removeprefix("torch."))
 
 
 @contextmanager

@@ -42,7 +42,9 @@ def save_state(
     moments: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            moments[f"{name}|{key}"] = value.detach().cpu().contiguous()
+            # 8-bit AdamW counts its steps in an int, and its parameters share their tables: a file cannot
+            tensor = torch.as_tensor(value).detach().cpu().contiguous()
+            moments[f"{name}|{key}"] = tensor.clone() if key.startswith("qmap") else tensor
     save_file(moments, folder / OPTIMIZER)
     states = {f"{rank}/{name}" if rank else name: s for rank, own in enumerate(random) for name, s in own.items()}
     save_file(states, folder / RANDOM)
@@ -78,7 +80,8 @@ def load_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
         parameter = parameters[name]
         # AdamW keeps its step counter on the CPU unless fused on CUDA, as torch's own load_state_dict does.
         device = parameter.device if field != "step" or parameter.is_cuda else torch.device("cpu")
-        optimizer.state[parameter][field] = value.to(device)
+        counts = field == "step" and not value.is_floating_point()
+        optimizer.state[parameter][field] = int(value) if counts else value.to(device)
     prefix = f"{rank}/" if rank else ""
     saved_random = load_file(folder / RANDOM)
     _restore_random_state({k.removeprefix(prefix): s for k, s in saved_random.items() if k.startswith(prefix)})

@@ -25,7 +25,7 @@ from align.errors import NonFiniteError
 from align.losses import configure
 from align.losses.base import LossInputs, Metric
 from align.model.dropout import switch_off_own_dropout
-from align.model.parts import sizes, trained_parts
+from align.model.parts import numel, sizes, trained_parts
 from align.model.places import positions_of
 from align.model.policy_module import PolicyModule
 from align.model.probe import probe
@@ -91,7 +91,7 @@ class PolicyTrainer:
 
     def describe(self) -> dict[str, Any]:
         """Sizes and dtypes, for the run folder and the screen."""
-        total = sum(p.numel() for p in self.module.parameters())
+        total = sum(numel(p) for p in self.module.parameters())
         return {
             "parameters": total,
             "trained_parameters": sum(p.numel() for p in self.parameters),

@@ -31,6 +31,14 @@ def changed(old: str, new: str) -> Spoil:
     return lambda shop: shop.change(old, new)
 
 
+def both(*spoils: Spoil) -> Spoil:
+    def spoil(shop: Workshop) -> None:
+        for one in spoils:
+            one(shop)
+
+    return spoil
+
+
 def rows(name: str, *spoilt: object) -> Spoil:
     """The data file with these lines (rows, or text as it stands) after two good ones."""
     good = [conversation(1), conversation(2)] if name == "sft.jsonl" else [pair(1), pair(2)]
@@ -150,9 +158,19 @@ RECIPE = [
         changed("    from: dpo\n    data", "    from: dpo\n    adapter: {rank: 4}\n    data"),
     ),
     Case(
-        "an adapter kind of later versions",
-        ("recipe.yaml:27", "adapter.kind: dora", "kind: lora"),
-        changed("{rank: 8}", "{rank: 8, kind: dora}"),
+        "options of another kind of adapter",
+        ("recipe.yaml:27", "quant", "kind: qlora"),
+        changed("{rank: 8}", "{rank: 8, quant: {type: nf4}}"),
+    ),
+    Case(
+        "a DoRA adapter for engines that serve none",
+        ("recipe.yaml:", "magnitudes (DoRA)", "use merged"),
+        both(changed("{rank: 8}", "{rank: 8, kind: dora}"), changed("{max_tokens: 32}", "{weights: adapter}")),
+    ),
+    Case(
+        "an optimizer of later versions",
+        ("recipe.yaml:28", "galore", "adamw_8bit"),
+        changed("adapter: {rank: 8}", "adapter: {rank: 8}\n    optim: {name: galore}"),
     ),
     Case(
         "top-p",

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -17,7 +19,12 @@ from align.export.compare import BOUNDS, distance, log_probabilities, random_tok
 from align.export.merge import merge, module_error
 from align.model import adapters
 from align.model.load import load_model
+from align.recipe.adapter import Adapter
+from align.recipe.adapter_folder import QUANTISED
+from align.recipe.inputs import Model
+from align.train.trainer import PolicyTrainer
 from tests.unit.model.tiny import LLAMA, QWEN3, logits, lora, train_a_little, write_tiny
+from tests.unit.train.test_trainer import make_spec, trees_for
 
 CONFIGS = {"qwen3": QWEN3, "llama": LLAMA}
 
@@ -105,6 +112,39 @@ def test_adapters_of_other_kinds_made_by_peft_merge_to_what_peft_computes(bases,
     report = merge(base, adapter, tmp_path / "out")
     assert report.modules >= 4
     assert torch.allclose(plain(tmp_path / "out"), adapter_on(base, adapter), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [
+        ({"kind": "qlora"}, "float32"),
+        ({"kind": "qlora", "targets": ("q_proj", "down_proj"), "rslora": True}, "float32"),
+        ({"kind": "dora"}, "float32"),
+        ({"kind": "dora", "quant": {"type": "fp4", "double": False}}, "float32"),
+        ({"kind": "qlora"}, "bfloat16"),
+    ],
+    ids=["qlora", "qlora on some", "dora", "dora in four bits", "bfloat16"],
+)
+def test_what_is_merged_says_what_the_trainer_said(bases, tmp_path, changes, dtype):
+    """Log-probabilities to 1e-3 of theirs in float32; in bfloat16 to the rounding of the two computations."""
+    base = bases["llama"]
+    adapter = Adapter.model_validate({"rank": 4, "alpha": 8.0} | changes)
+    spec = replace(make_spec(base, "sft", adapter), model=Model(path=str(base), dtype=dtype))
+    trainer, trees = PolicyTrainer(spec), trees_for("sft")
+    for step in range(3):
+        trainer.step(trees, step=step, progress=step / 10)
+    trainer.write_model(tmp_path / "adapter")
+    report = merge(base, tmp_path / "adapter", tmp_path / "out", dtype="float32")
+    assert report.kl_mean <= 1e-6 and report.adapter_kl > 1e-3
+    merged = PolicyTrainer(replace(spec, base=str(tmp_path / "out"), adapter_config=Adapter(rank=4)))
+    for mine, theirs in zip(merged.logps(trees), trainer.logps(trees), strict=True):
+        for one, other in zip(mine, theirs, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-3 if dtype == "float32" else 3e-2, atol=1e-5)
+    if adapter.quant is not None:  # on the base in full precision it is another model
+        (tmp_path / "adapter" / QUANTISED).unlink()
+        merge(base, tmp_path / "adapter", tmp_path / "other", dtype="float32")
+        elsewhere = PolicyTrainer(replace(merged.spec, base=str(tmp_path / "other"))).logps(trees)
+        assert max(np.abs(a - b).max() for a, b in zip(elsewhere[0], trainer.logps(trees)[0], strict=True)) > 1e-2
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

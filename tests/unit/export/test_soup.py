@@ -19,6 +19,8 @@ from align.export.soup import kept, soup
 from align.model import adapters
 from align.model.adapter_config import recipe_adapter
 from align.model.load import load_model
+from align.recipe.adapter import Quant
+from align.recipe.adapter_folder import QuantisedBase, quantised_base
 from tests.unit.model.tiny import QWEN3, logits, lora, train_a_little, write_tiny
 
 
@@ -160,6 +162,17 @@ def test_adapters_of_different_bases_are_refused_unless_the_folders_hold_the_sam
     with pytest.raises(ModelError, match="different bases"):
         soup([two[0], trained(wide, tmp_path / "c", 3)], [0.5, 0.5], tmp_path / "refused", base=base)
     assert not (tmp_path / "refused").exists()
+
+
+def test_adapters_of_one_packed_base_make_a_soup_of_it_and_others_are_refused(base, two, tmp_path):
+    packed = [shutil.copytree(folder, tmp_path / f"packed-{n}") for n, folder in enumerate(two)]
+    said = QuantisedBase(Quant(), ("language",), "float32")
+    for folder in packed:
+        said.write(folder)
+    soup(packed, [0.5, 0.5], tmp_path / "soup")
+    assert quantised_base(tmp_path / "soup") == said
+    with pytest.raises(ModelError, match="full precision"):
+        soup([packed[0], two[1]], [0.5, 0.5], tmp_path / "refused")
 
 
 def test_what_is_more_than_lora_is_refused(base, two, tmp_path):

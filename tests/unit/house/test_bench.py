@@ -20,6 +20,7 @@ from tests.bench import (
     grpo_update_against_trl,
     head_memory,
     linear_cost,
+    memory_plan,
     orchestration,
     peer,
     reward_overhead,
@@ -203,6 +204,13 @@ def test_the_heads_memory_is_less_than_the_logits(tmp_path: Path, monkeypatch: p
     assert cases["frozen head"]["gb"] < logits / 2 < cases["plain logits"]["gb"]
     (path,) = tmp_path.iterdir()
     assert json.loads(path.read_text())["figures"]["cases"] == cases
+
+
+def test_the_memory_plan_is_measured_case_by_case(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--hidden", "128", "--layers", "2", "--tokens", "512", "--vocabulary", "512"]
+    (found,) = memory_plan.main(["--toy", *sizes, "--cases", "qlora"])["cases"].values()
+    assert 0 < found["plan_gb"] < found["with_gaps_gb"] and 0 < found["allocated_gb"] < found["resident_gb"]
+    assert "largest error" in capsys.readouterr().out
 
 
 def test_the_cost_of_a_token_is_measured_at_every_size(capsys: pytest.CaptureFixture[str]) -> None:

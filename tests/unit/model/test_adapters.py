@@ -91,7 +91,7 @@ def test_targets_and_exclusions_choose_modules_and_unknown_ones_are_refused(base
         adapters.attach(model_of(base), lora(targets=("embed_tokens",)), None, seed=0)
 
 
-@pytest.mark.parametrize("changes", [{"kind": "dora"}, {"kind": "qlora"}, {"tune": {"vision": "lora"}}])
+@pytest.mark.parametrize("changes", [{"kind": "full"}, {"tune": {"vision": "lora"}}])
 def test_what_is_no_lora_of_a_language_model_is_refused(base, changes):
     with pytest.raises(Unsupported):
         adapters.attach(model_of(base), lora(**changes), None, seed=0)
@@ -203,7 +203,7 @@ def test_adapters_that_lack_weights_or_fit_another_model_are_refused(base, llama
 
 @pytest.mark.parametrize(
     "beyond",
-    [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"init_lora_weights": "pissa"}],
+    [{"lora_bias": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"init_lora_weights": "pissa"}],
 )
 def test_adapters_that_are_more_than_lora_are_refused_for_training(base, tmp_path, beyond):
     folder = trained(base, tmp_path / "adapter")

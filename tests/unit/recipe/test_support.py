@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from align.errors import ModelError, RecipeError, Unsupported
 from align.hub import looks_like_hub_id, resolve_model_folder
-from align.recipe.adapter import Adapter
+from align.recipe.adapter import Adapter, Quant
 from align.recipe.schema import ReferencePath, Rollout
 from align.recipe.support import TOWER_OPTION, check_adapter, publish_mode, reference_words, refuse_parts_of_text
 
@@ -50,10 +51,22 @@ def test_ranks_beyond_vllms_kernels_are_refused_unless_merged() -> None:
     assert publish_mode(Adapter(rank=1024), Rollout(name="transformers")) == "adapter"
 
 
-@pytest.mark.parametrize("adapter", [Adapter(kind="qlora"), Adapter(kind="dora")])
-def test_adapters_of_later_versions_are_refused(adapter: Adapter) -> None:
-    with pytest.raises(Unsupported, match="not offered by this version"):
-        check_adapter(adapter)
+@pytest.mark.parametrize("adapter", [Adapter(kind="qlora"), Adapter(kind="dora"), Adapter(kind="dora", quant=Quant())])
+def test_engines_are_sent_what_they_cannot_make_of_the_adapter_alone(adapter: Adapter) -> None:
+    check_adapter(adapter)
+    for weights in ("auto", "merged"):
+        assert publish_mode(adapter, Rollout(weights=weights)) == "weights"
+    with pytest.raises(RecipeError, match="four bits" if adapter.quant else "DoRA"):
+        publish_mode(adapter, Rollout(weights="adapter"))
+
+
+def test_four_bits_go_with_their_kinds_alone() -> None:
+    assert Adapter(kind="qlora") == Adapter(kind="qlora", quant=Quant()) and Adapter(kind="lora").quant is None
+    for given in ({"kind": "lora", "quant": {}}, {"kind": "full", "quant": {}}, {"kind": "full", "rslora": True}):
+        with pytest.raises(ValidationError):
+            Adapter.model_validate(given)
+    with pytest.raises(Unsupported, match="packed a second time"):
+        check_adapter(tuned("qlora", projector="full"))
 
 
 def tuned(kind: str = "lora", **tune: str) -> Adapter:

@@ -14,7 +14,7 @@ from align.model.probe import probe
 from align.recipe.adapter import Adapter
 from align.train.trainer import PolicyTrainer
 from tests.unit.core.families import make_family
-from tests.unit.train.test_trainer import FULL, LORA, make_spec, trees_for, weights
+from tests.unit.train.test_trainer import DORA, FULL, LORA, QLORA, make_spec, trees_for, weights
 
 
 def saved(family: str, folder: Path) -> Path:
@@ -42,7 +42,7 @@ def test_a_plain_model_is_described_as_shared(tmp_path: Path) -> None:
     assert (described["layout"], described["attention"]) == ("shared", "sdpa")
 
 
-@pytest.mark.parametrize("adapter", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("adapter", [LORA, QLORA, DORA, FULL], ids=["lora", "qlora", "dora", "full"])
 def test_gradient_checkpointing_changes_no_update(adapter: Adapter, tmp_path: Path) -> None:
     spec = make_spec(saved("qwen3", tmp_path), "dpo", adapter, reference="start")
     trainers = [

@@ -24,6 +24,7 @@ from tests.unit.core.test_forward import make_model
 from tests.unit.core.trees import conversation, group, pair
 
 LORA, FULL = Adapter(rank=4, alpha=8), Adapter(kind="full")
+QLORA, DORA = Adapter(kind="qlora", rank=4, alpha=8), Adapter(kind="dora", rank=4, alpha=8, rslora=True)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def train(trainer: PolicyTrainer, loss: str, steps: range) -> list[dict[str, flo
     return [trainer.step(trees_for(loss, seed=s % 3), step=s, progress=s / 10) for s in steps]
 
 
-@pytest.mark.parametrize("adapter", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("adapter", [LORA, QLORA, DORA, FULL], ids=["lora", "qlora", "dora", "full"])
 @pytest.mark.parametrize("loss", ["sft", "dpo"])
 def test_training_lowers_the_loss(base: Path, loss: str, adapter: Adapter) -> None:
     trainer = PolicyTrainer(make_spec(base, loss, adapter, reference="start" if loss == "dpo" else None))
@@ -68,9 +69,11 @@ def test_training_lowers_the_loss(base: Path, loss: str, adapter: Adapter) -> No
     assert history[-3] < history[0] and history[-1] < history[2]
 
 
-@pytest.mark.parametrize("adapter", [LORA, FULL], ids=["lora", "full"])
-def test_a_restored_trainer_goes_on_bit_for_bit(base: Path, adapter: Adapter, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("adapter", [LORA, QLORA, DORA, FULL], ids=["lora", "qlora", "dora", "full"])
+def test_a_restored_trainer_goes_on_bit_for_bit(base: Path, adapter: Adapter, optimizer: str, tmp_path: Path) -> None:
     spec = make_spec(base, "sft", replace_dropout(adapter))
+    spec = replace(spec, optim=spec.optim.model_copy(update={"name": optimizer}))
     straight = PolicyTrainer(spec)
     train(straight, "sft", range(3))
     (tmp_path / "checkpoint").mkdir()
@@ -93,7 +96,12 @@ def replace_dropout(adapter: Adapter) -> Adapter:
     return adapter if adapter.kind == "full" else adapter.model_copy(update={"dropout": 0.1})
 
 
-@pytest.mark.parametrize("adapter", [LORA, FULL], ids=["lora", "full"])
+def test_weights_in_four_bits_are_counted_as_the_weights_that_they_are(base: Path) -> None:
+    counts = [PolicyTrainer(make_spec(base, "sft", adapter)).describe() for adapter in (LORA, QLORA)]
+    assert counts[0]["parameters"] == counts[1]["parameters"] and counts[0]["parts"] == counts[1]["parts"]
+
+
+@pytest.mark.parametrize("adapter", [LORA, QLORA, DORA, FULL], ids=["lora", "qlora", "dora", "full"])
 def test_the_start_reference_is_the_start_from_base_and_from_an_adapter(
     base: Path, adapter: Adapter, tmp_path: Path
 ) -> None:
@@ -102,11 +110,11 @@ def test_the_start_reference_is_the_start_from_base_and_from_an_adapter(
     train(first, "dpo", range(4))
     assert first.evaluate(trees_for("dpo"))["loss/total"] != pytest.approx(math.log(2), abs=1e-3)
     first.write_model(tmp_path / "out")
-    start = {"adapter": str(tmp_path / "out")} if adapter.kind == "lora" else {}
-    folder = base if adapter.kind == "lora" else tmp_path / "out"
+    start = {"adapter": str(tmp_path / "out")} if adapter.kind != "full" else {}
+    folder = base if adapter.kind != "full" else tmp_path / "out"
     second = PolicyTrainer(make_spec(folder, "dpo", adapter, reference="start", **start))
     assert second.evaluate(trees_for("dpo"))["loss/total"] == pytest.approx(math.log(2), abs=1e-6)
-    if adapter.kind == "lora":
+    if adapter.kind != "full":
         against_base = PolicyTrainer(make_spec(base, "dpo", adapter, reference="base", **start))
         assert against_base.evaluate(trees_for("dpo"))["loss/total"] != pytest.approx(math.log(2), abs=1e-3)
 
