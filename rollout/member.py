@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -53,14 +54,16 @@ class Member:
     starts: that succeeded; losses: in a row, without a finished group between them.
     """
 
-    def __init__(self, index: int, spec: EngineSpec, options: Mapping[str, Any], limits: Limits):
+    def __init__(
+        self, index: int, spec: EngineSpec, options: Mapping[str, Any], limits: Limits, token: Path | None = None
+    ):
         self.place = f"rollout worker {index}"
         self.index, self.limits = index, limits
         self.losses = self.starts = 0
         self.lost_at: float | None = None
         self.up = False  # started: commands reach an engine
         self.loads: dict[int, asyncio.Future[str | None]] = {}
-        self._spec, self._options = spec, dict(options)
+        self._spec, self._options, self._token = spec, dict(options), token
         self._actor: Any = None
         self._home: Home | None = None
         self._progress, self._progressed_at = -1, 0.0
@@ -72,7 +75,7 @@ class Member:
         actor = actor.options(max_restarts=0, runtime_env=environment, **self._options)
         self._actor = actor.remote()
         self._homed = self._actor.home.remote()
-        self._starting = self._actor.start.remote(self._spec)
+        self._starting = self._actor.start.remote(self._spec, self._token)
 
     async def started(self) -> None:
         """Wait for the engine. Raises Lost where it does not come up in time or dies. What its start raises is passed

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from align.actors.cluster import answer, die_with_parent, require_shared
+from align.actors.cluster import answer, die_with_parent
 from align.errors import RanksError
 from align.protocols import Metrics, Publication, Tree
+from align.shared import require_shared
 from align.train.spec import TrainerSpec
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class PolicyActor:
 
     def start(self, spec: TrainerSpec, token: Path, reference: Any = None, seat: Seat | None = None) -> None:
         """token: see `require_shared`; reference: handle of a `ReferenceActor`, then given every packed batch."""
-        require_shared(token)
+        require_shared(token, spec.base, spec.adapter)
         from align.train.ranks import Ranks
         from align.train.trainer import PolicyTrainer
 

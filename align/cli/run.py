@@ -26,6 +26,7 @@ from align.stages.owned import sweep
 from align.stages.pipeline import run_pipeline
 from align.stages.publication import PublicationFolder
 from align.stages.reaper import Reaper
+from align.stages.restarts import MAX_RESTARTS
 from align.stages.runfolder import RUN, RunFolder
 
 _CHILDREN_LIMIT_S = 10.0
@@ -69,9 +70,12 @@ def _run(plan: Plan, run: RunFolder, reporter: Reporter, arguments: argparse.Nam
         reporter.message(f"run folder: {run.path}")
         cluster = Cluster(arguments.address, run_folder=run.path, cores=arguments.cores)
         stack.callback(cluster.close)
-        publications = PublicationFolder(run.path, shared=cluster.nodes > 1)
+        # nodes of a cluster come and go, and the driver may be on none of them
+        publications = PublicationFolder(run.path, shared=not cluster.local)
         stack.callback(publications.close)
-        backend = RayBackend(cluster, plan.recipe.placement, run.token, run.state.get("threads", {}), plan.sampling)
+        placement = plan.recipe.placement
+        backend = RayBackend(cluster, placement, run.token, run.state.get("threads", {}), plan.sampling)
+        allowed = placement.max_restarts
         return asyncio.run(
             _until_done(
                 reporter,
@@ -85,6 +89,7 @@ def _run(plan: Plan, run: RunFolder, reporter: Reporter, arguments: argparse.Nam
                     plugins=plan.plugins,
                     stop=stop,
                     from_stage=arguments.from_stage,
+                    max_restarts=allowed if allowed is not None else 0 if cluster.local else MAX_RESTARTS,
                 ),
             )
         )

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from align.recipe.adapter import Adapter
 from align.recipe.inputs import DataField, Media, Model, TokenizerFromScratch
@@ -158,7 +158,20 @@ class Rollout(Strict):
         return self
 
 
+def _own_resources(value: dict[str, float]) -> dict[str, float]:
+    for name in value.keys() & {"CPU", "GPU", "memory", "object_store_memory"}:
+        raise ValueError(f"{name!r} is counted by Ray itself: `cpus` and `gpus` ask for processors")
+    return value
+
+
+CustomResources = Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_own_resources)]
+
+
 class Share(Strict):
+    """resources: of a node beside CPUs and GPUs, for each process: `{train: 1}` asks for a node that was started with
+    `ray start --resources '{"train": 4}'`."""
+
+    resources: CustomResources = Field(default_factory=dict)
     ranks: PositiveInt = 1
     cpus: Annotated[float, Field(ge=0)] | None = None
     gpus: Annotated[float, Field(ge=0)] | None = None
@@ -172,6 +185,12 @@ class RewardShare(Share):
 
 
 class Placement(Strict):
+    """max_restarts: times that a run goes on from its last checkpoint after it lost a trainer rank or its node; by
+    default 3 on a cluster that it joined, and 0 on one machine. replacement_s: how long a place for what was lost is
+    waited for, until another node has room or a new one joins."""
+
+    max_restarts: Annotated[int, Field(ge=0)] | None = None
+    replacement_s: Annotated[float, Field(gt=0)] = 600.0
     trainer: Share = Share()
     reference: Share = Share()
     rollout: Share = Share()

@@ -226,6 +226,13 @@ def cut_metrics(path: Path, step: int) -> None:
     os.replace(aside, path)
 
 
+def last_step(path: Path) -> int:
+    """The last step in a metrics.jsonl whose lines are whole; 0 where there is none."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    whole = [line for line in lines[-2:] if line.endswith("\n")]
+    return int(json.loads(whole[-1])["step"]) if whole else 0
+
+
 def package_versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align.actors.cluster import Cluster, Places
-from align.actors.scoring import LocalScorer, RayScorer
+from align.actors.cluster import Cluster
+from align.actors.places import Places
+from align.actors.reward_actors import RayScorer
+from align.actors.scoring import LocalScorer
 from align.errors import AlignError, PluginError, RewardError
 from align.protocols import Completion, ErrorBudget, Group, PromptItem, ScoreTable
 from align.recipe.schema import Placement, Reward
@@ -209,7 +211,7 @@ def test_reward_actors_are_spread_and_the_others_packed(cluster: Cluster) -> Non
     assert [r.name for r in roles if r.spread] == names
 
     async def run() -> None:
-        places = await Places.reserve(cluster, roles)
+        places = await Places.reserve(roles)
         try:
             groups = {name: places.at(name)["scheduling_strategy"].placement_group.id for name in ("trainer", *names)}
             assert groups["trainer"] not in [groups[name] for name in names]
@@ -241,7 +243,7 @@ def test_plugins_die_with_their_actor_even_while_they_hang(cluster: Cluster, fol
     (folder / "pid").unlink(missing_ok=True)
 
     async def run() -> int:
-        scorer = RayScorer((Reward(use="rewards.py:hangs"),), folder, seed=0)
+        scorer = RayScorer((Reward(use="rewards.py:hangs"),), folder, seed=0, restarts=0)
         [pid] = await scorer.processes()
         scoring = asyncio.create_task(scorer.score(GROUPS))
         while not (folder / "pid").exists() or not (folder / "pid").read_text():
