@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from align.recipe.adapter import Adapter
 from align.recipe.inputs import DataField, Media, Model, TokenizerFromScratch
@@ -464,6 +464,16 @@ class Recipe(Strict):
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     placement: Placement = Placement()
     report: Report = Report()
+
+    @field_validator("output")
+    @classmethod
+    def _output_is_a_folder(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError(
+                f"{value!r} is a URL, and runs are written to a folder: give a shared path that every node mounts "
+                "(a bucket mounted by s3fs, gcsfuse or the like is one)"
+            )
+        return value
 
     @property
     def run_folder(self) -> Path:

@@ -204,6 +204,26 @@ def test_the_groups_of_an_actor_that_dies_go_to_another(cluster: Cluster, folder
     np.testing.assert_allclose(table.scores[:, 0], np.array([0.7, 0.8] * 4, np.float32), rtol=1e-6)
 
 
+def test_an_only_actor_that_dies_is_started_again_and_its_groups_wait_for_it(cluster: Cluster, folder: Path) -> None:
+    async def run() -> tuple[ScoreTable, ScoreTable]:
+        scorer = RayScorer((REWARDS[1], Reward(use="rewards.py:waits")), folder, seed=0)
+        try:
+            [pid] = await scorer.processes()
+            scoring = [asyncio.create_task(scorer.score([group(n, "yes", "no")])) for n in range(2)]
+            await asyncio.sleep(1.0)
+            os.kill(pid, 9)
+            first, second = await asyncio.gather(*scoring)
+            assert await scorer.processes() != [pid]
+            return first, second
+        finally:
+            await scorer.close()
+
+    tables = asyncio.run(run())
+    for table in tables:
+        np.testing.assert_allclose(table.scores[:, 0], np.array([0.7, 0.8], np.float32), rtol=1e-6)
+    assert sum(table.metrics["reward/restarts"] for table in tables) == 1
+
+
 def test_reward_actors_are_spread_and_the_others_packed(cluster: Cluster) -> None:
     placement = Placement.model_validate({"rewards": {"count": 2, "cpus": 0.1}, "trainer": {"cpus": 0.5}})
     roles = roles_of(Needs(trainer=True, scorers=2), placement, cores=2, gpus=0, threads={})
