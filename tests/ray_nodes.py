@@ -61,6 +61,10 @@ class Nodes:
         wait_for_node(node.gcs_address, node.plasma_store_socket_name, 30)
         return node
 
+    @property
+    def head(self) -> Any:
+        return self._nodes[0]
+
     def raylet(self, node: Any) -> psutil.Process:
         return psutil.Process(node.all_processes["raylet"][0].process.pid)
 

@@ -30,7 +30,7 @@ from align.actors.plugins import align_errors
 from align.actors.scoring import LocalScorer, join_parts
 from align.protocols import ErrorBudget, Failure, Group, ScoreTable
 from align.recipe.schema import Reward
-from align.shared import require_shared
+from align.shared import require_shared, source_here
 from align.stages.roles import REWARD_CPUS
 from rewards.budget import Budgets
 
@@ -42,9 +42,12 @@ class RewardActor:
     """Lives in a Ray worker: a LocalScorer beyond the driver."""
 
     def __init__(self, rewards: tuple[Reward, ...], folder: Path, token: Path | None = None, **options: Any):
-        """token: see `require_shared`. options: LocalScorer's."""
+        """token: see `require_shared`; beside it lie the sources of plugins. options: LocalScorer's."""
         die_with_parent()
         self.token = token
+        if token is not None:
+            rewards = tuple(r.model_copy(update={"use": source_here(r.use, token.parent)}) for r in rewards)
+            folder = Path(source_here(str(folder), token.parent))
         self.scorer = LocalScorer(rewards, folder, **options)
 
     async def start(self) -> list[dict[str, Any]]:

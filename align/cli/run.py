@@ -18,9 +18,11 @@ from align.cli.check import validate
 from align.cli.plan import Machine, Plan
 from align.errors import Interrupted
 from align.recipe.load import dump_recipe, load_document
+from align.recipe.shipping import python_files
 from align.report.plots import write_report
 from align.report.progress import Reporter
 from align.report.quiet import quiet
+from align.shared import keep_sources
 from align.stages import processes
 from align.stages.owned import sweep
 from align.stages.pipeline import run_pipeline
@@ -68,6 +70,8 @@ def _run(plan: Plan, run: RunFolder, reporter: Reporter, arguments: argparse.Nam
         sweep(run.path)
         stack.enter_context(Reaper(run.path / RUN))
         reporter.message(f"run folder: {run.path}")
+        if arguments.address is not None:
+            keep_sources(python_files(folder, Path(plan.recipe.output)), run.path)
         cluster = Cluster(arguments.address, run_folder=run.path, cores=arguments.cores)
         stack.callback(cluster.close)
         # nodes of a cluster come and go, and the driver may be on none of them

@@ -28,7 +28,7 @@ def pack(recipe: Recipe, folder: Path, target: Path) -> list[str]:
     """
     resolved = recipe.model_dump(mode="json", by_alias=True)
     output = resolved.pop("output")
-    wanted = {path.relative_to(folder) for path in _python_files(folder, Path(output))}
+    wanted = {path.relative_to(folder) for path in python_files(folder, Path(output))}
     named = [_below(text, folder) for text in _texts(resolved)]
     wanted |= {Path(_file_of(name)) for name in named if name is not None}
     copied, size = [], 0
@@ -49,8 +49,8 @@ def pack(recipe: Recipe, folder: Path, target: Path) -> list[str]:
     return copied
 
 
-def _python_files(folder: Path, output: Path) -> Iterator[Path]:
-    """Below `folder`, hidden folders and runs left out."""
+def python_files(folder: Path, output: Path) -> Iterator[Path]:
+    """Python files below `folder`, without those in hidden folders and in `output`, where runs are."""
     for path in sorted(folder.rglob("*.py")):
         hidden = any(part.startswith((".", "__")) and part != "__init__.py" for part in path.relative_to(folder).parts)
         if not hidden and not path.is_relative_to(output):

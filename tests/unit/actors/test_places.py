@@ -9,7 +9,7 @@ import pytest
 from align.actors.places import _parts, check_fits
 from align.errors import PlacementError, RunFolderError
 from align.recipe.schema import Placement
-from align.shared import require_shared
+from align.shared import keep_sources, require_shared, source_here
 from align.stages.backend import Needs
 from align.stages.roles import Role, roles_of
 
@@ -73,3 +73,22 @@ def test_a_node_that_does_not_see_the_run_folder_or_the_model_says_so(tmp_path: 
     with pytest.raises(RunFolderError, match="does not see this path") as missing:
         require_shared(token, str(tmp_path / "model"))
     assert "HF_HOME" in str(missing.value.remedy)
+
+
+def test_a_node_that_has_not_the_drivers_source_takes_its_copy_in_the_run_folder(tmp_path: Path) -> None:
+    folder, run = tmp_path / "recipe", tmp_path / "run"
+    (folder / "inner").mkdir(parents=True)
+    mine, beside = folder / "mine.py", folder / "inner" / "beside.py"
+    mine.write_text("x = 1")
+    beside.write_text("y = 2")
+    keep_sources([mine, beside], run)
+    assert source_here(f"{mine}:reward", run) == f"{mine}:reward", "this node has the same"
+    mine.write_text("x = 3")
+    there = source_here(f"{mine}:reward", run)
+    assert there.startswith(f"{run}/") and there.endswith(":reward")
+    assert Path(there.removesuffix(":reward")).read_text() == "x = 1"
+    assert (Path(there).parent / "inner" / "beside.py").read_text() == "y = 2", "what it imports is beside it"
+    assert source_here(str(mine), run) == there.removesuffix(":reward")
+    for name in ("numeric", "pkg.mod:attr", f"{tmp_path}/other.py:f", str(folder)):
+        assert source_here(name, run) == name
+    assert source_here("/nowhere/else.py:f", run) == "/nowhere/else.py:f"
