@@ -196,6 +196,12 @@ class Placement(Strict):
     rollout: Share = Share()
     rewards: RewardShare = RewardShare()
 
+    @property
+    def custom(self) -> list[str]:
+        """Resources that the recipe names: they are of nodes of a cluster, and no machine has them by itself."""
+        shares = (self.trainer, self.reference, self.rollout, self.rewards)
+        return sorted({name for share in shares for name in share.resources})
+
 
 class Report(Strict):
     tensorboard: bool = True
