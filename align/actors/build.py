@@ -13,7 +13,7 @@ import ray
 
 from align.actors import files
 from align.actors.cluster import Cluster, answer
-from align.actors.places import PLACEMENT_LIMIT_S, Places
+from align.actors.places import Places
 from align.actors.policy import PolicyActor, RayTrainer
 from align.actors.reference import ReferenceActor
 from align.actors.reward_actors import RayScorer
@@ -58,8 +58,8 @@ class RayBackend:
 
     @asynccontextmanager
     async def places(self, needs: Needs) -> AsyncIterator[None]:
-        limit_s = self.replacement_s if needs in self._held else PLACEMENT_LIMIT_S
-        self._places = await Places.reserve(self.roles(needs), limit_s)
+        again = needs in self._held
+        self._places = await Places.reserve(self.roles(needs), self.replacement_s if again else None)
         self._held.add(needs)
         try:
             yield

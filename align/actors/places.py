@@ -44,14 +44,16 @@ class Places:
         self.roles = {role.name: role for _, _, role in found}
 
     @classmethod
-    async def reserve(cls, roles: list[Role], limit_s: float = PLACEMENT_LIMIT_S) -> Places:
-        """Reserve a bundle per role. limit_s: how long to wait for room; above the default, for nodes to join as well.
+    async def reserve(cls, roles: list[Role], replacement_s: float | None = None) -> Places:
+        """Reserve a bundle per role. replacement_s: where the cluster had room for them before, and has lost a node
+        since: how long to wait for another.
 
-        Raises PlacementError, naming what is missing: at once where no node that is there will ever do, else when the
-        time is over.
+        Raises PlacementError, naming what is missing: at once where no node that is there will ever do and none is
+        waited for, else when the time is over.
         """
-        if limit_s <= PLACEMENT_LIMIT_S:
+        if replacement_s is None:
             check_fits(roles, living_nodes())
+        limit_s = PLACEMENT_LIMIT_S if replacement_s is None else replacement_s
         deadline = time.monotonic() + limit_s
         reserved: list[Reserved] = []
         try:

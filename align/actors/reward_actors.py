@@ -184,7 +184,7 @@ class RayScorer:
     async def _restart(self, number: int, lost: errors.LostError) -> None:
         """Start an actor again in its place; Ray has another node for it, or waits for one.
 
-        Raises LostError where it was lost too often or has no place, PluginError where a plugin does not load there.
+        Raises LostError where it was lost too often, AlignError where it has no place or a plugin does not load there.
         """
         while True:
             self._losses[number] += 1
@@ -199,7 +199,7 @@ class RayScorer:
                 async with asyncio.timeout(self.replacement_s):
                     await answer(self.actors[number].start.remote(), WHO)
             except TimeoutError:
-                raise errors.LostError(
+                raise errors.AlignError(
                     f"{WHO} was lost, and has not started again within {self.replacement_s:g} s",
                     remedy="--resume continues once the cluster has its nodes again; placement.replacement_s waits "
                     "longer",
