@@ -12,9 +12,11 @@ import contextlib
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -57,7 +59,9 @@ class Nodes:
         else:
             own = {"gcs_address": self.address, "include_log_monitor": False, "node_manager_port": 0}
         head = not self._nodes
-        with _temporary(self._folder):  # for what workers of a killed node leave
+        # TMPDIR: for what workers of a killed node leave; PATH: jobs call `python`
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        with _environment(TMPDIR=self._folder, PATH=path):
             node = Node(RayParams(**common, **own), head=head, shutdown_at_exit=False, spawn_reaper=False)
         self._nodes.append(node)
         self.address = self._nodes[0].gcs_address
@@ -108,15 +112,17 @@ class Nodes:
 
 
 @contextmanager
-def _temporary(folder: str) -> Iterator[None]:
-    before = os.environ.get("TMPDIR")
-    os.environ["TMPDIR"] = folder
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        del os.environ["TMPDIR"]
-        if before is not None:
-            os.environ["TMPDIR"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager

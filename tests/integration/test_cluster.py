@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +19,7 @@ import pytest
 from tests.ray_local import local_ray
 from tests.ray_nodes import Nodes, nodes
 from tests.runs import (
+    dpo,
     grpo,
     metrics,
     rollouts,
@@ -156,3 +160,33 @@ def test_a_placement_that_no_node_can_hold_is_refused_at_once_with_what_is_missi
     assert code == 2
     message = text[text.rindex("error:") :]
     assert "no node has 1 fast" in message and "ray start" in message and "Traceback" not in message
+
+
+def test_a_submitted_recipe_runs_as_a_job_with_its_own_plugin(two: tuple[Nodes, Any], tmp_path: Path) -> None:
+    """Ray's job manager runs it in a copy of what was sent; its error is the exit code of `align submit` too."""
+    laptop, shared = tmp_path / "laptop", tmp_path / "shared"
+    laptop.mkdir()
+    write_data(laptop)
+    pairs = dpo(**{"from": None}, steps=2, save={"every": 2}, rewards=[{"use": "rewards.py:brevity"}])
+    pairs["loss"] = {"name": "modpo", "preference_weight": 0.5}
+    recipe = write_recipe(laptop, "sent", [pairs], placement={"trainer": {"cpus": 0.5, "threads": 1}})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.job_server", two[0].address, str(port)],
+        stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    command = [sys.executable, "-m", "align.cli.main", "submit", recipe.name, "--address", f"http://127.0.0.1:{port}"]
+    try:
+        assert server.stdout is not None and server.stdout.readline() == "serving\n"
+        done = subprocess.run([*command, f"output={shared}"], cwd=laptop, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        again = subprocess.run([*command, f"output={shared}"], cwd=laptop, capture_output=True, text=True)
+    finally:
+        server.terminate()
+        server.wait()
+    assert len(metrics(shared / "sent", "dpo")) == 2 and weights(shared / "sent", "dpo")
+    assert "curves in" in done.stdout, "its log was followed"
+    assert not (laptop / "runs").exists()
+    assert again.returncode == 2 and "the run folder exists" in again.stdout
