@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from align.errors import AlignError, EngineError
+from align.errors import AlignError, EngineError, EngineLostError
 from align.protocols import Publication
 from rollout.base import EngineSpec
 from rollout.stepping import Command, Report, first_line
@@ -27,11 +27,11 @@ POLL_S = 1.0
 
 class Lost(Exception):
     """The engine is gone or of no use: what is known of the cause. Another start may help. hung: its process may be
-    stopped, and hear nothing."""
+    stopped, and hear nothing. died: its process, or the node, is gone."""
 
-    def __init__(self, what: str, remedy: str | None = None, *, hung: bool = False):
+    def __init__(self, what: str, remedy: str | None = None, *, hung: bool = False, died: bool = False):
         super().__init__(what)
-        self.what, self.remedy, self.hung = what, remedy, hung
+        self.what, self.remedy, self.hung, self.died = what, remedy, hung, died
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,7 @@ class Member:
             raise Lost(
                 f"the engine's process died: {first_line(error)}",
                 "often memory: see the worker's log in Ray's session folder",
+                died=True,
             ) from error
         except RayError as error:
             raise Lost(f"Ray failed to {what}: {first_line(error)}") from error
@@ -186,7 +187,8 @@ def placed(error: AlignError, place: str) -> AlignError:
 
 
 def lost_for_good(lost: Lost, place: str, why: str = "") -> EngineError:
-    return EngineError(f"{lost.what}{why}", where=place, remedy=lost.remedy)
+    kind = EngineLostError if lost.died else EngineError
+    return kind(f"{lost.what}{why}", where=place, remedy=lost.remedy)
 
 
 def _retrieved(future: asyncio.Future[Any]) -> None:
