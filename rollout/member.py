@@ -36,11 +36,11 @@ class Lost(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds. place: until a restarted actor has a process (the first has what was reserved for it); start: until its
-    engine is up; heartbeat: until a poll is answered; request: that an engine with work may go without progress; close:
+    """Seconds. place: until a restarted actor has a process (the first has what was reserved for it; where its node was
+    lost, another must have room, or join); start: until its engine is up; heartbeat: until a poll is answered; request: that an engine with work may go without progress; close:
     to shut down before it is ended."""
 
-    place: float = 60.0
+    place: float = 240.0
     start: float = 300.0
     heartbeat: float = 60.0
     request: float = 600.0
@@ -78,10 +78,19 @@ class Member:
         self._starting = self._actor.start.remote(self._spec, self._token)
 
     async def started(self) -> None:
-        """Wait for the engine. Raises Lost where it does not come up in time or dies. What its start raises is passed
-        on the first time; later the engine is known to start, so that may be a matter of time (memory to be freed)."""
+        """Wait for the engine. Raises Lost where it does not come up in time or dies, EngineError where one that was
+        lost has no place. What its start raises is passed on the first time; later the engine is known to start, so that may be a matter of time (memory to be freed)."""
         limit_s = self.limits.place if self.starts else max(self.limits.place, self.limits.start)
-        self._home = await self._answer(self._homed, limit_s, f"get a process with {self._resources()}")
+        try:
+            self._home = await self._answer(self._homed, limit_s, f"get a process with {self._resources()}")
+        except Lost as lost:
+            if not self.starts or not lost.hung:
+                raise
+            raise EngineError(
+                f"the engine was lost, and no node had room for another within {limit_s:g} s",
+                where=self.place,
+                remedy="--resume continues once the cluster has its nodes again; placement.replacement_s waits longer",
+            ) from lost
         try:
             await self._answer(self._starting, self.limits.start, "start")
         except EngineError as error:

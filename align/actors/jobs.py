@@ -14,6 +14,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from align.errors import AlignError, SetupError
 
 _POLL_S = 1.0
+_CHATTER = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")  # each sets a level of its own
 _STOPPED = 130  # as after Ctrl-C
 
 
@@ -28,7 +29,8 @@ class Jobs:
                 remedy="give http://HEAD:8265, as `ray start --head` prints it; on a machine of the cluster, "
                 "`align run --address HOST:PORT` needs no job server",
             )
-        logging.getLogger("ray").setLevel(logging.ERROR)
+        for name in _CHATTER:
+            logging.getLogger(name).setLevel(logging.ERROR)
         try:
             self._client = JobSubmissionClient(address)
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:

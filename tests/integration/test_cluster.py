@@ -175,7 +175,7 @@ def test_a_submitted_recipe_runs_as_a_job_with_its_own_plugin(two: tuple[Nodes, 
         port = free.getsockname()[1]
     server = subprocess.Popen(
         [sys.executable, "-m", "tests.job_server", two[0].address, str(port)],
-        stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     command = [sys.executable, "-m", "align.cli.main", "submit", recipe.name, "--address", f"http://127.0.0.1:{port}"]
     try:
