@@ -37,8 +37,8 @@ class Lost(Exception):
 @dataclass(frozen=True)
 class Limits:
     """Seconds. place: until a restarted actor has a process (the first has what was reserved for it; where its node was
-    lost, another must have room, or join); start: until its engine is up; heartbeat: until a poll is answered; request: that an engine with work may go without progress; close:
-    to shut down before it is ended."""
+    lost, another must have room, or join); start: until its engine is up; heartbeat: until a poll is answered; request:
+    that an engine with work may go without progress; close: to shut down before it is ended."""
 
     place: float = 240.0
     start: float = 300.0
@@ -79,7 +79,8 @@ class Member:
 
     async def started(self) -> None:
         """Wait for the engine. Raises Lost where it does not come up in time or dies, EngineError where one that was
-        lost has no place. What its start raises is passed on the first time; later the engine is known to start, so that may be a matter of time (memory to be freed)."""
+        lost has no place. What its start raises is passed on the first time; later the engine is known to start, so
+        that may be a matter of time (memory to be freed)."""
         limit_s = self.limits.place if self.starts else max(self.limits.place, self.limits.start)
         try:
             self._home = await self._answer(self._homed, limit_s, f"get a process with {self._resources()}")
