@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import signal
 from contextlib import ExitStack
 from pathlib import Path
@@ -43,7 +44,7 @@ def main(arguments: argparse.Namespace) -> int:
     quiet()
     signal.signal(signal.SIGTERM, _as_interrupt)
     recipe, document = load_document(arguments.recipe, arguments.overrides)
-    folder = Path(arguments.plugins or Path(arguments.recipe).parent).absolute()
+    folder = Path(os.path.abspath(arguments.plugins or Path(arguments.recipe).parent))
     machine = Machine.here(arguments.cores)
     plan = validate(recipe, folder, document=document, machine=machine, cluster=arguments.address is not None)
     resume = arguments.resume or arguments.from_stage is not None
@@ -71,7 +72,7 @@ def _run(plan: Plan, run: RunFolder, reporter: Reporter, arguments: argparse.Nam
         stack.enter_context(Reaper(run.path / RUN))
         reporter.message(f"run folder: {run.path}")
         if arguments.address is not None:
-            keep_sources(python_files(folder, Path(plan.recipe.output)), run.path)
+            keep_sources(python_files(plan.recipe, folder), run.path)
         cluster = Cluster(arguments.address, run_folder=run.path, cores=arguments.cores)
         stack.callback(cluster.close)
         # nodes of a cluster come and go, and the driver may be on none of them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import tempfile
@@ -23,7 +24,7 @@ def main(arguments: argparse.Namespace) -> int:
     """
     quiet()
     recipe, _ = load_document(arguments.recipe, arguments.overrides)
-    folder = Path(arguments.recipe).absolute().parent
+    folder = Path(os.path.abspath(arguments.recipe)).parent
     _require_output(Path(arguments.recipe), arguments.overrides)
     from align.actors.jobs import Jobs
 

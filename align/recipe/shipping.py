@@ -1,9 +1,9 @@
 """A recipe and what it names beside itself, as one folder that can be sent to a cluster.
 
-Shipped are the resolved recipe, the files and folders below the recipe's own folder that it names, and every Python
-file there (plugins import their neighbours). They are named relative to the recipe again, so that it reads them
-wherever the folder lies. Everything else is taken to be where the cluster finds it: on storage that its nodes mount, or
-on the hub.
+Shipped are the resolved recipe, the files and folders below the recipe's own folder that it names, and the Python files
+and packages beside recipe and plugins, which they may import. They are named relative to the recipe again, so that it
+reads them wherever the folder lies. Everything else is taken to be where the cluster finds it: on storage that its nodes
+mount, or on the hub.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def pack(recipe: Recipe, folder: Path, target: Path) -> list[str]:
     """
     resolved = recipe.model_dump(mode="json", by_alias=True)
     output = resolved.pop("output")
-    wanted = {path.relative_to(folder) for path in python_files(folder, Path(output))}
-    named = [_below(text, folder) for text in _texts(resolved)]
-    wanted |= {Path(_file_of(name)) for name in named if name is not None}
+    named = {_file_of(text) for text in _texts(resolved)} | {str(path) for path in python_files(recipe, folder)}
+    below = (_below(name, folder) for name in named)
+    wanted = {Path(name) for name in below if name is not None}
     copied, size = [], 0
     for name in sorted(wanted):
         for path in _files(folder / name):
@@ -49,12 +49,17 @@ def pack(recipe: Recipe, folder: Path, target: Path) -> list[str]:
     return copied
 
 
-def python_files(folder: Path, output: Path) -> Iterator[Path]:
-    """Python files below `folder`, without those in hidden folders and in `output`, where runs are."""
-    for path in sorted(folder.rglob("*.py")):
-        hidden = any(part.startswith((".", "__")) and part != "__init__.py" for part in path.relative_to(folder).parts)
-        if not hidden and not path.is_relative_to(output):
-            yield path
+def python_files(recipe: Recipe, folder: Path) -> list[Path]:
+    """The Python files that plugins can import by a plain name: beside the recipe and beside each plugin that is a
+    file, with the packages there."""
+    texts = (_file_of(text) for text in _texts(recipe.model_dump(mode="json", by_alias=True)))
+    places = {folder} | {Path(text).parent for text in texts if text.startswith("/") and text.endswith(".py")}
+    found: set[Path] = set()
+    for place in places:
+        found.update(place.glob("*.py"))
+        for package in place.glob("*/__init__.py"):
+            found.update(package.parent.rglob("*.py"))
+    return sorted(found)
 
 
 def _files(path: Path) -> list[Path]:
@@ -79,7 +84,7 @@ def _below(text: str, folder: Path) -> str | None:
 
 
 def _file_of(name: str) -> str:
-    """`plugin.py:function` without the function."""
+    """A path; of `/a/plugin.py:function`, without the function."""
     head, _, _ = name.rpartition(":")
     return head if head.endswith(".py") else name
 
