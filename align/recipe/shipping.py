@@ -2,8 +2,8 @@
 
 Shipped are the resolved recipe, the files and folders below the recipe's own folder that it names, and the Python files
 and packages beside recipe and plugins, which they may import. They are named relative to the recipe again, so that it
-reads them wherever the folder lies. Everything else is taken to be where the cluster finds it: on storage that its nodes
-mount, or on the hub.
+reads them wherever the folder lies. Everything else is taken to be where the cluster finds it: on storage that its
+nodes mount, or on the hub.
 """
 
 from __future__ import annotations
