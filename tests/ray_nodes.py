@@ -30,9 +30,8 @@ GONE_S = 20.0
 class Nodes:
     """Nodes of one cluster; the first is its head. Nothing here connects to Ray: that is for the runs."""
 
-    def __init__(self, folder: str, client_port: int | None = None):
-        """client_port: of the head's server for `ray://` addresses."""
-        self._folder, self._client_port = folder, client_port
+    def __init__(self, folder: str):
+        self._folder = folder
         self._nodes: list[Any] = []
         self._seen: dict[int, psutil.Process] = {}
         self.address = ""
@@ -54,8 +53,6 @@ class Nodes:
         if not self._nodes:
             checks = {f"health_check_{name}": value for name, value in NOTICED_S.items()}
             own = {"temp_dir": self._folder, "include_dashboard": False, "_system_config": checks}
-            if self._client_port is not None:
-                own["ray_client_server_port"] = self._client_port
         else:
             own = {"gcs_address": self.address, "include_log_monitor": False, "node_manager_port": 0}
         head = not self._nodes
@@ -126,10 +123,10 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 @contextmanager
-def nodes(cpus: float = 1, *, client_port: int | None = None, **resources: float) -> Iterator[Nodes]:
+def nodes(cpus: float = 1, **resources: float) -> Iterator[Nodes]:
     """A cluster with its head: node A."""
     folder = tempfile.mkdtemp(prefix="align-ray-")  # short: paths of sockets end at 107 bytes
-    cluster = Nodes(folder, client_port)
+    cluster = Nodes(folder)
     try:
         cluster.add(cpus, **resources)
         yield cluster

@@ -34,8 +34,6 @@ from align.errors import AlignError, LostError, SetupError
 from align.stages.owned import owned_folder
 
 _REACH_LIMIT_S = 10.0
-CLIENT, CLIENT_PORT = "ray://", "10001"
-HOOK = "align.packages.bind"
 OBJECT_STORE_BYTES = 512 << 20  # trees, groups and packed batches; weights travel as files
 # our actors start their own workers, with threads of their own
 _SYSTEM_CONFIG = {"enable_worker_prestart": False, "prestart_worker_first_driver": False}
@@ -66,8 +64,6 @@ class Cluster:
         self.run_folder, self.local = run_folder, address is None
         if address is not None:
             _check_reachable(address)
-        # Ray Client sends names over JSON, not functions
-        hook = HOOK if address is not None and address.startswith(CLIENT) else packages.bind
         # sockets have paths of at most 107 bytes, so not in the run folder
         self.folder = owned_folder(Path(tempfile.gettempdir())) if self.local else None
         own = {
@@ -84,7 +80,7 @@ class Cluster:
                 address=address or "local",
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                runtime_env={"worker_process_setup_hook": hook, "env_vars": temporary},
+                runtime_env={"worker_process_setup_hook": packages.bind, "env_vars": temporary},
                 **(own if self.local else {}),
             )
         except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
@@ -130,16 +126,13 @@ def _check_reachable(address: str) -> None:
     """Raise SetupError where nothing listens at `host:port`: Ray itself would go on trying for minutes."""
     if address == "auto":
         return
-    place = address.removeprefix(CLIENT)
-    if place != address and ":" not in place:
-        place = f"{place}:{CLIENT_PORT}"
-    host, _, port = place.rpartition(":")
-    if "://" in place or not host or not port.isdigit():
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
         raise SetupError(
             f"{address!r} is no address of a Ray cluster",
             where="--address",
             remedy="give host:port as `ray start --head` prints it, or auto, on a machine of the cluster; from "
-            "elsewhere ray://host:10001, or `align submit`",
+            "elsewhere `align submit --address http://HEAD:8265`",
         )
     try:
         socket.create_connection((host, int(port)), timeout=_REACH_LIMIT_S).close()
