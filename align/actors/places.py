@@ -57,7 +57,7 @@ class Places:
         deadline = time.monotonic() + limit_s
         reserved: list[Reserved] = []
         try:
-            for part in _parts(roles):
+            for part in _parts(roles, living_nodes()):
                 reserved.append(Reserved(part, await _reserved(part, deadline, limit_s)))
         except BaseException:
             _release(reserved)
@@ -92,13 +92,20 @@ def _release(reserved: Iterable[Reserved]) -> None:
         remove_placement_group(one.group)
 
 
-def _parts(roles: Sequence[Role]) -> list[list[Role]]:
-    """Roles by group; the one with the largest bundle first, while there is most room."""
+def _parts(roles: Sequence[Role], nodes: Mapping[str, Mapping[str, float]]) -> list[list[Role]]:
+    """Roles by group, in the order of reservation: first what the fewest nodes can hold, so that nobody who could be
+    elsewhere takes its place; then the group with the largest bundle, while there is most room."""
     parts: dict[tuple[str, bool], list[Role]] = {}
     for role in roles:
         part = role.name.partition("-")[0]
         parts.setdefault(("trainer" if part in _TRAINING else part, role.spread), []).append(role)
-    return sorted(parts.values(), key=lambda part: max((r.gpus, r.cpus) for r in part), reverse=True)
+
+    def urgency(part: list[Role]) -> tuple[int, float, float]:
+        choices = min(sum(_holds(node, role.resources) for node in nodes.values()) for role in part)
+        gpus, cpus = max((role.gpus, role.cpus) for role in part)
+        return choices, -gpus, -cpus
+
+    return sorted(parts.values(), key=urgency)
 
 
 async def _reserved(roles: Sequence[Role], deadline: float, limit_s: float) -> PlacementGroup:

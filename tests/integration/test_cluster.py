@@ -94,8 +94,8 @@ def test_an_address_where_no_cluster_is_says_so(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[tuple[Nodes, Any]]:
-    """Node A, which trains, and node B, which trains, samples and scores."""
-    with nodes(1, train=1) as cluster:
+    """Node A, which trains, and node B, which trains too, samples and scores."""
+    with nodes(1, train=1, home=1) as cluster:
         yield cluster, cluster.add(1, train=1, sample=2)
 
 
@@ -123,7 +123,7 @@ def test_engines_and_rewards_of_a_lost_node_start_again_on_a_new_one(two: tuple[
     cluster, b = two
     write_data(tmp_path)
     placement = {
-        "trainer": {"cpus": 0.5, "threads": 1, "resources": {"train": 1}},
+        "trainer": {"cpus": 0.5, "threads": 1, "resources": {"home": 1}},
         "rollout": {"cpus": 0.5, "threads": 1, "resources": {"sample": 1}},
         "rewards": {"resources": {"sample": 0.5}},
     }

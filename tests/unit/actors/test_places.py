@@ -53,9 +53,15 @@ def test_the_trainer_engines_and_rewards_have_groups_of_their_own_the_largest_fi
         rollout={"cpus": 3},
         rewards={"count": 2},
     )
-    names = [[role.name for role in part] for part in _parts(found)]
+    names = [[role.name for role in part] for part in _parts(found, {})]
     assert names[:2] == [["rollout-0", "rollout-1"], ["trainer", "trainer-1", "reference"]]
     assert names[2] == ["rewards-0-0", "rewards-0-1", "rewards-1-0", "rewards-1-1"]
+
+
+def test_what_fits_on_one_node_alone_is_reserved_before_what_could_take_its_place() -> None:
+    found = roles(trainer={"cpus": 4}, rollout={"cpus": 1, "resources": {"sample": 1}})
+    assert [part[0].name for part in _parts(found, NODES)] == ["rollout-0", "trainer", "rewards-0"]
+    assert [part[0].name for part in _parts(found, {})] == ["trainer", "rollout-0", "rewards-0"]
 
 
 def test_resources_that_ray_counts_itself_are_refused_in_a_recipe() -> None:
