@@ -104,7 +104,15 @@ class NonFiniteError(AlignError):
     """Loss or gradient was not finite for too many steps in a row."""
 
 
-class RanksError(AlignError):
+class LostError(AlignError):
+    """A process of the run, or the node that it was on, is gone. To start again from the last checkpoint may help."""
+
+
+class EngineLostError(EngineError, LostError):
+    """An engine's process or node went while it started, or again and again: the fleet alone cannot replace it."""
+
+
+class RanksError(LostError):
     """Another rank of the trainer ended, or stopped answering."""
 
 

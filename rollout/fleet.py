@@ -14,6 +14,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 
 import ray
 from ray.util.placement_group import PlacementGroup
@@ -45,6 +46,7 @@ class RayFleet:
         placement_group, bundles: where; bundle `bundles[i]` holds worker i (all of them anywhere in the group when
             bundles is None; anywhere in the cluster when placement_group is None). A restart stays in its bundle.
         limits: after how many seconds an engine counts as lost.
+        token: a file of the run folder that an engine's node must see.
 
     Raises:
         RecipeError: an engine option that the engine does not have (before any actor is created).
@@ -60,6 +62,7 @@ class RayFleet:
         placement_group: PlacementGroup | None = None,
         bundles: Sequence[int] | None = None,
         limits: Limits | None = None,
+        token: Path | None = None,
     ):
         if workers < 1 or (bundles is not None and len(bundles) != workers):
             raise PlacementError(
@@ -76,7 +79,7 @@ class RayFleet:
                     placement_group=placement_group,
                     placement_group_bundle_index=-1 if bundles is None else bundles[index],
                 )
-            self._members.append(Member(index, spec, options, limits or Limits()))
+            self._members.append(Member(index, spec, options, limits or Limits(), token))
         self._ledger = Ledger(workers)
         self._tickets = itertools.count()
         self._queues: dict[int, asyncio.Queue[Answer | AlignError]] = {}  # by ticket: the stream that asked for it

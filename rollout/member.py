@@ -9,13 +9,14 @@ import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from align.errors import AlignError, EngineError
+from align.errors import AlignError, EngineError, EngineLostError
 from align.protocols import Publication
 from rollout.base import EngineSpec
 from rollout.stepping import Command, Report, first_line
@@ -26,20 +27,20 @@ POLL_S = 1.0
 
 class Lost(Exception):
     """The engine is gone or of no use: what is known of the cause. Another start may help. hung: its process may be
-    stopped, and hear nothing."""
+    stopped, and hear nothing. died: its process, or the node, is gone."""
 
-    def __init__(self, what: str, remedy: str | None = None, *, hung: bool = False):
+    def __init__(self, what: str, remedy: str | None = None, *, hung: bool = False, died: bool = False):
         super().__init__(what)
-        self.what, self.remedy, self.hung = what, remedy, hung
+        self.what, self.remedy, self.hung, self.died = what, remedy, hung, died
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds. place: until a restarted actor has a process (the first has what was reserved for it); start: until its
-    engine is up; heartbeat: until a poll is answered; request: that an engine with work may go without progress; close:
-    to shut down before it is ended."""
+    """Seconds. place: until a restarted actor has a process (the first has what was reserved for it; where its node was
+    lost, another must have room, or join); start: until its engine is up; heartbeat: until a poll is answered; request:
+    that an engine with work may go without progress; close: to shut down before it is ended."""
 
-    place: float = 60.0
+    place: float = 240.0
     start: float = 300.0
     heartbeat: float = 60.0
     request: float = 600.0
@@ -53,14 +54,16 @@ class Member:
     starts: that succeeded; losses: in a row, without a finished group between them.
     """
 
-    def __init__(self, index: int, spec: EngineSpec, options: Mapping[str, Any], limits: Limits):
+    def __init__(
+        self, index: int, spec: EngineSpec, options: Mapping[str, Any], limits: Limits, token: Path | None = None
+    ):
         self.place = f"rollout worker {index}"
         self.index, self.limits = index, limits
         self.losses = self.starts = 0
         self.lost_at: float | None = None
         self.up = False  # started: commands reach an engine
         self.loads: dict[int, asyncio.Future[str | None]] = {}
-        self._spec, self._options = spec, dict(options)
+        self._spec, self._options, self._token = spec, dict(options), token
         self._actor: Any = None
         self._home: Home | None = None
         self._progress, self._progressed_at = -1, 0.0
@@ -72,13 +75,23 @@ class Member:
         actor = actor.options(max_restarts=0, runtime_env=environment, **self._options)
         self._actor = actor.remote()
         self._homed = self._actor.home.remote()
-        self._starting = self._actor.start.remote(self._spec)
+        self._starting = self._actor.start.remote(self._spec, self._token)
 
     async def started(self) -> None:
-        """Wait for the engine. Raises Lost where it does not come up in time or dies. What its start raises is passed
-        on the first time; later the engine is known to start, so that may be a matter of time (memory to be freed)."""
+        """Wait for the engine. Raises Lost where it does not come up in time or dies, EngineError where one that was
+        lost has no place. What its start raises is passed on the first time; later the engine is known to start, so
+        that may be a matter of time (memory to be freed)."""
         limit_s = self.limits.place if self.starts else max(self.limits.place, self.limits.start)
-        self._home = await self._answer(self._homed, limit_s, f"get a process with {self._resources()}")
+        try:
+            self._home = await self._answer(self._homed, limit_s, f"get a process with {self._resources()}")
+        except Lost as lost:
+            if not self.starts or not lost.hung:
+                raise
+            raise EngineError(
+                f"the engine was lost, and no node had room for another within {limit_s:g} s",
+                where=self.place,
+                remedy="--resume continues once the cluster has its nodes again; placement.replacement_s waits longer",
+            ) from lost
         try:
             await self._answer(self._starting, self.limits.start, "start")
         except EngineError as error:
@@ -172,6 +185,7 @@ class Member:
             raise Lost(
                 f"the engine's process died: {first_line(error)}",
                 "often memory: see the worker's log in Ray's session folder",
+                died=True,
             ) from error
         except RayError as error:
             raise Lost(f"Ray failed to {what}: {first_line(error)}") from error
@@ -183,7 +197,8 @@ def placed(error: AlignError, place: str) -> AlignError:
 
 
 def lost_for_good(lost: Lost, place: str, why: str = "") -> EngineError:
-    return EngineError(f"{lost.what}{why}", where=place, remedy=lost.remedy)
+    kind = EngineLostError if lost.died else EngineError
+    return kind(f"{lost.what}{why}", where=place, remedy=lost.remedy)
 
 
 def _retrieved(future: asyncio.Future[Any]) -> None:

@@ -7,10 +7,12 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 
 from align.errors import EngineError
+from align.shared import require_shared
 from rollout.base import EngineSpec, make_engine, start_error
 from rollout.stepping import Command, Report, Stepper
 
@@ -71,8 +73,11 @@ class EngineWorker:
     def home(self) -> Home:
         return Home(ray.get_runtime_context().get_node_id(), os.getpid())
 
-    def start(self, spec: EngineSpec) -> None:
-        """Start the engine. Raises what it raises, and EngineError for what is no error of ours."""
+    def start(self, spec: EngineSpec, token: Path | None = None) -> None:
+        """Start the engine. token: see `require_shared`. Raises what it raises, and EngineError for what is no error of
+        ours."""
+        if token is not None:
+            require_shared(token, spec.folder)
         try:
             self._stepper = Stepper(lambda: make_engine(spec))
         except (RuntimeError, ValueError, OSError, MemoryError) as error:

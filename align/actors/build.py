@@ -12,10 +12,11 @@ from typing import Any
 import ray
 
 from align.actors import files
-from align.actors.cluster import Cluster, Places, answer
+from align.actors.cluster import Cluster, answer
+from align.actors.places import Places
 from align.actors.policy import PolicyActor, RayTrainer
 from align.actors.reference import ReferenceActor
-from align.actors.scoring import RayScorer
+from align.actors.reward_actors import RayScorer
 from align.hub import resolve_model_folder
 from align.protocols import Fleet, Scorer
 from align.recipe.adapter import Adapter
@@ -51,12 +52,15 @@ class RayBackend:
         self.cluster, self.placement, self.token, self.sampling = cluster, placement, token, sampling
         self._threads = dict(threads)
         self._places: Places | None = None
+        self._held: set[Needs] = set()  # what the cluster had room for: if it has not, a node was lost
 
     # ------------------------------------------------------------------------------------------------- placement
 
     @asynccontextmanager
     async def places(self, needs: Needs) -> AsyncIterator[None]:
-        self._places = await Places.reserve(self.cluster, self.roles(needs))
+        again = needs in self._held
+        self._places = await Places.reserve(self.roles(needs), self.replacement_s if again else None)
+        self._held.add(needs)
         try:
             yield
         finally:
@@ -78,6 +82,11 @@ class RayBackend:
         return processes.descendants("ray") if self.cluster.local else []
 
     @property
+    def replacement_s(self) -> float:
+        """Seconds that a lost engine or reward actor may be without a process: on one machine, no node will join."""
+        return Limits().place if self.cluster.local else self.placement.replacement_s
+
+    @property
     def _now(self) -> Places:
         assert self._places is not None, "actors are made inside `places`"
         return self._places
@@ -92,13 +101,13 @@ class RayBackend:
         names = trainer_names(self.placement.trainer.ranks)
         actors = [ray.remote(PolicyActor).options(**self._now.at(name)).remote() for name in names]
         # NCCL wants a GPU for each rank; ranks that share one send their gradients through the CPU
-        wire = "cuda" if self._now.roles["trainer"][1].gpus >= 1 else "cpu"
+        wire = "cuda" if self._now.roles["trainer"].gpus >= 1 else "cpu"
         trainer = RayTrainer(actors, job.stage_id, reference, wire)
         await trainer.start(spec, self.token)
         return trainer
 
     def _trainer_spec(self, job: TrainerJob) -> TrainerSpec:
-        gpu = self._now.roles["trainer"][1].gpus > 0
+        gpu = self._now.roles["trainer"].gpus > 0
         rollout = job.rollout
         return TrainerSpec(
             model=job.model,
@@ -134,19 +143,19 @@ class RayBackend:
             losses=(),
             reference=None,
             threads=self._now.threads("reference"),
-            device="cuda" if self._now.roles["reference"][1].gpus > 0 else "cpu",
+            device="cuda" if self._now.roles["reference"].gpus > 0 else "cpu",
             trainable=False,
         )
         actor = ray.remote(ReferenceActor).options(**self._now.at("reference")).remote()
         try:
-            await answer(actor.start.remote(spec), f"the reference of stage {job.stage_id!r}")
+            await answer(actor.start.remote(spec, self.token), f"the reference of stage {job.stage_id!r}")
         except BaseException:
             ray.kill(actor)
             raise
         return actor
 
     async def fleet(self, job: FleetJob) -> Fleet:
-        role = self._now.roles["rollout-0"][1]
+        role = self._now.roles["rollout-0"]
         rollout = job.rollout
         options = dict(rollout.engine)
         if rollout.name == "vllm" and 0 < role.gpus < 1:
@@ -170,14 +179,16 @@ class RayBackend:
             pixels=job.pixels,
             engine=options,
         )
+        group, bundles = self._now.group_of([f"rollout-{number}" for number in range(rollout.workers)])
         fleet = RayFleet(
             spec,
             rollout.workers,
             cpus=role.cpus,
             gpus=role.gpus,
-            placement_group=self._now.group,
-            bundles=[self._now.roles[f"rollout-{number}"][0] for number in range(rollout.workers)],
-            limits=Limits(heartbeat=rollout.heartbeat_s, request=rollout.request_timeout_s),
+            placement_group=group,
+            bundles=bundles,
+            limits=Limits(place=self.replacement_s, heartbeat=rollout.heartbeat_s, request=rollout.request_timeout_s),
+            token=self.token,
         )
         try:
             await fleet.ready()
@@ -195,6 +206,8 @@ class RayBackend:
             placements=[self._now.at(name) for name in names],
             log_folder=job.logs,
             cache=job.cache,
+            token=self.token,
+            replacement_s=self.replacement_s,
         )
         try:
             await scorer.start()

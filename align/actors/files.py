@@ -6,8 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from align.actors.cluster import die_with_parent, require_shared
+from align.actors.cluster import die_with_parent
 from align.recipe.inputs import Model
+from align.shared import require_shared
 
 
 def write_base(token: Path, model: Model, folder: Path, seed: int) -> None:
@@ -22,7 +23,7 @@ def write_base(token: Path, model: Model, folder: Path, seed: int) -> None:
 def merge(token: Path, base: Path, adapter: Path, out: Path, dtype: str, seed: int) -> dict[str, Any]:
     """One plain model folder at `out`; the merge's report as plain numbers."""
     die_with_parent()
-    require_shared(token)
+    require_shared(token, base, adapter)
     from align.export import merge as module
 
     return asdict(module.merge(base, adapter, out, dtype=dtype, seed=seed))
@@ -31,7 +32,7 @@ def merge(token: Path, base: Path, adapter: Path, out: Path, dtype: str, seed: i
 def export(token: Path, folder: Path, out: Path, form: str, dtype: str) -> dict[str, Any]:
     """`folder` converted to `form` at `out`; the export's report as plain numbers."""
     die_with_parent()
-    require_shared(token)
+    require_shared(token, folder)
     from align.export import export as module
 
     return asdict(module.export(folder, out, format=form, dtype=dtype))

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 
-from align.actors.cluster import answer, die_with_parent, require_shared
+from align.actors.cluster import answer, die_with_parent
 from align.errors import RanksError
 from align.protocols import Metrics, Publication, Tree
+from align.recipe.schema import LossTerm
+from align.shared import require_shared, source_here
 from align.train.spec import TrainerSpec
 
 if TYPE_CHECKING:
@@ -40,6 +42,11 @@ class Seat:
     wire: str
 
 
+def _found_here(term: LossTerm, token: Path) -> LossTerm:
+    """A loss of the user's, where this node has its source."""
+    return term.model_copy(update={"name": source_here(term.name, token.parent)})
+
+
 class PolicyActor:
     """Lives in a Ray worker. `call` forwards to the methods of `PolicyTrainer`; nothing is decided here.
 
@@ -59,7 +66,8 @@ class PolicyActor:
 
     def start(self, spec: TrainerSpec, token: Path, reference: Any = None, seat: Seat | None = None) -> None:
         """token: see `require_shared`; reference: handle of a `ReferenceActor`, then given every packed batch."""
-        require_shared(token)
+        require_shared(token, spec.base, spec.adapter)
+        spec = replace(spec, losses=tuple(_found_here(term, token) for term in spec.losses))
         from align.train.ranks import Ranks
         from align.train.trainer import PolicyTrainer
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.actors.cluster import die_with_parent
+from align.shared import require_shared
 from align.train.spec import TrainerSpec
 
 if TYPE_CHECKING:
@@ -19,7 +21,9 @@ class ReferenceActor:
     def __init__(self) -> None:
         die_with_parent()
 
-    def start(self, spec: TrainerSpec) -> None:
+    def start(self, spec: TrainerSpec, token: Path) -> None:
+        """token: see `require_shared`."""
+        require_shared(token, spec.base, spec.adapter)
         from align.train.trainer import PolicyTrainer
 
         assert not spec.trainable, "a reference has no optimizer"

@@ -25,7 +25,10 @@ def main(arguments: argparse.Namespace) -> int:
     """Check a recipe and print the plan; 0 where it can run. Raises UserError naming every problem."""
     recipe, document = load_document(arguments.recipe, arguments.overrides)
     folder = Path(arguments.recipe).absolute().parent
-    plan = validate(recipe, folder, document=document, every_row=arguments.data)
+    custom = recipe.placement.custom
+    plan = validate(recipe, folder, document=document, every_row=arguments.data, cluster=bool(custom))
+    if custom:
+        plan.notes.append(f"placement asks for {', '.join(custom)}: for a cluster (`align run --address`), not checked")
     if recipe.run_folder.exists() and any(recipe.run_folder.iterdir()):
         plan.notes.append(f"{recipe.run_folder} exists: `align run` needs --resume, or another name=")
     print("\n".join(lines(plan, document.name)))

@@ -78,6 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--plugins", metavar="FOLDER", help="where rewards are looked for (default: the recipe's folder)")
     run.set_defaults(verb=_run)
 
+    submit = verbs.add_parser("submit", parents=[common], help="run a recipe as a job of a Ray cluster")
+    _recipe_arguments(submit)
+    submit.add_argument("--address", required=True, metavar="URL", help="of the cluster's job server, http://HEAD:8265")
+    submit.add_argument("--resume", action="store_true", help="continue an interrupted run; finished stages are kept")
+    submit.add_argument("--from-stage", metavar="ID", help="run this stage and those after it again")
+    submit.add_argument("--detach", action="store_true", help="print the job's id and leave; do not follow its log")
+    submit.set_defaults(verb=_submit)
+
     check = verbs.add_parser("check", parents=[common], help="check a recipe, its files and plugins; show the plan")
     _recipe_arguments(check, optional=True)
     check.add_argument("--model", metavar="FOLDER", help="with --suite: a model folder or hub id, in place of a recipe")
@@ -123,6 +131,12 @@ def _run(arguments: argparse.Namespace) -> int:
     from align.cli import run
 
     return run.main(arguments)
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from align.cli import submit
+
+    return submit.main(arguments)
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -365,6 +365,13 @@ def stage_roles(recipe: Recipe, stage: Any, machine: Machine, sampling: int | No
 
 def check_fits(roles: list[Role], machine: Machine) -> None:
     """Raise PlacementError where the roles of a stage ask for more than the machine has."""
+    for role in roles:
+        for name in role.custom:
+            raise PlacementError(
+                f"{role.name} asks for {name!r}, a resource that nodes of a cluster are given",
+                where=f"placement.{role.kind.partition(' ')[0]}.resources",
+                remedy="join the cluster with --address, or leave it out on one machine",
+            )
     for resource, has in (("CPU", machine.cores), ("GPU", machine.gpus)):
         wanted = sum(role.resources.get(resource, 0.0) for role in roles)
         if wanted > has + 1e-6:
@@ -434,4 +441,5 @@ def lines(plan: Plan, shown: str) -> list[str]:
 
 def _role_words(role: Role) -> str:
     gpus = f", {role.gpus:g} GPU" if role.gpus else ""
-    return f"{role.name} {role.cpus:g} CPU{gpus} ({role.threads} thread{'s' if role.threads != 1 else ''})"
+    custom = "".join(f", {amount:g} {name}" for name, amount in role.custom.items())
+    return f"{role.name} {role.cpus:g} CPU{gpus}{custom} ({role.threads} thread{'s' if role.threads != 1 else ''})"

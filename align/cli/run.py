@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import signal
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,14 +19,17 @@ from align.cli.check import validate
 from align.cli.plan import Machine, Plan
 from align.errors import Interrupted
 from align.recipe.load import dump_recipe, load_document
+from align.recipe.shipping import python_files
 from align.report.plots import write_report
 from align.report.progress import Reporter
 from align.report.quiet import quiet
+from align.shared import keep_sources
 from align.stages import processes
 from align.stages.owned import sweep
 from align.stages.pipeline import run_pipeline
 from align.stages.publication import PublicationFolder
 from align.stages.reaper import Reaper
+from align.stages.restarts import MAX_RESTARTS
 from align.stages.runfolder import RUN, RunFolder
 
 _CHILDREN_LIMIT_S = 10.0
@@ -40,7 +44,7 @@ def main(arguments: argparse.Namespace) -> int:
     quiet()
     signal.signal(signal.SIGTERM, _as_interrupt)
     recipe, document = load_document(arguments.recipe, arguments.overrides)
-    folder = Path(arguments.plugins or Path(arguments.recipe).parent).absolute()
+    folder = Path(os.path.abspath(arguments.plugins or Path(arguments.recipe).parent))
     machine = Machine.here(arguments.cores)
     plan = validate(recipe, folder, document=document, machine=machine, cluster=arguments.address is not None)
     resume = arguments.resume or arguments.from_stage is not None
@@ -67,11 +71,16 @@ def _run(plan: Plan, run: RunFolder, reporter: Reporter, arguments: argparse.Nam
         sweep(run.path)
         stack.enter_context(Reaper(run.path / RUN))
         reporter.message(f"run folder: {run.path}")
+        if arguments.address is not None:
+            keep_sources(python_files(plan.recipe, folder), run.path)
         cluster = Cluster(arguments.address, run_folder=run.path, cores=arguments.cores)
         stack.callback(cluster.close)
-        publications = PublicationFolder(run.path, shared=cluster.nodes > 1)
+        # nodes of a cluster come and go, and the driver may be on none of them
+        publications = PublicationFolder(run.path, shared=not cluster.local)
         stack.callback(publications.close)
-        backend = RayBackend(cluster, plan.recipe.placement, run.token, run.state.get("threads", {}), plan.sampling)
+        placement = plan.recipe.placement
+        backend = RayBackend(cluster, placement, run.token, run.state.get("threads", {}), plan.sampling)
+        allowed = placement.max_restarts
         return asyncio.run(
             _until_done(
                 reporter,
@@ -85,6 +94,7 @@ def _run(plan: Plan, run: RunFolder, reporter: Reporter, arguments: argparse.Nam
                     plugins=plan.plugins,
                     stop=stop,
                     from_stage=arguments.from_stage,
+                    max_restarts=allowed if allowed is not None else 0 if cluster.local else MAX_RESTARTS,
                 ),
             )
         )

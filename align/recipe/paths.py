@@ -26,7 +26,7 @@ def absolutise(document: Document) -> None:
         value = holder[path[-1]]
         if isinstance(value, str) and value:
             holder[path[-1]] = _absolute(value, document.base_of(path), kind)
-    if isinstance(data.get("output"), str):
+    if isinstance(data.get("output"), str) and "://" not in data["output"]:
         data["output"] = _join(data["output"], document.base_of(("output",)))
 
 

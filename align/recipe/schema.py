@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from align.recipe.adapter import Adapter
 from align.recipe.inputs import DataField, Media, Model, TokenizerFromScratch
@@ -160,7 +160,20 @@ class Rollout(Strict):
         return self
 
 
+def _own_resources(value: dict[str, float]) -> dict[str, float]:
+    for name in value.keys() & {"CPU", "GPU", "memory", "object_store_memory"}:
+        raise ValueError(f"{name!r} is counted by Ray itself: `cpus` and `gpus` ask for processors")
+    return value
+
+
+CustomResources = Annotated[dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_own_resources)]
+
+
 class Share(Strict):
+    """resources: of a node beside CPUs and GPUs, for each process: `{train: 1}` asks for a node that was started with
+    `ray start --resources '{"train": 4}'`."""
+
+    resources: CustomResources = Field(default_factory=dict)
     ranks: PositiveInt = 1
     cpus: Annotated[float, Field(ge=0)] | None = None
     gpus: Annotated[float, Field(ge=0)] | None = None
@@ -174,10 +187,22 @@ class RewardShare(Share):
 
 
 class Placement(Strict):
+    """max_restarts: times that a run goes on from its last checkpoint after it lost a trainer rank or its node; by
+    default 3 on a cluster that it joined, and 0 on one machine. replacement_s: how long a place for what was lost is
+    waited for, until another node has room or a new one joins."""
+
+    max_restarts: Annotated[int, Field(ge=0)] | None = None
+    replacement_s: Annotated[float, Field(gt=0)] = 600.0
     trainer: Share = Share()
     reference: Share = Share()
     rollout: Share = Share()
     rewards: RewardShare = RewardShare()
+
+    @property
+    def custom(self) -> list[str]:
+        """Resources that the recipe names: they are of nodes of a cluster, and no machine has them by itself."""
+        shares = (self.trainer, self.reference, self.rollout, self.rewards)
+        return sorted({name for share in shares for name in share.resources})
 
 
 class Report(Strict):
@@ -447,6 +472,16 @@ class Recipe(Strict):
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     placement: Placement = Placement()
     report: Report = Report()
+
+    @field_validator("output")
+    @classmethod
+    def _output_is_a_folder(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError(
+                f"{value!r} is a URL, and runs are written to a folder: give a shared path that every node mounts "
+                "(a bucket mounted by s3fs, gcsfuse or the like is one)"
+            )
+        return value
 
     @property
     def run_folder(self) -> Path:

@@ -37,6 +37,8 @@ class MetricsFile:
     def open_stage(self, stage: str, resumed_at: int) -> None:
         folder = self._run_folder / stage
         folder.mkdir(parents=True, exist_ok=True)
+        if stage in self._files:  # it starts again, and what was written was cut back
+            self._files[stage].close()
         self._files[stage] = (folder / "metrics.jsonl").open("a", encoding="utf-8")
 
     def write(self, stage: str, step: int, now: float, metrics: Mapping[str, float]) -> None:
@@ -73,6 +75,8 @@ class TensorBoardLog:
 
     def open_stage(self, stage: str, resumed_at: int) -> None:
         folder = self._run_folder / "tensorboard" / stage
+        if stage in self._writers:
+            self._writers[stage].close()
         self._writers[stage] = self._writer(str(folder), flush_secs=10)
         if resumed_at:  # readers drop what an earlier process wrote from this step on
             start = self._event.SessionLog(status=self._event.SessionLog.START)

@@ -37,6 +37,16 @@ def fingerprint(recipe: Recipe, stage: Any, plugins: Mapping[str, str]) -> dict[
     }
 
 
+def without_folder(value: Any, folder: str | None) -> Any:
+    """A fingerprint with paths below the recipe's folder named from there: a copy of it elsewhere gives the same (a job
+    of a cluster runs in one, and its successor in another)."""
+    if isinstance(value, str) and folder:
+        return value.removeprefix(f"{folder}/")
+    if isinstance(value, dict):
+        return {without_folder(key, folder): without_folder(inner, folder) for key, inner in value.items()}
+    return [without_folder(inner, folder) for inner in value] if isinstance(value, list) else value
+
+
 def reward_names(stage: Any) -> list[str]:
     """Every reward a stage uses, its evaluation's included."""
     evaluation = getattr(stage, "eval", None)

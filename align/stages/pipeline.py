@@ -25,6 +25,7 @@ from align.stages.handover import Origin, check_adapters, start_of
 from align.stages.loop import Report, StageResult
 from align.stages.media_limits import carry_limits
 from align.stages.publication import PublicationFolder
+from align.stages.restarts import Restarts
 from align.stages.runfolder import METRICS, RunFolder, cut_metrics
 from align.stages.training import run_offline, run_online
 
@@ -100,11 +101,12 @@ async def run_pipeline(
     plugins: Mapping[str, str],
     stop: asyncio.Event,
     from_stage: str | None = None,
+    max_restarts: int = 0,
 ) -> dict[str, Any]:
     """Run every stage that is not finished in `run`; returns summary.json's content.
 
-    plugins: source hash of each reward by its `use`. Raises what stages raise: Interrupted after a checkpoint when
-    `stop` is set, AlignError with place and remedy otherwise.
+    plugins: source hash of each reward by its `use`. max_restarts: see `Restarts`. Raises what stages raise:
+    Interrupted after a checkpoint when `stop` is set, AlignError with place and remedy otherwise.
     """
     if from_stage is not None:
         for name in run.restart_from(recipe, from_stage):
@@ -114,6 +116,7 @@ async def run_pipeline(
     run.compare(recipe, lambda stage: prints[stage.id])
     origin = await _origin(recipe, run, backend, report)
     check_adapters(recipe, origin)
+    restarts = Restarts(max_restarts, run, report.message)
     context = Context(recipe, run, backend, report, publications, recipe_folder, stop, origin)
     with closing(context):
         for stage in recipe.stages:
@@ -121,19 +124,23 @@ async def run_pipeline(
                 report.message(f"{stage.id}: finished before, kept")
                 continue
             context.raise_if_stopped(stage.id)
-            await _run_stage(context, stage, prints[stage.id])
+            await _run_stage(context, stage, prints[stage.id], restarts)
     return run.summary()
 
 
-async def _run_stage(context: Context, stage: Any, mark: Mapping[str, Any]) -> None:
+async def _run_stage(context: Context, stage: Any, mark: Mapping[str, Any], restarts: Restarts) -> None:
     run = context.run
     run.stage_folder(stage.id).mkdir(parents=True, exist_ok=True)
     run.clean(stage.id)
     run.begin(stage.id, mark, _start_json(context, stage))
-    if stage.kind in ("merge", "export", "evaluate"):
-        cut_metrics(run.stage_folder(stage.id) / METRICS, -1)  # they start over: nothing of them is resumed
-    result = await RUNNERS[stage.kind](context, stage)
-    summary = result.to_json()
+
+    async def attempt() -> StageResult:
+        if stage.kind in ("merge", "export", "evaluate"):
+            cut_metrics(run.stage_folder(stage.id) / METRICS, -1)  # they start over: nothing of them is resumed
+        return await RUNNERS[stage.kind](context, stage)
+
+    result = await restarts.survive(stage.id, attempt)
+    summary = {**result.to_json(), "restarts": restarts.count(stage.id)}
     run.summarise(stage.id, summary)
     run.finish(stage.id, result.artefacts)
     context.report.stage_finished(stage.id, summary)

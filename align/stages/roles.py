@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from align.recipe.schema import Placement, Share
 from align.stages.backend import Needs
@@ -18,7 +18,8 @@ REWARD_CPUS = 0.01  # reward actors wait for their plugins' processes and comput
 @dataclass(frozen=True)
 class Role:
     """What one bundle of a stage reserves, and the threads its process computes with. kind: what it has in common with
-    the bundles that get as many threads. spread: it should be on another node than its like."""
+    the bundles that get as many threads. spread: it should be on another node than its like. custom: resources of a
+    node that the recipe names."""
 
     name: str
     kind: str
@@ -26,10 +27,11 @@ class Role:
     gpus: float
     threads: int
     spread: bool = False
+    custom: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def resources(self) -> dict[str, float]:
-        wanted = {"CPU": self.cpus, "GPU": self.gpus}
+        wanted = {"CPU": self.cpus, "GPU": self.gpus, **self.custom}
         return {name: amount for name, amount in wanted.items() if amount > 0}
 
 
@@ -69,6 +71,7 @@ def roles_of(
             gpus=own.gpus if own.gpus is not None else gpu,
             threads=chosen,
             spread=spread,
+            custom=own.resources,
         )
 
     sides = (1 if needs.trainer else 0) + (1 if needs.engines else 0)

@@ -22,7 +22,7 @@ from align.errors import RunFolderError
 from align.recipe.schema import Recipe
 from align.stages import processes
 from align.stages.files import read_json, remove_leftovers, write_json
-from align.stages.fingerprint import differences
+from align.stages.fingerprint import differences, without_folder
 from align.stages.media_inputs import changed_media
 from align.stages.processes import ProcessId
 
@@ -51,8 +51,9 @@ class RunFolder:
     def open(cls, recipe: Recipe, dumped: str, *, resume: bool, cwd: Path) -> RunFolder:
         """Create the folder, or open an existing one under `--resume`, ending what a dead driver left running.
 
-        dumped: the resolved recipe as YAML. Raises RunFolderError where the folder exists and `resume` is False, or
-        where its driver still runs.
+        dumped: the resolved recipe as YAML. cwd: the recipe's folder.
+
+        Raises RunFolderError where the folder exists and `resume` is False, or where its driver still runs.
         """
         path = recipe.run_folder
         # hidden names are what a kill leaves of a first write: no run yet
@@ -77,6 +78,7 @@ class RunFolder:
             "starts": state["starts"] + 1,
             "started": round(time.time(), 3),
             "command": sys.argv,
+            "folder": str(cwd),
             "versions": package_versions(),
             "git_commit": git_commit(cwd),
             "processes": [processes.this_process().to_json()],
@@ -116,7 +118,7 @@ class RunFolder:
     def begin(self, stage_id: str, fingerprint: Mapping[str, Any], start: Mapping[str, Any]) -> None:
         """`begun` and `ended` are in seconds since 1970, of the start that finished the stage."""
         entry = {"state": "running", "fingerprint": fingerprint, "start": dict(start), "begun": round(time.time(), 3)}
-        self.state["stages"][stage_id] = entry
+        self.state["stages"][stage_id] = {**entry, "folder": self.state.get("folder")}
         self.write()
 
     def finish(self, stage_id: str, artefacts: Mapping[str, str]) -> None:
@@ -134,7 +136,8 @@ class RunFolder:
             entry = self.state["stages"].get(stage.id)
             if entry is None:
                 continue
-            changed = differences(entry["fingerprint"], dict(fingerprints(stage)))
+            old = without_folder(entry["fingerprint"], entry.get("folder"))
+            changed = differences(old, without_folder(dict(fingerprints(stage)), self.state.get("folder")))
             changed += changed_media(self.stage_folder(stage.id))
             if changed:
                 raise RunFolderError(
@@ -224,6 +227,13 @@ def cut_metrics(path: Path, step: int) -> None:
     aside = path.with_name(f".{path.name}.cut")
     aside.write_text("".join(kept), encoding="utf-8")
     os.replace(aside, path)
+
+
+def last_step(path: Path) -> int:
+    """The last step in a metrics.jsonl whose lines are whole; 0 where there is none."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    whole = [line for line in lines[-2:] if line.endswith("\n")]
+    return int(json.loads(whole[-1])["step"]) if whole else 0
 
 
 def package_versions() -> dict[str, str]:

@@ -1,8 +1,15 @@
-"""`align run --address`: on a Ray cluster that somebody else started, and that stays."""
+"""`align run --address`: on a Ray cluster that somebody else started, that stays, and that may lose nodes."""
 
 from __future__ import annotations
 
+import json
+import math
+import signal
+import socket
+import subprocess
+import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +17,22 @@ from typing import Any
 import pytest
 
 from tests.ray_local import local_ray
-from tests.runs import metrics, run, run_any, sft, write_data, write_recipe
+from tests.ray_nodes import Nodes, nodes
+from tests.runs import (
+    dpo,
+    grpo,
+    metrics,
+    rollouts,
+    run,
+    run_any,
+    sft,
+    started,
+    timeless,
+    wait_until,
+    weights,
+    write_data,
+    write_recipe,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -65,3 +87,106 @@ def test_an_address_where_no_cluster_is_says_so(tmp_path: Path) -> None:
     assert code == 2
     message = text[text.rindex("error:") :]
     assert "127.0.0.1:1" in message and "Traceback" not in message
+
+
+# ------------------------------------------------------------------------------------------------- nodes that are lost
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[tuple[Nodes, Any]]:
+    """Node A, which trains, and node B, which trains too, samples and scores."""
+    with nodes(1, train=1, home=1) as cluster:
+        yield cluster, cluster.add(1, train=1, sample=2)
+
+
+def test_a_lost_rank_ends_in_a_resume_that_is_bit_equal(two: tuple[Nodes, Any], tmp_path: Path) -> None:
+    cluster, b = two
+    write_data(tmp_path)
+    placement = {"trainer": {"ranks": 2, "cpus": 0.5, "threads": 1, "resources": {"train": 1}}}
+    stages = [sft(steps=10, save={"every": 3})]
+    run(write_recipe(tmp_path, "whole", stages, placement=placement), "--address", cluster.address)
+    recipe, folder = write_recipe(tmp_path, "lost", stages, placement=placement), tmp_path / "runs" / "lost"
+    with started(recipe, "--address", cluster.address) as process:
+        wait_until(lambda: len(metrics(folder, "sft")) >= 6, process, recipe.with_suffix(".log"))
+        [rank] = cluster.workers(b, "ray::PolicyActor")
+        rank.send_signal(signal.SIGKILL)
+        assert process.wait(120) == 0, recipe.with_suffix(".log").read_text()
+    whole = tmp_path / "runs" / "whole"
+    assert timeless(whole, "sft") == timeless(folder, "sft")
+    assert weights(whole, "sft") == weights(folder, "sft")
+    [noted] = json.loads((folder / "run.json").read_text())["restarts"]
+    assert noted["stage"] == "sft" and noted["step"] >= 5 and noted["cause"].startswith("rank ")
+    assert json.loads((folder / "summary.json").read_text())["stages"]["sft"]["restarts"] == 1
+
+
+def test_engines_and_rewards_of_a_lost_node_start_again_on_a_new_one(two: tuple[Nodes, Any], tmp_path: Path) -> None:
+    cluster, b = two
+    write_data(tmp_path)
+    placement = {
+        "trainer": {"cpus": 0.5, "threads": 1, "resources": {"home": 1}},
+        "rollout": {"cpus": 0.5, "threads": 1, "resources": {"sample": 1}},
+        "rewards": {"resources": {"sample": 0.5}},
+    }
+    stage = grpo(
+        **{"from": None}, adapter={"kind": "lora", "rank": 4, "alpha": 8}, eval=None, steps=5, save={"every": 5},
+        rollout={"name": "transformers", "max_tokens": 8, "truncated": "keep"},
+    )  # fmt: skip
+    recipe, folder = write_recipe(tmp_path, "moved", [stage], placement=placement), tmp_path / "runs" / "moved"
+    with started(recipe, "--address", cluster.address) as process:
+        wait_until(lambda: len(metrics(folder, "grpo")) >= 2, process, recipe.with_suffix(".log"))
+        assert cluster.workers(b, "ray::EngineWorker") and cluster.workers(b, "ray::RewardActor")
+        cluster.kill(b)
+        new = cluster.add(1, sample=2)
+        wait_until(lambda: bool(cluster.workers(new, "ray::EngineWorker")), process, recipe.with_suffix(".log"))
+        assert process.wait(120) == 0, recipe.with_suffix(".log").read_text()
+    lines = metrics(folder, "grpo")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert all(math.isfinite(line["loss/total"]) for line in lines)
+    assert sum(line["rollout/restarts"] for line in lines) == sum(line["reward/restarts"] for line in lines) == 1
+    trained = Counter((row["group_id"], row["sample"]) for row in rollouts(folder, "grpo"))
+    assert trained == Counter((group, sample) for group in range(5 * 8) for sample in range(4)), "each once"
+    assert weights(folder, "grpo")
+    summary = json.loads((folder / "summary.json").read_text())["stages"]["grpo"]
+    assert summary["restarts"] == 0, "the trainer was not touched"
+
+
+def test_a_placement_that_no_node_can_hold_is_refused_at_once_with_what_is_missing(
+    two: tuple[Nodes, Any], tmp_path: Path
+) -> None:
+    write_data(tmp_path)
+    placement = {"trainer": {"cpus": 0.5, "resources": {"fast": 1}}}
+    recipe = write_recipe(tmp_path, "picky", [sft(steps=4)], placement=placement)
+    code, text = run_any(recipe, "--address", two[0].address)
+    assert code == 2
+    message = text[text.rindex("error:") :]
+    assert "no node has 1 fast" in message and "ray start" in message and "Traceback" not in message
+
+
+def test_a_submitted_recipe_runs_as_a_job_with_its_own_plugin(two: tuple[Nodes, Any], tmp_path: Path) -> None:
+    """Ray's job manager runs it in a copy of what was sent; its error is the exit code of `align submit` too."""
+    laptop, shared = tmp_path / "laptop", tmp_path / "shared"
+    laptop.mkdir()
+    write_data(laptop)
+    pairs = dpo(**{"from": None}, steps=2, save={"every": 2}, rewards=[{"use": "rewards.py:brevity"}])
+    pairs["loss"] = {"name": "modpo", "preference_weight": 0.5}
+    recipe = write_recipe(laptop, "sent", [pairs], placement={"trainer": {"cpus": 0.5, "threads": 1}})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.job_server", two[0].address, str(port)],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    command = [sys.executable, "-m", "align.cli.main", "submit", recipe.name, "--address", f"http://127.0.0.1:{port}"]
+    try:
+        assert server.stdout is not None and server.stdout.readline() == "serving\n"
+        done = subprocess.run([*command, f"output={shared}"], cwd=laptop, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        again = subprocess.run([*command, f"output={shared}"], cwd=laptop, capture_output=True, text=True)
+    finally:
+        server.terminate()
+        server.wait()
+    assert len(metrics(shared / "sent", "dpo")) == 2 and weights(shared / "sent", "dpo")
+    assert "curves in" in done.stdout, "its log was followed"
+    assert not (laptop / "runs").exists()
+    assert again.returncode == 2 and "the run folder exists" in again.stdout

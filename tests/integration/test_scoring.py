@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align.actors.cluster import Cluster, Places
-from align.actors.scoring import LocalScorer, RayScorer
+from align.actors.cluster import Cluster
+from align.actors.places import Places
+from align.actors.reward_actors import RayScorer
+from align.actors.scoring import LocalScorer
 from align.errors import AlignError, PluginError, RewardError
 from align.protocols import Completion, ErrorBudget, Group, PromptItem, ScoreTable
 from align.recipe.schema import Placement, Reward
@@ -202,6 +204,26 @@ def test_the_groups_of_an_actor_that_dies_go_to_another(cluster: Cluster, folder
     np.testing.assert_allclose(table.scores[:, 0], np.array([0.7, 0.8] * 4, np.float32), rtol=1e-6)
 
 
+def test_an_only_actor_that_dies_is_started_again_and_its_groups_wait_for_it(cluster: Cluster, folder: Path) -> None:
+    async def run() -> tuple[ScoreTable, ScoreTable]:
+        scorer = RayScorer((REWARDS[1], Reward(use="rewards.py:waits")), folder, seed=0)
+        try:
+            [pid] = await scorer.processes()
+            scoring = [asyncio.create_task(scorer.score([group(n, "yes", "no")])) for n in range(2)]
+            await asyncio.sleep(1.0)
+            os.kill(pid, 9)
+            first, second = await asyncio.gather(*scoring)
+            assert await scorer.processes() != [pid]
+            return first, second
+        finally:
+            await scorer.close()
+
+    tables = asyncio.run(run())
+    for table in tables:
+        np.testing.assert_allclose(table.scores[:, 0], np.array([0.7, 0.8], np.float32), rtol=1e-6)
+    assert sum(table.metrics["reward/restarts"] for table in tables) == 1
+
+
 def test_reward_actors_are_spread_and_the_others_packed(cluster: Cluster) -> None:
     placement = Placement.model_validate({"rewards": {"count": 2, "cpus": 0.1}, "trainer": {"cpus": 0.5}})
     roles = roles_of(Needs(trainer=True, scorers=2), placement, cores=2, gpus=0, threads={})
@@ -209,7 +231,7 @@ def test_reward_actors_are_spread_and_the_others_packed(cluster: Cluster) -> Non
     assert [r.name for r in roles if r.spread] == names
 
     async def run() -> None:
-        places = await Places.reserve(cluster, roles)
+        places = await Places.reserve(roles)
         try:
             groups = {name: places.at(name)["scheduling_strategy"].placement_group.id for name in ("trainer", *names)}
             assert groups["trainer"] not in [groups[name] for name in names]
@@ -241,7 +263,7 @@ def test_plugins_die_with_their_actor_even_while_they_hang(cluster: Cluster, fol
     (folder / "pid").unlink(missing_ok=True)
 
     async def run() -> int:
-        scorer = RayScorer((Reward(use="rewards.py:hangs"),), folder, seed=0)
+        scorer = RayScorer((Reward(use="rewards.py:hangs"),), folder, seed=0, restarts=0)
         [pid] = await scorer.processes()
         scoring = asyncio.create_task(scorer.score(GROUPS))
         while not (folder / "pid").exists() or not (folder / "pid").read_text():

@@ -102,6 +102,15 @@ def test_on_a_cluster_the_size_of_this_machine_does_not_count(workshop: Workshop
     validate(recipe, workshop.folder, document=document, machine=MACHINE, cluster=True)
 
 
+def test_resources_of_nodes_are_for_a_cluster(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    named = "placement.rollout.resources={sample: 1}"
+    with pytest.raises(UserError, match="'sample', a resource that nodes of a cluster are given"):
+        plan_of(workshop, named)
+    assert main(["check", "recipe.yaml", named]) == 0
+    shown = capsys.readouterr().out
+    assert "1 sample (" in shown and "for a cluster (`align run --address`), not checked" in shown
+
+
 def test_trainer_and_engines_share_the_cores_by_default(workshop: Workshop) -> None:
     grpo = plan_of(workshop, "stages.grpo.rollout.workers=3").stages[2]
     assert [role.name for role in grpo.roles] == ["trainer", "rollout-0", "rollout-1", "rollout-2", "rewards-0"]

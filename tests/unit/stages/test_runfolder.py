@@ -295,3 +295,21 @@ def test_json_is_replaced_whole(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"z": 3})
     assert read_json(tmp_path / "a.json") == {"z": 3}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_copy_of_the_recipes_folder_resumes_as_the_folder_itself(tmp_path: Path) -> None:
+    """A job of a cluster runs in a copy of what was sent to it, and its successor in another."""
+    run = RunFolder(tmp_path, {"stages": {}, "processes": [], "folder": "/jobs/1"}, "")
+
+    def mark(folder: str, rows: str = "abc") -> dict[str, Any]:
+        return {"stage": {"rewards": [{"use": f"{folder}/my.py:f"}]}, "data": {f"{folder}/a.jsonl": rows}}
+
+    r = recipe(tmp_path)
+    for stage in r.stages:
+        run.begin(stage.id, mark("/jobs/1"), {})
+    run.state["folder"] = "/jobs/2"
+    run.compare(r, lambda stage: mark("/jobs/2"))
+    with pytest.raises(RunFolderError, match=r"data\.a\.jsonl: 'abc' -> 'xyz'"):
+        run.compare(r, lambda stage: mark("/jobs/2", "xyz"))
+    with pytest.raises(RunFolderError, match=r"my\.py:f"):
+        run.compare(r, lambda stage: mark("/jobs/3"))

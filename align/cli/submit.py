@@ -1,0 +1,69 @@
+"""`align submit`: `align run` as a job of a Ray cluster, with the recipe and its plugins sent along."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from align.errors import RecipeError
+from align.recipe.load import load_document
+from align.recipe.shipping import RECIPE, pack
+from align.report.quiet import quiet
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Submit the recipe; returns the exit code of the run, or 0 at once with --detach. Raises AlignError.
+
+    arguments: recipe, overrides, address (of the job server), resume, from_stage, detach, debug.
+    """
+    quiet()
+    recipe, _ = load_document(arguments.recipe, arguments.overrides)
+    folder = Path(os.path.abspath(arguments.recipe)).parent
+    _require_output(Path(arguments.recipe), arguments.overrides)
+    from align.actors.jobs import Jobs
+
+    jobs = Jobs(arguments.address)
+    with tempfile.TemporaryDirectory(prefix="align-submit-") as name:
+        package = Path(name).resolve()
+        copied = pack(recipe, folder, package)
+        job = jobs.submit(entrypoint(arguments), package, {"align_run": recipe.name})
+    print(f"job {job}: {recipe.name} -> {recipe.run_folder}; sent {', '.join([RECIPE, *copied])}", flush=True)
+    hint = f"`ray job logs --address {arguments.address} {job}`, and `ray job stop` in place of `logs` ends it"
+    if arguments.detach:
+        print(f"follow it by {hint}")
+        return 0
+    try:
+        return jobs.follow(job, lambda text: print(text, end="", flush=True))
+    except KeyboardInterrupt:
+        print(f"\nthe job goes on: {hint}", file=sys.stderr)
+        raise
+
+
+def entrypoint(arguments: argparse.Namespace) -> str:
+    """What the job runs, in the folder that was sent."""
+    words = ["python", "-m", "align.cli.main", "run", RECIPE, "--address", "auto"]
+    if arguments.resume:
+        words.append("--resume")
+    if arguments.from_stage is not None:
+        words += ["--from-stage", arguments.from_stage]
+    return shlex.join(words)
+
+
+def _require_output(recipe: Path, overrides: list[str]) -> None:
+    """The job's own folder is gone when the job is: runs belong where all nodes see them."""
+    given = yaml.safe_load(recipe.read_text(encoding="utf-8-sig")).get("output")
+    for override in overrides:
+        key, _, value = override.partition("=")
+        given = value if key == "output" else given
+    if not given or not str(given).startswith("/"):
+        raise RecipeError(
+            f"`output: {given or 'runs'}` is a folder beside the recipe, which a job has not",
+            where="output",
+            remedy="give output=/a/shared/path that every node of the cluster mounts",
+        )
