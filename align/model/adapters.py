@@ -39,6 +39,7 @@ from align.model.weights import (
     save_full,
     tensors_digest,
     weights_digest,
+    write_full,
 )
 from align.recipe.adapter import Adapter
 
@@ -59,6 +60,7 @@ __all__ = [
     "untie_head",
     "use_adapter",
     "weights_digest",
+    "write_full",
 ]
 
 DEFAULT = "default"

@@ -7,15 +7,18 @@ beside the adapter or model folder that other programs load.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from align.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from align.train.strategy import Strategy
 
 PARAMETERS, OPTIMIZER, RANDOM, NUMBERS = (
     "parameters.safetensors",
@@ -30,55 +33,50 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_state(
-    folder: Path,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    numbers: dict[str, Any],
-    random: Sequence[dict[str, Tensor]],
+    folder: Path, strategy: Strategy, numbers: dict[str, Any], random: Sequence[dict[str, Tensor]]
 ) -> None:
-    """Write parameters, optimizer moments, every rank's random state and `numbers` into an existing folder."""
-    parameters = trainable(module)
-    save_file({k: v.detach().cpu().contiguous() for k, v in parameters.items()}, folder / PARAMETERS)
+    """Write parameters, optimizer moments, every rank's random state and `numbers` into an existing folder, in a form
+    that does not depend on how they are spread over ranks. All ranks call it; the one that writes writes."""
+    parameters: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            moments[f"{name}|{key}"] = value.detach().cpu().contiguous()
+    for name, value, own in strategy.state():
+        if strategy.shards.writes:
+            parameters[name] = value.contiguous()
+            moments |= {f"{name}|{key}": moment.contiguous() for key, moment in own.items()}
+    if not strategy.shards.writes:
+        return
+    save_file(parameters, folder / PARAMETERS)
     save_file(moments, folder / OPTIMIZER)
     states = {f"{rank}/{name}" if rank else name: s for rank, own in enumerate(random) for name, s in own.items()}
     save_file(states, folder / RANDOM)
     (folder / NUMBERS).write_text(json.dumps(numbers, indent=1))
 
 
-def load_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0) -> dict[str, Any]:
+def load_state(folder: Path, strategy: Strategy, shapes: Mapping[str, torch.Size], rank: int = 0) -> dict[str, Any]:
     """Restore what `save_state` wrote; returns its numbers. Raises CheckpointError where the parameters differ.
 
-    A rank that the checkpoint does not know (it was made on fewer) keeps the random state it has.
+    shapes: of the parameters that are trained. A rank that the checkpoint does not know (it was made on fewer) keeps
+    the random state it has.
     """
-    parameters = trainable(module)
     saved = load_file(folder / PARAMETERS)
-    if saved.keys() != parameters.keys():
-        odd = sorted(saved.keys() ^ parameters.keys())
+    if saved.keys() != shapes.keys():
+        odd = sorted(saved.keys() ^ shapes.keys())
         raise CheckpointError(
             f"the checkpoint trains other parameters than this stage: {odd[0]} and {len(odd) - 1} more",
             where=folder,
             remedy="resume with the recipe the checkpoint was made with",
         )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if saved[name].shape != parameter.shape:
-                raise CheckpointError(
-                    f"{name} is {tuple(parameter.shape)} here and {tuple(saved[name].shape)} in the checkpoint",
-                    where=folder,
-                )
-            parameter.copy_(saved[name])
-    moments = load_file(folder / OPTIMIZER)
-    optimizer.state.clear()
-    for key, value in moments.items():
+    for name, shape in shapes.items():
+        if saved[name].shape != shape:
+            raise CheckpointError(
+                f"{name} is {tuple(shape)} here and {tuple(saved[name].shape)} in the checkpoint",
+                where=folder,
+            )
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, value in load_file(folder / OPTIMIZER).items():
         name, _, field = key.rpartition("|")
-        parameter = parameters[name]
-        # AdamW keeps its step counter on the CPU unless fused on CUDA, as torch's own load_state_dict does.
-        device = parameter.device if field != "step" or parameter.is_cuda else torch.device("cpu")
-        optimizer.state[parameter][field] = value.to(device)
+        moments.setdefault(name, {})[field] = value
+    strategy.load(saved, moments)
     prefix = f"{rank}/" if rank else ""
     saved_random = load_file(folder / RANDOM)
     _restore_random_state({k.removeprefix(prefix): s for k, s in saved_random.items() if k.startswith(prefix)})
