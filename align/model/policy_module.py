@@ -115,7 +115,9 @@ class PolicyModule(nn.Module):
 
     def _hidden(self, batch: TokenBatch, at: Tensor) -> Tensor:
         """Hidden states [K, D] of the tokens at places `at` i64[K] of the packed row."""
-        backbone = self.model.base_model if batch.media else text_backbone(self.model)
+        # with idle media as with media, so that all ranks run the same modules
+        seeing = batch.media or (batch.idle_media and self.media is not None)
+        backbone = self.model.base_model if seeing else text_backbone(self.model)
         types, placed = self._placed(batch)
         if self.layout == "unshared":
             return unshared.hidden_states(backbone, batch, at, self._inputs_of_rows(batch, types, placed))

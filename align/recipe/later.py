@@ -13,9 +13,11 @@ class Later(NamedTuple):
 
 
 _NOT_YET = "not offered by this version"
+_OPTIMIZERS = ("adafactor", "adam_mini", "apollo", "badam", "galore", "lion", "lomo", "muon", "schedule_free", "sgd")
 _VALUES: dict[tuple[str, Any], Later] = {
     ("format", "gguf"): Later(_NOT_YET, "use `format: safetensors` and convert the folder with llama.cpp"),
     ("schedule", "wsd"): Later(_NOT_YET, "use cosine, linear or constant"),
+    **{("name", optimizer): Later(_NOT_YET, "use `optim: {name: adamw}`") for optimizer in _OPTIMIZERS},
 }
 _KEYS: dict[tuple[str, str], Later] = {
     ("objectives", "kl"): Later(

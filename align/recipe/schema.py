@@ -16,6 +16,7 @@ from align.recipe.adapter import Adapter
 from align.recipe.inputs import DataField, Media, Model, TokenizerFromScratch
 from align.recipe.labels import Labels, Problem
 from align.recipe.objectives import Objectives
+from align.recipe.sharding import Sharding, ShardingField
 from align.recipe.strict import Fraction, PositiveInt, Strict
 
 # ------------------------------------------------------------------------------------------------- stage parts
@@ -165,6 +166,12 @@ class Share(Strict):
     threads: PositiveInt | None = None
 
 
+class TrainerShare(Share):
+    """ranks: processes that train one policy together; strategy: how its parameters are spread over them."""
+
+    strategy: ShardingField = Sharding()
+
+
 class RewardShare(Share):
     """count: reward actors, spread over the nodes of a cluster; each runs every plugin for its part of the groups."""
 
@@ -172,7 +179,7 @@ class RewardShare(Share):
 
 
 class Placement(Strict):
-    trainer: Share = Share()
+    trainer: TrainerShare = TrainerShare()
     reference: Share = Share()
     rollout: Share = Share()
     rewards: RewardShare = RewardShare()

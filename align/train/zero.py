@@ -9,7 +9,8 @@ complete, and are then reduced once, parameter by parameter in one order: ranks 
 where all of a text model is trained does zero2 spread them as they come, at the price of a reduction per microbatch.
 
 ZeRO-3 gathers a decoder layer at a time. Inside a layer everything is whole, so fused kernels that read other modules'
-parameters need not know. Towers for media are kept whole on every rank: how often they run depends on the rank's share.
+parameters need not know. Every rank must run the same modules in one order. Towers for media are therefore not spread:
+how often they run depends on a rank's share, and on what it keeps of it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from align.errors import Unsupported
+from align.model.adapter_config import HEAD
 from align.model.policy_module import PolicyModule, text_backbone
 from align.train.state import trainable
 from align.train.strategy import STEP, Moments, unequal_steps
@@ -70,11 +72,8 @@ class Zero:
         self._hidden: list[tuple[dict[str, Any], list[Tensor]]] = []
         optimizer.register_step_pre_hook(self._hide_idle)
         optimizer.register_step_post_hook(self._show_idle)
-        self._kept: list[Any] = []
         if self.stage == 3:
-            self._kept = _keep_whole(self.engine, module)
             _declare_reads(module)
-            self._gather_kept()
 
     # ------------------------------------------------------------------------------------------- forward and update
 
@@ -113,7 +112,6 @@ class Zero:
         if not wanted:
             self._idle = set(range(len(self.groups)))
         self.engine.step()
-        self._gather_kept()
         zero = self.engine.optimizer
         return float("nan") if zero.overflow else float(zero._global_grad_norm)
 
@@ -128,14 +126,6 @@ class Zero:
         for group, parameters in self._hidden:
             group["params"] = parameters
         self._hidden.clear()
-
-    def _gather_kept(self) -> None:
-        """A step spreads all parameters; those that are kept whole are gathered before anybody reads them."""
-        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-        away = [p for p in self._kept if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-        if away:
-            away[0].all_gather(away)
 
     # ------------------------------------------------------------------------------------------------------- state
 
@@ -164,17 +154,13 @@ class Zero:
 
         self._make_moments(moments)
         for name, parameter in self.named.items():
-            value = parameters[name].to(self.ranks_device(parameter))
+            value = parameters[name].to(parameter.device)
             with self.shards.whole([parameter], modified=True):
                 parameter.copy_(value)
             safe_set_full_fp32_param(parameter, value.float())
             for key in MOMENTS:
                 if key in moments.get(name, {}):
                     safe_set_full_optimizer_state(parameter, moments[name][key].to(value.device), key)
-        self._gather_kept()
-
-    def ranks_device(self, parameter: nn.Parameter) -> torch.device:
-        return parameter.device
 
     def _make_moments(self, moments: Mapping[str, Moments]) -> None:
         """Room for the moments that are to be loaded, as a first step would make it."""
@@ -220,7 +206,7 @@ class _Partitions:
         away = [t for t in tensors if hasattr(t, "ds_id")]
         if not away:
             return nullcontext()
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         found: AbstractContextManager[None] = GatheredParameters(away, modifier_rank=0 if modified else None)
         return found
@@ -249,19 +235,37 @@ def _refuse(sharding: Sharding, module: PolicyModule, optimizer: torch.optim.Opt
             where=WHERE,
             remedy="use `optim.name: adamw`, or `strategy: replicated`",
         )
-    odd = [name for name, p in module.named_parameters() if not p.is_floating_point()]
-    if odd and sharding.stage == 3:
-        raise Unsupported(
-            f"zero3 with quantised weights ({odd[0]}): they cannot be spread",
-            where=WHERE,
-            remedy="use zero2: a quantised base is small, and stays whole on every rank",
-        )
+    if sharding.stage == 3:
+        _refuse_for_stage_3(module)
     first = next(module.parameters())
     if first.is_cuda and ranks.size > 1 and ranks.wire.type != "cuda":
         raise Unsupported(
             f"{sharding.name} with several ranks on one GPU: NCCL wants a GPU for each",
             where=WHERE,
             remedy="set `placement.trainer.gpus: 1`, or use `strategy: replicated`",
+        )
+
+
+def _refuse_for_stage_3(module: PolicyModule) -> None:
+    odd = [name for name, p in module.named_parameters() if not p.is_floating_point()]
+    if odd:
+        raise Unsupported(
+            f"zero3 with quantised weights ({odd[0]}): they cannot be spread",
+            where=WHERE,
+            remedy="use zero2: a quantised base is small, and stays whole on every rank",
+        )
+    if module.media is not None and any(p.requires_grad for t in module.media.towers() for p in t.parameters(False)):
+        raise Unsupported(
+            "zero3 where the vision tower or the projector is trained: ranks run them as often as their rows have media",
+            where=WHERE,
+            remedy="use zero2, or freeze them: `adapter: {tune: {vision: frozen, projector: frozen}}`",
+        )
+    if module.layout != "shared":
+        raise Unsupported(
+            f"zero3 for {type(module.model).__name__}, which is computed a sequence a row: ranks run it as often as "
+            "their rows need",
+            where=WHERE,
+            remedy="use zero2",
         )
 
 
@@ -272,17 +276,14 @@ def _engine(
     ranks: Ranks,
     max_grad_norm: float | None,
 ) -> Any:
-    device = next(module.parameters()).device
-    deepspeed = _deepspeed(device)
-    if sharding.stage == 3:
-        for layer in _layers(module):
-            layer._z3_leaf = True
-    engine, *_ = deepspeed.initialize(
-        model=_Tensors(module),
-        optimizer=optimizer,
-        config=_config(sharding, module, max_grad_norm),
-        dist_init_required=False,
-    )
+    deepspeed = _deepspeed(next(module.parameters()).device)
+    with _without_towers(module) if sharding.stage == 3 else nullcontext():
+        engine, *_ = deepspeed.initialize(
+            model=_Tensors(module),
+            optimizer=optimizer,
+            config=_config(sharding, module, max_grad_norm),
+            dist_init_required=False,
+        )
     return engine
 
 
@@ -292,8 +293,6 @@ def _config(sharding: Sharding, module: PolicyModule, max_grad_norm: float | Non
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": next(module.parameters()).is_cuda}
     if sharding.stage == 3:
         zero["stage3_param_persistence_threshold"] = sharding.keep_whole
-        if module.media is not None:  # ranks whose rows differ in media call modules in different orders
-            zero["stage3_prefetch_bucket_size"] = 0
         if sharding.offload.parameters == "cpu":
             zero["offload_param"] = {"device": "cpu", "pin_memory": next(module.parameters()).is_cuda}
     return {
@@ -333,26 +332,39 @@ def _deepspeed(device: torch.device) -> Any:
 
 
 def _layers(module: PolicyModule) -> list[nn.Module]:
-    """The decoder layers of the language model: the longest of its outermost lists."""
+    """The decoder layers of the language model: the longest of its lists."""
     lists = [m for m in text_backbone(module.model).children() if isinstance(m, nn.ModuleList)]
     return list(max(lists, key=len)) if lists else []
 
 
 def _declare_reads(module: PolicyModule) -> None:
-    """The head reads the output embedding outside its own forward."""
-    from deepspeed.zero import register_external_parameter
+    """Whose forward reads which parameters outside the forward of the modules that hold them: they are gathered
+    around it."""
+    from deepspeed.runtime.zero import register_external_parameter
 
-    for parameter in module.head.reads():
-        register_external_parameter(module.head, parameter)
+    for reader, parameters in [(module.head, module.head.reads()), *((x, x.parameters()) for x in _layers(module))]:
+        for parameter in parameters:
+            register_external_parameter(reader, parameter)
 
 
-def _keep_whole(engine: Any, module: PolicyModule) -> list[Any]:
-    """Have towers kept whole; returns all parameters that are."""
-    kept = engine.optimizer.persistent_parameters
-    if module.media is not None:
-        for parameter in (p for tower in module.media.towers() for p in tower.parameters(recurse=False)):
-            if not parameter.ds_persist:
-                parameter.ds_persist = True
-                kept.append(parameter)
-    found: list[Any] = kept
-    return found
+@contextmanager
+def _without_towers(module: PolicyModule) -> Iterator[None]:
+    """Inside the context the model is its language model alone; what else it has is as before after it."""
+    if module.media is None:
+        yield
+        return
+    model = module.model
+    kept = [text_backbone(model), model.get_output_embeddings(), getattr(model, HEAD, None)]
+    away: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
+    for holder in [m for m in model.modules() if m is not kept[0] and any(kept[0] is inner for inner in m.modules())]:
+        towers = {n: m for n, m in holder.named_children() if not any(inner is k for inner in m.modules() for k in kept)}
+        away.append((holder, towers, dict(holder._parameters)))
+        holder._parameters.clear()
+        for name in towers:
+            del holder._modules[name]
+    try:
+        yield
+    finally:
+        for holder, towers, parameters in away:
+            holder._parameters.update(parameters)
+            holder._modules.update(towers)
