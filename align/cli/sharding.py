@@ -17,8 +17,8 @@ def check_sharding(recipe: Recipe, found: Findings) -> None:
     if trainer.strategy.stage and trainer.ranks > 1 and trainer.gpus is not None and 0 < trainer.gpus < 1:
         found.add(
             Unsupported(
-                f"`strategy: {trainer.strategy.name}` with ranks that share a GPU (`gpus: {trainer.gpus:g}` each): NCCL "
-                "wants a GPU for each",
+                f"`strategy: {trainer.strategy.name}` with ranks that share a GPU (`gpus: {trainer.gpus:g}` each): "
+                "NCCL wants a GPU for each",
                 where=WHERE,
                 remedy="set `placement.trainer.gpus: 1`, or leave `strategy` out",
             )
@@ -47,8 +47,8 @@ def _check_stage_3(recipe: Recipe, stage: TrainStage, found: Findings) -> None:
         if adapter.modes[part] != "frozen":
             found.add(
                 Unsupported(
-                    f"`strategy: zero3` with `adapter.tune.{part}: {adapter.modes[part]}`: ranks run towers as often as "
-                    "their rows have media, and what is spread must be run by all at one time",
+                    f"`strategy: zero3` with `adapter.tune.{part}: {adapter.modes[part]}`: ranks run towers as often "
+                    "as their rows have media, and what is spread must be run by all at one time",
                     where=WHERE,
                     remedy="use zero2, or leave the towers frozen",
                 ),

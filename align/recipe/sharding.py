@@ -14,9 +14,7 @@ KEEP_WHOLE = 100_000
 _ZERO = "use zero1, zero2 or zero3"
 _REFUSED = {
     **dict.fromkeys(("fsdp", "fsdp1", "fsdp2"), f"FSDP is not offered by this version: {_ZERO}, which shard the same"),
-    **dict.fromkeys(
-        ("tensor", "tp", "tensor_parallel"), f"tensor parallelism is not offered by this version: {_ZERO}"
-    ),
+    **dict.fromkeys(("tensor", "tp", "tensor_parallel"), f"tensor parallelism is not offered by this version: {_ZERO}"),
     **dict.fromkeys(
         ("sequence", "sp", "ulysses", "context", "cp"),
         "sequence parallelism is not offered by this version: lower `packing.max_tokens`, or use "

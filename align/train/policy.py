@@ -163,9 +163,7 @@ class LoraPolicy:
         base = dict(adapters.full_state(self.module.model, self.dtype, shards)) if self.whole else {}
 
         def write_base(inside: Path) -> None:
-            adapters.write_full(
-                base, self.module.model, inside / OWN_BASE, base=Path(self.spec.base), dtype=self.dtype
-            )
+            adapters.write_full(base, self.module.model, inside / OWN_BASE, base=Path(self.spec.base), dtype=self.dtype)
 
         with shards.whole(self._own()):
             if shards.writes:

@@ -49,7 +49,7 @@ class TrainerSpec:
     device: str = "auto"
     trainable: bool = True
     labels: Labels | None = None
-    sharding: Sharding = Sharding()
+    sharding: Sharding = field(default_factory=Sharding)
 
 
 def scoring_spec(

@@ -32,9 +32,7 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def save_state(
-    folder: Path, strategy: Strategy, numbers: dict[str, Any], random: Sequence[dict[str, Tensor]]
-) -> None:
+def save_state(folder: Path, strategy: Strategy, numbers: dict[str, Any], random: Sequence[dict[str, Tensor]]) -> None:
     """Write parameters, optimizer moments, every rank's random state and `numbers` into an existing folder, in a form
     that does not depend on how they are spread over ranks. All ranks call it; the one that writes writes."""
     parameters: dict[str, Tensor] = {}

@@ -87,9 +87,7 @@ class PolicyTrainer:
         self.optimizer = make_optimizer(self.parts, spec.optim, spec.rates) if spec.trainable else None
         self._sizes = self._described_sizes()
         # last: from here on this rank may hold its part of the parameters only
-        self.strategy = make_strategy(
-            spec.sharding, self.module, self.optimizer, self.ranks, spec.optim.max_grad_norm
-        )
+        self.strategy = make_strategy(spec.sharding, self.module, self.optimizer, self.ranks, spec.optim.max_grad_norm)
 
     @property
     def keep_together(self) -> bool:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from align.errors import Unsupported
 from align.model.adapter_config import HEAD
 from align.model.policy_module import PolicyModule, text_backbone
+from align.model.shards import Shards
 from align.train.state import trainable
 from align.train.strategy import STEP, Moments, unequal_steps
 from align.types import HeadOutputs
@@ -57,7 +58,8 @@ class Zero:
         ranks: Ranks,
         max_grad_norm: float | None,
     ):
-        self.name, self.module, self.ranks, self.optimizer = sharding.name, module, ranks, optimizer
+        self.name: str = sharding.name
+        self.module, self.ranks, self.optimizer = module, ranks, optimizer
         self.stage = sharding.stage
         self.named = trainable(module)
         _refuse(sharding, module, optimizer, ranks)
@@ -67,7 +69,8 @@ class Zero:
         everything = all(p.requires_grad for p in module.parameters()) and module.media is None
         self.as_they_come = everything and self.stage > 1
         self.engine = _engine(sharding, module, optimizer, ranks, max_grad_norm)
-        self.shards = _Partitions(self.stage, writes=ranks.rank == 0)
+        self.partitions = _Partitions(self.stage, writes=ranks.rank == 0)
+        self.shards: Shards = self.partitions
         self._idle: set[int] = set()
         self._hidden: list[tuple[dict[str, Any], list[Tensor]]] = []
         optimizer.register_step_pre_hook(self._hide_idle)
@@ -155,7 +158,7 @@ class Zero:
         self._make_moments(moments)
         for name, parameter in self.named.items():
             value = parameters[name].to(parameter.device)
-            with self.shards.whole([parameter], modified=True):
+            with self.partitions.whole([parameter], modified=True):
                 parameter.copy_(value)
             safe_set_full_fp32_param(parameter, value.float())
             for key in MOMENTS:
@@ -256,7 +259,7 @@ def _refuse_for_stage_3(module: PolicyModule) -> None:
         )
     if module.media is not None and any(p.requires_grad for t in module.media.towers() for p in t.parameters(False)):
         raise Unsupported(
-            "zero3 where the vision tower or the projector is trained: ranks run them as often as their rows have media",
+            "zero3 where the vision tower or the projector is trained: ranks run them as often as they have media",
             where=WHERE,
             remedy="use zero2, or freeze them: `adapter: {tune: {vision: frozen, projector: frozen}}`",
         )
@@ -319,9 +322,12 @@ def _deepspeed(device: torch.device) -> Any:
         )
     import deepspeed
     import deepspeed.ops
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if device.type == "cpu":
+        if deepspeed.get_accelerator().device_name() != "cpu":  # others import it first, and it looks for a GPU then
+            deepspeed.accelerator.set_accelerator(CPU_Accelerator())
         # otherwise a kernel for sums in shared memory is compiled at the first start, for 40 s
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
@@ -333,8 +339,8 @@ def _deepspeed(device: torch.device) -> Any:
 
 def _layers(module: PolicyModule) -> list[nn.Module]:
     """The decoder layers of the language model: the longest of its lists."""
-    lists = [m for m in text_backbone(module.model).children() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=len)) if lists else []
+    lists = [list(m) for m in text_backbone(module.model).children() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=len, default=[])
 
 
 def _declare_reads(module: PolicyModule) -> None:
@@ -347,6 +353,10 @@ def _declare_reads(module: PolicyModule) -> None:
             register_external_parameter(reader, parameter)
 
 
+def _holds(module: nn.Module, wanted: Sequence[Any]) -> bool:
+    return any(inner is one for inner in module.modules() for one in wanted)
+
+
 @contextmanager
 def _without_towers(module: PolicyModule) -> Iterator[None]:
     """Inside the context the model is its language model alone; what else it has is as before after it."""
@@ -355,16 +365,16 @@ def _without_towers(module: PolicyModule) -> Iterator[None]:
         return
     model = module.model
     kept = [text_backbone(model), model.get_output_embeddings(), getattr(model, HEAD, None)]
-    away: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
-    for holder in [m for m in model.modules() if m is not kept[0] and any(kept[0] is inner for inner in m.modules())]:
-        towers = {n: m for n, m in holder.named_children() if not any(inner is k for inner in m.modules() for k in kept)}
-        away.append((holder, towers, dict(holder._parameters)))
+    before: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
+    for holder in [m for m in model.modules() if m is not kept[0] and _holds(m, kept[:1])]:
+        before.append((holder, dict(holder._modules), dict(holder._parameters)))
         holder._parameters.clear()
-        for name in towers:
+        for name in [name for name, m in holder.named_children() if not _holds(m, kept)]:
             del holder._modules[name]
     try:
         yield
     finally:
-        for holder, towers, parameters in away:
+        for holder, children, parameters in before:
             holder._parameters.update(parameters)
-            holder._modules.update(towers)
+            holder._modules.clear()
+            holder._modules.update(children)
