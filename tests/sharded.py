@@ -163,7 +163,8 @@ def apart(one: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
 
 
 def on_ranks(size: int, folder: Path, job: Callable[[Ranks], Any], limit_s: float = 300.0) -> list[Any]:
-    """What `job`, a picklable function, answers on each of `size` processes that form one group."""
+    """What `job`, a picklable function, answers on each of `size` processes that form one group. Each ends when it
+    is done, and does not wait for the others."""
     meeting = folder / f"meet-{os.urandom(4).hex()}"
     meeting.mkdir(parents=True)
     processes = start_processes(_rank, (meeting, size, job), nprocs=size, join=False, start_method="spawn")
@@ -180,5 +181,4 @@ def _rank(rank: int, meeting: Path, size: int, job: Callable[[Ranks], Any]) -> N
     torch.set_num_threads(1)
     ranks = Ranks.join(rank, size, init_method=f"file://{meeting}/store", limit_s=120.0)
     torch.save(job(ranks), meeting / f"{rank}.pt")
-    ranks.barrier()
     os._exit(0)  # what DeepSpeed leaves for the interpreter's end is not worth waiting for

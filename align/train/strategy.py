@@ -10,7 +10,7 @@ DeepSpeed's ZeRO. A further one (FSDP2, tensor parallelism) is a further class w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -154,8 +154,3 @@ class Replicated:
 
     def close(self) -> None:
         """Nothing outlives the trainer."""
-
-
-def unequal_steps(moments: Sequence[Moments]) -> float:
-    """The number of updates of parameters that share one counter: the most that any of them took."""
-    return max((float(own[STEP]) for own in moments if STEP in own), default=0.0)

@@ -6,6 +6,7 @@ every case and 20 steps, is `python -m tests.prove ranks`.
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from align.errors import NonFiniteError, Unsupported
+from align.errors import NonFiniteError, RanksError, Unsupported
 from align.protocols import Publication
 from align.recipe.sharding import Sharding
 from align.train.ranks import Ranks
@@ -59,6 +60,13 @@ def together(folder: Path, ranks: Ranks) -> dict[str, Any]:
     )
     found["bad"] = {strategy: bad_steps(folder, strategy, ranks) for strategy in ("zero2", "zero3")}
     found["published"] = {case: publish(folder, case, "zero3", ranks) for case in ("adapter", "merged", "full")}
+    lost = PolicyTrainer(spec_of(folder, CASES["sft"], STRATEGIES["zero3"]), ranks=ranks)
+    ranks.barrier()
+    if ranks.rank == 1:
+        begun = time.monotonic()
+        with pytest.raises(RanksError) as caught:
+            lost.evaluate(trees_of(folder, CASES["sft"], 0))
+        found["lost"] = time.monotonic() - begun, str(caught.value)
     return found
 
 
@@ -158,6 +166,11 @@ def test_what_is_not_finite_on_one_rank_changes_neither_weights_nor_moments(two:
         for strategy, found in rank["bad"].items():
             assert "3 steps in a row" in found["error"], strategy
             assert found["same"] and found["moments"], strategy
+
+
+def test_a_rank_whose_partner_ended_says_so_at_once(two: Any) -> None:
+    seconds, message = two[1]["lost"]
+    assert seconds < 20 and "rank 1 of 2 lost the others" in message and "another rank failed first" in message
 
 
 @pytest.mark.parametrize("what", ["adapter", "merged", "full"])
