@@ -70,11 +70,9 @@ def _named(value: Any) -> Any:
     if not isinstance(found, str):
         return value
     word = found.lower().replace("-", "").replace("zero_", "zero")
-    if word in _REFUSED and word not in NAMES:
-        raise ValueError(_REFUSED[word])
-    if isinstance(value, dict):
-        return {**value, "name": word}
-    return {"name": word}
+    if word not in NAMES:
+        raise ValueError(_REFUSED.get(word, f"{found!r} is no strategy: use {', '.join(NAMES)}"))
+    return {**(value if isinstance(value, dict) else {}), "name": word}
 
 
 ShardingField = Annotated[Sharding, BeforeValidator(_named)]
