@@ -75,20 +75,22 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def full_state(model: Any, dtype: torch.dtype | None = None, shards: Shards = WHOLE) -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint name, tensor) of a model's weights; of tied weights, the one that checkpoints store. In `dtype`, or
-    (None) as they are. Weights that are spread over ranks are read one at a time, and given to the rank that writes."""
+    """(checkpoint name, tensor) of a model's weights; of tied weights, the one that checkpoints store. In `dtype`
+    on the CPU, or (None) as they are. Weights are read one at a time; those that are spread over ranks are given to the
+    rank that writes."""
     state: dict[str, Tensor] = {}
     for key, tensor in _untied_state(model):
         with shards.whole([tensor]):
             if shards.writes:
-                state[key] = shards.kept(tensor.detach() if dtype is None else cast(tensor, dtype))
+                state[key] = shards.kept(tensor.detach() if dtype is None else cast(tensor, dtype).cpu())
     yield from _checkpoint_names(model, state) if shards.writes else ()
 
 
 def merged_state(
     peft: Any, dtype: torch.dtype, name: str = "default", shards: Shards = WHOLE
 ) -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint name, tensor in `dtype`) of the base with adapter `name` merged in; `shards` as in `full_state`.
+    """(checkpoint name, tensor in `dtype` on the CPU) of the base with adapter `name` merged in; `shards` as in
+    `full_state`.
 
     Each merged weight is made in float32 and then cast; the model's own weights are left as they are.
     """
@@ -105,9 +107,9 @@ def merged_state(
                 weight, bias = merged_parameters(layers[path], name)
                 merged = weight if leaf == "weight" else bias
                 assert merged is not None
-                state[key] = shards.kept(merged.to(dtype))
+                state[key] = shards.kept(merged.to(dtype).cpu())
             else:
-                state[key] = shards.kept(cast(tensor, dtype))
+                state[key] = shards.kept(cast(tensor, dtype).cpu())
     yield from _checkpoint_names(model, state) if shards.writes else ()
 
 

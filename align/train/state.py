@@ -7,11 +7,12 @@ beside the adapter or model folder that other programs load.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -32,6 +33,17 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
+def moment_key(name: str, field: str) -> str:
+    """Of the moment `field` ("exp_avg", "exp_avg_sq", "step") of the parameter `name`, in a checkpoint."""
+    return f"{name}|{field}"
+
+
+def moment_of(key: str) -> tuple[str, str]:
+    """The parameter's name and the field that `moment_key` joined."""
+    name, _, field = key.rpartition("|")
+    return name, field
+
+
 def save_state(folder: Path, strategy: Strategy, numbers: dict[str, Any], random: Sequence[dict[str, Tensor]]) -> None:
     """Write parameters, optimizer moments, every rank's random state and `numbers` into an existing folder, in a form
     that does not depend on how they are spread over ranks. All ranks call it; the one that writes writes."""
@@ -40,7 +52,7 @@ def save_state(folder: Path, strategy: Strategy, numbers: dict[str, Any], random
     for name, value, own in strategy.state():
         if strategy.shards.writes:
             parameters[name] = value.contiguous()
-            moments |= {f"{name}|{key}": moment.contiguous() for key, moment in own.items()}
+            moments |= {moment_key(name, key): moment.contiguous() for key, moment in own.items()}
     if not strategy.shards.writes:
         return
     save_file(parameters, folder / PARAMETERS)
@@ -56,7 +68,40 @@ def load_state(folder: Path, strategy: Strategy, shapes: Mapping[str, torch.Size
     shapes: of the parameters that are trained. A rank that the checkpoint does not know (it was made on fewer) keeps
     the random state it has.
     """
-    saved = load_file(folder / PARAMETERS)
+    with safe_open(folder / PARAMETERS, "pt") as one, safe_open(folder / OPTIMIZER, "pt") as other:
+        saved, moments = _Stored(one), _Stored(other)
+        _require_shapes(saved, shapes, folder)
+        strategy.load(saved, moments)
+    prefix = f"{rank}/" if rank else ""
+    saved_random = load_file(folder / RANDOM)
+    _restore_random_state({k.removeprefix(prefix): s for k, s in saved_random.items() if k.startswith(prefix)})
+    numbers: dict[str, Any] = json.loads((folder / NUMBERS).read_text())
+    return numbers
+
+
+class _Stored(Mapping[str, Tensor]):
+    """Tensors of a file, each read when it is asked for: no rank needs the memory for all."""
+
+    def __init__(self, file: Any):
+        self.file, self.names = file, set(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        tensor: Tensor = self.file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.file.get_slice(name).get_shape())
+
+
+def _require_shapes(saved: _Stored, shapes: Mapping[str, torch.Size], folder: Path) -> None:
     if saved.keys() != shapes.keys():
         odd = sorted(saved.keys() ^ shapes.keys())
         raise CheckpointError(
@@ -65,21 +110,11 @@ def load_state(folder: Path, strategy: Strategy, shapes: Mapping[str, torch.Size
             remedy="resume with the recipe the checkpoint was made with",
         )
     for name, shape in shapes.items():
-        if saved[name].shape != shape:
+        if saved.shape(name) != tuple(shape):
             raise CheckpointError(
-                f"{name} is {tuple(shape)} here and {tuple(saved[name].shape)} in the checkpoint",
+                f"{name} is {tuple(shape)} here and {saved.shape(name)} in the checkpoint",
                 where=folder,
             )
-    moments: dict[str, dict[str, Tensor]] = {}
-    for key, value in load_file(folder / OPTIMIZER).items():
-        name, _, field = key.rpartition("|")
-        moments.setdefault(name, {})[field] = value
-    strategy.load(saved, moments)
-    prefix = f"{rank}/" if rank else ""
-    saved_random = load_file(folder / RANDOM)
-    _restore_random_state({k.removeprefix(prefix): s for k, s in saved_random.items() if k.startswith(prefix)})
-    numbers: dict[str, Any] = json.loads((folder / NUMBERS).read_text())
-    return numbers
 
 
 def random_state() -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from align.model.shards import Shards, Whole
-from align.train.state import trainable
+from align.train.state import moment_of, trainable
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from align.train.ranks import Ranks
     from align.types import HeadOutputs, TokenBatch
 
-STEP = "step"
+STEP, MOMENTS = "step", ("exp_avg", "exp_avg_sq")
 Moments = dict[str, Tensor]  # of one parameter: AdamW's `exp_avg` and `exp_avg_sq`, shaped as it, and `step` f32[]
 
 
@@ -66,8 +66,9 @@ class Strategy(Protocol):
         """(name, parameter, moments) of all that is trained, whole and on the CPU; no moments before a first step."""
         ...
 
-    def load(self, parameters: Mapping[str, Tensor], moments: Mapping[str, Moments]) -> None:
-        """Continue with what `state` gave, of whichever strategy and number of ranks. Given whole on every rank."""
+    def load(self, parameters: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        """Continue with what `state` gave, of whichever strategy and number of ranks: whole on every rank, moments by
+        `align.train.state.moment_key`. Tensors may be read from a file as they are asked for."""
         ...
 
     def close(self) -> None: ...
@@ -142,15 +143,17 @@ class Replicated:
             yield name, parameter.detach().cpu(), {key: value.detach().cpu() for key, value in moments.items()}
 
     @torch.no_grad()
-    def load(self, parameters: Mapping[str, Tensor], moments: Mapping[str, Moments]) -> None:
+    def load(self, parameters: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         assert self.optimizer is not None, "this trainer was made without an optimizer"
         self.optimizer.state.clear()
         for name, parameter in self.named.items():
             parameter.copy_(parameters[name])
-            for key, value in moments.get(name, {}).items():
-                # AdamW keeps its step counter on the CPU unless fused on CUDA, as torch's own load_state_dict does
-                device = parameter.device if key != STEP or parameter.is_cuda else torch.device("cpu")
-                self.optimizer.state[parameter][key] = value.to(device)
+        for key in moments:
+            name, field = moment_of(key)
+            parameter = self.named[name]
+            # AdamW keeps its step counter on the CPU unless fused on CUDA, as torch's own load_state_dict does
+            device = parameter.device if field != STEP or parameter.is_cuda else torch.device("cpu")
+            self.optimizer.state[parameter][field] = moments[key].to(device)
 
     def close(self) -> None:
         """Nothing outlives the trainer."""

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from align.model.policy_module import PolicyModule
 from align.model.shards import Shards
-from align.train.state import trainable
-from align.train.strategy import STEP, Moments
+from align.train.state import moment_key, trainable
+from align.train.strategy import MOMENTS, STEP, Moments
 from align.train.zero_engine import declare_reads, make_engine, refuse
 from align.types import HeadOutputs
 
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from align.recipe.sharding import Sharding
     from align.train.ranks import Ranks
     from align.types import TokenBatch
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Zero:
@@ -165,7 +163,7 @@ class Zero:
             yield name, value, own
 
     @torch.no_grad()
-    def load(self, parameters: Mapping[str, Tensor], moments: Mapping[str, Moments]) -> None:
+    def load(self, parameters: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         self._make_moments(moments)
@@ -174,11 +172,11 @@ class Zero:
             with self.partitions.whole([parameter], modified=True):
                 parameter.copy_(value)
             safe_set_full_fp32_param(parameter, value.float())
-            for key in MOMENTS:
-                if key in moments.get(name, {}):
-                    safe_set_full_optimizer_state(parameter, moments[name][key].to(value.device), key)
+            for field in MOMENTS:
+                if (key := moment_key(name, field)) in moments:
+                    safe_set_full_optimizer_state(parameter, moments[key].to(value.device), field)
 
-    def _make_moments(self, moments: Mapping[str, Moments]) -> None:
+    def _make_moments(self, moments: Mapping[str, Tensor]) -> None:
         """Room for the moments that are to be loaded, as a first step would make it. Parameters of a group share a
         counter of updates: the most that any of them took."""
         names = {id(p): name for name, p in self.named.items()}
@@ -186,8 +184,8 @@ class Zero:
         if not moments:
             return
         for number, group in enumerate(self.groups):
-            own = [moments.get(names[id(p)], {}) for p in group]
-            updates = max((float(one[STEP]) for one in own if one), default=0.0)
+            counters = [key for p in group if (key := moment_key(names[id(p)], STEP)) in moments]
+            updates = max((float(moments[key]) for key in counters), default=0.0)
             for flat in self._flat(number):
                 counter = torch.tensor(updates, dtype=torch.float32, device=flat.device)
                 self.optimizer.state[flat] = {STEP: counter, **{key: torch.zeros_like(flat) for key in MOMENTS}}
