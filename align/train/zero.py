@@ -150,6 +150,7 @@ class Zero:
     def state(self) -> Iterator[tuple[str, Tensor, Moments]]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        self._link_moments()
         steps = [self._flat_state(n).get(STEP) for n in range(len(self.groups))]
         number = {id(p): n for n, group in enumerate(self.groups) for p in group}
         for name, parameter in self.named.items():
@@ -189,6 +190,11 @@ class Zero:
             for flat in self._flat(number):
                 counter = torch.tensor(updates, dtype=torch.float32, device=flat.device)
                 self.optimizer.state[flat] = {STEP: counter, **{key: torch.zeros_like(flat) for key in MOMENTS}}
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Have DeepSpeed find each parameter's part of the flat moments again: it looks once, when the first of the
+        groups has made its step and the others have no moments yet."""
         if self.stage < 3:
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()

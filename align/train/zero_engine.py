@@ -133,7 +133,7 @@ def _deepspeed(device: torch.device) -> Any:
     import deepspeed.ops
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of what is meant here
     if device.type == "cpu":
         if deepspeed.get_accelerator().device_name() != "cpu":  # others import it first, and it looks for a GPU then
             deepspeed.accelerator.set_accelerator(CPU_Accelerator())
