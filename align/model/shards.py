@@ -19,7 +19,7 @@ class Shards(Protocol):
         ...
 
     def kept(self, tensor: Tensor) -> Tensor:
-        """`tensor`, read inside `whole` on the rank that writes, to be used after it."""
+        """`tensor`, read inside `whole` on the rank that writes, on the CPU, to be used after it."""
         ...
 
 
@@ -33,7 +33,7 @@ class Whole:
         return nullcontext()
 
     def kept(self, tensor: Tensor) -> Tensor:
-        return tensor
+        return tensor.detach().cpu()
 
 
 WHOLE = Whole()

@@ -82,7 +82,7 @@ def full_state(model: Any, dtype: torch.dtype | None = None, shards: Shards = WH
     for key, tensor in _untied_state(model):
         with shards.whole([tensor]):
             if shards.writes:
-                state[key] = shards.kept(tensor.detach() if dtype is None else cast(tensor, dtype).cpu())
+                state[key] = tensor.detach() if dtype is None else shards.kept(cast(tensor, dtype))
     yield from _checkpoint_names(model, state) if shards.writes else ()
 
 
@@ -107,9 +107,9 @@ def merged_state(
                 weight, bias = merged_parameters(layers[path], name)
                 merged = weight if leaf == "weight" else bias
                 assert merged is not None
-                state[key] = shards.kept(merged.to(dtype).cpu())
+                state[key] = shards.kept(merged.to(dtype))
             else:
-                state[key] = shards.kept(cast(tensor, dtype).cpu())
+                state[key] = shards.kept(cast(tensor, dtype))
     yield from _checkpoint_names(model, state) if shards.writes else ()
 
 

@@ -61,7 +61,7 @@ class Zero:
         everything = all(p.requires_grad for p in module.parameters()) and module.media is None
         self.as_they_come = everything and self.stage > 1
         self.engine = make_engine(sharding, module, optimizer, max_grad_norm)
-        self.partitions = _Partitions(self.stage, writes=ranks.rank == 0)
+        self.partitions = _Partitions(writes=ranks.rank == 0)
         self.shards: Shards = self.partitions
         self._idle: set[int] = set()
         self._hidden: list[tuple[dict[str, Any], list[Tensor]]] = []
@@ -160,7 +160,7 @@ class Zero:
             step = steps[number[id(parameter)]]
             if step is not None:
                 own = {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in MOMENTS}
-                own[STEP] = step.detach().cpu()
+                own[STEP] = step.detach().to("cpu", copy=True)
             yield name, value, own
 
     @torch.no_grad()
@@ -218,8 +218,8 @@ class Zero:
 class _Partitions:
     """See `align.model.shards.Shards`."""
 
-    def __init__(self, stage: int, writes: bool):
-        self.stage, self.writes = stage, writes
+    def __init__(self, writes: bool):
+        self.writes = writes
 
     def whole(self, tensors: Sequence[Tensor], modified: bool = False) -> AbstractContextManager[None]:
         """modified: what rank 0 makes of them inside is what all go on with."""
@@ -232,6 +232,5 @@ class _Partitions:
         return found
 
     def kept(self, tensor: Tensor) -> Tensor:
-        if self.stage < 3:
-            return tensor
-        return tensor.detach().to("cpu", copy=True) if self.writes else tensor.new_empty(0)
+        # a copy: parameters are parts of one flat tensor, or go back to their ranks
+        return tensor.detach().to("cpu", copy=True)
