@@ -130,6 +130,7 @@ class RayBackend:
             device="cuda" if gpu else "cpu",
             trainable=job.trainable,
             labels=job.labels,
+            sharding=self.placement.trainer.strategy,
         )
 
     async def _reference(self, job: TrainerJob, path: ReferencePath, policy: TrainerSpec) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from align.cli.findings import Findings
+from align.cli.sharding import check_sharding
 from align.errors import PluginError, RecipeError, Unsupported
 from align.losses import configure, load
 from align.losses.base import Needs
@@ -33,6 +34,7 @@ def check_recipe(recipe: Recipe, found: Findings) -> set[str]:
     """Everything that the recipe alone decides, into `found`; returns the ids of stages whose losses are sound."""
     sound: set[str] = set()
     _check_whole(recipe, found)
+    check_sharding(recipe, found)
     with found.gather():
         check_adapters(recipe)  # again with the adapter that the recipe starts from, once its folder is known
     for stage in recipe.stages:

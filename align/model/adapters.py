@@ -40,6 +40,7 @@ from align.model.weights import (
     save_full,
     tensors_digest,
     weights_digest,
+    write_full,
 )
 from align.recipe.adapter import Adapter, Quant
 from align.recipe.adapter_folder import QuantisedBase, quantised_base
@@ -61,6 +62,7 @@ __all__ = [
     "untie_head",
     "use_adapter",
     "weights_digest",
+    "write_full",
 ]
 
 DEFAULT = "default"

@@ -100,7 +100,7 @@ class MediaFeatures:
 
         An adapter that is switched off, in a reference pass, is still an adapter: its parameters look frozen then.
         """
-        for module in self._towers():
+        for module in self.towers():
             if hasattr(module, "lora_A") or any(p.requires_grad for p in module.parameters(recurse=False)):
                 return False
             chance = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
@@ -108,7 +108,7 @@ class MediaFeatures:
                 return False
         return True
 
-    def _towers(self) -> Iterator[nn.Module]:
+    def towers(self) -> Iterator[nn.Module]:
         """Every module of the model that is not its language model's."""
         text = self.whole.get_decoder()
         inside = {id(module) for module in text.modules()}

@@ -62,6 +62,7 @@ class PolicyModule(nn.Module):
         model.config.get_text_config().output_router_logits = False  # losses of a mixture's router are off
         self.last_layer = LastLayer(text_backbone(model))
         self.media = MediaFeatures(model, media_cache) if takes_media(model) else None
+        self.head = OutputHead(model)
         self.wanted_attention = attention
         self.use("shared", "sdpa")
 
@@ -88,22 +89,16 @@ class PolicyModule(nn.Module):
         context = nullcontext() if self.autocast is None else torch.autocast(device.type, dtype=self.autocast)
         scores = has_score_head(self.model)
         with context, self._words_for_marks(batch) as plain:
+            idle = None
+            if batch.idle_media and self.media is not None:  # towers first, as where there are media
+                idle = self.media.nothing(batch.idle_media, device)
             hidden = self._hidden(plain, batch.score_at if scores else batch.predict_at)
-            if batch.idle_media and self.media is not None:
-                hidden = hidden + self.media.nothing(batch.idle_media, device).to(hidden.dtype)
+            hidden = hidden if idle is None else hidden + idle.to(hidden.dtype)
         if scores:
             wanted = score(self.model, hidden) if "scores" in want else None
             return HeadOutputs(logps=hidden.new_zeros(0, dtype=torch.float32), scores=wanted)
-        weight, bias = output_embedding(self.model)
-        scored = hidden.to(self.autocast or weight.dtype)
-        return fused_head(
-            scored,
-            weight.to(scored.dtype),
-            batch.labels,
-            bias=None if bias is None else bias.to(scored.dtype),
-            transform=self.transform,
-            want=want,
-        )
+        logps, entropy, log_sum_sq = self.head(hidden, batch.labels, self.transform, want, self.autocast)
+        return HeadOutputs(logps=logps, entropy=entropy, log_sum_sq=log_sum_sq)
 
     @contextmanager
     def _words_for_marks(self, batch: TokenBatch) -> Iterator[TokenBatch]:
@@ -120,7 +115,9 @@ class PolicyModule(nn.Module):
 
     def _hidden(self, batch: TokenBatch, at: Tensor) -> Tensor:
         """Hidden states [K, D] of the tokens at places `at` i64[K] of the packed row."""
-        backbone = self.model.base_model if batch.media else text_backbone(self.model)
+        # with idle media as with media, so that all ranks run the same modules
+        seeing = batch.media or (batch.idle_media and self.media is not None)
+        backbone = self.model.base_model if seeing else text_backbone(self.model)
         types, placed = self._placed(batch)
         if self.layout == "unshared":
             return unshared.hidden_states(backbone, batch, at, self._inputs_of_rows(batch, types, placed))
@@ -178,6 +175,42 @@ class PolicyModule(nn.Module):
             return found | ({"mm_encoder_outputs": media.laid(in_rows, features)} if in_rows else {})
 
         return inputs
+
+
+class OutputHead(nn.Module):
+    """`fused_head` with a model's output embedding. A module, without parameters of its own, so that a strategy that
+    spreads parameters can gather around it what it reads."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self._model = (model,)  # in a tuple: it is not part of this module
+
+    def reads(self) -> list[nn.Parameter]:
+        """The parameters that are read outside the forward of the modules that hold them."""
+        [model] = self._model
+        head = None if has_score_head(model) else model.get_output_embeddings()
+        return [] if head is None else list(head.parameters())
+
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        transform: LogitTransform,
+        want: Collection[str],
+        autocast: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """hidden [N, D], labels i64[N] -> log-probabilities f32[N], and what `fused_head` adds of `want`."""
+        weight, bias = output_embedding(self._model[0])
+        scored = hidden.to(autocast or weight.dtype)
+        out = fused_head(
+            scored,
+            weight.to(scored.dtype),
+            labels,
+            bias=None if bias is None else bias.to(scored.dtype),
+            transform=transform,
+            want=want,
+        )
+        return out.logps, out.entropy, out.log_sum_sq
 
 
 _OTHER_MODEL = "choose another model, one whose attention goes through transformers' AttentionInterface"

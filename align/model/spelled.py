@@ -43,7 +43,7 @@ def words_for_marks(model: Any, token_ids: Tensor, in_media: Tensor, unlike: Seq
         return
     embedding = model.get_input_embeddings()
     taken = set(token_ids.unique().tolist()) | set(marks) | set(unlike)
-    free = (n for n in range(embedding.weight.shape[0]) if n not in taken)
+    free = (n for n in range(embedding.num_embeddings) if n not in taken)
     words = {mark: next(free) for mark in marks}
     changed = token_ids
     for mark, word in words.items():
@@ -56,7 +56,8 @@ def words_for_marks(model: Any, token_ids: Tensor, in_media: Tensor, unlike: Seq
             meant = torch.where(ids == word, mark, meant)
         return output if torch.equal(meant, ids) else module.forward(meant)  # not a call: hooks have run
 
-    handle = embedding.register_forward_hook(own_vector)
+    # first of its hooks: those of a strategy that spreads weights put them away
+    handle = embedding.register_forward_hook(own_vector, prepend=True)
     try:
         yield changed
     finally:

@@ -18,6 +18,7 @@ from align.errors import Unsupported
 from align.model.folders import copy_all_but_weights, written_aside
 from align.model.quantised import dense, linear_weight, quantised_layers
 from align.model.score_head import edit_score_config, has_score_head
+from align.model.shards import WHOLE, Shards
 from align.protocols import digest_arrays
 
 MAX_SHARD = "5GB"
@@ -74,31 +75,43 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
 
 
-def full_state(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint name, tensor) of a model's weights; of tied weights, the one that checkpoints store."""
-    yield from _checkpoint_names(model, dict(_untied_state(model)))
+def full_state(model: Any, dtype: torch.dtype | None = None, shards: Shards = WHOLE) -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint name, tensor) of a model's weights; of tied weights, the one that checkpoints store. In `dtype`
+    on the CPU, or (None) as they are. Weights are read one at a time; those that are spread over ranks are given to the
+    rank that writes."""
+    state: dict[str, Tensor] = {}
+    for key, tensor in _untied_state(model):
+        with shards.whole([tensor]):
+            if shards.writes:
+                state[key] = tensor.detach() if dtype is None else shards.kept(cast(tensor, dtype))
+    yield from _checkpoint_names(model, state) if shards.writes else ()
 
 
-def merged_state(peft: Any, dtype: torch.dtype, name: str = "default") -> Iterator[tuple[str, Tensor]]:
-    """(checkpoint name, tensor in `dtype`) of the base with adapter `name` merged in.
+def merged_state(
+    peft: Any, dtype: torch.dtype, name: str = "default", shards: Shards = WHOLE
+) -> Iterator[tuple[str, Tensor]]:
+    """(checkpoint name, tensor in `dtype` on the CPU) of the base with adapter `name` merged in; `shards` as in
+    `full_state`.
 
-    Each merged weight is made in float32 and then cast, and is on the CPU where the base is packed: a device that holds
-    a base in four bits has no room for it in full. The model's own weights are left as they are.
+    Each merged weight is made in float32 and then cast. The model's own weights are left as they are.
     """
     model = peft.get_base_model()
     layers = dict(lora_layers(peft, name))
-    device = "cpu" if quantised_layers(model) else None
     state: dict[str, Tensor] = {}
     for key, tensor in _untied_state(model):
         path, _, leaf = key.rpartition(".")
-        if path in layers and leaf in ("weight", "bias"):
-            weight, bias = merged_parameters(layers[path], name)
-            merged = weight if leaf == "weight" else bias
-            assert merged is not None
-            state[key] = merged.to(device, dtype)
-        else:
-            state[key] = cast(tensor, dtype).to(device)
-    yield from _checkpoint_names(model, state)
+        merges = path in layers and leaf in ("weight", "bias")
+        with shards.whole([tensor, *layers[path].parameters()] if merges else [tensor]):
+            if not shards.writes:
+                continue
+            if merges:
+                weight, bias = merged_parameters(layers[path], name)
+                merged = weight if leaf == "weight" else bias
+                assert merged is not None
+                state[key] = shards.kept(merged.to(dtype))
+            else:
+                state[key] = shards.kept(cast(tensor, dtype))
+    yield from _checkpoint_names(model, state) if shards.writes else ()
 
 
 @torch.no_grad()
@@ -133,7 +146,7 @@ def _untied_state(model: Any) -> Iterator[tuple[str, Tensor]]:
     unpacked, one at a time."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     packed = {f"{path}.weight": layer.packed for path, layer in quantised_layers(model).items()}
-    for key, tensor in model.state_dict().items():
+    for key, tensor in model.state_dict(keep_vars=True).items():
         if any(part.startswith("lora_") for part in key.split(".")):
             continue
         plain = key.replace(".base_layer.", ".")
@@ -142,7 +155,7 @@ def _untied_state(model: Any) -> Iterator[tuple[str, Tensor]]:
         elif ".original_module." in plain:
             continue
         if plain not in tied:
-            yield plain, packed[key].dense() if key in packed else tensor.detach()
+            yield plain, packed[key].dense() if key in packed else tensor
 
 
 def _checkpoint_names(model: Any, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -155,7 +168,7 @@ def _checkpoint_names(model: Any, state: dict[str, Tensor]) -> Iterator[tuple[st
 def stored_names(model: Any) -> dict[str, str]:
     """Name in checkpoints of each parameter that is stored by itself, by its name in the model before any adapter;
     those that are fused with others or split in checkpoints are left out."""
-    state = dict(_untied_state(model))
+    state = {name: tensor.detach() for name, tensor in _untied_state(model)}
     own = {id(tensor): name for name, tensor in state.items()}
     return {own[id(tensor)]: stored for stored, tensor in _checkpoint_names(model, state) if id(tensor) in own}
 
@@ -169,11 +182,16 @@ def save_full(model: Any, folder: Path, *, base: Path, dtype: torch.dtype) -> No
     Weights are cast to `dtype`; config, tokenizer, chat template and generation config come from the folder `base`.
     Raises UserError where `folder` already holds files.
     """
+    write_full(dict(full_state(model, dtype)), model, folder, base=base, dtype=dtype)
+
+
+def write_full(state: Mapping[str, Tensor], model: Any, folder: Path, *, base: Path, dtype: torch.dtype) -> None:
+    """`save_full` of weights that `full_state` gave, in `dtype`."""
     from huggingface_hub import save_torch_state_dict
 
-    state = {name: cast(tensor, dtype).cpu().contiguous() for name, tensor in full_state(model)}
+    cpu = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     with written_aside(Path(folder), "model") as aside:
-        save_torch_state_dict(state, aside, max_shard_size=MAX_SHARD, metadata={"format": "pt"})
+        save_torch_state_dict(cpu, aside, max_shard_size=MAX_SHARD, metadata={"format": "pt"})
         copy_all_but_weights(Path(base), aside)
         edit_config(aside / "config.json", dtype)
         if has_score_head(model):

@@ -150,6 +150,7 @@ _ESTIMATOR = (
     "leave_one_out, scale: none}; dr_grpo {scale: none}; reinforce_plus_plus {baseline: batch}; "
     "reinforce_plus_plus_baseline {scale: none, whiten: true}; gdpo {combine: decoupled}; gae, remax are not offered"
 )
+_PARALLEL = "parallelism is not offered by this version: `placement: {trainer: {strategy: zero3}}` spreads the weights"
 _SENTENCES = {  # their word -> the whole answer, where a key alone would mislead
     "per_device_train_batch_size": "`batch` is global: `batch.sequences`, `batch.pairs` or `batch.groups`; "
     "memory is bounded by `packing.max_tokens`",
@@ -263,10 +264,23 @@ _SENTENCES = {  # their word -> the whole answer, where a key alone would mislea
     "quant_bits": "`quant_bits: 4` is `adapter: {kind: qlora}`; other numbers of bits are not offered",
     "quantization_bit": "`quantization_bit: 4` is `adapter: {kind: qlora}`; other numbers of bits are not offered",
     "merge_lora": "`merge_lora` is a stage: `{id: merged, kind: merge, from: ...}`",
-    "deepspeed": "not offered by this version: one trainer process holds the policy",
-    "fsdp": "not offered by this version: one trainer process holds the policy",
+    "deepspeed": "`deepspeed: zero2` is `placement: {trainer: {ranks: ..., strategy: zero2}}` (zero1 to zero3; with "
+    "`strategy: {name: zero3, offload: {optimizer: cpu, parameters: cpu}}`)",
+    "fsdp": "not offered by this version: `placement: {trainer: {ranks: ..., strategy: zero3}}` shards the same",
+    "fsdp_config": "not offered by this version: `placement: {trainer: {ranks: ..., strategy: zero3}}` shards the same",
+    "tensor_parallel": f"tensor {_PARALLEL}",
+    "autotp_size": f"tensor {_PARALLEL}",
+    "sequence_parallel_size": f"sequence {_PARALLEL}",
+    "ulysses_sequence_parallel_size": f"sequence {_PARALLEL}",
+    "context_parallel_size": f"sequence {_PARALLEL}",
+    "pipeline_parallel": f"pipeline {_PARALLEL}",
+    "pipeline_model_parallel_size": f"pipeline {_PARALLEL}",
+    "use_galore": "not offered by this version: GaLore; use `adapter: {kind: lora}`, whose moments are small",
+    "use_apollo": "not offered by this version: APOLLO; use `adapter: {kind: lora}`, whose moments are small",
+    "use_badam": "not offered by this version: BAdam; use `adapter: {kind: lora}`, whose moments are small",
+    "use_muon": "not offered by this version: Muon; use `optim: {name: adamw}`",
     "bf16": "`bf16: true` is `model.dtype: bfloat16`",
-    "fp16": "`fp16: true` is `model.dtype: float16`",
+    "fp16": "not offered for training, for want of loss scaling: use `model.dtype: bfloat16`",
     "system": "`system` is a column (`data.columns.system`), or a system message in the rows",
     "columns": "`columns` stands in `data`: `data: {path: ..., columns: {prompt: question}}`",
     "dataset_dir": "not needed: `data.path` is relative to the recipe's file",

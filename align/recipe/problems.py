@@ -137,7 +137,8 @@ def _keys_below(annotation: Any) -> dict[str, Any]:
 def _other_branch(detail: ErrorDetails, raw: Any) -> bool:
     """Whether this is the complaint of a union's member that the value plainly is not."""
     last = str(detail["loc"][-1]) if detail["loc"] else ""
-    if isinstance(raw, dict) and last.startswith(("literal[", "str", "int")) and detail["type"] != "extra_forbidden":
+    plain = last.startswith(("literal[", "constrained-")) or last in ("str", "int")
+    if isinstance(raw, dict) and plain and detail["type"] != "extra_forbidden":
         return last not in raw
     return isinstance(raw, list) and last == "str"
 

@@ -16,6 +16,7 @@ from align.recipe.adapter import Adapter
 from align.recipe.inputs import DataField, Media, Model, TokenizerFromScratch
 from align.recipe.labels import Labels, Problem
 from align.recipe.objectives import Objectives
+from align.recipe.sharding import Sharding, ShardingField
 from align.recipe.strict import Fraction, PositiveInt, Strict
 
 # ------------------------------------------------------------------------------------------------- stage parts
@@ -180,6 +181,12 @@ class Share(Strict):
     threads: PositiveInt | None = None
 
 
+class TrainerShare(Share):
+    """ranks: processes that train one policy together; strategy: how its parameters are spread over them."""
+
+    strategy: ShardingField = Sharding()
+
+
 class RewardShare(Share):
     """count: reward actors, spread over the nodes of a cluster; each runs every plugin for its part of the groups."""
 
@@ -193,7 +200,7 @@ class Placement(Strict):
 
     max_restarts: Annotated[int, Field(ge=0)] | None = None
     replacement_s: Annotated[float, Field(gt=0)] = 600.0
-    trainer: Share = Share()
+    trainer: TrainerShare = TrainerShare()
     reference: Share = Share()
     rollout: Share = Share()
     rewards: RewardShare = RewardShare()

@@ -26,6 +26,7 @@ from align.model.parts import parts_of
 from align.model.policy_module import PolicyModule
 from align.model.quantised import quantise
 from align.model.score_head import load_score_model
+from align.model.shards import Shards
 from align.protocols import Publication
 from align.recipe.adapter import Adapter, Part
 from align.recipe.adapter_folder import QuantisedBase, quantised_base
@@ -51,9 +52,11 @@ class Policy(Protocol):
         """Patches of media that its towers computed since the start."""
         ...
 
-    def publish(self, folder: Path, version: int) -> Publication: ...
+    def publish(self, folder: Path, version: int, shards: Shards) -> Publication | None:
+        """None from ranks that do not write."""
+        ...
 
-    def write(self, folder: Path) -> None: ...
+    def write(self, folder: Path, shards: Shards) -> None: ...
 
 
 def load(spec: TrainerSpec) -> Policy:
@@ -140,27 +143,39 @@ class LoraPolicy:
     def patches(self) -> int:
         return _patches(self.module)
 
-    def publish(self, folder: Path, version: int) -> Publication:
+    def publish(self, folder: Path, version: int, shards: Shards) -> Publication | None:
         dtype = resolve_dtype(self.spec.engine_dtype, str(self.device))
         if self.spec.publish == "weights":
-            return write_weights(dict(adapters.merged_state(self.peft, dtype)), folder, version, dtype)
-        adapters.save(self.peft, folder)
-        rank = max(self.peft.peft_config["default"].rank_pattern.values(), default=0)
-        return Publication(
-            version=version,
-            kind="adapter",
-            path=str(folder),
-            digest=adapters.digest(self.peft, dtype),
-            rank=max(rank, self.peft.peft_config["default"].r),
-        )
+            state = dict(adapters.merged_state(self.peft, dtype, shards=shards))
+            return write_weights(state, folder, version, dtype) if shards.writes else None
+        with shards.whole(self._own()):
+            if not shards.writes:
+                return None
+            adapters.save(self.peft, folder)
+            rank = max(self.peft.peft_config["default"].rank_pattern.values(), default=0)
+            return Publication(
+                version=version,
+                kind="adapter",
+                path=str(folder),
+                digest=adapters.digest(self.peft, dtype),
+                rank=max(rank, self.peft.peft_config["default"].r),
+            )
 
-    def write(self, folder: Path) -> None:
+    def _own(self) -> list[torch.Tensor]:
+        """What an adapter's folder holds: never the base, which stays spread."""
+        return [p for name, p in self.peft.named_parameters() if "lora_" in name or ".modules_to_save." in name]
+
+    def write(self, folder: Path, shards: Shards) -> None:
         """The adapter; parts that were trained whole go into a model folder inside, the base that it belongs on."""
 
-        def write_base(inside: Path) -> None:
-            adapters.save_full(self.module.model, inside / OWN_BASE, base=Path(self.spec.base), dtype=self.dtype)
+        base = dict(adapters.full_state(self.module.model, self.dtype, shards)) if self.whole else {}
 
-        adapters.save(self.peft, folder, beside=write_base if self.whole else None, packed=self.packed)
+        def write_base(inside: Path) -> None:
+            adapters.write_full(base, self.module.model, inside / OWN_BASE, base=Path(self.spec.base), dtype=self.dtype)
+
+        with shards.whole(self._own()):
+            if shards.writes:
+                adapters.save(self.peft, folder, beside=write_base if self.whole else None, packed=self.packed)
 
 
 def _packed(adapter: Adapter, start: Path | None, dtype: torch.dtype) -> QuantisedBase | None:
@@ -244,13 +259,16 @@ class FullPolicy:
     def patches(self) -> int:
         return _patches(self.module, self._reference)
 
-    def publish(self, folder: Path, version: int) -> Publication:
+    def publish(self, folder: Path, version: int, shards: Shards) -> Publication | None:
         dtype = resolve_dtype(self.spec.engine_dtype, str(self.device))
-        state = {name: p.detach().to(dtype) for name, p in adapters.full_state(self.module.model)}
-        return write_weights(state, folder, version, dtype)
+        state = dict(adapters.full_state(self.module.model, dtype, shards))
+        return write_weights(state, folder, version, dtype) if shards.writes else None
 
-    def write(self, folder: Path) -> None:
-        adapters.save_full(self.module.model, folder, base=Path(self.spec.base), dtype=self.dtype)
+    def write(self, folder: Path, shards: Shards) -> None:
+        model = self.module.model
+        state = dict(adapters.full_state(model, self.dtype, shards))
+        if shards.writes:
+            adapters.write_full(state, model, folder, base=Path(self.spec.base), dtype=self.dtype)
 
 
 def _patches(*modules: PolicyModule | None) -> int:

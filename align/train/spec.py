@@ -11,6 +11,7 @@ from align.recipe.adapter import Adapter, Part, Rate
 from align.recipe.inputs import Model
 from align.recipe.labels import Labels
 from align.recipe.schema import LossTerm, Optim, Packing
+from align.recipe.sharding import Sharding
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class TrainerSpec:
     max_tokens, max_patches: of a microbatch. media_cache_mb: features of images that are kept where nothing of the
     vision tower learns.
     publish, engine_dtype: how and in which dtype engines receive the policy. labels: of a score head, where a loss
-    needs scores; None: one score, as of a reward model.
+    needs scores; None: one score, as of a reward model. sharding: how parameters are spread over the trainer's ranks.
     """
 
     model: Model
@@ -48,6 +49,7 @@ class TrainerSpec:
     device: str = "auto"
     trainable: bool = True
     labels: Labels | None = None
+    sharding: Sharding = field(default_factory=Sharding)
 
 
 def scoring_spec(

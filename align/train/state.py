@@ -7,15 +7,19 @@ beside the adapter or model folder that other programs load.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from align.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from align.train.strategy import Strategy
 
 PARAMETERS, OPTIMIZER, RANDOM, NUMBERS = (
     "parameters.safetensors",
@@ -29,64 +33,88 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def save_state(
-    folder: Path,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    numbers: dict[str, Any],
-    random: Sequence[dict[str, Tensor]],
-) -> None:
-    """Write parameters, optimizer moments, every rank's random state and `numbers` into an existing folder."""
-    parameters = trainable(module)
-    save_file({k: v.detach().cpu().contiguous() for k, v in parameters.items()}, folder / PARAMETERS)
+def moment_key(name: str, field: str) -> str:
+    """Of the moment `field` ("exp_avg", "exp_avg_sq", "step") of the parameter `name`, in a checkpoint."""
+    return f"{name}|{field}"
+
+
+def moment_of(key: str) -> tuple[str, str]:
+    """The parameter's name and the field that `moment_key` joined."""
+    name, _, field = key.rpartition("|")
+    return name, field
+
+
+def save_state(folder: Path, strategy: Strategy, numbers: dict[str, Any], random: Sequence[dict[str, Tensor]]) -> None:
+    """Write parameters, optimizer moments, every rank's random state and `numbers` into an existing folder, in a form
+    that does not depend on how they are spread over ranks. All ranks call it; the one that writes writes."""
+    parameters: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            # 8-bit AdamW counts its steps in an int, and its parameters share their tables: a file cannot
-            tensor = torch.as_tensor(value).detach().cpu().contiguous()
-            moments[f"{name}|{key}"] = tensor.clone() if key.startswith("qmap") else tensor
+    for name, value, own in strategy.state():
+        if strategy.shards.writes:
+            parameters[name] = value.contiguous()
+            moments |= {moment_key(name, key): moment.contiguous() for key, moment in own.items()}
+    if not strategy.shards.writes:
+        return
+    save_file(parameters, folder / PARAMETERS)
     save_file(moments, folder / OPTIMIZER)
     states = {f"{rank}/{name}" if rank else name: s for rank, own in enumerate(random) for name, s in own.items()}
     save_file(states, folder / RANDOM)
     (folder / NUMBERS).write_text(json.dumps(numbers, indent=1))
 
 
-def load_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0) -> dict[str, Any]:
+def load_state(folder: Path, strategy: Strategy, shapes: Mapping[str, torch.Size], rank: int = 0) -> dict[str, Any]:
     """Restore what `save_state` wrote; returns its numbers. Raises CheckpointError where the parameters differ.
 
-    A rank that the checkpoint does not know (it was made on fewer) keeps the random state it has.
+    shapes: of the parameters that are trained. A rank that the checkpoint does not know (it was made on fewer) keeps
+    the random state it has.
     """
-    parameters = trainable(module)
-    saved = load_file(folder / PARAMETERS)
-    if saved.keys() != parameters.keys():
-        odd = sorted(saved.keys() ^ parameters.keys())
-        raise CheckpointError(
-            f"the checkpoint trains other parameters than this stage: {odd[0]} and {len(odd) - 1} more",
-            where=folder,
-            remedy="resume with the recipe the checkpoint was made with",
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if saved[name].shape != parameter.shape:
-                raise CheckpointError(
-                    f"{name} is {tuple(parameter.shape)} here and {tuple(saved[name].shape)} in the checkpoint",
-                    where=folder,
-                )
-            parameter.copy_(saved[name])
-    moments = load_file(folder / OPTIMIZER)
-    optimizer.state.clear()
-    for key, value in moments.items():
-        name, _, field = key.rpartition("|")
-        parameter = parameters[name]
-        # AdamW keeps its step counter on the CPU unless fused on CUDA, as torch's own load_state_dict does.
-        device = parameter.device if field != "step" or parameter.is_cuda else torch.device("cpu")
-        counts = field == "step" and not value.is_floating_point()
-        optimizer.state[parameter][field] = int(value) if counts else value.to(device)
+    with safe_open(folder / PARAMETERS, "pt") as one, safe_open(folder / OPTIMIZER, "pt") as other:
+        saved, moments = _Stored(one), _Stored(other)
+        _require_shapes(saved, shapes, folder)
+        strategy.load(saved, moments)
     prefix = f"{rank}/" if rank else ""
     saved_random = load_file(folder / RANDOM)
     _restore_random_state({k.removeprefix(prefix): s for k, s in saved_random.items() if k.startswith(prefix)})
     numbers: dict[str, Any] = json.loads((folder / NUMBERS).read_text())
     return numbers
+
+
+class _Stored(Mapping[str, Tensor]):
+    """Tensors of a file, each read when it is asked for: no rank needs the memory for all."""
+
+    def __init__(self, file: Any):
+        self.file, self.names = file, set(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        tensor: Tensor = self.file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.file.get_slice(name).get_shape())
+
+
+def _require_shapes(saved: _Stored, shapes: Mapping[str, torch.Size], folder: Path) -> None:
+    if saved.keys() != shapes.keys():
+        odd = sorted(saved.keys() ^ shapes.keys())
+        raise CheckpointError(
+            f"the checkpoint trains other parameters than this stage: {odd[0]} and {len(odd) - 1} more",
+            where=folder,
+            remedy="resume with the recipe the checkpoint was made with",
+        )
+    for name, shape in shapes.items():
+        if saved.shape(name) != tuple(shape):
+            raise CheckpointError(
+                f"{name} is {tuple(shape)} here and {saved.shape(name)} in the checkpoint",
+                where=folder,
+            )
 
 
 def random_state() -> dict[str, Tensor]:

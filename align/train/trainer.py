@@ -40,6 +40,7 @@ from align.train.prepass import run_prepass
 from align.train.ranks import Ranks, random_stream
 from align.train.spec import TrainerSpec
 from align.train.state import load_state, random_state, save_state, trainable
+from align.train.strategy import make_strategy
 from align.types import HeadOutputs, TokenBatch
 
 log = logging.getLogger(__name__)
@@ -79,11 +80,15 @@ class PolicyTrainer:
         self.probe_difference = probe(self.module)
         self._external_reference = reference
         self._bad_steps = 0
-        self.parameters = list(trainable(self.module).values())
+        trained = trainable(self.module)
+        self.parameters, self.shapes = list(trained.values()), {name: p.shape for name, p in trained.items()}
         self.ranks.broadcast(self.parameters)
         random_stream(spec.seed, self.ranks.rank)
         self.parts = trained_parts(self.module.model)
         self.optimizer = make_optimizer(self.parts, spec.optim, spec.rates) if spec.trainable else None
+        self._sizes = self._described_sizes()
+        # last: from here on this rank may hold its part of the parameters only
+        self.strategy = make_strategy(spec.sharding, self.module, self.optimizer, self.ranks, spec.optim.max_grad_norm)
 
     @property
     def keep_together(self) -> bool:
@@ -91,17 +96,22 @@ class PolicyTrainer:
 
     def describe(self) -> dict[str, Any]:
         """Sizes and dtypes, for the run folder and the screen."""
-        total = sum(numel(p) for p in self.module.parameters())
         return {
-            "parameters": total,
-            "trained_parameters": sum(p.numel() for p in self.parameters),
+            **self._sizes,
             "dtype": str(next(self.module.parameters()).dtype).removeprefix("torch."),
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             "ranks": self.ranks.size,
+            "strategy": self.strategy.name,
             "layout": self.module.layout,
             "attention": self.module.attention,
             "packing_probe": self.probe_difference,
+        }
+
+    def _described_sizes(self) -> dict[str, Any]:
+        return {
+            "parameters": sum(numel(p) for p in self.module.parameters()),
+            "trained_parameters": sum(p.numel() for p in self.parameters),
             "parts": self._described_parts(),
         }
 
@@ -130,11 +140,10 @@ class PolicyTrainer:
         batches = self._microbatches(trees)
         counts = global_counts(trees)
         stats = self._batch_stats(trees)
-        for batch, counted in batches:
-            loss = self._loss(batch, counts, sums if counted else MetricSums(), stats)
-            (loss if counted else 0.0 * loss).backward()
-        self.ranks.sum_gradients(self.parameters)
-        norm = self._clip()
+        with self.strategy.update():
+            for n, (batch, counted) in enumerate(batches):
+                loss = self._loss(batch, counts, sums if counted else MetricSums(), stats)
+                self.strategy.backward(loss if counted else 0.0 * loss, last=n == len(batches) - 1)
         sums.add(_work(batches))
         if self.module.media is not None:
             sums.add({"tokens/patches": Metric(torch.tensor(float(self.policy.patches() - seen)), reduce="sum")})
@@ -142,12 +151,12 @@ class PolicyTrainer:
         middle = min(progress + 0.5 / self.spec.total_updates, 1.0)
         optim = self.spec.optim
         rates = set_rates(self.optimizer, lr_multiplier(optim.schedule or "cosine", optim.warmup or 0.0, middle))
-        if math.isfinite(norm) and math.isfinite(metrics["loss/total"]):
-            self.optimizer.step()
+        finite = math.isfinite(metrics["loss/total"])
+        norm = self.strategy.step(wanted=finite)
+        if finite and math.isfinite(norm):
             self._bad_steps = 0
         else:
             self._refuse_update(step, trees, norm, metrics["loss/total"])
-        self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         return {
             **metrics,
@@ -222,7 +231,7 @@ class PolicyTrainer:
     def _loss(self, batch: TokenBatch, counts: Counts, sums: MetricSums, stats: Sequence[dict[str, Tensor]]) -> Tensor:
         """This microbatch's share of the global loss, with gradient; its metrics are added to `sums`."""
         reference = self._reference_logps(batch)
-        outputs: HeadOutputs = self.module(batch, want=self.wanted)
+        outputs = self.strategy.forward(batch, self.wanted)
         total = outputs.logps.new_zeros(())
         metrics: dict[str, Metric] = {}
         # Where the trees carry none, this update is the first of its batch: its own forward is the policy at the start.
@@ -253,18 +262,10 @@ class PolicyTrainer:
         was_training = module.training
         module.eval()
         try:
-            outputs: HeadOutputs = module(batch, want=want)
+            outputs: HeadOutputs = self.strategy.forward(batch, want) if module is self.module else module(batch, want)
         finally:
             module.train(was_training)
         return outputs
-
-    def _clip(self) -> float:
-        """Clip to the recipe's norm and return the norm before clipping: rank 0's, so that all decide alike."""
-        limit = self.spec.optim.max_grad_norm
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        norm = torch.tensor(self.ranks.objects(float(norm))[0], device=self.device)
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, math.inf if limit is None else limit, norm)
-        return float(norm)
 
     def _refuse_update(self, step: int, trees: Sequence[Tree], norm: float, loss: float) -> None:
         self._bad_steps += 1
@@ -341,32 +342,31 @@ class PolicyTrainer:
     # ------------------------------------------------------------------------------------------ weights and state
 
     def publish(self, folder: Path, version: int) -> Publication:
-        published = self.policy.publish(Path(folder), version) if self.ranks.rank == 0 else None
+        published = self.policy.publish(Path(folder), version, self.strategy.shards)
         answer: Publication = self.ranks.objects(published)[0]
         return answer
 
     def save(self, folder: Path) -> None:
         assert self.optimizer is not None, "a reference has no state to save"
         folder = Path(folder)
-        self.ranks.require_equal(self.parameters)
+        self.strategy.require_equal()
         random = self.ranks.objects(random_state())
         self.write_model(folder / self.policy.artefact)
-        if self.ranks.rank == 0:
-            save_state(folder, self.module, self.optimizer, {"bad_steps": self._bad_steps}, random)
+        save_state(folder, self.strategy, {"bad_steps": self._bad_steps}, random)
         self.ranks.barrier()
 
     def restore(self, folder: Path) -> None:
         assert self.optimizer is not None, "a reference has no state to restore"
-        numbers = load_state(Path(folder), self.module, self.optimizer, self.ranks.rank)
+        numbers = load_state(Path(folder), self.strategy, self.shapes, self.ranks.rank)
         self._bad_steps = int(numbers["bad_steps"])
 
     def write_model(self, folder: Path) -> None:
-        if self.ranks.rank == 0:
-            self.policy.write(Path(folder))
+        self.policy.write(Path(folder), self.strategy.shards)
         self.ranks.barrier()
 
     def close(self) -> None:
         """Nothing outlives the process."""
+        self.strategy.close()
 
 
 def _work(batches: Sequence[tuple[TokenBatch, bool]]) -> dict[str, Metric]:

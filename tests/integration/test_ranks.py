@@ -49,8 +49,12 @@ def two(folder: Path) -> Path:
 
 def test_two_ranks_report_what_one_process_does(folder: Path, two: Path) -> None:
     run(write_recipe(folder, "one", STAGES, placement={"trainer": {"threads": 1}}))
+    require_alike(two, folder / "runs" / "one")
+
+
+def require_alike(run_folder: Path, other_folder: Path) -> None:
     for stage in ("sft", "dpo"):
-        ours, theirs = metrics(two, stage), metrics(folder / "runs" / "one", stage)
+        ours, theirs = metrics(run_folder, stage), metrics(other_folder, stage)
         assert len(ours) == len(theirs)
         for mine, other in zip(ours, theirs, strict=True):
             assert mine.keys() - {"comm/bytes", "time/communicate"} == other.keys()
@@ -59,6 +63,17 @@ def test_two_ranks_report_what_one_process_does(folder: Path, two: Path) -> None
                     assert mine[name] == pytest.approx(other[name], rel=2e-3, abs=1e-4), (stage, mine["step"], name)
         scored = [line["tokens/scored"] for line in ours if "tokens/scored" in line]
         assert scored == [line["tokens/scored"] for line in theirs if "tokens/scored" in line]
+
+
+def test_a_run_of_two_ranks_by_zero3_that_was_killed_goes_on_by_zero2_and_then_ends_as_any_other(
+    folder: Path, two: Path
+) -> None:
+    spread = {"placement": {"trainer": {**TWO["placement"]["trainer"], "strategy": {"name": "zero3", "keep_whole": 0}}}}
+    recipe = write_recipe(folder, "spread", STAGES, **spread)
+    killed = stop_at(recipe, lambda: len(metrics(folder / "runs" / "spread", "sft")) >= 7, signal.SIGKILL)
+    assert killed.processes == []
+    run(recipe, "--resume", "placement.trainer.strategy=zero2")
+    require_alike(folder / "runs" / "spread", two)
 
 
 def test_two_ranks_that_were_killed_resume_bit_equal(folder: Path, two: Path) -> None:

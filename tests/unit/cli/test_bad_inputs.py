@@ -218,6 +218,46 @@ RECIPE = [
         ("placement.reference.ranks: 2", "not offered"),
         more=("placement.reference.ranks=2",),
     ),
+    Case(
+        "FSDP",
+        ("placement.trainer.strategy", "FSDP is not offered by this version", "zero3"),
+        more=("placement.trainer.strategy=fsdp2",),
+    ),
+    Case(
+        "tensor parallelism, as a map",
+        ("placement.trainer.strategy", "tensor parallelism is not offered"),
+        more=("placement.trainer.strategy={name: tp}",),
+    ),
+    Case(
+        "no strategy",
+        ("placement.trainer.strategy", "zer2", "zero1, zero2, zero3"),
+        more=("placement.trainer.strategy=zer2",),
+    ),
+    Case(
+        "offloaded parameters that are not spread",
+        ("placement.trainer.strategy", "`offload.parameters` needs zero3", "zero2"),
+        more=("placement.trainer.strategy={name: zero2, offload: {parameters: cpu}}",),
+    ),
+    Case(
+        "ZeRO over ranks that share a GPU",
+        ("strategy: zero2", "share a GPU", "gpus: 1"),
+        more=("placement.trainer={ranks: 2, gpus: 0.5, strategy: zero2}",),
+    ),
+    Case(
+        "zero3 with a trained tower",
+        ("strategy: zero3", "adapter.tune.vision: lora", "use zero2"),
+        more=("placement.trainer.strategy=zero3", "stages.dpo.adapter.tune={vision: lora}"),
+    ),
+    Case(
+        "another optimizer",
+        ("optim.name: muon", "not offered by this version", "adamw"),
+        more=("stages.sft.optim.name=muon",),
+    ),
+    Case(
+        "training in float16",
+        ("model.dtype", "float16", "bfloat16"),
+        more=("model.dtype=float16",),
+    ),
 ]
 
 OVERRIDES = [

@@ -1,0 +1,167 @@
+"""How the parameters of a policy are spread over its ranks, behind one seam.
+
+Losses, packing and stages know nothing of it. Losses divide by global counts, so every strategy sums gradients over
+ranks and microbatches and never averages: one that does by itself (DeepSpeed) is undone there, once.
+
+`Replicated` is data parallelism as `align.train.ranks` has it: every rank holds everything. `align.train.zero` is
+DeepSpeed's ZeRO. A further one (FSDP2, tensor parallelism) is a further class with these methods.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from align.model.shards import Shards, Whole
+from align.train.state import moment_of, trainable
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from align.model.policy_module import PolicyModule
+    from align.recipe.sharding import Sharding
+    from align.train.ranks import Ranks
+    from align.types import HeadOutputs, TokenBatch
+
+STEP, MOMENTS = "step", ("exp_avg", "exp_avg_sq")
+Moments = dict[str, Tensor]  # of one parameter: AdamW's `exp_avg` and `exp_avg_sq`, shaped as it, and `step` f32[]
+
+
+class Strategy(Protocol):
+    """Every method is collective: all ranks call it, in one order.
+
+    shards: how to read parameters whole, for what is published and saved.
+    """
+
+    name: str
+    shards: Shards
+
+    def forward(self, batch: TokenBatch, want: Collection[str] = ()) -> HeadOutputs:
+        """See `PolicyModule.forward`; with or without gradient."""
+        ...
+
+    def update(self) -> AbstractContextManager[None]:
+        """Inside it the backward passes of one update; after it, their gradients are summed over ranks."""
+        ...
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradients of this microbatch's share of the global loss. last: of this update."""
+        ...
+
+    def step(self, *, wanted: bool) -> float:
+        """Clip, move the weights, forget the gradients; returns the gradient's norm before clipping, alike on all
+        ranks. Where the norm is not finite or the step is not `wanted`, weights and moments stay as they were."""
+        ...
+
+    def require_equal(self) -> None:
+        """Raise RanksError where ranks hold other weights of what they all hold."""
+        ...
+
+    def state(self) -> Iterator[tuple[str, Tensor, Moments]]:
+        """(name, parameter, moments) of all that is trained, whole and on the CPU; no moments before a first step."""
+        ...
+
+    def load(self, parameters: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        """Continue with what `state` gave, of whichever strategy and number of ranks: whole on every rank, moments by
+        `align.train.state.moment_key`. Tensors may be read from a file as they are asked for."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def make_strategy(
+    sharding: Sharding,
+    module: PolicyModule,
+    optimizer: torch.optim.Optimizer | None,
+    ranks: Ranks,
+    max_grad_norm: float | None,
+) -> Strategy:
+    """The strategy that the recipe asks for; without an optimizer nothing is trained, and every rank holds all.
+
+    Parameters must be equal on all ranks. Raises Unsupported where the strategy cannot hold this model.
+    """
+    if optimizer is None or sharding.stage == 0:
+        return Replicated(module, optimizer, ranks, max_grad_norm)
+    from align.train.zero import Zero
+
+    return Zero(sharding, module, optimizer, ranks, max_grad_norm)
+
+
+class Replicated:
+    """Every rank holds all parameters and moments; gradients are summed at the end of an update."""
+
+    name = "replicated"
+
+    def __init__(
+        self,
+        module: PolicyModule,
+        optimizer: torch.optim.Optimizer | None,
+        ranks: Ranks,
+        max_grad_norm: float | None = None,
+    ):
+        self.module, self.optimizer, self.ranks = module, optimizer, ranks
+        self.shards: Shards = Whole(writes=ranks.rank == 0)
+        self.limit = math.inf if max_grad_norm is None else max_grad_norm
+        self.named = trainable(module)
+        self.parameters = list(self.named.values())
+
+    def forward(self, batch: TokenBatch, want: Collection[str] = ()) -> HeadOutputs:
+        outputs: HeadOutputs = self.module(batch, want=want)
+        return outputs
+
+    @contextmanager
+    def update(self) -> Iterator[None]:
+        yield
+        self.ranks.sum_gradients(self.parameters)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def step(self, *, wanted: bool) -> float:
+        assert self.optimizer is not None, "this trainer was made without an optimizer"
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        # rank 0's: the last bit may differ, and all must decide alike
+        norm = torch.tensor(self.ranks.objects(float(norm))[0], device=norm.device)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.limit, norm)
+        if wanted and math.isfinite(float(norm)):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def require_equal(self) -> None:
+        self.ranks.require_equal(self.parameters)
+
+    def state(self) -> Iterator[tuple[str, Tensor, Moments]]:
+        assert self.optimizer is not None, "this trainer was made without an optimizer"
+        for name, parameter in self.named.items():
+            moments = self.optimizer.state.get(parameter, {})
+            yield name, parameter.detach().cpu(), {key: _for_a_file(key, value) for key, value in moments.items()}
+
+    @torch.no_grad()
+    def load(self, parameters: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+        assert self.optimizer is not None, "this trainer was made without an optimizer"
+        self.optimizer.state.clear()
+        for name, parameter in self.named.items():
+            parameter.copy_(parameters[name])
+        for key in moments:
+            name, field = moment_of(key)
+            parameter = self.named[name]
+            # AdamW keeps its step counter on the CPU unless fused on CUDA, as torch's own load_state_dict does
+            device = parameter.device if field != STEP or parameter.is_cuda else torch.device("cpu")
+            value = moments[key]
+            counts = field == STEP and not value.is_floating_point()
+            self.optimizer.state[parameter][field] = int(value) if counts else value.to(device)
+
+    def close(self) -> None:
+        """Nothing outlives the trainer."""
+
+
+def _for_a_file(key: str, value: Tensor | int) -> Tensor:
+    """8-bit AdamW counts its steps in an int, and its parameters share their tables."""
+    tensor = torch.as_tensor(value).detach().cpu()
+    return tensor.clone() if key.startswith("qmap") else tensor
