@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"largest error {worst:.1%}, at most {LIMIT:.0%} wanted")
     figures = {"config": config, "tokens": arguments.tokens, "largest_error": worst, "cases": found}
     if not arguments.toy:
-        goal = f"the memory plan of `align check` is within {LIMIT:.0%} of what an update allocates and has resident at its peak"
+        goal = f"the memory plan is within {LIMIT:.0%} of what an update allocates and has resident at its peak"
         met = worst <= LIMIT
         if gpu:
             goal += f", and QLoRA of the 7B shape takes at most {GPU_GOAL_GB:g} GB at {arguments.tokens} tokens"
