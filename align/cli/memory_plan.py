@@ -22,7 +22,8 @@ TILE = {False: 1 << 21, True: 1 << 27}  # of logits: align.model.head.TILE, by w
 SLICE = 1 << 21  # elements of a feed-forward's inner slice on a CPU: align.model.fused_mlp.SLICE_ELEMENTS
 FOLD_FROM = 4  # align.model.fused.FOLD_FROM
 STEP_COPIES = 5.5  # of a tensor, in float32: moments, gradient, denominator, its root, and a part of packing them
-GAPS = 0.75  # of what comes and goes in an update, what glibc holds between it (measured: tests/bench/results)
+# of what comes and goes in an update, what glibc holds between it, by checkpointing (measured: tests/bench/results)
+GAPS = {False: 0.9, True: 2.0}
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def trainer(
     parts["in passing"] = max(passing, _step(sizes, adapter, work) - parts["logits"] - parts["activations"])
     if not work.gpu:
         coming_and_going = ("activations", "activations of images", "logits", "in passing")
-        parts["malloc's gaps"] = GAPS * sum(parts.get(name, 0.0) for name in coming_and_going)
+        parts["malloc's gaps"] = GAPS[work.checkpointing] * sum(parts.get(name, 0.0) for name in coming_and_going)
     return Estimate(parts)
 
 
