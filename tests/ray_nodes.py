@@ -41,6 +41,7 @@ class Nodes:
         from ray._private.node import Node
         from ray._private.parameter import RayParams
         from ray._private.services import wait_for_node
+        from ray._private.utils import write_ray_address
 
         common = {
             "num_cpus": cpus,
@@ -62,6 +63,8 @@ class Nodes:
             node = Node(RayParams(**common, **own), head=head, shutdown_at_exit=False, spawn_reaper=False)
         self._nodes.append(node)
         self.address = self._nodes[0].gcs_address
+        if head:  # as `ray start` does: a job of this cluster must not find another one on this machine
+            write_ray_address(self.address, self._folder)
         wait_for_node(node.gcs_address, node.plasma_store_socket_name, 30)
         return node
 

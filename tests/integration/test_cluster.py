@@ -144,7 +144,7 @@ def test_engines_and_rewards_of_a_lost_node_start_again_on_a_new_one(two: tuple[
     assert all(math.isfinite(line["loss/total"]) for line in lines)
     assert sum(line["rollout/restarts"] for line in lines) == sum(line["reward/restarts"] for line in lines) == 1
     trained = Counter((row["group_id"], row["sample"]) for row in rollouts(folder, "grpo"))
-    assert trained == Counter((group, sample) for group in range(5 * 8) for sample in range(4)), "each once"
+    assert len(trained) == 5 * 8 * 4 and set(trained.values()) == {1}, "each once"
     assert weights(folder, "grpo")
     summary = json.loads((folder / "summary.json").read_text())["stages"]["grpo"]
     assert summary["restarts"] == 0, "the trainer was not touched"
