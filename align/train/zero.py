@@ -24,7 +24,7 @@ from align.model.policy_module import PolicyModule
 from align.model.shards import Shards
 from align.train.state import moment_key, trainable
 from align.train.strategy import MOMENTS, STEP, Moments
-from align.train.zero_engine import declare_reads, make_engine, refuse
+from align.train.zero_engine import declare_reads, make_engine, refuse, without_towers
 from align.types import HeadOutputs
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Zero:
     def step(self, *, wanted: bool) -> float:
         if not wanted:
             self._idle = set(range(len(self.groups)))
-        with self._in_company():
+        with self._in_company(), without_towers(self.module) if self.stage == 3 else nullcontext():
             self.engine.step()
         zero = self.engine.optimizer
         return float("nan") if zero.overflow else float(zero._global_grad_norm)

@@ -89,7 +89,7 @@ def make_engine(
 ) -> Any:
     """DeepSpeed's engine around `module`, in the process group there is; from here on it may hold a part of it."""
     deepspeed = _deepspeed(next(module.parameters()).device)
-    with _without_towers(module) if sharding.stage == 3 else nullcontext():
+    with without_towers(module) if sharding.stage == 3 else nullcontext():
         engine, *_ = deepspeed.initialize(
             model=_Tensors(module),
             optimizer=optimizer,
@@ -167,8 +167,9 @@ def _holds(module: nn.Module, wanted: Sequence[Any]) -> bool:
 
 
 @contextmanager
-def _without_towers(module: PolicyModule) -> Iterator[None]:
-    """Inside the context the model is its language model alone; what else it has is as before after it."""
+def without_towers(module: PolicyModule) -> Iterator[None]:
+    """Inside the context the model is its language model alone, which is all that ZeRO-3 spreads; what else it has is
+    there again after it."""
     if module.media is None:
         yield
         return
