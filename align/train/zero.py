@@ -124,7 +124,6 @@ class Zero:
     def step(self, *, wanted: bool) -> float:
         if not wanted:
             self._idle = set(range(len(self.groups)))
-        # a step ends with giving back all parameters that the model has, and those of towers were never spread
         with self._in_company(), without_towers(self.module) if self.stage == 3 else nullcontext():
             self.engine.step()
         zero = self.engine.optimizer

@@ -168,7 +168,8 @@ def _holds(module: nn.Module, wanted: Sequence[Any]) -> bool:
 
 @contextmanager
 def without_towers(module: PolicyModule) -> Iterator[None]:
-    """Inside the context the model is its language model alone; what else it has is as before after it."""
+    """Inside the context the model is its language model alone, which is all that ZeRO-3 spreads; what else it has is
+    there again after it."""
     if module.media is None:
         yield
         return
