@@ -16,7 +16,7 @@ from torch import Tensor
 
 from align.errors import Unsupported
 from align.model.folders import copy_all_but_weights, written_aside
-from align.model.quantised import dense, linear_weight, quantised_layers
+from align.model.quantised import Packed, dense, linear_weight, quantised_layers
 from align.model.score_head import edit_score_config, has_score_head
 from align.model.shards import WHOLE, Shards
 from align.protocols import digest_arrays
@@ -80,9 +80,10 @@ def full_state(model: Any, dtype: torch.dtype | None = None, shards: Shards = WH
     on the CPU, or (None) as they are. Weights are read one at a time; those that are spread over ranks are given to the
     rank that writes."""
     state: dict[str, Tensor] = {}
-    for key, tensor in _untied_state(model):
-        with shards.whole([tensor]):
+    for key, weight in _untied_state(model):
+        with shards.whole([weight] if isinstance(weight, Tensor) else []):
             if shards.writes:
+                tensor = dense(weight)
                 state[key] = tensor.detach() if dtype is None else shards.kept(cast(tensor, dtype))
     yield from _checkpoint_names(model, state) if shards.writes else ()
 
@@ -98,52 +99,64 @@ def merged_state(
     model = peft.get_base_model()
     layers = dict(lora_layers(peft, name))
     state: dict[str, Tensor] = {}
-    for key, tensor in _untied_state(model):
+    for key, weight in _untied_state(model):
         path, _, leaf = key.rpartition(".")
-        merges = path in layers and leaf in ("weight", "bias")
-        with shards.whole([tensor, *layers[path].parameters()] if merges else [tensor]):
+        layer = layers.get(path) if leaf in ("weight", "bias") else None
+        if layer is not None:
+            spread = list(layer.parameters())
+        else:
+            spread = [weight] if isinstance(weight, Tensor) else []
+        with shards.whole(spread):
             if not shards.writes:
                 continue
-            if merges:
-                weight, bias = merged_parameters(layers[path], name)
-                merged = weight if leaf == "weight" else bias
-                assert merged is not None
-                state[key] = shards.kept(merged.to(dtype))
-            else:
-                state[key] = shards.kept(cast(tensor, dtype))
+            tensor = dense(weight) if layer is None else _merged(layer, name, leaf)
+            state[key] = shards.kept(cast(tensor, dtype))
     yield from _checkpoint_names(model, state) if shards.writes else ()
 
 
-@torch.no_grad()
+def _merged(layer: Any, name: str, leaf: str) -> Tensor:
+    tensor = merged_weight(layer, name) if leaf == "weight" else merged_bias(layer, name)
+    assert tensor is not None, "the layer has this parameter"
+    return tensor
+
+
 def merged_parameters(layer: Any, name: str) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias, in float32, of the plain layer that equals `layer` with adapter `name` on.
+    """`merged_weight` and `merged_bias` of one layer."""
+    return merged_weight(layer, name), merged_bias(layer, name)
+
+
+@torch.no_grad()
+def merged_weight(layer: Any, name: str) -> Tensor:
+    """The weight, in float32, of the plain layer that equals `layer` with adapter `name` on.
 
     W + scaling * B A (transposed where the layer stores its weight so); variants such as DoRA by peft's own rule. W is
     what the layer computes with: of a packed one the unpacked weight.
     """
-    base = layer.get_base_layer()
-    weight = dense(linear_weight(base)).detach().float()
+    weight = dense(linear_weight(layer.get_base_layer())).detach().float()
+    if layer.lora_bias.get(name) and getattr(layer.get_base_layer(), "bias", None) is None:
+        raise Unsupported("an adapter with a bias on a layer without one cannot be merged")
     if name in layer.lora_variant:
-        weight = layer.lora_variant[name].merge_safe(layer, name, weight.clone()).float()
-    else:
-        lora_a, lora_b = (
-            layer.lora_A[name].weight.float(),
-            layer.lora_B[name].weight.float(),
-        )
-        delta = lora_b @ lora_a
-        weight = weight + layer.scaling[name] * (delta.T if getattr(layer, "fan_in_fan_out", False) else delta)
-    bias = getattr(base, "bias", None)
-    bias = None if bias is None else bias.detach().float()
+        merged: Tensor = layer.lora_variant[name].merge_safe(layer, name, weight.clone()).float()
+        return merged
+    delta = layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float()
+    return weight + layer.scaling[name] * (delta.T if getattr(layer, "fan_in_fan_out", False) else delta)
+
+
+@torch.no_grad()
+def merged_bias(layer: Any, name: str) -> Tensor | None:
+    """The bias of that layer, in float32; None where it has none."""
+    bias: Tensor | None = getattr(layer.get_base_layer(), "bias", None)
+    if bias is None:
+        return None
+    bias = bias.detach().float()
     if layer.lora_bias.get(name):
-        if bias is None:
-            raise Unsupported("an adapter with a bias on a layer without one cannot be merged")
         bias = bias + layer.lora_B[name].bias.float() * layer.scaling[name]
-    return weight, bias
+    return bias
 
 
-def _untied_state(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """The state dict without adapter weights, under the names it had before peft wrapped any module; packed weights
-    unpacked, one at a time."""
+def _untied_state(model: Any) -> Iterator[tuple[str, Tensor | Packed]]:
+    """The state dict without adapter weights, under the names it had before peft wrapped any module; packed weights as
+    they are."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     packed = {f"{path}.weight": layer.packed for path, layer in quantised_layers(model).items()}
     for key, tensor in model.state_dict(keep_vars=True).items():
@@ -155,7 +168,7 @@ def _untied_state(model: Any) -> Iterator[tuple[str, Tensor]]:
         elif ".original_module." in plain:
             continue
         if plain not in tied:
-            yield plain, packed[key].dense() if key in packed else tensor
+            yield plain, packed.get(key, tensor)
 
 
 def _checkpoint_names(model: Any, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -168,7 +181,10 @@ def _checkpoint_names(model: Any, state: dict[str, Tensor]) -> Iterator[tuple[st
 def stored_names(model: Any) -> dict[str, str]:
     """Name in checkpoints of each parameter that is stored by itself, by its name in the model before any adapter;
     those that are fused with others or split in checkpoints are left out."""
-    state = {name: tensor.detach() for name, tensor in _untied_state(model)}
+    state = {
+        name: torch.empty(w.shape, dtype=w.dtype, device="meta") if isinstance(w, Packed) else w.detach()
+        for name, w in _untied_state(model)
+    }
     own = {id(tensor): name for name, tensor in state.items()}
     return {own[id(tensor)]: stored for stored, tensor in _checkpoint_names(model, state) if id(tensor) in own}
 
