@@ -14,13 +14,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from align.cli.memory import BYTES, Sizes, Table, Tower, human
+from align.model.tiles import FOLD_FROM, SLICE_ELEMENTS, TILE_ELEMENTS
 from align.recipe.adapter import Adapter
 
 ADAMW_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}  # two moments: float32; or a byte and a scale for 256
 GRADIENT_BYTES = MASTER_BYTES = 4
-TILE = {False: 1 << 21, True: 1 << 27}  # of logits: align.model.head.TILE, by whether there is a GPU
-SLICE = 1 << 21  # elements of a feed-forward's inner slice on a CPU: align.model.fused_mlp.SLICE_ELEMENTS
-FOLD_FROM = 4  # align.model.fused.FOLD_FROM
 STEP_COPIES = 5.5  # of a tensor, in float32: moments, gradient, denominator, its root, and a part of packing them
 # of what comes and goes in an update, what glibc holds between it, by checkpointing (measured: tests/bench/results)
 GAPS = {False: 0.9, True: 2.0}
@@ -178,7 +176,7 @@ def _images(tower: Tower, work: Work, table: Table | None) -> float:
 
 def _head(sizes: Sizes, adapter: Adapter, work: Work) -> float:
     """Two tiles of logits in float32, and the direction of each row's gradient beside what it is computed from."""
-    tile = 4 * min(TILE[work.gpu], work.tokens * sizes.vocabulary)
+    tile = 4 * min(TILE_ELEMENTS["cuda" if work.gpu else "cpu"], work.tokens * sizes.vocabulary)
     rows = 2 * work.tokens * sizes.hidden * BYTES[work.dtype]
     second = 4.0 * sizes.vocabulary * sizes.hidden if adapter.kind == "full" and sizes.tied else 0.0
     return 2.0 * tile + rows + second  # tied: the head's gradient and the embedding's, until they are added
@@ -191,7 +189,7 @@ def _passing(sizes: Sizes, adapter: Adapter, work: Work) -> float:
     b, wide = BYTES[work.dtype], sizes.queries + 2 * sizes.kv_width
     gradients = work.tokens * (3 * sizes.hidden + 2 * wide) * b
     rows = work.tokens * sizes.intermediate
-    inner = 4 * (rows * b if work.gpu else min(SLICE, rows) * 4)
+    inner = 4 * (rows * b if work.gpu else min(SLICE_ELEMENTS, rows) * 4)
     feed_forward = 3 * sizes.hidden * sizes.intermediate
     products = float(feed_forward * b if adapter.quant else 0)
     if _joint(adapter, work) and work.tokens * (sizes.hidden + sizes.intermediate) >= FOLD_FROM * feed_forward / 3:

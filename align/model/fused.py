@@ -21,13 +21,12 @@ from torch.nn import functional as F
 
 from align.model.bitsandbytes_import import import_bitsandbytes
 from align.model.quantised import Packed, QuantisedLinear, dense, linear_weight
+from align.model.tiles import FOLD_FROM
 
 import_bitsandbytes()
 from peft.tuners.lora.layer import Linear as LoraLinear  # noqa: E402 (it imports bitsandbytes)
 
 log = logging.getLogger(__name__)
-
-FOLD_FROM = 4  # rows (out + in) / (out in): thin products over many rows are as slow as their memory
 
 
 # ------------------------------------------------------------------------------------------------- LoRA

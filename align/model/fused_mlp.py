@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from align.model.fused import FusedLoraLinear, LowRank, save, saved
 from align.model.head import add_product
 from align.model.quantised import Packed, QuantisedLinear, linear_weight
+from align.model.tiles import SLICE_ELEMENTS
 
-SLICE_ELEMENTS = 1 << 21  # of one inner activation
 MIN_ROWS = 128
 NAMES = ("gate_proj", "up_proj", "down_proj")
 

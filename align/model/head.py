@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from align.model.tiles import TILE_ELEMENTS
 from align.types import HeadOutputs
 
 # Elements of a tile, and its largest width. On a CPU a tile should stay in the cache between its passes.
-TILE = {"cpu": (1 << 21, 1 << 11), "cuda": (1 << 27, 1 << 18)}
+TILE = {"cpu": (TILE_ELEMENTS["cpu"], 1 << 11), "cuda": (TILE_ELEMENTS["cuda"], 1 << 18)}
 STATISTICS = ("entropy", "log_sum_sq")
 
 
