@@ -13,7 +13,6 @@ from align.cli.memory_plan import Estimate, Work, engine
 from align.data.order import DEFAULT_BATCH
 from align.recipe.adapter import Adapter
 from align.recipe.schema import Recipe
-from align.recipe.support import zero_stage
 from align.stages.roles import Role
 from align.stages.training import SCORED, reference_of
 from rollout.base import CPU_KV_CACHE_BYTES
@@ -89,7 +88,7 @@ class SeenBy:
             head=stage.kind not in SCORED,
             gpu=self.gpu,
             optimizer=stage.optim.name,
-            zero=zero_stage(placed),
+            zero=placed.strategy.stage,
             ranks=placed.ranks,
         )
         sizes = replace(self.sizes, others=others(self.table))

@@ -15,7 +15,7 @@ from align.plugins import describe_in_child
 from align.recipe.adapter import Adapter
 from align.recipe.problems import option_problems
 from align.recipe.schema import Recipe, Rollout, TrainStage
-from align.recipe.support import check_adapter, check_sharded, is_sound, publish_mode, zero_stage
+from align.recipe.support import check_adapter, check_sharded, is_sound, publish_mode
 from align.stages.handover import adapter_of, check_adapters, trained_by
 from align.stages.training import SCORED, head_of
 from rollout.base import check_engine_options
@@ -47,7 +47,7 @@ def check_recipe(recipe: Recipe, found: Findings) -> set[str]:
                 with found.gather(stage.id):
                     check_adapter(stage.adapter)
             with found.gather(stage.id):
-                check_sharded(adapter_of(recipe, stage), stage.optim.name, zero_stage(recipe.placement.trainer))
+                check_sharded(adapter_of(recipe, stage), stage.optim.name, recipe.placement.trainer.strategy.stage)
             _check_evaluation(stage, found)
         if stage.kind == "online":
             _check_online(recipe, stage, found)

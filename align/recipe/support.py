@@ -97,13 +97,6 @@ def check_adapter(adapter: Adapter) -> None:
         )
 
 
-def zero_stage(trainer: object) -> int:
-    """Of `placement.trainer`, the stage of ZeRO that its `strategy` names; 0 where nothing is spread over ranks."""
-    strategy = getattr(trainer, "strategy", None)
-    name = str(getattr(strategy, "name", strategy))
-    return int(name[-1]) if name.startswith("zero") else 0
-
-
 def check_sharded(adapter: Adapter, optimizer: str, stage: int) -> None:
     """Raise Unsupported for what ZeRO's `stage` cannot spread."""
     if stage and optimizer == "adamw_8bit":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,8 @@ from align.errors import UserError
 from align.recipe.adapter import Adapter, Quant
 from align.recipe.inputs import Model
 from align.recipe.load import load_document
-from align.recipe.support import check_sharded, zero_stage
+from align.recipe.sharding import Sharding
+from align.recipe.support import check_sharded
 from align.train.metrics import MetricSums
 from align.train.trainer import PolicyTrainer
 from tests.bench.memory_plan import conversations
@@ -196,7 +196,7 @@ def test_the_plan_says_what_is_packed_and_refuses_what_cannot_be(workshop: Works
 
 
 def test_what_zero_cannot_spread_is_refused() -> None:
-    assert zero_stage(SimpleNamespace(strategy=SimpleNamespace(name="zero3"))) == 3 and zero_stage(object()) == 0
+    assert Sharding(name="zero3").stage == 3 and Sharding().stage == 0
     check_sharded(Adapter(kind="qlora"), "adamw", 2)
     check_sharded(Adapter(kind="qlora"), "adamw_8bit", 0)
     for adapter, optimizer, stage in ((Adapter(kind="qlora"), "adamw", 3), (Adapter(), "adamw_8bit", 1)):
