@@ -77,7 +77,7 @@ class Ranks:
         if ranks.wire.type == "cuda":
             torch.cuda.set_device(ranks.wire.index or 0)
         backend = "cpu:gloo,cuda:nccl" if ranks.wire.type == "cuda" else "gloo"
-        with ranks._together("meet"):
+        with ranks.together("meet"):
             dist.init_process_group(
                 backend, init_method, timedelta(seconds=limit_s), world_size=size, rank=rank, store=store
             )
@@ -103,7 +103,9 @@ class Ranks:
         return {"comm/bytes": float(now.bytes - before.bytes), "time/communicate": now.seconds - before.seconds}
 
     @contextmanager
-    def _together(self, doing: str) -> Iterator[None]:
+    def together(self, doing: str) -> Iterator[None]:
+        """Around what all ranks do at one time: it is counted in seconds, and torch's error where another rank ended is
+        a RanksError. doing: as in "while they <doing>"."""
         started = time.perf_counter()
         try:
             yield
@@ -118,7 +120,7 @@ class Ranks:
 
     def barrier(self) -> None:
         if self.size > 1:
-            with self._together("waited for each other"):
+            with self.together("waited for each other"):
                 self._all_reduce(torch.zeros(1))
 
     def objects(self, value: Any) -> list[Any]:
@@ -130,7 +132,7 @@ class Ranks:
         # torch exchanges lengths as int64, then the pickles; how it pads the shorter ones is not counted
         self.sent["all_gather"] += (self.size - 1) * (8 + len(pickle.dumps(value)))
         found: list[Any] = [None] * self.size
-        with self._together("exchanged numbers"):
+        with self.together("exchanged numbers"):
             dist.all_gather_object(found, value)
         return found
 
@@ -145,7 +147,7 @@ class Ranks:
         padded[: tensor.shape[0]] = tensor
         parts = [torch.empty_like(padded) for _ in lengths]
         self.sent["all_gather"] += (self.size - 1) * padded.nbytes
-        with self._together("gathered values"):
+        with self.together("gathered values"):
             dist.all_gather(parts, padded)
         return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]).to(tensor.device)
 
@@ -199,7 +201,7 @@ class Ranks:
         dist.broadcast(flat, 0)
 
     def _in_buckets(self, tensors: Sequence[Tensor], send: Callable[[Tensor], Any], dtype: torch.dtype) -> None:
-        with self._together("exchanged tensors"):
+        with self.together("exchanged tensors"):
             for bucket in _buckets(tensors):
                 flat = torch.cat([t.reshape(-1).to(self.wire, dtype) for t in bucket])
                 send(flat)

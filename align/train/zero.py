@@ -100,7 +100,7 @@ class Zero:
         except RuntimeError as error:
             if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
                 raise
-            with self.ranks._together("exchanged parameters"):
+            with self.ranks.together("exchanged parameters"):
                 raise
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
