@@ -4,17 +4,12 @@ Qwen2.5-VL."""
 from __future__ import annotations
 
 import base64
-import importlib.util
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
+from tests import generators, runs
 
-from tests.runs import write_jsonl
-
-CHECKOUT = Path(__file__).resolve().parents[1]
 JUDGE = '''"""What it says of a picture can be computed again from the file that the rollouts name."""
 
 from PIL import Image
@@ -52,13 +47,10 @@ def write_data(folder: Path) -> None:
     from tests.tiny_vlms import write_tiny_vlm
 
     write_tiny_vlm(folder / "model", "qwen2_5_vl")
-    spec = importlib.util.spec_from_file_location("shapes", CHECKOUT / "recipes" / "shapes.py")
-    assert spec is not None and spec.loader is not None
-    shapes = sys.modules["shapes"] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(shapes)
-    write_jsonl(folder / "sft.jsonl", _rows(shapes.sft(rows=32), folder / "pictures" / "sft"))
-    write_jsonl(folder / "pairs.jsonl", _rows(shapes.pairs(rows=16), folder / "pictures" / "pairs"))
-    write_jsonl(folder / "prompts.jsonl", _rows(shapes.prompts(rows=16), folder / "pictures" / "prompts"))
+    shapes = generators.load("shapes")
+    runs.write_jsonl(folder / "sft.jsonl", _rows(shapes.sft(rows=32), folder / "pictures" / "sft"))
+    runs.write_jsonl(folder / "pairs.jsonl", _rows(shapes.pairs(rows=16), folder / "pictures" / "pairs"))
+    runs.write_jsonl(folder / "prompts.jsonl", _rows(shapes.prompts(rows=16), folder / "pictures" / "prompts"))
     (folder / "judge.py").write_text(JUDGE)
 
 
@@ -78,17 +70,8 @@ def _rows(rows: Iterable[dict[str, Any]], pictures: Path) -> list[dict[str, Any]
 
 
 def write_recipe(folder: Path, name: str, stages: list[dict[str, Any]], **changes: Any) -> Path:
-    recipe = {
-        "name": name,
-        "output": "runs",
-        "model": {"path": "model", "dtype": "float32"},
-        "report": {"tensorboard": False},
-        "stages": stages,
-        **changes,
-    }
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    return path
+    """A recipe over the data of `write_data`; returns its path."""
+    return runs.write_recipe(folder, name, stages, **{"model": {"path": "model", "dtype": "float32"}, **changes})
 
 
 SFT = {  # the tower whole, the language model by LoRA

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 
@@ -59,7 +60,7 @@ class Nodes:
         head = not self._nodes
         # TMPDIR: for what workers of a killed node leave; PATH: jobs call `python`
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        with _environment(TMPDIR=self._folder, PATH=path):
+        with mock.patch.dict(os.environ, TMPDIR=self._folder, PATH=path):
             node = Node(RayParams(**common, **own), head=head, shutdown_at_exit=False, spawn_reaper=False)
         self._nodes.append(node)
         self.address = self._nodes[0].gcs_address
@@ -109,20 +110,6 @@ class Nodes:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         process = psutil.Process(info.process.pid)
                         self._seen |= {p.pid: p for p in [process, *process.children(recursive=True)]}
-
-
-@contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @contextmanager

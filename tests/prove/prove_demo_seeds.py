@@ -3,7 +3,6 @@ as well in plain transformers as it did in vLLM."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests import generators
 from tests.prove.entry import CHECKOUT, conclude
 
 SEEDS = (10, 11, 12)  # the recipe was tuned on 0, 1 and 2
@@ -53,12 +53,7 @@ def accuracy_in_transformers(folder: Path) -> float:
 
 
 def held_out(rows: int) -> Any:
-    spec = importlib.util.spec_from_file_location("arithmetic", CHECKOUT / "recipes" / "arithmetic.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module.prompts(rows=rows, held_out=True)
+    return generators.load("arithmetic").prompts(rows=rows, held_out=True)
 
 
 def checks(stages: dict[str, Any], seconds: float, in_transformers: float) -> dict[str, bool]:

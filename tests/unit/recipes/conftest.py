@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-RECIPES = Path(__file__).resolve().parents[3] / "recipes"
+from tests import generators
 
 
 @pytest.fixture(scope="module")
@@ -19,13 +17,8 @@ def generator() -> Iterator[Callable[[str], ModuleType]]:
     loaded: list[str] = []
 
     def load(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look their module up
         loaded.append(name)
-        spec.loader.exec_module(module)
-        return module
+        return generators.load(name)
 
     yield load
     for name in loaded:
