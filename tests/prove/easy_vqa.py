@@ -261,11 +261,13 @@ def accuracies(rows: list[Row], right: list[float]) -> dict[str, float]:
 
 
 def commonest(train: list[Row], rows: list[Row], by: Callable[[Row], str]) -> list[float]:
-    """What one scores who sees no picture, and gives each kind of question its commonest answer in training."""
+    """What one scores who sees no picture, and gives each kind of question its commonest answer in training; to a kind
+    that is not there, none."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for row in train:
         answers[by(row)][row["answer"]] += 1
-    return [float(row["answer"] == answers[by(row)].most_common(1)[0][0]) for row in rows if answers[by(row)]]
+    best = {kind: counted.most_common(1)[0][0] for kind, counted in answers.items()}
+    return [float(row["answer"] == best.get(by(row))) for row in rows]
 
 
 def advantage(right: list[float], blind: list[float]) -> dict[str, float]:
