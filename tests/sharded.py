@@ -16,7 +16,7 @@ from torch.multiprocessing.spawn import start_processes
 from align.protocols import Tree
 from align.recipe.adapter import Adapter
 from align.recipe.inputs import Model
-from align.recipe.schema import LossTerm, Optim
+from align.recipe.parts import LossTerm, Optim
 from align.recipe.sharding import Offload, Sharding
 from align.train.ranks import Ranks
 from align.train.spec import TrainerSpec

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import rewards
 from align import errors
 from align.plugins import REWARDS
-from align.recipe.schema import Reward
+from align.recipe.parts import Reward
 from rewards.plugin import OVERRIDES, PluginSpec
 
 

@@ -18,7 +18,7 @@ import ray
 from align.actors.cluster import answer, die_with_parent
 from align.errors import RanksError
 from align.protocols import Metrics, Publication, Tree
-from align.recipe.schema import LossTerm
+from align.recipe.parts import LossTerm
 from align.shared import require_shared, source_here
 from align.train.spec import TrainerSpec
 

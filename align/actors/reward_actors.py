@@ -29,7 +29,7 @@ from align.actors.cluster import answer, die_with_parent
 from align.actors.plugins import align_errors
 from align.actors.scoring import LocalScorer, join_parts
 from align.protocols import ErrorBudget, Failure, Group, ScoreTable
-from align.recipe.schema import Reward
+from align.recipe.parts import Reward
 from align.shared import require_shared, source_here
 from align.stages.roles import REWARD_CPUS
 from rewards.budget import Budgets

@@ -14,7 +14,7 @@ import rewards
 from align.actors.plugins import align_errors, plugin_spec
 from align.mediastore import described
 from align.protocols import ErrorBudget, Failure, Group, ScoreTable
-from align.recipe.schema import Reward
+from align.recipe.parts import Reward
 from align.stages.scoring import MetricTotals
 from rewards.pool import PoolResult, RewardPool
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from align.cli.findings import Findings
 from align.cli.inputs import DataFacts, Rewards, check_reference, open_model, read_data
-from align.cli.plan import Machine, Plan, Planner, check_fits, lines, stage_roles
+from align.cli.machine import Machine, check_fits, stage_roles
+from align.cli.plan import Plan, Planner, lines
 from align.cli.rules import check_recipe
 from align.objectives.check import Known, problems
 from align.recipe.document import Document

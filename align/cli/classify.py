@@ -29,7 +29,7 @@ from align.model.adapter_config import OWN_BASE, read_adapter_config, scores
 from align.protocols import Tree
 from align.recipe.inputs import DataSource, Media
 from align.recipe.labels import Labels
-from align.recipe.schema import Packing
+from align.recipe.parts import Packing
 from align.stages.files import write_text
 from align.stages.handover import adapter_in
 

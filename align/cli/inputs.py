@@ -32,7 +32,9 @@ from align.protocols import PromptItem, Tree
 from align.recipe.families import family_of
 from align.recipe.inputs import DataSource, Model
 from align.recipe.labels import Labels
-from align.recipe.schema import Recipe, ReferencePath, Reward
+from align.recipe.parts import Reward
+from align.recipe.schema import Recipe
+from align.recipe.stages import ReferencePath
 from align.stages.context import stage_seed
 from align.stages.handover import Origin
 from align.stages.margins import refuse_own_margins, require_margins

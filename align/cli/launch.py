@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from align.cli.plan import Machine, check_fits, stage_roles
+from align.cli.machine import Machine, check_fits, stage_roles
 from align.errors import PlacementError
 from align.experiments.children import Outcome, Slot, slots
 from align.recipe.schema import Recipe

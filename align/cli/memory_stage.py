@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from align.cli.inputs import DataFacts
+from align.cli.machine import Machine
 from align.cli.memory import Sizes, Table, human, others, tower_of
 from align.cli.memory_advice import Asked, verdict
 from align.cli.memory_plan import Estimate, Work, engine
@@ -16,9 +17,6 @@ from align.recipe.schema import Recipe
 from align.stages.roles import Role
 from align.stages.training import SCORED, reference_of
 from rollout.base import CPU_KV_CACHE_BYTES
-
-if TYPE_CHECKING:
-    from align.cli.plan import Machine
 
 
 def dtype_of(gpu: bool, *names: str) -> str:

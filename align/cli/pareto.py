@@ -20,7 +20,7 @@ from align.experiments.runs import (
     read_recipe,
     run_folders,
 )
-from align.recipe.schema import EvaluateStage
+from align.recipe.stages import EvaluateStage
 from align.report.front import write_front
 from align.report.front_page import write_page
 from align.report.table import text_table

@@ -13,8 +13,10 @@ from align.losses import configure, load
 from align.losses.base import Needs
 from align.plugins import describe_in_child
 from align.recipe.adapter import Adapter
+from align.recipe.parts import Rollout
 from align.recipe.problems import option_problems
-from align.recipe.schema import Recipe, Rollout, TrainStage
+from align.recipe.schema import Recipe
+from align.recipe.stages import TrainStage
 from align.recipe.support import check_adapter, check_sharded, is_sound, publish_mode
 from align.stages.handover import adapter_of, check_adapters, trained_by
 from align.stages.training import SCORED, head_of

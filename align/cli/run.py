@@ -16,7 +16,8 @@ from types import FrameType
 from typing import Any
 
 from align.cli.check import validate
-from align.cli.plan import Machine, Plan
+from align.cli.machine import Machine
+from align.cli.plan import Plan
 from align.errors import Interrupted
 from align.recipe.load import dump_recipe, load_document
 from align.recipe.shipping import python_files

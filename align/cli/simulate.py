@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from align.recipe.load import load_document
-from align.recipe.schema import OnlineStage, Recipe
+from align.recipe.schema import Recipe
+from align.recipe.stages import OnlineStage
 from align.report.table import text_table
 from align.simulate.advice import Split, best_split, smallest_sufficient, splits
 from align.simulate.inputs import UNITS, Inputs, gather, is_empirical, workload

@@ -17,7 +17,8 @@ from align.experiments.runs import chosen, exams
 from align.experiments.sweep import child_of
 from align.hub import resolve_model_folder
 from align.recipe.load import load_recipe
-from align.recipe.schema import EvaluateStage, Recipe
+from align.recipe.schema import Recipe
+from align.recipe.stages import EvaluateStage
 from align.recipe.support import LARGEST_SERVED_RANK
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from align.experiments.grid import Weights, parse_weights, simplex
 from align.experiments.runs import SWEEP, chosen, exams, online_stages
 from align.experiments.sweep import Planned, child_of, is_done, plan, take_over
 from align.recipe.load import load_document
-from align.recipe.schema import OnlineStage, Recipe
+from align.recipe.schema import Recipe
+from align.recipe.stages import OnlineStage
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from align.errors import RunFolderError
 from align.objectives import combine
 from align.recipe.objectives import Objectives
-from align.recipe.schema import OnlineStage
+from align.recipe.stages import OnlineStage
 from align.stages.groups import TRUNCATED
 from align.stages.rollout_log import Rollouts, read_rollouts
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from align.errors import RunFolderError
 from align.recipe.load import load_recipe
-from align.recipe.schema import EvaluateStage, OnlineStage, Recipe
+from align.recipe.schema import Recipe
+from align.recipe.stages import EvaluateStage, OnlineStage
 from align.stages.files import read_json
 from align.stages.rollout_log import read_rollouts
 from align.stages.runfolder import RECIPE, RUN

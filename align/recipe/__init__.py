@@ -1,3 +1,6 @@
 """The recipe: YAML in, strict types out. `from align.recipe import Recipe, load_recipe`."""
 
-from align.recipe.schema import *  # noqa: F403
+from align.recipe.load import dump_recipe, load_recipe
+from align.recipe.schema import Recipe
+
+__all__ = ["Recipe", "dump_recipe", "load_recipe"]

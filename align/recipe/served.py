@@ -5,7 +5,7 @@ by the check, before an engine is started to find the same. A family that is not
 from __future__ import annotations
 
 from align.errors import Unsupported
-from align.recipe.schema import Rollout
+from align.recipe.parts import Rollout
 from align.recipe.support import Publish
 
 TOWER_SWITCH = "enable_tower_connector_lora"

@@ -14,7 +14,7 @@ from typing import Literal
 
 from align.errors import RecipeError, Unsupported
 from align.recipe.adapter import Adapter
-from align.recipe.schema import Rollout
+from align.recipe.parts import Rollout
 
 Publish = Literal["adapter", "weights"]
 # LoRA on language alone; with magnitudes; on weights in four bits; on a tower too; beside whole parts; none

@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 
 from align.errors import RunFolderError
-from align.recipe.schema import OnlineStage, Recipe
+from align.recipe.schema import Recipe
+from align.recipe.stages import OnlineStage
 from align.recipe.support import publish_mode
 from align.simulate.lengths import Empirical, Lengths, LogNormal
 from align.simulate.measured import Measured, slots_of, trained_completions

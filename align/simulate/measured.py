@@ -19,7 +19,8 @@ import numpy as np
 
 from align.errors import RunFolderError
 from align.recipe.load import load_recipe
-from align.recipe.schema import OnlineStage, Recipe
+from align.recipe.schema import Recipe
+from align.recipe.stages import OnlineStage
 
 WARM_UP = 2
 """Turns at a stage's start that are left out: kernels are compiled, engines are new."""

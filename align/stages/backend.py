@@ -17,7 +17,8 @@ from align.protocols import Fleet, PromptItem, Scorer, Trainer
 from align.recipe.adapter import Adapter, Part, Rate
 from align.recipe.inputs import Media, Model
 from align.recipe.labels import Labels
-from align.recipe.schema import LossTerm, Optim, Packing, ReferencePath, Reward, Rollout
+from align.recipe.parts import LossTerm, Optim, Packing, Reward, Rollout
+from align.recipe.stages import ReferencePath
 from align.stages.processes import ProcessId
 
 

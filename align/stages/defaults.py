@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from align.recipe.adapter import Adapter, Part, Rate
-from align.recipe.schema import Optim
+from align.recipe.parts import Optim
 
 # Learning rates by (stage kind, trains an adapter): what TRL, ms-swift and the LoRA papers use as starting points.
 LEARNING_RATES = {

@@ -16,7 +16,8 @@ import numpy as np
 
 from align.errors import Interrupted
 from align.protocols import Metrics, Publication
-from align.recipe.schema import EvaluateStage, Optim
+from align.recipe.parts import Optim
+from align.recipe.stages import EvaluateStage
 from align.stages.backend import FleetJob, Needs, Start, TrainerJob, longest_prompt, most_media, pixel_limits
 from align.stages.context import Context, opened
 from align.stages.handover import adapter_of, weights_of

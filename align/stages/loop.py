@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from align.errors import Interrupted, RecipeError
 from align.protocols import Metrics, Trainer
-from align.recipe.schema import Best, Save
+from align.recipe.parts import Best, Save
 from align.stages.checkpoint import (
     TRAINER,
     Checkpoint,

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from align.recipe.schema import Placement, Share
+from align.recipe.placement import Placement, Share
 from align.stages.backend import Needs
 
 OVERLAPPED = " (asynchronous)"  # part of the name of threads counts in run.json

@@ -16,8 +16,9 @@ from align.losses import configure
 from align.protocols import PromptItem, Sampling, Trainer, Tree
 from align.recipe.inputs import DataSource
 from align.recipe.labels import Labels
-from align.recipe.schema import LossTerm, ReferencePath, Reward, Rollout
-from align.recipe.schema import OnlineStage as OnlineSettings
+from align.recipe.parts import LossTerm, Reward, Rollout
+from align.recipe.stages import OnlineStage as OnlineSettings
+from align.recipe.stages import ReferencePath
 from align.recipe.support import check_adapter, publish_mode
 from align.stages.backend import FleetJob, Needs, ScorerJob, Start, TrainerJob, longest_prompt, most_media, pixel_limits
 from align.stages.context import Context, opened

@@ -16,7 +16,7 @@ import numpy as np
 from align.data.order import epoch_order
 from align.losses import configure
 from align.protocols import Metrics, Segment, Trainer, Tree
-from align.recipe.schema import OnlineStage
+from align.recipe.stages import OnlineStage
 
 _SUMMED = ("time/", "tokens/", "train/", "comm/")
 _COUNTED = ("_tokens", "_sequences")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from align.recipe.adapter import Part, Rate
-from align.recipe.schema import Optim
+from align.recipe.parts import Optim
 
 
 def make_optimizer(

@@ -10,7 +10,7 @@ from typing import Literal
 from align.recipe.adapter import Adapter, Part, Rate
 from align.recipe.inputs import Model
 from align.recipe.labels import Labels
-from align.recipe.schema import LossTerm, Optim, Packing
+from align.recipe.parts import LossTerm, Optim, Packing
 from align.recipe.sharding import Sharding
 
 

@@ -160,7 +160,7 @@ def measured(folder: str, case: dict[str, Any], tokens: int, vocabulary: int, gp
 
     from align.recipe.adapter import Adapter
     from align.recipe.inputs import Model
-    from align.recipe.schema import LossTerm, Optim
+    from align.recipe.parts import LossTerm, Optim
     from align.train.spec import TrainerSpec
     from align.train.trainer import PolicyTrainer
 

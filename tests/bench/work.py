@@ -233,7 +233,7 @@ def make_trainer(
     and the base as reference by switching the adapter off. more: fields of the trainer's spec."""
     from align.recipe.adapter import Adapter
     from align.recipe.inputs import Model
-    from align.recipe.schema import LossTerm, Optim
+    from align.recipe.parts import LossTerm, Optim
     from align.train.spec import TrainerSpec
     from align.train.trainer import PolicyTrainer
 

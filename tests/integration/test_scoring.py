@@ -17,7 +17,8 @@ from align.actors.reward_actors import RayScorer
 from align.actors.scoring import LocalScorer
 from align.errors import AlignError, PluginError, RewardError
 from align.protocols import Completion, ErrorBudget, Group, PromptItem, ScoreTable
-from align.recipe.schema import Placement, Reward
+from align.recipe.parts import Reward
+from align.recipe.placement import Placement
 from align.stages.backend import Needs
 from align.stages.roles import roles_of
 

@@ -22,7 +22,7 @@ from align.losses.base import LossInputs, LossOutput, Prepass
 from align.losses.grpo import Config
 from align.protocols import Tree
 from align.recipe.peers import translate
-from align.recipe.schema import OnlineStage
+from align.recipe.stages import OnlineStage
 from align.types import HeadOutputs, TokenBatch
 from tests.parity.stand_in import padded, same, stand_in
 from tests.unit.core.trees import group

@@ -16,7 +16,7 @@ from align.errors import PluginError
 from align.model import adapters
 from align.model.score_head import load_score_model
 from align.recipe.load import load_document
-from align.recipe.schema import Reward
+from align.recipe.parts import Reward
 from rewards import Sample
 from rewards.plugin import PluginSpec
 from rewards.pool import RewardPool

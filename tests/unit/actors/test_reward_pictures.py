@@ -14,7 +14,7 @@ from align.actors.plugins import plugin_spec
 from align.model import adapters
 from align.model.score_head import load_score_model
 from align.model.scoring_class import scoring_class
-from align.recipe.schema import Reward
+from align.recipe.parts import Reward
 from rewards import Sample
 from rewards.pool import RewardPool
 from tests.tiny_media import picture

@@ -7,8 +7,9 @@ import json
 import pytest
 
 from align.cli.check import validate
+from align.cli.machine import Machine
 from align.cli.main import main
-from align.cli.plan import Machine, Plan
+from align.cli.plan import Plan
 from align.errors import UserError
 from align.recipe.load import load_document
 from tests.unit.cli.workshop import Workshop

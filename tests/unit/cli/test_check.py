@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from align.cli.check import validate
+from align.cli.machine import Machine
 from align.cli.main import main
 from align.cli.memory import read_config, sizes_of
-from align.cli.plan import Machine, Plan
+from align.cli.plan import Plan
 from align.errors import PlacementError, UserError
 from align.recipe.adapter import Adapter
 from align.recipe.load import load_document

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from align.cli.check import validate
+from align.cli.machine import Machine
 from align.cli.memory import Sizes, sizes_of
 from align.cli.memory_advice import Asked, changes, verdict
 from align.cli.memory_plan import Work, _kept, engine, trainer
-from align.cli.plan import Machine
 from align.data.packing import global_counts
 from align.errors import UserError
 from align.recipe.adapter import Adapter, Quant

@@ -8,8 +8,8 @@ import os
 import pytest
 
 from align.cli import sweep as verb
+from align.cli.machine import Machine
 from align.cli.main import main
-from align.cli.plan import Machine
 from align.errors import PlacementError
 from align.experiments.children import Child, Outcome
 from align.recipe.load import load_recipe

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.data.order import BatchPlan, epoch_order
-from align.recipe.schema import PreferenceStage, SftStage
+from align.recipe.stages import PreferenceStage, SftStage
 
 
 def test_an_epoch_is_a_permutation_fixed_by_seed_and_epoch() -> None:

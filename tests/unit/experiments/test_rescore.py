@@ -14,7 +14,7 @@ from align.cli.main import main
 from align.errors import RecipeError, RunFolderError
 from align.experiments.rescore import Rescored, rescore, write
 from align.recipe.objectives import Objectives
-from align.recipe.schema import OnlineStage
+from align.recipe.stages import OnlineStage
 from align.stages.rollout_log import read_rollouts
 from tests.unit.stages.online_run import Run
 from tests.unit.stages.plain import PlainFleet, PlainScorer

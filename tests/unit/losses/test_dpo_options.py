@@ -16,8 +16,8 @@ from align.errors import RecipeError
 from align.losses import configure
 from align.losses.dpo import Config
 from align.protocols import Segment, Tree
+from align.recipe.parts import LossTerm
 from align.recipe.peers import translate
-from align.recipe.schema import LossTerm
 from align.train.trainer import PolicyTrainer
 from tests.unit.core.trees import pair
 from tests.unit.losses.test_dpo import CASES, DIVERGENCES, RANKS, SIDES, evaluate, named, some_pairs, tensors

@@ -20,7 +20,8 @@ from align.losses.policy_terms import entropy_threshold, kl_terms
 from align.objectives import combine
 from align.protocols import Completion, Group, ScoreTable
 from align.recipe.objectives import Objectives
-from align.recipe.schema import OnlineStage, Rollout
+from align.recipe.parts import Rollout
+from align.recipe.stages import OnlineStage
 from align.stages.groups import group_ids, penalise_truncated, to_trees, untrained
 from align.train.trainer import PolicyTrainer
 from align.types import HeadOutputs

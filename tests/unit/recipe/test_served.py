@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from align.errors import Unsupported
-from align.recipe.schema import Rollout
+from align.recipe.parts import Rollout
 from align.recipe.served import TOWER_SWITCH, refuse_unserved
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from align.protocols import ErrorBudget, FailedPrompt, Group, Metrics, PromptItem, Sampling, ScoreTable, Tree
 from align.recipe.objectives import Objectives
-from align.recipe.schema import Save
+from align.recipe.parts import Save
 from align.stages.groups import PromptCursor
 from align.stages.loop import Loop, StageResult, latest_checkpoint
 from align.stages.monitor import Monitor

@@ -9,7 +9,7 @@ import pytest
 
 from align.data.order import BatchPlan
 from align.errors import Interrupted, RecipeError
-from align.recipe.schema import Best, Save
+from align.recipe.parts import Best, Save
 from align.stages.checkpoint import list_checkpoints
 from align.stages.loop import Loop, StageResult, every_steps, latest_checkpoint
 from align.stages.offline import offline_evaluation, offline_turn

@@ -20,7 +20,8 @@ from align.data.packing import collate, mark_nll
 from align.errors import Interrupted
 from align.protocols import Medium, Metrics, Segment, Tree
 from align.recipe.adapter import Adapter
-from align.recipe.schema import Optim, Recipe
+from align.recipe.parts import Optim
+from align.recipe.schema import Recipe
 from align.stages import reference_cache
 from align.stages.backend import Start
 from align.stages.owned import sweep

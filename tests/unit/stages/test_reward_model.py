@@ -23,7 +23,8 @@ from align.model import scratch
 from align.protocols import Tree
 from align.recipe.adapter import Adapter
 from align.recipe.inputs import Model
-from align.recipe.schema import LossTerm, Optim, Recipe
+from align.recipe.parts import LossTerm, Optim
+from align.recipe.schema import Recipe
 from align.stages.backend import TrainerJob
 from align.train.spec import TrainerSpec
 from align.train.state import trainable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from align.recipe.schema import Placement
+from align.recipe.placement import Placement
 from align.stages.backend import Needs
 from align.stages.roles import SMALL_MODEL, roles_of, sampling_threads
 

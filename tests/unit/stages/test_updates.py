@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from align.protocols import Metrics, Segment, Tree
-from align.recipe.schema import OnlineStage
+from align.recipe.stages import OnlineStage
 from align.stages.updates import UpdatePlan, Updates, carrying, merged
 from tests.unit.stages.plain import PlainTrainer
 from tests.unit.stages.test_online import Run

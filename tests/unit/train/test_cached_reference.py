@@ -18,7 +18,7 @@ import torch
 from align.protocols import Tree
 from align.recipe.adapter import Adapter
 from align.recipe.inputs import Model
-from align.recipe.schema import LossTerm, Optim
+from align.recipe.parts import LossTerm, Optim
 from align.train import numerics
 from align.train.spec import TrainerSpec
 from align.train.state import trainable

@@ -17,7 +17,7 @@ from torch.multiprocessing.spawn import start_processes
 from align.protocols import Tree
 from align.recipe.adapter import Adapter
 from align.recipe.inputs import Model
-from align.recipe.schema import LossTerm, Optim
+from align.recipe.parts import LossTerm, Optim
 from align.train.ranks import Ranks
 from align.train.spec import TrainerSpec
 from align.train.state import trainable

@@ -19,7 +19,7 @@ from align.model.parts import parts_of
 from align.protocols import Tree
 from align.recipe.adapter import Adapter, Rate
 from align.recipe.inputs import Model
-from align.recipe.schema import LossTerm, Optim
+from align.recipe.parts import LossTerm, Optim
 from align.train.spec import TrainerSpec
 from align.train.trainer import PolicyTrainer
 from tests.tiny_vlms import write_tiny_vlm

@@ -29,7 +29,7 @@ from align.losses.base import Metric
 from align.protocols import Segment, Tree
 from align.recipe.adapter import Adapter
 from align.recipe.inputs import Model
-from align.recipe.schema import LossTerm, Optim
+from align.recipe.parts import LossTerm, Optim
 from align.stages.updates import carrying
 from align.train.metrics import MetricSums
 from align.train.ranks import Ranks

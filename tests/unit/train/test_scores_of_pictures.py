@@ -18,7 +18,7 @@ from align.protocols import Tree
 from align.recipe.adapter import Adapter
 from align.recipe.inputs import Model
 from align.recipe.labels import Labels
-from align.recipe.schema import LossTerm, Optim
+from align.recipe.parts import LossTerm, Optim
 from align.train.spec import TrainerSpec
 from align.train.trainer import PolicyTrainer
 from tests.tiny_vlms import FAMILIES

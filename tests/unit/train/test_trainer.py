@@ -16,7 +16,7 @@ from align.errors import NonFiniteError
 from align.protocols import Tree
 from align.recipe.adapter import Adapter
 from align.recipe.inputs import Model
-from align.recipe.schema import LossTerm, Optim
+from align.recipe.parts import LossTerm, Optim
 from align.train.spec import TrainerSpec
 from align.train.state import trainable
 from align.train.trainer import PolicyTrainer

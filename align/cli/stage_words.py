@@ -1,0 +1,91 @@
+"""What a stage does, in the words of `align check`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from align.cli import memory
+from align.data.order import DEFAULT_BATCH
+from align.losses import configure
+from align.recipe.adapter import Adapter
+from align.stages.roles import Role
+from align.stages.training import SCORED, record_kind
+
+PUBLISHED = {"adapter": "the adapter", "weights": "whole weights"}
+
+
+def head_words(stage: Any) -> str:
+    if stage.kind not in SCORED:
+        return ""
+    return " and a score head" + (f": {stage.head.words}" if stage.kind == "classify" else "")
+
+
+def loss_notes(stage: Any) -> list[str]:
+    """What the losses themselves say about options that are easily misread."""
+    chosen = [configure(term.name, term.options) for term in stage.loss]
+    said = [module.remarks(config) for module, config, _ in chosen if hasattr(module, "remarks")]
+    return [f"note: {line}" for lines in said for line in lines]
+
+
+def loop_lines(stage: Any) -> list[str]:
+    """How far sampling runs ahead of training, and what becomes of groups that come to nothing."""
+    groups = stage.batch.groups
+    if stage.staleness == 0:
+        said = ["synchronous: each step trains on what its own version sampled"]
+    else:
+        late = (
+            "a step waits for groups that would become older"
+            if stage.overdue == "wait"
+            else "older groups are dropped, which favours short completions"
+        )
+        behind = f"{stage.staleness} version{'s' if stage.staleness != 1 else ''}"
+        said = [f"asynchronous: {(stage.staleness + 1) * groups} groups on their way, at most {behind} behind; {late}"]
+    if stage.dynamic_sampling:
+        most = groups + int((stage.dynamic_sampling.max_factor - 1) * groups + 1e-9)
+        said.append(f"dynamic sampling: groups without signal are replaced, at most {most} are sampled for {groups}")
+    return said
+
+
+def adapter_words(adapter: Adapter, sizes: memory.Sizes | None, table: memory.Table | None) -> str:
+    whole = " and ".join(adapter.parts("full"))
+    if adapter.kind == "full":
+        return "all weights" if table is None else f"all weights of {whole}"
+    count = f" ({memory.count(sizes.adapter_parameters(adapter))} parameters)" if sizes and table is None else ""
+    targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
+    where = "" if table is None else f" of {' and '.join(adapter.parts('lora'))}"
+    beside = f", and all weights of {whole}" if whole else ""
+    what = "DoRA" if adapter.kind == "dora" else "LoRA"
+    packed = f" on weights in four bits ({adapter.quant.type})" if adapter.quant else ""
+    scale = f"alpha {adapter.alpha:g}{' (rsLoRA)' if adapter.rslora else ''}"
+    return f"{what}{packed} of rank {adapter.rank}, {scale} on {targets}{where}{count}{beside}"
+
+
+def steps_words(steps: int | None) -> str:
+    return "as many steps as the data give," if steps is None else f"{steps} step{'s' if steps != 1 else ''}"
+
+
+def updates_words(stage: Any) -> list[str]:
+    """Where a step makes several updates: how many, of what."""
+    passes, parts = stage.updates_per_batch, stage.minibatches
+    if passes * parts == 1:
+        return []
+    groups = stage.batch.groups // parts
+    times = f"{passes} times" if passes > 1 else "once"
+    return [
+        f"updates: {passes * parts} a step, each of {groups} group{'s' if groups != 1 else ''}; every group {times}"
+    ]
+
+
+def batch_words(stage: Any) -> str:
+    batch: Mapping[str, Any] = stage.batch.model_dump(exclude_none=True)
+    if stage.kind == "online":
+        return f"{batch['groups']} groups x {batch['group_size']}"
+    unit = "pairs" if record_kind(stage.loss) == "pair" else "sequences"
+    return f"{batch.get(unit, DEFAULT_BATCH)} {unit}"
+
+
+def role_words(role: Role) -> str:
+    gpus = f", {role.gpus:g} GPU" if role.gpus else ""
+    custom = "".join(f", {amount:g} {name}" for name, amount in role.custom.items())
+    return f"{role.name} {role.cpus:g} CPU{gpus}{custom} ({role.threads} thread{'s' if role.threads != 1 else ''})"
