@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from align.errors import PlacementError
 from align.stages.roles import Role
+from align.train import memory
 
 PLACEMENT_LIMIT_S = 30.0
 _TOGETHER_LIMIT_S = 5.0  # for room on one node, before ranks are laid on several
@@ -71,7 +72,7 @@ class Places:
             "num_cpus": role.cpus,
             "num_gpus": role.gpus,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number),
-            "runtime_env": {"env_vars": thread_environment(role.threads)},
+            "runtime_env": {"env_vars": {**memory.ENVIRONMENT, **thread_environment(role.threads)}},
         }
 
     def group_of(self, names: Sequence[str]) -> tuple[PlacementGroup, list[int]]:

@@ -3,6 +3,9 @@
 An update allocates the same activations as the one before it. glibc gives large ones back to the system as soon as they
 are freed, and gets them again page by page, each zeroed by the kernel: on a virtual machine a first touch of 10 MB
 costs as much as ten passes over it. Kept, they are found where they were.
+
+Tensors of 2 MiB and more ask for huge pages, which torch does if its environment says so before its first tensor: fewer
+first touches, and smaller gaps where large tensors were.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ log = logging.getLogger(__name__)
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h, mallopt(3)
 _NEVER = 2**31 - 1
+ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1"}  # of a process that trains (c10/core/impl/alloc_cpu.cpp)
 
 
 def keep_freed_memory() -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import os
 import re
 import tempfile
 import threading
@@ -34,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qlora": {"kind": "qlora"},
     "qlora, checkpointing": {"kind": "qlora", "checkpointing": True},
     "dora": {"kind": "dora"},
+    "dora, checkpointing": {"kind": "dora", "checkpointing": True},
     "full": {"kind": "full"},
     "full, checkpointing": {"kind": "full", "checkpointing": True},
     "full, 8-bit AdamW": {"kind": "full", "optimizer": "adamw_8bit"},
@@ -155,6 +157,10 @@ def mapped() -> int:
 def measured(folder: str, case: dict[str, Any], tokens: int, vocabulary: int, gpu: bool = False) -> dict[str, float]:
     """{"allocated", "resident": growth in bytes at the peak of the second update, "seconds": of it}; in a process that
     has done nothing else."""
+    from align.train import memory
+
+    os.environ.update(memory.ENVIRONMENT)  # as in a trainer's actor
+
     import bitsandbytes  # noqa: F401  (its library is no part of a trainer)
     import torch
 
