@@ -20,9 +20,9 @@ from align.recipe.adapter import Adapter
 ADAMW_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}  # two moments: float32; or a byte and a scale for 256
 GRADIENT_BYTES = MASTER_BYTES = 4
 STEP_COPIES = 5.5  # of a tensor, in float32: moments, gradient, denominator, its root, and a part of packing them
-# of what comes and goes in an update, what glibc holds between it (measured: tests/bench/results); DoRA also keeps
-# tensors of the weights' sizes between those of activations
-GAPS, CHECKPOINTING_GAPS, DORA_GAPS = 0.65, 1.1, 1.45
+# of what comes and goes in an update, what glibc holds between it, without and with checkpointing (measured on three
+# shapes: tests/bench/results). Gradients of whole weights, and what DoRA makes of each weight, lie among activations.
+GAPS = {"lora": (0.65, 1.1), "full": (0.8, 1.2), "dora": (1.45, 2.1)}
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def trainer(
     parts["in passing"] = max(passing, _step(sizes, adapter, work) - parts["logits"] - parts["activations"])
     if not work.gpu:
         coming_and_going = ("activations", "activations of images", "logits", "in passing")
-        gaps = DORA_GAPS if adapter.kind == "dora" else CHECKPOINTING_GAPS if work.checkpointing else GAPS
+        gaps = GAPS.get(adapter.kind, GAPS["lora"])[work.checkpointing]
         parts["malloc's gaps"] = gaps * sum(parts.get(name, 0.0) for name in coming_and_going)
     return Estimate(parts)
 
