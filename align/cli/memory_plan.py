@@ -22,7 +22,7 @@ GRADIENT_BYTES = MASTER_BYTES = 4
 STEP_COPIES = 5.5  # of a tensor, in float32: moments, gradient, denominator, its root, and a part of packing them
 # of what comes and goes in an update, what glibc holds between it, without and with checkpointing (measured on three
 # shapes: tests/bench/results). Gradients of whole weights, and what DoRA makes of each weight, lie among activations.
-GAPS = {"lora": (0.65, 1.1), "full": (0.8, 1.2), "dora": (1.45, 2.1)}
+GAPS = {"lora": (0.65, 1.0), "full": (0.8, 1.2), "dora": (1.45, 2.2)}
 
 
 @dataclass(frozen=True)
