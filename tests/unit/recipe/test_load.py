@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -228,3 +230,12 @@ def test_a_recipe_in_another_encoding_or_a_folder_is_refused(tmp_path: Path) -> 
         load_recipe(tmp_path / "latin.yaml")
     with pytest.raises(RecipeError, match="a folder"):
         load_recipe(tmp_path)
+
+
+def test_the_package_gives_what_it_promises_and_loads_it_only_then() -> None:
+    program = (
+        "import sys, align.recipe.parts; early = 'align.recipe.load' in sys.modules; "
+        "from align.recipe import Recipe, load_recipe; print(early, Recipe.__name__, load_recipe.__name__)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False", "Recipe", "load_recipe"]
