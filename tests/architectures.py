@@ -47,17 +47,29 @@ SIZES: dict[str, Any] = {
 }
 LATENT = {"num_key_value_heads": 4}  # heads of latent attention all have keys of their own
 INDEXED = {**LATENT, "index_topk": 16, "index_n_heads": 2, "index_head_dim": 16}
+PARTIAL = {"rotary_dim": 8}
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+SECTIONED = {**PLAIN_ROPE, "mrope_section": [1, 1, 2]}
+WINDOWED = ["sliding_attention", "full_attention"]
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash"), LATENT),
     **dict.fromkeys(("minicpm3", "youtu"), LATENT),
     **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), INDEXED),
-    **dict.fromkeys(("codegen", "gptj"), {"rotary_dim": 8}),
+    **dict.fromkeys(("codegen", "gptj"), PARTIAL),
+    "cohere_compass_text": {
+        "layer_types": WINDOWED,
+        "rope_parameters": {"sliding_attention": SECTIONED, "full_attention": SECTIONED},
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "falcon_h1": {"mamba_d_ssm": 64},
     "gemma2": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
-    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": {"layer_types": WINDOWED},
     "gemma3n_text": {
         "num_hidden_layers": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "layer_types": WINDOWED * 2,
         "num_kv_shared_layers": 2,
         "hidden_size_per_layer_input": 8,
         "vocab_size_per_layer_input": VOCABULARY,
@@ -67,38 +79,63 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma4_text": {
         "hidden_size_per_layer_input": 8,
         "vocab_size_per_layer_input": VOCABULARY,
-        "layer_types": ["sliding_attention", "full_attention"],
+        "layer_types": WINDOWED,
         "global_head_dim": 8,
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 8},
     "granite": {"logits_scaling": 8.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "falcon_h1": {"mamba_d_ssm": 64},
     "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 1},
     "reformer": {"is_decoder": True, "axial_pos_shape": [16, 32], "axial_pos_embds_dim": [16, 16]},
-    "zaya": {"num_experts_per_tok": 1},
-    "zamba": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid"] * 2, "mamba_dt_rank": 4},
-    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3],
-               "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 8},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"],
-                            "rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"),
-                            {**PLAIN_ROPE, "mrope_section": [1, 1, 2]})},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 48,
-             "moe_num_experts": 4, "moe_top_k": 2}},
+    "roc_bert": {
+        "pronunciation_vocab_size": VOCABULARY,
+        "shape_vocab_size": VOCABULARY,
+        "shape_embed_dim": 32,
+        "pronunciation_embed_dim": 32,
+    },
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
-    "roc_bert": {"pronunciation_vocab_size": 97, "shape_vocab_size": 97, "shape_embed_dim": 32,
-                 "pronunciation_embed_dim": 32},
+    "zamba": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid"] * 2, "mamba_dt_rank": 4},
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+        "mamba_ngroups": 1,
+        "n_mamba_heads": 8,
+        "mamba_headdim": 8,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
+# the same architectures, told what their configurations also allow
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama, llama3 rotary": ("llama", {"rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16}}),
+    "llama, yarn rotary": ("llama", {"rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}}),
+    "llama, linear rotary": ("llama", {"rope_parameters": {
+        "rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    "llama, dynamic rotary": ("llama", {"max_position_embeddings": 32, "rope_parameters": {
+        "rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}}),
+    "phi3, longrope": ("phi3", {"original_max_position_embeddings": 32, "sliding_window": None, "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [1.5, 2.0, 4.0, 8.0],
+        "original_max_position_embeddings": 32}}),
+    "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "falcon, alibi": ("falcon", {"alibi": True, "new_decoder_architecture": False}),
+    "olmo, clipped": ("olmo", {"clip_qkv": 0.5}),
+    "stablelm, norms of queries": ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True}),
+    "qwen2, windows": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
 }  # fmt: skip
 # encoders' names, asked to look back only: what they are called a decoder for
 DECODERS = {"is_decoder": True}
 
 
 def small_config(name: str) -> Any:
-    """The configuration of transformers' model type `name`, with tiny sizes, its parts included."""
+    """The configuration of a model type of transformers, or of one of VARIANTS, with tiny sizes, its parts included."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return _small(CONFIG_MAPPING[name], OWN.get(name, {}))
+    kind, more = VARIANTS.get(name, (name, {}))
+    return _small(CONFIG_MAPPING[kind], {**OWN.get(kind, {}), **more})
 
 
 def _small(kind: Any, own: dict[str, Any]) -> Any:
@@ -127,8 +164,8 @@ def _fields(kind: Any) -> set[str]:
 
 
 def make(name: str, seed: int = 0, scale: float = 4.0) -> Any:
-    """A float32 model of model type `name` in eval mode, matrices `scale` times what its initialisation draws, so that
-    attention is sharp and logits as wide as a pretrained model's."""
+    """A float32 model of what `small_config` calls `name`, in eval mode. Matrices are `scale` times what is drawn, so
+    that attention is sharp and logits are as wide as a pretrained model's."""
     from transformers import AutoModelForCausalLM
 
     config = small_config(name)

@@ -15,7 +15,7 @@ all weights too. A line says
     WRONG     anything else: other values, other gradients, an error that is not ours
 
 bfloat16 is held against the float32 truth: at most TWICE as far from it, on average, as the model's own eager forward.
-ALIGN_PROVE_NAMES names some of the architectures.
+ALIGN_PROVE_NAMES=llama;olmo2 examines some of the names.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from align.recipe.inputs import Model
 from align.recipe.parts import LossTerm, Optim
 from align.train.spec import TrainerSpec
 from align.train.trainer import PolicyTrainer
-from tests.architectures import VOCABULARY, make
+from tests.architectures import VARIANTS, VOCABULARY, make
 from tests.prove.entry import record
 
 TOLERANCE = 2e-3  # of log-probabilities in float32, and of gradients relative to the largest
@@ -138,7 +138,7 @@ def examine(name: str, folder: Path) -> dict[str, Any]:
         with torch.no_grad():
             truth = alone(model)
             ahead = looks_ahead(model)
-    except Exception as error:  # whatever transformers says: it does not make a language model of these tokens
+    except Exception as error:  # noqa: BLE001 - whatever transformers says: it makes no language model of these tokens
         return {"verdict": "no decoder", "why": short(error)}
     if ahead:
         return {"verdict": "no decoder", "why": "its own forward looks ahead"}
@@ -153,13 +153,13 @@ def examine(name: str, folder: Path) -> dict[str, Any]:
         figures |= examine_lora(folder, truth)
     except AlignError as error:
         return {"verdict": "refused", "why": short(error), **figures}
-    except Exception as error:  # an error that is not ours is what this looks for
+    except Exception as error:  # noqa: BLE001 - an error that is not ours is what this looks for
         return {"verdict": "WRONG", "why": short(error), **figures}
     return {"verdict": verdict(figures), **figures}
 
 
 def examine_lora(folder: Path, truth: Tensor) -> dict[str, Any]:
-    """Figures of the trainer with LoRA; a refusal of LoRA alone, as of architectures that peft cannot adapt, is said."""
+    """The trainer with LoRA; that LoRA alone is refused, as where peft cannot adapt a model, is said."""
     try:
         policy = trainer(folder, Adapter(rank=4, alpha=8), "float32")
     except AlignError as error:
@@ -216,7 +216,7 @@ def main() -> int:
     torch.set_num_threads(1)  # threads do not survive a fork
     begun = time.monotonic()
     wanted = os.environ.get("ALIGN_PROVE_NAMES")
-    names = wanted.split(",") if wanted else list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    names = wanted.split(";") if wanted else [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS]
     table: dict[str, dict[str, Any]] = {}
     for name in names:
         table[name] = examined(name)
