@@ -46,7 +46,7 @@ SIZES: dict[str, Any] = {
     "num_heads": 4,
 }
 LATENT = {"num_key_value_heads": 4}  # heads of latent attention all have keys of their own
-INDEXED = {**LATENT, "index_topk": 16, "index_n_heads": 2, "index_head_dim": 16}
+INDEXED = {**LATENT, "index_topk": 16, "index_n_heads": 32, "index_head_dim": 16}  # few heads: scores of 0, ties
 PARTIAL = {"rotary_dim": 8}
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 SECTIONED = {**PLAIN_ROPE, "mrope_section": [1, 1, 2]}

@@ -141,7 +141,7 @@ def examine(name: str, folder: Path) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 - whatever transformers says: it makes no language model of these tokens
         return {"verdict": "no decoder", "why": short(error)}
     if ahead:
-        return {"verdict": "no decoder", "why": "its own forward looks ahead"}
+        return refused_anyway(folder)
     if not torch.isfinite(truth).all():
         return {"verdict": "no decoder", "why": "its own forward is not finite at these weights"}
     figures: dict[str, Any] = {}
@@ -156,6 +156,15 @@ def examine(name: str, folder: Path) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 - an error that is not ours is what this looks for
         return {"verdict": "WRONG", "why": short(error), **figures}
     return {"verdict": verdict(figures), **figures}
+
+
+def refused_anyway(folder: Path) -> dict[str, Any]:
+    """The line of a model whose own forward looks ahead: nothing to train, and the trainer must say so."""
+    try:
+        trainer(folder, Adapter(kind="full"), "float32")
+    except AlignError as error:
+        return {"verdict": "no decoder", "why": f"its own forward looks ahead; {short(error)}"}
+    return {"verdict": "WRONG", "why": "its own forward looks ahead, and the trainer takes it"}
 
 
 def examine_lora(folder: Path, truth: Tensor) -> dict[str, Any]:
