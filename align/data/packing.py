@@ -146,7 +146,7 @@ class _Layout:
             self.score(branch, start, trunk[1] - 1 if has_trunk else -1, first + n, tree.origin)
         self.score_at += [end - 1 for end in ends]
         for segment in tree.sequences:
-            self.group_ids.append(tree.id)
+            self.group_ids.append(tree.id if segment.place is None else segment.place[0])
             self.sequence_columns.append(dict(segment.columns))
         if len(tree.branches) == 2:
             self.pairs.append((first, first + 1))

@@ -36,6 +36,7 @@ from align.stages.groups import (
 from align.stages.monitor import Monitor
 from align.stages.publication import PublicationFolder
 from align.stages.rollout_log import RolloutLog
+from align.stages.row_weights import by_prompt
 from align.stages.scoring import join_tables
 from align.stages.supply import Scored, Supply, SupplyPlan
 from align.stages.updates import UpdatePlan, Updates
@@ -166,7 +167,7 @@ class OnlineStage:
         table = join_tables([scored.table for scored in taken], self.supply.scoring.take_metrics())
         advantages, objective_metrics = self.advantages(groups, table, step)
         masked = untrained(groups, table, self.plan.truncated)
-        trees = to_trees(groups, advantages, masked)
+        trees = to_trees(groups, advantages * by_prompt(groups), masked)
         if not trees:
             raise RewardError(
                 "every completion of this step is empty: the policy ends its turn at once",

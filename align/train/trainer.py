@@ -20,10 +20,10 @@ from torch import Tensor
 
 from align.data.microbatches import Microbatch, plan_ranks
 from align.data.packing import collate, global_counts, mark_nll, text_positions
-from align.data.prefixes import share_prefixes
+from align.data.prefixes import placed, share_prefixes
 from align.errors import NonFiniteError
 from align.losses import configure
-from align.losses.base import LossInputs, Metric
+from align.losses.base import LossInputs, Metric, Needs, Prepass
 from align.model.dropout import switch_off_own_dropout
 from align.model.parts import numel, sizes, trained_parts
 from align.model.places import positions_of
@@ -219,14 +219,17 @@ class PolicyTrainer:
                 continue
             seen = module.auxiliary(trees, config) if hasattr(module, "auxiliary") else trees
             assert seen is trees or self.spec.reference != "cached", "values of one tree are not those of another"
-            found = run_prepass(
-                self._microbatches(seen),
-                partial(self._quiet, self.module, want=needs.head),
-                self._reference_logps if needs.reference else lambda batch: None,
-                self.ranks.gather,
-            )
+            found = self._prepass(seen, needs) if seen else None
             stats.append(module.batch_stats(found, config))
         return stats
+
+    def _prepass(self, trees: Sequence[Tree], needs: Needs) -> Prepass:
+        return run_prepass(
+            self._microbatches(trees),
+            partial(self._quiet, self.module, want=needs.head),
+            self._reference_logps if needs.reference else lambda batch: None,
+            self.ranks.gather,
+        )
 
     def _loss(self, batch: TokenBatch, counts: Counts, sums: MetricSums, stats: Sequence[dict[str, Tensor]]) -> Tensor:
         """This microbatch's share of the global loss, with gradient; its metrics are added to `sums`."""
@@ -320,17 +323,16 @@ class PolicyTrainer:
         self, trees: Sequence[Tree], of: Callable[[TokenBatch], list[np.ndarray]]
     ) -> list[list[np.ndarray]]:
         """What `of` gives for each sequence of a batch, per tree, gathered from all ranks."""
-        found: dict[tuple[int, int], np.ndarray] = {}
-        place = {(tree.id, id(s)): (n, k) for n, tree in enumerate(trees) for k, s in enumerate(tree.sequences)}
-        for part in self._planned(trees):
+        assert len({tree.id for tree in trees}) == len(trees), "trees of one call have different ids"
+        found: dict[tuple[int, int] | None, np.ndarray] = {}
+        for part in self._planned([placed(tree) for tree in trees]):
             values = of(self._packed(part))
-            if not part.counted:
-                continue
-            # a group may be cut between its branches: each is found by itself
-            keys = [(tree.id, id(sequence)) for tree in part.trees for sequence in tree.sequences]
-            found |= {place[key]: value for key, value in zip(keys, values, strict=True)}
+            if part.counted:
+                # by place: rows may be joined to one tree, and a group cut between its branches
+                places = [sequence.place for tree in part.trees for sequence in tree.sequences]
+                found |= dict(zip(places, values, strict=True))
         found = {at: value for own in self.ranks.objects(found) for at, value in own.items()}
-        return [[found[n, k] for k in range(len(tree.sequences))] for n, tree in enumerate(trees)]
+        return [[found[tree.id, k] for k in range(len(tree.sequences))] for tree in trees]
 
     def numerics(self) -> dict[str, Any]:
         return numerics(self.spec, self.device)
