@@ -73,8 +73,8 @@ def batch_stats(found: Prepass | None, config: Config) -> dict[str, Tensor]:
 
 
 def loss(inputs: LossInputs, config: Config) -> LossOutput:
-    """Loss f32[]: mean over the update's sequences. Needs reference_logps f32[N] and, for `kto`, batch_stats["z"] where the
-    batch has an estimate."""
+    """Loss f32[]: mean over the update's sequences. Needs reference_logps f32[N] and, for `kto`, batch_stats["z"] where
+    the batch has an estimate."""
     import torch
 
     from align.losses.reduce import masked_mean, sequence_sums, share_of_loss, weighted
