@@ -58,6 +58,8 @@ class Segment:
         updates; 0 where no token is scored.
     columns: one float per name for this sequence (desirable, weight, score, a label's...).
     media: what stands in it, in order of `start`; no token of it is scored.
+    place: (id of a tree, number of a sequence in it) where this is, or ends, a sequence of a tree that was given and
+        now stands in another: rows that begin alike are computed as one tree, and groups are cut between branches.
     """
 
     token_ids: np.ndarray
@@ -70,6 +72,7 @@ class Segment:
     proximal_logps: np.ndarray | None = None
     columns: Mapping[str, float] = field(default_factory=dict)
     media: tuple[Medium, ...] = ()
+    place: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return int(self.token_ids.shape[0])
@@ -149,7 +152,8 @@ class PromptItem:
     group_id: unique per stage and draw (epoch, row, repeat). seed: 63-bit hash of (run seed, stage id, group id).
     token_ids: i64[n]. messages: the prompt as role/content dicts (a plain-text prompt is one user message with
     role "text"). row: every column of the data row; `reference_answer` where an assistant turn was taken off.
-    media: what stands in `token_ids`, which hold all the tokens that stand for them.
+    media: what stands in `token_ids`, which hold all the tokens that stand for them. weight: the row's; what the
+    advantages of its completions are multiplied by.
     """
 
     group_id: int
@@ -159,6 +163,7 @@ class PromptItem:
     row: Mapping[str, Any] = field(default_factory=dict)
     origin: str = ""
     media: tuple[Medium, ...] = ()
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,10 +24,12 @@ class TokenBatch:
     loss_mask, nll_mask bool[N]; advantages, behavior_logps f32[N]; versions i32[N] (zeros where a stage has none).
     reference_logps, proximal_logps f32[N] or None: log-probabilities under the reference, and under the policy at the
         start of the batch, where the trees carry them.
-    pairs i64[P, 2]: sequence numbers of (chosen, rejected); group_ids i64[S]: tree of each sequence;
+    pairs i64[P, 2]: sequence numbers of (chosen, rejected); group_ids i64[S]: tree of each sequence, its own where
+        rows are computed as one tree;
     score_at i64[S]: index in the row of each sequence's last token, which a score head reads.
     columns: per sequence f32[S] ("sequence/<name>") and per pair f32[P] ("pair/<name>").
     media: what stands in the row, references in the order of their tokens; media_at: the first token of each.
+    twins: i64[S], the first sequence of its tree that is the same as each, or None where none has another.
     idle_media: what towers that learn compute beside it, for nothing, because other ranks have media now.
     """
 
@@ -54,6 +56,7 @@ class TokenBatch:
     idle_media: tuple[Medium, ...] = ()
     reference_logps: Tensor | None = None
     proximal_logps: Tensor | None = None
+    twins: Tensor | None = None
 
     @property
     def sequences(self) -> int:

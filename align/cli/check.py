@@ -135,6 +135,7 @@ def _check_stage(
                 answers=judged,
                 margins=not sampled and needs_margin(stage),
                 labels=getattr(stage, "head", None),
+                losses=() if sampled else stage.loss,
             )
     if len(read) < len(sets):
         return

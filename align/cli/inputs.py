@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,12 +32,13 @@ from align.protocols import PromptItem, Tree
 from align.recipe.families import family_of
 from align.recipe.inputs import DataSource, Model
 from align.recipe.labels import Labels
-from align.recipe.parts import Reward
+from align.recipe.parts import LossTerm, Reward
 from align.recipe.schema import Recipe
 from align.recipe.stages import ReferencePath
 from align.stages.context import stage_seed
 from align.stages.handover import Origin
 from align.stages.margins import refuse_own_margins, require_margins
+from align.stages.row_weights import refuse_weights
 from align.stages.training import SCORED
 from rewards.api import PluginError as RewardsPluginError
 from rewards.naming import Named, objective_names
@@ -124,6 +125,7 @@ class DataFacts:
 
     whole: every row was read, so that `rows` is the epoch's size. longest, mean: tokens of a tree, or of a prompt.
     patches: of its images, for each token, on average; most_patches: of one tree's or prompt's.
+    trees: of rows that a loss learns from.
     """
 
     report: DataReport | None = None
@@ -134,6 +136,7 @@ class DataFacts:
     patches: float = 0.0
     most_patches: int = 0
     notes: list[str] = field(default_factory=list)
+    trees: Sequence[Tree] = ()
 
 
 def read_data(
@@ -148,11 +151,12 @@ def read_data(
     answers: bool = False,
     margins: bool = False,
     labels: Labels | None = None,
+    losses: Sequence[LossTerm] = (),
 ) -> DataFacts:
     """The first rows of each source (all with `every_row`) through tokenizer and template. Raises DataError.
 
     answers: rewards will judge the pairs. margins: every pair must have one, from them or from its row. labels: of
-    labelled rows.
+    labelled rows. losses: that learn from the rows; they must take the rows' weights.
 
     A hub data set is opened with every row only: the library that reads it brings torch.
     """
@@ -181,12 +185,14 @@ def read_data(
     )
     if margins:
         (refuse_own_margins if answers else require_margins)(prepared.items)
+    refuse_weights(prepared.items, losses)
     lengths = [_tokens(item) for item in prepared.items]
     cut = [
         first is not None and (source.limit is None or source.limit > first) and report.read >= first
         for source, report in zip(here, prepared.report.sources, strict=True)
     ]
     facts.report = prepared.report
+    facts.trees = prepared.items if losses else ()
     facts.rows, facts.whole = len(prepared.items), not any(cut) and len(here) == len(sources)
     facts.longest, facts.mean = max(lengths), sum(lengths) / len(lengths)
     patches = [sum(medium.patches for medium in item.media) for item in prepared.items]

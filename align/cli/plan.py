@@ -17,6 +17,7 @@ from align.cli.stage_words import (
     adapter_words,
     batch_words,
     head_words,
+    lacking_notes,
     loop_lines,
     loss_notes,
     role_words,
@@ -123,6 +124,8 @@ class Planner:
             plan.lines += loop_lines(stage)
         else:
             self.checks.positions(facts)
+            if facts.whole and facts.trees:
+                plan.lines += lacking_notes(stage, facts.trees, self._order(stage, facts))
             if stage.kind in SCORED:
                 self.checks.padding()
         if stage.kind == "preference" and stage.rewards:
@@ -171,7 +174,10 @@ class Planner:
             return None
         if stage.kind == "online":
             return online_turns(stage, facts.rows)
-        return BatchPlan.of(stage, max(facts.rows, 1), stage_seed(self.recipe.seed, stage.id)).total
+        return self._order(stage, facts).total
+
+    def _order(self, stage: Any, facts: DataFacts) -> BatchPlan:
+        return BatchPlan.of(stage, max(facts.rows, 1), stage_seed(self.recipe.seed, stage.id))
 
     def _packing_notes(self, stage: Any, facts: DataFacts) -> list[str]:
         gpu, what = self.machine.gpus > 0, "prompt" if stage.kind == "online" else "example"

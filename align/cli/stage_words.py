@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align.cli import memory
-from align.data.order import DEFAULT_BATCH
+from align.data.order import DEFAULT_BATCH, BatchPlan
 from align.losses import configure
+from align.protocols import Tree
 from align.recipe.adapter import Adapter
 from align.stages.roles import Role
 from align.stages.training import SCORED, record_kind
@@ -26,6 +27,26 @@ def loss_notes(stage: Any) -> list[str]:
     chosen = [configure(term.name, term.options) for term in stage.loss]
     said = [module.remarks(config) for module, config, _ in chosen if hasattr(module, "remarks")]
     return [f"note: {line}" for lines in said for line in lines]
+
+
+_LOOKED_AT = 200_000  # rows of batches; more would make `align check` slow
+
+
+def lacking_notes(stage: Any, trees: Sequence[Tree], order: BatchPlan) -> list[str]:
+    """In how many of the stage's batches a loss does without what it takes from a whole batch, and what that is."""
+    notes = []
+    for module, config, _ in (configure(term.name, term.options) for term in stage.loss):
+        if not hasattr(module, "lacking"):
+            continue
+        seen = min(order.total, max(1, _LOOKED_AT // order.size))
+        said = [module.lacking([trees[row] for row in order.batch(step)], config) for step in range(seen)]
+        found = [why for why in said if why]
+        if found:
+            which = f"{order.total}" if seen == order.total else f"the first {seen}"
+            notes.append(
+                f"note: {len(found)} of {which} batches have {found[0]}; a larger `batch.sequences` makes them fewer"
+            )
+    return notes
 
 
 def loop_lines(stage: Any) -> list[str]:

@@ -100,10 +100,12 @@ def media_lines(media: Mapping[str, Any]) -> list[str]:
 class SourceReport:
     """One source of rows.
 
-    read = kept + refused + filtered. used: items of an epoch drawn from it (differs from kept where sources have
-    weights). truncated: rows cut to max_length. filtered: prompts left out by `overlong_prompts: filter`.
+    read = kept + refused + filtered + weightless. used: items of an epoch drawn from it (differs from kept where
+    sources have weights). truncated: rows cut to max_length. filtered: prompts left out by `overlong_prompts: filter`.
     reference_answers: final assistant turns taken off prompts. lengths i64[kept]: tokens of each kept row's longest
     sequence; scored i64[kept]: its scored tokens. media: `MediaReport.to_json`, {} where rows have none.
+    weightless: rows of weight 0, which are left out; first_weightless: where the first stands. weighted and
+    first_weighted: the same of kept rows with another weight than 1; weights: their least and largest.
     labels: of labelled rows, how often each label occurs, or the range of each number.
     """
 
@@ -116,12 +118,28 @@ class SourceReport:
     filtered: int = 0
     reference_answers: int = 0
     plain_text: int = 0
+    weightless: int = 0
+    first_weightless: str = ""
+    weighted: int = 0
+    first_weighted: str = ""
+    weights: tuple[float, float] = (1.0, 1.0)
     refused: list[Refusal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     labels: dict[str, Any] = field(default_factory=dict)
     media: dict[str, Any] = field(default_factory=dict)
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     scored: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def note_weightless(self, origin: str) -> None:
+        self.first_weightless = self.first_weightless or origin
+        self.weightless += 1
+
+    def weigh(self, weights: np.ndarray, origins: Sequence[str]) -> None:
+        """Count the kept rows whose weight f32[kept] is another than 1."""
+        other = np.flatnonzero(weights != 1.0)
+        if other.size:
+            self.weighted, self.first_weighted = int(other.size), origins[int(other[0])]
+            self.weights = float(weights[other].min()), float(weights[other].max())
 
     def to_json(self) -> dict[str, Any]:
         out = {k: v for k, v in self.__dict__.items() if k not in ("lengths", "scored", "refused")}
@@ -203,11 +221,15 @@ class DataReport:
             counts += [f"{len(s.refused)} refused"] if s.refused else []
             counts += [f"{s.truncated} truncated"] if s.truncated else []
             counts += [f"{s.filtered} overlong prompts filtered"] if s.filtered else []
+            counts += [f"{s.weightless} of weight 0 left out (the first: {s.first_weightless})"] if s.weightless else []
             counts += [f"{s.reference_answers} reference answers taken off"] if s.reference_answers else []
             counts += (
                 [f"tokens {tokens['min']}/{tokens['median']:g}/{tokens['max']} (min/median/max)"] if s.kept else []
             )
             lines.append(f"{s.path} ({s.layout}): {', '.join(counts)}")
+            if s.weighted:
+                span = " to ".join(f"{weight:g}" for weight in dict.fromkeys(s.weights))
+                lines.append(f"  weights: {s.weighted} rows have another weight than 1: {span}")
             lines += [f"  {line}" for line in label_lines(s.labels, s.kept)]
             lines += [f"  {line}" for line in media_lines(s.media)]
             lines += [f"  note: {note}" for note in s.notes]

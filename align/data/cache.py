@@ -127,5 +127,6 @@ def _media(meta: dict[str, Any], library: Library | None) -> dict[int, list[Medi
 
 def _report(value: dict[str, Any], arrays: dict[str, np.ndarray]) -> SourceReport:
     known = {k: v for k, v in value.items() if k not in ("tokens", "scored_tokens", "refused")}
+    known["weights"] = tuple(known["weights"])
     refused = [Refusal(**r) for r in value["refused"]]
     return SourceReport(**known, refused=refused, lengths=arrays["lengths"], scored=arrays["scored"])

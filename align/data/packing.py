@@ -146,7 +146,7 @@ class _Layout:
             self.score(branch, start, trunk[1] - 1 if has_trunk else -1, first + n, tree.origin)
         self.score_at += [end - 1 for end in ends]
         for segment in tree.sequences:
-            self.group_ids.append(tree.id)
+            self.group_ids.append(tree.id if segment.place is None else segment.place[0])
             self.sequence_columns.append(dict(segment.columns))
         if len(tree.branches) == 2:
             self.pairs.append((first, first + 1))
@@ -194,5 +194,22 @@ def collate(trees: Sequence[Tree], position_fn: PositionFn = text_positions) -> 
         columns=_columns("sequence", layout.sequence_columns) | _columns("pair", layout.pair_columns),
         media=tuple(medium for medium, _ in layout.media),
         media_at=tuple(at for _, at in layout.media),
+        twins=twins(trees),
         **carried,
     )
+
+
+def twins(trees: Sequence[Tree]) -> torch.Tensor | None:
+    """i64[S]: for each sequence the first of its tree with the same tokens, scored places and media; itself where it is
+    the first. None where no tree has two: what a loss pulls up in one it may pull down in the other."""
+    found: list[int] = []
+    for tree in trees:
+        first, start = dict[tuple[object, ...], int](), len(found)
+        for number, sequence in enumerate(tree.sequences):
+            found.append(first.setdefault(_content(sequence), start + number))
+    return torch.tensor(found) if found != list(range(len(found))) else None
+
+
+def _content(segment: Segment) -> tuple[object, ...]:
+    media = tuple((medium.kind, medium.key, medium.start) for medium in segment.media)
+    return segment.token_ids.tobytes(), segment.loss_mask.tobytes(), media

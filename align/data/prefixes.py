@@ -23,13 +23,21 @@ FLAGS = ("loss_mask", "nll_mask")
 VALUES = ("advantages", "behavior_logps", "versions", "reference_logps", "proximal_logps")
 
 
+def placed(tree: Tree) -> Tree:
+    """The tree with every sequence's `place`, by which it is found again however the tree is computed."""
+    if not tree.branches:
+        return replace(tree, trunk=replace(tree.trunk, place=(tree.id, 0)))
+    return replace(tree, branches=tuple(replace(b, place=(tree.id, k)) for k, b in enumerate(tree.branches)))
+
+
 def share_prefixes(trees: Sequence[Tree], least: int = LEAST) -> list[Tree]:
     """The same sequences, with those that begin with the same tokens and media under one trunk.
 
     Trees of several branches stay as they are. What is scored is never shared: a trunk ends before the first scored
     token of each of its rows, and has at least `least` tokens. Rows are divided so that few tokens are computed: those
     that share more than the others have a tree of their own where that saves more. Deterministic, whatever the order
-    of `trees`; a joined tree has the lowest id of its rows, in whose order its branches stand.
+    of `trees`; a joined tree has the lowest id of its rows, in whose order its branches stand. Each says in its `place`
+    which tree's sequence it is.
     """
     rows = sorted((tree for tree in trees if len(tree.branches) < 2), key=lambda tree: tree.id)
     flat = [_sequence(tree) for tree in rows]
@@ -41,8 +49,8 @@ def share_prefixes(trees: Sequence[Tree], least: int = LEAST) -> list[Tree]:
     for depth, places in _divided([depth if depth >= least else 0 for depth in depths]):
         members = sorted(order[place] for place in places)
         alone -= set(members)
-        trunk = replace(_cut(flat[members[0]], 0, depth), columns={})
-        branches = tuple(_cut(flat[i], depth, len(flat[i])) for i in members)
+        trunk = replace(_cut(flat[members[0]], 0, depth), columns={}, place=None)
+        branches = tuple(replace(_cut(flat[i], depth, len(flat[i])), place=(rows[i].id, 0)) for i in members)
         joined.append(replace(rows[members[0]], trunk=trunk, branches=branches))
     return sorted([*joined, *(rows[i] for i in alone)], key=lambda tree: tree.id)
 

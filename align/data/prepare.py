@@ -9,6 +9,9 @@ and the first of the permutation once more.
 Tokenised data are cached by content: bytes of the data, tokenizer and template, options and the code of this package.
 Prompts are not cached, because their rows must be read for the rewards anyway.
 
+A row's own `weight` multiplies its terms of the loss (a prompt's: its advantages); rows of weight 0 are left out here,
+before batches are made, and counted in the report.
+
 Images and other media go through a `Library` (align.data.media), which the caller opens where the model takes them.
 """
 
@@ -23,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from align.data import cache as store
-from align.data.audit import DataReport, refusal_error
+from align.data.audit import DataReport, SourceReport, refusal_error
 from align.data.formats import FIELDS
 from align.data.labels import Labelling
 from align.data.media.library import Library
@@ -86,13 +89,7 @@ def prepare(
     tables = [_prepare_source(t, cache, first, folder) for t in tokenisers]
     for table, source in zip(tables, sources, strict=True):
         if not table.report.kept:
-            raise DataError(
-                f"none of {table.report.read} rows can be used",
-                where=source.path,
-                remedy="the reasons were: " + "; ".join(dict.fromkeys(r.reason for r in table.report.refused[:50]))
-                if table.report.refused
-                else "the source has no rows",
-            )
+            raise _nothing_left(table.report, source.path)
     drawn = mix([t.report.kept for t in tables], [s.weight for s in sources], seed)
     weighted = any((t.weights != 1.0).any() for t in tables)
     items: list[Any] = []
@@ -103,6 +100,13 @@ def prepare(
         items += [table.item(int(row), len(items) + i, weighted) for i, row in enumerate(rows)]
     files = {path: sha for table in tables for path, sha in table.files.items()}
     return Prepared(items, DataReport(kind, [t.report for t in tables]), groups, files)
+
+
+def _nothing_left(report: SourceReport, path: str) -> DataError:
+    reasons = list(dict.fromkeys(r.reason for r in report.refused[:50]))
+    reasons += [f"{report.weightless} rows have weight 0 and are left out"] if report.weightless else []
+    remedy = "the reasons were: " + "; ".join(reasons) if reasons else "the source has no rows"
+    return DataError(f"none of {report.read} rows can be used", where=path, remedy=remedy)
 
 
 def mix(kept: Sequence[int], weights: Sequence[float | None], seed: int) -> list[np.ndarray]:

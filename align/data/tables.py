@@ -11,7 +11,7 @@ import numpy as np
 from align.data.audit import MediaReport, Refusal, SourceReport
 from align.data.encoded import Encoded, Tokens, fit
 from align.data.formats import LAYOUTS
-from align.data.formats.base import Layout, choose, margin_of
+from align.data.formats.base import Layout, choose, margin_of, weight_of
 from align.data.labels import Labelling, distribution
 from align.data.media.library import Library
 from align.data.media.shown import Shown
@@ -76,8 +76,8 @@ class Table:
         return Tree(number, trunk, tuple(_segment(b, columns) for b in e.branches), pair, self.origins[row])
 
     def _prompt(self, row: int, number: int, messages: Messages, values: dict[str, Any]) -> PromptItem:
-        trunk = self.encoded[row].trunk
-        return PromptItem(number, trunk.ids, 0, messages, values, self.origins[row], trunk.media)
+        trunk, weight = self.encoded[row].trunk, float(self.weights[row])
+        return PromptItem(number, trunk.ids, 0, messages, values, self.origins[row], trunk.media, weight)
 
 
 def _segment(tokens: Tokens, columns: dict[str, float]) -> Segment:
@@ -89,11 +89,12 @@ def _segment(tokens: Tokens, columns: dict[str, float]) -> Segment:
 
 @dataclass
 class _Row:
-    """A row on its way: margin of a pair, None where it gives none."""
+    """A row on its way: margin of a pair, None where it gives none; weight: of its terms in the loss."""
 
     row: Row
     record: Record
     margin: float | None
+    weight: float
     shown: Sequence[Shown] = ()
 
 
@@ -142,8 +143,7 @@ class Tokeniser:
                     continue
                 if fitted:
                     margin = float("nan") if one.margin is None else one.margin
-                    weight, desirable = getattr(one.record, "weight", 1.0), getattr(one.record, "desirable", True)
-                    columns.append((weight, desirable, margin))
+                    columns.append((one.weight, getattr(one.record, "desirable", True), margin))
         table.weights = np.array([c[0] for c in columns], np.float32)
         table.desirable = np.array([c[1] for c in columns], bool)
         table.margins = np.array([c[2] for c in columns], np.float32)
@@ -156,6 +156,11 @@ class Tokeniser:
         _finish(table, self.tokenizer)
         return table
 
+    @property
+    def _answers_every_row(self) -> bool:
+        """`align classify` judges rows whatever their weight; a stage leaves those of weight 0 out."""
+        return self.labelling is not None and self.labelling.optional
+
     def _refuse(self, row: Row, reason: RowError) -> None:
         self.report.refused.append(Refusal(row.origin, row.number, str(reason)))
 
@@ -167,12 +172,16 @@ class Tokeniser:
         for row, values in zip(rows, named, strict=True):
             try:
                 record = place_media(_convert(layout, values), values)
+                weight = weight_of(values)
+                if weight == 0 and not self._answers_every_row:
+                    self.report.note_weightless(row.origin)
+                    continue
                 check(record)
                 margin = margin_of(values) if layout.kind == "pair" else None
             except RowError as e:
                 self._refuse(row, e)
                 continue
-            good.append(_Row(row, record, margin))
+            good.append(_Row(row, record, margin, weight))
         drafts, drafted = [], []
         for one in self._shown(good):
             try:
@@ -312,6 +321,7 @@ def _finish(table: Table, tokenizer: ChatTokenizer) -> None:
     report = table.report
     report.refused.sort(key=lambda r: r.row)
     report.kept = len(table.encoded)
+    report.weigh(table.weights, table.origins)
     report.lengths = np.array([e.length for e in table.encoded], np.int64)
     report.scored = np.array([e.scored for e in table.encoded], np.int64)
     if report.plain_text:

@@ -6,7 +6,9 @@ any split into microbatches and ranks gives the same gradient.
 
 A loss of scope "batch", whose value is no sum over sequences or pairs, also exports `batch_stats(found, config)`: it
 turns what a no-grad pass over the whole update found (`Prepass`) into the tensors that `loss` sees in
-`inputs.batch_stats`. With `auxiliary(trees, config)` it has that pass run over other trees than the update's own.
+`inputs.batch_stats`. With `auxiliary(trees, config)` it has that pass run over other trees than the update's own; where
+it answers none there is no pass, and `found` is None. `lacking(trees, config) -> str | None` then says what an update
+over these trees does without: `align check` counts such batches. No batch may end a run.
 
 `remarks(config) -> tuple[str, ...]` is optional: what the plan says about the options, where one is easily misread.
 `derived(metrics) -> dict` is optional too: numbers that are no sums (F1, a correlation) from the joined metrics, in
@@ -46,7 +48,9 @@ class Needs:
     batch makes one update;
     nll: which tokens the negative log-likelihood term covers: all scored ones, the chosen side's, or those and the
     prompt's; the trainer marks them before packing;
-    margin: every pair must have one, from its row or from the stage's rewards."""
+    margin: every pair must have one, from its row or from the stage's rewards;
+    weights: it multiplies each row's terms by the row's `weight` (`align.losses.reduce.weighted`); rows with another
+    than 1 are refused where it does not. On groups a prompt's weight is in the advantages, whatever this says."""
 
     record: Literal["conversation", "pair", "unpaired", "labelled", "group"]
     reference: bool = False
@@ -55,6 +59,7 @@ class Needs:
     nll: Literal["none", "scored", "chosen", "prompt_and_chosen"] = "none"
     ratio: Literal["none", "sampler", "proximal"] = "none"
     margin: bool = False
+    weights: bool = False
 
 
 @dataclass(frozen=True)

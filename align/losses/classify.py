@@ -38,12 +38,12 @@ class Config(LossConfig):
 
 
 def needs(config: Config) -> Needs:
-    return Needs(record="labelled", head=("scores",), scope="sequence")
+    return Needs(record="labelled", head=("scores",), scope="sequence", weights=True)
 
 
 def loss(inputs: LossInputs, config: Config) -> LossOutput:
     """Loss f32[]: mean over all labelled rows of the update; others are left out. Needs scores f32[S, K]."""
-    from align.losses.reduce import share_of_loss
+    from align.losses.reduce import share_of_loss, weighted
 
     scores, columns = inputs.outputs.scores, inputs.batch.columns
     assert scores is not None and scores.shape[0] == inputs.batch.sequences, "classify needs scores of every sequence"
@@ -54,9 +54,7 @@ def loss(inputs: LossInputs, config: Config) -> LossOutput:
         terms = _binary_cross_entropy(scores, labels, config)
     else:
         terms = ((scores - labels) ** 2).mean(-1)
-    weight = columns.get("sequence/weight")
-    terms = terms if weight is None else terms * weight.nan_to_num(1.0).to(terms.dtype)
-    total = (terms * known).sum() / max(inputs.counts.sequences, 1)
+    total = (weighted(terms, inputs, "sequence") * known).sum() / max(inputs.counts.sequences, 1)
     return LossOutput(total, {"loss/total": share_of_loss(total)} | measures(scores.detach(), columns))
 
 

@@ -28,12 +28,12 @@ class Config(LossConfig):
 
 
 def needs(config: Config) -> Needs:
-    return Needs(record="pair", scope="pair", nll="chosen" if config.nll_weight else "none")
+    return Needs(record="pair", scope="pair", nll="chosen" if config.nll_weight else "none", weights=True)
 
 
 def loss(inputs: LossInputs, config: Config) -> LossOutput:
     """Loss f32[]: mean over the update's pairs, plus the weighted NLL over the update's chosen tokens."""
-    from align.losses.pairs import chosen_nll, hinge, pair_sums, side_metrics, sigmoid, squared
+    from align.losses.pairs import chosen_nll, hinge, mean_over_pairs, pair_sums, side_metrics, sigmoid, squared
     from align.losses.reduce import share_of_loss
 
     sums = pair_sums(inputs.outputs.logps, inputs)
@@ -44,7 +44,7 @@ def loss(inputs: LossInputs, config: Config) -> LossOutput:
         chosen, rejected = sums.chosen, sums.rejected
         z = config.beta * (chosen - rejected)
         terms = sigmoid(z, config.label_smoothing) if config.variant == "sigmoid" else hinge(z)
-    total = terms.sum() / max(inputs.counts.pairs, 1)
+    total = mean_over_pairs(terms, inputs)
     metrics: dict[str, Metric] = side_metrics(config.beta * chosen.detach(), config.beta * rejected.detach(), sums)
     if config.nll_weight:
         nll = chosen_nll(inputs)

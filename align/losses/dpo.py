@@ -20,7 +20,8 @@ aot           sigmoid's loss of the k-th smallest logp_c - logp_r minus the k-th
 aot_unpaired  sigmoid's loss of the k-th smallest rho_c minus the k-th smallest rho_r (2406.05882)
 
 aot and aot_unpaired sort over all pairs of the whole update, whatever its microbatches and ranks: a pass without
-gradient and dropout finds for each pair what it meets after sorting. Ties stand in order of tree id.
+gradient and dropout finds for each pair what it meets after sorting. Ties stand in order of tree id. Rows with a weight
+are refused: a term belongs to the sides of different pairs.
 
 divergence (f-DPO, 2309.16240) puts f'(e^rho) in place of rho; `reverse_kl` is DPO. Only a difference of two rewards is
 free of the prompt's own constant, so variants that read one side alone have no other divergence. f' is free up to a
@@ -138,6 +139,7 @@ def needs(config: Config) -> Needs:
         reference=True,
         head=("log_sum_sq",) if config.weighting == "wpo" else (),
         scope="batch" if config.variant in _BY_RANK else "pair",
+        weights=config.variant not in _BY_RANK,  # a term of theirs joins sides of different pairs
     )
 
 
@@ -156,7 +158,7 @@ def loss(inputs: LossInputs, config: Config) -> LossOutput:
     Needs reference_logps f32[N]; log_sum_sq f32[N] where weighting is wpo; `batch_stats` of aot and aot_unpaired.
     """
     from align.losses import dpo_terms as terms
-    from align.losses.pairs import pair_sums, side_metrics
+    from align.losses.pairs import mean_over_pairs, pair_sums, side_metrics
     from align.losses.reduce import mean, share_of_loss
 
     logps, reference = inputs.outputs.logps, inputs.reference_logps
@@ -171,7 +173,7 @@ def loss(inputs: LossInputs, config: Config) -> LossOutput:
         weight = terms.wpo_weights(inputs)
         values = weight * values
         metrics["policy/wpo_weight"] = mean(weight)
-    total = values.sum() / max(inputs.counts.pairs, 1)
+    total = mean_over_pairs(values, inputs)
     rewards = [config.beta * side.detach() for side in (sides.chosen, sides.rejected)]
     metrics |= side_metrics(rewards[0], rewards[1], pair_sums(logps.detach(), inputs))
     metrics |= terms.clamped(ratios, config)

@@ -8,7 +8,10 @@ With rho = logp - logp_ref of a completion:
 z = max(0, mean of rho over mismatched prompt-completion pairs) is the reference point: an estimate of the KL to the
 reference, detached. The mean runs over all mismatched pairs of the whole update, whatever the number of ranks and
 microbatches; they exist only in the no-grad pass before the step (`auxiliary`). A prompt is never matched with a
-completion of its own, duplicate prompts included.
+completion of its own, duplicate prompts included. A batch whose rows all have one prompt (or that is one row) has no
+such pair: its z is 0, the value at which z is bounded and begins (the policy is then the reference), and what
+apo_zero_unpaired has throughout; `policy/without_reference_point` is 1. Authors' and TRL's code pair a prompt with an
+answer to itself there, which estimates something else. z takes no weights: it is an estimate, not a term.
 
 Variant `apo_zero_unpaired` (2408.06266) has no reference point: 1 - s(beta rho), and s(beta rho).
 """
@@ -22,7 +25,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from align.errors import DataError
 from align.losses.base import LossConfig, LossInputs, LossOutput, Metric, Needs, Prepass
 from align.protocols import Tree
 
@@ -39,13 +41,13 @@ class Config(LossConfig):
 
 def needs(config: Config) -> Needs:
     scope: Literal["batch", "sequence"] = "batch" if config.variant == "kto" else "sequence"
-    return Needs(record="unpaired", reference=True, scope=scope)
+    return Needs(record="unpaired", reference=True, scope=scope, weights=True)
 
 
 def auxiliary(trees: Sequence[Tree], config: Config) -> list[Tree]:
     """Each prompt with the completion of the next row (by id, cyclic) that has another prompt.
 
-    Raises DataError where a prompt has no such partner: the batch is too small, or all its prompts are the same.
+    Empty where there is none: a batch of one row, or of one prompt.
     """
     ordered = sorted(trees, key=lambda tree: tree.id)
     mismatched = []
@@ -53,25 +55,29 @@ def auxiliary(trees: Sequence[Tree], config: Config) -> list[Tree]:
         others = (ordered[(i + k) % len(ordered)] for k in range(1, len(ordered)))
         partner = next((o for o in others if not np.array_equal(o.trunk.token_ids, tree.trunk.token_ids)), None)
         if partner is None:
-            raise DataError(
-                f"KTO needs two different prompts in every batch; this one has {len(ordered)} rows of a single prompt",
-                where=tree.origin or None,
-                remedy="raise batch.sequences, or shuffle rows of one prompt apart",
-            )
+            return []
         mismatched.append(replace(tree, branches=partner.branches, origin=f"{tree.origin} x {partner.origin}"))
     return mismatched
 
 
-def batch_stats(found: Prepass, config: Config) -> dict[str, Tensor]:
-    """z f32[], the mean of the mismatched pairs' log-ratios: never negative, never a gradient."""
-    return {"z": found.ratios.mean().clamp(min=0).detach()}
+def lacking(trees: Sequence[Tree], config: Config) -> str | None:
+    """What an update over these trees has to do without."""
+    if config.variant != "kto" or auxiliary(trees, config):
+        return None
+    return "rows of one prompt alone: no estimate of the KL, so the reference point is 0 there"
+
+
+def batch_stats(found: Prepass | None, config: Config) -> dict[str, Tensor]:
+    """z f32[], the mean of the mismatched pairs' log-ratios: never negative, never a gradient. Empty without pairs."""
+    return {} if found is None else {"z": found.ratios.mean().clamp(min=0).detach()}
 
 
 def loss(inputs: LossInputs, config: Config) -> LossOutput:
-    """Loss f32[]: mean over the update's sequences. Needs reference_logps f32[N] and, for `kto`, batch_stats["z"]."""
+    """Loss f32[]: mean over the update's sequences. Needs reference_logps f32[N] and, for `kto`, batch_stats["z"] where
+    the batch has an estimate."""
     import torch
 
-    from align.losses.reduce import masked_mean, sequence_sums, share_of_loss
+    from align.losses.reduce import masked_mean, sequence_sums, share_of_loss, weighted
 
     logps, reference, batch = inputs.outputs.logps, inputs.reference_logps, inputs.batch
     assert reference is not None, "kto needs reference log-probabilities"
@@ -79,12 +85,13 @@ def loss(inputs: LossInputs, config: Config) -> LossOutput:
     scored = lengths > 0  # what has no scored token is in no count either
     sums, _ = sequence_sums(logps.detach(), inputs, batch.loss_mask)
     desirable = batch.columns["sequence/desirable"] > 0.5
-    z = inputs.batch_stats["z"] if config.variant == "kto" else rho.new_zeros(())
+    estimate = inputs.batch_stats.get("z") if config.variant == "kto" else None
+    z = rho.new_zeros(()) if estimate is None else estimate
     side = desirable.to(rho.dtype)
     sign = 2 * side - 1
     weight = side * config.desirable_weight + (1 - side) * config.undesirable_weight
     terms = scored * weight * torch.sigmoid(-config.beta * sign * (rho - z))  # 1 - s(x) = s(-x)
-    total = terms.sum() / max(inputs.counts.sequences, 1)
+    total = weighted(terms, inputs, "sequence").sum() / max(inputs.counts.sequences, 1)
     reward = config.beta * rho.detach()
     right = ((reward > config.beta * z) == desirable).float()
     metrics: dict[str, Metric] = {
@@ -97,4 +104,6 @@ def loss(inputs: LossInputs, config: Config) -> LossOutput:
     }
     if config.variant == "kto":
         metrics["policy/reference_point"] = Metric(z, reduce="max")
+        missing = rho.new_full((), float(estimate is None))
+        metrics["policy/without_reference_point"] = Metric(missing, reduce="max")
     return LossOutput(total, metrics)

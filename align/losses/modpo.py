@@ -24,13 +24,13 @@ class Config(LossConfig):
 
 
 def needs(config: Config) -> Needs:
-    return Needs(record="pair", reference=True, scope="pair", margin=True)
+    return Needs(record="pair", reference=True, scope="pair", margin=True, weights=True)
 
 
 def loss(inputs: LossInputs, config: Config) -> LossOutput:
     """Loss f32[]: mean over all pairs of the update. Needs reference_logps f32[N] and column "pair/margin" f32[P];
     rewards/... are beta rho, policy/margin the mean of m."""
-    from align.losses.pairs import pair_sums, side_metrics, sigmoid
+    from align.losses.pairs import mean_over_pairs, pair_sums, side_metrics, sigmoid
     from align.losses.reduce import mean, share_of_loss
 
     logps, reference = inputs.outputs.logps, inputs.reference_logps
@@ -39,7 +39,7 @@ def loss(inputs: LossInputs, config: Config) -> LossOutput:
     ratios = pair_sums(logps - reference, inputs)
     margin = margin.to(logps.dtype)
     z = (config.beta * (ratios.chosen - ratios.rejected) - margin) / config.preference_weight
-    total = sigmoid(z).sum() / max(inputs.counts.pairs, 1)
+    total = mean_over_pairs(sigmoid(z), inputs)
     rewards = [config.beta * side.detach() for side in (ratios.chosen, ratios.rejected)]
     metrics = side_metrics(rewards[0], rewards[1], pair_sums(logps.detach(), inputs))
     return LossOutput(total, metrics | {"policy/margin": mean(margin), "loss/total": share_of_loss(total)})

@@ -26,7 +26,8 @@ class Config(LossConfig):
 
 
 def needs(config: Config) -> Needs:
-    return Needs(record="pair", scope="pair", nll="chosen" if config.nll == "response" else "prompt_and_chosen")
+    nll: Literal["chosen", "prompt_and_chosen"] = "chosen" if config.nll == "response" else "prompt_and_chosen"
+    return Needs(record="pair", scope="pair", nll=nll, weights=True)
 
 
 def log1mexp(x: Tensor) -> Tensor:
@@ -40,14 +41,14 @@ def loss(inputs: LossInputs, config: Config) -> LossOutput:
     """Loss f32[]: NLL over the update's NLL tokens minus lambda times the mean log-sigmoid of the log odds ratio."""
     from torch.nn.functional import logsigmoid
 
-    from align.losses.pairs import chosen_nll, pair_sums, side_metrics
+    from align.losses.pairs import chosen_nll, mean_over_pairs, pair_sums, side_metrics
     from align.losses.reduce import mean, share_of_loss
 
     sums = pair_sums(inputs.outputs.logps, inputs)
     chosen, rejected = sums.means
     log_odds = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
     nll = chosen_nll(inputs)
-    total = nll - config.lambda_ * logsigmoid(log_odds).sum() / max(inputs.counts.pairs, 1)
+    total = nll - config.lambda_ * mean_over_pairs(logsigmoid(log_odds), inputs)
     sides = side_metrics(config.lambda_ * chosen.detach(), config.lambda_ * rejected.detach(), sums)
     extra = {"loss/total": share_of_loss(total), "loss/nll": share_of_loss(nll), "rewards/log_odds": mean(log_odds)}
     return LossOutput(total, sides | extra)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from align.losses.base import LossInputs, Metric
-from align.losses.reduce import mean, sequence_sums
+from align.losses.reduce import mean, sequence_sums, weighted
 
 
 @dataclass(frozen=True)
@@ -60,5 +60,13 @@ def side_metrics(reward_chosen: Tensor, reward_rejected: Tensor, logps: PairSums
 
 
 def chosen_nll(inputs: LossInputs) -> Tensor:
-    """Mean negative log-likelihood f32[] over the update's NLL tokens (the chosen side, with or without prompt)."""
-    return -(inputs.outputs.logps * inputs.batch.nll_mask).sum() / max(inputs.counts.nll_tokens, 1)
+    """Mean negative log-likelihood f32[] over the update's NLL tokens (the chosen side, with or without prompt), each
+    times its row's weight."""
+    terms = weighted(inputs.outputs.logps, inputs, "token")
+    return -(terms * inputs.batch.nll_mask).sum() / max(inputs.counts.nll_tokens, 1)
+
+
+def mean_over_pairs(terms: Tensor, inputs: LossInputs) -> Tensor:
+    """f32[]: this microbatch's share of the mean of `terms` f32[P] over all pairs of the update, each times its row's
+    weight."""
+    return weighted(terms, inputs, "pair").sum() / max(inputs.counts.pairs, 1)

@@ -22,6 +22,20 @@ def sequence_sums(values: Tensor, inputs: LossInputs, mask: Tensor) -> tuple[Ten
     return sums, lengths
 
 
+Unit = Literal["token", "sequence", "pair"]
+
+
+def weighted(terms: Tensor, inputs: LossInputs, unit: Unit) -> Tensor:
+    """`terms`, [N], [S] or [P], each times the weight that its data row has (column `weight`); a token has its
+    sequence's. Denominators stay counts: a row of weight 2 adds as much as two such rows in a batch of as many rows."""
+    columns = inputs.batch.columns
+    weights = columns.get("pair/weight" if unit == "pair" else "sequence/weight")
+    if weights is None:  # no row has another weight than 1
+        return terms
+    weights = weights.nan_to_num(1.0).to(terms.dtype)
+    return terms * (weights[inputs.batch.sequence_ids] if unit == "token" else weights)
+
+
 def masked_mean(values: Tensor, mask: Tensor) -> Metric:
     """Mean of `values` where `mask`, as a metric that joins over microbatches."""
     weights = mask.to(values.dtype)

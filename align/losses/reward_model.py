@@ -20,12 +20,12 @@ class Config(LossConfig):
 
 
 def needs(config: Config) -> Needs:
-    return Needs(record="pair", head=("scores",), scope="pair")
+    return Needs(record="pair", head=("scores",), scope="pair", weights=True)
 
 
 def loss(inputs: LossInputs, config: Config) -> LossOutput:
     """Loss f32[]: mean over all pairs of the update. Needs scores f32[S, 1]; rewards/... are the scores themselves."""
-    from align.losses.pairs import sigmoid
+    from align.losses.pairs import mean_over_pairs, sigmoid
     from align.losses.reduce import mean, share_of_loss
 
     scores, batch = inputs.outputs.scores, inputs.batch
@@ -35,7 +35,7 @@ def loss(inputs: LossInputs, config: Config) -> LossOutput:
     margin = batch.columns.get("pair/margin")
     apart = difference if margin is None else difference - margin.nan_to_num().to(difference.dtype)
     terms = sigmoid(apart) + config.centre * (chosen + rejected) ** 2
-    total = terms.sum() / max(inputs.counts.pairs, 1)
+    total = mean_over_pairs(terms, inputs)
     metrics = {
         "loss/total": share_of_loss(total),
         "rewards/chosen": mean(chosen),

@@ -17,16 +17,16 @@ class Config(LossConfig):
 
 
 def needs(config: Config) -> Needs:
-    return Needs(record="conversation", nll="chosen")
+    return Needs(record="conversation", nll="chosen", weights=True)
 
 
 def loss(inputs: LossInputs, config: Config) -> LossOutput:
     """Loss f32[]: -sum(logp) / tokens; dft: -sum(stop_gradient(p) * logp) / tokens."""
-    from align.losses.reduce import masked_mean, share_of_loss
+    from align.losses.reduce import masked_mean, share_of_loss, weighted
 
     logps, mask = inputs.outputs.logps, inputs.batch.nll_mask
     terms = -logps if config.variant == "nll" else -logps.detach().exp() * logps
-    total = (terms * mask).sum() / max(inputs.counts.nll_tokens, 1)
+    total = (weighted(terms, inputs, "token") * mask).sum() / max(inputs.counts.nll_tokens, 1)
     return LossOutput(
         total,
         {

@@ -30,7 +30,7 @@ class Config(LossConfig):
 
 
 def needs(config: Config) -> Needs:
-    return Needs(record="pair", scope="pair", nll="chosen" if config.nll_weight else "none")
+    return Needs(record="pair", scope="pair", nll="chosen" if config.nll_weight else "none", weights=True)
 
 
 def remarks(config: Config) -> tuple[str, ...]:
@@ -48,13 +48,13 @@ def implicit_reward(mean_logps: Tensor, alpha: float) -> Tensor:
 
 def loss(inputs: LossInputs, config: Config) -> LossOutput:
     """Loss f32[]: mean over the update's pairs, plus the weighted NLL over the update's chosen tokens."""
-    from align.losses.pairs import chosen_nll, pair_sums, side_metrics, sigmoid
+    from align.losses.pairs import chosen_nll, mean_over_pairs, pair_sums, side_metrics, sigmoid
     from align.losses.reduce import mean, share_of_loss
 
     sums = pair_sums(inputs.outputs.logps, inputs)
     mean_chosen, mean_rejected = sums.means
     chosen, rejected = (config.beta * implicit_reward(x, config.alpha) for x in (mean_chosen, mean_rejected))
-    total = sigmoid(chosen - rejected - config.gamma, config.label_smoothing).sum() / max(inputs.counts.pairs, 1)
+    total = mean_over_pairs(sigmoid(chosen - rejected - config.gamma, config.label_smoothing), inputs)
     metrics: dict[str, Metric] = side_metrics(chosen.detach(), rejected.detach(), sums)
     if config.alpha:
         clamped = [(config.alpha * x).abs() > EXPONENT_LIMIT for x in (mean_chosen, mean_rejected)]

@@ -23,8 +23,14 @@ def _field(name: str, form: str) -> Callable[[Mapping[str, Any]], str | None]:
     return cell
 
 
+def _idle(entry: Mapping[str, Any]) -> str | None:
+    """Steps that trained nothing."""
+    return f"{sum(entry['idle'].values()):,d}" if entry.get("idle") else None
+
+
 COLUMNS: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
     "steps": _field("steps", ",d"),
+    "without training": _idle,
     "seconds": _field("seconds", ",.0f"),
     "tokens/s": _field("tokens_per_second", ",.0f"),
     "loss": _metric("loss/total", ".3f"),

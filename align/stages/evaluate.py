@@ -26,6 +26,7 @@ from align.stages.margins import require_margins
 from align.stages.offline import eval_names
 from align.stages.online import greedy_metrics
 from align.stages.rollout_log import RolloutLog
+from align.stages.row_weights import refuse_weights
 from align.stages.training import needs_margin, record_kind, sampling_of, scorer_job
 
 
@@ -117,6 +118,7 @@ async def _by_loss(context: Context, stage: EvaluateStage, name: str) -> Metrics
     trees = await context.trees(stage, stage.data, record_kind(stage.loss), context.tokenizer(weights.base))
     if needs_margin(stage):
         require_margins(trees)
+    refuse_weights(trees, stage.loss)
     job = TrainerJob(
         stage_id=stage.id,
         model=context.recipe.model,

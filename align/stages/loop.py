@@ -27,6 +27,8 @@ from align.stages.checkpoint import (
     write_checkpoint,
 )
 from align.stages.files import written_aside
+from align.stages.idle import closing_lines, told, why_idle
+from align.stages.idle import words as idle_words
 
 
 class Report(Protocol):
@@ -45,13 +47,15 @@ class Report(Protocol):
 class LoopState:
     """What a checkpoint holds beside the trainer. step: turns done; tokens: trained so far; seconds: spent in turns
     so far, over all processes; best: value and step of the best checkpoint; evaluation: the latest eval metrics;
-    extra: the stage's own (prompt cursor, objective state), JSON values only."""
+    idle: turns that trained nothing, by reason; extra: the stage's own (prompt cursor, objective state), JSON values
+    only."""
 
     step: int = 0
     tokens: float = 0.0
     seconds: float = 0.0
     best: tuple[float, int] | None = None
     evaluation: Metrics = field(default_factory=dict)
+    idle: dict[str, int] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -61,6 +65,7 @@ class LoopState:
             "seconds": self.seconds,
             "best": None if self.best is None else list(self.best),
             "evaluation": self.evaluation,
+            "idle": self.idle,
             "extra": self.extra,
         }
 
@@ -72,13 +77,15 @@ class LoopState:
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a finished stage reports: turns, seconds, trained tokens, its last metrics, and paths of its artefacts."""
+    """What a finished stage reports: turns, seconds, trained tokens, its last metrics, paths of its artefacts, and how
+    many turns trained nothing, by reason."""
 
     steps: int
     seconds: float
     tokens: float
     metrics: Metrics
     artefacts: dict[str, str]
+    idle: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -88,6 +95,7 @@ class StageResult:
             "tokens_per_second": round(self.tokens / self.seconds, 2) if self.seconds > 0 else 0.0,
             "metrics": self.metrics,
             "artefacts": self.artefacts,
+            **({"idle": self.idle} if self.idle else {}),
         }
 
 
@@ -169,10 +177,21 @@ class Loop:
         )
         self.last_metrics = metrics
         self.report.step(self.stage_id, done, metrics)
+        self._note_idle(metrics)
         if saves and self.save.best is not None:
             self._note_best(self.save.best, metrics)
         if saves or self.stop.is_set():
             await self._save()
+
+    def _note_idle(self, metrics: Metrics) -> None:
+        """Say that a turn trained nothing: at once the first time, then ever more rarely."""
+        reason = why_idle(metrics)
+        if reason is None:
+            return
+        idle = {**self.state.idle, reason: self.state.idle.get(reason, 0) + 1}
+        self.state = replace(self.state, idle=idle)
+        if told(idle[reason]):
+            self.report.message(idle_words(self.stage_id, self.state.step, idle[reason], reason))
 
     def _evaluation_due(self, done: int, saves: bool) -> bool:
         """At its own turns, and wherever a checkpoint is weighed against the best; a stop changes neither, so that a
@@ -207,6 +226,8 @@ class Loop:
 
     async def _finish(self) -> StageResult:
         """Write the last model as a folder that anybody can load; the best one lies in its checkpoint."""
+        for line in closing_lines(self.stage_id, self.state.step, self.state.idle):
+            self.report.message(line)
         artefacts = {self.artefact: str(await self._write(self.folder / self.artefact))}
         if self.state.best is not None:
             best = self.checkpoints / checkpoint_name(self.state.best[1])
@@ -217,6 +238,7 @@ class Loop:
             tokens=self.state.tokens,
             metrics={**self.last_metrics, **self.state.evaluation},
             artefacts=artefacts,
+            idle=self.state.idle,
         )
 
     async def _write(self, target: Path) -> Path:

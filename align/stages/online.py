@@ -18,7 +18,6 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from align.errors import RewardError
 from align.objectives import combine
 from align.protocols import Fleet, Group, Metrics, PromptItem, Publication, Scorer, ScoreTable, Trainer, Tree
 from align.recipe.objectives import Objectives
@@ -36,6 +35,7 @@ from align.stages.groups import (
 from align.stages.monitor import Monitor
 from align.stages.publication import PublicationFolder
 from align.stages.rollout_log import RolloutLog
+from align.stages.row_weights import by_prompt
 from align.stages.scoring import join_tables
 from align.stages.supply import Scored, Supply, SupplyPlan
 from align.stages.updates import UpdatePlan, Updates
@@ -166,13 +166,7 @@ class OnlineStage:
         table = join_tables([scored.table for scored in taken], self.supply.scoring.take_metrics())
         advantages, objective_metrics = self.advantages(groups, table, step)
         masked = untrained(groups, table, self.plan.truncated)
-        trees = to_trees(groups, advantages, masked)
-        if not trees:
-            raise RewardError(
-                "every completion of this step is empty: the policy ends its turn at once",
-                where=f"stage {self.plan.stage_id!r}, step {step}",
-                remedy="train it to answer first (an sft stage), or look at the prompts in rollouts/",
-            )
+        trees = to_trees(groups, advantages * by_prompt(groups), masked)
         counts = group_metrics(groups, advantages, masked, version=step)
         metrics = {**counts, **table.metrics, **objective_metrics}
         return _Batch(trees, advantages, np.isfinite(advantages) & ~masked, metrics)

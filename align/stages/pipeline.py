@@ -142,7 +142,7 @@ async def _run_stage(context: Context, stage: Any, mark: Mapping[str, Any], rest
     result = await restarts.survive(stage.id, attempt)
     summary = {**result.to_json(), "restarts": restarts.count(stage.id)}
     run.summarise(stage.id, summary)
-    run.finish(stage.id, result.artefacts)
+    run.finish(stage.id, result.artefacts, result.idle)
     context.report.stage_finished(stage.id, summary)
 
 

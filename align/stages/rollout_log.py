@@ -30,8 +30,8 @@ class RolloutLog:
 
     Columns: step, group_id, sample, origin, prompt, media (paths of what stands in the prompt, in
     order), completion, token_ids, one float column `objective/<name>` each
-    (null where missing), advantage (null where not trained on), trained, finish, version (of the first token),
-    mean_logp (of the sampler). The metadata `KINDS` says which objectives are costs.
+    (null where missing), advantage (null where not trained on; before the prompt's own weight), trained, finish,
+    version (of the first token), mean_logp (of the sampler). The metadata `KINDS` says which objectives are costs.
     """
 
     def __init__(self, folder: Path):

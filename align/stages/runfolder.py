@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from align.errors import RunFolderError
@@ -121,11 +122,15 @@ class RunFolder:
         self.state["stages"][stage_id] = {**entry, "folder": self.state.get("folder")}
         self.write()
 
-    def finish(self, stage_id: str, artefacts: Mapping[str, str]) -> None:
+    def finish(
+        self, stage_id: str, artefacts: Mapping[str, str], idle: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
+        """idle: how many of its steps trained nothing, by reason."""
         self.state["stages"][stage_id] |= {
             "state": "finished",
             "artefacts": dict(artefacts),
             "ended": round(time.time(), 3),
+            **({"idle": dict(idle)} if idle else {}),
         }
         self.write()
 

@@ -32,6 +32,7 @@ from align.stages.offline import offline_evaluation, offline_turn, refuse_paddin
 from align.stages.online import OnlinePlan, OnlineStage
 from align.stages.reference_cache import cached_reference
 from align.stages.rollout_log import RolloutLog
+from align.stages.row_weights import refuse_weights
 from align.stages.runfolder import METRICS, cut_metrics
 from align.stages.updates import UpdatePlan
 
@@ -140,6 +141,7 @@ async def run_offline(context: Context, stage: Any) -> StageResult:
     held = await read(stage, stage.eval.data, kind, tokenizer, "eval") if stage.eval else []
     if needs_margin(stage):
         require_margins([*trees, *held])
+    refuse_weights([*trees, *held], stage.loss)
     if stage.kind in SCORED:
         refuse_padding_at_end([*trees, *held], tokenizer.pad_id)
     order = BatchPlan.of(stage, len(trees), context.seed(stage.id))

@@ -51,9 +51,11 @@ class Updates:
     async def train(self, trees: Sequence[Tree], *, step: int, total: int) -> Metrics:
         """Train on the groups of turn `step` (from 0) of `total`; metrics as `merged` joins them.
 
-        One update is `Trainer.step` over all trees. Where there are fewer groups than minibatches (the others were
-        dropped) there are fewer updates, each at the learning rate of its place.
+        One update is `Trainer.step` over all trees; without a tree there is none. Where there are fewer groups than
+        minibatches (the others were dropped) there are fewer updates, each at the learning rate of its place.
         """
+        if not trees:  # every completion is empty: no update, and the turn says so
+            return {"train/updates": 0.0, "train/idle": 0.0}
         parts = self.parts(trees, step)
         begun = time.perf_counter()
         parts = await self._with_proximal(parts)

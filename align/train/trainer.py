@@ -20,10 +20,10 @@ from torch import Tensor
 
 from align.data.microbatches import Microbatch, plan_ranks
 from align.data.packing import collate, global_counts, mark_nll, text_positions
-from align.data.prefixes import share_prefixes
+from align.data.prefixes import placed, share_prefixes
 from align.errors import NonFiniteError
 from align.losses import configure
-from align.losses.base import LossInputs, Metric
+from align.losses.base import LossInputs, Metric, Needs, Prepass
 from align.model.dropout import switch_off_own_dropout
 from align.model.parts import numel, sizes, trained_parts
 from align.model.places import positions_of
@@ -38,6 +38,7 @@ from align.train.numerics import numerics
 from align.train.optim import lr_multiplier, make_optimizer, set_rates
 from align.train.prepass import run_prepass
 from align.train.ranks import Ranks, random_stream
+from align.train.signal import Signal, carried
 from align.train.spec import TrainerSpec
 from align.train.state import load_state, random_state, save_state, trainable
 from align.train.strategy import make_strategy
@@ -131,28 +132,30 @@ class PolicyTrainer:
     # ------------------------------------------------------------------------------------------ forward and update
 
     def step(self, trees: Sequence[Tree], *, step: int, progress: float) -> dict[str, float]:
-        """One optimizer update over all `trees`. A non-finite loss or gradient leaves the weights as they were."""
+        """One optimizer update over all `trees`. A non-finite loss or gradient leaves the weights as they were, and so
+        does an update without signal (train/idle: see `align.train.signal`)."""
         assert self.optimizer is not None, "this trainer was made without an optimizer"
         started, said = time.perf_counter(), self.ranks.traffic()
         self.module.train()
-        sums, seen = MetricSums(), self.policy.patches()
+        sums, seen, signal = MetricSums(), self.policy.patches(), Signal()
         trees = self._marked(trees)
         batches = self._microbatches(trees)
         counts = global_counts(trees)
         stats = self._batch_stats(trees)
         with self.strategy.update():
             for n, (batch, counted) in enumerate(batches):
-                loss = self._loss(batch, counts, sums if counted else MetricSums(), stats)
+                loss = self._loss(batch, counts, sums if counted else MetricSums(), stats, signal)
                 self.strategy.backward(loss if counted else 0.0 * loss, last=n == len(batches) - 1)
-        sums.add(_work(batches))
+        sums.add(_work(batches) | signal.metrics())
         if self.module.media is not None:
             sums.add({"tokens/patches": Metric(torch.tensor(float(self.policy.patches() - seen)), reduce="sum")})
         metrics = self._metrics(sums)
+        idle = not carried(metrics)
         middle = min(progress + 0.5 / self.spec.total_updates, 1.0)
         optim = self.spec.optim
         rates = set_rates(self.optimizer, lr_multiplier(optim.schedule or "cosine", optim.warmup or 0.0, middle))
         finite = math.isfinite(metrics["loss/total"])
-        norm = self.strategy.step(wanted=finite)
+        norm = self.strategy.step(wanted=finite and not idle)
         if finite and math.isfinite(norm):
             self._bad_steps = 0
         else:
@@ -163,6 +166,7 @@ class PolicyTrainer:
             **rates,
             "optim/grad_norm": norm,
             "optim/skipped": float(self._bad_steps > 0),
+            "train/idle": float(idle),
             "time/train": seconds,
             **self.ranks.since(said),
             "tokens/scored": float(counts.tokens),
@@ -219,19 +223,31 @@ class PolicyTrainer:
                 continue
             seen = module.auxiliary(trees, config) if hasattr(module, "auxiliary") else trees
             assert seen is trees or self.spec.reference != "cached", "values of one tree are not those of another"
-            found = run_prepass(
-                self._microbatches(seen),
-                partial(self._quiet, self.module, want=needs.head),
-                self._reference_logps if needs.reference else lambda batch: None,
-                self.ranks.gather,
-            )
+            found = self._prepass(seen, needs) if seen else None
             stats.append(module.batch_stats(found, config))
         return stats
 
-    def _loss(self, batch: TokenBatch, counts: Counts, sums: MetricSums, stats: Sequence[dict[str, Tensor]]) -> Tensor:
+    def _prepass(self, trees: Sequence[Tree], needs: Needs) -> Prepass:
+        return run_prepass(
+            self._microbatches(trees),
+            partial(self._quiet, self.module, want=needs.head),
+            self._reference_logps if needs.reference else lambda batch: None,
+            self.ranks.gather,
+        )
+
+    def _loss(
+        self,
+        batch: TokenBatch,
+        counts: Counts,
+        sums: MetricSums,
+        stats: Sequence[dict[str, Tensor]],
+        signal: Signal | None = None,
+    ) -> Tensor:
         """This microbatch's share of the global loss, with gradient; its metrics are added to `sums`."""
         reference = self._reference_logps(batch)
         outputs = self.strategy.forward(batch, self.wanted)
+        if signal is not None:
+            signal.watch(outputs, batch)
         total = outputs.logps.new_zeros(())
         metrics: dict[str, Metric] = {}
         # Where the trees carry none, this update is the first of its batch: its own forward is the policy at the start.
@@ -320,17 +336,16 @@ class PolicyTrainer:
         self, trees: Sequence[Tree], of: Callable[[TokenBatch], list[np.ndarray]]
     ) -> list[list[np.ndarray]]:
         """What `of` gives for each sequence of a batch, per tree, gathered from all ranks."""
-        found: dict[tuple[int, int], np.ndarray] = {}
-        place = {(tree.id, id(s)): (n, k) for n, tree in enumerate(trees) for k, s in enumerate(tree.sequences)}
-        for part in self._planned(trees):
+        assert len({tree.id for tree in trees}) == len(trees), "trees of one call have different ids"
+        found: dict[tuple[int, int] | None, np.ndarray] = {}
+        for part in self._planned([placed(tree) for tree in trees]):
             values = of(self._packed(part))
-            if not part.counted:
-                continue
-            # a group may be cut between its branches: each is found by itself
-            keys = [(tree.id, id(sequence)) for tree in part.trees for sequence in tree.sequences]
-            found |= {place[key]: value for key, value in zip(keys, values, strict=True)}
+            if part.counted:
+                # by place: rows may be joined to one tree, and a group cut between its branches
+                places = [sequence.place for tree in part.trees for sequence in tree.sequences]
+                found |= dict(zip(places, values, strict=True))
         found = {at: value for own in self.ranks.objects(found) for at, value in own.items()}
-        return [[found[n, k] for k in range(len(tree.sequences))] for n, tree in enumerate(trees)]
+        return [[found[tree.id, k] for k in range(len(tree.sequences))] for tree in trees]
 
     def numerics(self) -> dict[str, Any]:
         return numerics(self.spec, self.device)

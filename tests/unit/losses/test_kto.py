@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from align.data.packing import collate, global_counts
-from align.errors import DataError
 from align.losses import configure, kto
 from align.losses.base import LossInputs, Prepass
 from align.protocols import Tree
@@ -84,11 +83,21 @@ def test_no_prompt_is_matched_with_a_completion_of_its_own_even_when_prompts_rep
         assert owners[tree.branches[0].token_ids.tobytes()] != tree.trunk.token_ids.tobytes()
 
 
-def test_a_batch_of_one_prompt_is_refused_with_the_remedy() -> None:
-    trees = rows(3)
+@pytest.mark.parametrize("many", [1, 3])
+def test_a_batch_of_one_prompt_trains_with_a_reference_point_of_zero(base: Path, many: int) -> None:  # noqa: F811
+    trees = rows(many)
     same = [replace(tree, trunk=trees[0].trunk) for tree in trees]
-    with pytest.raises(DataError, match=r"kto\.jsonl:1.*\n.*batch\.sequences"):
-        kto.auxiliary(same, kto.Config())
+    assert kto.auxiliary(same, kto.Config()) == [] and kto.lacking(same, kto.Config())
+    assert kto.lacking(rows(3), kto.Config()) is None
+    assert kto.lacking(same, kto.Config(variant="apo_zero_unpaired")) is None  # it has none to miss
+    trainer = PolicyTrainer(make_spec(base, "kto", reference="start"))
+    other = PolicyTrainer(make_spec(base, "kto", reference="start", loss_options={"variant": "apo_zero_unpaired"}))
+    for step in range(2):
+        got, expected = (t.step(same, step=step, progress=step / 10) for t in (trainer, other))
+        assert got["policy/without_reference_point"] == 1.0 and got["policy/reference_point"] == 0.0
+        assert got["loss/total"] == pytest.approx(expected["loss/total"], abs=1e-7) and got["optim/grad_norm"] > 0
+    assert trainer.evaluate(same)["policy/without_reference_point"] == 1.0
+    assert trainer.step(rows(), step=2, progress=0.2)["policy/without_reference_point"] == 0.0
 
 
 def test_the_reference_point_is_never_negative_and_has_no_gradient() -> None:

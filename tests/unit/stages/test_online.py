@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -189,3 +190,20 @@ def test_accuracy_is_the_objective_of_that_name_or_else_the_first() -> None:
     assert named["missing"] == 0.25
     first = greedy_metrics(groups, ScoreTable(("short", "other"), scores, ("reward",) * 2))
     assert first["accuracy"] == 1.0
+
+
+def test_a_prompts_weight_multiplies_the_advantages_of_its_group_after_normalisation(tmp_path: Path) -> None:
+    weights = [2.0, 1.0, 0.5, 1.0, 4.0]
+    heavy = [replace(prompt, weight=weight) for prompt, weight in zip(PROMPTS, weights, strict=True)]
+    plain, weighted = (Run(tmp_path / str(n), prompts=some, total=2) for n, some in enumerate((PROMPTS, heavy)))
+    for run in (plain, weighted):
+        run()
+    seen = False
+    for before, after in zip(plain.trainer.trees, weighted.trainer.trees, strict=True):
+        for tree, other in zip(before, after, strict=True):
+            weight = weights[tree.id % len(weights)]
+            for one, two in zip(tree.branches, other.branches, strict=True):
+                assert one.advantages is not None and two.advantages is not None
+                np.testing.assert_allclose(two.advantages, weight * one.advantages, rtol=1e-6)
+                seen |= weight != 1.0 and bool(one.advantages.any())
+    assert seen

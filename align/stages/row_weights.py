@@ -1,0 +1,38 @@
+"""Which losses take rows with a weight of their own, and what a prompt's weight does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from align.errors import DataError
+from align.losses import configure
+from align.protocols import Group, Tree
+from align.recipe.parts import LossTerm
+
+
+def refuse_weights(trees: Sequence[Tree], losses: Sequence[LossTerm]) -> None:
+    """Raise DataError where a row has another weight than 1 and a loss would pay no heed to it."""
+    deaf = [term for term in losses if not configure(term.name, term.options)[2].weights]
+    if not deaf:
+        return
+    for tree in trees:
+        columns = tree.sequences[0].columns
+        if columns.get("weight", 1.0) != 1.0:
+            variant = deaf[0].options.get("variant")
+            name = f"{deaf[0].name!r}" + (f" (variant {variant})" if variant else "")
+            whole = configure(deaf[0].name, deaf[0].options)[2].scope == "batch"
+            why = ": its terms join several rows of a batch" if whole else ""
+            raise DataError(
+                f"the row has weight {columns['weight']:g}, and the loss {name} takes no weights{why}",
+                where=tree.origin or None,
+                remedy="give every row weight 1 or no column `weight`, or choose another loss or variant; a loss of "
+                "your own multiplies its terms (`align.losses.reduce.weighted`) and says `weights=True` in `needs`",
+            )
+
+
+def by_prompt(groups: Sequence[Group]) -> np.ndarray:
+    """f32[S]: the weight of each completion's prompt. Advantages are multiplied by it after all normalisation, so that
+    it weighs against other prompts and changes nothing within a group."""
+    return np.asarray([group.prompt.weight for group in groups for _ in group.completions], dtype=np.float32)
