@@ -96,7 +96,7 @@ def pack_samples(samples: Sequence[Sample]) -> dict[str, Any]:
         if place is None:
             place = places[key] = len(shared)
             shared.append([s.messages, s.row, s.media])
-        items.append([place, s.completion, s.token_ids, s.truncated, s.group_id, s.sample_id, s.policy_version])
+        items.append([place, s.completion, s.token_ids, s.truncated, s.group_id, s.sample_id, s.policy_version, s.raw])
     return {"shared": shared, "items": items}
 
 
@@ -113,6 +113,7 @@ def unpack_samples(packed: Mapping[str, Any]) -> list[Sample]:
             sample_id=sample_id,
             media=shared[place][2],
             policy_version=version,
+            raw=raw,
         )
-        for place, completion, token_ids, truncated, group_id, sample_id, version in packed["items"]
+        for place, completion, token_ids, truncated, group_id, sample_id, version, raw in packed["items"]
     ]

@@ -260,8 +260,14 @@ class Rewards:
 def _reward_words(described: dict[str, Any]) -> str:
     o = described["options"]
     gives = [f"{name} ({what['kind']})" for name, what in described["objectives"].items()]
-    unit = "a group a call" if described["scope"] == "group" else f"{o['batch']} a call"
-    words = [unit, f"{o['timeout_s']:g} s, {o['retries']} retries", f"on_error {o['on_error']}"]
+    whole = " in whole groups" if described["scope"] == "batch" else ""
+    unit = "a group a call" if described["scope"] == "group" else f"{o['batch']} a call{whole}"
+    words = [
+        unit,
+        *(["text as generated"] if o["text"] == "raw" else []),
+        f"{o['timeout_s']:g} s, {o['retries']} retries",
+        f"on_error {o['on_error']}",
+    ]
     words.append(f"at most {100 * o['max_error_rate']:g} % errors")
     words += [f"{o['concurrency']} at once"] if described["is_async"] else []
     words += [f"{o['processes']} processes"] if o["processes"] > 1 else []
