@@ -106,7 +106,8 @@ class Failure:
     """A score that could not be had.
 
     index: position in the scored list; objective None: all objectives of the plugin. cause: raised | timeout |
-    crashed | wrong_length | wrong_type | not_finite | out_of_range | unknown_objective | missing_objective.
+    crashed | protocol (its process sent what is no answer) | wrong_length | wrong_type | not_finite | out_of_range |
+    unknown_objective | missing_objective.
     """
 
     plugin: str

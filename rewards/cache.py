@@ -48,7 +48,7 @@ def sample_key(plugin: bytes, samples: Sequence[Sample]) -> bytes | None:
     ]
     try:
         return hashlib.sha256(plugin + wire.encode({"samples": parts})).digest()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return None
 
 

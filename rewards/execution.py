@@ -14,8 +14,8 @@ from rewards.api import ErrorPolicy, FailedCall, Failure, Sample, Scope
 from rewards.batches import Job, Unit, halves, jobs_of, units_of
 from rewards.budget import Budget
 from rewards.cache import ScoreCache, plugin_key, sample_key
+from rewards.connection import Reply
 from rewards.team import Team
-from rewards.worker import Reply
 
 log = logging.getLogger(__name__)
 
