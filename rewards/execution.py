@@ -118,10 +118,11 @@ class Execution:
                 self.result.values[i], self.result.infos[i] = values, info
         return left
 
-    async def _settle(self, job: Job, *, alone: bool = False, attempt: int = 0) -> None:
+    async def _settle(self, job: Job, *, alone: bool = False, cut: bool = False, attempt: int = 0) -> None:
         """Score a job. A failure is narrowed down, half by half, until the unit that causes it stands alone.
 
-        A wrong number of results is not: what gives one result for every call would give one to a call of one.
+        alone: in its process; cut: out of a call that failed. A wrong number of results is not narrowed down: what
+        gives one result for every call would give one to a call of one.
         """
         indices = [i for unit in job for i in unit]
         reply = await self.team.call([self.samples[i] for i in indices], alone=alone)
@@ -130,22 +131,22 @@ class Execution:
         if reply.error is None:
             self._keep(job, indices, reply)
             return
-        again = self._again(job, reply, alone, attempt)
+        again = self._again(job, reply, alone, cut, attempt)
         self._note(indices, *reply.error, again)
         if again == "alone":
-            await self._settle(job, alone=True, attempt=attempt)
+            await self._settle(job, alone=True, cut=cut, attempt=attempt)
         elif again == "as a whole":
             self.result.retried += 1
             await asyncio.sleep(self.backoff * 2**attempt)
-            await self._settle(job, alone=alone, attempt=attempt + 1)
+            await self._settle(job, alone=alone, cut=cut, attempt=attempt + 1)
         elif again == "in parts":
             for part in halves(job, self.samples):
-                await self._settle(part, alone=alone or reply.lost)
+                await self._settle(part, alone=alone or reply.lost, cut=True)
         else:
             for i in indices:
                 self._fail(i, None, *reply.error)
 
-    def _again(self, job: Job, reply: Reply, alone: bool, attempt: int) -> Again:
+    def _again(self, job: Job, reply: Reply, alone: bool, cut: bool, attempt: int) -> Again:
         """What is to be done about a call that failed. Several groups that are scored together are asked for once more
         together where the plugin raised, so that a service which hiccups changes no score."""
         assert reply.error is not None
@@ -153,13 +154,11 @@ class Execution:
             return "alone"  # perhaps another call's fault
         if reply.error[0] == "wrong_length":
             return "no"
-        left = self.retries if len(job) == 1 else min(self.retries, 1) if self._together(reply) else 0
+        together = self.scope != "sample" and not reply.lost and not cut
+        left = self.retries if len(job) == 1 else min(self.retries, 1) if together else 0
         if attempt < left:
             return "as a whole"
         return "in parts" if len(job) > 1 else "no"
-
-    def _together(self, reply: Reply) -> bool:
-        return self.scope != "sample" and not reply.lost
 
     def _note(self, indices: Sequence[int], cause: str, message: str, again: Again) -> None:
         groups = tuple(dict.fromkeys(self.samples[i].group_id for i in indices))

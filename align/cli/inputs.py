@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 from align.actors.plugins import plugin_spec
 from align.cli import memory
 from align.cli.findings import Findings
+from align.cli.scratch import scratch
 from align.data.audit import DataReport
 from align.data.media.library import Library
 from align.data.media.opening import open_library, refuse_media_settings, takes_media
@@ -77,9 +77,9 @@ def open_model(recipe: Recipe, folder: Path) -> Iterator[ModelFacts]:
         return
     assert model.tokenizer is not None and model.config is not None, "the grammar ties `config` and `tokenizer`"
     refuse_media_settings(recipe, model.config)
-    with tempfile.TemporaryDirectory(prefix="align-check-") as aside:
+    with scratch() as aside:
         train_tokenizer(model.tokenizer, aside, data_folder=folder, family=family_of(model.config))
-        facts = _tokenizer(model, Path(aside))
+        facts = _tokenizer(model, aside)
         yield ModelFacts(dict(model.config), facts, Origin(recipe.run_folder / "base", None))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 
 from align import errors
 from align.actors.plugins import align_errors
+from align.cli.scratch import scratch
 from align.cli.trial_data import Trial, read_trial
 from align.plugins import REWARDS, describe_in_child
 from align.recipe.document import parse_value
@@ -95,8 +95,8 @@ def _try(arguments: argparse.Namespace) -> int:
     own = PluginSpec(REWARDS.get(arguments.name, arguments.name), None, args, asked, arguments.signature)
     # every failure is shown, and none ends the trial
     spec = replace(own, options={**asked, "on_error": "mask", "max_error_rate": 1.0})
-    with tempfile.TemporaryDirectory(prefix="align-try-") as aside:
-        data = read_trial(Path(arguments.data), arguments.completion, columns, arguments.limit, Path(aside))
+    with scratch() as aside:
+        data = read_trial(Path(arguments.data), arguments.completion, columns, arguments.limit, aside)
         return _judge(data, spec, own, arguments.show)
 
 
