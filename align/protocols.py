@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -172,7 +172,8 @@ class Completion:
 
     token_ids: i64[n] exactly as sampled, the end-of-turn token included when there is one; logps: f32[n] under the
     sampler at the sampling temperature; versions: i32[n]; text: decoded, special tokens removed, stop string kept;
-    finish: "eos", "stop", or "length" (truncated by max_tokens).
+    finish: "eos", "stop", or "length" (truncated by max_tokens); raw: decoded with its special tokens, without those
+    that end it; None where it is the same as `text`.
     """
 
     token_ids: np.ndarray
@@ -180,6 +181,7 @@ class Completion:
     versions: np.ndarray
     text: str
     finish: Literal["eos", "stop", "length"]
+    raw: str | None = None
 
     @property
     def truncated(self) -> bool:
@@ -226,7 +228,8 @@ class ScoreTable:
     dropped: indices of groups that an `on_error: drop_group` policy removed; metrics: flat names to numbers; counts:
     by metric name, for each metric that is a mean, of how many numbers. A metric without a count is a sum: over
     several tables of one step it adds up, where means are weighted by their counts. series: numbers of which a step
-    reports <name>_mean, <name>_p50 and <name>_p95 (the seconds of each call to a reward).
+    reports <name>_mean, <name>_p50 and <name>_p95 (the seconds of each call to a reward). notes: by a name of what they
+    are about, lines for the user, of which a stage shows the first of each name.
     """
 
     objectives: tuple[str, ...]
@@ -238,6 +241,7 @@ class ScoreTable:
     infos: tuple[Mapping[str, Any], ...] = ()
     counts: Mapping[str, float] = field(default_factory=dict)
     series: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,3 +391,22 @@ def end_ids(folder: Path, tokenizer_eos: int | None) -> frozenset[int]:
         if ids is not None:
             return frozenset(found.union(ids if isinstance(ids, list) else [ids]))
     return frozenset(found)
+
+
+def texts_of(
+    token_ids: Sequence[int], ends: frozenset[int], decode: Callable[[list[int], bool], str]
+) -> tuple[str, str | None]:
+    """(text, raw) of a `Completion`. ends: ids that end a turn, which belong to neither; decode: ids to text, with or
+    without special tokens (True: without)."""
+    last = len(token_ids)
+    while last and token_ids[last - 1] in ends:
+        last -= 1
+    spoken = list(token_ids[:last])
+    text, raw = decode(spoken, True), decode(spoken, False)
+    return text, None if raw == text else raw
+
+
+def special_tokens(tokenizer: Any) -> frozenset[str]:
+    """The texts that a tokenizer of transformers leaves out where it skips special tokens."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return frozenset(text for text in added.union(tokenizer.all_special_tokens) if text)

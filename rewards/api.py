@@ -4,9 +4,9 @@
     def brevity(samples):
         return [1.0 / (1.0 + len(s.completion.split())) for s in samples]
 
-A plugin gets a list of samples and returns one result per sample, in order: a number, None (not applicable), or a
-`Score` with named objectives. Parameters after `samples` are the plugin's own arguments, set by `args:` in the recipe;
-one that is called `ctx` receives the `Context` instead.
+A plugin gets a list of samples and returns one result per sample, in order: a number, None (not applicable), a `Score`
+with named objectives, or an exception for a sample that cannot be scored. Parameters after `samples` are the plugin's
+own arguments, set by `args:` in the recipe; one that is called `ctx` receives the `Context` instead.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class Sample:
     """One completion to be scored.
 
     messages: the prompt as role/content dicts (one message of role "text" for a plain-text prompt).
-    completion: the decoded text; token_ids: exactly the ids that are trained on; truncated: cut off by max_tokens.
+    completion: the decoded text without special tokens, or of a reward with `text="raw"` as it was generated, without
+    the token that ends it; raw: that text in any case, None where both are the same.
+    token_ids: exactly the ids that are trained on; truncated: cut off by max_tokens.
     group_id: the prompt's draw, shared by its G completions; sample_id: the completion's number in its group.
     row: every column of the data row, shared by the group. media: of each medium of the prompt, in order,
     {"type": "image", "video" or "audio", "path": the file that shows it as the policy saw it}.
@@ -67,6 +69,7 @@ class Sample:
     sample_id: int = 0
     media: Sequence[Mapping[str, str]] = ()
     policy_version: int = -1
+    raw: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,8 @@ class Failure:
     """A score that could not be had.
 
     index: position in the scored list; objective None: all objectives of the plugin. cause: raised | timeout |
-    crashed | wrong_length | wrong_type | not_finite | out_of_range | unknown_objective | missing_objective.
+    crashed | protocol (its process sent what is no answer) | wrong_length | wrong_type | not_finite | out_of_range |
+    unknown_objective | missing_objective.
     """
 
     plugin: str
@@ -113,6 +117,22 @@ class Failure:
     sample_id: int
     cause: str
     message: str
+
+
+@dataclass(frozen=True, slots=True)
+class FailedCall:
+    """A call that gave no scores, whether or not another call for its samples then did.
+
+    samples: how many; groups: whose. cause: as of Failure. again: what followed: asked again "alone" in its process,
+    "as a whole", "in parts", or "no": its samples are failures.
+    """
+
+    plugin: str
+    samples: int
+    groups: tuple[int, ...]
+    cause: str
+    message: str
+    again: str
 
 
 class Context:
@@ -158,6 +178,8 @@ class Context:
 
 # ---------------------------------------------------------------------------------------------------- the decorator
 
+Scope = Literal["sample", "batch", "group"]
+TextForm = Literal["stripped", "raw"]
 _Plain = Literal["fail", "mask", "drop_group"]
 _FLOOR = re.compile(r"floor\(\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\)")
 
@@ -196,10 +218,12 @@ def per_second(rate: float | str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a plugin is run; see `reward` for the meaning of each. objectives None: one, named like the plugin."""
+    """How a plugin is run; see `reward` for the meaning of each. objectives None: one, named like the plugin. scope
+    None: "sample", or "batch" for a function of another trainer, see `signatures`."""
 
     objectives: Mapping[str, Objective] | None = None
-    scope: Literal["sample", "group"] = "sample"
+    scope: Scope | None = None
+    text: TextForm = "stripped"
     batch: int = 64
     concurrency: int = 256
     timeout_s: float = 20.0
@@ -219,7 +243,11 @@ class Options:
     def __post_init__(self) -> None:
         problems = [
             (self.objectives is not None and not self.objectives, "objectives is empty: name at least one"),
-            (self.scope not in ("sample", "group"), f"scope is 'sample' or 'group', not {self.scope!r}"),
+            (
+                self.scope is not None and self.scope not in get_args(Scope),
+                f"scope is 'sample', 'batch' or 'group', not {self.scope!r}",
+            ),
+            (self.text not in get_args(TextForm), f"text is 'stripped' or 'raw', not {self.text!r}"),
             (self.isolation != "process", f"isolation is {self.isolation!r}; plugins run as 'process' only"),
             (self.batch < 1, f"batch is at least 1 sample, not {self.batch}"),
             (self.concurrency < 1, f"concurrency is at least 1 sample, not {self.concurrency}"),
@@ -246,7 +274,8 @@ def reward(function: F) -> F: ...
 def reward(
     *,
     objectives: Mapping[str, Objective] | None = ...,
-    scope: Literal["sample", "group"] = ...,
+    scope: Scope | None = ...,
+    text: TextForm = ...,
     batch: int = ...,
     concurrency: int = ...,
     timeout_s: float = ...,
@@ -270,13 +299,19 @@ def reward(function: Callable[..., Any] | None = None, /, **options: Any) -> Any
 
     Args:
         objectives: name -> Objective. Default: one objective with the function's name.
-        scope: "sample", or "group": each call gets all completions of one prompt.
-        batch: samples per call, at most. concurrency: samples in flight, for an `async def`.
+        scope: "sample" (default): a score depends on its sample alone, and a call may hold any. "group": each call gets
+            all completions of one prompt. "batch": each call gets those of several prompts, none of them in part; so
+            are functions of TRL and ms-swift called unless told otherwise.
+        text: what `Sample.completion` is: "stripped" of special tokens, or "raw", for a reward that looks at such.
+        batch: samples per call, at most; a group that is larger and may not be cut is a call of its own.
+            concurrency: samples in flight, for an `async def`.
         timeout_s: seconds a call may take; past it the process is killed and the batch bisected.
-        retries: further attempts for a sample that is alone and still fails. A value that was returned but is not
-            acceptable (NaN, out of range...) is not asked for again.
+        retries: further attempts for a sample (or, of the other scopes, a group) that is alone and still fails. A
+            value that was returned but is not acceptable (NaN, out of range, one for a call of several...) is not asked
+            for again.
         on_error: "mask" | "fail" | "drop_group" | "floor(value)". A failure is never an implicit 0.
-        max_error_rate: share of a step's samples that may fail before the run stops; above 0, one may always fail.
+        max_error_rate: share of a step's samples that may fail before the run stops; above 0, one sample may always
+            fail, or one group where groups fail as a whole.
         isolation: "process", the only one. memory_mb: data memory of each; default half of the machine's for all.
         processes: how many, for a plugin that computes; they share `concurrency`.
         rate: samples that may be begun per second ("600/min" per minute), for a judge that one request a sample asks.

@@ -15,10 +15,12 @@ _KEPT = 256  # of the newest steps; far more than can be scored at the same time
 class Budget:
     """What a plugin's max_error_rate is a share of: `samples`, scored in one call or in several that share this.
 
-    failed: samples that failed so far; first: the first failures, for the message that ends the run.
+    unit: samples that fail together at most, 1 or those of a group; failed: samples that failed so far; first: the
+    first failures, for the message that ends the run.
     """
 
     samples: int
+    unit: int = 1
     failed: int = 0
     first: list[Failure] = field(default_factory=list)
 
@@ -30,7 +32,7 @@ class Budget:
 
     def check(self, name: str, rate: float) -> None:
         """Raise RewardError where more samples failed than `rate` allows."""
-        allowed = allowed_failures(rate, self.samples)
+        allowed = allowed_failures(rate, self.samples, self.unit)
         if self.failed > allowed:
             raise self.stopped(name, f"more than max_error_rate = {rate:g} allows ({allowed})")
 
@@ -62,6 +64,7 @@ class Budgets:
         return found
 
 
-def allowed_failures(rate: float, samples: int) -> int:
-    """How many of a step's samples may fail: the share, rounded down, but one where any may."""
-    return 0 if rate == 0 else max(1, int(rate * samples + 1e-9))
+def allowed_failures(rate: float, samples: int, unit: int = 1) -> int:
+    """How many of a step's samples may fail: the share, rounded down, but where any may one, or the `unit` samples that
+    fail together."""
+    return 0 if rate == 0 else max(unit, int(rate * samples + 1e-9))

@@ -42,10 +42,13 @@ def plugin_key(spec: PluginSpec, described: Mapping[str, Any]) -> bytes:
 
 def sample_key(plugin: bytes, samples: Sequence[Sample]) -> bytes | None:
     """The key of samples that are scored together; None where they cannot be written down, nor sent to the plugin."""
-    parts = [[s.messages, s.row, s.media, s.completion, s.token_ids, s.truncated] for s in samples]
+    parts = [
+        [s.messages, s.row, s.media, s.completion, s.token_ids, s.truncated, *(() if s.raw is None else (s.raw,))]
+        for s in samples
+    ]
     try:
         return hashlib.sha256(plugin + wire.encode({"samples": parts})).digest()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         return None
 
 

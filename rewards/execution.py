@@ -7,33 +7,34 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-from rewards.api import ErrorPolicy, Failure, Sample
+from rewards.api import ErrorPolicy, FailedCall, Failure, Sample, Scope
+from rewards.batches import Job, Unit, halves, jobs_of, units_of
 from rewards.budget import Budget
 from rewards.cache import ScoreCache, plugin_key, sample_key
+from rewards.connection import Reply
 from rewards.team import Team
-from rewards.worker import Reply
 
 log = logging.getLogger(__name__)
 
 _BACKOFF_SECONDS = 0.2
 
-Unit = tuple[int, ...]  # one sample, or one whole group
-Job = tuple[Unit, ...]  # units that are scored in one call
+Again = Literal["alone", "as a whole", "in parts", "no"]
 
 
 @dataclass
 class PluginResult:
     """values[i][k]: sample i, the plugin's objective k; None where not applicable or failed. failed: their indices.
     dropped: group ids. busy_seconds: inside the plugin, summed over calls; seconds: from first call to last answer;
-    latencies: of each call, from sending to the answer or the end of its process. cached: samples not asked for."""
+    latencies: of each call, from sending to the answer or the end of its process. cached: samples not asked for.
+    failed_calls: every call that gave no scores, also where another of the same samples did."""
 
     values: list[list[float | None]]
     failures: list[Failure] = field(default_factory=list)
     failed: set[int] = field(default_factory=set)
+    failed_calls: list[FailedCall] = field(default_factory=list)
     dropped: set[int] = field(default_factory=set)
     infos: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, list[float]] = field(default_factory=dict)
@@ -57,11 +58,12 @@ class Execution:
     def __init__(self, team: Team, samples: Sequence[Sample], budget: Budget, cache: ScoreCache | None = None):
         described = team.description
         self.team = team
-        self.samples = samples
+        options = described["options"]
+        raw = options["text"] == "raw"
+        self.samples = [s if s.raw is None else replace(s, completion=s.raw) for s in samples] if raw else samples
         self.name: str = described["name"]
         self.objectives = list(described["objectives"])
-        self.by_group = described["scope"] == "group"
-        options = described["options"]
+        self.scope: Scope = described["scope"]
         self.batch: int = options["batch"]
         self.retries: int = options["retries"]
         self.backoff = _BACKOFF_SECONDS if described["is_async"] else 0.0
@@ -75,7 +77,9 @@ class Execution:
     async def run(self) -> PluginResult:
         """Raises RewardError where the policy is `fail` or more samples failed than may."""
         started = time.monotonic()
-        jobs = self._jobs(await self._recall(self._units()))
+        units = units_of(self.samples, self.scope)
+        self.budget.unit = max(self.budget.unit, *map(len, units), 1)
+        jobs = jobs_of(await self._recall(units), self.samples, self.scope, self.batch)
         waiting = iter(jobs)
         tasks = [asyncio.create_task(self._feed(waiting)) for _ in range(min(len(jobs), 2 * self.team.places))]
         try:
@@ -92,16 +96,6 @@ class Execution:
     async def _feed(self, jobs: Iterator[Job]) -> None:
         for job in jobs:
             await self._settle(job)
-
-    def _units(self) -> list[Unit]:
-        if not self.by_group:
-            return [(i,) for i in range(len(self.samples))]
-        order = sorted(range(len(self.samples)), key=lambda i: self.samples[i].group_id)
-        return [tuple(members) for _, members in groupby(order, key=lambda i: self.samples[i].group_id)]
-
-    def _jobs(self, units: Sequence[Unit]) -> list[Job]:
-        size = 1 if self.by_group else self.batch
-        return [tuple(units[i : i + size]) for i in range(0, len(units), size)]
 
     async def _recall(self, units: list[Unit]) -> list[Unit]:
         """Take from the cache what is there; the units that must be asked for."""
@@ -124,28 +118,55 @@ class Execution:
                 self.result.values[i], self.result.infos[i] = values, info
         return left
 
-    async def _settle(self, job: Job, *, alone: bool = False, attempt: int = 0) -> None:
-        """Score a job. A failure is narrowed down, half by half, until the unit that causes it stands alone."""
+    async def _settle(self, job: Job, *, alone: bool = False, cut: bool = False, attempt: int = 0) -> None:
+        """Score a job. A failure is narrowed down, half by half, until the unit that causes it stands alone.
+
+        alone: in its process; cut: out of a call that failed. A wrong number of results is not narrowed down: what
+        gives one result for every call would give one to a call of one.
+        """
         indices = [i for unit in job for i in unit]
         reply = await self.team.call([self.samples[i] for i in indices], alone=alone)
         self.result.calls += 1
         self.result.latencies.append(reply.seconds)
         if reply.error is None:
             self._keep(job, indices, reply)
-        elif reply.lost and not (reply.alone or alone):
-            await self._settle(job, alone=True, attempt=attempt)  # perhaps another call's fault
-        elif len(job) > 1:
-            half = len(job) // 2
-            await self._settle(job[:half], alone=alone or reply.lost)
-            await self._settle(job[half:], alone=alone or reply.lost)
-        elif attempt < self.retries:
+            return
+        again = self._again(job, reply, alone, cut, attempt)
+        self._note(indices, *reply.error, again)
+        if again == "alone":
+            await self._settle(job, alone=True, cut=cut, attempt=attempt)
+        elif again == "as a whole":
             self.result.retried += 1
             await asyncio.sleep(self.backoff * 2**attempt)
-            await self._settle(job, alone=alone, attempt=attempt + 1)
+            await self._settle(job, alone=alone, cut=cut, attempt=attempt + 1)
+        elif again == "in parts":
+            for part in halves(job, self.samples):
+                await self._settle(part, alone=alone or reply.lost, cut=True)
         else:
-            cause, message = reply.error
             for i in indices:
-                self._fail(i, None, cause, message)
+                self._fail(i, None, *reply.error)
+
+    def _again(self, job: Job, reply: Reply, alone: bool, cut: bool, attempt: int) -> Again:
+        """What is to be done about a call that failed. Several groups that are scored together are asked for once more
+        together where the plugin raised, so that a service which hiccups changes no score."""
+        assert reply.error is not None
+        if reply.lost and not (reply.alone or alone):
+            return "alone"  # perhaps another call's fault
+        if reply.error[0] == "wrong_length":
+            return "no"
+        together = self.scope != "sample" and not reply.lost and not cut
+        left = self.retries if len(job) == 1 else min(self.retries, 1) if together else 0
+        if attempt < left:
+            return "as a whole"
+        return "in parts" if len(job) > 1 else "no"
+
+    def _note(self, indices: Sequence[int], cause: str, message: str, again: Again) -> None:
+        groups = tuple(dict.fromkeys(self.samples[i].group_id for i in indices))
+        self.result.failed_calls.append(FailedCall(self.name, len(indices), groups, cause, message, again))
+        log.warning(
+            "reward %s: a call of %d samples of %d groups failed (%s): %s; asked again: %s",
+            self.name, len(indices), len(groups), cause, message, again,
+        )  # fmt: skip
 
     def _keep(self, job: Job, indices: Sequence[int], reply: Reply) -> None:
         body, result = reply.body, self.result

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from rewards.api import Context, Objective, Options, PluginError, Sample
+from rewards.api import Context, Objective, Options, PluginError, Sample, Scope
 
 Signature = Literal["align", "trl", "swift"]
 
@@ -69,6 +69,11 @@ class Plugin:
     sha256: str | None = None
     doc: str = ""
 
+    @property
+    def scope(self) -> Scope:
+        """What a call holds, and what a failed one may be cut into; see `rewards.reward`."""
+        return self.options.scope or "sample"
+
     def run(self, samples: Sequence[Sample], ctx: Context) -> Any:
         return self.call(samples, ctx, **self.args)
 
@@ -99,7 +104,7 @@ class Plugin:
             "name": self.name,
             "doc": self.doc,
             "objectives": {n: {"kind": o.kind, "range": o.range} for n, o in self.objectives.items()},
-            "scope": self.options.scope,
+            "scope": self.scope,
             "options": options,
             "parameters": {p.name: p.describe() for p in self.parameters},
             "open_args": self.open_args,
@@ -113,7 +118,8 @@ class Plugin:
 
 
 OVERRIDES = (
-    "batch", "concurrency", "timeout_s", "retries", "on_error", "max_error_rate", "processes", "rate", "cache"
+    "scope", "text", "batch", "concurrency", "timeout_s", "retries", "on_error", "max_error_rate", "processes", "rate",
+    "cache",
 )  # fmt: skip
 SHOWN_OPTIONS = (*OVERRIDES, "isolation", "memory_mb")
 
@@ -136,6 +142,8 @@ def make_plugin(
         PluginError: unknown or missing argument, wrong type, or the plugin's `validate` refused the values.
     """
     options = _resolve_options(getattr(function, "__reward__", Options()), spec)
+    if options.scope is None and spec.signature != "align":  # such trainers call with whole groups, and many compare
+        options = replace(options, scope="batch")
     if call is None:
         call, parameters, open_args = _own_signature(function, spec.use)
     plugin = Plugin(

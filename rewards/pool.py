@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from rewards.api import Failure, Sample
+from rewards.api import FailedCall, Failure, Sample
 from rewards.budget import Budget, Budgets
 from rewards.cache import ScoreCache
 from rewards.execution import Execution, PluginResult
@@ -25,9 +25,11 @@ class PoolResult:
     """Scores of S samples on R objectives.
 
     scores[i][k]: None where missing (not applicable, or failed: see failures). dropped: group ids that a drop_group
-    policy removed; their samples have no scores. errors: failed samples per plugin. infos[i]: plugin -> what it told
-    about sample i. metrics: reward/<plugin>/{seconds, busy_seconds, calls, errors, error_rate, retries, restarts,
-    cache_hits} and what plugins logged themselves. counts: of those metrics that are means, of how many numbers; the
+    policy removed; their samples have no scores. errors: failed samples per plugin. failed_calls: calls that gave no
+    scores, those included whose samples were scored by another. infos[i]: plugin -> what it told
+    about sample i. metrics: reward/<plugin>/{seconds, busy_seconds, calls, failed_calls, errors, error_rate, retries,
+    restarts, cache_hits}, where it is not 0 also `stripped` (completions whose special tokens the plugin did not
+    see), and what plugins logged themselves. counts: of those metrics that are means, of how many numbers; the
     others are sums. series: reward/<plugin>/latency, seconds of each call, for mean and percentiles over a step.
     """
 
@@ -38,6 +40,7 @@ class PoolResult:
     dropped: tuple[int, ...]
     errors: dict[str, int]
     infos: list[dict[str, dict[str, Any]]]
+    failed_calls: tuple[FailedCall, ...] = ()
     metrics: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
     series: dict[str, list[float]] = field(default_factory=dict)
@@ -48,7 +51,7 @@ class RewardPool:
 
     Args:
         specs: the plugins. folder: the recipe's folder, where relative names start and plugins run. seed: the run's.
-        log_folder: receives <plugin>.log (their output) and failures.jsonl; None: nothing is kept.
+        log_folder: receives <plugin>.log (their output), failures.jsonl and failed-calls.jsonl; None: nothing is kept.
         cache: file of scores that plugins with `cache` share with other pools and runs; None: nothing is looked up.
         share: pools, this one included, among which the samples of a stage are divided: concurrency and rate of a
             plugin hold over all of them. Budgets do not: whoever divides the samples adds the failures up.
@@ -162,13 +165,15 @@ class RewardPool:
         await self.start()
         shared = self._budgets.of(*budget, self._teams) if budget else [Budget(len(samples)) for _ in self._teams]
         pairs = zip(self._teams, shared, strict=True)
-        runs = [asyncio.create_task(Execution(t, samples, own, self._cache).run()) for t, own in pairs]
+        executions = [Execution(t, samples, own, self._cache) for t, own in pairs]
+        runs = [asyncio.create_task(execution.run()) for execution in executions]
         try:
             results = await asyncio.gather(*runs)
         finally:
             for run in runs:
                 run.cancel()
             await asyncio.gather(*runs, return_exceptions=True)
+            self._write_failures([execution.result for execution in executions], samples)
         return self._merge(samples, results, self._restarts())
 
     def _restarts(self) -> list[int]:
@@ -200,33 +205,41 @@ class RewardPool:
             row = [value for r in results for value in r.values[i]]
             scores.append([None] * len(row) if sample.group_id in dropped else row)
             infos.append({d["name"]: r.infos[i] for d, r in zip(described, results, strict=True) if r.infos[i]})
-        failures = tuple(f for r in results for f in r.failures)
-        self._write_failures(failures, samples)
         metrics: dict[str, float] = {}
         counts: dict[str, float] = {}
+        blind = sum(sample.raw is not None for sample in samples)
         for d, r, n in zip(described, results, restarts, strict=True):
             metrics.update(_metrics(d["name"], r, len(samples), n))
+            if blind and d["options"]["text"] == "stripped":
+                metrics[f"reward/{d['name']}/stripped"] = float(blind)
             counts[f"reward/{d['name']}/error_rate"] = float(len(samples))
             counts.update({f"reward/{d['name']}/{key}": float(count) for key, (_, count) in r.metrics.items()})
         return PoolResult(
             objectives=tuple(n for names in self._names for n in names),
             kinds=tuple(o["kind"] for d in described for o in d["objectives"].values()),
             scores=scores,
-            failures=failures,
+            failures=tuple(f for r in results for f in r.failures),
             dropped=tuple(sorted(dropped)),
             errors={d["name"]: len(r.failed) for d, r in zip(described, results, strict=True)},
             infos=infos,
+            failed_calls=tuple(call for r in results for call in r.failed_calls),
             metrics=metrics,
             counts=counts,
             series={f"reward/{d['name']}/latency": r.latencies for d, r in zip(described, results, strict=True)},
         )
 
-    def _write_failures(self, failures: Sequence[Failure], samples: Sequence[Sample]) -> None:
-        if self.log_folder is None or not failures:
+    def _write_failures(self, results: Sequence[PluginResult], samples: Sequence[Sample]) -> None:
+        """What failed, also where the run ends for it."""
+        failures = [{**asdict(f), "completion": samples[f.index].completion} for r in results for f in r.failures]
+        self._write("failures", failures)
+        self._write("failed-calls", [asdict(call) for r in results for call in r.failed_calls])
+
+    def _write(self, name: str, items: Sequence[Mapping[str, Any]]) -> None:
+        """Add lines to <name>.jsonl in the log folder, if there is one."""
+        if self.log_folder is None or not items:
             return
-        with (self.log_folder / "failures.jsonl").open("a", encoding="utf-8") as file:
-            for f in failures:
-                file.write(json.dumps({**asdict(f), "completion": samples[f.index].completion}) + "\n")
+        with (self.log_folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(item) + "\n" for item in items)
 
 
 def _metrics(name: str, result: PluginResult, samples: int, restarts: int) -> dict[str, float]:
@@ -236,6 +249,7 @@ def _metrics(name: str, result: PluginResult, samples: int, restarts: int) -> di
         "seconds": result.seconds,
         "busy_seconds": result.busy_seconds,
         "calls": float(result.calls),
+        "failed_calls": float(len(result.failed_calls)),
         "errors": float(failed),
         "error_rate": failed / samples if samples else 0.0,
         "retries": float(result.retried),

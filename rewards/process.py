@@ -120,20 +120,22 @@ class Server:
 
     async def one_async(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         started = time.monotonic()
-        if "golds" in request:
-            writer.write(encode_answer(request, self.golds(request["golds"]), started))
-            return
-        samples, ctx = self.prepare(request)
         try:
-            results = await asyncio.wait_for(self.run_async(samples, ctx), request["timeout_s"])
-            answer = self.answer(results, samples, ctx)
-        except TimeoutError as error:
-            late = ctx.remaining() == 0
-            answer = {"error": ["timeout", f"not done after {request['timeout_s']:g} s"]} if late else failed(error)
+            answer = self.golds(request["golds"]) if "golds" in request else await self.scored_async(request)
         except Exception as error:  # noqa: BLE001  whatever user code raises is its answer
             answer = failed(error)
         writer.write(encode_answer(request, answer, started))
         await writer.drain()
+
+    async def scored_async(self, request: dict[str, Any]) -> dict[str, Any]:
+        samples, ctx = self.prepare(request)
+        try:
+            results = await asyncio.wait_for(self.run_async(samples, ctx), request["timeout_s"])
+        except TimeoutError:
+            if ctx.remaining() > 0:  # the plugin's own
+                raise
+            return {"error": ["timeout", f"not done after {request['timeout_s']:g} s"]}
+        return self.answer(results, samples, ctx)
 
     async def run_async(self, samples: list[Sample], ctx: Context) -> Any:
         try:
@@ -167,9 +169,13 @@ class Server:
 def encode_answer(request: dict[str, Any], answer: dict[str, Any], started: float) -> bytes:
     head = {"id": request["id"], "seconds": time.monotonic() - started}
     try:
-        return wire.encode({**head, **answer})
-    except (TypeError, ValueError) as error:  # info or columns that JSON cannot hold
-        return wire.encode({**head, "error": ["wrong_type", f"info or columns cannot be kept: {error}"]})
+        frame = wire.encode({**head, **answer})
+        if len(frame) <= wire.MAX_ANSWER:
+            return frame
+        why = f"{len(frame):,} bytes, more than {wire.MAX_ANSWER:,}"
+    except (TypeError, ValueError, RecursionError) as error:  # info or columns that JSON cannot hold
+        why = str(error)
+    return wire.encode({**head, "error": ["wrong_type", f"info or columns cannot be kept: {why}"]})
 
 
 def failed(error: BaseException) -> dict[str, Any]:

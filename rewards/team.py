@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rewards.api import Sample, per_second
+from rewards.connection import Reply
 from rewards.plugin import PluginSpec
-from rewards.worker import Reply, Worker
+from rewards.worker import Worker
 
 
 class Gate:

@@ -59,7 +59,10 @@ async def prove_gold(pool: RewardPool, samples: Sequence[Sample]) -> GoldProof:
         others = dict.fromkeys(golds[(n + k) % len(golds)][1] for k in range(1, OTHERS + 1))
         texts = [gold, *(s.completion for s in row), *others]
         candidates.append(
-            [replace(row[0], completion=t, sample_id=i, token_ids=(), truncated=False) for i, t in enumerate(texts)]
+            [
+                replace(row[0], completion=t, raw=None, sample_id=i, token_ids=(), truncated=False)
+                for i, t in enumerate(texts)
+            ]
         )
     if candidates:
         result = await pool.score([s for group in candidates for s in group])

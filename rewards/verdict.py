@@ -46,6 +46,9 @@ def _judge_row(i: int, row: Any, names: Sequence[str], objectives: Mapping[str, 
         if row.info:
             verdict.infos[i] = dict(row.info)
         row = row.values
+    if isinstance(row, Exception):
+        verdict.errors.append((i, -1, "raised", f"{type(row).__name__}: {str(row)[:2000]}"))
+        return
     if not isinstance(row, Mapping):
         if len(names) > 1 and row is not None:
             message = f"returned {_short(row)} where a Score with {', '.join(names)} is needed"

@@ -11,12 +11,14 @@ what was published, an adapter that is not applied, logits that are not finite) 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -290,22 +292,27 @@ class RayFleet:
         if self._error is not None:
             return
         self._error = error
-        for task, member in zip(self._tasks, self._members, strict=True):
-            if task is not asyncio.current_task():
-                task.cancel()
-            member.end()
-        self._tell_streams(self._error)
+        self._tell_streams(self._error)  # before all that may fail itself
         for first in self._first:
             if not first.done():
                 first.set_exception(self._error)
                 first.exception()  # seen, whether somebody waits for it or not
+        for task, member in zip(self._tasks, self._members, strict=True):
+            if task is not asyncio.current_task():
+                task.cancel()
+            with contextlib.suppress(RayError, RuntimeError):  # Ray itself may be gone: what is left ends with it
+                member.end()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """An error of a kind that nobody expected ends the fleet too: without the task an engine would be waited for
-        for ever."""
+        """An error of a kind that nobody expected ends the fleet too, and so does any other end of the task but by
+        `close` and `_fail`: without it an engine would be waited for for ever."""
+        if self._closed or self._error is not None:
+            if not task.cancelled():
+                task.exception()  # seen
+            return
         error = None if task.cancelled() else task.exception()
-        if error is not None:
-            self._fail(EngineError(f"the fleet failed: {type(error).__name__}: {error}"))
+        why = "its task was given up" if error is None else f"{type(error).__name__}: {error}"
+        self._fail(EngineError(f"the fleet failed: {why}"))
 
     def _tell_streams(self, error: AlignError) -> None:
         for queue in set(self._queues.values()):

@@ -175,6 +175,8 @@ class Member:
             if not done:
                 raise Lost(f"the engine did not {what} within {timeout_s:g} s", hung=True)
             return future.result()
+        except asyncio.CancelledError as error:  # not this task: the answer was given up by Ray
+            raise Lost(f"Ray gave up the answer to {what}") from error
         except RayTaskError as error:
             if isinstance(error.cause, AlignError):
                 raise placed(error.cause, self.place) from error

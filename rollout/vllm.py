@@ -6,7 +6,7 @@ What vLLM must offer, in the words of version 0.32 (`CALLS` is the same list for
 * `vllm.LLM`: apply_model, collective_rpc, reset_prefix_cache (reset_running_requests), reset_mm_cache,
   get_tokenizer; llm_engine, model_config;
 * `vllm.SamplingParams`: n (child i of n samples with seed + i), temperature, max_tokens, seed, stop, stop_token_ids,
-  logprobs, prompt_logprobs, detokenize, skip_special_tokens, output_kind;
+  logprobs, prompt_logprobs, detokenize, skip_special_tokens, spaces_between_special_tokens, output_kind;
 * `vllm.engine.arg_utils.EngineArgs`: the names in `_arguments`;
 * `vllm.v1.engine.llm_engine.LLMEngine`: add_request (request_id, prompt, params, lora_request), step,
   abort_request, add_lora, remove_lora, list_loras, set_weight_version, reset_encoder_cache; its
@@ -64,7 +64,7 @@ CALLS: Mapping[str, str] = {
     "vllm.outputs:CompletionOutput": "token_ids logprobs finish_reason stop_reason weight_versions",
     "vllm:RequestOutput": "request_id finished outputs prompt_logprobs num_cached_tokens",
     "vllm:SamplingParams": "n temperature max_tokens seed stop stop_token_ids logprobs prompt_logprobs detokenize "
-    "skip_special_tokens output_kind",
+    "skip_special_tokens spaces_between_special_tokens output_kind",
     "vllm.engine.arg_utils:EngineArgs": "model dtype seed max_model_len trust_remote_code logprobs_mode "
     "generation_config enable_lora max_loras max_lora_rank disable_log_stats use_tqdm_on_load enforce_eager "
     "kv_cache_memory_bytes max_num_seqs enable_chunked_prefill limit_mm_per_prompt mm_processor_kwargs "
@@ -303,8 +303,15 @@ def stop(llm: Any) -> None:
 # ------------------------------------------------------------------------------------------------ using
 
 
-def sampling_parameters(item: PromptItem, group_size: int, sampling: Sampling, end_ids: frozenset[int]) -> Any:
-    """vLLM's parameters for the G completions of one prompt; `end_ids` end a turn."""
+def sampling_parameters(
+    item: PromptItem,
+    group_size: int,
+    sampling: Sampling,
+    end_ids: frozenset[int],
+    special: frozenset[str] = frozenset(),
+) -> Any:
+    """vLLM's parameters for the G completions of one prompt; `end_ids` end a turn; `special`: the tokenizer's special
+    tokens, which vLLM keeps in the text that it looks for stop strings in where one of these holds such a token."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -316,8 +323,9 @@ def sampling_parameters(item: PromptItem, group_size: int, sampling: Sampling, e
         stop=list(sampling.stop),
         stop_token_ids=sorted(end_ids.union(sampling.stop_token_ids)),
         logprobs=0,  # of the sampled token alone
-        detokenize=bool(sampling.stop),  # vLLM looks for stop strings in text, special tokens removed
-        skip_special_tokens=True,
+        detokenize=bool(sampling.stop),  # vLLM looks for stop strings in text
+        skip_special_tokens=not any(token in text for text in sampling.stop for token in special),
+        spaces_between_special_tokens=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 

@@ -42,6 +42,8 @@ from align.protocols import (
     Sampling,
     digest_arrays,
     end_ids,
+    special_tokens,
+    texts_of,
 )
 from rollout import vllm as calls
 from rollout.base import Answer, EngineSpec, Request, check_engine_options, check_sampling
@@ -89,6 +91,7 @@ class VllmEngine:
         self._llm: Any = calls.start(spec, self._max_rank)
         self._tokenizer = self._llm.get_tokenizer()
         self._end_ids = end_ids(Path(spec.folder), self._tokenizer.eos_token_id)
+        self._special = special_tokens(self._tokenizer)
 
     # -------------------------------------------------------------------------------------------- generation
 
@@ -111,7 +114,8 @@ class VllmEngine:
         for request, prompt in zip(fitting, prompts, strict=True):
             name = str(next(self._ids))
             item = request.prompt
-            parameters = calls.sampling_parameters(item, request.group_size, request.sampling, self._end_ids)
+            size, sampling = request.group_size, request.sampling
+            parameters = calls.sampling_parameters(item, size, sampling, self._end_ids, self._special)
             calls.add_request(self._llm, name, prompt, parameters, self._adapter)
             self._running[name] = _Running(request, self.version, self._adapter)
 
@@ -153,13 +157,19 @@ class VllmEngine:
                 f"version {running.version} gives a sampled token a log-probability that is not finite",
                 remedy="the policy has diverged: lower optim.lr, or continue from an earlier checkpoint",
             )
+        text, raw = texts_of(drawn.token_ids, self._end_ids, self._decode)
         return Completion(
             token_ids=token_ids,
             logps=logps,
             versions=self._versions(drawn, running),
-            text=self._tokenizer.decode(drawn.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+            text=text,
             finish=self._finish(drawn, running.request.sampling),
+            raw=raw,
         )
+
+    def _decode(self, tokens: list[int], skip_special: bool) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+        return text
 
     def _versions(self, drawn: Any, running: _Running) -> np.ndarray:
         """i32[n]: of each token, the version that sampled it."""

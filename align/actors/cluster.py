@@ -149,6 +149,11 @@ async def answer(reference: Any, who: str) -> Any:
     others as an AlignError (the whole traceback is its cause, which --debug shows)."""
     try:
         return await asyncio.wrap_future(reference.future())
+    except asyncio.CancelledError as error:
+        own = asyncio.current_task()
+        if own is None or own.cancelling():
+            raise
+        raise LostError(f"the answer of {who} was given up", remedy="--resume continues") from error
     except RayTaskError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, AlignError):
@@ -163,6 +168,8 @@ async def answer(reference: Any, who: str) -> Any:
             f"{who} died: {_first_line(error)}",
             remedy="the run folder's logs/ has what it printed; out of memory is the usual cause. --resume continues",
         ) from error
+    except RayError as error:
+        raise LostError(f"Ray failed {who}: {_first_line(error)}", remedy="--resume continues") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -107,6 +107,7 @@ class RayScorer:
         self._budgets = Budgets()
         self._own_budgets = itertools.count(1)
         self._rates: dict[str, float] = {}
+        self._by_group: set[str] = set()  # plugins whose groups fail as a whole
 
     async def start(self) -> list[dict[str, Any]]:
         """Start the plugins' processes; their descriptions. PluginError where one cannot be loaded."""
@@ -117,6 +118,7 @@ class RayScorer:
 
     def _note(self, described: Sequence[Mapping[str, Any]]) -> None:
         self._rates = {d["name"]: d["options"]["max_error_rate"] for d in described}
+        self._by_group = {d["name"] for d in described if d["scope"] != "sample"}
 
     async def processes(self) -> list[int]:
         """The actors' process ids."""
@@ -160,7 +162,7 @@ class RayScorer:
             if not self._rates:  # it has long started: this asks for its plugins' options
                 self._note(await answer(self.actors[actor].start.remote(), WHO))
             with align_errors():
-                self._spend(budget, table.failures)
+                self._spend(budget, table.failures, max(len(group.completions) for group in groups))
         return table
 
     async def _on(self, number: int, groups: Sequence[Group], budget: ErrorBudget | None) -> ScoreTable | None:
@@ -221,9 +223,11 @@ class RayScorer:
             await asyncio.wait(returning, return_when=asyncio.FIRST_COMPLETED)
         return min((n for n in range(len(self.actors)) if n not in self._away), key=self._busy.__getitem__)
 
-    def _spend(self, budget: ErrorBudget, failures: Sequence[Failure]) -> None:
+    def _spend(self, budget: ErrorBudget, failures: Sequence[Failure], group_size: int) -> None:
         """Add failures of one actor to those of all. Raises RewardError where they are too many."""
         spent = dict(zip(self._rates, self._budgets.of(budget.id, budget.samples, list(self._rates)), strict=True))
+        for name in self._by_group:
+            spent[name].unit = max(spent[name].unit, group_size)
         seen: set[tuple[str, int, int]] = set()
         for f in failures:
             sample = (f.plugin, f.group_id, f.sample)

@@ -77,7 +77,7 @@ def reward_model(
     max_length: int | None = None,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: Literal["auto", "cpu", "cuda"] = "auto",
-) -> list[float]:
+) -> list[float | Exception]:
     """What a sequence-classification checkpoint says of prompt and completion.
 
     Args:
@@ -89,11 +89,12 @@ def reward_model(
     model: Any = _opened(path, revision, label, dtype, device)
     read = model.read(samples)
     limit = min(max_length or model.positions, model.positions)
-    longest = max(map(len, read))
-    if longest > limit:
-        raise ValueError(f"prompt and completion have {longest} tokens, more than {limit}")
-    found: list[float] = model.scores(read)
-    return found
+    fitting = [ids for ids in read if len(ids) <= limit]
+    found = iter(model.scores(fitting) if fitting else [])
+    return [
+        next(found) if len(ids) <= limit else ValueError(f"prompt and completion: {len(ids)} tokens, more than {limit}")
+        for ids in read
+    ]
 
 
 def record_of(sample: Sample) -> Unpaired:

@@ -16,6 +16,7 @@ from align.mediastore import described
 from align.protocols import ErrorBudget, Failure, Group, ScoreTable
 from align.recipe.parts import Reward
 from align.stages.scoring import MetricTotals
+from rewards.api import FailedCall
 from rewards.pool import PoolResult, RewardPool
 
 
@@ -33,6 +34,7 @@ def samples_of(groups: Sequence[Group]) -> list[rewards.Sample]:
             sample_id=number,
             media=seen,
             policy_version=int(completion.versions[-1]) if completion.versions.size else -1,
+            raw=completion.raw,
         )
         for group, seen in zip(groups, media, strict=True)
         for number, completion in enumerate(group.completions)
@@ -53,7 +55,19 @@ def score_table(groups: Sequence[Group], result: PoolResult) -> ScoreTable:
         infos=tuple(result.infos),
         counts=result.counts,
         series=result.series,
+        notes=failed_call_notes(result.failed_calls),
     )
+
+
+def failed_call_notes(calls: Sequence[FailedCall]) -> dict[str, str]:
+    """Per plugin one line about the first call that gave no scores."""
+    first = {call.plugin: call for call in reversed(calls)}
+    return {
+        f"{name}/failed_calls": f"reward {name}: a call of {call.samples} samples failed ({call.cause}: "
+        f"{call.message}); asked again: {call.again}. failed-calls.jsonl in the stage's rewards/ has all of them, "
+        f"reward/{name}/failed_calls their number"
+        for name, call in first.items()
+    }
 
 
 def join_parts(groups: Sequence[Group], parts: Sequence[Sequence[int]], tables: Sequence[ScoreTable]) -> ScoreTable:
@@ -81,6 +95,7 @@ def join_parts(groups: Sequence[Group], parts: Sequence[Sequence[int]], tables: 
         infos=tuple(infos),
         counts={name: sum(table.counts.get(name, 0.0) for table in tables) for name in totals.means},
         series={name: [n for table in tables for n in table.series.get(name, ())] for name in sorted(series)},
+        notes={name: note for table in reversed(tables) for name, note in table.notes.items()},
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from align.cli.memory import read_config
+from align.cli.scratch import scratch
 from align.data.media.library import Library
 from align.data.media.opening import takes_media
 from align.data.prepare import prepare
@@ -53,10 +53,10 @@ def main(arguments: argparse.Namespace) -> int:
         raise UserError("the file exists", where=out, remedy="remove it, or choose another name")
     found = find(arguments.model, arguments.base)
     config = read_config(found.base)
-    with tempfile.TemporaryDirectory(prefix="align-classify-") as store, ExitStack() as stack:
+    with scratch() as store, ExitStack() as stack:
         library = None
         if takes_media(config):
-            library = Library(Media(), found.base, Path(store), trust_remote_code=arguments.trust_remote_code)
+            library = Library(Media(), found.base, store, trust_remote_code=arguments.trust_remote_code)
             stack.callback(library.close)
         trees, lines = _read(arguments, found, config, library)
         print("\n".join(lines), flush=True)

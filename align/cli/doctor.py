@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 from align import torch_cpu
+from align.report.screen import real, shown
 
 DISTRIBUTION = "align-rl"
 IMPORT_LIMIT_S = 180.0
@@ -241,8 +242,8 @@ def _show(findings: list[Finding]) -> None:
 
         table = Table("", "what", "found", "what to do", box=None, pad_edge=False)
         for finding in findings:
-            table.add_row(finding.mark, finding.subject, finding.found, finding.advice)
-        Console(highlight=False, markup=False).print(table)
+            table.add_row(*map(shown, (finding.mark, finding.subject, finding.found, finding.advice or "")))
+        Console(file=real(sys.stdout), highlight=False, markup=False).print(table)
         return
     width = max(len(finding.subject) for finding in findings)
     for finding in findings:

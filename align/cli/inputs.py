@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 from align.actors.plugins import plugin_spec
 from align.cli import memory
 from align.cli.findings import Findings
+from align.cli.scratch import scratch
 from align.data.audit import DataReport
 from align.data.media.library import Library
 from align.data.media.opening import open_library, refuse_media_settings, takes_media
@@ -78,9 +78,9 @@ def open_model(recipe: Recipe, folder: Path) -> Iterator[ModelFacts]:
         return
     assert model.tokenizer is not None and model.config is not None, "the grammar ties `config` and `tokenizer`"
     refuse_media_settings(recipe, model.config)
-    with tempfile.TemporaryDirectory(prefix="align-check-") as aside:
+    with scratch() as aside:
         train_tokenizer(model.tokenizer, aside, data_folder=folder, family=family_of(model.config))
-        facts = _tokenizer(model, Path(aside))
+        facts = _tokenizer(model, aside)
         yield ModelFacts(dict(model.config), facts, Origin(recipe.run_folder / "base", None))
 
 
@@ -266,8 +266,14 @@ class Rewards:
 def _reward_words(described: dict[str, Any]) -> str:
     o = described["options"]
     gives = [f"{name} ({what['kind']})" for name, what in described["objectives"].items()]
-    unit = "a group a call" if described["scope"] == "group" else f"{o['batch']} a call"
-    words = [unit, f"{o['timeout_s']:g} s, {o['retries']} retries", f"on_error {o['on_error']}"]
+    whole = " in whole groups" if described["scope"] == "batch" else ""
+    unit = "a group a call" if described["scope"] == "group" else f"{o['batch']} a call{whole}"
+    words = [
+        unit,
+        *(["text as generated"] if o["text"] == "raw" else []),
+        f"{o['timeout_s']:g} s, {o['retries']} retries",
+        f"on_error {o['on_error']}",
+    ]
     words.append(f"at most {100 * o['max_error_rate']:g} % errors")
     words += [f"{o['concurrency']} at once"] if described["is_async"] else []
     words += [f"{o['processes']} processes"] if o["processes"] > 1 else []

@@ -16,12 +16,18 @@ from align import packages
 from align.cli import classify_flags, experiment_flags, rewards_flags
 from align.cli.simulate_flags import add_flags
 from align.errors import AlignError, UserError
+from align.report.screen import cut, screened
 
 INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code. Errors are one message on stderr, with place and remedy."""
+    with screened():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     debug = bool(os.environ.get("ALIGN_DEBUG"))
     try:
         packages.bind()
@@ -46,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _failed(message: str, status: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {cut(message)}", file=sys.stderr, flush=True)
     return status
 
 
@@ -150,8 +156,10 @@ def _check(arguments: argparse.Namespace) -> int:
 
         return suite.main(arguments)
     from align.cli import check
+    from align.cli.scratch import scratch
 
-    return check.main(arguments)
+    with scratch():  # what plugins put aside while they are described
+        return check.main(arguments)
 
 
 def _simulate(arguments: argparse.Namespace) -> int:

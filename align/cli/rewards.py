@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from align import errors
 from align.actors.plugins import align_errors
+from align.cli.scratch import scratch
 from align.cli.trial_data import Trial, read_trial
 from align.plugins import REWARDS, describe_in_child
 from align.recipe.document import parse_value
 from rewards import trial
-from rewards.api import PluginError
+from rewards.api import PluginError, Sample
 from rewards.budget import allowed_failures
 from rewards.describe import describe
 from rewards.find import builtin_names, installed
@@ -60,7 +62,7 @@ def _entry(described: dict[str, Any], whence: str) -> list[str]:
     gives = ", ".join(_objective(name, o, described["name"]) for name, o in described["objectives"].items())
     takes = ", ".join(_parameter(name, p) for name, p in described["parameters"].items())
     doc = described["doc"].splitlines()[0] if described["doc"] else "(no description)"
-    scope = "; sees whole groups" if described["scope"] == "group" else ""
+    scope = "; sees whole groups" if described["scope"] != "sample" else ""
     gold = "; has gold answers" if described["gold"] else ""
     return [
         f"{described['name']}{whence}",
@@ -89,12 +91,12 @@ def _parameter(name: str, parameter: dict[str, Any]) -> str:
 def _try(arguments: argparse.Namespace) -> int:
     columns = {key: str(value) for key, value in _pairs(arguments.columns, "--columns").items()}
     args = _pairs(arguments.args, "--args")
+    asked = {name: value for name in ("scope", "text") if (value := getattr(arguments, name)) is not None}
+    own = PluginSpec(REWARDS.get(arguments.name, arguments.name), None, args, asked, arguments.signature)
     # every failure is shown, and none ends the trial
-    options = {"on_error": "mask", "max_error_rate": 1.0}
-    own = PluginSpec(REWARDS.get(arguments.name, arguments.name), args=args, signature=arguments.signature)
-    spec = PluginSpec(own.use, args=args, options=options, signature=own.signature)
-    with tempfile.TemporaryDirectory(prefix="align-try-") as aside:
-        data = read_trial(Path(arguments.data), arguments.completion, columns, arguments.limit, Path(aside))
+    spec = replace(own, options={**asked, "on_error": "mask", "max_error_rate": 1.0})
+    with scratch() as aside:
+        data = read_trial(Path(arguments.data), arguments.completion, columns, arguments.limit, aside)
         return _judge(data, spec, own, arguments.show)
 
 
@@ -102,15 +104,22 @@ def _judge(data: Trial, spec: PluginSpec, own: PluginSpec, show: int) -> int:
     """Print what the plugin says of the samples; 0 where it holds. own: as the plugin itself would run."""
     with align_errors(), RewardPool([spec], Path.cwd(), seed=0) as pool:
         [described] = pool.run(pool.start())
+        if described["options"]["text"] == "raw":  # what is shown is what is scored
+            data.samples = [s if s.raw is None else replace(s, completion=s.raw, raw=None) for s in data.samples]
         result = pool.score_sync(data.samples)
         print("\n".join([*_head(described, data), *_shown(data, result, show), *_summary(data, result)]))
         failed = result.errors[described["name"]]
-        bad = failed > allowed_failures(_own_rate(own), len(data.samples))
+        bad = failed > allowed_failures(_own_rate(own), len(data.samples), _unit(described, data.samples))
         if described["gold"]:
             proof = pool.run(trial.prove_gold(pool, data.samples))
             print("\n".join(_proof(data, proof)))
             bad = bad or not proof.holds
     return int(bad)
+
+
+def _unit(described: dict[str, Any], samples: Sequence[Sample]) -> int:
+    """How many samples may fail for one fault."""
+    return 1 if described["scope"] == "sample" else max(Counter(s.group_id for s in samples).values())
 
 
 def _own_rate(spec: PluginSpec) -> float:
@@ -164,6 +173,14 @@ def _summary(data: Trial, result: PoolResult) -> list[str]:
         f"time: {seconds:.3g} s, {len(data.samples) / max(seconds, 1e-9):,.0f} samples/s; {len(latencies)} calls of "
         f"{1e3 * statistics.fmean(latencies):.3g} ms (p50 {1e3 * p50:.3g}, p95 {1e3 * p95:.3g})"
     )
+    if result.failed_calls:
+        calls = Counter((call.cause, call.message) for call in result.failed_calls)
+        lines.append(f"failed calls: {len(result.failed_calls)} of {int(result.metrics[f'reward/{name}/calls'])}")
+        lines += [f"    {count} x {cause}: {message}" for (cause, message), count in calls.most_common(5)]
+    if blind := int(result.metrics.get(f"reward/{name}/stripped", 0)):
+        lines.append(
+            f"note: {blind} texts were scored without their special tokens; --text raw scores what was generated"
+        )
     lines.append(f"errors: {failed} of {len(data.samples)} samples failed" if failed else "errors: none")
     for f in result.failures[:10]:
         lines.append(f"    {data.origins[f.index]}: {f.cause}: {f.message}")

@@ -24,3 +24,9 @@ def add_verbs(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) 
     one.add_argument("--limit", type=int, default=100, metavar="ROWS", help="rows to read (default 100)")
     one.add_argument("--show", type=int, default=5, metavar="N", help="samples to print with their texts (default 5)")
     one.add_argument("--signature", choices=("align", "trl", "swift"), default="align")
+    one.add_argument("--scope", choices=("sample", "batch", "group"), help="as in a recipe: what a call may hold")
+    one.add_argument(
+        "--text",
+        choices=("stripped", "raw"),
+        help="as in a recipe: of a run's rollouts, with special tokens or without",
+    )

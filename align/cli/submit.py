@@ -6,11 +6,11 @@ import argparse
 import os
 import shlex
 import sys
-import tempfile
 from pathlib import Path
 
 import yaml
 
+from align.cli.scratch import scratch
 from align.errors import RecipeError
 from align.recipe.load import load_document
 from align.recipe.shipping import RECIPE, pack
@@ -29,8 +29,8 @@ def main(arguments: argparse.Namespace) -> int:
     from align.actors.jobs import Jobs
 
     jobs = Jobs(arguments.address)
-    with tempfile.TemporaryDirectory(prefix="align-submit-") as name:
-        package = Path(name).resolve()
+    with scratch() as aside:
+        package = aside.resolve()
         copied = pack(recipe, folder, package)
         job = jobs.submit(entrypoint(arguments), package, {"align_run": recipe.name})
     print(f"job {job}: {recipe.name} -> {recipe.run_folder}; sent {', '.join([RECIPE, *copied])}", flush=True)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
-from pathlib import Path
 
+from align.cli.scratch import scratch
 from align.hub import resolve_model_folder
 
 MARKS = {"passed": "ok", "failed": "FAILED", "not checked": "-"}
@@ -20,8 +19,8 @@ def main(arguments: argparse.Namespace) -> int:
     quiet()
     failed = 0
     print(f"{folder}\n")
-    with tempfile.TemporaryDirectory(prefix="align-suite-") as work:
-        checks = run_suite(folder, Path(work), trust_remote_code=arguments.trust_remote_code)
+    with scratch() as work:
+        checks = run_suite(folder, work, trust_remote_code=arguments.trust_remote_code)
         for check in checks:
             first, *more = check.detail.splitlines() or [""]
             print(f"{MARKS[check.status]:<7} {check.name:<44} {check.seconds:>6.1f} s  {first}", flush=True)

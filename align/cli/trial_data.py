@@ -159,6 +159,7 @@ def _read_rollouts(rows: Sequence[Row], trial: Trial) -> None:
                 group_id=v["group_id"],
                 sample_id=v["sample"],
                 policy_version=-1 if v["version"] is None else v["version"],
+                raw=v.get("completion_raw") if trial.column == "completion" else None,
             )
         )
         trial.origins.append(f"{v['origin']} (step {v['step']}, group {v['group_id']}, sample {v['sample']})")

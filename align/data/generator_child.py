@@ -38,6 +38,7 @@ def main() -> None:
                 raise TypeError(f"row {count} is a {type(row).__name__}; a generator yields dicts")
             out.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
             count += 1
+        out.write(f"{count}\n")  # the last line says that this is the end
 
 
 def _die_with_parent() -> None:

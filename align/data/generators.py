@@ -91,7 +91,14 @@ def _run_child(file: Path, function: str, options: dict[str, Any], limit: int | 
             remedy="make it faster, or write its rows to a .jsonl file once and name that",
         ) from e
     if child.returncode == 0:
-        return child.stdout
+        rows, _, count = child.stdout.rstrip(b"\n").rpartition(b"\n")
+        if not count.isdigit() or len(rows.splitlines()) != int(count):
+            raise PluginError(
+                f"the generator {function} ended its process before its rows were complete",
+                where=file,
+                remedy="let the function return: os._exit and the like leave rows unwritten",
+            )
+        return rows + b"\n" if rows else b""
     lines = child.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {child.returncode}"]
     raise PluginError(
         f"the generator {function} failed: {lines[-1]}",

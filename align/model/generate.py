@@ -29,7 +29,18 @@ from align.model.load import load_model, quiet, resolve_dtype
 from align.model.places import inside_media
 from align.model.prompt_inputs import prompt_inputs
 from align.model.spelled import words_for_marks
-from align.protocols import Completion, FailedPrompt, Group, Medium, PromptItem, Publication, Sampling, end_ids
+from align.protocols import (
+    Completion,
+    FailedPrompt,
+    Group,
+    Medium,
+    PromptItem,
+    Publication,
+    Sampling,
+    end_ids,
+    special_tokens,
+    texts_of,
+)
 
 MAX_ROWS = 64  # completions computed at once: bounds the key-value cache
 
@@ -91,6 +102,7 @@ class TransformersEngine:
                 folder, trust_remote_code=spec.trust_remote_code, local_files_only=True
             )
         self._end_ids = end_ids(folder, self._tokenizer.eos_token_id)
+        self._special = special_tokens(self._tokenizer)
         text = self._model.config.get_text_config()
         self._longest = spec.max_model_len or getattr(text, "max_position_embeddings", None)
         self._last_only = "logits_to_keep" in inspect.signature(self._model.forward).parameters
@@ -230,20 +242,24 @@ class TransformersEngine:
         # a stop string of n bytes ends in the newest token, so it lies within the last n tokens (each has a byte)
         reach = max(len(text.encode()) for text in stop) + 4
         tail = self._decode(row.tokens[-reach:])
-        return any(text in tail for text in stop)
+        marked = [text for text in stop if any(token in text for token in self._special)]
+        raw = self._decode(row.tokens[-reach:], skip_special=False) if marked else ""
+        return any(text in (raw if text in marked else tail) for text in stop)
 
     def _completion(self, row: _Row) -> Completion:
         assert row.finish is not None
+        text, raw = texts_of(row.tokens, self._end_ids, self._decode)
         return Completion(
             token_ids=np.array(row.tokens, dtype=np.int64),
             logps=np.array(row.logps, dtype=np.float32),
             versions=np.full(len(row.tokens), self.version, dtype=np.int32),
-            text=self._decode(row.tokens),
+            text=text,
             finish=row.finish,
+            raw=raw,
         )
 
-    def _decode(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _decode(self, tokens: list[int], skip_special: bool = True) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
         return text
 
     def _too_long(self, request: Request) -> FailedPrompt | None:

@@ -75,11 +75,17 @@ class Save(Strict):
 
 
 class Reward(Strict):
-    """A reward plugin: `use` is one of ours by bare name, an entry point, `pkg.mod:attr` or `file.py:attr`."""
+    """A reward plugin: `use` is one of ours by bare name, an entry point, `pkg.mod:attr` or `file.py:attr`.
+
+    scope: whether a call may hold any samples, whole groups (`batch`), or one group; text: whether the plugin reads
+    completions `stripped` of special tokens, or `raw`, as they were generated.
+    """
 
     use: str
     as_: str | None = Field(default=None, alias="as")
     args: dict[str, Any] = Field(default_factory=dict)
+    scope: Literal["sample", "batch", "group"] | None = None
+    text: Literal["stripped", "raw"] | None = None
     timeout_s: Annotated[float, Field(gt=0)] | None = None
     retries: Annotated[int, Field(ge=0)] | None = None
     on_error: str | None = None

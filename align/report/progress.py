@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from align.recipe.schema import Recipe
 from align.report.logs import open_logs
+from align.report.screen import cut, real, screen_again, shown
 from align.report.table import artefact_lines, stage_table
 
 PLAIN_INTERVAL_S = 10.0
@@ -107,11 +108,11 @@ class LiveDisplay:
         self._console = console
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TextColumn("ETA {task.fields[eta]}"),
-            TextColumn("{task.fields[headline]}"),
+            TextColumn("{task.fields[headline]}", markup=False),
             console=console,
             transient=True,
         )
@@ -120,6 +121,7 @@ class LiveDisplay:
     def started(self, progress: StageProgress) -> None:
         self.close()
         self._progress.start()
+        screen_again()
         self._task = self._progress.add_task(
             progress.stage, total=progress.total, completed=progress.step, eta=progress.eta, headline="starting"
         )
@@ -127,12 +129,12 @@ class LiveDisplay:
     def stepped(self, progress: StageProgress) -> None:
         if self._task is not None:
             self._progress.update(
-                self._task, completed=progress.step, eta=progress.eta, headline=progress.headline or "working"
+                self._task, completed=progress.step, eta=progress.eta, headline=shown(progress.headline) or "working"
             )
 
     def finished(self, progress: StageProgress, seconds: float) -> None:
         self.close()
-        self._console.print(_finished_line(progress, seconds), markup=False, highlight=False)
+        self._console.print(shown(_finished_line(progress, seconds)), markup=False, highlight=False)
 
     def close(self) -> None:
         if self._task is not None:
@@ -171,7 +173,7 @@ class PlainDisplay:
 
     def _print(self, line: str) -> None:
         # soft_wrap: a log file has no width; markup off: "[x]" in a message is text
-        self._console.print(line.rstrip(), soft_wrap=True, markup=False, highlight=False)
+        self._console.print(shown(line.rstrip()), soft_wrap=True, markup=False, highlight=False)
 
 
 def _finished_line(progress: StageProgress, seconds: float) -> str:
@@ -192,7 +194,7 @@ class Reporter:
     """
 
     def __init__(self, run_folder: Path, recipe: Recipe, *, console: bool = True):
-        self._console = Console(file=sys.stdout, quiet=not console)
+        self._console = Console(file=real(sys.stdout), quiet=not console)
         self._display: Display = (LiveDisplay if self._console.is_terminal else PlainDisplay)(self._console)
         self._logs = open_logs(run_folder, recipe)
         self._stages: dict[str, StageProgress] = {}
@@ -221,7 +223,7 @@ class Reporter:
 
     def message(self, text: str) -> None:
         """One plain line, above the live display where there is one."""
-        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+        self._console.print(shown(cut(text)), soft_wrap=True, markup=False, highlight=False)
 
     def closing_table(self, summary: Mapping[str, Any]) -> None:
         """The table of all stages, from the content of summary.json, and where what they made lies."""

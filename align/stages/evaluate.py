@@ -25,6 +25,7 @@ from align.stages.loop import StageResult
 from align.stages.margins import require_margins
 from align.stages.offline import eval_names
 from align.stages.online import greedy_metrics
+from align.stages.reward_notes import NotedScorer
 from align.stages.rollout_log import RolloutLog
 from align.stages.row_weights import refuse_weights
 from align.stages.training import needs_margin, record_kind, sampling_of, scorer_job
@@ -83,11 +84,13 @@ async def _by_rewards(context: Context, stage: EvaluateStage, name: str) -> Metr
         judges = scorer_job(context, stage, stage.rewards)
         needs = Needs(engines=stage.rollout.workers, scorers=1)
         await stack.enter_async_context(context.backend.places(needs))
-        fleet, scorer = await opened(stack, context.backend.fleet(job), context.backend.scorer(judges))
+        fleet, judge = await opened(stack, context.backend.fleet(job), context.backend.scorer(judges))
+        scorer = NotedScorer(judge, f"{stage.id} of {name}", tokenizer.special, context.report.message)
         context.record()
         await fleet.publish(Publication(version=0, kind="base", path=str(served), digest=""))
         groups = await fleet.generate(prompts, 1, sampling_of(stage.rollout))
         table = await scorer.score(groups)
+        scorer.finish()
     log = RolloutLog(folder / "rollouts" / name)
     log.cut_back(-1)
     texts = [tokenizer.decode(g.prompt.token_ids.tolist(), skip_special_tokens=False) for g in groups]

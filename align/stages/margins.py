@@ -22,6 +22,7 @@ from align.protocols import ErrorBudget, Group, Tree
 from align.stages.backend import Needs
 from align.stages.context import Context, opened
 from align.stages.files import write_json
+from align.stages.reward_notes import NotedScorer
 
 _CALL = 256  # pairs in one scoring call
 
@@ -116,7 +117,9 @@ async def _scores(context: Context, stage: Any, groups: Sequence[Group]) -> Pair
     budget = ErrorBudget(0, 2 * len(groups))
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(context.backend.places(Needs(scorers=1)))
-        [scorer] = await opened(stack, context.backend.scorer(scorer_job(context, stage, stage.rewards)))
+        [judge] = await opened(stack, context.backend.scorer(scorer_job(context, stage, stage.rewards)))
+        scorer = NotedScorer(judge, stage.id, frozenset(), context.report.message)  # their text is the data's own
+        stack.callback(scorer.finish)
         context.record()
         tables = [await scorer.score(groups[i : i + _CALL], budget) for i in range(0, len(groups), _CALL)]
     dropped = np.zeros(len(groups), dtype=bool)

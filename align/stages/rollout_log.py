@@ -29,7 +29,8 @@ class RolloutLog:
     """Writer of `folder/step-000010.parquet`, named by the last turn inside.
 
     Columns: step, group_id, sample, origin, prompt, media (paths of what stands in the prompt, in
-    order), completion, token_ids, one float column `objective/<name>` each
+    order), completion, completion_raw (as it was generated, special tokens included, without those that end it; null
+    where that is the same), token_ids, one float column `objective/<name>` each
     (null where missing), advantage (null where not trained on; before the prompt's own weight), trained, finish,
     version (of the first token), mean_logp (of the sampler). The metadata `KINDS` says which objectives are costs.
     """
@@ -74,6 +75,7 @@ class RolloutLog:
                         "prompt": prompt,
                         "media": [described(medium)["path"] for medium in group.prompt.media],
                         "completion": completion.text,
+                        "completion_raw": completion.raw,
                         "token_ids": np.asarray(completion.token_ids, dtype=np.int32),
                         **scores,
                         "advantage": _known(advantages[row]),

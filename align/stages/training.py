@@ -31,6 +31,7 @@ from align.stages.monitor import Monitor, tolerance
 from align.stages.offline import offline_evaluation, offline_turn, refuse_padding_at_end
 from align.stages.online import OnlinePlan, OnlineStage
 from align.stages.reference_cache import cached_reference
+from align.stages.reward_notes import NotedScorer
 from align.stages.rollout_log import RolloutLog
 from align.stages.row_weights import refuse_weights
 from align.stages.runfolder import METRICS, cut_metrics
@@ -191,6 +192,9 @@ async def run_online(context: Context, stage: OnlineSettings) -> StageResult:
             context.backend.fleet(fleet_job(context, stage, start, [*prompts, *held])),
             *(context.backend.scorer(scorer) for scorer in scorers),
         )
+        judges = [NotedScorer(judge, stage.id, tokenizer.special, context.report.message) for judge in judges]
+        for judge in judges:
+            stack.callback(judge.finish)
         context.record()
         loop = make_loop(context, stage, start, trainer, plan.total)
         dtype = (await trainer.numerics())["dtype"].removeprefix("torch.")

@@ -18,6 +18,7 @@ from align.data.media.sources import Located
 from align.data.records import RowError
 from align.errors import ModelError, SetupError
 
+_ENDS_S = 5.0  # for a process that has closed its output to be gone
 STARTUP_S = 300.0
 """For a child to import transformers and load the processor: generous, on a machine that many start on at once."""
 
@@ -58,9 +59,9 @@ class Pool:
         }  # fmt: skip
         payload = [b.data for b in medium.blobs if b.data is not None]
         answer = self.ask(job, payload)
-        if "refused" in answer:
-            return RowError(answer["refused"])
-        facts: dict[str, Any] = answer["facts"]
+        facts = answer.get("facts")
+        if "refused" in answer or not isinstance(facts, dict):
+            return RowError(str(answer.get("refused", f"{medium.name}: its process answered something else")))
         return facts
 
     def ask(self, job: dict[str, Any], payload: Sequence[bytes]) -> dict[str, Any]:
@@ -78,6 +79,15 @@ class Pool:
         self._threads.shutdown(cancel_futures=True)
         for child in self._children:
             child.close()
+
+
+def _read(line: bytes) -> dict[str, Any] | None:
+    """A child's answer; None where the line is none, as where the model's own code wrote it."""
+    try:
+        answer = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return answer if isinstance(answer, dict) else None
 
 
 class _Child:
@@ -154,9 +164,13 @@ class _Child:
         finally:
             timer.cancel()
         if line.endswith(b"\n"):
-            answer: dict[str, Any] = json.loads(line)
-            return answer, ""
-        status = process.wait()
+            answer = _read(line)
+            return (answer, "") if answer is not None else (None, "what its process answered cannot be read")
+        try:
+            status = process.wait(_ENDS_S)
+        except subprocess.TimeoutExpired:  # it has closed its output, and lives on
+            process.kill()
+            return None, "the process that decoded it stopped answering"
         if late.is_set():
             return None, f"it was not processed within {limit:g} s (`media.timeout_s`)"
         how = f"signal {-status}" if status < 0 else f"status {status}"

@@ -28,6 +28,16 @@ def broken():
     raise RuntimeError("the disk is on fire")
     yield {}
 
+def leaves():
+    import os, sys
+    for i in range(5000):
+        if i == 4000:
+            os._exit(0)
+        yield {"prompt": "p" * 20, "answer": i}
+
+def none():
+    yield from ()
+
 def endless():
     while True:
         pass
@@ -83,6 +93,13 @@ def test_a_generator_that_hangs_is_ended(plugin: Path, tmp_path: Path) -> None:
         generators.run(source(f"{plugin}:endless"), cache=tmp_path / "cache", timeout_s=1.0)
     assert time.monotonic() - begun < 20
     assert not (tmp_path / "cache").exists()
+
+
+def test_rows_of_a_generator_that_leaves_before_its_end_are_not_taken_for_all(plugin: Path, tmp_path: Path) -> None:
+    with pytest.raises(PluginError, match="ended its process before its rows were complete"):
+        list(open_source(source(f"{plugin}:leaves"), cache=tmp_path / "cache").rows())
+    assert not (tmp_path / "cache").exists()
+    assert list(open_source(source(f"{plugin}:none")).rows()) == []
 
 
 def test_a_generator_file_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,6 +136,56 @@ def test_every_way_to_finish_is_named_and_the_token_that_finishes_is_kept(engine
     stopped = [c for c in by_text if c.finish == "stop"]
     assert len(stopped) == len(letters)
     assert all(c.text.count("e") >= 1 and "e" not in engine._decode(c.token_ids[:-1].tolist()) for c in stopped)
+
+
+@pytest.fixture(scope="module")
+def marking(tmp_path_factory) -> TransformersEngine:
+    """An engine whose every fourth token is special, as tags of answers, tools and thoughts are in some tokenizers."""
+    folder = write_tiny(tmp_path_factory.mktemp("models") / "marking", QWEN3)
+    path = folder / "tokenizer.json"
+    held = json.loads(path.read_text())
+    held["model"]["merges"] = []
+    known = {token["id"] for token in held["added_tokens"]}
+    for text, number in list(held["model"]["vocab"].items()):
+        if number % 4 == 3 and number not in known:
+            named = f"<mark{number}>"
+            held["model"]["vocab"][named] = held["model"]["vocab"].pop(text)
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            held["added_tokens"].append({"id": number, "content": named, "special": True, **flags})
+    path.write_text(json.dumps(held))
+    engine = TransformersEngine(Spec(str(folder)))
+    engine.publish(BASE)
+    return engine
+
+
+def test_a_completion_is_had_as_it_was_generated_too_without_what_ends_it(marking):
+    drawn = [
+        c for g in generate(marking, [prompt(n, 5) for n in range(4)], 8, Sampling(1.0, 20)) for c in g.completions
+    ]
+    assert {c.finish for c in drawn} == {"eos", "length"}
+    for c in drawn:
+        ids = c.token_ids.tolist()
+        marks = [i for i in ids if i in marking._end_ids or i % 4 == 3 or i < 3]
+        spoken = ids[:-1] if c.finish == "eos" else ids
+        assert c.text == marking._decode(ids) and "<mark" not in c.text
+        if set(marks) - marking._end_ids:
+            assert c.raw == marking._decode(spoken, skip_special=False) and "<|im_end|>" not in c.raw
+        else:
+            assert c.raw is None
+    assert any(c.raw is not None and c.finish == "eos" for c in drawn)
+
+
+def test_a_stop_string_may_be_or_hold_a_special_token_and_no_other_is_found_in_the_name_of_one(marking):
+    items = [prompt(n, 5) for n in range(4)]
+    free = [c for g in generate(marking, items, 8, Sampling(1.0, 20)) for c in g.completions]
+    first = next(c.token_ids.tolist() for c in free if (c.token_ids % 4 == 3).any())
+    mark = next(f"<mark{i}>" for i in first if i % 4 == 3)
+    drawn = [c for g in generate(marking, items, 8, Sampling(1.0, 20, stop=(mark,))) for c in g.completions]
+    stopped = [c for c in drawn if c.finish == "stop"]
+    assert stopped and all(c.raw.endswith(mark) and c.raw.count(mark) == 1 and mark not in c.text for c in stopped)
+    assert [c for c in drawn if mark in (c.raw or "")] == stopped
+    named = [c for g in generate(marking, items, 8, Sampling(1.0, 20, stop=("mark",))) for c in g.completions]
+    assert not any(c.finish == "stop" for c in named)
 
 
 def test_prompts_that_cannot_fit_and_useless_groups_are_refused(folder):

@@ -222,8 +222,11 @@ def test_recipe_options_override_the_decorators(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(source)
     options = load(PluginSpec("mine.py:mine", options={"timeout_s": 9, "on_error": "fail"}), tmp_path).options
     assert (options.timeout_s, options.batch, options.on_error) == (9, 7, "fail")
-    with pytest.raises(PluginError, match="scope"):
-        load(PluginSpec("mine.py:mine", options={"scope": "group"}), tmp_path)
+    assert load(PluginSpec("mine.py:mine"), tmp_path).scope == "sample"
+    assert load(PluginSpec("mine.py:mine", options={"scope": "group"}), tmp_path).scope == "group"
+    assert load(PluginSpec("mine.py:mine", signature="trl"), tmp_path).scope == "batch"
+    with pytest.raises(PluginError, match="memory_mb"):
+        load(PluginSpec("mine.py:mine", options={"memory_mb": 64}), tmp_path)
 
 
 def test_every_builtin_is_found_by_its_name_and_gives_an_objective_of_that_name(tmp_path: Path) -> None:

@@ -40,7 +40,6 @@ FAULTS = {
     "infinite": "not_finite",
     "beyond_float32": "not_finite",
     "text": "wrong_type",
-    "wrong_length": "wrong_length",
     "wrong_name": "unknown_objective",
     "missing_name": "missing_objective",
     "ranged": "out_of_range",
@@ -67,6 +66,15 @@ def test_a_fault_costs_its_sample_alone_and_the_pool_lives_on(name: str, cause: 
         assert result.errors == {name: 1}
         assert result.metrics[f"reward/{name}/error_rate"] == 0.25
         assert column(rewards.score_sync(samples(4))) == [1.0] * 4
+
+
+def test_a_wrong_number_of_results_costs_its_whole_call_for_nobody_knows_whose_they_are() -> None:
+    with pool("wrong_length", batch=4) as rewards:
+        result = rewards.score_sync(samples(8, bad=2))
+        assert column(result) == [None] * 4 + [1.0] * 4
+        assert {f.cause for f in result.failures} == {"wrong_length"} and result.metrics[
+            "reward/wrong_length/calls"
+        ] == 2
 
 
 def test_one_poisoned_sample_of_64_leaves_63_scores() -> None:

@@ -456,3 +456,31 @@ def runs(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return state != "Z" and os.getpid() != pid
+
+
+@pytest.mark.parametrize("how", ["given up", "an error while it fails"])
+def test_whoever_waits_for_a_group_hears_of_the_end_of_the_task_that_keeps_the_engine(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray may give an answer up, and may be gone itself when the fleet is to end its actors."""
+
+    async def run() -> None:
+        async with fleet_of(1) as fleet:
+            await fleet.publish(VERSION)
+            stream = asyncio.create_task(all_of(fleet, prompts(2, p0={"do": "hang"})))
+            while not fleet._queues:
+                await asyncio.sleep(0.01)
+            if how == "given up":
+                fleet._tasks[0].cancel()
+            else:
+
+                def gone(*_: Any, **__: Any) -> None:
+                    raise RuntimeError("Ray is gone")
+
+                with monkeypatch.context() as patched:
+                    patched.setattr("rollout.member.ray.kill", gone)
+                    fleet._fail(EngineError("the head died"))
+            with pytest.raises(EngineError, match=r"its task was given up|the head died"):
+                await asyncio.wait_for(stream, 20)
+
+    asyncio.run(run())
