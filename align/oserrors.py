@@ -1,4 +1,4 @@
-"""What the system refuses (a full disk, a read-only folder, a name that is too long), as errors with place and remedy."""
+"""What the system refuses (a full disk, a read-only folder, a long name), as errors with place and remedy."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ that differ in their lengths, the three costs are those of least squares, none b
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from align.errors import RunFolderError
+from align.jsonl import read_lines
 from align.recipe.load import load_recipe
 from align.recipe.schema import Recipe
 from align.recipe.stages import OnlineStage
@@ -119,8 +119,7 @@ def slots_of(stage: OnlineStage) -> int:
 def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise RunFolderError("the stage was not run: no metrics", where=path, remedy="give a run that finished it")
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may end within one
+    return read_lines(path, numbered="step")[0]
 
 
 def _require_times(turns: Iterable[Mapping[str, Any]], folder: Path) -> None:

@@ -153,9 +153,9 @@ class FolderLock:
     def _look(self) -> None:
         folder = self.path.parent
         try:
-            newest, path = _newest(folder)
+            path = _newest(folder)[1]
         except FileNotFoundError:
-            newest, path = 0, None
+            path = None
         if path is None:
             self._lose("it was removed while this driver worked in it", "run the recipe again")
         elif path != self.path:

@@ -65,7 +65,7 @@ def describe(pid: int, what: str) -> ProcessId | None:
 
 
 def is_here(process: ProcessId) -> bool:
-    """Whether its number can be looked up: it is of this machine, boot and container, or nothing says that it is not."""
+    """Whether its number can be looked up: it is of this machine, boot and container, or nothing says otherwise."""
     return process.where in ("", here())
 
 

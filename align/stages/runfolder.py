@@ -7,7 +7,6 @@ on changed; `--from-stage` sets later ones aside.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -25,11 +24,12 @@ from align.stages import processes
 from align.stages.files import make_folder, remove_leftovers, write_json
 from align.stages.fingerprint import differences, without_folder
 from align.stages.lock import FolderLock, require_free
+from align.stages.manifest import require_stage
 from align.stages.media_inputs import changed_media
 from align.stages.processes import ProcessId
 from align.stages.state import read_state, read_summary
 
-RUN, SUMMARY, RECIPE, METRICS = "run.json", "summary.json", "recipe.yaml", "metrics.jsonl"
+RUN, SUMMARY, RECIPE = "run.json", "summary.json", "recipe.yaml"
 _PACKAGES = (
     "align-rl",
     "torch",
@@ -134,13 +134,19 @@ class RunFolder:
         self.state["stages"][stage_id] = {**entry, "folder": self.state.get("folder")}
         self.write()
 
-    def finish(self, stage_id: str, artefacts: Mapping[str, str]) -> None:
+    def finish(self, stage_id: str, artefacts: Mapping[str, str], manifest: str | None = None) -> None:
+        """manifest: SHA-256 of the stage's `artefacts.json`, which lists their files."""
         self.state["stages"][stage_id] |= {
             "state": "finished",
             "artefacts": dict(artefacts),
+            "manifest": manifest,
             "ended": round(time.time(), 3),
         }
         self.write()
+
+    def require_kept(self, stage_id: str) -> list[str]:
+        """See `require_stage`: what is to be said of a finished stage that this start keeps."""
+        return require_stage(self.stage_folder(stage_id), self.state["stages"][stage_id].get("manifest"), stage_id)
 
     def compare(self, recipe: Recipe, fingerprints: Callable[[Any], Mapping[str, Any]]) -> None:
         """Refuse to resume where a stage that ran, or began, depends on something that changed since; else the recipe
@@ -233,7 +239,7 @@ class RunFolder:
 
 
 def _refuse(path: Path, name: str, resume: bool, *, held: bool = False) -> None:
-    """Raise RunFolderError where a run cannot begin, or go on, in `path`. held: the lock is ours, and made the folder."""
+    """Raise RunFolderError where a run cannot begin, or go on, in `path`. held: the lock is ours."""
     if not os.path.lexists(path):
         return
     if not path.is_dir():  # OSError where a link leads in a circle
@@ -253,30 +259,6 @@ def _refuse(path: Path, name: str, resume: bool, *, held: bool = False) -> None:
         raise RunFolderError(
             f"the folder is not empty, and its {RUN} {what}", where=path, remedy="choose another name="
         )
-
-
-def cut_metrics(path: Path, step: int) -> None:
-    """Keep the lines of a metrics.jsonl up to `step`: a resumed run continues them. A torn last line goes too."""
-    if not path.is_file():
-        return
-    kept: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            break  # a kill tore the last line
-        if entry["step"] <= step:
-            kept.append(line + "\n")
-    aside = path.with_name(f".{path.name}.cut")
-    aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, path)
-
-
-def last_step(path: Path) -> int:
-    """The last step in a metrics.jsonl whose lines are whole; 0 where there is none."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    whole = [line for line in lines[-2:] if line.endswith("\n")]
-    return int(json.loads(whole[-1])["step"]) if whole else 0
 
 
 def package_versions() -> dict[str, str]:

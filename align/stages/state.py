@@ -59,6 +59,8 @@ def _check_stage(entry: Any, key: str, require: Callable[[bool, str, Any], None]
     if entry["state"] == "finished":
         artefacts = entry.get("artefacts")
         require(_is_mapping(artefacts, str), f"{key}.artefacts", artefacts)
+        manifest = entry.get("manifest")
+        require(manifest is None or isinstance(manifest, str), f"{key}.manifest", manifest)
 
 
 def _list(state: dict[str, Any], key: str, require: Callable[[bool, str, Any], None]) -> list[Any]:

@@ -15,8 +15,9 @@ from align.stages import processes
 from align.stages.files import read_json, sha256_file, write_json
 from align.stages.fingerprint import differences, fingerprint
 from align.stages.media_inputs import note_media
+from align.stages.metrics_file import cut_metrics
 from align.stages.processes import ProcessId
-from align.stages.runfolder import RunFolder, cut_metrics
+from align.stages.runfolder import RunFolder
 
 
 def recipe(folder: Path, **changes: Any) -> Recipe:
