@@ -21,6 +21,7 @@ from align.jsonl import read_lines
 from align.recipe.load import load_recipe
 from align.recipe.schema import Recipe
 from align.recipe.stages import OnlineStage
+from align.stages.rollout_log import read_table
 
 WARM_UP = 2
 """Turns at a stage's start that are left out: kernels are compiled, engines are new."""
@@ -141,11 +142,9 @@ def _undisturbed(turns: Mapping[int, dict[str, Any]]) -> dict[int, dict[str, Any
 
 def _lengths(folder: Path) -> dict[int, dict[int, np.ndarray]]:
     """Tokens of each group's completions f64[G], by step and group id; of groups that were replaced, too."""
-    import pyarrow.parquet
-
     rows: dict[int, dict[int, list[int]]] = {}
     for file in sorted(folder.glob("step-*.parquet")):
-        table = pyarrow.parquet.read_table(file, columns=["step", "group_id", "token_ids"])
+        table = read_table(file, ["step", "group_id", "token_ids"])
         counts = [len(ids) for ids in table["token_ids"].to_pylist()]
         for step, group, count in zip(table["step"].to_pylist(), table["group_id"].to_pylist(), counts, strict=True):
             rows.setdefault(step, {}).setdefault(group, []).append(count)

@@ -62,12 +62,16 @@ def require_artefact(path: Path) -> None:
 
     Raises RunFolderError naming the file that is missing, damaged, or was not there.
     """
-    for folder in list(path.parents)[:_DEEPEST]:
-        if (folder / NAME).is_file():
-            listed = _read(folder, None, folder.name)["artefacts"].get(path.relative_to(folder).as_posix())
-            if listed is not None:
-                _require(path, listed, folder.name, thorough=True)
-            return
+    folder = home_of(path)
+    if folder is not None:
+        listed = _read(folder, None, folder.name)["artefacts"].get(path.relative_to(folder).as_posix())
+        if listed is not None:
+            _require(path, listed, folder.name, thorough=True)
+
+
+def home_of(path: Path) -> Path | None:
+    """The folder of the stage that an artefact belongs to; None where nothing vouches for it."""
+    return next((folder for folder in list(path.parents)[:_DEEPEST] if (folder / NAME).is_file()), None)
 
 
 def _require(path: Path, listed: Listing, stage_id: str, *, thorough: bool) -> None:

@@ -117,7 +117,7 @@ async def run_pipeline(
         for name in run.restart_from(recipe, from_stage):
             report.message(f"set aside: {name}")
     run.record(backend.processes(), backend.threads())
-    prints = {stage.id: fingerprint(recipe, stage, plugins) for stage in recipe.stages}
+    prints = {stage.id: fingerprint(recipe, stage, plugins, recipe_folder) for stage in recipe.stages}
     run.compare(recipe, lambda stage: prints[stage.id])
     origin = await _origin(recipe, run, backend, report)
     check_adapters(recipe, origin)

@@ -22,9 +22,9 @@ from align.oserrors import described
 from align.recipe.schema import Recipe
 from align.stages import processes
 from align.stages.files import make_folder, remove_leftovers, write_json
-from align.stages.fingerprint import differences, without_folder
+from align.stages.fingerprint import changes, without_folder
 from align.stages.lock import FolderLock, require_free
-from align.stages.manifest import require_stage
+from align.stages.manifest import home_of, require_stage
 from align.stages.media_inputs import changed_media
 from align.stages.processes import ProcessId
 from align.stages.state import read_state, read_summary
@@ -146,7 +146,11 @@ class RunFolder:
 
     def require_kept(self, stage_id: str) -> list[str]:
         """See `require_stage`: what is to be said of a finished stage that this start keeps."""
-        return require_stage(self.stage_folder(stage_id), self.state["stages"][stage_id].get("manifest"), stage_id)
+        entry, folder = self.state["stages"][stage_id], self.stage_folder(stage_id)
+        if not folder.is_dir():  # runs of a sweep share stages, which stay where they were made
+            homes = (home_of(Path(path)) for path in entry["artefacts"].values())
+            folder = next((home for home in homes if home is not None), folder)
+        return require_stage(folder, entry.get("manifest"), stage_id)
 
     def compare(self, recipe: Recipe, fingerprints: Callable[[Any], Mapping[str, Any]]) -> None:
         """Refuse to resume where a stage that ran, or began, depends on something that changed since; else the recipe
@@ -156,7 +160,8 @@ class RunFolder:
             if entry is None:
                 continue
             old = without_folder(entry["fingerprint"], entry.get("folder"))
-            changed = differences(old, without_folder(dict(fingerprints(stage)), self.state.get("folder")))
+            new = without_folder(dict(fingerprints(stage)), self.state.get("folder"))
+            changed = changes(old, new)
             changed += changed_media(self.stage_folder(stage.id))
             if changed:
                 raise RunFolderError(
