@@ -3,8 +3,8 @@
     python -m rewards.describe my.py:judge --folder RECIPE_FOLDER --args '{"model": "x"}' --signature trl
 
 Keys: name, doc, objectives {name: {kind, range}}, scope, options, parameters {name: {required, type, default}},
-open_args, args, is_async, gold, version, source, sha256. A plugin that is not found or whose arguments do not fit ends
-with status 2 and {"error": {"what", "where", "remedy"}}.
+open_args, args, is_async, gold, version, source, sha256, modules. A plugin that is not found or whose arguments do not
+fit ends with status 2 and {"error": {"what", "where", "remedy"}}.
 """
 
 from __future__ import annotations

@@ -7,8 +7,10 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +20,7 @@ from rewards.plugin import Plugin, PluginSpec, make_plugin
 from rewards.signatures import adapt
 
 ENTRY_POINTS = "align.rewards"
+_OURS = ("rewards", "align", "rollout", "__main__")
 _BUILTINS = Path(__file__).parent / "builtins"
 
 
@@ -43,15 +46,16 @@ def load(spec: PluginSpec, folder: str | Path, *, check: bool = True) -> Plugin:
     """
     function = find(spec.use, Path(folder))
     source, digest = _origin(function)
+    modules = _modules_beside(source, Path(folder))
     if spec.signature != "align":
-        return adapt(function, spec, source=source, sha256=digest)
+        return replace(adapt(function, spec, source=source, sha256=digest), modules=modules)
     if inspect.isclass(function) or not callable(function):
         raise PluginError(
             f"a reward is a function, not {function!r}",
             where=spec.use,
             remedy="write f(samples) -> list of scores; for ms-swift's reward classes add `signature: swift`",
         )
-    return make_plugin(function, spec, source=source, sha256=digest, check=check)
+    return replace(make_plugin(function, spec, source=source, sha256=digest, check=check), modules=modules)
 
 
 def find(use: str, folder: Path) -> Any:
@@ -153,3 +157,19 @@ def _origin(function: Any) -> tuple[str | None, str | None]:
     if file is None or not Path(file).is_file():
         return None, None
     return file, hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def _modules_beside(source: str | None, folder: Path) -> dict[str, str]:
+    """SHA-256 of every module that was imported from the plugin's folder or the recipe's, its own file aside, by its
+    name. One that is imported only when a function runs is not among them."""
+    roots = {os.path.abspath(folder)} | ({os.path.dirname(os.path.abspath(source))} if source else set())
+    found = {}
+    for name, module in sorted(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if not file or not file.endswith(".py") or name.partition(".")[0] in _OURS or file == source:
+            continue
+        path = os.path.abspath(file)
+        installed = "site-packages" in path or "dist-packages" in path
+        if not installed and any(path.startswith(f"{root}{os.sep}") for root in roots) and os.path.isfile(path):
+            found[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return found

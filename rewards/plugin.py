@@ -54,7 +54,8 @@ class Parameter:
 class Plugin:
     """`call(samples, ctx, **args)` returns one result per sample (awaitable if `is_async`).
 
-    open_args: it takes any argument by name. source, sha256: its file and the hash of it.
+    open_args: it takes any argument by name. source, sha256: its file and the hash of it; modules: hashes of those
+    beside it that it imports, by name.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Plugin:
     source: str | None = None
     sha256: str | None = None
     doc: str = ""
+    modules: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def scope(self) -> Scope:
@@ -114,6 +116,7 @@ class Plugin:
             "version": self.options.version,
             "source": self.source,
             "sha256": self.sha256,
+            "modules": dict(self.modules),
         }
 
 

@@ -10,15 +10,18 @@ import asyncio
 import ctypes
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.exceptions import (
     NodeDiedError,
     ObjectLostError,
@@ -34,10 +37,16 @@ from align.errors import AlignError, LostError, SetupError
 from align.stages.owned import owned_folder
 
 _REACH_LIMIT_S = 10.0
+_RAY = "ray"  # of a cluster's folder: what Ray writes
 OBJECT_STORE_BYTES = 512 << 20  # trees, groups and packed batches; weights travel as files
 # our actors start their own workers, with threads of their own
 _SYSTEM_CONFIG = {"enable_worker_prestart": False, "prestart_worker_first_driver": False}
 _ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+# A cluster of one machine listens on the loopback interface alone. Ray takes an address from the network card, whatever
+# it is given, unless this switch says that there are no other nodes (it is off on macOS and Windows).
+_CLUSTERS = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+_LOOPBACK = {"VLLM_HOST_IP": "127.0.0.1", **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})}
+_TOKENS = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 # a process or its node is gone; RayTaskError, an exception inside of one, may be raised as a subclass of its cause
 _LOST = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError)
@@ -66,15 +75,19 @@ class Cluster:
             _check_reachable(address)
         # sockets have paths of at most 107 bytes, so not in the run folder
         self.folder = owned_folder(Path(tempfile.gettempdir())) if self.local else None
+        self._undo = ExitStack()
+        if self.local:
+            self._listen_here_alone()
         own = {
             "include_dashboard": False,
             "num_cpus": cores,
             "object_store_memory": OBJECT_STORE_BYTES,
-            "_temp_dir": str(self.folder),
+            # one below ours, which nobody else may enter: Ray opens its own to everybody
+            "_temp_dir": str(self.folder and self.folder / _RAY),
             "_system_config": _SYSTEM_CONFIG,
         }
         # what libraries leave in the temporary folder (vLLM's rendezvous files, when it is killed) goes with the run
-        temporary = {"TMPDIR": str(self.folder)} if self.local else {}
+        temporary = {"TMPDIR": str(self.folder), **_LOOPBACK} if self.local else {}
         try:
             ray.init(
                 address=address or "local",
@@ -84,7 +97,7 @@ class Cluster:
                 **(own if self.local else {}),
             )
         except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
-            self._remove_folder()
+            self._end()
             where = address or "this machine"
             raise SetupError(
                 f"Ray cannot be reached: {error}" if address else f"Ray cannot be started: {error}",
@@ -104,20 +117,37 @@ class Cluster:
         """Disconnect; a local cluster ends with its workers, and its logs of note move to the run folder."""
         ray.shutdown()
         self._keep_logs()
-        self._remove_folder()
+        self._end()
+
+    def _listen_here_alone(self) -> None:
+        """Loopback sockets, and a token of this process' own: Ray would write one to the home folder, for everybody to
+        read. A token that the user chose is kept."""
+        if not any(name in os.environ for name in _TOKENS):
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        before = os.environ.get(_CLUSTERS), ray_constants.ENABLE_RAY_CLUSTER
+        os.environ[_CLUSTERS], ray_constants.ENABLE_RAY_CLUSTER = "0", False  # for Ray's processes, and for this one
+
+        def undo() -> None:
+            ray_constants.ENABLE_RAY_CLUSTER = before[1]
+            os.environ.pop(_CLUSTERS)
+            if before[0] is not None:
+                os.environ[_CLUSTERS] = before[0]
+
+        self._undo.callback(undo)
 
     def _keep_logs(self) -> None:
         """What our workers wrote to their standard output and error, into `<run>/logs/`."""
         if self.folder is None or not self.run_folder.is_dir():
             return
-        for path in (self.folder / "session_latest" / "logs").glob("worker-*"):
+        for path in (self.folder / _RAY / "session_latest" / "logs").glob("worker-*"):
             if path.stat().st_size:
                 target = self.run_folder / "logs"
                 target.mkdir(exist_ok=True)
                 parts = path.stem.split("-")
                 shutil.copyfile(path, target / f"worker-{parts[-1]}{path.suffix}")
 
-    def _remove_folder(self) -> None:
+    def _end(self) -> None:
+        self._undo.close()
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -7,6 +7,7 @@ A trainer of several ranks is several actors. Each is sent every call with the s
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,12 +58,17 @@ class PolicyActor:
         die_with_parent()
 
     def host(self, size: int) -> tuple[str, int]:
-        """Open the store at which `size` ranks meet; its address."""
+        """Open the store at which `size` ranks meet; its address. It listens there alone: torch's own socket would on
+        every interface."""
         from torch.distributed import TCPStore
 
         address = ray.util.get_node_ip_address()
-        self.store = TCPStore(address, 0, size, is_master=True, wait_for_workers=False)
-        return address, self.store.port
+        server = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+        port = int(server.getsockname()[1])
+        self.store = TCPStore(
+            address, port, size, is_master=True, wait_for_workers=False, master_listen_fd=server.detach()
+        )
+        return address, port
 
     def start(self, spec: TrainerSpec, token: Path, reference: Any = None, seat: Seat | None = None) -> None:
         """token: see `require_shared`; reference: handle of a `ReferenceActor`, then given every packed batch."""

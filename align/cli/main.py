@@ -16,6 +16,7 @@ from align import packages
 from align.cli import classify_flags, experiment_flags, rewards_flags
 from align.cli.simulate_flags import add_flags
 from align.errors import AlignError, UserError
+from align.oserrors import described, is_known
 from align.report.screen import cut, screened
 
 INTERRUPTED = 130
@@ -43,10 +44,18 @@ def _main(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:  # the reader of our output has gone (`align check ... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if is_known(error):
+            return _failed(str(described(error)), 1, debug)
+        return _unforeseen(error, debug)
     except Exception as error:  # noqa: BLE001  the last place that can turn a failure into one message
-        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        hint = "" if debug else "\n  -> this was not foreseen; the same command with --debug shows where it happened"
-        return _failed(f"{said}{hint}", 1, debug)
+        return _unforeseen(error, debug)
+
+
+def _unforeseen(error: Exception, debug: bool) -> int:
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    hint = "" if debug else "\n  -> this was not foreseen; the same command with --debug shows where it happened"
+    return _failed(f"{said}{hint}", 1, debug)
 
 
 def _failed(message: str, status: int, debug: bool) -> int:

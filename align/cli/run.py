@@ -69,9 +69,11 @@ def _run(plan: Plan, run: RunFolder, reporter: Reporter, arguments: argparse.Nam
     from align.actors.cluster import Cluster
 
     with ExitStack() as stack:
-        sweep(run.path)
+        sweep(run.path, say=reporter.message)
         stack.enter_context(Reaper(run.path / RUN))
         reporter.message(f"run folder: {run.path}")
+        if run.lock is not None and run.lock.note:
+            reporter.message(run.lock.note)
         if arguments.address is not None:
             keep_sources(python_files(plan.recipe, folder), run.path)
         cluster = Cluster(arguments.address, run_folder=run.path, cores=arguments.cores)
@@ -85,6 +87,7 @@ def _run(plan: Plan, run: RunFolder, reporter: Reporter, arguments: argparse.Nam
         return asyncio.run(
             _until_done(
                 reporter,
+                run,
                 lambda stop: run_pipeline(
                     plan.recipe,
                     run,
@@ -101,8 +104,9 @@ def _run(plan: Plan, run: RunFolder, reporter: Reporter, arguments: argparse.Nam
         )
 
 
-async def _until_done(reporter: Reporter, start: Any) -> dict[str, Any]:
-    """Await the pipeline. The first Ctrl-C (or SIGTERM) lets the step finish and saves; the second ends it at once."""
+async def _until_done(reporter: Reporter, run: RunFolder, start: Any) -> dict[str, Any]:
+    """Await the pipeline. The first Ctrl-C (or SIGTERM) lets the step finish and saves; the second ends it at once, and
+    so does a run folder that another driver has by now."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     task: asyncio.Task[dict[str, Any]] = asyncio.ensure_future(start(stop))
 
@@ -115,9 +119,13 @@ async def _until_done(reporter: Reporter, start: Any) -> dict[str, Any]:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, interrupted)
+    if run.lock is not None:
+        run.lock.on_lost = lambda error: loop.call_soon_threadsafe(task.cancel)
     try:
         return await task
     except asyncio.CancelledError:
+        if run.lock is not None and run.lock.lost is not None:
+            raise run.lock.lost from None
         raise Interrupted(
             "stopped at once, without a new checkpoint", remedy="--resume continues from the last one"
         ) from None

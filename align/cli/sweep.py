@@ -72,7 +72,7 @@ def _run(
     """Shared stages first, then every run that is not finished. A run without its shared stages is not started."""
 
     def start(recipes: Sequence[Recipe]) -> dict[str, Outcome]:
-        kept = {recipe.name: Outcome(recipe.name, "kept") for recipe in recipes if is_done(recipe, plugins)}
+        kept = {recipe.name: Outcome(recipe.name, "kept") for recipe in recipes if is_done(recipe, plugins, folder)}
         children: list[Child] = [child_of(recipe, root / "recipes") for recipe in recipes if recipe.name not in kept]
         ran = run_all(children, free, plugins=folder, logs=root / "logs", tell=lambda text: print(text, flush=True))
         return kept | {outcome.label: outcome for outcome in ran}

@@ -1,11 +1,18 @@
-"""Tokenised data on disk, by content: one .npz of plain arrays per source, its report as JSON inside. No pickle."""
+"""Tokenised data on disk, by content: one .npz of plain arrays per source, its report as JSON inside. No pickle.
+
+An entry holds a digest of its name and of every array: one that is not what was written is made again, and said.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import zipfile
+import zlib
+from collections.abc import Mapping
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +25,8 @@ from align.data.audit import Refusal, SourceReport
 from align.data.encoded import Encoded, Tokens
 from align.protocols import Medium
 from align.recipe.inputs import DataSource
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from align.data.media.library import Library
@@ -48,8 +57,8 @@ def _code_version() -> str:
 
 
 def save(path: Path, table: Table) -> None:
-    """Write aside and rename: a reader sees the whole entry or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write aside and rename: a reader sees the whole entry or none. Where the folder cannot be written to (another
+    user's, a full disk), the rows are not kept, which is said."""
     segments = [s for e in table.encoded for s in (e.trunk, *e.branches)]
     empty = [np.zeros(0, np.int64)]
     media = [
@@ -69,20 +78,35 @@ def save(path: Path, table: Table) -> None:
         "scored": table.report.scored,
         "meta": np.frombuffer(json.dumps(meta).encode(), np.uint8),
     }
+    arrays["digest"] = _digest(path.stem, arrays)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with aside.open("wb") as f:
             np.savez(f, **arrays)  # type: ignore[arg-type]
             f.flush()
             os.fsync(f.fileno())
         aside.replace(path)
+    except OSError as error:
+        log.warning("the tokenised rows are not kept: %s: %s", path.parent, error.strerror or error)
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def _digest(name: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """u8[32]: SHA-256 of an entry's name and of its arrays, with their names, types and shapes."""
+    h = hashlib.sha256(name.encode())
+    for key in sorted(arrays.keys() - {"digest"}):
+        array = np.ascontiguousarray(arrays[key])
+        h.update(f"|{key}|{array.dtype.str}|{array.shape}|".encode())
+        h.update(array.tobytes())
+    return np.frombuffer(h.digest(), np.uint8)
 
 
 def load(path: Path, kind: Any, library: Library | None = None) -> Table | None:
-    """The cached table, or None where there is none, it cannot be read, a medium's file changed, or the media store has
-    lost one (it is then made again)."""
+    """The cached table, or None where there is none, it is not what was written (which is said), a medium's file
+    changed, or the media store has lost one: it is then made again."""
     from align.data.tables import Table
 
     try:
@@ -90,8 +114,10 @@ def load(path: Path, kind: Any, library: Library | None = None) -> Table | None:
             arrays = {name: data[name] for name in data.files}
     except FileNotFoundError:
         return None
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError):
-        return None  # damaged by something outside us; the data are still there to be read
+    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, OSError, EOFError, NotImplementedError) as error:
+        return _damaged(path, str(error).partition("\n")[0] or type(error).__name__)
+    if not np.array_equal(arrays.get("digest", np.zeros(0, np.uint8)), _digest(path.stem, arrays)):
+        return _damaged(path, "its digest differs")
     meta = json.loads(arrays["meta"].tobytes())
     media = _media(meta, library)
     if media is None:
@@ -110,6 +136,11 @@ def load(path: Path, kind: Any, library: Library | None = None) -> Table | None:
     report = _report(meta["report"], arrays)
     columns = {name: arrays[name] for name in ("weights", "desirable", "margins", "labels")}
     return Table(kind, report, encoded, meta["origins"], files=meta["files"], **columns)
+
+
+def _damaged(path: Path, why: str) -> None:
+    """By something outside us; the data are still there to be read."""
+    log.warning("the tokenised rows in %s are damaged (%s) and are made again", path, why)
 
 
 def _media(meta: dict[str, Any], library: Library | None) -> dict[int, list[Medium]] | None:

@@ -6,8 +6,11 @@ generator's source, its options and the Python files beside it, so an unchanged 
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
 import json
+import logging
 import os
 import re
 import subprocess
@@ -20,6 +23,7 @@ from align.errors import DataError, PluginError
 from align.recipe.inputs import DataSource
 
 TIMEOUT_S = 600.0
+log = logging.getLogger(__name__)
 
 _GENERATOR = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 
@@ -55,14 +59,45 @@ def run(
         raise PluginError("there is no such generator file", where=file, remedy="check `data.path`")
     if cache is None:
         return _run_child(file, function, source.options, limit, timeout_s)
-    kept = cache / f"{file.stem}-{function}-{_key(file, function, source.options, limit)}.jsonl"
-    if not kept.exists():
+    name = f"{file.stem}-{function}-{_key(file, function, source.options, limit)}"
+    rows = _kept(cache, name)
+    if rows is None:
         rows = _run_child(file, function, source.options, limit, timeout_s)
-        cache.mkdir(parents=True, exist_ok=True)
-        aside = kept.with_name(f".{kept.name}.{os.getpid()}")
+        _keep(cache / f"{name}-{_content(rows)}.jsonl", rows)
+    return rows
+
+
+def _kept(cache: Path, name: str) -> bytes | None:
+    """Rows of an earlier call, where they are what it left: their digest stands in the file's name."""
+    for path in sorted(cache.glob(f"{glob.escape(name)}-*.jsonl")):
+        try:
+            rows = path.read_bytes()
+        except OSError as error:
+            log.warning("the generated rows in %s cannot be read and are made again: %s", path, error.strerror or error)
+            continue
+        if path.stem == f"{name}-{_content(rows)}":
+            return rows
+        log.warning("the generated rows in %s are not what was written, and are made again", path)
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return None
+
+
+def _keep(path: Path, rows: bytes) -> None:
+    """Where the folder cannot be written to (another user's, a full disk), they are not kept, which is said."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         aside.write_bytes(rows)
-        aside.replace(kept)
-    return kept.read_bytes()
+        aside.replace(path)
+    except OSError as error:
+        log.warning("the generated rows are not kept: %s: %s", path.parent, error.strerror or error)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def _content(rows: bytes) -> str:
+    return hashlib.sha256(rows).hexdigest()[:32]
 
 
 def _key(file: Path, function: str, options: dict[str, Any], limit: int | None) -> str:

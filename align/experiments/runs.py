@@ -13,9 +13,9 @@ from align.errors import RunFolderError
 from align.recipe.load import load_recipe
 from align.recipe.schema import Recipe
 from align.recipe.stages import EvaluateStage, OnlineStage
-from align.stages.files import read_json
-from align.stages.rollout_log import read_rollouts
+from align.stages.rollout_log import read_rollouts, read_table
 from align.stages.runfolder import RECIPE, RUN
+from align.stages.state import read_state
 
 SWEEP, SHARED = "sweep", "shared"  # runs/<name>/sweep/<weights>/, and shared/ beside them
 _ADD = (
@@ -93,7 +93,7 @@ class Judged:
 
 
 def is_finished(run: Path, stage_id: str) -> bool:
-    entry = read_json(run / RUN)["stages"].get(stage_id, {}) if (run / RUN).is_file() else {}
+    entry = read_state(run / RUN)["stages"].get(stage_id, {}) if (run / RUN).is_file() else {}
     return bool(entry.get("state") == "finished")
 
 
@@ -129,12 +129,8 @@ def _weights(recipe: Recipe, of: str) -> Mapping[str, float]:
 
 def prompts_in(folder: Path) -> set[str]:
     """Every prompt of a rollouts folder; none where there is no such folder."""
-    import pyarrow.parquet
-
     files = sorted(folder.glob("step-*.parquet"))
-    return {
-        text for file in files for text in pyarrow.parquet.read_table(file, columns=["prompt"])["prompt"].to_pylist()
-    }
+    return {text for file in files for text in read_table(file, columns=["prompt"])["prompt"].to_pylist()}
 
 
 def notes(run: Path, recipe: Recipe, stage: EvaluateStage) -> list[str]:

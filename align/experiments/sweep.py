@@ -9,15 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from align.errors import RunFolderError
 from align.experiments.children import Child
 from align.experiments.grid import Weights, label
 from align.experiments.runs import SHARED, SWEEP
 from align.recipe.load import dump_recipe
 from align.recipe.schema import Recipe
-from align.stages.files import read_json, write_json
-from align.stages.fingerprint import differences, fingerprint
+from align.stages.files import make_folder, write_json
+from align.stages.fingerprint import changes, fingerprint
+from align.stages.lock import FolderLock
 from align.stages.media_inputs import changed_media
 from align.stages.runfolder import RECIPE, RUN, SUMMARY
+from align.stages.state import read_state, read_summary
 
 
 @dataclass(frozen=True)
@@ -71,34 +74,49 @@ def child_of(recipe: Recipe, recipes: Path) -> Child:
     return Child(recipe.name, path, recipe.run_folder)
 
 
-def is_done(recipe: Recipe, plugins: Mapping[str, str]) -> bool:
+def is_done(recipe: Recipe, plugins: Mapping[str, str], folder: Path | None = None) -> bool:
     """Whether its run has finished every stage, from the same recipe, data and plugins.
 
-    plugins: source hash of each reward by its `use`.
+    plugins: source hash of each reward by its `use`. folder: where plugins are looked for.
     """
     run = recipe.run_folder
     if not (run / RUN).is_file() or not (run / RECIPE).is_file():
         return False
-    entries = read_json(run / RUN)["stages"]
+    entries = read_state(run / RUN)["stages"]
     for stage in recipe.stages:
         entry = entries.get(stage.id)
         if entry is None or entry["state"] != "finished":
             return False
-        if differences(entry["fingerprint"], fingerprint(recipe, stage, plugins)) or changed_media(run / stage.id):
+        mark = fingerprint(recipe, stage, plugins, folder)
+        if changes(entry["fingerprint"], mark) or changed_media(run / stage.id):
             return False
     return True
 
 
 def take_over(run: Path, shared: Recipe) -> None:
-    """Give a run that has not begun the finished stages of a shared one: their artefacts stay where they are."""
-    source = shared.run_folder
+    """Give a run that has not begun the finished stages of a shared one: their artefacts stay where they are.
+
+    Raises RunFolderError where another driver works in the run's folder.
+    """
     if (run / RUN).is_file():
         return
-    run.mkdir(parents=True, exist_ok=True)
+    make_folder(run)
+    lock = FolderLock.take(run)
+    try:
+        if not (run / RUN).is_file():  # another sweep may have done it since
+            _take_over(run, shared)
+    finally:
+        lock.release()
+
+
+def _take_over(run: Path, shared: Recipe) -> None:
+    source = shared.run_folder
     if (source / "base").is_dir() and not (run / "base").is_symlink():
         (run / "base").symlink_to(os.path.relpath(source / "base", run))
     ids = [stage.id for stage in shared.stages]
-    summary = read_json(source / SUMMARY)["stages"]
+    entries, summary = read_state(source / RUN)["stages"], read_summary(source / SUMMARY)["stages"]
+    for name in ids:
+        if name not in entries or name not in summary:
+            raise RunFolderError(f"the shared run has no stage {name!r}", where=source, remedy="run it with --resume")
     write_json(run / SUMMARY, {"stages": {name: summary[name] for name in ids}})
-    entries = read_json(source / RUN)["stages"]
     write_json(run / RUN, {"stages": {name: entries[name] for name in ids}, "starts": 0, "processes": []})

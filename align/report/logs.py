@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from align.errors import SetupError
+from align.jsonl import read_lines
 from align.recipe.schema import Recipe
 
 
@@ -54,11 +55,10 @@ class MetricsFile:
 
 
 def read_metrics(stage_folder: Path) -> list[dict[str, Any]]:
-    """The lines of a stage's metrics.jsonl in order; an empty list where the stage wrote none."""
+    """The lines of a stage's metrics.jsonl in order; an empty list where the stage wrote none. A last line that a kill
+    tore is left out. Raises RunFolderError with the line where another is damaged."""
     path = stage_folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return read_lines(path, numbered="step")[0] if path.exists() else []
 
 
 class TensorBoardLog:

@@ -9,7 +9,6 @@ that differ in their lengths, the three costs are those of least squares, none b
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from align.errors import RunFolderError
+from align.jsonl import read_lines
 from align.recipe.load import load_recipe
 from align.recipe.schema import Recipe
 from align.recipe.stages import OnlineStage
+from align.stages.rollout_log import read_table
 
 WARM_UP = 2
 """Turns at a stage's start that are left out: kernels are compiled, engines are new."""
@@ -119,8 +120,7 @@ def slots_of(stage: OnlineStage) -> int:
 def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise RunFolderError("the stage was not run: no metrics", where=path, remedy="give a run that finished it")
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may end within one
+    return read_lines(path, numbered="step")[0]
 
 
 def _require_times(turns: Iterable[Mapping[str, Any]], folder: Path) -> None:
@@ -142,11 +142,9 @@ def _undisturbed(turns: Mapping[int, dict[str, Any]]) -> dict[int, dict[str, Any
 
 def _lengths(folder: Path) -> dict[int, dict[int, np.ndarray]]:
     """Tokens of each group's completions f64[G], by step and group id; of groups that were replaced, too."""
-    import pyarrow.parquet
-
     rows: dict[int, dict[int, list[int]]] = {}
     for file in sorted(folder.glob("step-*.parquet")):
-        table = pyarrow.parquet.read_table(file, columns=["step", "group_id", "token_ids"])
+        table = read_table(file, ["step", "group_id", "token_ids"])
         counts = [len(ids) for ids in table["token_ids"].to_pylist()]
         for step, group, count in zip(table["step"].to_pylist(), table["group_id"].to_pylist(), counts, strict=True):
             rows.setdefault(step, {}).setdefault(group, []).append(count)

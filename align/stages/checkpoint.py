@@ -14,17 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.errors import CheckpointError
+from align.errors import CheckpointError, RunFolderError
 from align.stages.files import (
     read_json,
+    read_object,
     remove_folder,
     remove_leftovers,
-    sha256_and_sync,
-    sha256_file,
     tree_files,
     write_json,
     written_aside,
 )
+from align.stages.listing import difference, listing, read_listing
+from align.stages.metrics_file import METRICS, metrics_mark
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -34,11 +35,13 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint. `trainer` is the folder that `Trainer.save` filled; `state` is the loop's own."""
+    """A verified checkpoint. `trainer` is the folder that `Trainer.save` filled; `state` is the loop's own; `metrics`:
+    what the stage's metrics file was when it was written (`metrics_mark`), None where there was none."""
 
     path: Path
     step: int
     state: Mapping[str, Any]
+    metrics: Mapping[str, Any] | None = None
 
     @property
     def trainer(self) -> Path:
@@ -58,7 +61,8 @@ def step_of(path: Path) -> int | None:
 async def write_checkpoint(
     folder: Path, step: int, state: Mapping[str, Any], save: Callable[[Path], Awaitable[None]]
 ) -> Path:
-    """Write `folder/step-<step>`: what `save` puts into an empty folder, and the loop's `state`.
+    """Write `folder/step-<step>`: what `save` puts into an empty folder, and the loop's `state`. The metrics file
+    beside `folder` is noted, that a resumed run goes on with what was written.
 
     Raises CheckpointError when `save` leaves nothing; whatever `save` raises passes through. In both cases no folder
     with the checkpoint's name exists afterwards, unless an older complete one stood there.
@@ -70,41 +74,37 @@ async def write_checkpoint(
         if not tree_files(aside / TRAINER):
             raise CheckpointError("the trainer wrote no file into its checkpoint", where=target)
         write_json(aside / STATE, dict(state))
-        await asyncio.to_thread(_write_manifest, aside, step)
+        await asyncio.to_thread(_write_manifest, aside, step, folder.parent / METRICS)
     return target
 
 
-def _write_manifest(folder: Path, step: int) -> None:
-    files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_and_sync(path)}
-        for path in tree_files(folder)
-    }
-    write_json(folder / MANIFEST, {"step": step, "files": files})
+def _write_manifest(folder: Path, step: int, metrics: Path) -> None:
+    manifest = {"step": step, "files": listing(folder), "metrics": metrics_mark(metrics)}
+    write_json(folder / MANIFEST, manifest)
 
 
 def verify(path: Path) -> Checkpoint:
     """Read a checkpoint after comparing every file with the manifest. Raises CheckpointError naming the difference."""
-    manifest_path = path / MANIFEST
-    if not manifest_path.is_file():
+    if not (path / MANIFEST).is_file():
         raise CheckpointError("no manifest.json: the checkpoint was never completed", where=path)
     try:
-        manifest = read_json(manifest_path)
-        step, listed = int(manifest["step"]), dict(manifest["files"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"manifest.json cannot be read: {error}", where=path) from error
+        manifest = read_object(path / MANIFEST)
+        step, listed, metrics = manifest["step"], read_listing(manifest["files"]), manifest.get("metrics")
+        if metrics is not None:
+            read_listing({METRICS: metrics})
+    except (RunFolderError, ValueError, KeyError, OSError) as error:
+        why = error.what if isinstance(error, RunFolderError) else f"it has no {error}"
+        raise CheckpointError(f"manifest.json cannot be read: {why}", where=path) from error
     if step != step_of(path):
         raise CheckpointError(f"manifest.json speaks of step {step}", where=path)
     present = {str(p.relative_to(path)) for p in tree_files(path)} - {MANIFEST}
     if present != set(listed):
         strange = sorted(present.symmetric_difference(listed))
         raise CheckpointError(f"files differ from manifest.json: {', '.join(strange[:5])}", where=path)
-    for name, entry in listed.items():
-        size = (path / name).stat().st_size
-        if size != entry["bytes"]:
-            raise CheckpointError(f"{name} has {size} bytes, {entry['bytes']} were written", where=path)
-        if sha256_file(path / name) != entry["sha256"]:
-            raise CheckpointError(f"{name} is damaged: its SHA-256 differs from manifest.json", where=path)
-    return Checkpoint(path=path, step=step, state=read_json(path / STATE))
+    found = difference(path, listed)
+    if found is not None:
+        raise CheckpointError(found, where=path)
+    return Checkpoint(path=path, step=step, state=read_json(path / STATE), metrics=metrics)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from align.errors import RunFolderError
+
 _CHUNK = 1 << 22
+RESTORE = "restore it from a copy, or start a new run: name=<another>"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -21,17 +26,55 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text`; a reader sees the old text or the new one, never a part."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace the content of `path`; where that fails (a full disk), it is what it was, and nothing is left beside."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(aside, path)
+    try:
+        with aside.open("wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Raises RunFolderError where the file is there and holds no JSON: cut off, or damaged by something outside us."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise RunFolderError("it is damaged: nested too deep", where=path, remedy=RESTORE) from error
+    except ValueError as error:  # JSON's and UTF-8's own errors are of this kind
+        raise RunFolderError(f"it is damaged or cut off: {error}", where=path, remedy=RESTORE) from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises RunFolderError."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise RunFolderError(f"it is damaged: {type(value).__name__}, no object", where=path, remedy=RESTORE)
+    return value
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it that are missing. Below a place that everybody may write to (the temporary
+    folder), nobody else may look into them; elsewhere the user's umask decides."""
+    missing = []
+    while not os.path.lexists(folder):
+        missing.append(folder)
+        folder = folder.parent
+    shared = any(place.stat().st_mode & stat.S_IWOTH for place in (folder.resolve(), *folder.resolve().parents))
+    for new in reversed(missing):
+        new.mkdir(mode=0o700 if shared else 0o777, exist_ok=True)
+    if not missing and not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
 
 def sync_folder(folder: Path) -> None:

@@ -7,17 +7,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from align.plugin_modules import module_hashes
 from align.recipe.inputs import DataSource
 from align.recipe.schema import Recipe
 from align.stages.files import sha256_file, tree_files
 
+_LONGEST = 4096  # characters of a path
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 
 
-def fingerprint(recipe: Recipe, stage: Any, plugins: Mapping[str, str]) -> dict[str, Any]:
-    """The stage's resolved recipe part, the model, seed and media, hashes of its data, plugins and model files.
+LATER = ("modules", "named")  # keys that versions before did not write: nothing to compare with
 
-    plugins: reward name to source hash. Where and how fast it runs (placement, report) is no part of it.
+
+def fingerprint(recipe: Recipe, stage: Any, plugins: Mapping[str, str], folder: Path | None = None) -> dict[str, Any]:
+    """The stage's resolved recipe part, the model, seed and media, hashes of its data, plugins, their modules, and of
+    model files and others that it names.
+
+    plugins: reward name to source hash. folder: the recipe's, where plugins are looked for. Where and how fast it runs
+    (placement, report) is no part of it.
     """
     part = stage.model_dump(mode="json", by_alias=True)
     part.get("save", {}).pop("keep", None)
@@ -34,6 +41,8 @@ def fingerprint(recipe: Recipe, stage: Any, plugins: Mapping[str, str]) -> dict[
         "data": {source.path: _content(source) for source in _sources(recipe, stage)},
         "plugins": {name: plugins[name] for name in sorted(reward_names(stage))},
         "files": _model_files(recipe),
+        "modules": module_hashes(sorted(_code(recipe, stage)), folder) if folder is not None else {},
+        "named": _named_files(part, recipe),
     }
 
 
@@ -52,6 +61,46 @@ def reward_names(stage: Any) -> list[str]:
     evaluation = getattr(stage, "eval", None)
     rewards = [*getattr(stage, "rewards", ()), *(evaluation.rewards if evaluation else ())]
     return [reward.use for reward in rewards]
+
+
+def _code(recipe: Recipe, stage: Any) -> set[str]:
+    """Everything that the stage takes from files of Python: rewards, losses, generators of data."""
+    losses = {term.name for term in getattr(stage, "loss", ())}
+    return {*reward_names(stage), *losses, *(source.path for source in _sources(recipe, stage))}
+
+
+def _named_files(part: Any, recipe: Recipe) -> dict[str, str]:
+    """Other files and model folders that the stage's settings name (a reference, arguments of a reward), and the chat
+    template where it is a file."""
+    known = {recipe.model.path, recipe.model.adapter}
+    data, held = part.get("data"), (part.get("eval") or {}).get("data")
+    sources = {*_texts(data), *_texts(held)}
+    found: dict[str, str] = {}
+    for text in sorted({*_texts(part), *_texts(recipe.model.chat_template)} - sources - known):
+        path = Path(text)
+        if not path.is_absolute() or len(text) > _LONGEST:
+            continue
+        try:
+            if path.is_file() and path.suffix != ".py":
+                found[text] = f"{path.stat().st_size} bytes" if path.suffix in _WEIGHTS else sha256_file(path)
+            elif any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+                found |= _folder_files(path)
+        except OSError:  # no path at all
+            continue
+    return found
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Differences of two fingerprints; what the older one's version did not write down is not compared."""
+    return differences(dict(old), {key: value for key, value in new.items() if key in old or key not in LATER})
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -97,9 +146,11 @@ def _model_files(recipe: Recipe) -> dict[str, str]:
     """Small files of local model and adapter folders by hash, weights by size: a swapped model is noticed."""
     found: dict[str, str] = {}
     for name in (recipe.model.path, recipe.model.adapter):
-        folder = Path(name) if name else None
-        if folder is not None and folder.is_dir():
-            for file in sorted(p for p in folder.iterdir() if p.is_file()):
-                heavy = file.suffix in _WEIGHTS
-                found[str(file)] = f"{file.stat().st_size} bytes" if heavy else sha256_file(file)
+        if name and Path(name).is_dir():
+            found |= _folder_files(Path(name))
     return found
+
+
+def _folder_files(folder: Path) -> dict[str, str]:
+    files = sorted(p for p in folder.iterdir() if p.is_file())
+    return {str(f): f"{f.stat().st_size} bytes" if f.suffix in _WEIGHTS else sha256_file(f) for f in files}

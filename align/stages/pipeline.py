@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,21 @@ from align.data.scratch import train_tokenizer
 from align.hub import resolve_model_folder
 from align.recipe.families import family_of
 from align.recipe.schema import Recipe
+from align.recipe.stages import ReferencePath
 from align.stages.backend import Backend, Start
 from align.stages.context import Context, stage_seed
 from align.stages.evaluate import run_evaluate
 from align.stages.files import remove_folder, remove_leftovers, written_aside
 from align.stages.fingerprint import fingerprint
-from align.stages.handover import Origin, check_adapters, start_of
+from align.stages.handover import Origin, adapter_of, check_adapters, start_of, weights_of
 from align.stages.loop import Report, StageResult
+from align.stages.manifest import BASE, require_artefact, write_manifest
+from align.stages.manifest import NAME as MANIFEST
 from align.stages.media_limits import carry_limits
+from align.stages.metrics_file import METRICS, cut_metrics, finite, last_line
 from align.stages.publication import PublicationFolder
 from align.stages.restarts import Restarts
-from align.stages.runfolder import METRICS, RunFolder, cut_metrics
+from align.stages.runfolder import RunFolder
 from align.stages.training import run_offline, run_online
 
 
@@ -112,20 +117,44 @@ async def run_pipeline(
         for name in run.restart_from(recipe, from_stage):
             report.message(f"set aside: {name}")
     run.record(backend.processes(), backend.threads())
-    prints = {stage.id: fingerprint(recipe, stage, plugins) for stage in recipe.stages}
+    prints = {stage.id: fingerprint(recipe, stage, plugins, recipe_folder) for stage in recipe.stages}
     run.compare(recipe, lambda stage: prints[stage.id])
     origin = await _origin(recipe, run, backend, report)
     check_adapters(recipe, origin)
     restarts = Restarts(max_restarts, run, report.message)
     context = Context(recipe, run, backend, report, publications, recipe_folder, stop, origin)
+    compared: set[Path] = set()
     with closing(context):
         for stage in recipe.stages:
             if stage.id in run.finished():
+                for line in await asyncio.to_thread(run.require_kept, stage.id):
+                    report.message(line)
                 report.message(f"{stage.id}: finished before, kept")
                 continue
             context.raise_if_stopped(stage.id)
+            for path in _used(context, stage) - compared:
+                await asyncio.to_thread(require_artefact, path)
+                compared.add(path)
             await _run_stage(context, stage, prints[stage.id], restarts)
     return run.summary()
+
+
+def _used(context: Context, stage: Any) -> set[Path]:
+    """The folders that a stage starts from, or judges."""
+    done = context.run.finished()
+    if stage.kind == "evaluate":
+        names = [name.partition("@") for name in stage.of]
+        configs = [adapter_of(context.recipe, context.recipe.stage(name), context.origin) for name, _, _ in names]
+        starts = [
+            weights_of(context.recipe, name, which, done, config)
+            for (name, _, which), config in zip(names, configs, strict=True)
+        ]
+    else:
+        starts = [start_of(context.recipe, stage, context.origin, done)]
+    reference = getattr(stage, "reference", None)
+    named = [reference.path, reference.adapter] if isinstance(reference, ReferencePath) else []
+    others = [Path(text).expanduser().absolute() for text in named if text]
+    return {path for start in starts for path in (start.base, start.adapter) if path is not None} | set(others)
 
 
 async def _run_stage(context: Context, stage: Any, mark: Mapping[str, Any], restarts: Restarts) -> None:
@@ -140,9 +169,14 @@ async def _run_stage(context: Context, stage: Any, mark: Mapping[str, Any], rest
         return await RUNNERS[stage.kind](context, stage)
 
     result = await restarts.survive(stage.id, attempt)
+    last = last_line(run.stage_folder(stage.id) / METRICS)
+    if last.get("step") == result.steps:  # a start that found every turn done knows of none
+        result = replace(result, metrics={**finite(last), **result.metrics})
     summary = {**result.to_json(), "restarts": restarts.count(stage.id)}
+    artefacts = [Path(path) for path in result.artefacts.values()]
+    manifest = await asyncio.to_thread(write_manifest, run.stage_folder(stage.id), artefacts)
     run.summarise(stage.id, summary)
-    run.finish(stage.id, result.artefacts, result.idle)
+    run.finish(stage.id, result.artefacts, idle=result.idle, manifest=manifest)
     context.report.stage_finished(stage.id, summary)
 
 
@@ -161,11 +195,14 @@ async def _origin(recipe: Recipe, run: RunFolder, backend: Backend, report: Repo
         base = await asyncio.to_thread(resolve_model_folder, model.path, model.revision)
         adapter = await asyncio.to_thread(resolve_model_folder, model.adapter) if model.adapter else None
         return Origin(base, adapter)
-    base = run.path / "base"
+    base = run.path / BASE
     if not base.exists():
         assert model.tokenizer is not None, "the recipe's grammar ties `config` and `tokenizer`"
         report.message("base: training the tokenizer and writing the model from scratch")
         with written_aside(base) as aside:
             await asyncio.to_thread(train_tokenizer, model.tokenizer, aside, family=family_of(model.config))
             await backend.write_base(model, aside, stage_seed(recipe.seed, "base"))
+        (run.path / MANIFEST).unlink(missing_ok=True)
+    if not (run.path / MANIFEST).exists():
+        await asyncio.to_thread(write_manifest, run.path, [base])
     return Origin(base, None)

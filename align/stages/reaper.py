@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from align.stages.files import read_json
+from align.errors import AlignError
 from align.stages.owned import sweep
 from align.stages.processes import ProcessId, end, is_alive
+from align.stages.state import read_state
 
 _GRACE_S = 2.0
 _DRIVER_ENDS_S = 30.0
@@ -44,7 +45,7 @@ class Reaper:
 def main(run_file: Path) -> None:
     if sys.stdin.readline():
         return  # the run ended in order; no line means that the driver is gone
-    listed = [ProcessId.from_json(entry) for entry in read_json(run_file)["processes"]]
+    listed = _listed(run_file)
     deadline = time.monotonic() + _DRIVER_ENDS_S
     while any(process.what == "driver" and is_alive(process) for process in listed):
         if time.monotonic() > deadline:
@@ -52,6 +53,14 @@ def main(run_file: Path) -> None:
         time.sleep(0.02)  # the kernel closes a dying process's files before it counts as dead
     end((process for process in listed if process.pid != os.getpid()), grace_s=_GRACE_S)
     sweep(run_file.parent)  # what was started since the list was written is found by the files it has open
+
+
+def _listed(run_file: Path) -> list[ProcessId]:
+    """Those that run.json names; none where it is gone or damaged, which the next start says."""
+    try:
+        return [ProcessId.from_json(entry) for entry in read_state(run_file)["processes"]]
+    except (AlignError, OSError):
+        return []
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from align.errors import LostError
-from align.stages.runfolder import METRICS, RunFolder, last_step
+from align.stages.metrics_file import METRICS, last_step
+from align.stages.runfolder import RunFolder
 
 MAX_RESTARTS = 3  # on a cluster, where the recipe does not say
 T = TypeVar("T")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from align.stages.files import sync_folder
 INTERVAL = 10  # turns per file where no checkpoint ends it earlier
 KINDS = b"align.kinds"  # in a file's own metadata: {objective: "reward" or "cost"}, in the order of a score table
 _SCORE = "objective/"
+_NAME = re.compile(r"step-(\d+)\.parquet")
 
 
 class RolloutLog:
@@ -45,7 +47,8 @@ class RolloutLog:
         """Remove files with turns after `step`, and what a kill left unfinished."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.iterdir():
-            if path.name.startswith(".writing-") or int(path.stem.removeprefix("step-")) > step:
+            named = _NAME.fullmatch(path.name)  # whatever else lies there is not ours
+            if path.name.startswith(".writing-") or (named and int(named[1]) > step):
                 path.unlink()
 
     def add(
@@ -100,7 +103,8 @@ class RolloutLog:
         target = self.folder / f"step-{self._last:06d}.parquet"
         aside = target.with_name(f".writing-{target.name}")
         table = pyarrow.Table.from_pylist(self._rows).replace_schema_metadata({KINDS: json.dumps(self._kinds)})
-        pyarrow.parquet.write_table(table, aside, compression="zstd")
+        # a checksum on every page: a reader refuses one that is not what was written
+        pyarrow.parquet.write_table(table, aside, compression="zstd", write_page_checksum=True)
         with aside.open("rb") as handle:
             os.fsync(handle.fileno())
         os.replace(aside, target)
@@ -134,19 +138,44 @@ def read_rollouts(folder: Path) -> Rollouts:
     files = sorted(folder.glob("step-*.parquet"))
     if not files:
         raise RunFolderError("there are no rollouts", where=folder, remedy="give a run that has sampled")
-    tables = [pyarrow.parquet.read_table(file) for file in files]
+    tables = [read_table(file) for file in files]
     found: list[Any] = [(table.schema.metadata or {}).get(KINDS) for table in tables]
     for file, noted in zip(files, found, strict=True):
         if noted is None or noted != found[0]:
             what = "has no note of its objectives' kinds" if noted is None else f"has other objectives than {files[0]}"
             raise RunFolderError(what, where=file, remedy="repeat the stage: align run ... --from-stage ID")
-    kinds: dict[str, str] = json.loads(found[0])
-    # a file in which an objective has no value has a column without type
-    table = pyarrow.concat_tables(tables, promote_options="permissive")
-    scores = [_floats(table.column(f"{_SCORE}{name}")) for name in kinds]
-    others = {name: table.column(name) for name in table.column_names if not name.startswith(_SCORE)}
-    columns = {k: _floats(v) if k == "advantage" else v.to_numpy(zero_copy_only=False) for k, v in others.items()}
+    try:
+        kinds: dict[str, str] = json.loads(found[0])
+        # a file in which an objective has no value has a column without type
+        table = pyarrow.concat_tables(tables, promote_options="permissive")
+        scores = [_floats(table.column(f"{_SCORE}{name}")) for name in kinds]
+        others = {name: table.column(name) for name in table.column_names if not name.startswith(_SCORE)}
+        columns = {k: _floats(v) if k == "advantage" else v.to_numpy(zero_copy_only=False) for k, v in others.items()}
+    except (pyarrow.ArrowException, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, error) from error
     return Rollouts(tuple(kinds), tuple(kinds.values()), np.stack(scores, axis=1), columns)
+
+
+def read_table(file: Path, columns: Sequence[str] | None = None) -> Any:
+    """A rollouts file as a pyarrow table, its pages compared with their checksums. Raises RunFolderError."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(
+            file, columns=None if columns is None else list(columns), page_checksum_verification=True
+        )
+    except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(place: Path, error: Exception) -> RunFolderError:
+    why = str(error).strip().partition("\n")[0] or type(error).__name__
+    return RunFolderError(
+        f"these rollouts cannot be read: {why}",
+        where=place,
+        remedy="restore them from a copy, or repeat the stage: align run ... --from-stage ID",
+    )
 
 
 def _floats(column: Any) -> np.ndarray:

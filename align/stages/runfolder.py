@@ -7,7 +7,6 @@ on changed; `--from-stage` sets later ones aside.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -20,14 +19,18 @@ from types import MappingProxyType
 from typing import Any
 
 from align.errors import RunFolderError
+from align.oserrors import described
 from align.recipe.schema import Recipe
 from align.stages import processes
-from align.stages.files import read_json, remove_leftovers, write_json
-from align.stages.fingerprint import differences, without_folder
+from align.stages.files import make_folder, remove_leftovers, write_json
+from align.stages.fingerprint import changes, without_folder
+from align.stages.lock import FolderLock, require_free
+from align.stages.manifest import home_of, require_stage
 from align.stages.media_inputs import changed_media
 from align.stages.processes import ProcessId
+from align.stages.state import read_state, read_summary
 
-RUN, SUMMARY, RECIPE, METRICS = "run.json", "summary.json", "recipe.yaml", "metrics.jsonl"
+RUN, SUMMARY, RECIPE = "run.json", "summary.json", "recipe.yaml"
 _PACKAGES = (
     "align-rl",
     "torch",
@@ -45,8 +48,8 @@ _PACKAGES = (
 class RunFolder:
     """The folder of one run, locked by the process that works in it."""
 
-    def __init__(self, path: Path, state: dict[str, Any], dumped: str):
-        self.path, self.state, self.dumped = path, state, dumped
+    def __init__(self, path: Path, state: dict[str, Any], dumped: str, lock: FolderLock | None = None):
+        self.path, self.state, self.dumped, self.lock = path, state, dumped, lock
 
     @classmethod
     def open(cls, recipe: Recipe, dumped: str, *, resume: bool, cwd: Path) -> RunFolder:
@@ -54,24 +57,31 @@ class RunFolder:
 
         dumped: the resolved recipe as YAML. cwd: the recipe's folder.
 
-        Raises RunFolderError where the folder exists and `resume` is False, or where its driver still runs.
+        Raises RunFolderError where the folder exists and `resume` is False, where another driver works in it (of many
+        that start at once, one opens), or where it cannot be read or written.
         """
         path = recipe.run_folder
-        # hidden names are what a kill leaves of a first write: no run yet
-        exists = path.exists() and any(not entry.name.startswith(".") for entry in path.iterdir())
-        if exists and not resume:
-            raise RunFolderError(
-                "the run folder exists",
-                where=path,
-                remedy=f"--resume continues it; name=<another> (now {recipe.name!r}) starts a new one",
-            )
-        if exists and not (path / RUN).is_file():
-            raise RunFolderError(
-                f"the folder is not empty and has no {RUN}: it is no run", where=path, remedy="choose another name="
-            )
-        path.mkdir(parents=True, exist_ok=True)
-        state: dict[str, Any] = read_json(path / RUN) if exists else {"stages": {}, "starts": 0, "processes": []}
-        run = cls(path, state, dumped)
+        try:
+            _refuse(path, recipe.name, resume)
+            make_folder(path)
+            lock = FolderLock.take(path)
+        except OSError as error:
+            raise described(error, path) from error
+        try:
+            _refuse(path, recipe.name, resume, held=True)  # it may have been made since
+            return cls._opened(path, recipe, dumped, cwd, lock)
+        except OSError as error:
+            lock.release()
+            raise described(error, path) from error
+        except BaseException:
+            lock.release()
+            raise
+
+    @classmethod
+    def _opened(cls, path: Path, recipe: Recipe, dumped: str, cwd: Path, lock: FolderLock) -> RunFolder:
+        exists = (path / RUN).exists()
+        state = read_state(path / RUN) if exists else {"stages": {}, "starts": 0, "processes": []}
+        run = cls(path, state, dumped, lock)
         run._end_processes()
         state |= {
             "name": recipe.name,
@@ -90,7 +100,7 @@ class RunFolder:
     def _end_processes(self) -> None:
         """End what an earlier driver of this run left behind; refuse where that driver still works."""
         listed = [ProcessId.from_json(entry) for entry in self.state["processes"]]
-        for process in listed:
+        for process in listed:  # a driver of a version without locks
             if process.what == "driver" and process.pid != os.getpid() and processes.is_alive(process):
                 raise RunFolderError(
                     f"process {process.pid} is working in this run folder",
@@ -105,6 +115,9 @@ class RunFolder:
         return self.path / RUN
 
     def write(self) -> None:
+        """Raises RunFolderError where another driver has the folder by now."""
+        if self.lock is not None:
+            self.lock.require()
         write_json(self.path / RUN, self.state)
 
     # ------------------------------------------------------------------------------------------------- stages
@@ -123,16 +136,30 @@ class RunFolder:
         self.write()
 
     def finish(
-        self, stage_id: str, artefacts: Mapping[str, str], idle: Mapping[str, int] = MappingProxyType({})
+        self,
+        stage_id: str,
+        artefacts: Mapping[str, str],
+        idle: Mapping[str, int] = MappingProxyType({}),
+        manifest: str | None = None,
     ) -> None:
-        """idle: how many of its steps trained nothing, by reason."""
+        """idle: how many of its steps trained nothing, by reason. manifest: SHA-256 of the stage's `artefacts.json`,
+        which lists their files."""
         self.state["stages"][stage_id] |= {
             "state": "finished",
             "artefacts": dict(artefacts),
+            "manifest": manifest,
             "ended": round(time.time(), 3),
             **({"idle": dict(idle)} if idle else {}),
         }
         self.write()
+
+    def require_kept(self, stage_id: str) -> list[str]:
+        """See `require_stage`: what is to be said of a finished stage that this start keeps."""
+        entry, folder = self.state["stages"][stage_id], self.stage_folder(stage_id)
+        if not folder.is_dir():  # runs of a sweep share stages, which stay where they were made
+            homes = (home_of(Path(path)) for path in entry["artefacts"].values())
+            folder = next((home for home in homes if home is not None), folder)
+        return require_stage(folder, entry.get("manifest"), stage_id)
 
     def compare(self, recipe: Recipe, fingerprints: Callable[[Any], Mapping[str, Any]]) -> None:
         """Refuse to resume where a stage that ran, or began, depends on something that changed since; else the recipe
@@ -142,7 +169,8 @@ class RunFolder:
             if entry is None:
                 continue
             old = without_folder(entry["fingerprint"], entry.get("folder"))
-            changed = differences(old, without_folder(dict(fingerprints(stage)), self.state.get("folder")))
+            new = without_folder(dict(fingerprints(stage)), self.state.get("folder"))
+            changed = changes(old, new)
             changed += changed_media(self.stage_folder(stage.id))
             if changed:
                 raise RunFolderError(
@@ -193,13 +221,20 @@ class RunFolder:
         self.write()
 
     def ended(self) -> None:
-        """Note that nothing of this run is left running."""
+        """Note that nothing of this run is left running, and give the folder free."""
         self.state["processes"] = []
-        self.write()
+        if self.lock is None:
+            self.write()
+            return
+        try:
+            if self.lock.lost is None:
+                self.write()
+        finally:
+            self.lock.release()
 
     def summary(self) -> dict[str, Any]:
         path = self.path / SUMMARY
-        return dict(read_json(path)) if path.is_file() else {"stages": {}}
+        return read_summary(path) if path.is_file() else {"stages": {}}
 
     def summarise(self, stage_id: str, result: Mapping[str, Any]) -> dict[str, Any]:
         """Put a stage's result into summary.json, keeping metrics that an evaluate stage put there; returns all."""
@@ -217,28 +252,27 @@ class RunFolder:
             remove_leftovers(self.stage_folder(stage_id))
 
 
-def cut_metrics(path: Path, step: int) -> None:
-    """Keep the lines of a metrics.jsonl up to `step`: a resumed run continues them. A torn last line goes too."""
-    if not path.is_file():
+def _refuse(path: Path, name: str, resume: bool, *, held: bool = False) -> None:
+    """Raise RunFolderError where a run cannot begin, or go on, in `path`. held: the lock is ours."""
+    if not os.path.lexists(path):
         return
-    kept: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            break  # a kill tore the last line
-        if entry["step"] <= step:
-            kept.append(line + "\n")
-    aside = path.with_name(f".{path.name}.cut")
-    aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, path)
-
-
-def last_step(path: Path) -> int:
-    """The last step in a metrics.jsonl whose lines are whole; 0 where there is none."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    whole = [line for line in lines[-2:] if line.endswith("\n")]
-    return int(json.loads(whole[-1])["step"]) if whole else 0
+    if not path.is_dir():  # OSError where a link leads in a circle
+        raise RunFolderError("the run folder is no folder", where=path, remedy="move it, or choose another name=")
+    # hidden names are what a kill leaves of a first write: no run yet
+    exists = any(not entry.name.startswith(".") for entry in path.iterdir())
+    if not held:
+        require_free(path)
+    if exists and not resume:
+        raise RunFolderError(
+            "the run folder exists",
+            where=path,
+            remedy=f"--resume continues it; name=<another> (now {name!r}) starts a new one",
+        )
+    if exists and not (path / RUN).is_file():
+        what = "is no file" if (path / RUN).exists() else "is not there: it is no run"
+        raise RunFolderError(
+            f"the folder is not empty, and its {RUN} {what}", where=path, remedy="choose another name="
+        )
 
 
 def package_versions() -> dict[str, str]:

@@ -27,6 +27,7 @@ from align.stages.groups import PromptCursor
 from align.stages.handover import start_of
 from align.stages.loop import Loop, StageResult, every_steps, latest_checkpoint
 from align.stages.margins import require_margins, with_margins
+from align.stages.metrics_file import METRICS, cut_metrics
 from align.stages.monitor import Monitor, tolerance
 from align.stages.offline import offline_evaluation, offline_turn, refuse_padding_at_end
 from align.stages.online import OnlinePlan, OnlineStage
@@ -34,7 +35,6 @@ from align.stages.reference_cache import cached_reference
 from align.stages.reward_notes import NotedScorer
 from align.stages.rollout_log import RolloutLog
 from align.stages.row_weights import refuse_weights
-from align.stages.runfolder import METRICS, cut_metrics
 from align.stages.updates import UpdatePlan
 
 SCORED = ("reward_model", "classify")  # stages that train a score head
@@ -128,7 +128,8 @@ async def resumed(context: Context, loop: Loop) -> None:
     """Bring the loop to its newest checkpoint and the metrics file back to that step."""
     latest = latest_checkpoint(loop.folder, context.report)
     # without a checkpoint the stage starts over, its evaluation before the first step included
-    cut_metrics(loop.folder / METRICS, latest.step if latest else -1)
+    step, mark = (latest.step, latest.metrics) if latest else (-1, None)
+    cut_metrics(loop.folder / METRICS, step, mark, context.report.message)
     await loop.restore(latest)
 
 

@@ -105,3 +105,24 @@ def test_rows_of_a_generator_that_leaves_before_its_end_are_not_taken_for_all(pl
 def test_a_generator_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(PluginError, match="no such generator file"):
         open_source(source(f"{tmp_path}/none.py:rows"))
+
+
+def test_kept_rows_that_were_changed_are_made_again_and_said(
+    plugin: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache, given = tmp_path / "cache", source(f"{plugin}:rows")
+    rows = list(open_source(given, cache=cache).rows())
+    [kept] = cache.iterdir()
+    kept.write_bytes(kept.read_bytes().replace(b'"answer": 2', b'"answer": 3'))
+    assert list(open_source(given, cache=cache).rows()) == rows
+    assert "are not what was written" in caplog.text and str(kept) in caplog.text
+    [again] = cache.iterdir()
+    assert b'"answer": 3' not in again.read_bytes()
+
+
+def test_rows_that_cannot_be_kept_are_used_all_the_same(
+    plugin: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").write_text("a file has the folder's place")
+    assert len(list(open_source(source(f"{plugin}:rows"), cache=tmp_path / "cache").rows())) == 3
+    assert "are not kept" in caplog.text

@@ -293,3 +293,34 @@ def test_what_is_kept_is_plain_json(folder: Path) -> None:
     with sqlite3.connect(folder / "cache" / "rewards.sqlite") as connection:
         [(value,)] = connection.execute("SELECT value FROM scores").fetchall()
     assert json.loads(value) == {"values": [[1.0]], "infos": [{"text": "a"}]}
+
+
+def test_a_kept_score_that_was_changed_is_had_anew_and_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert score(folder, "counted", ["a", "bb"], cache=True).scores == [[1.0], [2.0]]
+    with sqlite3.connect(folder / "cache" / "rewards.sqlite") as connection:
+        connection.execute("UPDATE scores SET value = replace(value, '[[2.0]]', '[[7.0]]')")
+    assert score(folder, "counted", ["a", "bb"], cache=True).scores == [[1.0], [2.0]]
+    assert "1 scores are not what was written" in caplog.text
+    with sqlite3.connect(folder / "cache" / "rewards.sqlite") as connection:
+        values = {value for (value,) in connection.execute("SELECT value FROM scores")}
+    assert len(values) == 2 and not any("7.0" in value for value in values)
+
+
+def test_a_score_under_another_key_is_not_taken(folder: Path) -> None:
+    score(folder, "counted", ["a", "bb"], cache=True)
+    with sqlite3.connect(folder / "cache" / "rewards.sqlite") as connection:
+        (one, first), (two, second) = connection.execute("SELECT key, value FROM scores").fetchall()
+        connection.executemany("UPDATE scores SET value = ? WHERE key = ?", [(second, one), (first, two)])
+    assert score(folder, "counted", ["a", "bb"], cache=True).scores == [[1.0], [2.0]]
+
+
+def test_a_cache_of_a_version_without_digests_is_begun_anew(folder: Path) -> None:
+    (folder / "cache").mkdir()
+    with sqlite3.connect(folder / "cache" / "rewards.sqlite") as connection:
+        connection.execute(
+            "CREATE TABLE scores (number INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, value TEXT NOT NULL)"
+        )
+        connection.execute("INSERT INTO scores (key, value) VALUES (x'00', '{}')")
+    assert score(folder, "counted", ["a"], cache=True).scores == [[1.0]]
+    with sqlite3.connect(folder / "cache" / "rewards.sqlite") as connection:
+        assert connection.execute("SELECT count(*) FROM scores WHERE digest IS NOT NULL").fetchone() == (1,)

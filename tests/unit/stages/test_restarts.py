@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from align.errors import AlignError, LostError, RanksError
+from align.stages.metrics_file import last_step
 from align.stages.restarts import Restarts
-from align.stages.runfolder import RUN, RunFolder, last_step
+from align.stages.runfolder import RUN, RunFolder
 
 LOST = LostError("rank 1 died", remedy="--resume continues")
 

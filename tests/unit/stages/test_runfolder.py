@@ -15,8 +15,9 @@ from align.stages import processes
 from align.stages.files import read_json, sha256_file, write_json
 from align.stages.fingerprint import differences, fingerprint
 from align.stages.media_inputs import note_media
+from align.stages.metrics_file import cut_metrics
 from align.stages.processes import ProcessId
-from align.stages.runfolder import RunFolder, cut_metrics
+from align.stages.runfolder import RunFolder
 
 
 def recipe(folder: Path, **changes: Any) -> Recipe:
@@ -313,3 +314,57 @@ def test_a_copy_of_the_recipes_folder_resumes_as_the_folder_itself(tmp_path: Pat
         run.compare(r, lambda stage: mark("/jobs/2", "xyz"))
     with pytest.raises(RunFolderError, match=r"my\.py:f"):
         run.compare(r, lambda stage: mark("/jobs/3"))
+
+
+def test_a_changed_module_beside_a_reward_is_noticed_by_name(tmp_path: Path) -> None:
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "my.py").write_text("import helper\n")
+    (code / "helper.py").write_text("WEIGHT = 1\n")
+    (code / "other.py").write_text("")
+    r = recipe(tmp_path)
+
+    def mark(stage: Any) -> dict[str, Any]:
+        return fingerprint(r, stage, {"my.py:short": "abc"}, code)
+
+    run = opened(r)
+    for stage in r.stages:
+        run.begin(stage.id, mark(stage), {"base": "b", "adapter": None})
+        run.finish(stage.id, {})
+    (code / "other.py").write_text("x = 1\n")
+    run.compare(r, mark)
+    (code / "helper.py").write_text("WEIGHT = 2\n")
+    with pytest.raises(RunFolderError, match=r"stage 'grpo' .*modules\..*helper\.py"):
+        run.compare(r, mark)
+
+
+def test_a_changed_loss_generator_template_or_reference_is_noticed(tmp_path: Path) -> None:
+    """What a stage names beside its data and rewards decides its result as well."""
+    code = tmp_path / "code"
+    (code / "judge").mkdir(parents=True)
+    texts = {"made.py": "import rows\n", "rows.py": "N = 1\n", "mine.py": "import terms\n", "terms.py": "BETA = 1\n"}
+    texts |= {"chat.jinja": "{{ messages }}", "judge/config.json": "{}"}
+    for name, text in texts.items():
+        (code / name).write_text(text)
+    r = recipe(
+        tmp_path,
+        dpo_data=f"{code}/made.py:f",
+        dpo_loss={"name": f"{code}/mine.py", "beta": 1},
+        dpo_reference={"path": str(code / "judge")},
+    )
+    r = r.model_copy(update={"model": r.model.model_copy(update={"chat_template": str(code / "chat.jinja")})})
+    before = fingerprint(r, r.stages[1], {}, code)
+    for name in ("rows.py", "terms.py", "chat.jinja", "judge/config.json"):
+        (code / name).write_text(texts[name] + "\n")
+        [changed] = differences(before, fingerprint(r, r.stages[1], {}, code))
+        assert name in changed, changed
+        (code / name).write_text(texts[name])
+
+
+def test_a_run_of_a_version_that_hashed_no_modules_resumes(tmp_path: Path) -> None:
+    r = recipe(tmp_path)
+    run = finished(r, "sft", "dpo", "grpo")
+    for entry in run.state["stages"].values():
+        for key in ("modules", "named"):
+            entry["fingerprint"].pop(key)
+    compare(run, r)

@@ -1,0 +1,124 @@
+"""The Python files that a plugin of the user's is made of: its own, and the modules beside it that it imports.
+
+They are found in the source, without running it: every import statement, wherever it stands, and calls of
+`import_module` and `__import__` with a name written out. A module counts where it lies in the plugin's folder or the
+recipe's, the two that imports of plugins are looked for in after what is installed; of a package there, every Python
+file does. Files that a plugin reads while it runs are not known.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+from align.packages import PACKAGES
+
+_DYNAMIC = ("import_module", "__import__")
+
+
+def plugin_file(name: str, folder: Path) -> Path | None:
+    """The file of `file.py`, `file.py:attr` or `pkg.mod:attr`; None where it is no file there (one of ours, or of an
+    installed package). folder: the recipe's."""
+    head, colon, _ = name.rpartition(":")
+    place = head if colon else name
+    if place.endswith(".py"):
+        path = Path(place).expanduser()
+        path = path if path.is_absolute() else folder / path
+        return path if path.is_file() else None
+    if not colon or not all(part.isidentifier() for part in place.split(".")):
+        return None
+    base = folder.joinpath(*place.split("."))
+    return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
+
+
+def modules_of(name: str, folder: Path) -> list[Path]:
+    """The plugin's file and every module that it imports from its folder or the recipe's, also through others."""
+    first = plugin_file(name, folder)
+    if first is None:
+        return []
+    roots = list(dict.fromkeys([_absolute(first.parent), _absolute(folder)]))
+    first = _absolute(first)
+    found: dict[Path, None] = {first: None}
+    waiting = [first, *_package_of(first, roots)]
+    while waiting:
+        file = waiting.pop()
+        found[file] = None
+        for path in _imported(file, roots):
+            if path not in found:
+                found[path] = None
+                waiting.append(path)
+    return sorted(found)
+
+
+def module_hashes(names: Iterable[str], folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of these plugins, by path. A file that cannot be read has none: the plugin itself says."""
+    files = {path for name in names for path in modules_of(name, folder)}
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))  # links stay: names are compared with those in a copy of the recipe's folder
+
+
+def _imported(file: Path, roots: list[Path]) -> Iterator[Path]:
+    """Files of the modules that one file names."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError, RecursionError, MemoryError, OSError):
+        return  # whoever imports it says so
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                yield from _package_of(file, roots)
+                continue
+            names = [node.module or ""]
+        elif isinstance(node, ast.Call):
+            names = _named(node)
+        else:
+            continue
+        for name in names:
+            yield from _found(name.partition(".")[0], roots)
+
+
+def _named(call: ast.Call) -> list[str]:
+    target = call.func
+    name = target.attr if isinstance(target, ast.Attribute) else target.id if isinstance(target, ast.Name) else ""
+    first = call.args[0] if call.args else None
+    known = name in _DYNAMIC and isinstance(first, ast.Constant) and isinstance(first.value, str)
+    return [first.value] if known else []  # type: ignore[union-attr, list-item]
+
+
+def _found(module: str, roots: list[Path]) -> Iterator[Path]:
+    """Of a top-level name that is not installed, the first root's that has it: the roots come last on `sys.path`."""
+    if not module.isidentifier() or _is_installed(module, roots):
+        return
+    for root in roots:
+        package = root / module
+        if package.is_dir() and (files := sorted(package.rglob("*.py"))):
+            yield from files
+            return
+        if (path := root / f"{module}.py").is_file():
+            yield path
+            return
+
+
+def _is_installed(module: str, roots: list[Path]) -> bool:
+    if module in PACKAGES or module in sys.stdlib_module_names:
+        return True
+    places = [place for place in sys.path if _absolute(Path(place)) not in roots]
+    return PathFinder.find_spec(module, places) is not None
+
+
+def _package_of(file: Path, roots: list[Path]) -> Iterator[Path]:
+    """Every file of the package that a module below a root belongs to."""
+    for root in roots:
+        if file.is_relative_to(root) and len(parts := file.relative_to(root).parts) > 1:
+            yield from sorted((root / parts[0]).rglob("*.py"))
+            return

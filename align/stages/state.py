@@ -1,0 +1,86 @@
+"""run.json as it is read: every key that this version relies on has the form that it writes, or is named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from align.errors import RunFolderError
+from align.stages.files import RESTORE, read_object
+from align.stages.processes import ProcessId
+
+STATES = ("running", "finished")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The content of a run.json. Raises RunFolderError with the key that is not what a run writes."""
+    state = read_object(path)
+
+    def require(holds: bool, key: str, value: Any) -> None:
+        if not holds:
+            said = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
+            raise RunFolderError(f"it is damaged: {key} is {said}", where=path, remedy=RESTORE)
+
+    stages = state.get("stages")
+    require(isinstance(stages, dict), "stages", stages)
+    for stage_id, entry in (stages or {}).items():
+        _check_stage(entry, f"stages.{stage_id}", require)
+    starts = state.setdefault("starts", 0)
+    require(_is_count(starts), "starts", starts)
+    for number, process in enumerate(_list(state, "processes", require)):
+        try:
+            ProcessId.from_json(process)
+        except ValueError:
+            require(False, f"processes.{number}", process)
+    for number, entry in enumerate(_list(state, "restarts", require)):
+        known = isinstance(entry, dict) and isinstance(entry.get("stage"), str)
+        require(known, f"restarts.{number}", entry)
+    threads = state.get("threads", {})
+    require(_is_mapping(threads, int) and min(threads.values(), default=1) > 0, "threads", threads)
+    folder = state.get("folder")
+    require(folder is None or isinstance(folder, str), "folder", folder)
+    return state
+
+
+def _check_stage(entry: Any, key: str, require: Callable[[bool, str, Any], None]) -> None:
+    require(isinstance(entry, dict), key, entry)
+    require(entry.get("state") in STATES, f"{key}.state", entry.get("state"))
+    require(isinstance(entry.get("fingerprint"), dict), f"{key}.fingerprint", entry.get("fingerprint"))
+    start = entry.get("start", {})
+    require(isinstance(start, dict), f"{key}.start", start)
+    for name, value in start.items():
+        require(value is None or isinstance(value, str), f"{key}.start.{name}", value)
+    require(entry.get("folder") is None or isinstance(entry["folder"], str), f"{key}.folder", entry.get("folder"))
+    for name in ("begun", "ended"):
+        value = entry.get(name, 0)
+        require(isinstance(value, int | float) and math.isfinite(value), f"{key}.{name}", value)
+    if entry["state"] == "finished":
+        artefacts = entry.get("artefacts")
+        require(_is_mapping(artefacts, str), f"{key}.artefacts", artefacts)
+        manifest = entry.get("manifest")
+        require(manifest is None or isinstance(manifest, str), f"{key}.manifest", manifest)
+
+
+def _list(state: dict[str, Any], key: str, require: Callable[[bool, str, Any], None]) -> list[Any]:
+    value = state.setdefault(key, []) if key == "processes" else state.get(key, [])
+    require(isinstance(value, list), key, value)
+    return list(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_mapping(value: Any, kind: type) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(inner, kind) for inner in value.values())
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The content of a summary.json. Raises RunFolderError."""
+    summary = read_object(path)
+    stages = summary.get("stages")
+    if not _is_mapping(stages, dict) or not all(isinstance(e.get("metrics", {}), dict) for e in stages.values()):
+        raise RunFolderError("it is damaged: `stages` is not what a run writes", where=path, remedy=RESTORE)
+    return summary
