@@ -17,7 +17,7 @@ from align.data.placing import place_media
 from align.data.readers import Row
 from align.data.records import Prompt, RowError
 from align.data.sources import apply_columns, open_source
-from align.data.tables import light
+from align.data.seen import light
 from align.errors import DataError
 from align.recipe.inputs import DataSource
 from rewards.api import Sample

@@ -104,7 +104,8 @@ class SourceReport:
     weights). truncated: rows cut to max_length. filtered: prompts left out by `overlong_prompts: filter`.
     reference_answers: final assistant turns taken off prompts. lengths i64[kept]: tokens of each kept row's longest
     sequence; scored i64[kept]: its scored tokens. media: `MediaReport.to_json`, {} where rows have none.
-    labels: of labelled rows, how often each label occurs, or the range of each number.
+    labels: of labelled rows, how often each label occurs, or the range of each number. unread: what kept rows say and
+    nothing reads: {"count", "first": its place} by what it is.
     """
 
     path: str
@@ -120,6 +121,7 @@ class SourceReport:
     notes: list[str] = field(default_factory=list)
     labels: dict[str, Any] = field(default_factory=dict)
     media: dict[str, Any] = field(default_factory=dict)
+    unread: dict[str, Any] = field(default_factory=dict)
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     scored: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 

@@ -50,14 +50,16 @@ class Message:
     """One turn of a conversation.
 
     content: the text ("" where an assistant turn only calls tools), or parts of which at least one is a medium.
-    extra: what templates may read beside it, such as tool_calls, tool_call_id, name, reasoning_content. scored: False
-    for an assistant turn with `weight: 0`, which stays in the context but not in the loss.
+    extra: what templates may read beside it: tool_calls, tool_call_id, name, reasoning_content. scored: False for an
+    assistant turn that is not to be learnt (`weight: 0`, `loss: false`), which stays in the context but not in the
+    loss. unread: what its row says of it and nothing reads, for the report.
     """
 
     role: str
     content: Content
     extra: Mapping[str, Any] = field(default_factory=dict)
     scored: bool = True
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
     def as_dict(self, describe: Callable[[MediaPart], Mapping[str, Any]] | None = None) -> dict[str, Any]:
         """The mapping a chat template reads; with `describe`, what a reward reads of each medium in place of its kind
@@ -97,13 +99,15 @@ Text = tuple[Message, ...] | str  # messages, or plain text that no template tou
 class Conversation:
     """A prompt that is not scored and a completion whose assistant turns are. A list of messages is all completion.
 
-    tools: JSON schemas for the template. weight: this sequence's weight in the loss.
+    tools: JSON schemas for the template. weight: this sequence's weight in the loss. arguments: variables of the chat
+    template that the row sets; every kind of record has these three.
     """
 
     prompt: Text
     completion: Text
     tools: tuple[Mapping[str, Any], ...] = ()
     weight: float = 1.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +119,7 @@ class Pair:
     rejected: Text
     tools: tuple[Mapping[str, Any], ...] = ()
     weight: float = 1.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +131,7 @@ class Unpaired:
     desirable: bool
     tools: tuple[Mapping[str, Any], ...] = ()
     weight: float = 1.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +141,8 @@ class Prompt:
     prompt: Text
     reference_answer: str | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
+    weight: float = 1.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +153,7 @@ class Labelled:
     label: Any = None
     tools: tuple[Mapping[str, Any], ...] = ()
     weight: float = 1.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 Record = Conversation | Pair | Unpaired | Prompt | Labelled
@@ -229,7 +238,7 @@ def _check_completion(completion: Text, name: str) -> None:
         raise RowError(f"no assistant turn in {name}" if completion else f"{name} is empty")
     scored = [m for m in turns if m.scored]
     if not scored:
-        raise RowError("every assistant turn has weight 0: nothing is left to score")
+        raise RowError(f"every assistant turn of {name} is marked as not to be learnt: nothing is left to score")
     if any(m.is_empty for m in scored):
         raise RowError(f"an assistant turn of {name} is empty" if len(turns) > 1 else f"{name} is empty")
 

@@ -17,6 +17,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from align.data.backends import class_of, rebuild
+from align.data.dialect import Dialect, find_dialect
 from align.data.records import RowError
 from align.data.template import ChatTemplate, Span
 from align.data.templates import NAMED
@@ -123,9 +124,11 @@ class ChatTokenizer:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[Span]]:
         """The text and the character spans of its generation blocks."""
-        return self.require_template().render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        template = self.require_template()
+        return template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools, arguments=arguments)
 
     def chat_ids(
         self,
@@ -151,6 +154,11 @@ class ChatTokenizer:
             except RowError:
                 continue
         return False
+
+    @cached_property
+    def dialect(self) -> Dialect:
+        """How the template wants what the OpenAI format leaves open."""
+        return find_dialect(self.require_template(), self.render, self.needs_parts)
 
     @cached_property
     def turn_ending(self) -> tuple[str, str]:
