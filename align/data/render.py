@@ -86,7 +86,8 @@ def draft(record: Record, tokenizer: ChatTokenizer, shown: Sequence[Shown] = (),
         _refuse_marks(record, tokenizer, marks)
     given = Given(record.tools, record.arguments)
     if isinstance(record.prompt, str):
-        unused = [*(["tool schemas (`tools`)"] if given.tools else []), *(f"argument {k!r}" for k in given.arguments)]
+        unused = ["tool schemas (`tools`)"] if given.tools else []
+        unused += [f"template argument {name!r}" for name in given.arguments]
         return replace(_plain_draft(record), left_out=tuple(unused))
     prompt = _messages(record.prompt)
     if isinstance(record, Prompt | Labelled):

@@ -73,12 +73,10 @@ class Unread:
                 counts.setdefault(what, [0, origin])[0] += 1
 
     def notes(self) -> list[str]:
-        lines = [f"{what} is not read: {_times(n)}, first {first}" for what, (n, first) in self.messages.items()]
-        lines = _cut(lines)
-        lines += _cut(
-            [f"the chat template does not render: {what}: {_times(n)}, first {first}"
-             for what, (n, first) in self.template.items()]
-        )  # fmt: skip
+        lines = _cut([f"{what} is not read: {_times(found)}" for what, found in self.messages.items()])
+        if self.template:
+            shown = _cut([f"{what} ({_times(found)})" for what, found in self.template.items()])
+            lines.append("the chat template does not render: " + ", ".join(shown))
         if self.columns:
             shown = [f"{name!r} ({n} row{'s' * (n != 1)})" for name, (n, _) in self.columns.items()]
             first = next(iter(self.columns.values()))[1]
@@ -93,8 +91,9 @@ class Unread:
         return {what: {"count": n, "first": first} for what, (n, first) in named.items()}
 
 
-def _times(n: int) -> str:
-    return "once" if n == 1 else f"{n} times"
+def _times(found: list[Any]) -> str:
+    n, first = found
+    return f"once, at {first}" if n == 1 else f"{n} times, first {first}"
 
 
 def _cut(lines: list[str]) -> list[str]:

@@ -150,12 +150,15 @@ def label_of(row: Row, column: str = "label") -> bool:
     return value
 
 
+_LARGEST = 1e38  # what rows give is kept in float32
+
+
 def margin_of(row: Row) -> float | None:
     """By how much a pair's chosen side is to score higher (a reward model's margin); None where the row has none."""
     value = row.get("margin")
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
         raise RowError(f"`margin` must be a number, got {_shown(value)}")
     return float(value)
 
@@ -165,7 +168,7 @@ def weight_of(row: Row) -> float:
     value = row.get("weight")
     if value is None:
         return 1.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _LARGEST:
         raise RowError(f"`weight` must be a number >= 0, got {_shown(value)}")
     return float(value)
 

@@ -26,7 +26,7 @@ DETAIL = ("train_detail", "training_detail")
 FLAGS = frozenset({*LEARN, *MASKED, *DETAIL})
 """Every key of a message that this file reads."""
 
-_TOKEN_MASKS = ("assistant_masks", "assistant_mask", "assistant_tokens_mask", "completion_mask", *LEARN)
+_TOKEN_MASKS = ("assistant_masks", "assistant_mask", "assistant_tokens_mask", "completion_mask", *LEARN[1:])
 
 
 def learnt(message: Mapping[str, Any]) -> bool | None:

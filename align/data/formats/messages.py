@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from align.data.formats.base import checked, content_of, joined, optional_text
+from align.data.formats.base import checked, content_of, is_list_of, joined, optional_text
 from align.data.formats.flags import FLAGS, learnt
 from align.data.formats.tools import calls_in_text, calls_of, result_text
 from align.data.records import Content, MediaPart, Message, RowError
@@ -122,7 +122,8 @@ def _rest(value: Any, found: _Found, role: str) -> Any:
     """Content without the parts that are thoughts, calls or results, which go to `found`."""
     if not isinstance(value, list):
         return value
-    return [part for part in value if not (isinstance(part, dict) and found.take(part, role))]
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in value]
+    return [part for part in parts if not (isinstance(part, dict) and found.take(part, role))]
 
 
 @dataclass
@@ -253,6 +254,12 @@ def _question_and_answer(item: Mapping[str, Any]) -> tuple[Message, ...] | None:
     return asked, found.message("assistant", item[answer])
 
 
+def are_messages(value: Any) -> bool:
+    """Whether a column holds messages with roles, or items that are a question and its answer."""
+    pairs = (("human", "assistant"), ("user", "assistant"), ("query", "response"))
+    return is_list_of(value, "role") or any(is_list_of(value, *keys) for keys in pairs)
+
+
 # ------------------------------------------------------------------------------------------------- what stands before
 
 
@@ -282,5 +289,5 @@ def with_system(row: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[
     first = messages[0]
     if first.text.strip() == system.strip():
         return messages
-    unread = (*first.unread, "column 'system', beside a system turn that says something else")
+    unread = (*first.unread, "column 'system' (beside a system turn that says something else)")
     return (replace(first, unread=unread), *messages[1:])

@@ -5,8 +5,8 @@ A turn that is not to be learnt (`weight: 0`, `loss: false`, ... see flags.py) s
 
 from __future__ import annotations
 
-from align.data.formats.base import Layout, Row, is_list_of, tools_of, weight_of
-from align.data.formats.messages import read_messages, with_system
+from align.data.formats.base import Layout, Row, tools_of, weight_of
+from align.data.formats.messages import are_messages, read_messages, with_system
 from align.data.records import Conversation, Message, Prompt, prompt_from
 
 
@@ -21,7 +21,7 @@ def _layouts(column: str) -> tuple[Layout, ...]:
         return prompt_from(turns(row), (), tools_of(row))
 
     def fits(row: Row) -> bool:
-        return is_list_of(row[column], "role")
+        return are_messages(row[column])
 
     formats, required, optional = ("openai", "trl", "swift", "messages"), frozenset({column}), frozenset({"system"})
     return (
