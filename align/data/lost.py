@@ -14,6 +14,7 @@ from align.data.tokenizer import ChatTokenizer
 from align.data.turns import Given, rendered
 
 _OTHER = "\ue000other\ue000"  # private use: stands in no text
+_THOUGHTS = "thoughts of an assistant turn (`reasoning_content`)"
 _REMEDY = "name a template that does with `model.chat_template`, or leave it out of the row"
 
 
@@ -43,7 +44,8 @@ class _Look:
 
     def __init__(self, tokenizer: ChatTokenizer, messages: tuple[Message, ...], given: Given, text: str):
         self.tokenizer, self.messages, self.given, self.text = tokenizer, messages, given, text
-        self.keys = tokenizer.require_template().keys_read
+        template = tokenizer.require_template()
+        self.keys, self.source = template.keys_read, template.source
 
     def render(self, at: int, message: Message) -> str | None:
         """None where the template refuses it, which it can only where it reads it."""
@@ -63,22 +65,34 @@ def _of_message(look: _Look, i: int, message: Message) -> list[str]:
     calls = message.extra.get("tool_calls")
     if calls:
         _require_calls(look, i, message, calls)
-    text = message.text.strip()
-    if text and text not in look.text and not look.differs(i, replace(message, content=_OTHER)):
+    if message.text.strip() and _loses_text(look, i, message):
         if not calls:
             raise RowError(
-                f"the chat template leaves out message {i}, of role {message.role!r}: {_short(text)}; {_REMEDY}"
+                f"the chat template leaves out message {i}, of role {message.role!r}: {_short(message.text)}; {_REMEDY}"
             )
         found.append("text beside a tool call")
     thoughts = message.extra.get("reasoning_content")
-    if thoughts and thoughts.strip() not in look.text:
+    if thoughts and look.tokenizer.dialect.thoughts is None:
+        found.append(_THOUGHTS)
+    elif thoughts and thoughts.strip() not in look.text:
         other = replace(message, extra={**message.extra, "reasoning_content": _OTHER})
-        if look.tokenizer.dialect.thoughts is None or not look.differs(i, other):
-            found.append("thoughts of an assistant turn (`reasoning_content`)")
+        found += [] if look.differs(i, other) else [_THOUGHTS]
     found += [f"message key {k!r}" for k in ("name", "tool_call_id") if k in message.extra and k not in look.keys]
-    if message.role == "assistant" and "<tool_call>" in message.text and "<tool_call>" not in "".join(look.keys):
+    if message.role == "assistant" and "<tool_call>" in message.text and "<tool_call>" not in look.source:
         found.append("tool calls written as <tool_call> text, which stay text")
     return found
+
+
+def _loses_text(look: _Look, i: int, message: Message) -> bool:
+    """Whether nothing of a message's content is rendered. Content that stands in the text counts as rendered once a
+    message of its role was seen to be: a short one may stand there by chance."""
+    seen = look.tokenizer.roles_rendered
+    if message.role in seen and message.text.strip() in look.text:
+        return False
+    if not look.differs(i, replace(message, content=_OTHER)):
+        return True
+    seen.add(message.role)
+    return False
 
 
 def _require_calls(look: _Look, i: int, message: Message, calls: Sequence[dict[str, object]]) -> None:

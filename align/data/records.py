@@ -13,6 +13,7 @@ stage decides which record a row is read as:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -78,6 +79,15 @@ class Message:
         if isinstance(self.content, str):
             return self.content
         return "".join(part for part in self.content if isinstance(part, str))
+
+    @property
+    def answer(self) -> str:
+        """The text, and the calls of a turn that calls tools as JSON behind it: {"name", "arguments"}, or a list."""
+        calls = [call["function"] for call in self.extra.get("tool_calls", ())]
+        if not calls:
+            return self.text
+        written = json.dumps(calls[0] if len(calls) == 1 else calls, ensure_ascii=False)
+        return f"{self.text}\n{written}" if self.text else written
 
     @property
     def media(self) -> tuple[MediaPart, ...]:
@@ -266,14 +276,14 @@ def prompt_from(messages: Text, completion: Text = (), tools: tuple[Mapping[str,
     Raises RowError where an assistant turn was all there was.
     """
     if isinstance(messages, str):
-        text = completion if isinstance(completion, str) else "".join(m.text for m in completion)
+        text = completion if isinstance(completion, str) else "".join(m.answer for m in completion)
         return Prompt(messages, text or None, tools)
     if isinstance(completion, str):
         completion = assistant(completion) if completion else ()
     turns = messages + completion
     answer: str | None = None
     if turns and turns[-1].role == "assistant":
-        answer, turns = turns[-1].text, turns[:-1]
+        answer, turns = turns[-1].answer, turns[:-1]
         if not turns:
             raise RowError("an assistant turn alone is no prompt")
     return Prompt(turns, answer, tools)

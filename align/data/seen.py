@@ -44,5 +44,5 @@ def answer_texts(record: Pair) -> tuple[str, str]:
         completion: Text = getattr(record, name)
         if not isinstance(completion, str) and len(completion) != 1:
             raise RowError(f"{name} has {len(completion)} turns, and rewards judge one answer")
-        texts.append(completion if isinstance(completion, str) else completion[0].text)
+        texts.append(completion if isinstance(completion, str) else completion[0].answer)
     return texts[0], texts[1]

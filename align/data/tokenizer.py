@@ -54,6 +54,7 @@ class ChatTokenizer:
         added = backend.get_added_tokens_decoder()
         self.vocab_size = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
         self.special = frozenset(t.content for t in added.values() if t.special)
+        self.roles_rendered: set[str] = set()  # roles that the template was seen to render
 
     def _id(self, name: str) -> int | None:
         text = self.named_tokens.get(name)

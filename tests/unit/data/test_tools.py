@@ -288,3 +288,34 @@ def test_nulls_stay_where_rows_are_json_and_go_where_columns_invent_them(tmp_pat
         assert set(made.report.sources[0].unread) == {"column 'extra'"}, "no null of Arrow's counts as said"
     first = next(open_source(source(tmp_path / "rows.parquet")).rows())
     assert first.values["extra"] == {"level": None}, "rewards see a row as it is"  # type: ignore[union-attr]
+
+
+def test_openais_preference_files_are_pairs_with_their_tools(tmp_path: Path, qwen: ChatTokenizer) -> None:
+    row = {
+        "input": {"messages": [ASK], "tools": [SCHEMA], "parallel_tool_calls": True},
+        "preferred_output": [calling(FLAT)[1]],
+        "non_preferred_output": [{"role": "assistant", "content": "no"}],
+    }
+    made = prepared(tmp_path, [row], "pair", qwen)
+    tree = made.items[0]
+    assert [scored(qwen, b) for b in tree.branches] == [f"{THOUGHT}{CALL}<|im_end|>", f"{THOUGHT}no<|im_end|>"]
+    assert json.dumps(SCHEMA) in text(qwen, tree.trunk)
+    assert set(made.report.sources[0].unread) == {"key 'parallel_tool_calls' of `input`"}
+
+
+def test_a_reference_answer_that_calls_a_tool_is_the_call(tmp_path: Path, qwen: ChatTokenizer) -> None:
+    rows = [{"messages": calling(FLAT)[:2]}, {"messages": calling(FLAT, FLAT, content="I look")[:2]}]
+    answers = [i.row["reference_answer"] for i in prepared(tmp_path, rows, "prompt", qwen).items]
+    assert json.loads(answers[0]) == FLAT
+    assert answers[1].startswith("I look\n") and json.loads(answers[1].split("\n")[1]) == [FLAT, FLAT]
+
+
+def test_calls_written_as_text_stay_text_and_are_named_where_the_template_writes_others(
+    tmp_path: Path, qwen: ChatTokenizer, tokenizer: ChatTokenizer
+) -> None:
+    row = {"messages": [ASK, {"role": "assistant", "content": CALL}]}
+    made = prepared(tmp_path, [row], "conversation", qwen)
+    assert scored(qwen, made.items[0].trunk) == f"{THOUGHT}{CALL}<|im_end|>" and not made.report.sources[0].notes
+    made = prepared(tmp_path, [row], "conversation", tokenizer)
+    assert scored(tokenizer, made.items[0].trunk) == f"{CALL}<|im_end|>"
+    assert "<tool_call> text, which stay text (once" in made.report.sources[0].notes[0]

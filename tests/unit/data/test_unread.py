@@ -84,6 +84,7 @@ def test_columns_that_nothing_reads_are_one_line_and_those_of_prompts_go_to_the_
     for row, kind, unread in (
         ({"text": "a b", "tools": "[]", "system": "s"}, "conversation", {"tools", "system"}),
         ({"prompt": "q", "completion": "a", "margin": 1}, "conversation", {"margin"}),
+        ({"messages": answer(), "rejected_images": ["x.png"]}, "conversation", {"rejected_images"}),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": 1}, "pair", set()),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "score": 1}, "pair", {"score"}),
         ({"instruction": "q", "chosen": "a", "rejected": "b", "output": "c"}, "pair", {"output"}),
@@ -206,6 +207,9 @@ def test_a_turn_that_the_template_leaves_out_is_refused(tmp_path: Path, folder: 
     tokenizer = load_tokenizer(folder, chat_template=template)
     row = {"messages": [*answer(), {"role": "tool", "content": "result"}, *answer()[1:]]}
     with pytest.raises(DataError, match="leaves out message 2, of role 'tool': 'result'"):
+        prepared(tmp_path, [row], "conversation", tokenizer)
+    row["messages"][2]["content"] = "q"  # stands in the text all the same
+    with pytest.raises(DataError, match="leaves out message 2, of role 'tool': 'q'"):
         prepared(tmp_path, [row], "conversation", tokenizer)
     row = {"messages": [{"role": "developer", "content": "be kind"}, *answer()]}
     tree = prepared(tmp_path, [row], "conversation", tokenizer).items[0]
