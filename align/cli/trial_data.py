@@ -16,8 +16,9 @@ from align.data.formats.base import choose
 from align.data.placing import place_media
 from align.data.readers import Row
 from align.data.records import Prompt, RowError
+from align.data.seen import light
 from align.data.sources import apply_columns, open_source
-from align.data.tables import light
+from align.data.unread import Reading
 from align.errors import DataError
 from align.recipe.inputs import DataSource
 from rewards.api import Sample
@@ -121,7 +122,8 @@ def _prompts(
     found: list[tuple[tuple[dict[str, Any], ...], dict[str, Any]]] = []
     for row in rows:
         try:
-            record = place_media(layout.convert(row.values), row.values)
+            reading = Reading(row.values, columnar=row.columnar)
+            record = place_media(layout.convert(reading), reading)
             assert isinstance(record, Prompt)
             messages = _messages(record, trial.media, row.folder)
         except RowError as error:

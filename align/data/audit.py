@@ -106,7 +106,8 @@ class SourceReport:
     sequence; scored i64[kept]: its scored tokens. media: `MediaReport.to_json`, {} where rows have none.
     weightless: rows of weight 0, which are left out; first_weightless: where the first stands. weighted and
     first_weighted: the same of kept rows with another weight than 1; weights: their least and largest.
-    labels: of labelled rows, how often each label occurs, or the range of each number.
+    labels: of labelled rows, how often each label occurs, or the range of each number. unread: what kept rows say and
+    nothing reads: {"count", "first": its place} by what it is.
     """
 
     path: str
@@ -127,6 +128,7 @@ class SourceReport:
     notes: list[str] = field(default_factory=list)
     labels: dict[str, Any] = field(default_factory=dict)
     media: dict[str, Any] = field(default_factory=dict)
+    unread: dict[str, Any] = field(default_factory=dict)
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     scored: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 

@@ -38,7 +38,7 @@ _ROLE_OF = {"prompt": "user", "completion": "assistant", "chosen": "assistant", 
 def place_media(record: Record, values: Mapping[str, Any]) -> Record:
     """The record with every medium of its row in its place. Raises RowError where tags and media do not match."""
     columns = _columns(values, MEDIA)
-    rejected = _columns(values, REJECTED_MEDIA)
+    rejected = _columns(values, REJECTED_MEDIA) if isinstance(record, Pair) else {}
     if not columns and not rejected and not media_of(record):
         return record
     if isinstance(record, Pair) and rejected:

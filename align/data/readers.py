@@ -21,12 +21,14 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One row. origin: "file:line", or "file row n" (from 0) where a file has no lines. number: in its source. folder:
-    that of its file, to which paths in it are relative; None where rows come from no file."""
+    that of its file, to which paths in it are relative; None where rows come from no file. columnar: it was stored in
+    columns, so that nulls in its structs may stand for fields that it never had."""
 
     values: dict[str, Any]
     origin: str
     number: int
     folder: Path | None = field(default=None, compare=False)
+    columnar: bool = field(default=False, compare=False)
 
 
 Item = Row | Refusal  # a line that is not valid JSON is a refusal with its place; reading goes on
@@ -153,7 +155,7 @@ def _read_arrow(path: Path, suffix: str) -> Iterator[Item]:
             batches = _ipc_batches(data)
         for batch in batches:
             for values in batch.to_pylist():
-                yield Row(values, f"{path} row {number}", 0)
+                yield Row(values, f"{path} row {number}", 0, columnar=True)
                 number += 1
     except (pa.ArrowInvalid, OSError) as e:
         raise DataError(f"not a readable {suffix} file: {e}", where=path, remedy="copy or write the file again") from e

@@ -13,6 +13,7 @@ stage decides which record a row is read as:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -50,14 +51,16 @@ class Message:
     """One turn of a conversation.
 
     content: the text ("" where an assistant turn only calls tools), or parts of which at least one is a medium.
-    extra: what templates may read beside it, such as tool_calls, tool_call_id, name, reasoning_content. scored: False
-    for an assistant turn with `weight: 0`, which stays in the context but not in the loss.
+    extra: what templates may read beside it: tool_calls, tool_call_id, name, reasoning_content. scored: False for an
+    assistant turn that is not to be learnt (`weight: 0`, `loss: false`), which stays in the context but not in the
+    loss. unread: what its row says of it and nothing reads, for the report.
     """
 
     role: str
     content: Content
     extra: Mapping[str, Any] = field(default_factory=dict)
     scored: bool = True
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
     def as_dict(self, describe: Callable[[MediaPart], Mapping[str, Any]] | None = None) -> dict[str, Any]:
         """The mapping a chat template reads; with `describe`, what a reward reads of each medium in place of its kind
@@ -76,6 +79,15 @@ class Message:
         if isinstance(self.content, str):
             return self.content
         return "".join(part for part in self.content if isinstance(part, str))
+
+    @property
+    def answer(self) -> str:
+        """The text, and the calls of a turn that calls tools as JSON behind it: {"name", "arguments"}, or a list."""
+        calls = [call["function"] for call in self.extra.get("tool_calls", ())]
+        if not calls:
+            return self.text
+        written = json.dumps(calls[0] if len(calls) == 1 else calls, ensure_ascii=False)
+        return f"{self.text}\n{written}" if self.text else written
 
     @property
     def media(self) -> tuple[MediaPart, ...]:
@@ -97,13 +109,15 @@ Text = tuple[Message, ...] | str  # messages, or plain text that no template tou
 class Conversation:
     """A prompt that is not scored and a completion whose assistant turns are. A list of messages is all completion.
 
-    tools: JSON schemas for the template. weight: this sequence's weight in the loss.
+    tools: JSON schemas for the template. weight: this sequence's weight in the loss. arguments: variables of the chat
+    template that the row sets; every kind of record has these three.
     """
 
     prompt: Text
     completion: Text
     tools: tuple[Mapping[str, Any], ...] = ()
     weight: float = 1.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +129,7 @@ class Pair:
     rejected: Text
     tools: tuple[Mapping[str, Any], ...] = ()
     weight: float = 1.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +141,7 @@ class Unpaired:
     desirable: bool
     tools: tuple[Mapping[str, Any], ...] = ()
     weight: float = 1.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +151,8 @@ class Prompt:
     prompt: Text
     reference_answer: str | None = None
     tools: tuple[Mapping[str, Any], ...] = ()
+    weight: float = 1.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +163,7 @@ class Labelled:
     label: Any = None
     tools: tuple[Mapping[str, Any], ...] = ()
     weight: float = 1.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 Record = Conversation | Pair | Unpaired | Prompt | Labelled
@@ -229,7 +248,7 @@ def _check_completion(completion: Text, name: str) -> None:
         raise RowError(f"no assistant turn in {name}" if completion else f"{name} is empty")
     scored = [m for m in turns if m.scored]
     if not scored:
-        raise RowError("every assistant turn has weight 0: nothing is left to score")
+        raise RowError(f"every assistant turn of {name} is marked as not to be learnt: nothing is left to score")
     if any(m.is_empty for m in scored):
         raise RowError(f"an assistant turn of {name} is empty" if len(turns) > 1 else f"{name} is empty")
 
@@ -257,14 +276,14 @@ def prompt_from(messages: Text, completion: Text = (), tools: tuple[Mapping[str,
     Raises RowError where an assistant turn was all there was.
     """
     if isinstance(messages, str):
-        text = completion if isinstance(completion, str) else "".join(m.text for m in completion)
+        text = completion if isinstance(completion, str) else "".join(m.answer for m in completion)
         return Prompt(messages, text or None, tools)
     if isinstance(completion, str):
         completion = assistant(completion) if completion else ()
     turns = messages + completion
     answer: str | None = None
     if turns and turns[-1].role == "assistant":
-        answer, turns = turns[-1].text, turns[:-1]
+        answer, turns = turns[-1].answer, turns[:-1]
         if not turns:
             raise RowError("an assistant turn alone is no prompt")
     return Prompt(turns, answer, tools)

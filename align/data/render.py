@@ -15,13 +15,14 @@ may hold a token that the model takes for a medium.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
 
 from align.data.encoded import Encoded, Tokens
+from align.data.lost import left_out
 from align.data.media.shown import Shown, Written
 from align.data.records import (
     Conversation,
@@ -38,7 +39,7 @@ from align.data.records import (
 )
 from align.data.template import Span
 from align.data.tokenizer import ChatTokenizer
-from align.data.turns import media_count, not_a_prefix, rendered, scored_turns
+from align.data.turns import Given, media_count, not_a_prefix, rendered, scored_turns
 from align.errors import ModelError
 
 
@@ -53,12 +54,14 @@ class Piece:
 @dataclass(frozen=True, slots=True)
 class Draft:
     """A record as text. plain: no template wrote it, so BOS is added before the trunk and EOS behind completions.
-    media: per segment, trunk first, what its placeholders stand for, in order."""
+    media: per segment, trunk first, what its placeholders stand for, in order. left_out: what the row says and the
+    template does not render, one entry each time."""
 
     trunk: tuple[Piece, ...]
     branches: tuple[tuple[Piece, ...], ...] = ()
     plain: bool = False
     media: tuple[tuple[Shown, ...], ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 class Marks(Protocol):
@@ -81,33 +84,39 @@ def draft(record: Record, tokenizer: ChatTokenizer, shown: Sequence[Shown] = (),
     """
     if marks is not None:
         _refuse_marks(record, tokenizer, marks)
-    if isinstance(record, Prompt | Labelled):
-        if isinstance(record.prompt, str):
-            return Draft((Piece(record.prompt, False),), plain=True)
-        text = rendered(tokenizer, record.prompt, isinstance(record, Prompt), record.tools, shown)
-        return Draft((Piece(text.text, False),), media=(text.media(),))
+    given = Given(record.tools, record.arguments)
     if isinstance(record.prompt, str):
-        return _plain_draft(record)
+        unused = ["tool schemas (`tools`)"] if given.tools else []
+        unused += [f"template argument {name!r}" for name in given.arguments]
+        return replace(_plain_draft(record), left_out=tuple(unused))
     prompt = _messages(record.prompt)
+    if isinstance(record, Prompt | Labelled):
+        text = rendered(tokenizer, prompt, isinstance(record, Prompt), given, shown)
+        lost = left_out(tokenizer, prompt, given, text.text)
+        return Draft((Piece(text.text, False),), media=(text.media(),), left_out=tuple(lost))
     if isinstance(record, Conversation):
         messages = prompt + _messages(record.completion)
-        whole = scored_turns(tokenizer, messages, len(prompt), record.tools, shown)
-        return Draft(_cut(whole.text, whole.spans, 0), media=(whole.media(),))
-    sides = [
-        scored_turns(tokenizer, prompt + _messages(c), len(prompt), record.tools, own)
-        for c, own in _completions(record, shown)
-    ]
+        whole = scored_turns(tokenizer, messages, len(prompt), given, shown)
+        lost = left_out(tokenizer, messages, given, whole.text)
+        return Draft(_cut(whole.text, whole.spans, 0), media=(whole.media(),), left_out=tuple(lost))
+    sides, lost = list[Written](), list[str]()
+    for completion, own in _completions(record, shown):
+        messages = prompt + _messages(completion)
+        side = scored_turns(tokenizer, messages, len(prompt), given, own)
+        lost += left_out(tokenizer, messages, given, side.text, len(prompt) if sides else 0)
+        sides.append(side)
     if isinstance(record, Pair) and context_differs(record):
         start = sides[0].text[: _fork(tokenizer, record, sides[0], sides[1])]
     else:
-        start = rendered(tokenizer, prompt, True, record.tools, shown).text
+        start = rendered(tokenizer, prompt, True, given, shown).text
         for side in sides:
             if not side.text.startswith(start):
                 one, other = "the prompt with generation prompt", "the whole conversation"
                 raise not_a_prefix(tokenizer, start, side.text, one, other)
     trunk = sides[0].media(0, len(start))
     branches = tuple(_cut(side.text, side.spans, len(start)) for side in sides)
-    return Draft((Piece(start, False),), branches, media=(trunk, *(side.media(len(start)) for side in sides)))
+    media = (trunk, *(side.media(len(start)) for side in sides))
+    return Draft((Piece(start, False),), branches, media=media, left_out=tuple(lost))
 
 
 def _completions(record: Pair | Unpaired, shown: Sequence[Shown]) -> list[tuple[tuple[Message, ...], Sequence[Shown]]]:
@@ -137,7 +146,8 @@ def _fork(tokenizer: ChatTokenizer, record: Pair, one: Written, other: Written) 
     prompt = _messages(record.prompt)
     if prompt:
         count = media_count(prompt)
-        head = rendered(tokenizer, prompt, False, record.tools, [s for _, s in one.places[:count]]).text
+        given = Given(record.tools, record.arguments)
+        head = rendered(tokenizer, prompt, False, given, [s for _, s in one.places[:count]]).text
         if one.text.startswith(head) and other.text.startswith(head):
             return len(head)
     alike = next((i for i, (x, y) in enumerate(zip(one.text, other.text, strict=False)) if x != y), 0)
@@ -161,8 +171,10 @@ def _refuse_marks(record: Record, tokenizer: ChatTokenizer, marks: Marks) -> Non
                 )
 
 
-def _plain_draft(record: Conversation | Pair | Unpaired) -> Draft:
+def _plain_draft(record: Record) -> Draft:
     prompt = Piece(_plain(record.prompt), False)
+    if isinstance(record, Prompt | Labelled):
+        return Draft((prompt,), plain=True)
     if isinstance(record, Conversation):
         return Draft((prompt, Piece(_plain(record.completion), True)), plain=True)
     completions = (record.chosen, record.rejected) if isinstance(record, Pair) else (record.completion,)

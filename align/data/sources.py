@@ -63,7 +63,7 @@ class Opened:
 
     def _numbered(self, rows: Iterable[Any]) -> Iterator[Item]:
         for n, values in enumerate(rows):
-            yield Row(dict(values), f"{self.path} row {n}", n, self.folder)
+            yield Row(dict(values), f"{self.path} row {n}", n, self.folder, columnar=self.hub is not None)
 
 
 def _beside(item: Item, file: Path) -> Item:

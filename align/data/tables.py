@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,23 +12,33 @@ from align.data.audit import MediaReport, Refusal, SourceReport
 from align.data.encoded import Encoded, Tokens, fit
 from align.data.formats import LAYOUTS
 from align.data.formats.base import Layout, choose, margin_of, weight_of
+from align.data.formats.flags import refuse_token_masks
 from align.data.labels import Labelling, distribution
 from align.data.media.library import Library
 from align.data.media.shown import Shown
 from align.data.placing import place_media
 from align.data.readers import Row
-from align.data.records import Kind, Labelled, MediaPart, Pair, Prompt, Record, RowError, Text, check, media_of
+from align.data.records import (
+    Kind,
+    Labelled,
+    MediaPart,
+    Pair,
+    Prompt,
+    Record,
+    RowError,
+    check,
+    media_of,
+    messages_of,
+)
 from align.data.render import draft, encode
+from align.data.seen import Messages, answer_texts, light, seen_messages
 from align.data.sources import Opened, apply_columns
 from align.data.tokenizer import ChatTokenizer
-from align.mediastore import described
-from align.protocols import Completion, Group, Medium, PromptItem, Segment, Tree
+from align.data.unread import Reading, Unread, unread_columns
+from align.protocols import Completion, Group, PromptItem, Segment, Tree
 from align.recipe.inputs import DataSource
 
 _CHUNK = 4096  # rows tokenised in one call
-_LONG_URI = 200  # characters of a data URI that go no further than the data
-
-Messages = tuple[dict[str, Any], ...]
 
 
 @dataclass
@@ -89,13 +99,15 @@ def _segment(tokens: Tokens, columns: dict[str, float]) -> Segment:
 
 @dataclass
 class _Row:
-    """A row on its way: margin of a pair, None where it gives none; weight: of its terms in the loss."""
+    """A row on its way: margin of a pair, None where it gives none; weight: of its terms in the loss; unread: columns
+    that nothing reads."""
 
     row: Row
     record: Record
     margin: float | None
     weight: float
     shown: Sequence[Shown] = ()
+    unread: Sequence[str] = ()
 
 
 @dataclass
@@ -119,6 +131,7 @@ class Tokeniser:
         items = list(opened.rows(limit))
         self.report = report = SourceReport(opened.path, read=len(items))
         self.media = MediaReport()
+        self.unread = Unread()
         report.refused += [i for i in items if isinstance(i, Refusal)]
         rows = [i for i in items if isinstance(i, Row)]
         none = np.zeros(0, np.float32)
@@ -153,6 +166,8 @@ class Tokeniser:
             report.labels = distribution(table.labels, self.labelling.labels)
         self.media.processed = 0 if self.library is None else self.library.processed - known
         report.media = self.media.to_json()
+        report.unread = self.unread.to_json()
+        report.notes += self.unread.notes()
         _finish(table, self.tokenizer)
         return table
 
@@ -170,18 +185,23 @@ class Tokeniser:
         """Convert, check and tokenise; rows that cannot be are added to the report."""
         good: list[_Row] = []
         for row, values in zip(rows, named, strict=True):
+            reading = Reading(values, columnar=row.columnar)
             try:
-                record = place_media(_convert(layout, values), values)
-                weight = weight_of(values)
+                if self.kind in ("conversation", "pair", "unpaired"):
+                    refuse_token_masks(values)
+                record = place_media(_convert(layout, reading), reading)
+                weight = weight_of(reading)
                 if weight == 0 and not self._answers_every_row:
                     self.report.note_weightless(row.origin)
                     continue
                 check(record)
-                margin = margin_of(values) if layout.kind == "pair" else None
+                margin = margin_of(reading) if layout.kind == "pair" else None
             except RowError as e:
                 self._refuse(row, e)
                 continue
-            good.append(_Row(row, record, margin, weight))
+            to_rewards = self.kind == "prompt" or self.answers
+            unread = () if to_rewards else unread_columns(row.values, reading, self.source.columns)
+            good.append(_Row(row, record, margin, weight, unread=unread))
         drafts, drafted = [], []
         for one in self._shown(good):
             try:
@@ -191,11 +211,13 @@ class Tokeniser:
                 continue
             drafted.append(one)
         out = []
-        for one, encoded in zip(drafted, encode(drafts, self.tokenizer), strict=True):
+        for one, d, encoded in zip(drafted, drafts, encode(drafts, self.tokenizer), strict=True):
             if isinstance(encoded, RowError):
                 self._refuse(one.row, encoded)
             else:
                 self.report.plain_text += isinstance(one.record.prompt, str)
+                said = [what for message in messages_of(one.record) for what in message.unread]
+                self.unread.add(one.row.origin, one.unread, said, d.left_out)
                 out.append((one, encoded))
         return out
 
@@ -221,7 +243,7 @@ class Tokeniser:
     def _keep(self, table: Table, one: _Row, encoded: Encoded) -> bool:
         """Add a row to the table; False for a prompt that is filtered. Raises RowError."""
         record = one.record
-        texts = _answers(record) if self.answers and isinstance(record, Pair) else ("", "")
+        texts = answer_texts(record) if self.answers and isinstance(record, Pair) else ("", "")
         labels = self.labelling.values(record.label) if self.labelling and isinstance(record, Labelled) else []
         fitted = self._fit(encoded)
         if fitted is None:
@@ -234,10 +256,12 @@ class Tokeniser:
             if record.reference_answer is not None:
                 values["reference_answer"] = record.reference_answer
                 self.report.reference_answers += 1
-            table.rows.append((_messages(record.prompt, fitted.trunk.media), values))
+            if record.weight != 1.0:
+                values["weight"] = record.weight
+            table.rows.append((seen_messages(record.prompt, fitted.trunk.media), values))
         if table.answers is not None and isinstance(record, Pair):
             values = light(one.row.values)
-            table.answers.append((_messages(record.prompt, fitted.trunk.media), values, texts))
+            table.answers.append((seen_messages(record.prompt, fitted.trunk.media), values, texts))
         for shown in one.shown:
             self.media.add(shown.kind, shown.key, shown.facts)
             table.files.update(shown.files)
@@ -274,43 +298,6 @@ def _convert(layout: Layout, values: dict[str, Any]) -> Record:
             f"no `{missing[0]}` (layout {layout.name}); the row has: {', '.join(sorted(values)) or 'nothing'}"
         )
     return layout.convert(values)
-
-
-# ------------------------------------------------------------------------------------------------- what rewards see
-
-
-def _messages(prompt: Text, media: Sequence[Medium] = ()) -> Messages:
-    """A prompt as rewards see it: of each medium its kind, and the file that shows it."""
-    if isinstance(prompt, str):
-        return ({"role": "text", "content": prompt},)
-    waiting = {kind: iter([m for m in media if m.kind == kind]) for kind in ("image", "video", "audio")}
-    return tuple(m.as_dict(lambda part: described(next(waiting[part.kind]))) for m in prompt)
-
-
-def light(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A row without the bytes of its media, which would travel with every sample of it."""
-    return {name: _without_bytes(value) for name, value in values.items()}
-
-
-def _without_bytes(value: Any) -> Any:
-    if isinstance(value, bytes | bytearray | memoryview):
-        return None
-    if isinstance(value, str) and len(value) > _LONG_URI and value.startswith("data:"):
-        return f"{value[: value.find(',') + 1]}..."
-    if isinstance(value, dict):
-        return {name: _without_bytes(item) for name, item in value.items()}
-    return [_without_bytes(item) for item in value] if isinstance(value, list) else value
-
-
-def _answers(record: Pair) -> tuple[str, str]:
-    """The texts of chosen and rejected. Raises RowError where one is several turns: rewards judge one answer."""
-    texts = []
-    for name in ("chosen", "rejected"):
-        completion: Text = getattr(record, name)
-        if not isinstance(completion, str) and len(completion) != 1:
-            raise RowError(f"{name} has {len(completion)} turns, and rewards judge one answer")
-        texts.append(completion if isinstance(completion, str) else completion[0].text)
-    return texts[0], texts[1]
 
 
 # ------------------------------------------------------------------------------------------------- the report

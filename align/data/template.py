@@ -10,10 +10,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 from jinja2 import nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -109,6 +111,23 @@ class ChatTemplate:
         """Whether the template marks what the assistant generates."""
         return _GENERATION_TAG.search(self.source) is not None
 
+    @cached_property
+    def variables_read(self) -> frozenset[str]:
+        """Names that the template takes from its caller: `tools`, `enable_thinking`, `documents`..."""
+        return frozenset(jinja2.meta.find_undeclared_variables(self._tree))
+
+    @cached_property
+    def keys_read(self) -> frozenset[str]:
+        """Every attribute and text constant of the template: a key of a message that is not among them is never
+        rendered."""
+        tree = self._tree
+        attributes = {node.attr for node in tree.find_all(nodes.Getattr)}
+        return frozenset(attributes | {n.value for n in tree.find_all(nodes.Const) if isinstance(n.value, str)})
+
+    @cached_property
+    def _tree(self) -> nodes.Template:
+        return _environment().parse(self.source)
+
     @property
     def reads_clock(self) -> bool:
         """Whether renders can differ from day to day."""
@@ -120,9 +139,11 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[Span]]:
         """The text of these messages, and the character spans [start, end) inside generation blocks.
 
+        arguments: variables of this render, which go before the template's own.
         Raises RowError with the template's own words where it refuses the messages.
         """
         tracker = _Tracker()
@@ -136,6 +157,7 @@ class ChatTemplate:
                     "documents": None,
                     "add_generation_prompt": add_generation_prompt,
                     **self.variables,
+                    **(arguments or {}),
                 }
             ):
                 blocks.append(block)

@@ -17,6 +17,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from align.data.backends import class_of, rebuild
+from align.data.dialect import Dialect, find_dialect
 from align.data.records import RowError
 from align.data.template import ChatTemplate, Span
 from align.data.templates import NAMED
@@ -53,6 +54,7 @@ class ChatTokenizer:
         added = backend.get_added_tokens_decoder()
         self.vocab_size = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
         self.special = frozenset(t.content for t in added.values() if t.special)
+        self.roles_rendered: set[str] = set()  # roles that the template was seen to render
 
     def _id(self, name: str) -> int | None:
         text = self.named_tokens.get(name)
@@ -123,9 +125,11 @@ class ChatTokenizer:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[Span]]:
         """The text and the character spans of its generation blocks."""
-        return self.require_template().render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        template = self.require_template()
+        return template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools, arguments=arguments)
 
     def chat_ids(
         self,
@@ -151,6 +155,11 @@ class ChatTokenizer:
             except RowError:
                 continue
         return False
+
+    @cached_property
+    def dialect(self) -> Dialect:
+        """How the template wants what the OpenAI format leaves open."""
+        return find_dialect(self.require_template(), self.render, self.needs_parts)
 
     @cached_property
     def turn_ending(self) -> tuple[str, str]:

@@ -8,8 +8,8 @@ Of pairs and of rows with a separate prompt, assistant turns in the prompt are c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from align.data.media.shown import Shown, Written, written
 from align.data.records import Message, RowError
@@ -24,7 +24,7 @@ _TEMPLATE_REMEDY = (
 
 
 def _dicts(messages: Iterable[Message], tokenizer: ChatTokenizer) -> list[dict[str, Any]]:
-    dicts = [m.as_dict() for m in messages]
+    dicts = [tokenizer.dialect.spoken(m.as_dict()) for m in messages]
     if tokenizer.needs_parts:
         for one in dicts:
             if isinstance(one["content"], str) and one["content"]:
@@ -32,11 +32,18 @@ def _dicts(messages: Iterable[Message], tokenizer: ChatTokenizer) -> list[dict[s
     return dicts
 
 
+class Given(NamedTuple):
+    """What a record gives the template beside its messages: tool schemas, and variables."""
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    arguments: Mapping[str, Any] = {}
+
+
 def rendered(
-    tokenizer: ChatTokenizer, messages: tuple[Message, ...], generation: bool, tools: Any, shown: Sequence[Shown] = ()
+    tokenizer: ChatTokenizer, messages: tuple[Message, ...], generation: bool, given: Given, shown: Sequence[Shown] = ()
 ) -> Written:
     """The render of messages whose media are the first of `shown`."""
-    text, spans = tokenizer.render_spans(_dicts(messages, tokenizer), generation, tools)
+    text, spans = tokenizer.render_spans(_dicts(messages, tokenizer), generation, given.tools, given.arguments)
     return written(text, spans, shown[: media_count(messages)])
 
 
@@ -46,14 +53,14 @@ def media_count(messages: Iterable[Message]) -> int:
 
 
 def scored_turns(
-    tokenizer: ChatTokenizer, messages: tuple[Message, ...], first: int, tools: Any, shown: Sequence[Shown]
+    tokenizer: ChatTokenizer, messages: tuple[Message, ...], first: int, given: Given, shown: Sequence[Shown]
 ) -> Written:
     """The render of `messages` with the spans of its scored turns: assistant, from message `first` on."""
-    whole = rendered(tokenizer, messages, False, tools, shown)
+    whole = rendered(tokenizer, messages, False, given, shown)
     if tokenizer.require_template().has_generation:
         spans = _marked_spans(tokenizer, messages, first, whole.spans)
     else:
-        spans = _incremental_spans(tokenizer, messages, first, tools, whole.text, shown)
+        spans = _incremental_spans(tokenizer, messages, first, given, whole.text, shown)
     return Written(whole.text, spans, whole.places)
 
 
@@ -75,7 +82,7 @@ def _incremental_spans(
     tokenizer: ChatTokenizer,
     messages: tuple[Message, ...],
     first: int,
-    tools: Any,
+    given: Given,
     text: str,
     shown: Sequence[Shown],
 ) -> list[Span]:
@@ -83,10 +90,10 @@ def _incremental_spans(
     for k, message in enumerate(messages):
         if message.role != "assistant" or not message.scored or k < first:
             continue
-        before = rendered(tokenizer, messages[:k], True, tools, shown).text
+        before = rendered(tokenizer, messages[:k], True, given, shown).text
         upto = text
         if k + 1 < len(messages):
-            upto = rendered(tokenizer, messages[: k + 1], False, tools, shown).text
+            upto = rendered(tokenizer, messages[: k + 1], False, given, shown).text
         if not upto.startswith(before):
             raise not_a_prefix(tokenizer, before, upto, f"what comes before turn {k}", f"the same with turn {k}")
         end = _end_of_turn(tokenizer, upto)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from align.data.formats.base import Layout, Row, label_of, optional_text, text_of, tools_of, weight_of
+from align.data.formats.messages import read_history, with_system
 from align.data.records import (
     Conversation,
     Kind,
@@ -16,7 +17,6 @@ from align.data.records import (
     Pair,
     Prompt,
     Record,
-    RowError,
     Unpaired,
     assistant,
     prompt_from,
@@ -26,15 +26,8 @@ _OPTIONAL = frozenset({"input", "history", "system"})
 
 
 def read_prompt(row: Row) -> tuple[Message, ...]:
-    messages: list[Message] = []
-    if system := optional_text(row, "system"):
-        messages.append(Message("system", system))
-    for item in row.get("history") or ():
-        if not isinstance(item, list | tuple) or len(item) != 2 or not all(isinstance(x, str) for x in item):
-            raise RowError("`history` must be a list of [question, answer]")
-        messages += [Message("user", item[0]), Message("assistant", item[1])]
     question = "\n".join(part for part in (text_of(row, "instruction"), optional_text(row, "input")) if part)
-    return (*messages, Message("user", question))
+    return with_system(row, (*read_history(row.get("history"), "[question, answer]"), Message("user", question)))
 
 
 def _conversation(row: Row) -> Conversation:

@@ -9,12 +9,14 @@ or `columns:`.
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from align.data.records import Content, Kind, MediaKind, MediaPart, Message, Record, RowError, known_roles
+from align.data.formats.arguments import COLUMNS as ARGUMENTS
+from align.data.formats.arguments import arguments_of
+from align.data.formats.tools import schemas_of
+from align.data.records import Content, Kind, MediaKind, MediaPart, Message, Prompt, Record, RowError, known_roles
 from align.errors import DataError
 
 Row = Mapping[str, Any]
@@ -29,7 +31,8 @@ REJECTED_MEDIA: Mapping[str, MediaKind] = {
     "rejected_images": "image", "rejected_videos": "video", "rejected_audios": "audio",
 }  # fmt: skip
 """What the rejected side of a pair shows instead (ms-swift)."""
-COMMON = frozenset({"tools", "weight", "margin", *MEDIA, *REJECTED_MEDIA})  # columns that any layout may use
+COMMON = frozenset({"tools", "functions", "weight", "margin", *ARGUMENTS, *MEDIA, *REJECTED_MEDIA})
+"""Columns that any layout may use."""
 
 
 def _always(row: Row) -> bool:
@@ -40,17 +43,24 @@ def _always(row: Row) -> bool:
 class Layout:
     """One way to write one kind of record in columns.
 
-    formats: the names `format:` knows it by. required, optional: columns. fits: whether a row with these columns is
-    of this layout (message lists with role/content and with from/value have the same columns).
+    formats: the names `format:` knows it by. required, optional: columns. read: makes the record. fits: whether a row
+    with these columns is of this layout (message lists with role/content and with from/value have the same columns).
     """
 
     name: str
     formats: tuple[str, ...]
     kind: Kind
     required: frozenset[str]
-    convert: Callable[[Row], Record]
+    read: Callable[[Row], Record]
     optional: frozenset[str] = frozenset()
     fits: Callable[[Row], bool] = _always
+
+    def convert(self, row: Row) -> Record:
+        """The row's record, with what any layout may say. Raises RowError."""
+        record = self.read(row)
+        if arguments := arguments_of(row):
+            record = replace(record, arguments=arguments)
+        return replace(record, weight=weight_of(row)) if isinstance(record, Prompt) else record
 
     @property
     def columns(self) -> frozenset[str]:
@@ -140,12 +150,15 @@ def label_of(row: Row, column: str = "label") -> bool:
     return value
 
 
+_LARGEST = 1e38  # what rows give is kept in float32
+
+
 def margin_of(row: Row) -> float | None:
     """By how much a pair's chosen side is to score higher (a reward model's margin); None where the row has none."""
     value = row.get("margin")
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
         raise RowError(f"`margin` must be a number, got {_shown(value)}")
     return float(value)
 
@@ -155,31 +168,17 @@ def weight_of(row: Row) -> float:
     value = row.get("weight")
     if value is None:
         return 1.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _LARGEST:
         raise RowError(f"`weight` must be a number >= 0, got {_shown(value)}")
     return float(value)
 
 
 def tools_of(row: Row) -> tuple[Mapping[str, Any], ...]:
-    """Tool schemas: a list, or (LLaMA-Factory, ms-swift) that list written as a JSON string."""
-    value = row.get("tools")
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else None
-        except json.JSONDecodeError as e:
-            raise RowError(f"`tools` is not valid JSON: {e.msg}") from e
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise RowError(f"`tools` must be a list of JSON schemas, got {_shown(value)}")
-    return tuple(without_nulls(tool) for tool in value)
-
-
-def without_nulls(value: Any) -> Any:
-    """Drop the null fields that Arrow adds to structs which lack them."""
-    if isinstance(value, dict):
-        return {k: without_nulls(v) for k, v in value.items() if v is not None}
-    return [without_nulls(v) for v in value] if isinstance(value, list) else value
+    """Tool schemas of `tools`, or of `functions` (OpenAI's older name), as functions that templates read."""
+    given = [name for name in ("tools", "functions") if row.get(name)]
+    if len(given) > 1:
+        raise RowError("the row has `tools` and `functions`; one of them holds its tools")
+    return schemas_of(row[given[0]], given[0]) if given else ()
 
 
 def content_of(value: Any) -> Content:

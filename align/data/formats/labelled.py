@@ -17,10 +17,9 @@ from typing import Any
 
 from align.data.formats import alpaca
 from align.data.formats.base import Layout, Row, is_list_of, optional_text, text_of, tools_of, weight_of
-from align.data.formats.openai import read_messages
-from align.data.formats.sharegpt import read_turns
+from align.data.formats.messages import read_messages, with_system
 from align.data.formats.swift import read_query
-from align.data.records import Labelled, Message, RowError, Text
+from align.data.records import Labelled, RowError, Text
 
 _LABELS = frozenset({"label", "labels"})
 _TURNS = frozenset({"history", "system"})
@@ -37,11 +36,6 @@ def label_of(row: Row) -> Any:
 def _text(row: Row) -> Text:
     first, second = text_of(row, "text"), optional_text(row, "text_pair")
     return f"{first}\n{second}" if second else first
-
-
-def _with_system(row: Row, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    system = optional_text(row, "system")
-    return (Message("system", system), *messages) if system else messages
 
 
 def _layout(
@@ -64,7 +58,7 @@ def _of_messages(column: str) -> tuple[Layout, ...]:
             f"openai {column}",
             ("openai", "trl", "swift", "messages"),
             column,
-            lambda row: _with_system(row, read_messages(row[column], column)),
+            lambda row: with_system(row, read_messages(row[column], column)),
             frozenset({"system"}),
             lambda row: is_list_of(row[column], "role"),
         ),
@@ -72,7 +66,7 @@ def _of_messages(column: str) -> tuple[Layout, ...]:
             f"sharegpt {column}",
             ("sharegpt",),
             column,
-            lambda row: _with_system(row, read_turns(row[column], column)),
+            lambda row: with_system(row, read_messages(row[column], column)),
             frozenset({"system"}),
             lambda row: is_list_of(row[column], "from"),
         ),

@@ -18,7 +18,7 @@ from align.data.formats.base import (
     tools_of,
     weight_of,
 )
-from align.data.formats.openai import read_messages
+from align.data.formats.messages import read_history, read_messages, with_system
 from align.data.formats.trl import split_common
 from align.data.records import (
     Conversation,
@@ -36,15 +36,10 @@ from align.data.records import (
 
 def _split(row: Row) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
     """(prompt, completion): the completion is the last assistant turn."""
-    messages = _with_system(row, read_messages(row["messages"]))
+    messages = with_system(row, read_messages(row["messages"]))
     if not messages or messages[-1].role != "assistant":
         raise RowError("the last message is not the assistant's")
     return messages[:-1], messages[-1:]
-
-
-def _with_system(row: Row, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    system = optional_text(row, "system")
-    return (Message("system", system), *messages) if system else messages
 
 
 def _rejected_response(row: Row) -> Pair:
@@ -53,8 +48,8 @@ def _rejected_response(row: Row) -> Pair:
 
 
 def _rejected_messages(row: Row) -> Pair:
-    chosen = _with_system(row, read_messages(row["messages"]))
-    rejected = _with_system(row, read_messages(row["rejected_messages"], "rejected_messages"))
+    chosen = with_system(row, read_messages(row["messages"]))
+    rejected = with_system(row, read_messages(row["rejected_messages"], "rejected_messages"))
     prompt, chosen_rest, rejected_rest = split_common(chosen, rejected)
     return Pair(prompt, chosen_rest, rejected_rest, tools_of(row), weight_of(row))
 
@@ -68,12 +63,8 @@ def _labelled(column: str) -> Callable[[Row], Unpaired]:
 
 
 def read_query(row: Row) -> tuple[Message, ...]:
-    messages: list[Message] = []
-    for item in row.get("history") or ():
-        if not isinstance(item, list | tuple) or len(item) != 2 or not all(isinstance(x, str) for x in item):
-            raise RowError("`history` must be a list of [query, response]")
-        messages += [Message("user", item[0]), Message("assistant", item[1])]
-    return _with_system(row, (*messages, Message("user", text_of(row, "query"))))
+    earlier = read_history(row.get("history"), "[query, response]")
+    return with_system(row, (*earlier, Message("user", text_of(row, "query"))))
 
 
 def _query_conversation(row: Row) -> Conversation:

@@ -12,7 +12,7 @@ makes a text prompt conversational (system turn, user turn), and so does a promp
 from __future__ import annotations
 
 from align.data.formats.base import Layout, Row, label_of, optional_text, text_of, tools_of, weight_of
-from align.data.formats.openai import read_messages
+from align.data.formats.messages import read_messages, with_system
 from align.data.records import (
     Conversation,
     Message,
@@ -34,10 +34,8 @@ def _text(row: Row, column: str) -> Text:
 
 
 def _prompt_text(row: Row) -> Text:
-    prompt, system = _text(row, "prompt"), optional_text(row, "system")
-    if not system:
-        return prompt
-    return (Message("system", system), *_messages(prompt, "user"))
+    prompt = _text(row, "prompt")
+    return with_system(row, _messages(prompt, "user")) if optional_text(row, "system") else prompt
 
 
 def _messages(text: Text, role: str) -> tuple[Message, ...]:
@@ -77,8 +75,8 @@ def _pair(row: Row) -> Pair:
 
 def _implicit_pair(row: Row) -> Pair:
     prompt, chosen, rejected = split_common(_text(row, "chosen"), _text(row, "rejected"))
-    if system := optional_text(row, "system"):
-        prompt, chosen, rejected = _joined((Message("system", system), *_messages(prompt, "user")), chosen, rejected)
+    if optional_text(row, "system"):
+        prompt, chosen, rejected = _joined(with_system(row, _messages(prompt, "user")), chosen, rejected)
     return Pair(prompt, chosen, rejected, tools_of(row), weight_of(row))
 
 

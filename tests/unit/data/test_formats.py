@@ -139,7 +139,7 @@ def test_an_unknown_layout_says_what_was_found_and_what_was_expected() -> None:
         (
             "conversation",
             {"messages": [*turns("hi"), {"role": "assistant", "content": "x", "weight": 0}]},
-            "every assistant turn has weight 0",
+            "is marked as not to be learnt",
         ),
         (
             "conversation",
@@ -179,4 +179,4 @@ def test_text_parts_are_joined_and_tool_calls_keep_their_arguments_as_objects() 
     assert user.content == "add 1" and tool.extra == {"tool_call_id": "7"}
     assert calls.extra["tool_calls"][0]["function"]["arguments"] == {"a": 1} and not calls.is_empty
     assert not last.scored and calls.scored
-    assert made.tools == ({"name": "add"},)
+    assert made.tools == ({"type": "function", "function": {"name": "add", "parameters": None}},)
