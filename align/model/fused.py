@@ -1,17 +1,15 @@
-"""Fewer passes over memory in what is not a matrix product: LoRA's sum and RMS norms (and `align.model.fused_mlp`).
+"""Fewer passes over memory in what is not a matrix product: LoRA's sum, RMS norms, feed-forwards and rotations.
 
 transformers and peft compute these as chains of element-wise operations, each of which reads and writes every
 activation and keeps an intermediate for backward. Here each is one autograd function that works in place, keeps its
 inputs and a few numbers per token, and folds LoRA's scale and sum into the matrix products.
 
-`fuse` exchanges the classes of modules that it recognises by their parts, and only where random numbers come out the
-same (of norms their gradients too): a model that computes something else under the same names keeps its own code.
+`fuse` exchanges the classes of modules whose code it knows (`align.model.forms`): a model that computes something else
+under the same names, for some inputs or in training mode alone, keeps its own.
 """
 
 from __future__ import annotations
 
-import copy
-import logging
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -20,14 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from align.model.bitsandbytes_import import import_bitsandbytes
+from align.model.forms import FUSED, replaced, watched
+from align.model.fused_norm import looks_like_norm, norm_class
 from align.model.quantised import Packed, QuantisedLinear, dense, linear_weight
 from align.model.tiles import FOLD_FROM
 
 import_bitsandbytes()
 from peft.tuners.lora.layer import Linear as LoraLinear  # noqa: E402 (it imports bitsandbytes)
-
-log = logging.getLogger(__name__)
-
+from peft.tuners.lora.layer import LoraLayer  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------- LoRA
 
@@ -119,18 +117,25 @@ class _LoraLinear(torch.autograd.Function):
         )
 
 
+def version_of(x: Tensor) -> int:
+    """How often a tensor was changed in place; of one made in inference mode nothing is counted."""
+    return -1 if x.is_inference() else x._version
+
+
 class FusedLoraLinear(LoraLinear):
     """peft's LoRA layer: the fused product where one plain adapter is active, peft's own code for everything else.
 
-    given: an input and the result for it, from a product with other layers (`align.model.fused_qkv`).
+    given: an input, its version (it may be changed in place) and the result for it, from a product with other layers
+    (`align.model.fused_qkv`).
     """
 
-    given: tuple[Tensor, Tensor] | None = None
+    is_fused = True
+    given: tuple[Tensor, int, Tensor] | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         given, self.given = self.given, None
-        if given is not None and given[0] is x and not args and not kwargs:
-            return given[1]
+        if given is not None and given[0] is x and given[1] == version_of(x) and not args and not kwargs:
+            return given[2]
         source = self.source(x) if not args and not kwargs else None
         if source is None or source.a is None:
             result: Tensor = super().forward(x, *args, **kwargs)
@@ -142,7 +147,7 @@ class FusedLoraLinear(LoraLinear):
         """The map that is on, its adapter's matrices as they are kept. None: several adapters are active, dropout is
         on, a variant (DoRA), autocast, another dtype than the input's."""
         base = self.get_base_layer()
-        if self.merged or type(base) not in (nn.Linear, QuantisedLinear):
+        if self.merged or type(base) not in (nn.Linear, QuantisedLinear) or watched(base):
             return None
         weight = linear_weight(base)
         if x.dtype != weight.dtype or torch.is_autocast_enabled(x.device.type):
@@ -158,115 +163,52 @@ class FusedLoraLinear(LoraLinear):
         return LowRank(weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, float(self.scaling[name]))
 
 
-# ------------------------------------------------------------------------------------------------- RMS norm
-
-
-class _RmsNorm(torch.autograd.Function):
-    """y = (w + offset) x / sqrt(mean(x^2) + eps), 1910.07467; statistics in float32. Keeps x and one number per row."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, inverse)
-        ctx.offset = offset
-        return (x * inverse).to(x.dtype).mul_(weight + offset if offset else weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverse = ctx.saved_tensors
-        grad_x = grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad * x).mul_(inverse).flatten(0, -2).sum(0).to(weight.dtype)
-        if ctx.needs_input_grad[0]:
-            weighted = grad * (weight + ctx.offset if ctx.offset else weight)
-            along = torch.linalg.vecdot(weighted, x).unsqueeze(-1) * (inverse**3 / -x.shape[-1])
-            grad_x = (weighted * inverse).addcmul_(x, along).to(x.dtype)
-        return grad_x, grad_weight, None, None
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-    """x [..., D], weight [D] of one dtype -> [..., D]. offset 1.0: Gemma's form, where weights are around zero."""
-    if x.is_cuda:  # torch has a kernel of its own there
-        return F.rms_norm(x, weight.shape, weight + offset if offset else weight, eps)
-    out: Tensor = _RmsNorm.apply(x, weight, eps, offset)
-    return out
-
-
-def fused_norm(kind: type[nn.Module], offset: float) -> type[nn.Module]:
-    """A subclass of a model's own norm with the fused forward; its own for inputs of another dtype than the weight."""
-
-    def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        if hidden_states.dtype != self.weight.dtype:
-            plain: Tensor = kind.forward(self, hidden_states)
-            return plain
-        return rms_norm(hidden_states, self.weight, _epsilon(self), offset)
-
-    return type(f"Fused{kind.__name__}", (kind,), {"forward": forward})
-
-
-def _epsilon(norm: Any) -> float:
-    return float(norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps)
-
-
 # ------------------------------------------------------------------------------------------------- exchange
 
 
-def fuse(model: nn.Module) -> Counter[str]:
-    """Exchange what can be; returns how many modules of each of the models' classes were."""
-    from align.model.fused_mlp import computes_gated_silu, fused_mlp, looks_like_mlp
-    from align.model.fused_rotary import calls_rotation, fused_rotary
+class Exchange(Counter[str]):
+    """How many modules of each class were exchanged. left: how many keep their own code, by class and reason."""
 
-    exchanged: Counter[str] = Counter()
-    known: dict[type[nn.Module], type[nn.Module] | None] = {LoraLinear: FusedLoraLinear}
+    def __init__(self) -> None:
+        super().__init__()
+        self.left: Counter[tuple[str, str]] = Counter()
+
+    def lines(self) -> list[str]:
+        """One of what was exchanged, and one for each class that was left."""
+        done = ", ".join(f"{count} {name}" for name, count in sorted(self.items()))
+        return [f"fused: {done or 'nothing'}"] + [
+            f"not fused: {count} {name}, {reason}" for (name, reason), count in sorted(self.left.items())
+        ]
+
+
+def fuse(model: nn.Module) -> Exchange:
+    """Exchange what can be; returns what was, and what was not and why."""
+    from align.model.fused_mlp import looks_like_mlp, mlp_class
+    from align.model.fused_rotary import calls_rotation, rotary_class
+
+    kinds = ((_has_lora, _lora_class), (looks_like_norm, norm_class), (looks_like_mlp, mlp_class))
+    done = Exchange()
     # from the inside out: a feed-forward is judged by what its projections have become
     for module in reversed(list(model.modules())):
-        kind = type(module)
-        if kind not in known:
-            if _looks_like_norm(module):
-                known[kind] = _equal_norm(module)
-            elif looks_like_mlp(module):
-                known[kind] = fused_mlp(kind) if computes_gated_silu(module) else None
-            elif calls_rotation(module):
-                known[kind] = fused_rotary(kind)
-            else:
-                continue
-        fused = known[kind]
-        if fused is not None:
-            module.__class__ = fused
-            exchanged[kind.__name__] += 1
-    return exchanged
+        if getattr(type(module), FUSED, False):
+            continue
+        for looks_like, fused_class in (*kinds, (calls_rotation, rotary_class)):
+            if looks_like(module):
+                found, name = fused_class(module), type(module).__name__
+                if isinstance(found, str):
+                    done.left[name, found] += 1
+                else:
+                    module.__class__ = found
+                    done[name] += 1
+                break
+    return done
 
 
-def _looks_like_norm(module: nn.Module) -> bool:
-    parameters = dict(module.named_parameters())
-    only_weight = set(parameters) == {"weight"} and parameters["weight"].ndim == 1
-    has_epsilon = hasattr(module, "variance_epsilon") or hasattr(module, "eps")
-    return only_weight and has_epsilon and not type(module).__name__.startswith("Fused")
+def _has_lora(module: nn.Module) -> bool:
+    return isinstance(module, LoraLayer)
 
 
-def _equal_norm(module: Any) -> type[nn.Module] | None:
-    """The fused class whose values and gradients are those of `module` on random numbers, or None."""
-    single: Any = copy.deepcopy(module).to("cpu", torch.float32).requires_grad_(True)
-    generator = torch.Generator().manual_seed(0)
-    x, grad = (torch.randn(3, single.weight.shape[0], generator=generator) for _ in range(2))
-    try:
-        expected = _values(single, x, grad)
-        for offset in (0.0, 1.0):
-            fused = fused_norm(type(module), offset)
-            single.__class__ = fused
-            found = _values(single, x, grad)
-            if all(torch.allclose(a, b, atol=1e-5, rtol=1e-5) for a, b in zip(found, expected, strict=True)):
-                return fused
-            single.__class__ = type(module)
-    except (TypeError, RuntimeError, AttributeError) as error:  # another signature: not a plain norm
-        log.debug("%s keeps its own forward: %s", type(module).__name__, error)
-        return None
-    log.debug("%s keeps its own forward: it computes something else", type(module).__name__)
-    return None
-
-
-def _values(norm: Any, x: Tensor, grad: Tensor) -> list[Tensor]:
-    x = x.clone().requires_grad_()
-    y = norm(x)
-    return [y, *torch.autograd.grad(y, [x, norm.weight], grad)]
+def _lora_class(module: nn.Module) -> type[nn.Module] | str:
+    if type(module) is not LoraLinear:
+        return "it is another adapter than LoRA on a linear layer"
+    return "its forward was replaced" if replaced(module) else FusedLoraLinear

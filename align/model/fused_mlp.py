@@ -8,13 +8,16 @@ gradient nothing is. LoRA on any of the three is folded into the products, as in
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.activations import SiLUActivation
 
+from align.model.forms import FUSED, known_method, replaced, watched
 from align.model.fused import FusedLoraLinear, LowRank, save, saved
 from align.model.head import add_product
 from align.model.quantised import Packed, QuantisedLinear, linear_weight
@@ -22,6 +25,7 @@ from align.model.tiles import SLICE_ELEMENTS
 
 MIN_ROWS = 128
 NAMES = ("gate_proj", "up_proj", "down_proj")
+SILU = (nn.SiLU, SiLUActivation)
 
 
 class _Grads:
@@ -51,7 +55,7 @@ def _slices(rows: int, width: int, like: Tensor) -> Iterator[slice]:
     """On a CPU, slices whose inner activation fits the cache; elsewhere all rows."""
     step = rows
     if like.device.type == "cpu":
-        step = max(MIN_ROWS, SLICE_ELEMENTS // width)
+        step = max(MIN_ROWS, SLICE_ELEMENTS // max(width, 1))
     yield from (slice(i, i + step) for i in range(0, rows, max(step, 1)))
 
 
@@ -106,7 +110,9 @@ def _parts(tensors: Any, scalings: tuple[float, float, float], rows: Tensor) -> 
 
 
 def _source(linear: Any, x: Tensor) -> LowRank | None:
-    """The map of a linear layer with or without one plain adapter; None for anything else."""
+    """The map of a linear layer with or without one plain adapter; None for anything else, and under hooks."""
+    if watched(linear):
+        return None
     if type(linear) in (nn.Linear, QuantisedLinear):
         return LowRank(linear_weight(linear), linear.bias)
     return linear.source(x) if isinstance(linear, FusedLoraLinear) else None
@@ -114,7 +120,7 @@ def _source(linear: Any, x: Tensor) -> LowRank | None:
 
 def _fused(module: Any, x: Tensor) -> Tensor | None:
     """The fused product, or None where it does not hold: other dtypes, biases, several adapters, dropout, autocast."""
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) or type(module.act_fn) not in SILU or watched(module.act_fn):
         return None
     found = [_source(getattr(module, name), x) for name in NAMES]
     sources = [one for one in found if one is not None and one.bias is None and one.weight.dtype == x.dtype]
@@ -125,36 +131,50 @@ def _fused(module: Any, x: Tensor) -> Tensor | None:
     return out
 
 
-def fused_mlp(kind: type[nn.Module]) -> type[nn.Module]:
+@functools.cache
+def fused_mlp(kind: Any) -> type[nn.Module]:
     """A subclass of a model's own feed-forward; its own forward where the fused one does not hold."""
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        fused = _fused(self, x)
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        fused = _fused(self, args[0]) if len(args) == 1 and not kwargs else None
         if fused is not None:
             return fused
-        plain: Tensor = kind.forward(self, x)
+        plain: Tensor = kind.forward(self, *args, **kwargs)
         return plain
 
-    return type(f"Fused{kind.__name__}", (kind,), {"forward": forward})
+    return type(f"Fused{kind.__name__}", (kind,), {"forward": forward, FUSED: True})
+
+
+# models' gated feed-forwards, as they are written there
+class _Named:
+    def forward(self: Any, x: Any) -> Any:
+        down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return down_proj  # noqa: RET504
+
+
+class _Returned:
+    def forward(self: Any, x: Any) -> Any:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 def looks_like_mlp(module: nn.Module) -> bool:
-    """Three projections and an activation, no more, under their usual names."""
-    return set(dict(module.named_children())) == {*NAMES, "act_fn"} and not type(module).__name__.startswith("Fused")
+    """It has a gate: whether it is one that is known is for `mlp_class` to say."""
+    return hasattr(module, "gate_proj") and hasattr(module, "down_proj")
 
 
-@torch.no_grad()
-def computes_gated_silu(module: Any) -> bool:
-    """Whether the activation is SiLU, and a few random tokens come out as from the fused product."""
-    generator = torch.Generator().manual_seed(0)
-    z = torch.linspace(-6, 6, 25)
-    gate = module.gate_proj.get_base_layer() if isinstance(module.gate_proj, FusedLoraLinear) else module.gate_proj
-    try:
-        if not isinstance(gate, nn.Linear) or not torch.allclose(module.act_fn(z), F.silu(z), atol=1e-6):
-            return False
-        weight = linear_weight(gate)
-        x = torch.randn(3, weight.shape[1], generator=generator).to(weight.device, weight.dtype)
-        fused, own = _fused(module, x), module(x)
-    except (TypeError, RuntimeError, AttributeError):
-        return False
-    return fused is not None and bool((fused - own).float().norm() <= 0.02 * own.float().norm())
+def mlp_class(module: Any) -> type[nn.Module] | str:
+    """The fused class for a feed-forward, or why it keeps its own code."""
+    if replaced(module) or known_method(type(module), (_Named, _Returned)) is None:
+        return "its code is no gated feed-forward that is known"
+    if type(module.act_fn) not in SILU:
+        return f"its activation is {type(module.act_fn).__name__}, not SiLU"
+    for name in NAMES:
+        layer = getattr(module, name)
+        base = layer.get_base_layer() if isinstance(layer, FusedLoraLinear) else layer
+        if type(base) not in (nn.Linear, QuantisedLinear):
+            return f"its {name} is a {type(base).__name__}"
+        if base.bias is not None:
+            return f"its {name} has a bias"
+    kind: Any = type(module)
+    return fused_mlp(kind)

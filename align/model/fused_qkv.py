@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from align.model.fused import FusedLoraLinear, LowRank, folds, save, saved
+from align.model.fused import FusedLoraLinear, LowRank, folds, save, saved, version_of
 from align.model.quantised import Packed, dense
 
 NAMES = ("q_proj", "k_proj", "v_proj")
@@ -103,7 +103,7 @@ def give(module: Any, x: Tensor) -> None:
     )
     tensors = [tensor for part in found for tensor in (part.weight, part.a, part.b)]
     for projection, y in zip(projections, _Joint.apply(x, bias, sizes, *tensors), strict=True):
-        projection.given = (x, y)
+        projection.given = (x, version_of(x), y)
 
 
 def withdraw(module: Any) -> None:

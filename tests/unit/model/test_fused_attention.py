@@ -168,7 +168,8 @@ def test_where_a_part_of_each_head_is_turned_the_model_turns_it_itself() -> None
     own = modeling_qwen3_5.apply_rotary_pos_emb
     q, k = torch.randn(1, 4, 5, 16), torch.randn(1, 2, 5, 16)
     cos, sin = torch.randn(1, 5, 4), torch.randn(1, 5, 4)
-    for mine, theirs in zip(fused_rotary._whole_heads(own)(q, k, cos, sin), own(q, k, cos, sin), strict=True):
+    turn = fused_rotary.whole_heads(own, fused_rotary.rotate)
+    for mine, theirs in zip(turn(q, k, cos, sin), own(q, k, cos, sin), strict=True):
         assert torch.equal(mine, theirs)
 
 
