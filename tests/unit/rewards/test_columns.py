@@ -38,7 +38,7 @@ ROWS: list[dict[str, Any]] = [
         "true": True, "zero": 0, "minus": -0.5, "list": [1, 1.0, None, "a"], "object": {"a": None, "b": {"c": [0]}},
         "level": "data: " + "what a table says, " * 20, "big": 2**60, "small": 1e-300, "answer": "42",
     },
-    {"prompt": "two", "weight": 0.5, "int": 2, "float": 2.5, "whole": 4.0, "text": "zwei", "null": "sometimes", "answer": 42},
+    {"prompt": "two", "weight": 0.5, "int": 2, "float": 2.5, "whole": 4.0, "text": "zwei", "null": "x", "answer": 42},
 ]  # fmt: skip
 
 
@@ -95,7 +95,16 @@ def test_columns_of_parquet_keep_nulls_and_what_json_does_not_have(tmp_path: Pat
     }
     pyarrow.parquet.write_table(pyarrow.table(columns), file)
     first, second = rows_seen(file, tokenizer, "ours", "align")
-    expected = {"prompt": "one", "int": 1, "float": 1.0, "short": 7, "when": when, "exact": when,
-                "long": datetime.timedelta(seconds=1.5), "list": [1, None], "object": {"a": None, "b": 2.0}}  # fmt: skip
+    expected = {
+        "prompt": "one",
+        "int": 1,
+        "float": 1.0,
+        "short": 7,
+        "when": when,
+        "exact": when,
+        "long": datetime.timedelta(seconds=1.5),
+        "list": [1, None],
+        "object": {"a": None, "b": 2.0},
+    }
     assert same(first, expected), first
     assert second == dict.fromkeys(expected) | {"prompt": "two", "short": 8}
