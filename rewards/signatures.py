@@ -6,8 +6,9 @@ trl: `f(prompts=, completions=, completion_ids=, trainer_state=, log_extra=, log
 swift: `f(completions, **columns)` with strings, and `messages` with the completion as last turn; functions and the
     ORM classes, which are made once with `args` (swift/rewards/orm.py).
 
-None stays "not applicable". A function without **kwargs gets those of the names that it takes. `trainer_state` is
-None: a plugin sees samples, not the trainer.
+Those trainers call with all completions of each prompt, and many functions compare them: so they are called here,
+unless the recipe or `@reward` says `scope: sample`. None stays "not applicable". A function without **kwargs gets those
+of the names that it takes. `trainer_state` is None: a plugin sees samples, not the trainer.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from align.mediastore import described
 from align.protocols import Medium
 
 _LONG_URI = 200  # characters of a data URI that go no further than the data
+_DATA_URI = re.compile(r"data:[\w.+*/-]*(?:;[\w.=-]+)*;base64,", re.IGNORECASE)  # and no text that begins so
 
 Messages = tuple[dict[str, Any], ...]
 
@@ -30,7 +32,7 @@ def light(values: Mapping[str, Any]) -> dict[str, Any]:
 def _without_bytes(value: Any) -> Any:
     if isinstance(value, bytes | bytearray | memoryview):
         return None
-    if isinstance(value, str) and len(value) > _LONG_URI and value.startswith("data:"):
+    if isinstance(value, str) and len(value) > _LONG_URI and _DATA_URI.match(value):
         return f"{value[: value.find(',') + 1]}..."
     if isinstance(value, dict):
         return {name: _without_bytes(item) for name, item in value.items()}

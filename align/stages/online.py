@@ -218,11 +218,14 @@ class OnlineStage:
         return metrics
 
 
+_TROUBLES = ("/error_rate", "/failed_calls", "/stripped")  # of a reward
+
+
 def greedy_metrics(groups: Sequence[Group], table: ScoreTable) -> Metrics:
     """Means over greedy completions: each objective by name, accuracy, mean_length in tokens, shares.
 
     accuracy is the objective of that name, else the first one; a missing score is left out of its mean, and a mean of
-    nothing is left out of the result.
+    nothing is left out of the result. Of rewards that failed, how often.
     """
     completions = [c for group in groups for c in group.completions]
     columns = {name: table.scores[:, k] for k, name in enumerate(table.objectives)}
@@ -235,6 +238,7 @@ def greedy_metrics(groups: Sequence[Group], table: ScoreTable) -> Metrics:
         "truncated": float(np.mean([c.truncated for c in completions])),
         "missing": float(np.mean(~np.isfinite(table.scores))),
         "completions": float(len(completions)),
+        **{name: value for name, value in table.metrics.items() if value and name.endswith(_TROUBLES)},
     }
 
 

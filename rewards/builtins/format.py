@@ -30,7 +30,8 @@ def format(
 
     Args:
         parts: regular expressions, such as ["<think>.+?</think>", "#### -?[\\\\d,.]+$"]; white space around the
-            completion is taken off first. flags: letters of i, m, s, x.
+            completion is taken off first. Marks that are special tokens are there with `text: raw` alone.
+        flags: letters of i, m, s, x.
         max_tokens: one more part to earn: the completion has at most so many tokens.
         complete: one more part to earn: the completion ended by itself, not by the limit of the rollout.
     """

@@ -46,7 +46,8 @@ def function_call(
 ) -> list[Score]:
     """1 where the completion makes the gold answer's calls, else 0 and the reason.
 
-    The completion may be JSON ({"name", "arguments"}, or a list), `<tool_call>` blocks, or Python (`[f(a=1)]`).
+    The completion may be JSON ({"name", "arguments"}, or a list), `<tool_call>` blocks, or Python (`[f(a=1)]`). Where
+    `<tool_call>` is a special token, say `text: raw`: several calls are not told apart without.
 
     Args:
         column: the row's column with the gold calls: BFCL's possible answers [{name: {argument: [value, ...]}}], or

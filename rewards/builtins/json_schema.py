@@ -35,6 +35,7 @@ def json_schema(
     samples: Sequence[Sample], *, schema: dict[str, Any] | None = None, column: str | None = None
 ) -> list[Score]:
     """1 where the completion, a code fence around it aside, is JSON that fits the schema; else 0 and the reason.
+    Special tokens are no part of it, unless the reward says `text: raw`.
 
     Args:
         schema: the schema of all completions. column: the row's column that holds it instead, as an object or as JSON.

@@ -37,7 +37,8 @@ def regex(
     """1 where the completion matches, else 0.
 
     Args:
-        pattern: a regular expression of Python's `re`. mode: search (anywhere), match (at the start), fullmatch.
+        pattern: a regular expression of Python's `re`; for marks that are special tokens say `text: raw`.
+        mode: search (anywhere), match (at the start), fullmatch.
         flags: letters of i, m, s, x. strip: white space around the completion is taken off first.
     """
     compiled = compile_pattern(pattern, flags)

@@ -197,11 +197,11 @@ def rollouts(here: Path, origin: str, media: tuple[Medium, ...] = ()) -> Path:
     message = {"role": "user", "content": "2+2?"}
     prompt = PromptItem(70, np.arange(3), 0, (message,), {}, origin, media)
 
-    def said(text: str, finish: Any) -> Completion:
+    def said(text: str, finish: Any, raw: str | None = None) -> Completion:
         ids = np.arange(4, dtype=np.int64)
-        return Completion(ids, np.zeros(4, np.float32), np.full(4, 2, np.int32), text, finish)
+        return Completion(ids, np.zeros(4, np.float32), np.full(4, 2, np.int32), text, finish, raw)
 
-    group = Group(prompt, (said("it is 4", "eos"), said("it is", "length")))
+    group = Group(prompt, (said("it is 4", "eos", "it is <answer>4</answer>"), said("it is", "length")))
     table = ScoreTable(("right",), np.zeros((2, 1), np.float32), ("reward",))
     log = RolloutLog(here / "rollouts")
     log.cut_back(0)
@@ -215,6 +215,29 @@ def test_a_runs_rollouts_are_tried_with_the_rows_they_came_from(here: Path, caps
     status, said = attempt(capsys, "try", "mine.py:right", "--data", str(folder), "--completion", "completion")
     assert status == 0 and "above 1 other answers, equal to 1" in said
     assert "(step 1, group 70, sample 0): right 1" in said and "(step 1, group 70, sample 1): right 0" in said
+
+
+def test_rollouts_are_tried_with_their_special_tokens_or_without(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = rollouts(here, f"{here}/rows.jsonl:1")
+    words = ["try", "regex", "--data", str(folder), "--completion", "completion", "--args", "pattern=<answer>4"]
+    status, said = attempt(capsys, *words)
+    assert status == 0 and "sample 0): regex 0" in said
+    assert "note: 1 texts were scored without their special tokens; --text raw" in said
+    status, said = attempt(capsys, *words, "--text", "raw")
+    assert status == 0 and 'sample 0): regex 1\n    scored: "it is <answer>4</answer>"' in said and "note" not in said
+
+
+def test_failed_calls_are_told_and_the_scope_may_be_chosen(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{**ROWS[0], "said": ["five", "4", "4"]}, ROWS[1] | {"said": ["5", "5", "6"]}]
+    (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, said = on_rows(capsys, "picky")
+    assert status == 0 and "failed calls: 3 of 5" in said and "3 x raised: ValueError: five is not my number" in said
+    assert "errors: 1 of 6 samples failed" in said
+    status, said = on_rows(capsys, "picky", "--scope", "batch")
+    assert status == 0, "one group may fail"
+    assert "errors: 3 of 6 samples failed" in said and "failed calls: 2 of 3" in said
 
 
 def test_rollouts_whose_data_are_gone_are_tried_without_rows(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,7 +189,16 @@ def test_accuracy_is_the_objective_of_that_name_or_else_the_first() -> None:
     assert named["accuracy"] == 0.5 and named["short"] == 1.0 and named["mean_length"] == 1.5
     assert named["missing"] == 0.25
     first = greedy_metrics(groups, ScoreTable(("short", "other"), scores, ("reward",) * 2))
-    assert first["accuracy"] == 1.0
+    assert first["accuracy"] == 1.0 and not any(name.startswith("reward/") for name in first)
+    metrics = {
+        "reward/a/error_rate": 0.5,
+        "reward/a/failed_calls": 1.0,
+        "reward/b/error_rate": 0.0,
+        "reward/a/calls": 2,
+    }
+    failed = greedy_metrics(groups, ScoreTable(("short", "a"), scores, ("reward",) * 2, metrics=metrics))
+    found = {name: value for name, value in failed.items() if name.startswith("reward/")}
+    assert found == {"reward/a/error_rate": 0.5, "reward/a/failed_calls": 1.0}
 
 
 def test_a_prompts_weight_multiplies_the_advantages_of_its_group_after_normalisation(tmp_path: Path) -> None:
