@@ -33,6 +33,7 @@ from ray.exceptions import (
 )
 
 from align import packages
+from align.actors.head import HeadWatch
 from align.errors import AlignError, LostError, SetupError
 from align.stages.owned import owned_folder
 
@@ -105,6 +106,9 @@ class Cluster:
                 remedy="check the address with `ray status`" if address else "`align doctor` examines this machine",
             ) from error
 
+        head = None if self.local else str(ray.get_runtime_context().gcs_address)
+        self.watch = HeadWatch(head)
+
     def total(self, resource: str) -> float:
         return float(ray.cluster_resources().get(resource, 0.0))
 
@@ -115,7 +119,10 @@ class Cluster:
 
     def close(self) -> None:
         """Disconnect; a local cluster ends with its workers, and its logs of note move to the run folder."""
+        if self.watch.gone is None:
+            self.watch.close()
         ray.shutdown()
+        self.watch.close()
         self._keep_logs()
         self._end()
 
