@@ -27,7 +27,6 @@ from ray.exceptions import (
     ObjectLostError,
     OutOfMemoryError,
     RayActorError,
-    RayError,
     RayTaskError,
     WorkerCrashedError,
 )
@@ -97,11 +96,12 @@ class Cluster:
                 runtime_env={"worker_process_setup_hook": packages.bind, "env_vars": temporary},
                 **(own if self.local else {}),
             )
-        except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except Exception as error:  # where a node does not come up in time, Ray raises just that
             self._end()
             where = address or "this machine"
+            said = _first_line(error)
             raise SetupError(
-                f"Ray cannot be reached: {error}" if address else f"Ray cannot be started: {error}",
+                f"Ray cannot be reached: {said}" if address else f"Ray cannot be started: {said}",
                 where=where,
                 remedy="check the address with `ray status`" if address else "`align doctor` examines this machine",
             ) from error

@@ -50,8 +50,8 @@ class HeadWatch:
             if why is not None:
                 self.gone = LostError(
                     f"Ray's head is gone: {why}",
-                    remedy="--resume continues from the last checkpoint; out of memory and `ray stop` are usual causes, "
-                    f"and logs/{LOG} has what Ray's libraries said",
+                    remedy="--resume continues from the last checkpoint; out of memory is the usual cause, and "
+                    f"logs/{LOG} has what Ray's libraries said",
                 )
         return self.gone
 
