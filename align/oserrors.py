@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from align.errors import AlignError, RunFolderError, SetupError
@@ -32,6 +34,17 @@ _REMEDIES = {
     errno.EBUSY: "something else uses it",
     errno.EXDEV: "it leads to another file system: use one for the whole run",
 }
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Errors of the system inside say which file they are about: a write to an open one does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def is_known(error: OSError) -> bool:

@@ -92,7 +92,7 @@ def _named(call: ast.Call) -> list[str]:
     name = target.attr if isinstance(target, ast.Attribute) else target.id if isinstance(target, ast.Name) else ""
     first = call.args[0] if call.args else None
     known = name in _DYNAMIC and isinstance(first, ast.Constant) and isinstance(first.value, str)
-    return [first.value] if known else []  # type: ignore[union-attr, list-item]
+    return [first.value] if known else []  # type: ignore[union-attr]
 
 
 def _found(module: str, roots: list[Path]) -> Iterator[Path]:

@@ -27,12 +27,12 @@ from ray.exceptions import (
     ObjectLostError,
     OutOfMemoryError,
     RayActorError,
-    RayError,
     RayTaskError,
     WorkerCrashedError,
 )
 
 from align import packages
+from align.actors.head import HeadWatch
 from align.errors import AlignError, LostError, SetupError
 from align.stages.owned import owned_folder
 
@@ -96,14 +96,18 @@ class Cluster:
                 runtime_env={"worker_process_setup_hook": packages.bind, "env_vars": temporary},
                 **(own if self.local else {}),
             )
-        except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except Exception as error:  # where a node does not come up in time, Ray raises just that
             self._end()
             where = address or "this machine"
+            said = _first_line(error)
             raise SetupError(
-                f"Ray cannot be reached: {error}" if address else f"Ray cannot be started: {error}",
+                f"Ray cannot be reached: {said}" if address else f"Ray cannot be started: {said}",
                 where=where,
                 remedy="check the address with `ray status`" if address else "`align doctor` examines this machine",
             ) from error
+
+        head = None if self.local else str(ray.get_runtime_context().gcs_address)
+        self.watch = HeadWatch(head)
 
     def total(self, resource: str) -> float:
         return float(ray.cluster_resources().get(resource, 0.0))
@@ -115,7 +119,10 @@ class Cluster:
 
     def close(self) -> None:
         """Disconnect; a local cluster ends with its workers, and its logs of note move to the run folder."""
+        if self.watch.gone is None:
+            self.watch.close()
         ray.shutdown()
+        self.watch.close()
         self._keep_logs()
         self._end()
 

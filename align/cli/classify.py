@@ -32,6 +32,7 @@ from align.recipe.labels import Labels
 from align.recipe.parts import Packing
 from align.stages.files import write_text
 from align.stages.handover import adapter_in
+from align.stages.manifest import require_artefact
 
 if TYPE_CHECKING:
     from align.train.trainer import PolicyTrainer
@@ -74,6 +75,7 @@ def main(arguments: argparse.Namespace) -> int:
 def find(model: str, base: str | None) -> Classifier:
     """The folders of a classifier or reward model. Raises ModelError for a model without score head."""
     folder = resolve_model_folder(model)
+    require_artefact(folder)
     adapter = folder if (folder / "adapter_config.json").is_file() else None
     if adapter is not None:
         config = read_adapter_config(adapter)
@@ -82,6 +84,7 @@ def find(model: str, base: str | None) -> Classifier:
         if not named:
             raise ModelError("the adapter names no base", where=adapter, remedy="give it as --base")
         folder = resolve_model_folder(str(named))
+        require_artefact(folder)
     from align.model.score_head import adapter_labels, folder_labels  # torch: only once the folders are there
 
     labels = adapter_labels(adapter) if adapter is not None and scores(config) else folder_labels(folder)

@@ -6,12 +6,16 @@ import argparse
 from pathlib import Path
 
 from align.hub import resolve_model_folder
+from align.stages.manifest import require_artefact
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Merge, and print what the proofs measured. Raises ModelError, Unsupported or ExportError."""
+    """Merge, and print what the proofs measured. Raises ModelError, Unsupported or ExportError, and
+    RunFolderError where one of them is a stage's and no longer what it wrote."""
     base = resolve_model_folder(arguments.base)
     adapter = resolve_model_folder(arguments.adapter)
+    for folder in (base, adapter):
+        require_artefact(folder)
     from align.export.merge import merge  # torch: only once the folders are there
     from align.report.quiet import quiet
 

@@ -13,12 +13,12 @@ import signal
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.cli.check import validate
 from align.cli.machine import Machine
 from align.cli.plan import Plan
-from align.errors import Interrupted
+from align.errors import Interrupted, LostError
 from align.recipe.load import dump_recipe, load_document
 from align.recipe.shipping import python_files
 from align.report.plots import write_report
@@ -32,6 +32,9 @@ from align.stages.publication import PublicationFolder
 from align.stages.reaper import Reaper
 from align.stages.restarts import MAX_RESTARTS
 from align.stages.runfolder import RUN, RunFolder
+
+if TYPE_CHECKING:
+    from align.actors.head import HeadWatch
 
 _CHILDREN_LIMIT_S = 10.0
 
@@ -67,6 +70,7 @@ def _run(plan: Plan, run: RunFolder, reporter: Reporter, arguments: argparse.Nam
     """The pipeline on its cluster; both are gone when this returns or raises."""
     from align.actors.build import RayBackend
     from align.actors.cluster import Cluster
+    from align.actors.head import native_output
 
     with ExitStack() as stack:
         sweep(run.path, say=reporter.message)
@@ -76,8 +80,10 @@ def _run(plan: Plan, run: RunFolder, reporter: Reporter, arguments: argparse.Nam
             reporter.message(run.lock.note)
         if arguments.address is not None:
             keep_sources(python_files(plan.recipe, folder), run.path)
+        stack.enter_context(native_output(run.path / "logs"))
         cluster = Cluster(arguments.address, run_folder=run.path, cores=arguments.cores)
         stack.callback(cluster.close)
+        watch = cluster.watch
         # nodes of a cluster come and go, and the driver may be on none of them
         publications = PublicationFolder(run.path, shared=not cluster.local)
         stack.callback(publications.close)
@@ -88,6 +94,7 @@ def _run(plan: Plan, run: RunFolder, reporter: Reporter, arguments: argparse.Nam
             _until_done(
                 reporter,
                 run,
+                watch,
                 lambda stop: run_pipeline(
                     plan.recipe,
                     run,
@@ -104,9 +111,9 @@ def _run(plan: Plan, run: RunFolder, reporter: Reporter, arguments: argparse.Nam
         )
 
 
-async def _until_done(reporter: Reporter, run: RunFolder, start: Any) -> dict[str, Any]:
+async def _until_done(reporter: Reporter, run: RunFolder, watch: HeadWatch, start: Any) -> dict[str, Any]:
     """Await the pipeline. The first Ctrl-C (or SIGTERM) lets the step finish and saves; the second ends it at once, and
-    so does a run folder that another driver has by now."""
+    so do a run folder that another driver has by now, and a cluster without its head."""
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     task: asyncio.Task[dict[str, Any]] = asyncio.ensure_future(start(stop))
 
@@ -121,11 +128,18 @@ async def _until_done(reporter: Reporter, run: RunFolder, start: Any) -> dict[st
         loop.add_signal_handler(number, interrupted)
     if run.lock is not None:
         run.lock.on_lost = lambda error: loop.call_soon_threadsafe(task.cancel)
+    watch.on_gone = lambda error: loop.call_soon_threadsafe(task.cancel)
     try:
         return await task
+    except LostError as error:  # of an actor: perhaps the first to notice
+        if (gone := watch.look()) is not None:
+            raise gone from error
+        raise
     except asyncio.CancelledError:
         if run.lock is not None and run.lock.lost is not None:
             raise run.lock.lost from None
+        if watch.gone is not None:
+            raise watch.gone from None
         raise Interrupted(
             "stopped at once, without a new checkpoint", remedy="--resume continues from the last one"
         ) from None

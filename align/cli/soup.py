@@ -20,6 +20,7 @@ from align.recipe.load import load_recipe
 from align.recipe.schema import Recipe
 from align.recipe.stages import EvaluateStage
 from align.recipe.support import LARGEST_SERVED_RANK
+from align.stages.manifest import require_artefact
 
 if TYPE_CHECKING:
     from align.export.soup import SoupReport
@@ -34,6 +35,8 @@ def main(arguments: argparse.Namespace) -> int:
     """
     adapters = [resolve_model_folder(word) for word in arguments.adapters]
     base = resolve_model_folder(arguments.base, weights=False) if arguments.base else None
+    for folder in adapters:
+        require_artefact(folder)
     vectors = _vectors(arguments, len(adapters))
     recipe = load_recipe(arguments.recipe) if arguments.recipe else None
     stage = chosen(exams(recipe), arguments.stage, "evaluate stage", arguments.recipe) if recipe else None

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TextIO
 
 from align.errors import SetupError
 from align.jsonl import read_lines
+from align.oserrors import naming
 from align.recipe.schema import Recipe
 
 
@@ -45,12 +46,14 @@ class MetricsFile:
     def write(self, stage: str, step: int, now: float, metrics: Mapping[str, float]) -> None:
         numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         line = json.dumps({"step": step, "time": round(now, 3), **numbers}, allow_nan=False)
-        self._files[stage].write(line + "\n")
-        self._files[stage].flush()
+        with naming(self._files[stage].name):
+            self._files[stage].write(line + "\n")
+            self._files[stage].flush()
 
     def close(self) -> None:
         for file in self._files.values():
-            file.close()
+            with naming(file.name), file:  # closed, whatever becomes of what is still to be written
+                file.flush()
         self._files.clear()
 
 

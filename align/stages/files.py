@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import RunFolderError
+from align.oserrors import naming
 
 _CHUNK = 1 << 22
 RESTORE = "restore it from a copy, or start a new run: name=<another>"
@@ -33,7 +34,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Replace the content of `path`; where that fails (a full disk), it is what it was, and nothing is left beside."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with aside.open("wb") as handle:
+        with naming(path), aside.open("wb") as handle:
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
@@ -89,7 +90,7 @@ def sync_folder(folder: Path) -> None:
 def sha256_and_sync(path: Path) -> str:
     """Hash a file's content, having forced it to disk: what the hash promises is then what a reader will find."""
     digest = hashlib.sha256()
-    with path.open("rb") as handle:
+    with naming(path), path.open("rb") as handle:
         os.fsync(handle.fileno())
         while chunk := handle.read(_CHUNK):
             digest.update(chunk)
@@ -112,14 +113,22 @@ def remove_folder(folder: Path) -> None:
         return
     doomed = folder.with_name(f".removing-{folder.name}-{os.getpid()}")
     os.rename(folder, doomed)
-    shutil.rmtree(doomed)
+    _remove(doomed)
+
+
+def _remove(path: Path) -> None:
+    """A folder with what is in it; a file or a link in its place alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what a killed writer or remover left behind in `folder`."""
     for pattern in (".writing-*", ".removing-*"):
         for path in folder.glob(pattern):
-            shutil.rmtree(path)
+            _remove(path)
 
 
 @contextlib.contextmanager

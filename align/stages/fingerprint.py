@@ -74,9 +74,9 @@ def _named_files(part: Any, recipe: Recipe) -> dict[str, str]:
     template where it is a file."""
     known = {recipe.model.path, recipe.model.adapter}
     data, held = part.get("data"), (part.get("eval") or {}).get("data")
-    sources = {*_texts(data), *_texts(held)}
+    sources = {*texts_in(data), *texts_in(held)}
     found: dict[str, str] = {}
-    for text in sorted({*_texts(part), *_texts(recipe.model.chat_template)} - sources - known):
+    for text in sorted({*texts_in(part), *texts_in(recipe.model.chat_template)} - sources - known):
         path = Path(text)
         if not path.is_absolute() or len(text) > _LONGEST:
             continue
@@ -90,12 +90,13 @@ def _named_files(part: Any, recipe: Recipe) -> dict[str, str]:
     return found
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts_in(value: Any) -> Iterator[str]:
+    """Every string in a value of plain JSON."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list | tuple):
         for inner in value.values() if isinstance(value, dict) else value:
-            yield from _texts(inner)
+            yield from texts_in(inner)
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -82,7 +82,7 @@ def _is_left(folder: Path) -> bool:
 def _machine() -> str:
     """This machine over its restarts, for folders that outlive one."""
     file = Path("/etc/machine-id")
-    return f"{socket.gethostname()}/{file.read_text(encoding='ascii').strip() if file.is_file() else ''}"
+    return f"{socket.gethostname()}/{file.read_text(encoding='utf-8').strip() if file.is_file() else ''}"
 
 
 def _namespace() -> str:

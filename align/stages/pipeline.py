@@ -17,12 +17,11 @@ from align.data.scratch import train_tokenizer
 from align.hub import resolve_model_folder
 from align.recipe.families import family_of
 from align.recipe.schema import Recipe
-from align.recipe.stages import ReferencePath
 from align.stages.backend import Backend, Start
 from align.stages.context import Context, stage_seed
 from align.stages.evaluate import run_evaluate
 from align.stages.files import remove_folder, remove_leftovers, written_aside
-from align.stages.fingerprint import fingerprint
+from align.stages.fingerprint import fingerprint, texts_in
 from align.stages.handover import Origin, adapter_of, check_adapters, start_of, weights_of
 from align.stages.loop import Report, StageResult
 from align.stages.manifest import BASE, require_artefact, write_manifest
@@ -140,7 +139,7 @@ async def run_pipeline(
 
 
 def _used(context: Context, stage: Any) -> set[Path]:
-    """The folders that a stage starts from, or judges."""
+    """The folders that a stage starts from or judges, and those that its settings name (a reference, a judge)."""
     done = context.run.finished()
     if stage.kind == "evaluate":
         names = [name.partition("@") for name in stage.of]
@@ -151,10 +150,8 @@ def _used(context: Context, stage: Any) -> set[Path]:
         ]
     else:
         starts = [start_of(context.recipe, stage, context.origin, done)]
-    reference = getattr(stage, "reference", None)
-    named = [reference.path, reference.adapter] if isinstance(reference, ReferencePath) else []
-    others = [Path(text).expanduser().absolute() for text in named if text]
-    return {path for start in starts for path in (start.base, start.adapter) if path is not None} | set(others)
+    named = {Path(text) for text in texts_in(stage.model_dump(mode="json")) if text.startswith("/")}
+    return {path for start in starts for path in (start.base, start.adapter) if path is not None} | named
 
 
 async def _run_stage(context: Context, stage: Any, mark: Mapping[str, Any], restarts: Restarts) -> None:

@@ -23,7 +23,7 @@ def here() -> str:
 
     Numbers from another set mean nothing here, however the file that names them came to this machine.
     """
-    boot = BOOT.read_text(encoding="ascii").strip() if BOOT.is_file() else socket.gethostname()
+    boot = BOOT.read_text(encoding="utf-8").strip() if BOOT.is_file() else socket.gethostname()
     return f"{boot}/{os.readlink(NAMESPACE) if NAMESPACE.exists() else ''}"
 
 

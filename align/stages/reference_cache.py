@@ -141,7 +141,7 @@ class Stored:
 
     def write(self, path: Path, key: str) -> None:
         """Write aside and rename: a reader sees the whole file or none."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         aside = path.with_name(f".{key}.{uuid4().hex[:8]}")
         try:
             save_file(self.arrays, aside, metadata={"key": key, "sha256": self.checksum})
@@ -201,7 +201,7 @@ class ReferenceCache:
             stored = Stored.of(list(unique), await self._compute(list(unique.values())))
             self.say(f"{self.label}: computed for {len(unique)} trees in {_seconds(begun)}")
             if np.isfinite(stored.values).all():
-                await asyncio.to_thread(stored.write, path, key)
+                await asyncio.to_thread(self._keep, stored, path, key)
             else:  # perhaps by a fault of the machine, which a file would make last
                 self.say(f"{self.label}: some are not finite, so they are not stored")
         values = stored.by_digest()
@@ -226,6 +226,12 @@ class ReferenceCache:
                 said, left = now, (now - begun) / len(found) * (len(trees) - len(found))
                 self.say(f"{self.label}: {len(found)} of {len(trees)} trees, about {left:.0f} s left")
         return found
+
+    def _keep(self, stored: Stored, path: Path, key: str) -> None:
+        try:
+            stored.write(path, key)
+        except (SafetensorError, OSError) as error:  # another user's folder, a full disk
+            self.say(f"{self.label}: they are not kept: {path.parent}: {error}")
 
     def _load(self, path: Path, key: str, digests: Sequence[bytes]) -> Stored | None:
         """What the file holds; None where there is none, or it is not what was written (said, and made again)."""

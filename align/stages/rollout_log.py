@@ -18,6 +18,7 @@ import numpy as np
 
 from align.errors import RunFolderError
 from align.mediastore import described
+from align.oserrors import naming
 from align.protocols import Group, ScoreTable
 from align.stages.files import sync_folder
 
@@ -104,9 +105,10 @@ class RolloutLog:
         aside = target.with_name(f".writing-{target.name}")
         table = pyarrow.Table.from_pylist(self._rows).replace_schema_metadata({KINDS: json.dumps(self._kinds)})
         # a checksum on every page: a reader refuses one that is not what was written
-        pyarrow.parquet.write_table(table, aside, compression="zstd", write_page_checksum=True)
-        with aside.open("rb") as handle:
-            os.fsync(handle.fileno())
+        with naming(target):
+            pyarrow.parquet.write_table(table, aside, compression="zstd", write_page_checksum=True)
+            with aside.open("rb") as handle:
+                os.fsync(handle.fileno())
         os.replace(aside, target)
         sync_folder(self.folder)
         self._rows = []

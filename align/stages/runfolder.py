@@ -67,6 +67,8 @@ class RunFolder:
             lock = FolderLock.take(path)
         except OSError as error:
             raise described(error, path) from error
+        except ValueError as error:  # a zero byte, letters that are none
+            raise RunFolderError(f"no file system takes this name: {error}", where=repr(str(path))) from error
         try:
             _refuse(path, recipe.name, resume, held=True)  # it may have been made since
             return cls._opened(path, recipe, dumped, cwd, lock)

@@ -80,7 +80,7 @@ def _is_mapping(value: Any, kind: type) -> bool:
 def read_summary(path: Path) -> dict[str, Any]:
     """The content of a summary.json. Raises RunFolderError."""
     summary = read_object(path)
-    stages = summary.get("stages")
+    stages: Any = summary.get("stages")
     if not _is_mapping(stages, dict) or not all(isinstance(e.get("metrics", {}), dict) for e in stages.values()):
         raise RunFolderError("it is damaged: `stages` is not what a run writes", where=path, remedy=RESTORE)
     return summary

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from align.cli.main import main
 from align.errors import Interrupted, RunFolderError
 from align.recipe.schema import Recipe
 from align.stages.loop import Loop
@@ -148,6 +149,26 @@ def test_a_model_that_is_another_runs_stage_is_compared_too(recipe: Recipe, tmp_
     )
     with pytest.raises(RunFolderError, match="'release' left has changed"):
         start(recipe.model_copy(update={"name": "second", "model": model}), PlainBackend())
+
+
+@pytest.mark.parametrize("verb", ["merge", "soup", "classify"])
+def test_verbs_that_take_a_stages_folder_compare_it(tmp_path: Path, verb: str, capsys: pytest.CaptureFixture) -> None:
+    adapter = tmp_path / "dpo" / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "' + str(tmp_path) + '"}')
+    (adapter / "adapter_model.safetensors").write_bytes(b"\0" * 64)
+    write_manifest(tmp_path / "dpo", [adapter])
+    flip(adapter / "adapter_model.safetensors", same_time=True)
+    given, out = str(adapter), ["--out", str(tmp_path / "out")]
+    words = {
+        "merge": ["--base", str(tmp_path), "--adapter", given, *out],
+        "soup": [given, given, "--weights", "0.5,0.5", *out],
+        "classify": [given, str(tmp_path / "rows.jsonl"), *out],
+    }
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    assert main([verb, *words[verb]]) == 2
+    said = capsys.readouterr().err
+    assert "what stage 'dpo' left has changed: adapter_model.safetensors is damaged" in said, said
 
 
 def test_the_best_checkpoint_is_vouched_for_as_the_last_one_is(tmp_path: Path) -> None:
