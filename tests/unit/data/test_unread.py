@@ -186,6 +186,22 @@ def test_thoughts_and_names_that_the_template_never_renders_are_counted(
     )
 
 
+def test_a_name_is_rendered_where_the_template_reads_that_of_messages(tmp_path: Path, folder: Path) -> None:
+    row = {"messages": [ASK | {"name": "ann"}, *answer(name="bob")[1:]], "tools": [{"name": "f"}]}
+    reads = load_tokenizer(
+        folder, chat_template=UNMARKED_CHATML.replace("m['role'] +", "m['role'] + (m.name or '') +", 1)
+    )
+    made = prepared(tmp_path, [row | {"tools": None}], "prompt", reads)
+    assert "userann" in reads.decode(made.items[0].token_ids, False) and not notes(made)
+    others = (
+        "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + UNMARKED_CHATML
+    )  # a name, but of a function
+    made = prepared(tmp_path, [row], "conversation", load_tokenizer(folder, chat_template=others))
+    assert notes(made) == [
+        f"the chat template does not render: message key 'name' (2 times, first {tmp_path}/data.jsonl:1)"
+    ]
+
+
 def test_thoughts_that_a_template_drops_from_earlier_turns_are_counted(tmp_path: Path, folder: Path) -> None:
     template = UNMARKED_CHATML.replace(
         "m['content']", "((m.reasoning_content or '') if not loop.first and loop.index > 3 else '') + m['content']"
