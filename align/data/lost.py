@@ -129,13 +129,14 @@ def _loses_text(look: _Look, i: int, message: Message) -> bool:
 
 
 def _keys(look: _Look, key: str) -> list[str]:
-    """The key as often as messages have it, where no other value of it would change the text."""
+    """The key as often as messages have it of whose role the template does not read it, which is tried out once."""
     having = look.having(key)
-    if not having or (key in look.template.keys_read and look.differs(
-        {i: _with(look.messages[i], key, _OTHER) for i in having}
-    )):  # fmt: skip
-        return []
-    return [f"message key {key!r}"] * len(having)
+    read = look.tokenizer.keys_rendered
+    for role in {look.messages[i].role for i in having}:
+        if (role, key) not in read:
+            other = {i: _with(look.messages[i], key, _OTHER) for i in having if look.messages[i].role == role}
+            read[role, key] = key in look.template.keys_read and look.differs(other)
+    return [f"message key {key!r}" for i in having if not read[look.messages[i].role, key]]
 
 
 def _short(text: str) -> str:
