@@ -38,7 +38,8 @@ def left_out(
     _require_calls(look)
     for i in range(first, len(messages)):
         found += _of_message(look, i, messages[i])
-    return [*found, *_keys(look, "name"), *_keys(look, "tool_call_id")]
+    keys = dict.fromkeys(["name", "tool_call_id", *(key for m in messages[first:] for key in m.more)])
+    return [*found, *(entry for key in keys for entry in _keys(look, key))]
 
 
 class _Look:
@@ -50,7 +51,9 @@ class _Look:
 
     def having(self, key: str) -> list[int]:
         """Messages that are looked at and have this key."""
-        return [i for i in range(self.first, len(self.messages)) if self.messages[i].extra.get(key)]
+        return [
+            i for i in range(self.first, len(self.messages)) if key in self.messages[i].extra | self.messages[i].more
+        ]
 
     def render(self, changed: Mapping[int, Message]) -> str | None:
         """With other messages, by number; None where the template refuses them, which it can only where it reads
@@ -71,7 +74,7 @@ class _Look:
 
 
 def _with(message: Message, key: str, value: Any) -> Message:
-    return replace(message, extra={**message.extra, key: value})
+    return replace(message, extra={**message.extra, key: value})  # which goes before `more`
 
 
 def _require_calls(look: _Look) -> None:
