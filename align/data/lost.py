@@ -6,8 +6,10 @@ without a word. Whether something is rendered is found out by rendering it other
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
 from align.data.records import Message, RowError
 from align.data.tokenizer import ChatTokenizer
@@ -32,41 +34,77 @@ def left_out(
         if given.tools and "tools" not in template.variables_read:
             found.append("tool schemas (`tools`)")
         found += [f"template argument {k!r}" for k in given.arguments if k not in template.variables_read]
-    look = _Look(tokenizer, messages, given, text)
-    for i, message in enumerate(messages):
-        if i >= first:
-            found += _of_message(look, i, message)
-    return found
+    look = _Look(tokenizer, messages, given, text, first)
+    _require_calls(look)
+    for i in range(first, len(messages)):
+        found += _of_message(look, i, messages[i])
+    keys = dict.fromkeys(["name", "tool_call_id", *(key for m in messages[first:] for key in m.more)])
+    return [*found, *(entry for key in keys for entry in _keys(look, key))]
 
 
 class _Look:
-    """One render, and whether another message in the place of one changes it."""
+    """One render, and whether other messages in the place of some change it. first: the first that is looked at."""
 
-    def __init__(self, tokenizer: ChatTokenizer, messages: tuple[Message, ...], given: Given, text: str):
-        self.tokenizer, self.messages, self.given, self.text = tokenizer, messages, given, text
-        template = tokenizer.require_template()
-        self.keys, self.source = template.keys_read, template.source
+    def __init__(self, tokenizer: ChatTokenizer, messages: tuple[Message, ...], given: Given, text: str, first: int):
+        self.tokenizer, self.messages, self.given, self.text, self.first = tokenizer, messages, given, text, first
+        self.template = tokenizer.require_template()
 
-    def render(self, at: int, message: Message) -> str | None:
-        """None where the template refuses it, which it can only where it reads it."""
-        changed = (*self.messages[:at], message, *self.messages[at + 1 :])
+    def having(self, key: str) -> list[int]:
+        """Messages that are looked at and have this key."""
+        return [
+            i for i in range(self.first, len(self.messages)) if key in self.messages[i].extra | self.messages[i].more
+        ]
+
+    def render(self, changed: Mapping[int, Message]) -> str | None:
+        """With other messages, by number; None where the template refuses them, which it can only where it reads
+        them."""
+        messages = tuple(changed.get(i, message) for i, message in enumerate(self.messages))
         try:
-            return rendered(self.tokenizer, changed, False, self.given).text
+            return rendered(self.tokenizer, messages, False, self.given).text
         except RowError:
             return None
 
-    def differs(self, at: int, message: Message) -> bool:
-        one = self.render(at, message)
-        return one is None or one != self.render(at, self.messages[at])
+    @cached_property
+    def _as_it_is(self) -> str | None:
+        return self.render({})
+
+    def differs(self, changed: Mapping[int, Message]) -> bool:
+        other = self.render(changed)
+        return other is None or other != self._as_it_is
+
+
+def _with(message: Message, key: str, value: Any) -> Message:
+    return replace(message, extra={**message.extra, key: value})  # which goes before `more`
+
+
+def _require_calls(look: _Look) -> None:
+    """Raises RowError where one of the messages' calls is not rendered: each is looked for under a name of its own."""
+    calling = look.having("tool_calls")
+    if not calling:
+        return
+    renamed: dict[int, Message] = {}
+    names: dict[str, tuple[int, int]] = {}
+    for i in calling:
+        calls = []
+        for n, call in enumerate(look.messages[i].extra["tool_calls"]):
+            names[name := f"{_OTHER}{i}.{n}\ue000"] = i, n
+            calls.append({**call, "function": {**call["function"], "name": name}})
+        renamed[i] = _with(look.messages[i], "tool_calls", calls)
+    read = "tool_calls" in look.template.keys_read
+    text = look.render(renamed) if read else ""
+    lost = next((at for name, at in names.items() if text is not None and name not in text), None)
+    if lost is None:
+        return
+    calls = look.messages[lost[0]].extra["tool_calls"]
+    many = f"one of {len(calls)} tool calls" if len(calls) > 1 else "the tool call"
+    function = calls[lost[1]]["function"]["name"]
+    raise RowError(f"the chat template leaves out {many} of message {lost[0]} ({function}); {_REMEDY}")
 
 
 def _of_message(look: _Look, i: int, message: Message) -> list[str]:
     found: list[str] = []
-    calls = message.extra.get("tool_calls")
-    if calls:
-        _require_calls(look, i, message, calls)
     if message.text.strip() and _loses_text(look, i, message):
-        if not calls:
+        if not message.extra.get("tool_calls"):
             raise RowError(
                 f"the chat template leaves out message {i}, of role {message.role!r}: {_short(message.text)}; {_REMEDY}"
             )
@@ -75,10 +113,8 @@ def _of_message(look: _Look, i: int, message: Message) -> list[str]:
     if thoughts and look.tokenizer.dialect.thoughts is None:
         found.append(_THOUGHTS)
     elif thoughts and thoughts.strip() not in look.text:
-        other = replace(message, extra={**message.extra, "reasoning_content": _OTHER})
-        found += [] if look.differs(i, other) else [_THOUGHTS]
-    found += [f"message key {k!r}" for k in ("name", "tool_call_id") if k in message.extra and k not in look.keys]
-    if message.role == "assistant" and "<tool_call>" in message.text and "<tool_call>" not in look.source:
+        found += [] if look.differs({i: _with(message, "reasoning_content", _OTHER)}) else [_THOUGHTS]
+    if message.role == "assistant" and "<tool_call>" in message.text and "<tool_call>" not in look.template.source:
         found.append("tool calls written as <tool_call> text, which stay text")
     return found
 
@@ -89,22 +125,21 @@ def _loses_text(look: _Look, i: int, message: Message) -> bool:
     seen = look.tokenizer.roles_rendered
     if message.role in seen and message.text.strip() in look.text:
         return False
-    if not look.differs(i, replace(message, content=_OTHER)):
+    if not look.differs({i: replace(message, content=_OTHER)}):
         return True
     seen.add(message.role)
     return False
 
 
-def _require_calls(look: _Look, i: int, message: Message, calls: Sequence[dict[str, object]]) -> None:
-    """Raises RowError where one of a message's calls is not rendered."""
-    names = [f"{_OTHER}{n}" for n in range(len(calls))]
-    renamed = [{**c, "function": {**c["function"], "name": n}} for c, n in zip(calls, names, strict=True)]  # type: ignore[dict-item]
-    text = look.render(i, replace(message, extra={**message.extra, "tool_calls": renamed}))
-    if "tool_calls" in look.keys and (text is None or all(name in text for name in names)):
-        return
-    shown = calls[0]["function"]["name"]  # type: ignore[index]
-    many = f"one of {len(calls)} tool calls" if len(calls) > 1 else "the tool call"
-    raise RowError(f"the chat template leaves out {many} of message {i} ({shown}); {_REMEDY}")
+def _keys(look: _Look, key: str) -> list[str]:
+    """The key as often as messages have it of whose role the template does not read it, which is tried out once."""
+    having = look.having(key)
+    read = look.tokenizer.keys_rendered
+    for role in {look.messages[i].role for i in having}:
+        if (role, key) not in read:
+            other = {i: _with(look.messages[i], key, _OTHER) for i in having if look.messages[i].role == role}
+            read[role, key] = key in look.template.keys_read and look.differs(other)
+    return [f"message key {key!r}" for i in having if not read[look.messages[i].role, key]]
 
 
 def _short(text: str) -> str:

@@ -53,13 +53,15 @@ class Message:
     content: the text ("" where an assistant turn only calls tools), or parts of which at least one is a medium.
     extra: what templates may read beside it: tool_calls, tool_call_id, name, reasoning_content. scored: False for an
     assistant turn that is not to be learnt (`weight: 0`, `loss: false`), which stays in the context but not in the
-    loss. unread: what its row says of it and nothing reads, for the report.
+    loss. more: the row's other keys, which a template of one's own may read; two messages do not differ in them.
+    unread: what its row says of it and nothing reads, for the report.
     """
 
     role: str
     content: Content
     extra: Mapping[str, Any] = field(default_factory=dict)
     scored: bool = True
+    more: Mapping[str, Any] = field(default_factory=dict, compare=False)
     unread: tuple[str, ...] = field(default=(), compare=False)
 
     def as_dict(self, describe: Callable[[MediaPart], Mapping[str, Any]] | None = None) -> dict[str, Any]:
@@ -71,7 +73,7 @@ class Message:
                 {"type": "text", "text": part} if isinstance(part, str) else _described(part, describe)
                 for part in content
             ]
-        return {"role": self.role, "content": content, **self.extra}
+        return {**self.more, "role": self.role, "content": content, **self.extra}
 
     @property
     def text(self) -> str:

@@ -55,6 +55,7 @@ class ChatTokenizer:
         self.vocab_size = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
         self.special = frozenset(t.content for t in added.values() if t.special)
         self.roles_rendered: set[str] = set()  # roles that the template was seen to render
+        self.keys_rendered: dict[tuple[str, str], bool] = {}  # whether it was, by role and key of a message
 
     def _id(self, name: str) -> int | None:
         text = self.named_tokens.get(name)

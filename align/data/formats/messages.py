@@ -1,10 +1,10 @@
 """Lists of messages, whoever wrote them: role/content (OpenAI, TRL, slime), from/value (ShareGPT, LLaMA-Factory),
 role/parts (Gemini), {human, assistant} (ms-swift), items without a role (OpenAI's Responses).
 
-Every key of a message is read, or named in `Message.unread`. What calls a tool, in whatever role, key or part, becomes
-`tool_calls` of an assistant turn; what a tool answered becomes a `tool` turn; thoughts become `reasoning_content`,
-which is rendered under the name that the chat template reads. Calls in turns of their own belong to one turn of the
-assistant, with the text before them.
+Every key of a message is read, given to the chat template (`Message.more`), or named in `Message.unread`. What calls a
+tool, in whatever role, key or part, becomes `tool_calls` of an assistant turn; what a tool answered becomes a `tool`
+turn; thoughts become `reasoning_content`, which is rendered under the name that the template reads. Calls in turns of
+their own belong to one turn of the assistant, with the text before them.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def _one_turn(text: Message, call: Message) -> Message:
     calls = [*text.extra.get("tool_calls", ()), *call.extra["tool_calls"]]
     content = joined([*_parts(text.content), *_parts(call.content)])
     extra = {**text.extra, **call.extra, "tool_calls": calls}
-    return replace(text, content=content, extra=extra, unread=text.unread + call.unread)
+    more = {**text.more, **call.more}
+    return replace(text, content=content, extra=extra, more=more, unread=text.unread + call.unread)
 
 
 def _parts(content: Content) -> Iterable[str | MediaPart]:
@@ -103,7 +104,7 @@ def _messages(found: _Found, role: str, content_key: str | None, column: str) ->
     if role == "assistant":
         found.read_calls()
     message = found.message(role, content)
-    if content_key is None and not found.calls and message.unread:
+    if content_key is None and not found.calls and message.more:
         raise RowError(f"a {role} message of `{column}` has no content; its keys: {', '.join(map(str, found.item))}")
     return [*found.results, *([message] if content or not found.results else [])]
 
@@ -191,7 +192,7 @@ class _Found:
         return texts[0] if texts else ""
 
     def message(self, role: str, content: Content) -> Message:
-        """The message, with all of its keys that nothing read."""
+        """The message, and in `more` all of its keys that nothing read."""
         extra: dict[str, Any] = {}
         said = learnt(self.item)
         self.read |= FLAGS
@@ -208,9 +209,8 @@ class _Found:
         if self.item.get("name"):
             extra["name"] = self.item["name"]
             self.read.add("name")
-        left = [k for k, v in self.item.items() if k not in self.read and _filled(v)]
-        self._leave(f"message key {k!r}" for k in left)
-        return Message(role, content, extra, scored=said is not False, unread=self.unread)
+        more = {str(k): v for k, v in self.item.items() if k not in self.read and _filled(v)}
+        return Message(role, content, extra, scored=said is not False, more=more, unread=self.unread)
 
 
 def _flag(item: Mapping[str, Any]) -> str:

@@ -67,4 +67,4 @@ def _layouts(column: str) -> tuple[Layout, ...]:
     )
 
 
-LAYOUTS = _layouts("conversations") + _layouts("messages")
+LAYOUTS = _layouts("conversations") + _layouts("messages") + _layouts("conversation")

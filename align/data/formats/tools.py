@@ -80,6 +80,8 @@ def calls_in_text(value: Any) -> tuple[str, list[dict[str, Any]], tuple[str, ...
     if not value:
         raise RowError("a turn that is to hold a tool call is empty")
     calls, unread = calls_of(value)
+    if not calls:
+        raise RowError("a turn that is to hold a tool call holds none")
     return before, calls, unread
 
 

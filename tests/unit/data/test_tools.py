@@ -201,6 +201,7 @@ def test_calls_that_cannot_be_read_are_refused_with_the_reason(tmp_path: Path, q
         (calling(3), "must be an object"),
         (shared("find(cats)"), "a tool call is not valid JSON"),
         (shared(""), "is empty"),
+        (shared("[]"), "holds none"),
         (calling(FLAT, function_call={"name": "other", "arguments": "{}"}), "calls other tools"),
         (parts(used | {"input": "x"}, {"type": "tool_result", "content": ""}), "not valid JSON"),
         ([{"role": "user", "content": [used]}, THREE], "holds a tool call"),

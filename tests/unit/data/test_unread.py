@@ -44,17 +44,32 @@ def test_keys_of_messages_that_nothing_reads_are_counted_with_the_first_line(
     made = prepared(tmp_path, rows, "conversation", tokenizer)
     path = tmp_path / "data.jsonl"
     assert notes(made) == [
-        f"message key 'cached' is not read: once, at {path}:1",
-        f"message key 'foo' is not read: 2 times, first {path}:2",
+        f"the chat template does not render: message key 'cached' (once, at {path}:1), "
+        f"message key 'foo' (2 times, first {path}:2)"
     ]
     found = made.report.to_json()["sources"][0]["unread"]
-    assert found["message key 'foo'"] == {"count": 2, "first": f"{path}:2"}
+    assert found["not rendered: message key 'foo'"] == {"count": 2, "first": f"{path}:2"}
     assert "foo" in "\n".join(made.report.summary)
     shared = [{"from": "human", "value": "q", "emotion": "calm"}, {"from": "gpt", "value": "a"}]
     pair = {"conversations": shared[:1], "chosen": shared[1] | {"model": "m"}, "rejected": "b"}
     assert set(prepared(tmp_path, [pair], "pair", tokenizer).report.sources[0].unread) == {
-        "message key 'emotion'", "message key 'model'",
+        "not rendered: message key 'emotion'", "not rendered: message key 'model'",
     }  # fmt: skip
+
+
+def test_a_key_that_the_template_reads_is_rendered_and_never_makes_two_messages_differ(
+    tmp_path: Path, folder: Path
+) -> None:
+    template = UNMARKED_CHATML.replace("m['content']", "((m.tool_plan or '') + m['content'])")
+    tokenizer = load_tokenizer(folder, chat_template=template)
+    made = prepared(tmp_path, [{"messages": answer(tool_plan="first ")}], "conversation", tokenizer)
+    assert scored(tokenizer, made.items[0].trunk) == "first a<|im_end|>" and not notes(made)
+    sides = [[ASK | {"id": n}, {"role": "assistant", "content": side, "id": n}] for n, side in enumerate("ab")]
+    made = prepared(tmp_path, [{"chosen": sides[0], "rejected": sides[1]}], "pair", tokenizer)
+    assert text(tokenizer, made.items[0].trunk).count("<|im_start|>") == 2, "the prompt is what they share"
+    same = [answer(model="m1"), answer(model="m2")]
+    with pytest.raises(DataError, match="chosen and rejected are the same"):
+        prepared(tmp_path, [{"prompt": [ASK], "chosen": same[0][1:], "rejected": same[1][1:]}], "pair", tokenizer)
 
 
 def test_keys_of_calls_parts_and_results_are_counted_too(tmp_path: Path, qwen: ChatTokenizer) -> None:
@@ -184,6 +199,22 @@ def test_thoughts_and_names_that_the_template_never_renders_are_counted(
         "thoughts of an assistant turn (`reasoning_content`) (once"
         in notes(prepared(tmp_path, [pair], "pair", tokenizer))[0]
     )
+
+
+def test_a_name_is_rendered_where_the_template_reads_that_of_messages(tmp_path: Path, folder: Path) -> None:
+    row = {"messages": [ASK | {"name": "ann"}, *answer(name="bob")[1:]], "tools": [{"name": "f"}]}
+    reads = load_tokenizer(
+        folder, chat_template=UNMARKED_CHATML.replace("m['role'] +", "m['role'] + (m.name or '') +", 1)
+    )
+    made = prepared(tmp_path, [row | {"tools": None}], "prompt", reads)
+    assert "userann" in reads.decode(made.items[0].token_ids, False) and not notes(made)
+    others = (
+        "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + UNMARKED_CHATML
+    )  # a name, but of a function
+    made = prepared(tmp_path, [row], "conversation", load_tokenizer(folder, chat_template=others))
+    assert notes(made) == [
+        f"the chat template does not render: message key 'name' (2 times, first {tmp_path}/data.jsonl:1)"
+    ]
 
 
 def test_thoughts_that_a_template_drops_from_earlier_turns_are_counted(tmp_path: Path, folder: Path) -> None:
