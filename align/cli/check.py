@@ -64,6 +64,7 @@ def validate(
         with found.gather(key="model"):
             model = stack.enter_context(open_model(recipe, folder))
             planner = Planner(recipe, plan.machine, model)
+            plan.notes += [f"model.adapter: {note}" for note in model.notes]
             check_adapters(recipe, model.origin)
         for stage in recipe.stages:
             _check_rewards(stage, rewards, found)

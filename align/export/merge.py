@@ -50,7 +50,9 @@ from align.model.score_head import (
 )
 from align.model.weights import edit_config, merged_parameters, stored_names
 from align.recipe.adapter_folder import quantised_base
+from align.recipe.chat_files import ChatFiles
 from align.recipe.labels import Labels
+from align.recipe.trained_on import require_base
 
 log = logging.getLogger(__name__)
 
@@ -124,10 +126,14 @@ def merge(
     dtype: str = "auto",
     seed: int = 0,
     trust_remote_code: bool = False,
+    chat: ChatFiles | None = None,
+    other_base: bool = False,
 ) -> MergeReport:
     """Write `base` with `adapter` merged in to the new folder `out`, proved as this module's docstring says.
 
-    dtype: of the written weights; "auto" keeps the base's. seed: of the random inputs and tokens of the proofs.
+    dtype: of the written weights; "auto" keeps the base's. seed: of the random inputs and tokens of the proofs. chat:
+    tokenizer, template and ends of turns to write; None: what the adapter carries, else the base's. other_base: take
+    this base also where the adapter was trained on another.
     Besides the model, `out` gets merge_report.json.
 
     Raises UserError where `out` holds files, ModelError or Unsupported where base or adapter cannot be used,
@@ -137,6 +143,7 @@ def merge(
     base, out, adapter = Path(base), Path(out), None if adapter is None else Path(adapter)
     require_free(out, "merged model")
     source = open_checkpoint(base)
+    notes = [] if adapter is None else require_base(base, adapter, anyway=other_base)
     config = None if adapter is None else read_adapter_config(adapter)
     brings_head = config is not None and scores(config)
     labels = adapter_labels(adapter) if adapter is not None and brings_head else folder_labels(base)
@@ -162,6 +169,7 @@ def merge(
         replaced = replacements(plan, peft)
         size = rewrite(source, aside, plan.dtype, replaced)
         copy_all_but_weights(base, aside)
+        (chat or ChatFiles.of(base, adapter)).write(aside, base)
         edit_config(aside / "config.json", plan.dtype, untie=plan.untied)
         if scored:
             edit_score_config(aside / "config.json", model)
@@ -171,7 +179,7 @@ def merge(
         samples = [*tokens, *image_samples(aside, seed, trust_remote_code)]
         measured = prove_folder(aside, plan, trained, samples, trust_remote_code)
         proofs = Proofs(errors, measured, distance(trained, without), count, size)
-        report = _report(plan, proofs, time.perf_counter() - started)
+        report = _report(plan, proofs, notes, time.perf_counter() - started)
         (aside / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     for warning in report.warnings:
         log.warning("%s: %s", out, warning)
@@ -305,10 +313,10 @@ def prove_folder(
     return measured
 
 
-def _report(plan: Plan, proofs: Proofs, seconds: float) -> MergeReport:
+def _report(plan: Plan, proofs: Proofs, notes: list[str], seconds: float) -> MergeReport:
     dtype = str(plan.dtype).removeprefix("torch.")
     worst = max(proofs.errors, key=lambda path: proofs.errors[path], default=None)
-    warnings = []
+    warnings = list(notes)
     if plan.adapter is not None and proofs.cast.kl_mean > 0.5 * proofs.moved.kl_mean:
         warnings.append(
             f"rounding to {dtype} costs a KL of {proofs.cast.kl_mean:.1e}, of the {proofs.moved.kl_mean:.1e} that the "
