@@ -4,9 +4,9 @@
 2. Validate, in float32: each merged module against base + adapter (peft's own forward) on random inputs.
 3. Apply: rewrite the checkpoint file by file, aside.
    An adapter that was trained on weights in four bits is merged into those: the base is packed again, as it was.
-4. Prove: every tensor read back bit by bit; the folder loaded in plain transformers and compared with the adapter-on
-   model on random tokens, and on a picture where it reads images, made ready by its processor. A fault in any
-   step leaves nothing behind; only then the folder is renamed into place.
+4. Prove: every tensor read back bit by bit; the folder loaded in plain transformers, its weights compared with base +
+   adapter in float64 (`merge_proof`), and what it says with what the adapter-on model says on random tokens, and on a
+   picture where it reads images. A fault in any step leaves nothing behind; only then the folder is renamed into place.
 
 Without an adapter the folder is copied and cast, under the same proofs.
 
@@ -20,8 +20,8 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,8 @@ from align.errors import ExportError, Unsupported
 from align.export.checkpoint import Checkpoint, Replacements, open_checkpoint, rewrite, verify
 from align.export.compare import BOUNDS, Distance, Sample, distance, log_probabilities, random_tokens, require_close
 from align.export.images import image_samples
+from align.export.merge_proof import Expected, expected_weights, require_weights
+from align.export.merge_report import MergeReport
 from align.model.adapter_config import read_adapter_config, refuse_beyond_lora, scores
 from align.model.adapters import load_frozen, lora_layers
 from align.model.folders import copy_all_but_weights, require_free, written_aside
@@ -58,40 +60,6 @@ log = logging.getLogger(__name__)
 
 MODULE_BOUND = 1e-5
 REPORT = "merge_report.json"
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What was merged, and what the proofs measured.
-
-    module_error: largest relative error over modules and output features on random inputs, float32; worst_module: its
-    module. kl_mean, kl_max, top1: merged folder against adapter-on. adapter_kl: KL(adapter-on || base), that is, how
-    far the adapter moves the model; where the cast costs more than half of that, `warnings` says so.
-    """
-
-    base: str
-    adapter: str | None
-    out: str
-    dtype: str
-    modules: int
-    module_error: float
-    module_bound: float
-    worst_module: str | None
-    untied_head: bool
-    kl_mean: float
-    kl_max: float
-    kl_bound: float
-    top1: float
-    top1_bound: float
-    adapter_kl: float
-    tensors: int
-    bytes: int
-    seed: int
-    seconds: float
-    warnings: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -165,6 +133,7 @@ def merge(
     plan = Plan(source, adapter, out, written, seed, *plan_modules(source, model, peft, tied))
     errors = {} if peft is None else prove_modules(peft, seed)
     trained = without if peft is None else log_probabilities(peft, samples)
+    weights = {} if peft is None else expected_weights(peft, seed)
     with written_aside(out, "merged model") as aside:
         replaced = replacements(plan, peft)
         size = rewrite(source, aside, plan.dtype, replaced)
@@ -177,7 +146,7 @@ def merge(
         replaced, peft, model = {}, None, None
         gc.collect()  # the proof loads a second model: let go of the first
         samples = [*tokens, *image_samples(aside, seed, trust_remote_code)]
-        measured = prove_folder(aside, plan, trained, samples, trust_remote_code)
+        measured = prove_folder(aside, plan, trained, samples, weights, trust_remote_code)
         proofs = Proofs(errors, measured, distance(trained, without), count, size)
         report = _report(plan, proofs, notes, time.perf_counter() - started)
         (aside / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
@@ -301,13 +270,20 @@ def module_error(layer: Any, weight: Tensor, bias: Tensor | None, seed: int, sam
 
 
 def prove_folder(
-    folder: Path, plan: Plan, trained: list[Tensor], samples: list[Sample], trust_remote_code: bool
+    folder: Path,
+    plan: Plan,
+    trained: list[Tensor],
+    samples: list[Sample],
+    weights: Mapping[str, Expected],
+    trust_remote_code: bool,
 ) -> Distance:
-    """Load a written folder in plain transformers and compare it with what was trained. Raises ExportError."""
+    """Load a written folder in plain transformers and compare it with what was trained, weight by weight and in what
+    it says. Raises ExportError."""
     model = _load(folder, folder_labels(folder), trust_remote_code)
     if plan.untied and model.config.get_text_config().tie_word_embeddings:
         # transformers would see two weights and leave them apart; engines go by the config
         raise ExportError("the head was untied, but the written config.json still ties it", where=plan.out)
+    require_weights(model, weights, plan.dtype)
     measured = distance(trained, log_probabilities(model, samples))
     require_close(measured, BOUNDS[plan.dtype], "the merged model", plan.dtype)
     return measured

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from align.errors import ModelError
+from align.recipe.adapter_folder import QUANTISED
 
 TRAINED_ON = "trained_on.json"
 SAMPLES = 64  # values of each weight
-_FLOATS = {
+_FLOATS: dict[str, tuple[np.dtype[Any], int]] = {
     "F32": (np.dtype("<f4"), 4),
     "BF16": (np.dtype("<u2"), 2),
     "F16": (np.dtype("<f2"), 2),
@@ -66,8 +67,18 @@ def _rounded(values: np.ndarray, dtype: str) -> bytes:
 
 def write_trained_on(folder: Path, base: Path) -> None:
     """Keep in an adapter's folder what it was trained on."""
-    kept = {"base": str(base), "weights": weights_digest(base), "quantised": quantisation(base)}
+    packed = quantisation(base)
+    kept = {"base": str(base), "weights": weights_digest(base), "quantised": packed}
+    if packed is not None:
+        values = {"quant_method": "bitsandbytes", **packed}
+        (folder / QUANTISED).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     (folder / TRAINED_ON).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+
+def kept_digest(adapter: Path) -> str | None:
+    """Of the base that an adapter was trained on, where its folder keeps one."""
+    found = _read(adapter / TRAINED_ON).get("weights")
+    return found if isinstance(found, str) else None
 
 
 def quantisation(folder: Path) -> dict[str, Any] | None:
@@ -115,15 +126,19 @@ def _verdict(base: Path, kept: Mapping[str, Any], named: str) -> tuple[str, bool
     """(what is wrong, whether that is certain); None where it is the same model."""
     name = str(kept.get("base") or named)
     packed, ours = kept.get("quantised"), quantisation(base)
+    digest = weights_digest(base)
+    if digest is None:
+        what = f"the adapter was trained on {name}; the weights of {base} are not here to be compared"
+        return None if name == str(base) else (what, False)
     if kept.get("weights"):
-        if kept["weights"] == weights_digest(base):
+        if kept["weights"] == digest:
             return None
         return _other(base, name, packed if ours is None else None, "its weights are others"), True
     if named in ("", "None"):
         return f"the adapter names no base: whether {base} is the one that it was trained on cannot be known", False
     there = Path(named).expanduser()
     if there.is_dir():
-        if there.resolve() == base.resolve() or weights_digest(there) == weights_digest(base):
+        if there.resolve() == base.resolve() or weights_digest(there) == digest:
             return None
         packed = quantisation(there)
         return _other(base, name, packed if ours is None else None, "its weights are others"), True
