@@ -377,7 +377,8 @@ def save(
         if chat is not None and base is not None:
             chat.write(aside, base)
         if base is not None:
-            write_trained_on(aside, aside / OWN_BASE if beside is not None else base)
+            own = beside is not None
+            write_trained_on(aside, aside / OWN_BASE if own else base, OWN_BASE if own else None)
         save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
         (aside / CONFIG).write_text(text + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from align.errors import ModelError
 from align.recipe.adapter_folder import QUANTISED
 
 TRAINED_ON = "trained_on.json"
-SAMPLES = 64  # values of each weight
+SAMPLES = 16  # values of each weight
 _FLOATS: dict[str, tuple[np.dtype[Any], int]] = {
     "F32": (np.dtype("<f4"), 4),
     "BF16": (np.dtype("<u2"), 2),
@@ -65,10 +65,10 @@ def _rounded(values: np.ndarray, dtype: str) -> bytes:
     return ((bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)).astype("<u2").tobytes()
 
 
-def write_trained_on(folder: Path, base: Path) -> None:
-    """Keep in an adapter's folder what it was trained on."""
+def write_trained_on(folder: Path, base: Path, name: str | None = None) -> None:
+    """Keep in an adapter's folder what it was trained on. name: of the base, where that is not its path."""
     packed = quantisation(base)
-    kept = {"base": str(base), "weights": weights_digest(base), "quantised": packed}
+    kept = {"base": name or str(base), "weights": weights_digest(base), "quantised": packed}
     if packed is not None:
         values = {"quant_method": "bitsandbytes", **packed}
         (folder / QUANTISED).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
