@@ -1,7 +1,7 @@
 """Where a turn of the assistant ends: the chat template says so, whatever the tokenizer calls its EOS.
 
 Three small conversations are rendered, and what stands behind the answer is compared: in the middle of a conversation,
-at its end, and behind a tool call. The end is a special token that stands there in both places. One that the model's
+at its end, and behind a tool call. The end is a token of its own that stands there in both places. One that the model's
 own files declare (the tokenizer's EOS, generation_config.json) is preferred, so that all of `<|eot|></s>` is learned
 and `</s>` stops; without one it is the last of those that are alike, `<|im_end|>` of a base model that is taught chat.
 
@@ -67,8 +67,8 @@ def find_ends(tokenizer: ChatTokenizer, declared: Collection[str], wanted: Seque
 class _Looker:
     def __init__(self, tokenizer: ChatTokenizer, declared: Collection[str], wanted: Sequence[str]):
         self.tokenizer, self.declared, self.wanted = tokenizer, set(wanted or declared), tuple(wanted)
-        marks = sorted({*tokenizer.special, *declared, *wanted} - {""}, key=len, reverse=True)
-        self.special = re.compile("|".join(map(re.escape, marks)) or "(?!)")
+        known = sorted({*tokenizer.added, *declared, *wanted} - {""}, key=len, reverse=True)
+        self.known = re.compile("|".join([*map(re.escape, known), r"<[^<>\s]+>"]))
 
     # ------------------------------------------------------------------------------------------- what is written
 
@@ -140,8 +140,13 @@ class _Looker:
         return {token for token, _ in self.marks(text.partition(_ANSWER)[2].partition(_OTHER)[0])}
 
     def marks(self, text: str) -> list[tuple[str, int]]:
-        """Special tokens in a text, and where each ends."""
-        return [(found.group(), found.end()) for found in self.special.finditer(text)]
+        """Special and added tokens in a text, and others of the vocabulary that look like one (`<|im_end|>` of models
+        that were trained with it from the start); and where each ends."""
+        found = [(match.group(), match.end()) for match in self.known.finditer(text)]
+        return [(token, at) for token, at in found if token in self.tokenizer.added or self.is_one(token)]
+
+    def is_one(self, text: str) -> bool:
+        return len(self.tokenizer.encode(text, add_special_tokens=False)) == 1
 
     def written(
         self, last: str, middle: str | None, inner: Collection[str], known: Collection[str] | None = None

@@ -33,7 +33,8 @@ class ChatTokenizer:
 
     declared_ids: tokens that end a generation by the model's files (the tokenizer's eos and generation_config's).
     end_of_turn: tokens that the recipe names in place of what the template shows. pad_id, bos_id: None where the
-    tokenizer has none. special: text of every special token. fingerprint: SHA-256 of all that decides ids.
+    tokenizer has none. special, added: text of every special token, and of every added one. fingerprint: SHA-256 of
+    all that decides ids.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class ChatTokenizer:
         added = backend.get_added_tokens_decoder()
         self.vocab_size = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
         self.special = frozenset(t.content for t in added.values() if t.special)
+        self.added = frozenset(t.content for t in added.values())
 
     def _id(self, name: str) -> int | None:
         text = self.named_tokens.get(name)

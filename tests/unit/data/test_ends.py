@@ -102,6 +102,32 @@ def test_a_turn_ends_where_its_template_ends_it(
     assert scored(tokenizer, *TURNS)[1:] == parts
 
 
+@pytest.mark.parametrize("kind", ["added", "vocabulary", "missing"])
+def test_an_end_need_not_be_a_special_token(tmp_path: Path, kind: str) -> None:
+    """<|im_end|> is an added token, or one of the vocabulary's own, or none: then its letters end nothing, and EOS
+    does."""
+    folder = model(tmp_path, CHATML, special=tuple(t for t in SPECIAL if kind != "missing" or t != "<|im_end|>"))
+    file = json.loads((folder / "tokenizer.json").read_text())
+    if kind == "added":
+        file["added_tokens"] = [t | {"special": t["content"] != "<|im_end|>"} for t in file["added_tokens"]]
+    if kind == "vocabulary":
+        file["added_tokens"] = [t for t in file["added_tokens"] if t["content"] != "<|im_end|>"]
+        file["pre_tokenizer"] = {
+            "type": "Split",
+            "pattern": {"String": "<|im_end|>"},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+        file["model"]["ignore_merges"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    tokenizer = load_tokenizer(folder)
+    ends = {tokenizer.decode([i], False) for i in tokenizer.eos_ids}
+    assert ends == ({"<eos>"} if kind == "missing" else {"<eos>", "<|im_end|>"})
+    if kind != "vocabulary":  # that one splits nothing else, and has no tokens for letters
+        last = scored(tokenizer, *TURNS)[-1]
+        assert last == ("d<|im_end|>\n<eos>" if kind == "missing" else "d<|im_end|>")
+
+
 def test_a_token_between_two_calls_ends_no_turn(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(model(tmp_path, CALLS))
     assert tokenizer.ends.call.token == "<|eom|>" and "</call>" not in tokenizer.ends.tokens()
