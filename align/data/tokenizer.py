@@ -202,8 +202,8 @@ def load_tokenizer(
         end_of_turn: tokens that end a turn, in place of what the template shows.
     Raises ModelError where files are missing or damaged, or one of `end_of_turn` is no single token.
     """
-    folder = Path(folder)
-    own = files if files is not None and (files / "tokenizer.json").is_file() else folder
+    folder, files = Path(folder), files or Path(folder)
+    own = files if (files / "tokenizer.json").is_file() else folder
     path = own / "tokenizer.json"
     if not path.is_file():
         raise ModelError("there is no tokenizer.json", where=folder, remedy=_without_tokenizer_json(folder))
@@ -221,14 +221,14 @@ def load_tokenizer(
     named = _special_tokens(own, config, chosen.defaults if chosen else {})
     _add_tokens(backend, config, named)
     source, where = None, ""
-    for place in dict.fromkeys((files or folder, own, folder)):
+    for place in dict.fromkeys((files, own, folder)):
         if source is None:
             source, where = _template_source(place, _read_json(place / "tokenizer_config.json"), chat_template)
     template = None
     if source is not None:
         template = ChatTemplate(source, {**named, **(template_args or {})}, where=where)
     eos_ids: list[int] = []
-    for place in dict.fromkeys((folder, files or folder)):
+    for place in dict.fromkeys((folder, files)):
         eos = _read_json(place / "generation_config.json").get("eos_token_id")
         eos_ids += [] if eos is None else eos if isinstance(eos, list) else [eos]
     _require_tokens(backend, end_of_turn)
@@ -237,8 +237,7 @@ def load_tokenizer(
 
 def _require_tokens(backend: Tokenizer, texts: Sequence[str]) -> None:
     for text in texts:
-        ids = backend.encode(text, add_special_tokens=False).ids
-        if len(ids) != 1 or backend.token_to_id(text) is None:
+        if len(ids := backend.encode(text, add_special_tokens=False).ids) != 1:
             special = sorted(t.content for t in backend.get_added_tokens_decoder().values() if t.special)
             near = get_close_matches(text, special, n=3, cutoff=0.3) or special[:5]
             raise ModelError(
