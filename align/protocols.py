@@ -381,9 +381,10 @@ class Fleet(Protocol):
     async def close(self) -> None: ...
 
 
-def end_ids(folder: Path, tokenizer_eos: int | None) -> frozenset[int]:
-    """Token ids that end a turn: the tokenizer's, and those of generation_config.json (else config.json)."""
-    found: set[int] = set() if tokenizer_eos is None else {tokenizer_eos}
+def end_ids(folder: Path, tokenizer_eos: int | None, template: Sequence[int] = ()) -> frozenset[int]:
+    """Token ids that end a turn: the tokenizer's, those of generation_config.json (else config.json), and those that a
+    chat template ends turns with."""
+    found = {*template, *(() if tokenizer_eos is None else (tokenizer_eos,))}
     for name in ("generation_config.json", "config.json"):
         file = folder / name
         config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -71,7 +71,8 @@ class EngineSpec:
 
     name: a key of `ENGINES`, or `package.module:Class` of one's own. folder: model and tokenizer in transformers
     layout. dtype: "float32", "bfloat16" or "float16". group_size, max_tokens, temperature, stop: what will be asked of
-    it, for engines that plan memory. max_model_len: longest prompt + completion in tokens; None is the model's own.
+    it, for engines that plan memory. end_ids: tokens that end a turn, beside those that the folder's own files name.
+    max_model_len: longest prompt + completion in tokens; None is the model's own.
     lora_rank: the largest rank that will be published, 0 where none will (weights or base only). versions: how many
     may be in use at once (staleness + 1). in_flight: whole weights are loaded between two steps of the requests that
     run, which go on with them. seed: of the run. threads: CPU threads to compute with. media: the largest number of
@@ -93,6 +94,7 @@ class EngineSpec:
     threads: int = 1
     temperature: float = 1.0
     stop: tuple[str, ...] = ()
+    end_ids: tuple[int, ...] = ()
     trust_remote_code: bool = False
     media: Mapping[str, int] = field(default_factory=dict)
     pixels: Mapping[str, int] = field(default_factory=dict)

@@ -90,7 +90,7 @@ class VllmEngine:
         self._probed = False
         self._llm: Any = calls.start(spec, self._max_rank)
         self._tokenizer = self._llm.get_tokenizer()
-        self._end_ids = end_ids(Path(spec.folder), self._tokenizer.eos_token_id)
+        self._end_ids = end_ids(Path(spec.folder), self._tokenizer.eos_token_id, spec.end_ids)
         self._special = special_tokens(self._tokenizer)
 
     # -------------------------------------------------------------------------------------------- generation

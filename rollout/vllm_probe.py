@@ -2,7 +2,9 @@
 one, this proves the other, once per engine.
 
 An adapter of the published one's shape with large random weights must move log-probabilities; where the published one
-has weights outside the language model, those alone must move them too, of a prompt with a picture.
+has weights outside the language model, those alone must move them too, of a prompt with a picture. Move means: ten
+times as far as one whose weights are all 0 does, which is the engine's own noise (its kernels need not give the same
+with an adapter as without), and further than a least figure for each dtype.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from rollout.vllm_files import write_probe_adapter
 from rollout.vllm_media import picture_prompt
 
 TOKENS = 16
+TIMES_NOISE = 10.0
 
 
 def spread_tokens(llm: Any, length: int) -> np.ndarray:
@@ -63,19 +66,32 @@ def require_applied(
         load, unload: put an adapter's folder into the engine, and take it out. logps: f32[n] of (prompt, adapter or
             None). least: by how much they must move, in nats.
     """
-    for part, silent in (("language model", set(tower)), ("tower of images", shapes.keys() - tower)):
-        if len(silent) == len(shapes):
-            continue
+    base = logps(prompt, None)
+    if not np.isfinite(base).all():
+        raise EngineError(
+            "the engine computes log-probabilities that are not finite, without any adapter",
+            remedy="choose rollout.dtype=float32 or bfloat16, or another model",
+        )
+
+    def moved(silent: Collection[str]) -> float:
         with tempfile.TemporaryDirectory(prefix=".probe-", dir=like) as folder:  # lives no longer than the version does
             write_probe_adapter(Path(folder), like, shapes, silent)
             adapter = load(Path(folder))
             try:
-                moved = float(np.abs(logps(prompt, adapter) - logps(prompt, None)).max())
+                found = logps(prompt, adapter)
             finally:
                 unload(adapter)
-        if not moved > least:
+        # weights so large may overflow: the adapter was applied for certain then
+        return float(np.abs(found - base).max()) if np.isfinite(found).all() else np.inf
+
+    noise = moved(shapes.keys())
+    for part, silent in (("language model", set(tower)), ("tower of images", shapes.keys() - tower)):
+        if len(silent) == len(shapes):
+            continue
+        far = moved(silent)
+        if not far > max(least, TIMES_NOISE * noise):
             raise EngineError(
                 f"adapter not applied: one with large random weights on the {part} moved log-probabilities by "
-                f"{moved:.1e} only",
+                f"{far:.1e} only (one whose weights are 0: {noise:.1e})",
                 remedy="this model's layers take no adapter in this vLLM; set rollout.weights=merged",
             )

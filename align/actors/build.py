@@ -20,6 +20,7 @@ from align.actors.reward_actors import RayScorer
 from align.hub import resolve_model_folder
 from align.protocols import Fleet, Scorer
 from align.recipe.adapter import Adapter
+from align.recipe.chat_files import ChatFiles
 from align.recipe.inputs import Model
 from align.recipe.parts import Rollout
 from align.recipe.placement import Placement
@@ -132,6 +133,7 @@ class RayBackend:
             device="cuda" if gpu else "cpu",
             trainable=job.trainable,
             labels=job.labels,
+            chat=job.chat,
             sharding=self.placement.trainer.strategy,
         )
 
@@ -177,6 +179,7 @@ class RayBackend:
             threads=role.threads,
             temperature=rollout.temperature,
             stop=rollout.stop,
+            end_ids=job.end_ids,
             trust_remote_code=job.model.trust_remote_code,
             media=job.media,
             pixels=job.pixels,
@@ -229,8 +232,10 @@ class RayBackend:
     async def write_base(self, model: Model, folder: Path, seed: int) -> None:
         await self._task(files.write_base, "writing the model from scratch", model, folder, seed)
 
-    async def merge(self, base: Path, adapter: Path, out: Path, *, dtype: str, seed: int) -> Mapping[str, Any]:
-        report: Mapping[str, Any] = await self._task(files.merge, "the merge", base, adapter, out, dtype, seed)
+    async def merge(
+        self, base: Path, adapter: Path, out: Path, *, dtype: str, seed: int, chat: ChatFiles
+    ) -> Mapping[str, Any]:
+        report: Mapping[str, Any] = await self._task(files.merge, "the merge", base, adapter, out, dtype, seed, chat)
         return report
 
     async def export(self, folder: Path, out: Path, *, format: str, dtype: str) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from align.actors.cluster import die_with_parent
+from align.recipe.chat_files import ChatFiles
 from align.recipe.inputs import Model
 from align.shared import require_shared
 
@@ -20,13 +21,13 @@ def write_base(token: Path, model: Model, folder: Path, seed: int) -> None:
     scratch.write_base(model, folder, seed)
 
 
-def merge(token: Path, base: Path, adapter: Path, out: Path, dtype: str, seed: int) -> dict[str, Any]:
-    """One plain model folder at `out`; the merge's report as plain numbers."""
+def merge(token: Path, base: Path, adapter: Path, out: Path, dtype: str, seed: int, chat: ChatFiles) -> dict[str, Any]:
+    """One plain model folder at `out`; the merge's report as plain numbers. The run has compared adapter and base."""
     die_with_parent()
     require_shared(token, base, adapter)
     from align.export import merge as module
 
-    return asdict(module.merge(base, adapter, out, dtype=dtype, seed=seed))
+    return asdict(module.merge(base, adapter, out, dtype=dtype, seed=seed, chat=chat, other_base=True))
 
 
 def export(token: Path, folder: Path, out: Path, form: str, dtype: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from align.cli.findings import Findings
 from align.cli.inputs import DataFacts, Rewards, check_reference, open_model, read_data
 from align.cli.machine import Machine, check_fits, stage_roles
+from align.cli.needed import check_model_packages, check_packages
 from align.cli.plan import Plan, Planner, lines
 from align.cli.rules import check_recipe
 from align.objectives.check import Known, problems
@@ -57,6 +58,7 @@ def validate(
     """
     found = Findings(document)
     sound = check_recipe(recipe, found)
+    check_packages(recipe, found, cluster=cluster)
     plan = Plan(recipe, machine or Machine.here())
     rewards = Rewards(folder)
     with ExitStack() as stack:
@@ -64,7 +66,9 @@ def validate(
         with found.gather(key="model"):
             model = stack.enter_context(open_model(recipe, folder))
             planner = Planner(recipe, plan.machine, model)
+            plan.notes += [f"model.adapter: {note}" for note in model.notes]
             check_adapters(recipe, model.origin)
+            check_model_packages(recipe, model.config, model.origin, found, cluster=cluster)
         for stage in recipe.stages:
             _check_rewards(stage, rewards, found)
             with found.gather(stage.id, "reference"):

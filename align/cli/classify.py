@@ -18,10 +18,10 @@ import numpy as np
 
 from align.cli.memory import read_config
 from align.cli.scratch import scratch
+from align.data.carried import carried
 from align.data.media.library import Library
 from align.data.media.opening import takes_media
 from align.data.prepare import prepare
-from align.data.tokenizer import load_tokenizer
 from align.errors import ModelError, UserError
 from align.hub import resolve_model_folder
 from align.losses.classify import derived, log_probs, measures
@@ -30,6 +30,7 @@ from align.protocols import Tree
 from align.recipe.inputs import DataSource, Media
 from align.recipe.labels import Labels
 from align.recipe.parts import Packing
+from align.recipe.trained_on import require_base
 from align.stages.files import write_text
 from align.stages.handover import adapter_in
 from align.stages.manifest import require_artefact
@@ -116,9 +117,11 @@ def _read(
         truncate=arguments.truncate,
         on_bad_row=arguments.on_bad_row,
     )
-    tokenizer = load_tokenizer(found.base, chat_template=arguments.chat_template)
+    chat = carried(found.base, found.adapter, chat_template=arguments.chat_template)
+    tokenizer = chat.tokenizer
     prepared = prepare((source,), "labelled", tokenizer, seed=0, media=library, labels=found.labels, unlabelled=True)
-    return prepared.items, prepared.report.summary
+    notes = [] if found.adapter is None else require_base(found.base, found.adapter, anyway=True)
+    return prepared.items, [*prepared.report.summary, *(f"note: {note}" for note in (*chat.notes, *notes))]
 
 
 def open_trainer(arguments: argparse.Namespace, found: Classifier) -> PolicyTrainer:

@@ -52,6 +52,7 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser, recipe_arguments: Cal
         "--out", required=True, metavar="FOLDER", help="new folder; of several soups, one below it for each"
     )
     soup.add_argument("--base", metavar="MODEL", help="of all adapters, where their folders name it differently")
+    soup.add_argument("--other-base", action="store_true", help="although they were trained on another, or on several")
     soup.add_argument(
         "--recipe", metavar="RECIPE", help="examine every soup by this recipe's evaluate stage; the front"
     )

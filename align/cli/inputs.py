@@ -20,7 +20,7 @@ from align.data.prepare import prepare
 from align.data.records import Kind
 from align.data.scratch import train_tokenizer
 from align.data.sources import is_hub_id
-from align.data.tokenizer import ChatTokenizer, load_tokenizer
+from align.data.tokenizer import ChatTokenizer
 from align.errors import ModelError, PluginError
 from align.hub import resolve_model_folder
 from align.mediastore import processor_files
@@ -35,7 +35,8 @@ from align.recipe.labels import Labels
 from align.recipe.parts import LossTerm, Reward
 from align.recipe.schema import Recipe
 from align.recipe.stages import ReferencePath
-from align.stages.context import stage_seed
+from align.recipe.trained_on import require_base
+from align.stages.context import carried_by, stage_seed
 from align.stages.handover import Origin
 from align.stages.margins import refuse_own_margins, require_margins
 from align.stages.row_weights import refuse_weights
@@ -50,13 +51,15 @@ FIRST_ROWS = 1000
 class ModelFacts:
     """The model before the first stage: its configuration and tokenizer, and where it (or its folder to be) is.
 
-    media: of a model that takes them, open as long as it is: a process that decodes takes seconds to start.
+    media: of a model that takes them, open as long as it is: a process that decodes takes seconds to start. notes:
+    where its adapter's tokenizer differs from its own.
     """
 
     config: dict[str, Any]
     tokenizer: ChatTokenizer
     origin: Origin
     media: Library | None = None
+    notes: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -74,14 +77,16 @@ def open_model(recipe: Recipe, folder: Path) -> Iterator[ModelFacts]:
         refuse_media_settings(recipe, config)
         library = open_library(recipe, found)
         with closing(library) if library is not None else nullcontext():
-            yield ModelFacts(config, _tokenizer(model, found), Origin(found, _adapter(recipe)), library)
+            origin = Origin(found, _adapter(recipe))
+            chat = carried_by(model, found, origin.adapter)
+            yield ModelFacts(config, chat.tokenizer, origin, library, (*chat.notes, *_of_its_base(model, origin)))
         return
     assert model.tokenizer is not None and model.config is not None, "the grammar ties `config` and `tokenizer`"
     refuse_media_settings(recipe, model.config)
     with scratch() as aside:
         train_tokenizer(model.tokenizer, aside, data_folder=folder, family=family_of(model.config))
-        facts = _tokenizer(model, aside)
-        yield ModelFacts(dict(model.config), facts, Origin(recipe.run_folder / "base", None))
+        chat = carried_by(model, Path(aside), None)
+        yield ModelFacts(dict(model.config), chat.tokenizer, Origin(recipe.run_folder / "base", None))
 
 
 def _adapter(recipe: Recipe) -> Path | None:
@@ -92,6 +97,13 @@ def _adapter(recipe: Recipe) -> Path | None:
     first = {stage.kind for stage in recipe.stages if stage.from_ is None and stage.kind != "evaluate"}
     refuse_beyond_lora(read_adapter_config(folder), folder, "train", score_head=first <= set(SCORED))
     return folder
+
+
+def _of_its_base(model: Model, origin: Origin) -> list[str]:
+    """Notes on `model.adapter` and the base that it was trained on. Raises ModelError where that is another."""
+    if origin.adapter is None or not any(origin.base.glob("*.safetensors")):  # the run fetches the weights
+        return []
+    return require_base(origin.base, origin.adapter, anyway=model.other_base, flag="`model.other_base: true`")
 
 
 def check_reference(stage: Any) -> None:
@@ -110,10 +122,6 @@ def _refuse_without_weights(folder: Path, local: bool) -> None:
             where=folder,
             remedy="convert them once with model.save_pretrained(folder) in transformers",
         )
-
-
-def _tokenizer(model: Model, folder: Path) -> ChatTokenizer:
-    return load_tokenizer(folder, chat_template=model.chat_template, template_args=model.template_args)
 
 
 # ------------------------------------------------------------------------------------------------- data

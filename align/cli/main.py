@@ -127,6 +127,13 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--adapter", required=True, help="peft adapter: folder or hub id")
     merge.add_argument("--out", required=True, help="new folder for the merged model")
     merge.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    merge.add_argument(
+        "--tokenizer", choices=("adapter", "base"), help="whose tokenizer and chat template to write (adapter's if any)"
+    )
+    merge.add_argument(
+        "--other-base", action="store_true", help="merge although the adapter was trained on another base"
+    )
+    merge.add_argument("--end-of-turn", action="append", default=[], metavar="TOKEN", help="a token that ends a turn")
     merge.add_argument("--trust-remote-code", action="store_true", help="run model code from the base's folder")
     merge.set_defaults(verb=_merge)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from align.data.carried import carried
+from align.data.ends import ending_notes
 from align.hub import resolve_model_folder
 from align.stages.manifest import require_artefact
 
@@ -16,12 +18,19 @@ def main(arguments: argparse.Namespace) -> int:
     adapter = resolve_model_folder(arguments.adapter)
     for folder in (base, adapter):
         require_artefact(folder)
+    chat = carried(base, adapter, end_of_turn=arguments.end_of_turn, whose=arguments.tokenizer)
     from align.export.merge import merge  # torch: only once the folders are there
     from align.report.quiet import quiet
 
     quiet()
     report = merge(
-        base, adapter, Path(arguments.out), dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code
+        base,
+        adapter,
+        Path(arguments.out),
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+        chat=chat.files,
+        other_base=arguments.other_base,
     )
     print(f"merged {report.modules} modules into {report.out} ({report.dtype})")
     print(f"  per module, float32: relative error {report.module_error:.1e} (bound {report.module_bound:.0e})")
@@ -31,6 +40,6 @@ def main(arguments: argparse.Namespace) -> int:
     )
     if report.untied_head:
         print("  the head is no longer tied to the embeddings: the adapter changes it alone")
-    for warning in report.warnings:
+    for warning in (*chat.notes, *ending_notes(chat.tokenizer), *report.warnings):
         print(f"  note: {warning}")
     return 0

@@ -96,6 +96,7 @@ class Planner:
         self.checks.attention()
         adapter = adapter_of(self.recipe, stage, self.model.origin)
         self.checks.experts(adapter)
+        self.checks.quantised(stage, adapter)
         optim = resolved_optim(stage, adapter)
         steps = self._steps(stage, facts)
         plan = StagePlan(stage.id, stage.kind, steps, self.roles(stage))
@@ -141,6 +142,9 @@ class Planner:
 
     def evaluation(self, stage: Any, facts: DataFacts) -> StagePlan:
         plan = StagePlan(stage.id, stage.kind, len(stage.of), self.roles(stage))
+        judged = [adapter_of(self.recipe, trained_by(self.recipe, name), self.model.origin) for name in stage.of]
+        if stage.rewards and any(adapter.kind != "full" for adapter in judged):
+            self.checks.quantised(stage, None)  # the adapter is merged for the engine
         how = f"greedy completions from {stage.rollout.name}" if stage.rewards else "loss metrics"
         plan.lines.append(f"evaluates {', '.join(stage.of)}: {how} on {facts.rows}{'' if facts.whole else '+'} rows")
         if stage.rewards:
@@ -148,6 +152,7 @@ class Planner:
         return plan
 
     def files(self, stage: Any) -> StagePlan:
+        self.checks.quantised(stage, None)
         source = trained_by(self.recipe, stage.from_) if stage.from_ else None
         model_type = str(self.model.config.get("model_type"))
         sees = takes_media(self.model.config) and model_type not in SEEING

@@ -45,7 +45,9 @@ def main(arguments: argparse.Namespace) -> int:
     soups: list[tuple[str, SoupReport]] = []
     for weights in vectors:
         name = "_".join(f"{weight:.6g}" for weight in weights)
-        soups.append((name, _soup(adapters, weights, out if alone else out / name, base, arguments.resume)))
+        soups.append(
+            (name, _soup(adapters, weights, out if alone else out / name, base, arguments.other_base, arguments.resume))
+        )
     if recipe is None or stage is None:
         return 0
     return _examine(arguments, recipe, stage, soups, out)
@@ -60,11 +62,13 @@ def _vectors(arguments: argparse.Namespace, count: int) -> Sequence[Sequence[flo
     return [list(vector.values()) for vector in simplex([str(n) for n in range(count)], arguments.grid)]
 
 
-def _soup(adapters: Sequence[Path], weights: Sequence[float], out: Path, base: Path | None, resume: bool) -> SoupReport:
+def _soup(
+    adapters: Sequence[Path], weights: Sequence[float], out: Path, base: Path | None, other: bool, resume: bool
+) -> SoupReport:
     from align.export.soup import kept, soup  # torch: only once the folders are there
 
     found = kept(adapters, weights, out) if resume else None
-    report = found or soup(adapters, weights, out, base=base)
+    report = found or soup(adapters, weights, out, base=base, other_base=other)
     shown = ", ".join(f"{weight:g}" for weight in weights)
     print(
         f"{report.out}: weights {shown}; rank {report.rank}, {report.modules} modules, "

@@ -12,6 +12,8 @@ from align.errors import DataError, ModelError, PlacementError, RecipeError, Uns
 from align.recipe.adapter import Adapter
 from align.recipe.labels import Labels
 from align.recipe.schema import Recipe
+from align.recipe.support import publish_mode
+from align.recipe.trained_on import quantisation_words
 from align.stages.training import SCORED, head_of
 
 
@@ -32,6 +34,37 @@ class StageChecks:
                 "tensors of their own",
                 where="adapter.kind",
                 remedy="use `kind: lora` with `model.dtype: bfloat16`",
+            )
+
+    def quantised(self, stage: Any, adapter: Adapter | None) -> None:
+        """What a base whose weights are stored quantised cannot be used for: nothing there is left to write."""
+        packed = self.model.config.get("quantization_config")
+        if not packed:
+            return
+        words, start = quantisation_words(packed), "start from the unquantised model"
+        if adapter is None:
+            raise Unsupported(
+                f"the base is quantised ({words}), and a stage of kind {stage.kind} needs whole weights: the adapter "
+                "cannot be merged into those that it was trained on",
+                where="model.path",
+                remedy=f"leave the stage out and serve the adapter on this base; or {start} with `adapter: "
+                "{kind: qlora}`, which packs it in four bits here and can be merged",
+            )
+        if adapter.kind == "full" or adapter.mixed:
+            raise Unsupported(
+                f"the base is quantised ({words}), and whole weights are trained", where="adapter.kind", remedy=start
+            )
+        if adapter.quant is not None:
+            raise Unsupported(
+                f"the base is quantised ({words}) already, and `adapter.quant` would pack it again",
+                where="adapter.quant",
+                remedy=f"use `adapter: {{kind: lora}}` on it, or {start}",
+            )
+        if stage.kind == "online" and publish_mode(adapter, stage.rollout) == "weights":
+            raise Unsupported(
+                f"the base is quantised ({words}), and whole weights would be sent to engines",
+                where="rollout.weights",
+                remedy=f"leave `rollout.weights` out, or {start}",
             )
 
     def attention(self) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from align.data.audit import MediaReport, Refusal, SourceReport
 from align.data.encoded import Encoded, Tokens, fit
+from align.data.ends import ending_notes
 from align.data.formats import LAYOUTS
 from align.data.formats.base import Layout, choose, margin_of, weight_of
 from align.data.formats.flags import refuse_token_masks
@@ -317,12 +318,16 @@ def _finish(table: Table, tokenizer: ChatTokenizer) -> None:
         )
     elif tokenizer.template is not None and tokenizer.template.reads_clock:
         report.notes.append("the chat template prints today's date; fix it with `model.template_args`")
+    if not report.plain_text:
+        report.notes += ending_notes(tokenizer)
     if table.kind not in ("prompt", "labelled") and tokenizer.eos_ids and not report.truncated:
         open_ended = sum(not _ends_with_eos(e, tokenizer.eos_ids) for e in table.encoded)
         if open_ended:
             report.notes.append(
                 f"in {open_ended} rows the last scored token is no end-of-turn token "
-                f"({', '.join(tokenizer.token(i) for i in tokenizer.eos_ids)}): the model will not learn to stop there"
+                f"({', '.join(tokenizer.token(i) for i in tokenizer.eos_ids)}): the model will not learn to stop "
+                "there; end the template's generation block behind its end of turn, or name the token: "
+                "`model.end_of_turn`"
             )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from align.data.backends import class_of, rebuild
 from align.data.dialect import Dialect, find_dialect
+from align.data.ends import Ends, find_ends
 from align.data.records import RowError
 from align.data.template import ChatTemplate, Span
 from align.data.templates import NAMED
@@ -30,8 +32,10 @@ _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 class ChatTokenizer:
     """Text to token ids and back, and messages to text.
 
-    eos_ids: every token that ends a generation (the tokenizer's eos and generation_config's). pad_id, bos_id: None
-    where the tokenizer has none. special: text of every special token. fingerprint: SHA-256 of all that decides ids.
+    declared_ids: tokens that end a generation by the model's files (the tokenizer's eos and generation_config's).
+    end_of_turn: tokens that the recipe names in place of what the template shows. pad_id, bos_id: None where the
+    tokenizer has none. special, added: text of every special token, and of every added one. fingerprint: SHA-256 of
+    all that decides ids.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class ChatTokenizer:
         template: ChatTemplate | None,
         *,
         eos_ids: Sequence[int] = (),
+        end_of_turn: Sequence[str] = (),
         folder: Path | None = None,
     ):
         self.backend = backend
@@ -50,12 +55,14 @@ class ChatTokenizer:
         self.bos_id = self._id("bos_token")
         self.pad_id = self._id("pad_token")
         self.eos_id = self._id("eos_token")
-        self.eos_ids = tuple(sorted({*eos_ids, *(() if self.eos_id is None else (self.eos_id,))}))
+        self.declared_ids = tuple(sorted({*eos_ids, *(() if self.eos_id is None else (self.eos_id,))}))
+        self.end_of_turn = tuple(end_of_turn)
         added = backend.get_added_tokens_decoder()
         self.vocab_size = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
         self.special = frozenset(t.content for t in added.values() if t.special)
         self.roles_rendered: set[str] = set()  # roles that the template was seen to render
         self.keys_rendered: dict[tuple[str, str], bool] = {}  # whether it was, by role and key of a message
+        self.added = frozenset(t.content for t in added.values())
 
     def _id(self, name: str) -> int | None:
         text = self.named_tokens.get(name)
@@ -163,30 +170,22 @@ class ChatTokenizer:
         return find_dialect(self.require_template(), self.render, self.needs_parts)
 
     @cached_property
-    def turn_ending(self) -> tuple[str, str]:
-        """What the template writes behind an assistant's content: (scored, not scored).
+    def ends(self) -> Ends:
+        """What ends a turn under the template; nothing where there is none. Raises ModelError; see `find_ends`."""
+        if self.template is None:
+            return Ends()
+        declared = [self.decode([i], skip_special_tokens=False) for i in self.declared_ids]
+        return find_ends(self, declared, self.end_of_turn)
 
-        Scored is all up to the first special token, the end of the turn; behind it stand a newline or, in templates
-        that write a generation prompt unasked (Llama 3's first), the next header. ("", "") where a probe conversation
-        does not show it.
-        """
-        turns = (("user", "question"), ("assistant", "the-answer"))
-        probe = [
-            {"role": role, "content": [{"type": "text", "text": text}] if self.needs_parts else text}
-            for role, text in turns
-        ]
-        try:
-            text = self.render(probe)
-        except RowError:
-            return "", ""
-        tail = text.rpartition("the-answer")[2]
-        ends = [at + len(token) for token in self.special if (at := tail.find(token)) >= 0]
-        end = min(ends, default=len(tail))
-        return tail[:end], tail[end:]
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every token that ends a generation, ascending: those of the model's files, the template's, the recipe's."""
+        more = {*self.ends.tokens(), *self.end_of_turn}
+        return tuple(sorted({*self.declared_ids, *map(self.token_id, more)}))
 
     @cached_property
     def fingerprint(self) -> str:
-        parts: list[Any] = [self.backend.to_str(), self.named_tokens, self.eos_ids]
+        parts: list[Any] = [self.backend.to_str(), self.named_tokens, self.declared_ids, self.end_of_turn]
         if self.template is not None:
             parts += [self.template.source, self.template.variables]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
@@ -196,40 +195,66 @@ class ChatTokenizer:
 
 
 def load_tokenizer(
-    folder: str | Path, *, chat_template: str | None = None, template_args: Mapping[str, Any] | None = None
+    folder: str | Path,
+    *,
+    files: Path | None = None,
+    chat_template: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
+    end_of_turn: Sequence[str] = (),
 ) -> ChatTokenizer:
     """The tokenizer of a model folder.
 
     Args:
-        folder: holds tokenizer.json and usually tokenizer_config.json.
+        folder: of the model; holds tokenizer.json and usually tokenizer_config.json.
+        files: a folder whose tokenizer and chat template count before those of `folder`, as far as it has them.
         chat_template: overrides the folder's: a file, the Jinja text itself, or the name of one of ours.
         template_args: variables for the template (`enable_thinking: false`).
-    Raises ModelError where files are missing or damaged.
+        end_of_turn: tokens that end a turn, in place of what the template shows.
+    Raises ModelError where files are missing or damaged, or one of `end_of_turn` is no single token.
     """
-    folder = Path(folder)
-    path = folder / "tokenizer.json"
+    folder, files = Path(folder), files or Path(folder)
+    own = files if (files / "tokenizer.json").is_file() else folder
+    path = own / "tokenizer.json"
     if not path.is_file():
         raise ModelError("there is no tokenizer.json", where=folder, remedy=_without_tokenizer_json(folder))
     try:
         backend = Tokenizer.from_file(str(path))
     except Exception as e:  # the Rust library raises bare Exception; anything it raises means this file is unreadable
         raise ModelError(f"tokenizer.json cannot be read: {e}", where=path, remedy="copy the file again") from e
-    config = _read_json(folder / "tokenizer_config.json")
+    config = _read_json(own / "tokenizer_config.json")
     model_config = _read_json(folder / "config.json")
     backend.no_truncation()
     backend.no_padding()
     # add_bos_token and add_eos_token of the config do not count beside a tokenizer.json: its post-processor decides
     chosen = class_of(config, model_config)
     rebuild(backend, chosen, config)
-    named = _special_tokens(folder, config, chosen.defaults if chosen else {})
+    named = _special_tokens(own, config, chosen.defaults if chosen else {})
     _add_tokens(backend, config, named)
-    source, where = _template_source(folder, config, chat_template)
+    source, where = None, ""
+    for place in dict.fromkeys((files, own, folder)):
+        if source is None:
+            source, where = _template_source(place, _read_json(place / "tokenizer_config.json"), chat_template)
     template = None
     if source is not None:
         template = ChatTemplate(source, {**named, **(template_args or {})}, where=where)
-    eos = _read_json(folder / "generation_config.json").get("eos_token_id")
-    eos_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    return ChatTokenizer(backend, named, template, eos_ids=eos_ids, folder=folder)
+    eos_ids: list[int] = []
+    for place in dict.fromkeys((folder, files)):
+        eos = _read_json(place / "generation_config.json").get("eos_token_id")
+        eos_ids += [] if eos is None else eos if isinstance(eos, list) else [eos]
+    _require_tokens(backend, end_of_turn)
+    return ChatTokenizer(backend, named, template, eos_ids=eos_ids, end_of_turn=end_of_turn, folder=folder)
+
+
+def _require_tokens(backend: Tokenizer, texts: Sequence[str]) -> None:
+    for text in texts:
+        if len(ids := backend.encode(text, add_special_tokens=False).ids) != 1:
+            special = sorted(t.content for t in backend.get_added_tokens_decoder().values() if t.special)
+            near = get_close_matches(text, special, n=3, cutoff=0.3) or special[:5]
+            raise ModelError(
+                f"`end_of_turn: {text}` is no token of this tokenizer, but {len(ids)} of them",
+                where="model.end_of_turn",
+                remedy=f"name a special token, such as {', '.join(near)}" if near else "its tokenizer has none",
+            )
 
 
 def _without_tokenizer_json(folder: Path) -> str:

@@ -1,7 +1,8 @@
 """Messages as text with the spans of the turns that are scored; the only file that knows what a chat template does.
 
-What is scored: assistant turns only, from the header's end to the end-of-turn token inclusive; a newline that the
-template writes behind that token is not. With generation markers in the template they decide; without, the render of
+What is scored: assistant turns only, from the header's end to the end-of-turn token inclusive (`align.data.ends`, which
+also puts one behind a last answer that has none); a newline that the template writes behind that token is not. With
+generation markers in the template they decide; without, the render of
 the messages before a turn, with generation prompt, is where the turn begins, and must be a prefix of what follows.
 Of pairs and of rows with a separate prompt, assistant turns in the prompt are context and not scored.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from align.data.ends import End
 from align.data.media.shown import Shown, Written, written
 from align.data.records import Message, RowError
 from align.data.template import Span
@@ -61,7 +63,23 @@ def scored_turns(
         spans = _marked_spans(tokenizer, messages, first, whole.spans)
     else:
         spans = _incremental_spans(tokenizer, messages, first, given, whole.text, shown)
+        return Written(*_ended(tokenizer, messages, whole.text, spans), whole.places)
     return Written(whole.text, spans, whole.places)
+
+
+def _ended(
+    tokenizer: ChatTokenizer, messages: tuple[Message, ...], text: str, spans: list[Span]
+) -> tuple[str, list[Span]]:
+    """With the end that the template does not write behind a conversation's last answer, where that is scored."""
+    end = _end(tokenizer, messages[-1])
+    if not end.appended or messages[-1].role != "assistant" or not spans or spans[-1][1] != len(text):
+        return text, spans
+    text += end.token
+    return text, [*spans[:-1], (spans[-1][0], len(text))]
+
+
+def _end(tokenizer: ChatTokenizer, message: Message) -> End:
+    return tokenizer.ends.call if message.extra.get("tool_calls") else tokenizer.ends.text
 
 
 def _marked_spans(
@@ -96,17 +114,14 @@ def _incremental_spans(
             upto = rendered(tokenizer, messages[: k + 1], False, given, shown).text
         if not upto.startswith(before):
             raise not_a_prefix(tokenizer, before, upto, f"what comes before turn {k}", f"the same with turn {k}")
-        end = _end_of_turn(tokenizer, upto)
+        own = _end(tokenizer, message)
+        end = own.of(upto)
         if not text.startswith(upto[:end]):
             raise not_a_prefix(tokenizer, upto, text, f"the messages up to turn {k}", "the whole conversation")
+        if own.appended and text.startswith(own.token, end):  # it ends the turn wherever another message follows
+            end += len(own.token)
         spans.append((len(before), end))
     return spans
-
-
-def _end_of_turn(tokenizer: ChatTokenizer, text: str) -> int:
-    """Where the turn that ends `text` ends: behind its end-of-turn token, before what the template adds to it."""
-    scored, rest = tokenizer.turn_ending
-    return len(text) - len(rest) if text.endswith(scored + rest) else len(text)
 
 
 def not_a_prefix(tokenizer: ChatTokenizer, shorter: str, longer: str, one: str, other: str) -> RowError:

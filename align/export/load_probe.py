@@ -4,7 +4,8 @@
 
 ENGINE: "plain" (transformers, float32) or a rollout engine's name. TOKENS: JSON {"tokens": [[...]], "dtype",
 "threads", "trust_remote_code", "image_seed" (null: no picture)}. OUT: JSON {"status": "loaded", "logps": [[...]],
-"message" (what was left out)} or {"status": "unavailable" | "failed", "message"}.
+"message" (what was left out), "noise" (of "plain": what computing in the dtype itself costs, nats a token)} or
+{"status": "unavailable" | "failed", "message"}.
 
 A process of its own, because engines cannot be unloaded without trace, may hang, and read the environment.
 """
@@ -27,9 +28,14 @@ from align.protocols import Medium, Publication
 
 
 def plain_logps(
-    folder: Path, tokens: list[np.ndarray], trust_remote_code: bool = False, *, image_seed: int | None = None
+    folder: Path,
+    tokens: list[np.ndarray],
+    trust_remote_code: bool = False,
+    *,
+    image_seed: int | None = None,
+    dtype: str = "float32",
 ) -> list[np.ndarray]:
-    """f32[n - 1] per sequence by plain transformers in float32: log-probabilities of its tokens. f32[n * K] of a
+    """f32[n - 1] per sequence by plain transformers in `dtype`: log-probabilities of its tokens. f32[n * K] of a
     model that scores: of being preferred, up to each token, to a text of score 0.
 
     image_seed: one sequence more, with the picture of this seed as the folder's own processor makes it ready."""
@@ -37,13 +43,13 @@ def plain_logps(
 
     from align.export.compare import log_probabilities
     from align.export.images import image_samples
-    from align.model.load import load_model
+    from align.model.load import load_model, resolve_dtype
     from align.model.score_head import load_score_model, scoring
 
     if scoring(folder):
         scorer = load_score_model(folder, dtype=torch.float32, seed=0, trust_remote_code=trust_remote_code)
         return [logps[:, 0].numpy() for logps in log_probabilities(scorer, tokens)]
-    model = load_model(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model = load_model(folder, dtype=resolve_dtype(dtype, "cpu"), trust_remote_code=trust_remote_code)
     pictures = [] if image_seed is None else image_samples(folder, image_seed, trust_remote_code)
     found = log_probabilities(model, [*tokens, *pictures])
     all_ids = [*map(torch.as_tensor, tokens), *(sample["input_ids"][0] for sample in pictures)]
@@ -94,13 +100,26 @@ def probe(name: str, folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     try:
         if name == "plain":
             logps = plain_logps(folder, tokens, request["trust_remote_code"], image_seed=request.get("image_seed"))
-            return {"status": "loaded", "logps": [row.tolist() for row in logps], "message": ""}
+            noise = _noise(folder, tokens, request, logps)
+            return {"status": "loaded", "logps": [row.tolist() for row in logps], "message": "", "noise": noise}
         logps, message = _engine_answer(name, folder, tokens, request)
     except SetupError as error:
         return {"status": "unavailable", "message": str(error)}
     except (AlignError, ValueError, RuntimeError, OSError, KeyError) as error:
         return {"status": "failed", "message": f"{type(error).__name__}: {error}"}
     return {"status": "loaded", "logps": [row.tolist() for row in logps], "message": message}
+
+
+def _noise(folder: Path, tokens: list[np.ndarray], request: dict[str, Any], exact: list[np.ndarray]) -> float:
+    """Mean difference of log-probabilities that transformers' own forward in the folder's dtype makes: an engine that
+    computes in it cannot be held to less."""
+    from align.model.score_head import scoring
+
+    if request["dtype"] == "float32" or scoring(folder):
+        return 0.0
+    found = plain_logps(folder, tokens, request["trust_remote_code"], dtype=request["dtype"])
+    pairs = zip(found, exact[: len(found)], strict=True)
+    return float(np.mean(np.abs(np.concatenate([one - other for one, other in pairs]))))
 
 
 def _engine_answer(

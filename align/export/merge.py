@@ -4,9 +4,9 @@
 2. Validate, in float32: each merged module against base + adapter (peft's own forward) on random inputs.
 3. Apply: rewrite the checkpoint file by file, aside.
    An adapter that was trained on weights in four bits is merged into those: the base is packed again, as it was.
-4. Prove: every tensor read back bit by bit; the folder loaded in plain transformers and compared with the adapter-on
-   model on random tokens, and on a picture where it reads images, made ready by its processor. A fault in any
-   step leaves nothing behind; only then the folder is renamed into place.
+4. Prove: every tensor read back bit by bit; the folder loaded in plain transformers, its weights compared with base +
+   adapter in float64 (`merge_proof`), and what it says with what the adapter-on model says on random tokens, and on a
+   picture where it reads images. A fault in any step leaves nothing behind; only then the folder is renamed into place.
 
 Without an adapter the folder is copied and cast, under the same proofs.
 
@@ -20,8 +20,8 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,8 @@ from align.errors import ExportError, Unsupported
 from align.export.checkpoint import Checkpoint, Replacements, open_checkpoint, rewrite, verify
 from align.export.compare import BOUNDS, Distance, Sample, distance, log_probabilities, random_tokens, require_close
 from align.export.images import image_samples
+from align.export.merge_proof import Expected, expected_weights, require_weights
+from align.export.merge_report import MergeReport
 from align.model.adapter_config import read_adapter_config, refuse_beyond_lora, scores
 from align.model.adapters import load_frozen, lora_layers
 from align.model.folders import copy_all_but_weights, require_free, written_aside
@@ -50,46 +52,14 @@ from align.model.score_head import (
 )
 from align.model.weights import edit_config, merged_parameters, stored_names
 from align.recipe.adapter_folder import quantised_base
+from align.recipe.chat_files import ChatFiles
 from align.recipe.labels import Labels
+from align.recipe.trained_on import require_base
 
 log = logging.getLogger(__name__)
 
 MODULE_BOUND = 1e-5
 REPORT = "merge_report.json"
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What was merged, and what the proofs measured.
-
-    module_error: largest relative error over modules and output features on random inputs, float32; worst_module: its
-    module. kl_mean, kl_max, top1: merged folder against adapter-on. adapter_kl: KL(adapter-on || base), that is, how
-    far the adapter moves the model; where the cast costs more than half of that, `warnings` says so.
-    """
-
-    base: str
-    adapter: str | None
-    out: str
-    dtype: str
-    modules: int
-    module_error: float
-    module_bound: float
-    worst_module: str | None
-    untied_head: bool
-    kl_mean: float
-    kl_max: float
-    kl_bound: float
-    top1: float
-    top1_bound: float
-    adapter_kl: float
-    tensors: int
-    bytes: int
-    seed: int
-    seconds: float
-    warnings: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -124,10 +94,14 @@ def merge(
     dtype: str = "auto",
     seed: int = 0,
     trust_remote_code: bool = False,
+    chat: ChatFiles | None = None,
+    other_base: bool = False,
 ) -> MergeReport:
     """Write `base` with `adapter` merged in to the new folder `out`, proved as this module's docstring says.
 
-    dtype: of the written weights; "auto" keeps the base's. seed: of the random inputs and tokens of the proofs.
+    dtype: of the written weights; "auto" keeps the base's. seed: of the random inputs and tokens of the proofs. chat:
+    tokenizer, template and ends of turns to write; None: what the adapter carries, else the base's. other_base: take
+    this base also where the adapter was trained on another.
     Besides the model, `out` gets merge_report.json.
 
     Raises UserError where `out` holds files, ModelError or Unsupported where base or adapter cannot be used,
@@ -137,6 +111,7 @@ def merge(
     base, out, adapter = Path(base), Path(out), None if adapter is None else Path(adapter)
     require_free(out, "merged model")
     source = open_checkpoint(base)
+    notes = [] if adapter is None else require_base(base, adapter, anyway=other_base)
     config = None if adapter is None else read_adapter_config(adapter)
     brings_head = config is not None and scores(config)
     labels = adapter_labels(adapter) if adapter is not None and brings_head else folder_labels(base)
@@ -158,10 +133,12 @@ def merge(
     plan = Plan(source, adapter, out, written, seed, *plan_modules(source, model, peft, tied))
     errors = {} if peft is None else prove_modules(peft, seed)
     trained = without if peft is None else log_probabilities(peft, samples)
+    weights = {} if peft is None else expected_weights(peft, seed)
     with written_aside(out, "merged model") as aside:
         replaced = replacements(plan, peft)
         size = rewrite(source, aside, plan.dtype, replaced)
         copy_all_but_weights(base, aside)
+        (chat or ChatFiles.of(base, adapter)).write(aside, base)
         edit_config(aside / "config.json", plan.dtype, untie=plan.untied)
         if scored:
             edit_score_config(aside / "config.json", model)
@@ -169,9 +146,9 @@ def merge(
         replaced, peft, model = {}, None, None
         gc.collect()  # the proof loads a second model: let go of the first
         samples = [*tokens, *image_samples(aside, seed, trust_remote_code)]
-        measured = prove_folder(aside, plan, trained, samples, trust_remote_code)
+        measured = prove_folder(aside, plan, trained, samples, weights, trust_remote_code)
         proofs = Proofs(errors, measured, distance(trained, without), count, size)
-        report = _report(plan, proofs, time.perf_counter() - started)
+        report = _report(plan, proofs, notes, time.perf_counter() - started)
         (aside / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     for warning in report.warnings:
         log.warning("%s: %s", out, warning)
@@ -293,22 +270,29 @@ def module_error(layer: Any, weight: Tensor, bias: Tensor | None, seed: int, sam
 
 
 def prove_folder(
-    folder: Path, plan: Plan, trained: list[Tensor], samples: list[Sample], trust_remote_code: bool
+    folder: Path,
+    plan: Plan,
+    trained: list[Tensor],
+    samples: list[Sample],
+    weights: Mapping[str, Expected],
+    trust_remote_code: bool,
 ) -> Distance:
-    """Load a written folder in plain transformers and compare it with what was trained. Raises ExportError."""
+    """Load a written folder in plain transformers and compare it with what was trained, weight by weight and in what
+    it says. Raises ExportError."""
     model = _load(folder, folder_labels(folder), trust_remote_code)
     if plan.untied and model.config.get_text_config().tie_word_embeddings:
         # transformers would see two weights and leave them apart; engines go by the config
         raise ExportError("the head was untied, but the written config.json still ties it", where=plan.out)
+    require_weights(model, weights, plan.dtype)
     measured = distance(trained, log_probabilities(model, samples))
     require_close(measured, BOUNDS[plan.dtype], "the merged model", plan.dtype)
     return measured
 
 
-def _report(plan: Plan, proofs: Proofs, seconds: float) -> MergeReport:
+def _report(plan: Plan, proofs: Proofs, notes: list[str], seconds: float) -> MergeReport:
     dtype = str(plan.dtype).removeprefix("torch.")
     worst = max(proofs.errors, key=lambda path: proofs.errors[path], default=None)
-    warnings = []
+    warnings = list(notes)
     if plan.adapter is not None and proofs.cast.kl_mean > 0.5 * proofs.moved.kl_mean:
         warnings.append(
             f"rounding to {dtype} costs a KL of {proofs.cast.kl_mean:.1e}, of the {proofs.moved.kl_mean:.1e} that the "

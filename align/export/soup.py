@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from align.errors import ExportError, ModelError, Unsupported, UserError
+from align.export.soup_parts import carry, one_chat, one_digest
 from align.model.adapter_config import CONFIG, OWN_BASE, WEIGHTS, read_adapter_config, refuse_beyond_lora, weights_file
 from align.model.folders import written_aside
 from align.recipe.adapter_folder import QUANTISED, QuantisedBase, quantised_base
@@ -60,10 +61,18 @@ class SoupReport:
         return {**asdict(self), "out": str(self.out)}
 
 
-def soup(adapters: Sequence[Path], weights: Sequence[float], out: Path, *, base: Path | None = None) -> SoupReport:
+def soup(
+    adapters: Sequence[Path],
+    weights: Sequence[float],
+    out: Path,
+    *,
+    base: Path | None = None,
+    other_base: bool = False,
+) -> SoupReport:
     """Write the weighted sum of `adapters` to the new folder `out`, in peft layout.
 
-    base: the model of all of them, where their folders do not agree on its name; it is not read, only written down.
+    base: the model of all of them, where their folders do not agree on its name; it is compared with what they were
+    trained on as far as that is known, unless `other_base`. The soup carries the tokenizer that they share.
     An adapter of weight 0 takes no rank.
 
     Raises ModelError where adapters are of different bases, broken or not LoRA; Unsupported where one is more than
@@ -72,6 +81,9 @@ def soup(adapters: Sequence[Path], weights: Sequence[float], out: Path, *, base:
     _check_weights(adapters, weights)
     parts = [read_part(Path(folder)) for folder in adapters]
     name = str(base) if base is not None else one_base(parts)
+    folders = [part.folder for part in parts]
+    one_digest(folders, base, other_base)
+    one_chat(folders)
     _check_alike(parts)
     shapes = {path: _shapes(parts, path) for path in sorted({path for part in parts for path in part.modules})}
     used = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight != 0]
@@ -86,6 +98,7 @@ def soup(adapters: Sequence[Path], weights: Sequence[float], out: Path, *, base:
         _write(aside, tensors, _config(parts[0], list(modules), rank, name))
         if parts[0].packed is not None:
             parts[0].packed.write(aside)
+        carry(folders, aside)
         error = prove(read_part(aside), used)
         names = tuple(str(Path(folder).absolute()) for folder in adapters)
         report = SoupReport(Path(out), names, tuple(map(float, weights)), name, rank, len(modules), error)

@@ -44,6 +44,8 @@ from align.model.weights import (
 )
 from align.recipe.adapter import Adapter, Quant
 from align.recipe.adapter_folder import QuantisedBase, quantised_base
+from align.recipe.chat_files import ChatFiles
+from align.recipe.trained_on import write_trained_on
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -345,12 +347,14 @@ def save(
     *,
     beside: Callable[[Path], None] | None = None,
     packed: QuantisedBase | None = None,
+    chat: ChatFiles | None = None,
+    base: Path | None = None,
 ) -> None:
     """Write an adapter in peft layout (adapter_config.json, adapter_model.safetensors), complete or not at all.
 
     beside: writes the base that the adapter belongs on into the folder it is given, as `OWN_BASE`; the adapter's
     configuration then names no other, which would lack what was trained. packed: how the base is packed that it was
-    trained on, written beside it.
+    trained on, written beside it. chat: tokenizer and template that it was trained with; base: the model folder.
 
     Raises UserError where `folder` already holds files.
     """
@@ -370,6 +374,11 @@ def save(
             config["base_model_name_or_path"] = OWN_BASE
         if packed is not None:
             packed.write(aside)
+        if chat is not None and base is not None:
+            chat.write(aside, base)
+        if base is not None:
+            own = beside is not None
+            write_trained_on(aside, aside / OWN_BASE if own else base, OWN_BASE if own else None)
         save_file(tensors, aside / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
         (aside / CONFIG).write_text(text + "\n", encoding="utf-8")

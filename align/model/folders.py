@@ -27,20 +27,6 @@ NOT_PART_OF_A_MODEL = (
     "merge_report.json",
     "export_report.json",
 )
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates",
-)
 
 
 def require_free(folder: Path, what: str) -> None:
@@ -87,21 +73,6 @@ def sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy the tokenizer's files and the chat template; returns the names copied."""
-    copied = []
-    for name in TOKENIZER_FILES:
-        path = source / name
-        if path.is_dir():
-            shutil.copytree(path, target / name)
-        elif path.is_file():
-            shutil.copy2(path, target / name)
-        else:
-            continue
-        copied.append(name)
-    return copied
 
 
 def copy_all_but_weights(source: Path, target: Path) -> list[str]:

@@ -57,6 +57,8 @@ class Spec(Protocol):
     @property
     def max_model_len(self) -> int | None: ...
     @property
+    def end_ids(self) -> tuple[int, ...]: ...
+    @property
     def trust_remote_code(self) -> bool: ...
 
 
@@ -101,7 +103,7 @@ class TransformersEngine:
             self._tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=spec.trust_remote_code, local_files_only=True
             )
-        self._end_ids = end_ids(folder, self._tokenizer.eos_token_id)
+        self._end_ids = end_ids(folder, self._tokenizer.eos_token_id, spec.end_ids)
         self._special = special_tokens(self._tokenizer)
         text = self._model.config.get_text_config()
         self._longest = spec.max_model_len or getattr(text, "max_position_embeddings", None)

@@ -20,6 +20,7 @@ from align.model.quantised import Packed, dense, linear_weight, quantised_layers
 from align.model.score_head import edit_score_config, has_score_head
 from align.model.shards import WHOLE, Shards
 from align.protocols import digest_arrays
+from align.recipe.chat_files import ChatFiles
 
 MAX_SHARD = "5GB"
 
@@ -201,14 +202,24 @@ def save_full(model: Any, folder: Path, *, base: Path, dtype: torch.dtype) -> No
     write_full(dict(full_state(model, dtype)), model, folder, base=base, dtype=dtype)
 
 
-def write_full(state: Mapping[str, Tensor], model: Any, folder: Path, *, base: Path, dtype: torch.dtype) -> None:
-    """`save_full` of weights that `full_state` gave, in `dtype`."""
+def write_full(
+    state: Mapping[str, Tensor],
+    model: Any,
+    folder: Path,
+    *,
+    base: Path,
+    dtype: torch.dtype,
+    chat: ChatFiles | None = None,
+) -> None:
+    """`save_full` of weights that `full_state` gave, in `dtype`. chat: tokenizer and template, not the base's."""
     from huggingface_hub import save_torch_state_dict
 
     cpu = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
     with written_aside(Path(folder), "model") as aside:
         save_torch_state_dict(cpu, aside, max_shard_size=MAX_SHARD, metadata={"format": "pt"})
         copy_all_but_weights(Path(base), aside)
+        if chat is not None:
+            chat.write(aside, Path(base))
         edit_config(aside / "config.json", dtype)
         if has_score_head(model):
             edit_score_config(aside / "config.json", model)

@@ -38,6 +38,8 @@ def quantised_base(folder: Path) -> QuantisedBase | None:
         return None
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
+        if "quant_method" in values:  # the base came quantised: nobody here packs it
+            return None
         parts, dtype = tuple(values.pop("parts")), str(values.pop("dtype"))
         return QuantisedBase(Quant.model_validate(values), parts, dtype)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

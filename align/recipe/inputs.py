@@ -17,8 +17,17 @@ class TokenizerFromScratch(Strict):
     split_digits: bool = True
 
 
+def _texts(value: Any) -> Any:
+    return [value] if isinstance(value, str) else () if value is None else value
+
+
 class Model(Strict):
-    """Where the policy starts. Either `path` (hub id or local folder) or `config` + `tokenizer` (from scratch)."""
+    """Where the policy starts. Either `path` (hub id or local folder) or `config` + `tokenizer` (from scratch).
+
+    end_of_turn: tokens that end a turn of the assistant, where the chat template does not show it. tokenizer_of: whose
+    tokenizer and template count where `adapter` carries others than the base has; by default the adapter's, or neither
+    where they do not go together. other_base: `adapter` belongs on this base, though it was trained on
+    another."""
 
     path: str | None = None
     revision: str | None = None
@@ -27,6 +36,9 @@ class Model(Strict):
     attention: Literal["auto", "sdpa", "varlen", "flex"] = "auto"
     chat_template: str | None = None
     template_args: dict[str, Any] = Field(default_factory=dict)
+    other_base: bool = False
+    tokenizer_of: Literal["adapter", "base"] | None = None
+    end_of_turn: Annotated[tuple[str, ...], BeforeValidator(_texts)] = ()
     trust_remote_code: bool = False
     gradient_checkpointing: bool = False
     config: dict[str, Any] | None = None

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 from align.protocols import Fleet, PromptItem, Scorer, Trainer
 from align.recipe.adapter import Adapter, Part, Rate
+from align.recipe.chat_files import ChatFiles
 from align.recipe.inputs import Media, Model
 from align.recipe.labels import Labels
 from align.recipe.parts import LossTerm, Optim, Packing, Reward, Rollout
@@ -42,7 +43,7 @@ class Start:
 class TrainerJob:
     """A policy to train. total: the stage's updates; rollout: how engines sample it, None offline; seed: of fresh
     adapter weights and dropout; trainable False: forward only, for evaluation; rates: of the model's parts, where they
-    are not `optim`'s; labels: of a classifier's head."""
+    are not `optim`'s; labels: of a classifier's head; chat: what is written beside the weights."""
 
     stage_id: str
     model: Model
@@ -57,13 +58,14 @@ class TrainerJob:
     trainable: bool = True
     labels: Labels | None = None
     rates: Mapping[Part, Rate] = field(default_factory=dict)
+    chat: ChatFiles | None = None
 
 
 @dataclass(frozen=True)
 class FleetJob:
     """Engines to start. adapter_rank: 0 where whole weights or nothing is published; longest_prompt: tokens; versions:
-    how many may be in use at once; media: the largest number of each kind in one prompt; pixels: min_pixels and
-    max_pixels where the recipe sets them."""
+    how many may be in use at once; end_ids: tokens that end a turn under the run's template; media: the largest number
+    of each kind in one prompt; pixels: min_pixels and max_pixels where the recipe sets them."""
 
     stage_id: str
     model: Model
@@ -74,6 +76,7 @@ class FleetJob:
     longest_prompt: int
     seed: int
     versions: int = 1
+    end_ids: tuple[int, ...] = ()
     media: Mapping[str, int] = field(default_factory=dict)
     pixels: Mapping[str, int] = field(default_factory=dict)
 
@@ -122,7 +125,9 @@ class Backend(Protocol):
         """Write config and weights of a model from scratch beside its tokenizer."""
         ...
 
-    async def merge(self, base: Path, adapter: Path, out: Path, *, dtype: str, seed: int) -> Mapping[str, Any]: ...
+    async def merge(
+        self, base: Path, adapter: Path, out: Path, *, dtype: str, seed: int, chat: ChatFiles
+    ) -> Mapping[str, Any]: ...
 
     async def export(self, folder: Path, out: Path, *, format: str, dtype: str) -> Mapping[str, Any]: ...
 

@@ -10,16 +10,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from align.data.carried import Carried, carried
 from align.data.media.library import Library
 from align.data.media.opening import open_library, store_of
 from align.data.prepare import Prepared, prepare
 from align.data.records import Kind
-from align.data.tokenizer import ChatTokenizer, load_tokenizer
+from align.data.tokenizer import ChatTokenizer
 from align.errors import Interrupted
 from align.protocols import Group, PromptItem, Tree, group_seed
-from align.recipe.inputs import DataSource
+from align.recipe.inputs import DataSource, Model
 from align.recipe.schema import Recipe
-from align.stages.backend import Backend
+from align.stages.backend import Backend, Start
 from align.stages.files import write_json
 from align.stages.handover import Origin
 from align.stages.loop import Report
@@ -32,6 +33,18 @@ def stage_seed(run_seed: int, stage_id: str) -> int:
     """31-bit seed of a stage's data order, fresh adapter weights and dropout."""
     digest = hashlib.blake2b(f"{run_seed}|{stage_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 33
+
+
+def carried_by(model: Model, base: Path, adapter: Path | None) -> Carried:
+    """`align.data.carried` as a recipe's `model:` says."""
+    return carried(
+        base,
+        adapter,
+        chat_template=model.chat_template,
+        template_args=model.template_args,
+        end_of_turn=model.end_of_turn,
+        whose=model.tokenizer_of,
+    )
 
 
 @dataclass
@@ -62,15 +75,17 @@ class Context:
         if self.stop.is_set():
             raise Interrupted(f"stopped before stage {stage_id!r}", remedy="the same command with --resume continues")
 
-    def carry_template(self, folder: Path) -> None:
-        """Give a model folder the recipe's chat template, where it has one: what was trained is what is served."""
-        template = self.tokenizer(folder).template if self.recipe.model.chat_template is not None else None
-        if template is not None:
-            (folder / "chat_template.jinja").write_text(template.source, encoding="utf-8")
+    def carried(self, start: Start) -> Carried:
+        """Tokenizer, chat template and ends of turns of what a stage starts from; what differs is said once."""
+        found = carried_by(self.recipe.model, start.base, start.adapter)
+        for note in found.notes:
+            if note not in self._said:
+                self._said.add(note)
+                self.report.message(f"{start.adapter}: {note}")
+        return found
 
-    def tokenizer(self, base: Path) -> ChatTokenizer:
-        model = self.recipe.model
-        return load_tokenizer(base, chat_template=model.chat_template, template_args=model.template_args)
+    def tokenizer(self, start: Start) -> ChatTokenizer:
+        return self.carried(start).tokenizer
 
     def library(self, folder: Path | None) -> Library | None:
         """The media of the model in `folder`, open until the run ends: what its trees name stays in the store."""

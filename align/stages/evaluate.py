@@ -62,7 +62,7 @@ async def run_evaluate(context: Context, stage: EvaluateStage) -> StageResult:
 
 async def _by_rewards(context: Context, stage: EvaluateStage, name: str) -> Metrics:
     weights = _weights(context, name)
-    tokenizer = context.tokenizer(weights.base)
+    tokenizer = context.tokenizer(weights)
     prompts = await context.prompts(stage, stage.data, tokenizer)
     folder = context.run.stage_folder(stage.id)
     merged = folder / f".merged-{name}"
@@ -78,6 +78,7 @@ async def _by_rewards(context: Context, stage: EvaluateStage, name: str) -> Metr
             adapter_rank=0,
             longest_prompt=longest_prompt(prompts),
             seed=context.recipe.seed,
+            end_ids=tokenizer.eos_ids,
             media=most_media(prompts),
             pixels=pixel_limits(context.recipe.media),
         )
@@ -111,14 +112,21 @@ async def _plain_folder(context: Context, weights: Start, merged: Path) -> Path:
     if weights.adapter is None:
         return weights.base
     shutil.rmtree(merged, ignore_errors=True)
-    await context.backend.merge(weights.base, weights.adapter, merged, dtype="auto", seed=context.recipe.seed)
+    await context.backend.merge(
+        weights.base,
+        weights.adapter,
+        merged,
+        dtype="auto",
+        seed=context.recipe.seed,
+        chat=context.carried(weights).files,
+    )
     return merged
 
 
 async def _by_loss(context: Context, stage: EvaluateStage, name: str) -> Metrics:
     """The metrics of `stage.loss` over the data, on the forward that training uses."""
     weights = _weights(context, name)
-    trees = await context.trees(stage, stage.data, record_kind(stage.loss), context.tokenizer(weights.base))
+    trees = await context.trees(stage, stage.data, record_kind(stage.loss), context.tokenizer(weights))
     if needs_margin(stage):
         require_margins(trees)
     refuse_weights(trees, stage.loss)

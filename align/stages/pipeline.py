@@ -17,6 +17,7 @@ from align.data.scratch import train_tokenizer
 from align.hub import resolve_model_folder
 from align.recipe.families import family_of
 from align.recipe.schema import Recipe
+from align.recipe.trained_on import require_base
 from align.stages.backend import Backend, Start
 from align.stages.context import Context, stage_seed
 from align.stages.evaluate import run_evaluate
@@ -41,7 +42,12 @@ async def run_merge(context: Context, stage: Any) -> StageResult:
         if start.adapter is None:
             return await context.backend.export(start.base, target, format="safetensors", dtype=stage.dtype)
         return await context.backend.merge(
-            start.base, start.adapter, target, dtype=stage.dtype, seed=context.seed(stage.id)
+            start.base,
+            start.adapter,
+            target,
+            dtype=stage.dtype,
+            seed=context.seed(stage.id),
+            chat=context.carried(start).files,
         )
 
     return await _one_folder(context, stage, make)
@@ -55,7 +61,12 @@ async def run_export(context: Context, stage: Any) -> StageResult:
         if start.adapter is not None:
             source = target.with_name(".writing-merged")
             await context.backend.merge(
-                start.base, start.adapter, source, dtype=stage.dtype, seed=context.seed(stage.id)
+                start.base,
+                start.adapter,
+                source,
+                dtype=stage.dtype,
+                seed=context.seed(stage.id),
+                chat=context.carried(start).files,
             )
         return await context.backend.export(source, target, format=stage.format, dtype=stage.dtype)
 
@@ -75,7 +86,7 @@ async def _one_folder(
         report = await make(start, target)
     finally:
         remove_leftovers(target.parent)
-    context.carry_template(target)
+    context.carried(start).files.write(target, start.base)
     carry_limits(target, context.recipe.media)
     metrics = {k: float(v) for k, v in report.items() if isinstance(v, int | float)}
     context.report.step(stage.id, 1, metrics)
@@ -191,6 +202,9 @@ async def _origin(recipe: Recipe, run: RunFolder, backend: Backend, report: Repo
     if model.path is not None:
         base = await asyncio.to_thread(resolve_model_folder, model.path, model.revision)
         adapter = await asyncio.to_thread(resolve_model_folder, model.adapter) if model.adapter else None
+        if adapter is not None:
+            for note in require_base(base, adapter, anyway=model.other_base, flag="`model.other_base: true`"):
+                report.message(f"model.adapter: {note}")
         return Origin(base, adapter)
     base = run.path / BASE
     if not base.exists():

@@ -104,6 +104,7 @@ def trainer_job(context: Context, stage: Any, start: Start, total: int, rollout:
         reference=reference_of(stage),
         rollout=rollout,
         labels=getattr(stage, "head", None),
+        chat=context.carried(start).files,
     )
 
 
@@ -136,7 +137,7 @@ async def resumed(context: Context, loop: Loop) -> None:
 async def run_offline(context: Context, stage: Any) -> StageResult:
     """An sft, preference, reward_model or classify stage from its start, or from its newest checkpoint."""
     start = start_of(context.recipe, stage, context.origin, context.run.finished())
-    tokenizer = context.tokenizer(start.base)
+    tokenizer = context.tokenizer(start)
     kind = record_kind(stage.loss)
     read = partial(_judged_pairs, context) if getattr(stage, "rewards", ()) else context.trees
     trees = await read(stage, stage.data, kind, tokenizer)
@@ -159,7 +160,7 @@ async def run_offline(context: Context, stage: Any) -> StageResult:
         if held:
             loop.evaluate = offline_evaluation(trainer, held)
         await resumed(context, loop)
-        return finished(context, await loop.run(offline_turn(trainer, trees, order)))
+        return finished(context, start, await loop.run(offline_turn(trainer, trees, order)))
 
 
 async def _judged_pairs(
@@ -178,7 +179,7 @@ async def _judged_pairs(
 async def run_online(context: Context, stage: OnlineSettings) -> StageResult:
     """A GRPO stage from its start, or from its newest checkpoint."""
     start = start_of(context.recipe, stage, context.origin, context.run.finished())
-    tokenizer = context.tokenizer(start.base)
+    tokenizer = context.tokenizer(start)
     prompts = await context.prompts(stage, stage.data, tokenizer)
     held = await context.prompts(stage, stage.eval.data, tokenizer, "eval") if stage.eval else []
     plan = online_plan(stage, len(prompts), context.seed(stage.id))
@@ -190,7 +191,7 @@ async def run_online(context: Context, stage: OnlineSettings) -> StageResult:
         trainer, fleet, *judges = await opened(
             stack,
             context.backend.trainer(job),
-            context.backend.fleet(fleet_job(context, stage, start, [*prompts, *held])),
+            context.backend.fleet(fleet_job(context, stage, start, [*prompts, *held], tokenizer.eos_ids)),
             *(context.backend.scorer(scorer) for scorer in scorers),
         )
         judges = [NotedScorer(judge, stage.id, tokenizer.special, context.report.message) for judge in judges]
@@ -225,13 +226,13 @@ async def run_online(context: Context, stage: OnlineSettings) -> StageResult:
         await resumed(context, loop)
         async with online:
             await online.start(loop.state.step, loop.state.extra)
-            return finished(context, await loop.run(online.turn))
+            return finished(context, start, await loop.run(online.turn))
 
 
-def finished(context: Context, result: StageResult) -> StageResult:
-    """A whole model that was trained under a template of the recipe carries it."""
+def finished(context: Context, start: Start, result: StageResult) -> StageResult:
+    """A whole model carries the tokenizer, template and ends of turns that it was trained with, whoever wrote it."""
     if "model" in result.artefacts:
-        context.carry_template(Path(result.artefacts["model"]))
+        context.carried(start).files.write(Path(result.artefacts["model"]), start.base)
     return result
 
 
@@ -269,7 +270,9 @@ def sampling_of(rollout: Rollout) -> Sampling:
     )
 
 
-def fleet_job(context: Context, stage: OnlineSettings, start: Start, prompts: list[PromptItem]) -> FleetJob:
+def fleet_job(
+    context: Context, stage: OnlineSettings, start: Start, prompts: list[PromptItem], end_ids: tuple[int, ...]
+) -> FleetJob:
     return FleetJob(
         stage_id=stage.id,
         model=context.recipe.model,
@@ -280,6 +283,7 @@ def fleet_job(context: Context, stage: OnlineSettings, start: Start, prompts: li
         longest_prompt=longest_prompt(prompts),
         seed=context.recipe.seed,
         versions=stage.staleness + 1,
+        end_ids=end_ids,
         media=most_media(prompts),
         pixels=pixel_limits(context.recipe.media),
     )

@@ -171,11 +171,25 @@ class LoraPolicy:
         base = dict(adapters.full_state(self.module.model, self.dtype, shards)) if self.whole else {}
 
         def write_base(inside: Path) -> None:
-            adapters.write_full(base, self.module.model, inside / OWN_BASE, base=Path(self.spec.base), dtype=self.dtype)
+            adapters.write_full(
+                base,
+                self.module.model,
+                inside / OWN_BASE,
+                base=Path(self.spec.base),
+                dtype=self.dtype,
+                chat=self.spec.chat,
+            )
 
         with shards.whole(self._own()):
             if shards.writes:
-                adapters.save(self.peft, folder, beside=write_base if self.whole else None, packed=self.packed)
+                adapters.save(
+                    self.peft,
+                    folder,
+                    beside=write_base if self.whole else None,
+                    packed=self.packed,
+                    chat=self.spec.chat,
+                    base=Path(self.spec.base),
+                )
 
 
 def _packed(adapter: Adapter, start: Path | None, dtype: torch.dtype) -> QuantisedBase | None:
@@ -268,7 +282,7 @@ class FullPolicy:
         model = self.module.model
         state = dict(adapters.full_state(model, self.dtype, shards))
         if shards.writes:
-            adapters.write_full(state, model, folder, base=Path(self.spec.base), dtype=self.dtype)
+            adapters.write_full(state, model, folder, base=Path(self.spec.base), dtype=self.dtype, chat=self.spec.chat)
 
 
 def _patches(*modules: PolicyModule | None) -> int:

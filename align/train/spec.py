@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from align.recipe.adapter import Adapter, Part, Rate
+from align.recipe.chat_files import ChatFiles
 from align.recipe.inputs import Model
 from align.recipe.labels import Labels
 from align.recipe.parts import LossTerm, Optim, Packing
@@ -26,7 +27,8 @@ class TrainerSpec:
     max_tokens, max_patches: of a microbatch. media_cache_mb: features of images that are kept where nothing of the
     vision tower learns.
     publish, engine_dtype: how and in which dtype engines receive the policy. labels: of a score head, where a loss
-    needs scores; None: one score, as of a reward model. sharding: how parameters are spread over the trainer's ranks.
+    needs scores; None: one score, as of a reward model. chat: written beside the weights that others load. sharding:
+    how parameters are spread over the trainer's ranks.
     """
 
     model: Model
@@ -49,6 +51,7 @@ class TrainerSpec:
     device: str = "auto"
     trainable: bool = True
     labels: Labels | None = None
+    chat: ChatFiles | None = None
     sharding: Sharding = field(default_factory=Sharding)
 
 

@@ -135,12 +135,12 @@ def test_an_unknown_field_in_columns_names_the_nearest(tmp_path: Path, tokenizer
     assert "did you mean 'prompt'?" in str(error.value)
 
 
-def test_an_end_of_turn_that_stops_nothing_is_noted(tmp_path: Path, folder: Path) -> None:
+def test_an_end_of_turn_that_the_template_lacks_is_put_there_and_said(tmp_path: Path, folder: Path) -> None:
     open_ended = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}" + (
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
     made = prepared(tmp_path, [GOOD], "conversation", load_tokenizer(folder, chat_template=open_ended))
-    assert any("will not learn to stop" in note for note in made.report.sources[0].notes)
+    assert any("writes no end" in note and "model.end_of_turn" in note for note in made.report.sources[0].notes)
 
 
 # ------------------------------------------------------------------------------------------------- mixing

@@ -13,7 +13,7 @@ from align.errors import DataError, EngineError, Unsupported
 from align.model import adapters
 from align.model.generate import TransformersEngine
 from align.model.load import load_model
-from align.protocols import Completion, PromptItem, Publication, Sampling
+from align.protocols import Completion, PromptItem, Publication, Sampling, end_ids
 from align.train.policy import write_weights
 from rollout.base import Request, generate
 from tests.unit.model.tiny import LLAMA, QWEN3, logits, lora, train_a_little, write_tiny
@@ -28,6 +28,7 @@ class Spec:
     threads: int = 1
     max_model_len: int | None = None
     trust_remote_code: bool = False
+    end_ids: tuple[int, ...] = ()
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,10 @@ def test_every_way_to_finish_is_named_and_the_token_that_finishes_is_kept(engine
     by_id = Sampling(1.0, max_tokens=30, stop_token_ids=(int(longest.token_ids[4]),))
     stopped = [c for g in generate(engine, items, 8, by_id) for c in g.completions if c.finish == "stop"]
     assert stopped and all(c.token_ids[-1] == by_id.stop_token_ids[0] for c in stopped)
+    engine._end_ids = end_ids(Path(engine.spec.folder), 2, by_id.stop_token_ids)  # as of a spec that names them
+    ended = [c for g in generate(engine, items, 8, Sampling(1.0, max_tokens=30)) for c in g.completions]
+    assert {int(c.token_ids[-1]) for c in ended if c.finish == "eos"} == {2, by_id.stop_token_ids[0]}
+    engine._end_ids = end_ids(Path(engine.spec.folder), 2)
     letters = [c for c in free if "e" in c.text]
     by_text = [c for g in generate(engine, items, 8, Sampling(1.0, max_tokens=30, stop=("e",))) for c in g.completions]
     stopped = [c for c in by_text if c.finish == "stop"]

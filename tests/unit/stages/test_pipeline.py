@@ -13,6 +13,7 @@ import pytest
 
 from align.errors import AlignError, Interrupted, RunFolderError
 from align.protocols import Metrics, Publication
+from align.recipe.chat_files import ChatFiles
 from align.recipe.inputs import Model
 from align.recipe.load import dump_recipe
 from align.recipe.schema import Recipe
@@ -77,7 +78,9 @@ class PlainBackend:
         assert (folder / "tokenizer.json").is_file()
         (folder / "config.json").write_text(json.dumps(model.config))
 
-    async def merge(self, base: Path, adapter: Path, out: Path, *, dtype: str, seed: int) -> Mapping[str, Any]:
+    async def merge(
+        self, base: Path, adapter: Path, out: Path, *, dtype: str, seed: int, chat: ChatFiles
+    ) -> Mapping[str, Any]:
         if self.fail_at == "merge":
             raise AlignError("the merge could not be proved")
         assert not out.exists()

@@ -22,6 +22,7 @@ from align.export.merge import merge
 from align.model import scratch
 from align.protocols import Tree
 from align.recipe.adapter import Adapter
+from align.recipe.chat_files import ChatFiles
 from align.recipe.inputs import Model
 from align.recipe.parts import LossTerm, Optim
 from align.recipe.schema import Recipe
@@ -98,8 +99,10 @@ class LocalBackend(PlainBackend):
     async def write_base(self, model: Model, folder: Path, seed: int) -> None:
         scratch.write_base(model, folder, seed)
 
-    async def merge(self, base: Path, adapter: Path, out: Path, *, dtype: str, seed: int) -> Mapping[str, Any]:
-        return merge(base, adapter, out, dtype=dtype, seed=seed).to_json()
+    async def merge(
+        self, base: Path, adapter: Path, out: Path, *, dtype: str, seed: int, chat: ChatFiles
+    ) -> Mapping[str, Any]:
+        return merge(base, adapter, out, dtype=dtype, seed=seed, chat=chat).to_json()
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:

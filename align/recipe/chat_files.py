@@ -1,0 +1,132 @@
+"""What a trained folder says of its language beside its weights: tokenizer, chat template, and the tokens that end a
+turn. What was trained with is what is written, in adapters, checkpoints and whole models alike.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from align.errors import ModelError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+)
+TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def carries_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer.json").is_file()
+
+
+def carries_template(folder: Path) -> bool:
+    """Whether a folder has a chat template, in any of the places where one may stand."""
+    if any((folder / name).is_file() for name in (TEMPLATE, "chat_template.json")):
+        return True
+    return bool(_read(folder / "tokenizer_config.json").get("chat_template"))
+
+
+@dataclass(frozen=True)
+class ChatFiles:
+    """tokenizer: the folder whose tokenizer it is. template: Jinja text in place of the folder's own. end_ids: tokens
+    that end a turn."""
+
+    tokenizer: Path
+    template: str | None = None
+    end_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, base: Path, adapter: Path | None) -> ChatFiles:
+        """What the folders themselves say: the adapter's, as far as it says anything."""
+        if adapter is None:
+            return cls(base)
+        ends = tuple(_ends(_read(adapter / GENERATION)))
+        if carries_tokenizer(adapter):
+            template = None if carries_template(adapter) else _template(base)
+            return cls(adapter, template, ends)
+        return cls(base, _template(adapter), ends)
+
+    def write(self, folder: Path, base: Path) -> None:
+        """Into a folder beside weights. base: the model folder that the weights come from."""
+        for name in TOKENIZER_FILES:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        copy_tokenizer(self.tokenizer, folder)
+        if self.template is not None:
+            (folder / TEMPLATE).write_text(self.template, encoding="utf-8")
+        write_ends(folder, self.end_ids, base)
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copy the tokenizer's files and the chat template; returns the names copied."""
+    copied = []
+    for name in TOKENIZER_FILES:
+        path = source / name
+        if path.is_dir():
+            shutil.copytree(path, target / name)
+        elif path.is_file():
+            shutil.copy2(path, target / name)
+        else:
+            continue
+        copied.append(name)
+    return copied
+
+
+def write_ends(folder: Path, end_ids: Iterable[int], base: Path) -> None:
+    """Have generation_config.json of `folder` list these tokens among those that end a generation; its other fields,
+    or those of the base's, stay. Servers and `generate` read it; the tokenizer's own EOS stays what it is."""
+    file = folder / GENERATION
+    config = _read(file if file.is_file() else base / GENERATION)
+    if not config:
+        model = _read(base / "config.json")
+        text = model.get("text_config") if isinstance(model.get("text_config"), dict) else {}
+        config = {key: value for key in _IDS if (value := model.get(key, (text or {}).get(key))) is not None}
+    known = _ends(config)
+    ends = [*known, *sorted(set(end_ids) - set(known))]
+    if not ends or (file.is_file() and ends == known):
+        return
+    config["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _ends(config: dict[str, Any]) -> list[int]:
+    found = config.get("eos_token_id")
+    return [] if found is None else list(found) if isinstance(found, list) else [found]
+
+
+def _template(folder: Path) -> str | None:
+    if (folder / TEMPLATE).is_file():
+        return (folder / TEMPLATE).read_text(encoding="utf-8")
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        found = _read(folder / name).get("chat_template")
+        if isinstance(found, list):
+            found = next((item["template"] for item in found if item.get("name") == "default"), None)
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"not valid JSON: {error}", where=file, remedy="copy the file again") from None
+    return value if isinstance(value, dict) else {}
