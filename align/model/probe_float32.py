@@ -1,0 +1,141 @@
+"""A model computed in float32 without a float32 copy of it: a layer at a time, and a head of a few hundred tokens.
+
+bfloat16 weights are float32 numbers too, so that float32 arithmetic on them is what a low-precision forward is an
+approximation of: the truth that its own error and another computation's are measured against. A layer's parameters are
+widened when its forward begins and are as they were when it ends; never is more than one layer held twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NARROW = (torch.bfloat16, torch.float16)
+CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """By path, the outermost modules that stand in lists: decoder layers, and those of a tower."""
+    found: dict[str, nn.Module] = {}
+
+    def walk(module: nn.Module, path: str, listed: bool) -> None:
+        for name, child in module.named_children():
+            inner = f"{path}.{name}" if path else name
+            if isinstance(child, CONTAINERS):
+                walk(child, inner, True)
+            elif listed:
+                found[inner] = child
+            else:
+                walk(child, inner, False)
+
+    walk(model, "", False)
+    return found
+
+
+class Widened:
+    """Parameters and buffers of some modules in float32, until `back`."""
+
+    def __init__(self, modules: Iterator[nn.Module] | list[nn.Module]):
+        self._data: list[tuple[nn.Parameter, Tensor]] = []
+        self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        for module in modules:
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.dtype in NARROW:
+                    self._data.append((parameter, parameter.data))
+                    parameter.data = parameter.data.float()
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.dtype in NARROW:
+                    wide = buffer.float()
+                    self._buffers.append((module, name, buffer, wide))
+                    module._buffers[name] = wide
+
+    def back(self) -> None:
+        for parameter, data in reversed(self._data):
+            parameter.data = data
+        for module, name, buffer, wide in reversed(self._buffers):
+            if module._buffers.get(name) is wide:  # a module that exchanged its buffer meanwhile keeps the new one
+                module._buffers[name] = buffer
+        self._data, self._buffers = [], []
+
+
+@contextmanager
+def widened(module: nn.Module) -> Iterator[None]:
+    """One module, whole, in float32 inside the block."""
+    held = Widened(module.modules())
+    try:
+        yield
+    finally:
+        held.back()
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model's forward computes in float32, whatever its parameters are kept in.
+
+    Embeddings stay narrow, and what they look up is widened: it is the same numbers. What stands in no list of layers
+    (norms, a projector, the head) is wide throughout.
+    """
+    layers = list(layers_of(model).values())
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    outside = [module for module in model.modules() if id(module) not in inside]
+    handles: list[Any] = []
+    held: dict[int, Widened] = {}
+
+    def widen(layer: nn.Module, args: Any) -> None:
+        if id(layer) not in held:
+            held[id(layer)] = Widened(layer.modules())
+
+    def narrow(layer: nn.Module, args: Any, out: Any) -> None:
+        one = held.pop(id(layer), None)
+        if one is not None:
+            one.back()
+
+    def wide_output(module: nn.Module, args: Any, out: Any) -> Any:
+        return out.float() if isinstance(out, Tensor) and out.dtype in NARROW else out
+
+    rest = Widened([module for module in outside if not isinstance(module, nn.Embedding)])
+    try:
+        for layer in layers:
+            handles.append(layer.register_forward_pre_hook(widen, prepend=True))
+            handles.append(layer.register_forward_hook(narrow, always_call=True))
+        handles += [m.register_forward_hook(wide_output) for m in outside if isinstance(m, nn.Embedding)]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for one in held.values():
+            one.back()
+        rest.back()
+
+
+@contextmanager
+def head_of(model: Any, rows: Tensor | None) -> Iterator[None]:
+    """Inside the block the language model head has the outputs `rows` i64[V'] alone; None: all that it has."""
+    head = None if rows is None else model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    own = dict(head._parameters)
+    try:
+        for name, parameter in own.items():
+            if parameter is not None:
+                head._parameters[name] = nn.Parameter(parameter.data[rows], requires_grad=False)
+        yield
+    finally:
+        head._parameters.update(own)
+
+
+def head_rows(model: Any, tokens: list[int], most: int = 512) -> Tensor | None:
+    """Which outputs of the head to keep: those of `tokens`, first and in order, and others spread over the vocabulary.
+    None where the head is no plain linear layer, or small."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if type(head) is not nn.Linear or head.weight.shape[0] <= most:
+        return None
+    own = torch.tensor(sorted(set(tokens)))
+    spread = torch.linspace(0, head.weight.shape[0] - 1, most - len(own)).long()
+    others = spread[~torch.isin(spread, own)]
+    return torch.cat([own, others]).to(head.weight.device)
