@@ -162,11 +162,13 @@ def witnessed(witness: Callable[[float], None]) -> Iterator[None]:
 def _units_off(out: Tensor, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, **how: Any) -> float:
     softcap, sinks = how.pop("softcap"), how.pop("sinks")
     plain = AttentionPlan(plan.segments, plan.device, "sdpa", plan.blocks)
-    wide = [x.float() for x in (query, key, value)]
+    q, k, v = query.float(), key.float(), value.float()
     if softcap is not None or sinks is not None:
-        exact = softmax_attention(*wide, plain, softcap=softcap, sinks=None if sinks is None else sinks.float(), **how)
+        exact = softmax_attention(
+            q, k, v, plain, softcap=softcap, sinks=None if sinks is None else sinks.float(), **how
+        )
     else:
-        exact = sdpa_attention(*wide, plain, **how)
+        exact = sdpa_attention(q, k, v, plain, **how)
     unit = torch.finfo(out.dtype).eps * exact.abs().max().clamp(min=1e-30)
     return float((out.float() - exact).abs().max() / unit)
 

@@ -51,13 +51,15 @@ KERNEL_BOUND = 8.0  # units in the last place of a kernel's dtype, of the attent
 class Verdict:
     """How a model is computed from now on, and why not better.
 
-    why: what was tried before and is wrong with it, and what was not exchanged. difference: largest, from the model's
-    own forward in the trained dtype; own_error, error: mean, of that forward and of this one, against float32.
+    why: what was tried before and is wrong with it, and what was not exchanged. notes: what else a user may want to
+    know. difference: largest, from the model's own forward in the trained dtype; own_error, error: mean, of that
+    forward and of this one, against float32.
     """
 
     layout: Layout
     attention: str
     why: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     difference: float = 0.0
     own_error: float = 0.0
     error: float = 0.0
@@ -120,7 +122,8 @@ def _choose(module: PolicyModule, own: Own) -> Verdict:
             fault = _judged(module, own, layout, attention, given_back)
             if fault is None:
                 difference, own_error, error = _errors(module, own)
-                return Verdict(layout, attention, (*tried, *given_back), difference, own_error, error)
+                notes = () if module.lengths is None else (module.lengths.words,)
+                return Verdict(layout, attention, (*tried, *given_back), notes, difference, own_error, error)
             tried.append(f"{layout} ({attention}): {fault.reason}")
         kinds = {} if again else give_back(module.model, None)
         if not kinds:
@@ -172,9 +175,20 @@ def _structure(module: PolicyModule, own: Own) -> Fault | None:
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
-        return Fault(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+        return Fault(_raised(module.model, error))
     finally:
         module.autocast = autocast
+
+
+def _raised(model: nn.Module, error: BaseException) -> str:
+    """An exception in one line, with the module in whose forward it was raised."""
+    words = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    paths = {id(module): path for path, module in model.named_modules() if path}
+    frame, where = error.__traceback__, None
+    while frame is not None:
+        where = paths.get(id(frame.tb_frame.f_locals.get("self")), where)
+        frame = frame.tb_next
+    return words if where is None else f"{where} ({type(model.get_submodule(where)).__name__}) fails: {words}"
 
 
 def _packed(module: PolicyModule, own: Own) -> Fault | None:
@@ -191,7 +205,10 @@ def _packed(module: PolicyModule, own: Own) -> Fault | None:
         pairs = [(*pair[:4], torch.tensor([len(pair[2]) - 1])) for pair in pairs]
     part = parting(pairs, own.bounds, _last_layer(module.model))
     if part is None:
-        return _off(found, own)
+        off = _off(found, own)
+        return off and Fault(
+            f"its layers agree, and what makes logits or scores of their output does not: {off.reason}"
+        )
     if _sees_neighbours(module, own, trace, part):
         return Fault(f"{part}: it carries a state from one sequence to the next, or sees its neighbours", part.path)
     return Fault(str(part), part.path)
@@ -243,7 +260,7 @@ def _precision(module: PolicyModule, own: Own) -> Fault | None:
     except torch.OutOfMemoryError:
         raise
     except FAILURES as failure:
-        return Fault(f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure) else ''}")
+        return Fault(_raised(module.model, failure))
     if worst and not max(worst) <= KERNEL_BOUND:
         return Fault(
             f"the kernel is {max(worst):.3g} units in the last place away from float32, more than {KERNEL_BOUND:g}"

@@ -128,7 +128,7 @@ def parting(
     and which of them are read after the last layer (of others nothing need be computed there).
     """
     first: Parting | None = None
-    names = dict.fromkeys(name for trace, *_ in pairs for name in trace)
+    names = dict.fromkeys(name for trace, *_ in pairs for name in trace if name in bounds)
     late = False
     for name in names:
         late = late or (last_layer is not None and name.startswith(last_layer))

@@ -36,6 +36,13 @@ class RotaryLengths:
     modules: list[nn.Module]
     start: list[dict[str, Any]]
 
+    @property
+    def words(self) -> str:
+        return (
+            f"a batch with a sequence of more than {self.limit} tokens is computed one sequence at a time: frequencies "
+            f"of {self.paths[0]} depend on the length of the row from there on"
+        )
+
     def reached_by(self, batch: TokenBatch) -> bool:
         """Whether a sequence of the batch is longer than the limit."""
         return int(batch.position_ids.max()) + 1 > self.limit

@@ -92,9 +92,10 @@ def hidden_states(
     for n in reversed(range(len(rows))):
         found[rows[n]] = firsts[n] + torch.arange(len(rows[n]))
     spots = found[at.cpu()]
-    for n in range(len(rows)) if one_by_one is not None else ():
-        own = one_by_one.cpu() == n
-        spots[own] = firsts[n] + torch.searchsorted(rows[n], at.cpu()[own])
+    if one_by_one is not None:
+        for n, row in enumerate(rows):
+            own = one_by_one.cpu() == n
+            spots[own] = firsts[n] + torch.searchsorted(row, at.cpu()[own])
     flat, back = spots.sort(stable=True)
     assert flat.numel() == 0 or int(flat[0]) >= 0, "a token that no sequence holds"
     parts, offset = [], 0

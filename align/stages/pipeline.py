@@ -140,7 +140,7 @@ async def _run_stage(context: Context, stage: Any, mark: Mapping[str, Any], rest
         return await RUNNERS[stage.kind](context, stage)
 
     result = await restarts.survive(stage.id, attempt)
-    summary = {**result.to_json(), "restarts": restarts.count(stage.id)}
+    summary = {**result.to_json(), "restarts": restarts.count(stage.id), **run.forward_of(stage.id)}
     run.summarise(stage.id, summary)
     run.finish(stage.id, result.artefacts)
     context.report.stage_finished(stage.id, summary)

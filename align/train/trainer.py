@@ -103,20 +103,20 @@ class PolicyTrainer:
             "threads": torch.get_num_threads(),
             "ranks": self.ranks.size,
             "strategy": self.strategy.name,
-            **self.forward_facts(),
+            **self.forward(),
+            "packing_probe": self.probe_difference,
         }
 
-    def forward_facts(self) -> dict[str, Any]:
-        """How sequences are computed, as plain JSON: layout, attention, in words; and why not better."""
+    def forward(self) -> dict[str, Any]:
+        """See `align.protocols.Trainer.forward`."""
         verdict = self.module.verdict
         assert verdict is not None
         return {
             "layout": self.module.layout,
             "attention": self.module.attention,
             "words": verdict.words,
-            "why": list(verdict.why),
-            "slower": verdict.slower,
-            "packing_probe": self.probe_difference,
+            "slower": list(verdict.why),
+            "notes": list(verdict.notes),
         }
 
     def _described_sizes(self) -> dict[str, Any]:
