@@ -256,8 +256,8 @@ _OTHER_MODEL = "choose another model, one whose attention goes through transform
 
 def text_backbone(model: Any) -> Any:
     """The decoder that makes hidden states of text; of a model for images too, its language model."""
-    plain = model.config.get_text_config() is model.config and model.base_model is not model  # Llama 4's text is itself
-    return model.base_model if plain else model.get_decoder()
+    found = model.base_model if model.config.get_text_config() is model.config else model.get_decoder()
+    return model.model if found is model else found  # Llama 4's text calls itself its own base
 
 
 def takes_media(model: Any) -> bool:

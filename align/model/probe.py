@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from align.errors import ModelError
 from align.model.attention import kernels_for, witnessed
 from align.model.policy_module import PolicyModule, text_backbone
-from align.model.probe_float32 import layers_of
+from align.model.probe_float32 import first_layers, layers_of
 from align.model.probe_own import FAILURES, Own, backbone_path, loud_parting, measure, unit_scores
-from align.model.probe_rows import two_tree_batch
+from align.model.probe_rows import Alone, two_tree_batch
 from align.model.probe_trace import Parting, Trace, parting, traced
 from align.model.rotary_lengths import lengths_of
 from align.model.score_head import has_score_head
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 Layout = Literal["shared", "unshared", "alone"]
 
 LOW_FACTOR = 4.0  # times the own forward's error in the trained dtype
+LONGER = 4.0  # times the bounds of short sequences
 KERNEL_BOUND = 8.0  # units in the last place of a kernel's dtype, of the attention it computes
 
 
@@ -170,8 +171,8 @@ def _structure(module: PolicyModule, own: Own) -> Fault | None:
     try:
         with own.wide(module.model):
             if module.layout == "shared":
-                return _packed(module, own)
-            return _values(module, own) or _row_by_row(module, own)
+                return _packed(module, own) or _longer(module, own)
+            return _off(_found(module, own, own.batch), own) or _row_by_row(module, own) or _longer(module, own)
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
@@ -196,13 +197,7 @@ def _packed(module: PolicyModule, own: Own) -> Fault | None:
     backbone, prefix = text_backbone(module.model), backbone_path(module.model)
     with traced(backbone, 1, tokens, prefix) as trace:
         found = _found(module, own, own.batch)
-    places = sequences_of(own.batch)
-    pairs = [
-        (trace, theirs, at, torch.arange(len(at)), torch.arange(row.trunk - 1, len(at) - 1))
-        for theirs, at, row in zip(own.traces, places, own.plain, strict=True)
-    ]
-    if has_score_head(module.model):
-        pairs = [(*pair[:4], torch.tensor([len(pair[2]) - 1])) for pair in pairs]
+    pairs = _pairs(module, trace, own.traces, own.batch, own.plain)
     part = parting(pairs, own.bounds, _last_layer(module.model))
     if part is None:
         off = _off(found, own)
@@ -212,6 +207,33 @@ def _packed(module: PolicyModule, own: Own) -> Fault | None:
     if _sees_neighbours(module, own, trace, part):
         return Fault(f"{part}: it carries a state from one sequence to the next, or sees its neighbours", part.path)
     return Fault(str(part), part.path)
+
+
+def _pairs(module: PolicyModule, trace: Trace, traces: list[Trace], batch: TokenBatch, plain: list[Alone]) -> Any:
+    """For `parting`: each sequence of a packed row beside itself alone."""
+    scores = has_score_head(module.model)
+    pairs = []
+    for theirs, at, row in zip(traces, sequences_of(batch), plain, strict=True):
+        every = torch.arange(len(at))
+        pairs.append((trace, theirs, at, every, every[-1:] if scores else every[row.trunk - 1 : -1]))
+    return pairs
+
+
+def _longer(module: PolicyModule, own: Own) -> Fault | None:
+    """Sequences of some hundred tokens, on a few layers."""
+    if own.long is None:
+        return None
+    long, bounds = own.long, {name: LONGER * bound for name, bound in own.bounds.items()}
+    backbone, prefix = text_backbone(module.model), backbone_path(module.model)
+    with first_layers(backbone, long.layers), traced(backbone, 1, len(long.batch.token_ids), prefix) as trace:
+        found = _found(module, own, long.batch)
+    part = parting(_pairs(module, trace, long.traces, long.batch, long.plain), bounds, None)
+    largest = (found - long.values).abs().max().item()
+    if part is not None:
+        return Fault(f"{part}, in sequences of {max(len(row.tokens) for row in long.plain)} tokens", part.path)
+    if largest <= bounds[""]:
+        return None
+    return Fault(f"largest difference {largest:.3g} in longer sequences, where {bounds['']:.1g} is noise")
 
 
 def _row_by_row(module: PolicyModule, own: Own) -> Fault | None:
@@ -226,10 +248,6 @@ def _row_by_row(module: PolicyModule, own: Own) -> Fault | None:
         if part is not None:
             return Fault(str(part), part.path)
     return None
-
-
-def _values(module: PolicyModule, own: Own) -> Fault | None:
-    return _off(_found(module, own, own.batch), own)
 
 
 def _found(module: PolicyModule, own: Own, batch: TokenBatch) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 NARROW = (torch.bfloat16, torch.float16)
+MOST_LAYERS = 8
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
@@ -139,3 +140,34 @@ def head_rows(model: Any, tokens: list[int], most: int = 512) -> Tensor | None:
     spread = torch.linspace(0, head.weight.shape[0] - 1, most - len(own)).long()
     others = spread[~torch.isin(spread, own)]
     return torch.cat([own, others]).to(head.weight.device)
+
+
+def kinds_of(backbone: Any) -> int:
+    """How many of the first layers to keep for one of each kind, two at least and MOST_LAYERS at most; 0 where the
+    backbone has no list of layers. Layers are of one kind whose modules are of the same classes."""
+    layers = list(_listed(backbone))
+    if not layers:
+        return 0
+    types = list(getattr(backbone.config, "layer_types", None) or [])
+    first: dict[Any, int] = {}
+    for n, layer in enumerate(layers):
+        inside = tuple((path, type(module).__qualname__) for path, module in layer.named_modules())
+        first.setdefault((inside, types[n] if n < len(types) else None), n)
+    return min(max(2, 1 + max(first.values())), MOST_LAYERS, len(layers))
+
+
+def _listed(backbone: nn.Module) -> nn.ModuleList:
+    found = [m for m in backbone.children() if isinstance(m, nn.ModuleList)]
+    return max(found, key=len, default=nn.ModuleList())
+
+
+@contextmanager
+def first_layers(backbone: nn.Module, number: int) -> Iterator[None]:
+    """Inside the block the backbone has its first layers alone: a short model with the real weights."""
+    whole = _listed(backbone)
+    name = next(name for name, module in backbone.named_children() if module is whole)
+    backbone._modules[name] = nn.ModuleList(list(whole)[:number])
+    try:
+        yield
+    finally:
+        backbone._modules[name] = whole

@@ -11,9 +11,10 @@ batch, so that every product is rounded otherwise. A bound is a multiple of it, 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,11 +25,23 @@ from align.mediastore import read_tensors
 from align.model.media import merged
 from align.model.places import type_ids
 from align.model.policy_module import set_attention, text_backbone
-from align.model.probe_float32 import NARROW, head_of, head_rows, in_float32, layers_of, widened
-from align.model.probe_rows import Alone, Picture, alone_batches, two_tree_batch
+from align.model.probe_float32 import (
+    NARROW,
+    first_layers,
+    head_of,
+    head_rows,
+    in_float32,
+    kinds_of,
+    layers_of,
+    widened,
+)
+from align.model.probe_rows import LONG, Alone, Picture, alone_batches, two_tree_batch
 from align.model.probe_trace import Parting, Trace, apart, parting, parts_of_forward, sketch, traced
+from align.model.rotary_lengths import lengths_of
 from align.model.score_head import HEAD, has_score_head, score
 from align.types import TokenBatch
+
+log = logging.getLogger(__name__)
 
 WINDOW = 4  # of layers with a sliding window, for the time of the probe
 WINDOWS = (
@@ -44,6 +57,16 @@ CHANGED = 2  # tokens at the end of a sequence
 LORA_SIZE = 5e-3  # of the entries of an adapter's product, where a fresh one is woken for the probe
 # what a forward may raise that a model was not written for
 FAILURES = (UserError, RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError)
+
+
+class Long(NamedTuple):
+    """Longer sequences, packed, and what the first layers alone make of each."""
+
+    layers: int
+    batch: TokenBatch
+    plain: list[Alone]
+    traces: list[Trace]
+    values: Tensor
 
 
 class Own:
@@ -65,6 +88,7 @@ class Own:
         self.traces: list[Trace] = []
         self.values = self.low = torch.zeros(0)
         self.bounds: dict[str, float] = {}
+        self.long: Long | None = None
         self.loud: dict[tuple[str, float], Tensor] = {}
         self.samples: dict[str, Tensor] = {}
 
@@ -156,9 +180,36 @@ def _in_float32(own: Own, model: Any) -> None:
                 own.samples |= samples
             own.values = torch.cat(found)
             _noise(own, model, found)
+            own.long = _long(own, model)
         finally:
             own.autocast = autocast
     own.loud = loud_values(own, model)
+
+
+def _long(own: Own, model: Any) -> Long | None:
+    """Values of sequences of some hundred tokens on a short model: layers that compress or cut what they have seen
+    treat so few as `own.plain` as if they did not. None where the model has no list of layers, or fewer positions."""
+    backbone, prefix = text_backbone(model), backbone_path(model)
+    layers, config = kinds_of(backbone), model.config.get_text_config()
+    tokens = max(trunk + max(branches) for trunk, branches in LONG)
+    if not layers or not tokens <= (getattr(config, "max_position_embeddings", None) or tokens):
+        return None
+    device = next(model.parameters()).device
+    batch, plain = two_tree_batch(config.vocab_size, device, seed=1, model=model, sizes=LONG)
+    traces: list[Trace] = []
+    found = []
+    try:
+        with first_layers(backbone, layers):
+            for row in plain:
+                if (lengths := lengths_of(backbone, prefix)) is not None:
+                    lengths.forget()
+                with traced(backbone, 1, len(row.tokens), prefix) as trace:
+                    found.append(values(own, model, [row]))
+                traces.append(trace)
+    except FAILURES as error:
+        log.debug("%s cannot be computed with %d layers: %s", type(model).__name__, layers, error)
+        return None
+    return Long(layers, batch, plain, traces, torch.cat(found))
 
 
 def _noise(own: Own, model: Any, found: list[Tensor]) -> None:

@@ -25,6 +25,7 @@ from align.types import TokenBatch
 log = logging.getLogger(__name__)
 
 TREES = ((7, (5, 3)), (4, (6, 1)))  # tokens of a trunk and of its branches
+LONG = ((150, (140, 3)), (20, (9,)))  # beyond what layers compress or cut into blocks; on a few layers alone
 PICTURE = 48  # pixels of a side, before the processor makes of it what it does
 TEXTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # of a processor, beside its media
 
@@ -44,14 +45,16 @@ def two_tree_batch(
     *,
     model: Any = None,
     prompt: Segment | None = None,
+    sizes: tuple[tuple[int, tuple[int, ...]], ...] = TREES,
 ) -> tuple[TokenBatch, list[Alone]]:
     """Two random trees of two branches as a packed batch, and the same four sequences alone.
 
     model: whose positions they have, and whose marks of media do not occur in random text; text's where it is None.
-    prompt: the trunk of the first tree, in place of random text.
+    prompt: the trunk of the first tree, in place of random text. sizes: tokens of trunks and of their branches.
     """
     generator = torch.Generator().manual_seed(seed)
-    marks = {placeholder(model.config, "image"), placeholder(model.config, "video")} if prompt is not None else set()
+    seeing = model is not None and takes_media(model)
+    marks = {placeholder(model.config, "image"), placeholder(model.config, "video")} if seeing else set()
     usual = [token for token in range(min(vocabulary, len(marks) + 1)) if token not in marks]
 
     def text(size: int) -> Segment:
@@ -59,7 +62,7 @@ def two_tree_batch(
         return Segment(np.array([usual[0] if t in marks else t for t in drawn]), np.zeros(size, dtype=bool))
 
     trees = []
-    for number, (size, branches) in enumerate(TREES):
+    for number, (size, branches) in enumerate(sizes):
         trunk = text(size)
         trees.append(Tree(number, trunk if prompt is None or number else prompt, tuple(text(n) for n in branches)))
     positions = _text_positions if model is None else positions_of(model, _text_positions)
