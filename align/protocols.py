@@ -316,6 +316,11 @@ class Trainer(Protocol):
         versions of libraries and code. Values stored under it are never taken for those of another computation."""
         ...
 
+    async def forward(self) -> dict[str, Any]:
+        """How sequences are computed, as plain JSON. layout, attention: the module's; words: both for a person; slower:
+        what was given up that costs speed, and why; notes: what else a user may want to know."""
+        ...
+
     async def publish(self, folder: Path, version: int) -> Publication: ...
 
     async def save(self, folder: Path) -> None:

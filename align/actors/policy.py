@@ -161,6 +161,10 @@ class RayTrainer:
         facts: dict[str, Any] = await self._call("numerics")
         return facts
 
+    async def forward(self) -> dict[str, Any]:
+        found: dict[str, Any] = await self._call("forward")
+        return found
+
     async def publish(self, folder: Path, version: int) -> Publication:
         publication: Publication = await self._call("publish", folder, version)
         return publication

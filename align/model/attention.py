@@ -11,7 +11,8 @@ Four kernels compute the same: `sdpa` (anywhere), `varlen` (flash attention, NVI
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,7 +140,37 @@ def packed_attention_forward(
     else:
         compute = varlen_attention if kernel == "varlen" else sdpa_attention
         out = compute(query, key, value, align_plan, **shared)
+    for witness in _witnesses:
+        witness(_units_off(out, query, key, value, align_plan, softcap=softcap, sinks=s_aux, **shared))
     return out, None
+
+
+_witnesses: list[Callable[[float], None]] = []
+
+
+@contextmanager
+def witnessed(witness: Callable[[float], None]) -> Iterator[None]:
+    """Inside the block, of each attention `witness` is told how far its kernel is from float32 on the same queries,
+    keys and values: the largest difference, in units in the last place of the largest output."""
+    _witnesses.append(witness)
+    try:
+        yield
+    finally:
+        _witnesses.remove(witness)
+
+
+def _units_off(out: Tensor, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, **how: Any) -> float:
+    softcap, sinks = how.pop("softcap"), how.pop("sinks")
+    plain = AttentionPlan(plan.segments, plan.device, "sdpa", plan.blocks)
+    q, k, v = query.float(), key.float(), value.float()
+    if softcap is not None or sinks is not None:
+        exact = softmax_attention(
+            q, k, v, plain, softcap=softcap, sinks=None if sinks is None else sinks.float(), **how
+        )
+    else:
+        exact = sdpa_attention(q, k, v, plain, **how)
+    unit = torch.finfo(out.dtype).eps * exact.abs().max().clamp(min=1e-30)
+    return float((out.float() - exact).abs().max() / unit)
 
 
 def _refuse(module: torch.nn.Module, mask: Tensor | None, kwargs: dict[str, object]) -> None:

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from align.errors import ModelError, Unsupported
 from align.model import unshared
-from align.model.attention import NAME, plan_attention
+from align.model.attention import NAME, AttentionPlan, plan_attention
 from align.model.head import LogitTransform, fused_head
 from align.model.last_layer import LastLayer
 from align.model.media import MediaFeatures, Placed
@@ -27,6 +27,11 @@ from align.model.places import BOTH_WAYS, inside_media, runs, slots_of, type_ids
 from align.model.score_head import has_score_head, score
 from align.model.spelled import words_for_marks
 from align.types import HeadOutputs, TokenBatch
+
+if TYPE_CHECKING:
+    from align.model.probe import Verdict
+    from align.model.probe_own import Own
+    from align.model.rotary_lengths import RotaryLengths
 
 MEDIA_CACHE = 1 << 30
 
@@ -41,8 +46,11 @@ class PolicyModule(nn.Module):
         attention: the recipe's word; which kernel and layout it comes to is for `align.model.probe` to find.
         media_cache: bytes of features of images to keep, where tower and projector are frozen.
 
-    layout: "shared" (packed trees, a trunk stands once) or "unshared" (a sequence a row, by the model's own attention).
+    layout: "shared" (packed trees, a trunk stands once), "unshared" (a sequence a row, by the model's own attention) or
+    "alone" (as that, and never two rows at once).
     attention: the kernel of the packed layout, or transformers' name of the model's own.
+    untouched: what `align.model.probe_own.measure` took of the model before anything was exchanged, for the probe.
+    verdict: what the probe found. lengths: where rotary frequencies depend on a row's length, how long a row may be.
     """
 
     def __init__(
@@ -64,9 +72,12 @@ class PolicyModule(nn.Module):
         self.media = MediaFeatures(model, media_cache) if takes_media(model) else None
         self.head = OutputHead(model)
         self.wanted_attention = attention
+        self.untouched: Own | None = None
+        self.verdict: Verdict | None = None
+        self.lengths: RotaryLengths | None = None
         self.use("shared", "sdpa")
 
-    def use(self, layout: Literal["shared", "unshared"], attention: str) -> None:
+    def use(self, layout: Literal["shared", "unshared", "alone"], attention: str) -> None:
         """Compute in this layout from now on."""
         self.layout, self.attention = layout, attention
         set_attention(self.model, NAME if layout == "shared" else attention)
@@ -81,6 +92,8 @@ class PolicyModule(nn.Module):
         """Compute as `other` does: a reference in its policy's layout."""
         if (self.layout, self.attention) != (other.layout, other.attention):
             self.use(other.layout, other.attention)
+        if other.lengths is not None and self.lengths is None:
+            self.lengths = other.lengths.of(self.model)
 
     def forward(self, batch: TokenBatch, want: Collection[str] = ()) -> HeadOutputs:
         """HeadOutputs with logps f32[N], and of entropy and log_sum_sq f32[N] those named in `want`. A model with a
@@ -92,7 +105,7 @@ class PolicyModule(nn.Module):
             idle = None
             if batch.idle_media and self.media is not None:  # towers first, as where there are media
                 idle = self.media.nothing(batch.idle_media, device)
-            hidden = self._hidden(plain, batch.score_at if scores else batch.predict_at)
+            hidden = self._hidden(plain, *_asked(batch, scores))
             hidden = hidden if idle is None else hidden + idle.to(hidden.dtype)
         if scores:
             wanted = score(self.model, hidden) if "scores" in want else None
@@ -113,14 +126,18 @@ class PolicyModule(nn.Module):
     def _checkpoints(self) -> bool:
         return self.training and bool(getattr(self.model, "is_gradient_checkpointing", False))
 
-    def _hidden(self, batch: TokenBatch, at: Tensor) -> Tensor:
-        """Hidden states [K, D] of the tokens at places `at` i64[K] of the packed row."""
+    def _hidden(self, batch: TokenBatch, at: Tensor, owners: Tensor) -> Tensor:
+        """Hidden states [K, D] of the tokens at places `at` i64[K] of the packed row, for the sequences `owners`."""
         # with idle media as with media, so that all ranks run the same modules
         seeing = batch.media or (batch.idle_media and self.media is not None)
         backbone = self.model.base_model if seeing else text_backbone(self.model)
         types, placed = self._placed(batch)
-        if self.layout == "unshared":
+        beyond = self.lengths is not None and self.lengths.reached_by(batch)
+        if self.layout == "unshared" and not beyond:
             return unshared.hidden_states(backbone, batch, at, self._inputs_of_rows(batch, types, placed))
+        if self.layout != "shared" or beyond:
+            inputs = self._inputs_of_rows(batch, types, placed)
+            return unshared.hidden_states(backbone, batch, at, self._one_by_one(inputs), one_by_one=owners)
         if self.model.config.get_text_config()._attn_implementation != NAME:
             raise ModelError(f"{type(self.model).__name__} lets no attention be registered for it", remedy=_OTHER_MODEL)
         both_ways = self.model.config.model_type in BOTH_WAYS
@@ -147,6 +164,20 @@ class PolicyModule(nn.Module):
             ) from error
         hidden: Tensor = out.last_hidden_state.squeeze(0)
         return hidden.index_select(0, at)
+
+    def _one_by_one(self, inputs: unshared.Inputs) -> unshared.Inputs:
+        """The same, for blocks of one row: each has its own frequencies, and in the packed layout a plan."""
+
+        def of(batch: TokenBatch, block: unshared.Block) -> dict[str, Any]:
+            if self.lengths is not None:
+                self.lengths.forget()
+            found = inputs(batch, block)
+            if self.layout == "shared":
+                segment = [(0, block.index.shape[1], 0, 0)]
+                found["align_plan"] = AttentionPlan(segment, batch.token_ids.device, self.attention)
+            return found
+
+        return of
 
     def _placed(self, batch: TokenBatch) -> tuple[np.ndarray, list[Placed]]:
         """Types of the row's tokens i64[T] (`align.model.places.type_ids`), and its media with their slots."""
@@ -213,12 +244,20 @@ class OutputHead(nn.Module):
         return out.logps, out.entropy, out.log_sum_sq
 
 
+def _asked(batch: TokenBatch, scores: bool) -> tuple[Tensor, Tensor]:
+    """Places of the tokens whose hidden states are read, and the sequence that each is read for."""
+    if not scores:
+        return batch.predict_at, batch.sequence_ids
+    return batch.score_at, torch.arange(len(batch.score_at), device=batch.score_at.device)
+
+
 _OTHER_MODEL = "choose another model, one whose attention goes through transformers' AttentionInterface"
 
 
 def text_backbone(model: Any) -> Any:
     """The decoder that makes hidden states of text; of a model for images too, its language model."""
-    return model.base_model if model.config.get_text_config() is model.config else model.get_decoder()
+    found = model.base_model if model.config.get_text_config() is model.config else model.get_decoder()
+    return model.model if found is model else found  # Llama 4's text calls itself its own base
 
 
 def takes_media(model: Any) -> bool:

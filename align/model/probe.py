@@ -1,77 +1,139 @@
 """The two-tree probe: which layout computes what the model's own forward computes. It decides, not a list of names.
 
 At load, two small random trees, one of them on a picture where the model takes images, are run through the packed
-forward, kernel by kernel, and where none agrees through the unshared one. A layer that carries state, attends both
-ways, or treats positions specially shows here, whatever its name. Sliding windows are made small for it, so that two
-small trees reach beyond them.
+forward, kernel by kernel, and where none agrees through the unshared one. What they are held against are the values of
+the untouched model (`align.model.probe_own`). Two questions are asked apart, since only one of them has noise in it:
+
+- Is it the same function? In float32, layer by layer with the model's real weights, module by module, to the rounding
+  of float32: a state that is carried on, a view of a neighbour, a forgotten window, another rotation, a lost bias or
+  clamp is a difference of the module's own size there, however small its weights are and however loud the logits.
+- Is it as exact in the dtype that is trained? Its error against float32 may be a few times that of the model's own
+  forward in that dtype, whatever that is: a pretrained model's bfloat16 is off by 0.03 to 0.15 in a log-probability.
+
+What was exchanged for speed and computes something else is given back, by name; then the next layout is tried.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from align.errors import ModelError, UserError
-from align.mediastore import read_tensors
-from align.model.attention import kernels_for
-from align.model.media import merged
-from align.model.places import type_ids
-from align.model.policy_module import PolicyModule, set_attention, text_backbone
-from align.model.probe_rows import Alone, picture_prompt, two_tree_batch
-from align.model.score_head import HEAD, has_score_head, score
+from align.errors import ModelError
+from align.model.attention import kernels_for, witnessed
+from align.model.policy_module import PolicyModule, text_backbone
+from align.model.probe_float32 import first_layers, layers_of
+from align.model.probe_own import FAILURES, Own, backbone_path, loud_parting, measure, unit_scores
+from align.model.probe_rows import Alone, two_tree_batch
+from align.model.probe_trace import Parting, Trace, parting, traced
+from align.model.rotary_lengths import lengths_of
+from align.model.score_head import has_score_head
+from align.model.unshared import sequences_of
 from align.types import TokenBatch
+
+__all__ = ["Verdict", "probe", "two_tree_batch"]
 
 log = logging.getLogger(__name__)
 
-Layout = Literal["shared", "unshared"]
+Layout = Literal["shared", "unshared", "alone"]
 
-WINDOW = 4  # of layers with a sliding window, for the time of the probe
-FLOAT32_BOUND = 1e-3  # largest difference
-LOW_BOUND, LOW_FACTOR = 0.05, 6.0  # mean difference, alone and in units of the model's own noise
-# what a forward may raise that a model was not written for
-FAILURES = (UserError, RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError)
+LOW_FACTOR = 4.0  # times the own forward's error in the trained dtype
+LONGER = 4.0  # times the bounds of short sequences
+KERNEL_BOUND = 8.0  # units in the last place of a kernel's dtype, of the attention it computes
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Verdict:
+    """How a model is computed from now on, and why not better.
+
+    why: what was tried before and is wrong with it, and what was not exchanged. notes: what else a user may want to
+    know. difference: largest, from the model's own forward in the trained dtype; own_error, error: mean, of that
+    forward and of this one, against float32.
+    """
+
+    layout: Layout
+    attention: str
+    why: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    difference: float = 0.0
+    own_error: float = 0.0
+    error: float = 0.0
+
+    @property
+    def slower(self) -> bool:
+        """Whether something was given up that costs speed: packed trees, the attention asked for, an exchanged part."""
+        return bool(self.why)
+
+    @property
+    def words(self) -> str:
+        return {
+            "shared": f"packed, shared prompts once ({self.attention})",
+            "unshared": f"a sequence a row, shared prompts repeated ({self.attention} attention)",
+            "alone": f"one sequence at a time, shared prompts repeated ({self.attention} attention)",
+        }[self.layout]
+
+
+class Fault(NamedTuple):
+    """What is wrong with a computation, and the module where it shows."""
+
+    reason: str
+    path: str | None = None
+
+
 def probe(module: PolicyModule) -> float:
-    """Choose the module's layout and attention, and return the largest difference from the model's own forward.
+    """Choose the module's layout and attention, leave the verdict on it, and return the largest difference from the
+    model's own forward.
 
-    Own means alone, in a row, with transformers' eager attention and positions. float32 must agree to 1e-3; in low
-    precision the mean difference is held against what padding alone does to the model's own forward.
-    Raises ModelError where no layout agrees, or where the forward gives other values each time (dropout left on).
+    The own values are those that `align.model.probe_own.measure` took before anything was exchanged, where the module
+    has them, or the model's as it is now.
+    Raises ModelError where no layout agrees, or where the own forward is random, fails, or looks ahead.
     """
     model = module.model
-    device = next(model.parameters()).device
-    what = "scores" if has_score_head(model) else "log-probabilities"
+    own = module.untouched or measure(model, temperature=module.transform.temperature, autocast=module.autocast)
+    module.untouched = None
     was_training = module.training
-    tried: list[str] = []
     module.eval()
     try:
-        with _small_windows(model), picture_prompt(module) as prompt:
-            vocabulary = model.config.get_text_config().vocab_size
-            batch, plain = two_tree_batch(vocabulary, device, model=model, prompt=prompt)
-            bound = _Bound(module, plain)
-            for layout, attention in _candidates(module):
-                module.use(layout, attention)
-                difference, fault = bound.compare(batch)
-                if fault is None:
-                    _report(module, tried)
-                    return difference
-                tried.append(f"{layout} ({attention}): {fault}")
+        with own.conditions(model), _no_kept_features(module):
+            module.lengths = lengths_of(text_backbone(model), backbone_path(model))
+            module.verdict = _choose(module, own)
     finally:
+        own.picture.close()
         module.train(was_training)
+    _report(module)
+    return module.verdict.difference
+
+
+def _choose(module: PolicyModule, own: Own) -> Verdict:
+    given_back: list[str] = []
+    while (loud := loud_parting(own, module.model)) is not None:
+        kinds = give_back(module.model, loud.path)
+        if not kinds:
+            break  # a change that nobody here made: the layouts will show whether it matters
+        given_back.append(_given_back(kinds, loud))
+    for again in (False, True):
+        tried: list[str] = []
+        for layout, attention in _candidates(module):
+            fault = _judged(module, own, layout, attention, given_back)
+            if fault is None:
+                difference, own_error, error = _errors(module, own)
+                notes = () if module.lengths is None else (module.lengths.words,)
+                return Verdict(layout, attention, (*tried, *given_back), notes, difference, own_error, error)
+            tried.append(f"{layout} ({attention}): {fault.reason}")
+        kinds = {} if again else give_back(module.model, None)
+        if not kinds:
+            break
+        given_back.append(f"{_names(kinds)} keep their own forward: with the exchanged one no layout agrees")
+    what = "scores" if has_score_head(module.model) else "log-probabilities"
     raise ModelError(
-        f"{type(model).__name__} gives other {what} in packed trees than alone, and also where each sequence has a row "
-        f"of its own: its layers look beyond the causal prefix, or its values change from call to call. "
-        f"Tried {'; '.join(tried)}",
+        f"{type(module.model).__name__} gives other {what} than its own forward, in packed trees and also where each "
+        f"sequence has a row of its own. Tried {'; '.join(tried)}",
         remedy="choose a causal language model, and one without dropout outside training",
     )
 
@@ -84,120 +146,228 @@ def _candidates(module: PolicyModule) -> Iterator[tuple[Layout, str]]:
         yield "shared", kernel
     yield "unshared", "sdpa"
     yield "unshared", "eager"
+    yield "alone", "eager"
 
 
-def _report(module: PolicyModule, tried: list[str]) -> None:
-    if module.layout == "unshared":
-        log.warning(
-            "%s is computed a sequence a row, trunks repeated: packed trees do not serve it. %s",
-            type(module.model).__name__,
-            "; ".join(tried),
+def _judged(module: PolicyModule, own: Own, layout: Layout, attention: str, given_back: list[str]) -> Fault | None:
+    """What is wrong with a layout, if anything. Classes whose exchange is what is wrong are given back on the way."""
+    while True:
+        module.use(layout, attention)
+        fault = _structure(module, own)
+        if fault is None and own.low is not None:
+            module.use(layout, attention)
+            fault = _precision(module, own)
+        kinds = {} if fault is None or fault.path is None else give_back(module.model, fault.path)
+        if fault is None or not kinds:
+            return fault
+        given_back.append(_given_back(kinds, fault))
+
+
+def _structure(module: PolicyModule, own: Own) -> Fault | None:
+    """In float32: every module of a packed row, and the values that come out of it."""
+    if own.low is not None and module.layout == "shared":
+        module.use("shared", "sdpa")  # other kernels compute in half precision; they are held against this one there
+    autocast, module.autocast = module.autocast, None
+    try:
+        with own.wide(module.model):
+            if module.layout == "shared":
+                return _packed(module, own) or _longer(module, own)
+            return _off(_found(module, own, own.batch), own) or _row_by_row(module, own) or _longer(module, own)
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        return Fault(_raised(module.model, error))
+    finally:
+        module.autocast = autocast
+
+
+def _raised(model: nn.Module, error: BaseException) -> str:
+    """An exception in one line, with the module in whose forward it was raised."""
+    words = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    paths = {id(module): path for path, module in model.named_modules() if path}
+    frame, where = error.__traceback__, None
+    while frame is not None:
+        where = paths.get(id(frame.tb_frame.f_locals.get("self")), where)
+        frame = frame.tb_next
+    return words if where is None else f"{where} ({type(model.get_submodule(where)).__name__}) fails: {words}"
+
+
+def _packed(module: PolicyModule, own: Own) -> Fault | None:
+    tokens = int(own.batch.token_ids.shape[0])
+    backbone, prefix = text_backbone(module.model), backbone_path(module.model)
+    with traced(backbone, 1, tokens, prefix) as trace:
+        found = _found(module, own, own.batch)
+    pairs = _pairs(module, trace, own.traces, own.batch, own.plain)
+    part = parting(pairs, own.bounds, _last_layer(module.model))
+    if part is None:
+        off = _off(found, own)
+        return off and Fault(
+            f"its layers agree, and what makes logits or scores of their output does not: {off.reason}"
         )
-    elif tried:
-        log.info("attention: %s. %s", module.attention, "; ".join(tried))
+    if _sees_neighbours(module, own, trace, part):
+        return Fault(f"{part}: it carries a state from one sequence to the next, or sees its neighbours", part.path)
+    return Fault(str(part), part.path)
 
 
-class _Bound:
-    """The model's own values for the probe's sequences, and how far from them another computation may be."""
+def _pairs(module: PolicyModule, trace: Trace, traces: list[Trace], batch: TokenBatch, plain: list[Alone]) -> Any:
+    """For `parting`: each sequence of a packed row beside itself alone."""
+    scores = has_score_head(module.model)
+    pairs = []
+    for theirs, at, row in zip(traces, sequences_of(batch), plain, strict=True):
+        every = torch.arange(len(at))
+        pairs.append((trace, theirs, at, every, every[-1:] if scores else every[row.trunk - 1 : -1]))
+    return pairs
 
-    def __init__(self, module: PolicyModule, plain: list[Alone]):
-        self.module = module
-        implementation = module.model.config.get_text_config()._attn_implementation
-        set_attention(module.model, "eager")
-        try:
-            self.own = torch.cat([_own_values(module, [sequence]) for sequence in plain])
-            again = torch.cat([_own_values(module, [sequence]) for sequence in plain])
-            padded = _own_values(module, plain)
-        finally:
-            set_attention(module.model, implementation)
-        low = module.autocast is not None or next(module.model.parameters()).dtype != torch.float32
-        self.low = max(LOW_BOUND, LOW_FACTOR * (padded - self.own).abs().mean().item()) if low else None
-        if self._fault(again) is not None:
-            raise ModelError(
-                f"{type(module.model).__name__} gives other values each time it is asked the same: its forward is "
-                "random outside training, for instance by dropout that is left on",
-                remedy="set the model's dropout to 0 in its config.json",
-            )
 
-    def compare(self, batch: TokenBatch) -> tuple[float, str | None]:
-        """Largest difference of the module's values in its present layout, and what is wrong with them, if anything."""
-        try:
-            outputs = self.module(batch, want=("scores",) if has_score_head(self.module.model) else ())
-        except torch.OutOfMemoryError:
-            raise
-        except FAILURES as error:
-            return math.inf, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-        scores = has_score_head(self.module.model)
-        found = _unit_scores(self.module.model, outputs.scores) if scores else outputs.logps
-        return (found - self.own).abs().max().item(), self._fault(found)
+def _longer(module: PolicyModule, own: Own) -> Fault | None:
+    """Sequences of some hundred tokens, on a few layers."""
+    if own.long is None:
+        return None
+    long, bounds = own.long, {name: LONGER * bound for name, bound in own.bounds.items()}
+    backbone, prefix = text_backbone(module.model), backbone_path(module.model)
+    with first_layers(backbone, long.layers), traced(backbone, 1, len(long.batch.token_ids), prefix) as trace:
+        found = _found(module, own, long.batch)
+    part = parting(_pairs(module, trace, long.traces, long.batch, long.plain), bounds, None)
+    largest = (found - long.values).abs().max().item()
+    if part is not None:
+        return Fault(f"{part}, in sequences of {max(len(row.tokens) for row in long.plain)} tokens", part.path)
+    if largest <= bounds[""]:
+        return None
+    return Fault(f"largest difference {largest:.3g} in longer sequences, where {bounds['']:.1g} is noise")
 
-    def _fault(self, found: Tensor) -> str | None:
-        difference = (found - self.own).abs()
-        largest, mean = difference.max().item(), difference.mean().item()
-        if not math.isfinite(largest):
-            return "values that are not finite"
-        if self.low is None:
-            return None if largest <= FLOAT32_BOUND else f"largest difference {largest:.3g}"
-        return None if mean <= self.low else f"mean difference {mean:.3g}, more than {self.low:.2g}"
+
+def _row_by_row(module: PolicyModule, own: Own) -> Fault | None:
+    """The sequences one after another, each in a batch of its own: what differs then is no matter of layout."""
+    backbone, prefix = text_backbone(module.model), backbone_path(module.model)
+    for theirs, one in zip(own.traces, own.batches_alone(module.model), strict=True):
+        tokens = int(one.token_ids.shape[0])
+        with traced(backbone, 1, tokens, prefix) as trace:
+            module(one, want=("scores",) if has_score_head(module.model) else ())
+        every = torch.arange(tokens)
+        part = parting([(trace, theirs, every, every, every)], own.bounds, None)
+        if part is not None:
+            return Fault(str(part), part.path)
+    return None
+
+
+def _found(module: PolicyModule, own: Own, batch: TokenBatch) -> Tensor:
+    scores = has_score_head(module.model)
+    outputs = module(replace(batch, labels=own.labels(batch.labels)), want=("scores",) if scores else ())
+    return unit_scores(module.model, outputs.scores) if scores else outputs.logps.float()
+
+
+def _off(found: Tensor, own: Own) -> Fault | None:
+    largest = (found - own.values).abs().max().item()
+    if largest <= own.bounds[""]:
+        return None
+    if not math.isfinite(largest):
+        return Fault("values that are not finite")
+    return Fault(f"largest difference {largest:.3g} in float32, where {own.bounds['']:.1g} is noise")
+
+
+def _precision(module: PolicyModule, own: Own) -> Fault | None:
+    """In the trained dtype: the error against float32, in units of the own forward's; and each attention by itself."""
+    assert own.low is not None
+    if not bool(own.low.isfinite().all()):
+        return Fault(f"the model's own forward is not finite in {_dtype(module)}")
+    worst: list[float] = []
+    kernel = module.attention if module.layout == "shared" and module.attention != "sdpa" else None
+    try:
+        with nullcontext() if kernel is None else witnessed(worst.append):
+            _, own_error, error = _errors(module, own)
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as failure:
+        return Fault(_raised(module.model, failure))
+    if worst and not max(worst) <= KERNEL_BOUND:
+        return Fault(
+            f"the kernel is {max(worst):.3g} units in the last place away from float32, more than {KERNEL_BOUND:g}"
+        )
+    least = torch.finfo(_dtype(module)).eps * own.values.abs().mean().item()
+    bound = LOW_FACTOR * max(own_error, least)
+    if error <= bound:
+        return None
+    return Fault(f"mean error {error:.3g} against float32, where the model's own forward has {own_error:.3g}")
+
+
+def _errors(module: PolicyModule, own: Own) -> tuple[float, float, float]:
+    """In the trained dtype: largest difference from the own forward, and mean errors of that and this to float32."""
+    found = _found(module, own, own.batch)
+    low = own.values if own.low is None else own.low
+    error = (found - own.values).abs().mean().item()
+    return (
+        (found - low).abs().max().item(),
+        (low - own.values).abs().mean().item(),
+        error if error == error else math.inf,
+    )
+
+
+def _dtype(module: PolicyModule) -> torch.dtype:
+    return module.autocast or next(p.dtype for p in module.model.parameters() if p.is_floating_point())
+
+
+def _sees_neighbours(module: PolicyModule, own: Own, trace: Trace, part: Parting) -> bool:
+    """Whether what the module makes of the last sequence changes with the sequences before it in the row."""
+    places = sequences_of(own.batch)
+    kept, others = places[-1], torch.cat([own.branch(n) for n in range(len(places) - 1)])
+    ids = own.batch.token_ids.clone()
+    vocabulary = module.model.config.get_text_config().vocab_size
+    ids[others] = (ids[others] + 1) % vocabulary
+    with traced(text_backbone(module.model), 1, len(ids), backbone_path(module.model)) as changed:
+        _found(module, own, replace(own.batch, token_ids=ids))
+    every = torch.arange(len(kept))
+    names = [name for name in changed if name.partition("#")[0] == part.path and name in trace]
+    return any(
+        parting([({name: changed[name]}, {name: trace[name]}, kept, kept, every)], own.bounds, None) for name in names
+    )
+
+
+def _last_layer(model: Any) -> str | None:
+    paths = list(layers_of(text_backbone(model)))
+    return f"{backbone_path(model)}{paths[-1]}" if paths else None
+
+
+# ------------------------------------------------------------------------------------------------- what was exchanged
+
+
+def give_back(model: nn.Module, path: str | None) -> dict[type[nn.Module], int]:
+    """Have modules of the class at `path` (None: of every class) that was exchanged keep their own forward again; how
+    many there were, by class. Empty where nothing there was exchanged."""
+    wanted = None if path is None else type(model.get_submodule(path))
+    found: dict[type[nn.Module], int] = {}
+    for module in model.modules():
+        kind = type(module)
+        if kind.__name__.startswith("Fused") and wanted in (None, kind):
+            own: Any = kind.__mro__[1]
+            module.__class__ = own
+            found[own] = found.get(own, 0) + 1
+    return found
+
+
+def _names(kinds: dict[type[nn.Module], int]) -> str:
+    return ", ".join(f"{count} x {kind.__name__}" for kind, count in kinds.items())
+
+
+def _given_back(kinds: dict[type[nn.Module], int], fault: Fault | Parting) -> str:
+    reason = fault.reason if isinstance(fault, Fault) else f"{fault} on large activations"
+    return f"{_names(kinds)} keep their own, slower forward: when exchanged, {reason}"
 
 
 @contextmanager
-def _small_windows(model: Any) -> Iterator[None]:
-    """Sliding windows and attention chunks of WINDOW tokens, wherever model and configuration have longer ones."""
-    owners = {
-        id(owner): owner for m in model.modules() for owner in (m, getattr(m, "config", None)) if owner is not None
-    }
-    changed: list[tuple[Any, str, int]] = []
+def _no_kept_features(module: PolicyModule) -> Iterator[None]:
+    """Features of the probe's picture are of several dtypes: none is kept."""
+    if module.media is None:
+        yield
+        return
+    limit, module.media.limit = module.media.limit, 0
     try:
-        for owner in owners.values():
-            for name in ("sliding_window", "attention_chunk_size"):
-                value = getattr(owner, name, None)
-                if type(value) is int and value > WINDOW:
-                    changed.append((owner, name, value))
-                    setattr(owner, name, WINDOW)
         yield
     finally:
-        for owner, name, value in changed:
-            setattr(owner, name, value)
+        module.media.limit = limit
 
 
-def _own_values(module: PolicyModule, rows: list[Alone]) -> Tensor:
-    """Under the model's own forward, padded on the right to the longest row: scores f32[S * K] of the last tokens, as
-    `_unit_scores`, or log-probabilities f32[N] of the branches' tokens."""
-    model, longest = module.model, max(len(row.tokens) for row in rows)
-    device = next(model.parameters()).device
-    gaps = [longest - len(row.tokens) for row in rows]
-    ids = torch.tensor([row.tokens + row.tokens[-1:] * gap for row, gap in zip(rows, gaps, strict=True)], device=device)
-    mask = torch.tensor([[1] * (longest - gap) + [0] * gap for gap in gaps], device=device)
-    kwargs = ({"attention_mask": mask} if len(rows) > 1 else {}) | _own_media(model, rows, ids)
-    context = nullcontext() if module.autocast is None else torch.autocast(device.type, dtype=module.autocast)
-    if has_score_head(model):
-        with context:
-            backbone = model.base_model if any(row.media for row in rows) else text_backbone(model)
-            hidden = backbone(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
-        last = [len(row.tokens) - 1 for row in rows]
-        return _unit_scores(model, score(model, hidden[range(len(rows)), last]))
-    with context:
-        logits = model(input_ids=ids, use_cache=False, **kwargs).logits[:, :-1].float()
-    log_p = torch.log_softmax(logits / module.transform.temperature, dim=-1).gather(-1, ids[:, 1:, None])[..., 0]
-    return torch.cat([one[row.trunk - 1 : len(row.tokens) - 1] for one, row in zip(log_p, rows, strict=True)])
-
-
-def _own_media(model: Any, rows: list[Alone], ids: Tensor) -> dict[str, Tensor]:
-    """What the model's own forward takes for the media in rows of ids i64[B, L], as a processor would return it."""
-    media = [medium for row in rows for medium in row.media]
-    if not media:
-        return {}
-    known = inspect.signature(model.base_model.forward).parameters
-    at = [[medium.start for medium in row.media] for row in rows]
-    types = [type_ids(model.config, one, row.media, a) for one, row, a in zip(ids.cpu().numpy(), rows, at, strict=True)]
-    tensors = merged([read_tensors(medium) for medium in media])
-    tensors |= dict.fromkeys(("token_type_ids", "mm_token_type_ids"), torch.as_tensor(np.stack(types)))
-    return {name: tensor.to(ids.device) for name, tensor in tensors.items() if name in known}
-
-
-def _unit_scores(model: Any, scores: Tensor | None) -> Tensor:
-    """f32[S * K]: scores in units of the head's length, so that a small fresh head hides no difference."""
-    assert scores is not None
-    weight = next(getattr(model, HEAD).parameters())
-    return (scores / weight.norm().clamp(min=1e-12)).flatten()
+def _report(module: PolicyModule) -> None:
+    verdict = module.verdict
+    assert verdict is not None
+    if verdict.slower:
+        log.warning("%s is computed %s. %s", type(module.model).__name__, verdict.words, "; ".join(verdict.why))

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +17,15 @@ from torch import Tensor
 from align.mediastore import processor_files, tensors_path
 from align.model.load import quiet
 from align.model.places import Positions, placeholder, positions_of
-from align.model.policy_module import PolicyModule
+from align.model.policy_module import takes_media
+from align.model.unshared import sequences_of
 from align.protocols import Medium, Segment, Tree
 from align.types import TokenBatch
 
 log = logging.getLogger(__name__)
 
 TREES = ((7, (5, 3)), (4, (6, 1)))  # tokens of a trunk and of its branches
+LONG = ((150, (140, 3)), (20, (9,)))  # beyond what layers compress or cut into blocks; on a few layers alone
 PICTURE = 48  # pixels of a side, before the processor makes of it what it does
 TEXTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # of a processor, beside its media
 
@@ -44,14 +45,16 @@ def two_tree_batch(
     *,
     model: Any = None,
     prompt: Segment | None = None,
+    sizes: tuple[tuple[int, tuple[int, ...]], ...] = TREES,
 ) -> tuple[TokenBatch, list[Alone]]:
     """Two random trees of two branches as a packed batch, and the same four sequences alone.
 
     model: whose positions they have, and whose marks of media do not occur in random text; text's where it is None.
-    prompt: the trunk of the first tree, in place of random text.
+    prompt: the trunk of the first tree, in place of random text. sizes: tokens of trunks and of their branches.
     """
     generator = torch.Generator().manual_seed(seed)
-    marks = {placeholder(model.config, "image"), placeholder(model.config, "video")} if prompt is not None else set()
+    seeing = model is not None and takes_media(model)
+    marks = {placeholder(model.config, "image"), placeholder(model.config, "video")} if seeing else set()
     usual = [token for token in range(min(vocabulary, len(marks) + 1)) if token not in marks]
 
     def text(size: int) -> Segment:
@@ -59,7 +62,7 @@ def two_tree_batch(
         return Segment(np.array([usual[0] if t in marks else t for t in drawn]), np.zeros(size, dtype=bool))
 
     trees = []
-    for number, (size, branches) in enumerate(TREES):
+    for number, (size, branches) in enumerate(sizes):
         trunk = text(size)
         trees.append(Tree(number, trunk if prompt is None or number else prompt, tuple(text(n) for n in branches)))
     positions = _text_positions if model is None else positions_of(model, _text_positions)
@@ -119,22 +122,63 @@ def _laid(trees: list[Tree], positions: list[Positions]) -> TokenBatch:
     )
 
 
-@contextmanager
-def picture_prompt(module: PolicyModule) -> Iterator[Segment | None]:
-    """A prompt with a small random picture by the processor in the model's folder; None where the model takes none or
-    the folder has no processor. Its tensors lie in a store that ends with the block."""
-    made = _processed(module.model) if module.media is not None else None
-    if made is None:
-        yield None
-        return
-    ids = made["input_ids"][0].numpy()
-    slots = np.flatnonzero(ids == placeholder(module.model.config, "image"))
-    tensors = {name: t.contiguous() for name, t in made.items() if name not in TEXTS and isinstance(t, Tensor)}
-    with tempfile.TemporaryDirectory(prefix="align-probe-") as store:
-        save_file(tensors, tensors_path(store, "probe"))
+def alone_batches(batch: TokenBatch, plain: list[Alone]) -> list[TokenBatch]:
+    """Each sequence of a batch in a row of its own: one trunk, whose last tokens are scored."""
+    found = []
+    device = batch.token_ids.device
+    for n, (places, row) in enumerate(zip(sequences_of(batch), plain, strict=True)):
+        tokens, first = len(places), row.trunk
+        own, none = torch.tensor([[0, tokens]], dtype=torch.int32, device=device), torch.tensor([-1], dtype=torch.int32)
+        scored = (batch.sequence_ids == n).nonzero()[:, 0]
+        pick = lambda x, at=scored: x[at]  # noqa: E731
+        one = replace(
+            batch,
+            token_ids=batch.token_ids[places.to(device)],
+            position_ids=batch.position_ids[..., places.to(device)],
+            query_start=own[:, 0],
+            query_end=own[:, 1],
+            parent_start=none.to(device),
+            parent_end=none.to(device),
+            predict_at=torch.arange(first - 1, tokens - 1, device=device),
+            labels=pick(batch.labels),
+            sequence_ids=torch.zeros(tokens - first, dtype=batch.sequence_ids.dtype, device=device),
+            loss_mask=pick(batch.loss_mask),
+            nll_mask=pick(batch.nll_mask),
+            advantages=pick(batch.advantages),
+            behavior_logps=pick(batch.behavior_logps),
+            versions=pick(batch.versions),
+            pairs=torch.zeros(0, 2, dtype=batch.pairs.dtype, device=device),
+            group_ids=batch.group_ids[n : n + 1],
+            score_at=torch.tensor([tokens - 1], device=device),
+            media=row.media,
+            media_at=tuple(medium.start for medium in row.media),
+        )
+        found.append(one)
+    return found
+
+
+class Picture:
+    """A prompt with a small random picture by the processor in the model's folder; prompt None where the model takes
+    none or the folder has no processor. Its tensors lie in a store that is gone after `close`."""
+
+    def __init__(self, model: Any):
+        self.prompt: Segment | None = None
+        self._store: tempfile.TemporaryDirectory[str] | None = None
+        made = _processed(model) if takes_media(model) else None
+        if made is None:
+            return
+        self._store = tempfile.TemporaryDirectory(prefix="align-probe-")
+        ids = made["input_ids"][0].numpy()
+        slots = np.flatnonzero(ids == placeholder(model.config, "image"))
+        tensors = {name: t.contiguous() for name, t in made.items() if name not in TEXTS and isinstance(t, Tensor)}
+        save_file(tensors, tensors_path(self._store.name, "probe"))
         start, length = int(slots[0]), int(slots[-1] - slots[0]) + 1
-        medium = Medium("image", "probe", store, start, length, patches=0)
-        yield Segment(ids, np.zeros(len(ids), dtype=bool), media=(medium,))
+        medium = Medium("image", "probe", self._store.name, start, length, patches=0)
+        self.prompt = Segment(ids, np.zeros(len(ids), dtype=bool), media=(medium,))
+
+    def close(self) -> None:
+        if self._store is not None:
+            self._store.cleanup()
 
 
 def _processed(model: Any) -> dict[str, Any] | None:

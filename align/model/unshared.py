@@ -43,12 +43,13 @@ def sequences_of(batch: TokenBatch) -> list[Tensor]:
     return rows
 
 
-def blocks_of(rows: list[Tensor]) -> tuple[list[Block], list[int]]:
-    """Rows of similar length in blocks, the longest first, and the order in which the rows stand in them."""
+def blocks_of(rows: list[Tensor], *, one_by_one: bool = False) -> tuple[list[Block], list[int]]:
+    """Rows of similar length in blocks (one_by_one: each in its own), the longest first, and the order in which the
+    rows stand in them."""
     order = sorted(range(len(rows)), key=lambda n: (-len(rows[n]), n))
     groups: list[list[int]] = []
     for n in order:
-        if not groups or len(rows[groups[-1][0]]) > (1 + MAX_PADDING) * len(rows[n]):
+        if not groups or one_by_one or len(rows[groups[-1][0]]) > (1 + MAX_PADDING) * len(rows[n]):
             groups.append([])
         groups[-1].append(n)
     blocks = []
@@ -64,14 +65,23 @@ def blocks_of(rows: list[Tensor]) -> tuple[list[Block], list[int]]:
 Inputs = Callable[[TokenBatch, Block], dict[str, Any]]
 
 
-def hidden_states(backbone: Any, batch: TokenBatch, at: Tensor, inputs: Inputs = lambda batch, block: {}) -> Tensor:
+def hidden_states(
+    backbone: Any,
+    batch: TokenBatch,
+    at: Tensor,
+    inputs: Inputs = lambda batch, block: {},
+    *,
+    one_by_one: Tensor | None = None,
+) -> Tensor:
     """Hidden states [K, D] of the tokens at places `at` i64[K] of the packed row.
 
-    inputs: what else the backbone takes for a block of rows: features of their media.
+    inputs: what else the backbone takes for a block of rows: features of their media. one_by_one: i64[K], the sequence
+    that each token is asked for; no row then stands beside another, whose length or padding it would see, and a token
+    of a trunk is read in that very sequence.
     A token of a shared trunk is read from the trunk's first sequence: it is the same in all of them.
     """
     rows = sequences_of(batch)
-    blocks, order = blocks_of(rows)
+    blocks, order = blocks_of(rows, one_by_one=one_by_one is not None)
     found = torch.full((batch.token_ids.shape[0],), -1)
     firsts: dict[int, int] = {}
     offset = 0
@@ -81,7 +91,12 @@ def hidden_states(backbone: Any, batch: TokenBatch, at: Tensor, inputs: Inputs =
         offset += block.index.numel()
     for n in reversed(range(len(rows))):
         found[rows[n]] = firsts[n] + torch.arange(len(rows[n]))
-    flat, back = found[at.cpu()].sort(stable=True)
+    spots = found[at.cpu()]
+    if one_by_one is not None:
+        for n, row in enumerate(rows):
+            own = one_by_one.cpu() == n
+            spots[own] = firsts[n] + torch.searchsorted(row, at.cpu()[own])
+    flat, back = spots.sort(stable=True)
     assert flat.numel() == 0 or int(flat[0]) >= 0, "a token that no sequence holds"
     parts, offset = [], 0
     for block in blocks:

@@ -28,6 +28,11 @@ def _idle(entry: Mapping[str, Any]) -> str | None:
     return f"{sum(entry['idle'].values()):,d}" if entry.get("idle") else None
 
 
+def _layout(entry: Mapping[str, Any]) -> str | None:
+    forward = entry.get("forward")
+    return None if forward is None else f"{forward['layout']} ({forward['attention']})"
+
+
 COLUMNS: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
     "steps": _field("steps", ",d"),
     "without training": _idle,
@@ -36,6 +41,7 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
     "loss": _metric("loss/total", ".3f"),
     "accuracy": _metric("accuracy", ".3f"),
     "mean length": _metric("mean_length", ".1f"),
+    "layout": _layout,
 }
 
 
@@ -59,6 +65,16 @@ def artefact_lines(summary: Mapping[str, Any]) -> list[str]:
     for stage, entry in summary["stages"].items():
         for name, path in entry.get("artefacts", {}).items():
             lines.append(f"{stage}: {name} in {path}")
+    return lines
+
+
+def forward_lines(summary: Mapping[str, Any]) -> list[str]:
+    """`<stage>: slower ...` for each stage that was computed slower than it could be, and why."""
+    lines = []
+    for stage, entry in summary["stages"].items():
+        forward = entry.get("forward") or {}
+        if forward.get("slower"):
+            lines.append(f"{stage}: slower than it could be: {forward['words']}; {'; '.join(forward['slower'])}")
     return lines
 
 

@@ -17,7 +17,7 @@ from align.data.prepare import Prepared, prepare
 from align.data.records import Kind
 from align.data.tokenizer import ChatTokenizer
 from align.errors import Interrupted
-from align.protocols import Group, PromptItem, Tree, group_seed
+from align.protocols import Group, PromptItem, Trainer, Tree, group_seed
 from align.recipe.inputs import DataSource, Model
 from align.recipe.schema import Recipe
 from align.stages.backend import Backend, Start
@@ -69,6 +69,15 @@ class Context:
     def record(self) -> None:
         """Note in run.json what runs now: a later `--resume` ends it if this process could not."""
         self.run.record(self.backend.processes(), self.backend.threads())
+
+    async def note_forward(self, stage_id: str, trainer: Trainer) -> None:
+        """How the trainer computes: in run.json, and on the screen where that costs speed or is to be known."""
+        found = await trainer.forward()
+        self.run.note_forward(stage_id, found)
+        if found["slower"]:
+            self.report.message(f"{stage_id}: slower than it could be: {found['words']}; {'; '.join(found['slower'])}")
+        for note in found["notes"]:
+            self.report.message(f"{stage_id}: {note}")
 
     def raise_if_stopped(self, stage_id: str) -> None:
         """Raise Interrupted where the user wants the run to end and nothing of the stage has begun yet."""

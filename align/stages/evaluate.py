@@ -145,4 +145,5 @@ async def _by_loss(context: Context, stage: EvaluateStage, name: str) -> Metrics
         await stack.enter_async_context(context.backend.places(Needs(trainer=True)))
         [trainer] = await opened(stack, context.backend.trainer(job))
         context.record()
+        await context.note_forward(stage.id, trainer)
         return eval_names(await trainer.evaluate(trees))

@@ -180,7 +180,7 @@ async def _run_stage(context: Context, stage: Any, mark: Mapping[str, Any], rest
     last = last_line(run.stage_folder(stage.id) / METRICS)
     if last.get("step") == result.steps:  # a start that found every turn done knows of none
         result = replace(result, metrics={**finite(last), **result.metrics})
-    summary = {**result.to_json(), "restarts": restarts.count(stage.id)}
+    summary = {**result.to_json(), "restarts": restarts.count(stage.id), **run.forward_of(stage.id)}
     artefacts = [Path(path) for path in result.artefacts.values()]
     manifest = await asyncio.to_thread(write_manifest, run.stage_folder(stage.id), artefacts)
     run.summarise(stage.id, summary)

@@ -137,6 +137,16 @@ class RunFolder:
         self.state["stages"][stage_id] = {**entry, "folder": self.state.get("folder")}
         self.write()
 
+    def note_forward(self, stage_id: str, found: Mapping[str, Any]) -> None:
+        """How the stage's sequences are computed (`align.protocols.Trainer.forward`), in run.json and summary.json."""
+        self.state["stages"].setdefault(stage_id, {"state": "running"})["forward"] = dict(found)
+        self.write()
+
+    def forward_of(self, stage_id: str) -> dict[str, Any]:
+        """{"forward": ...} where it was noted, else {}."""
+        entry = self.state["stages"].get(stage_id, {})
+        return {"forward": entry["forward"]} if "forward" in entry else {}
+
     def finish(
         self,
         stage_id: str,

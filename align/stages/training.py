@@ -154,6 +154,7 @@ async def run_offline(context: Context, stage: Any) -> StageResult:
         await stack.enter_async_context(context.backend.places(needs_of(stage)))
         [trainer] = await opened(stack, context.backend.trainer(job))
         context.record()
+        await context.note_forward(stage.id, trainer)
         if job.reference == "cached":
             trees, held = await cached_reference(context, stage, start, trainer, trees, held)
         loop = make_loop(context, stage, start, trainer, order.total)
@@ -198,6 +199,7 @@ async def run_online(context: Context, stage: OnlineSettings) -> StageResult:
         for judge in judges:
             stack.callback(judge.finish)
         context.record()
+        await context.note_forward(stage.id, trainer)
         loop = make_loop(context, stage, start, trainer, plan.total)
         dtype = (await trainer.numerics())["dtype"].removeprefix("torch.")
         online = OnlineStage(

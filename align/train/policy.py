@@ -24,6 +24,7 @@ from align.model.fused import fuse
 from align.model.load import load_model, resolve_dtype
 from align.model.parts import parts_of
 from align.model.policy_module import PolicyModule
+from align.model.probe_own import measure
 from align.model.quantised import quantise
 from align.model.score_head import load_score_model
 from align.model.shards import Shards
@@ -88,6 +89,15 @@ def _load_backbone(
 
 
 def _module(model: Any, spec: TrainerSpec, autocast: torch.dtype | None = None) -> PolicyModule:
+    """The module that is trained: what the untouched model computes is taken, and then its parts are exchanged."""
+    untouched = measure(model, temperature=spec.temperature, autocast=autocast)
+    fuse(model)
+    module = _wrapped(model, spec, autocast)
+    module.untouched = untouched
+    return module
+
+
+def _wrapped(model: Any, spec: TrainerSpec, autocast: torch.dtype | None = None) -> PolicyModule:
     return PolicyModule(
         model,
         temperature=spec.temperature,
@@ -131,7 +141,6 @@ class LoraPolicy:
                     self.frozen = "reference"
         else:
             model.requires_grad_(False)
-        fuse(model)
         autocast = self.dtype if self.whole and self.dtype != torch.float32 else None
         self.module = _module(model, spec, autocast)
 
@@ -256,14 +265,13 @@ class FullPolicy:
             if parts_of(model).one:
                 refuse_parts_of_text(spec.adapter_config)
             train_whole(model, spec.adapter_config.parts("full"), torch.float32)
-        fuse(model)
         self.module = _module(model, spec, autocast)
         self._reference: PolicyModule | None = None
         if spec.reference in ("start", "base") and spec.trainable:
             frozen = _load_backbone(spec, self.dtype, device)
             frozen.requires_grad_(False)
             fuse(frozen)
-            self._reference = _module(frozen.eval(), spec)
+            self._reference = _wrapped(frozen.eval(), spec)
 
     def reference(self) -> AbstractContextManager[PolicyModule]:
         assert self._reference is not None, "this trainer was made without a reference"

@@ -104,9 +104,20 @@ class PolicyTrainer:
             "threads": torch.get_num_threads(),
             "ranks": self.ranks.size,
             "strategy": self.strategy.name,
+            **self.forward(),
+            "packing_probe": self.probe_difference,
+        }
+
+    def forward(self) -> dict[str, Any]:
+        """See `align.protocols.Trainer.forward`."""
+        verdict = self.module.verdict
+        assert verdict is not None
+        return {
             "layout": self.module.layout,
             "attention": self.module.attention,
-            "packing_probe": self.probe_difference,
+            "words": verdict.words,
+            "slower": list(verdict.why),
+            "notes": list(verdict.notes),
         }
 
     def _described_sizes(self) -> dict[str, Any]:

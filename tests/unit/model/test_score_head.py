@@ -100,7 +100,7 @@ def test_a_backbone_that_looks_ahead_is_found_by_the_probe_whatever_the_length_o
         model.score.weight.mul_(1e-4)
     layer = model.model.layers[0].mlp
     layer.register_forward_hook(lambda module, args, out: out + 0.5 * out.roll(-1, dims=1))
-    with pytest.raises(ModelError, match="other scores in packed trees"):
+    with pytest.raises(ModelError, match=r"looks beyond the causal prefix: what model\.layers\.0\.mlp makes"):
         probe(PolicyModule(model))
 
 

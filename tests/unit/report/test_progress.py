@@ -188,7 +188,22 @@ def test_the_closing_table_names_every_stage_its_figures_and_what_it_made(
     row = next(line for line in out.splitlines() if "sft " in line)
     assert [cell.strip() for cell in row.strip("│ ").split("│")] == ["sft", "300", "61", "12,345", "0.512", "7.2"]
     assert "release" in out and "sft: model in runs/demo/sft/model" in out
-    assert "loss" not in out
+    assert "loss" not in out and "layout" not in out
+
+
+def test_the_closing_table_says_how_a_stage_was_computed_and_why_that_was_slower(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = {"steps": 3, "seconds": 6.0, "metrics": {}, "artefacts": {}}
+    plain = {"layout": "shared", "attention": "sdpa", "words": "packed", "slower": [], "notes": []}
+    rows = {"layout": "unshared", "attention": "sdpa", "words": "a sequence a row", "notes": []}
+    stages = {"sft": {**entry, "forward": plain}, "dpo": {**entry, "forward": rows | {"slower": ["m.conv is off"]}}}
+    reporter = Reporter(tmp_path, recipe())
+    reporter.closing_table({"stages": stages})
+    reporter.close()
+    out = capsys.readouterr().out
+    assert "shared (sdpa)" in out and "unshared (sdpa)" in out
+    assert "dpo: slower than it could be: a sequence a row; m.conv is off" in out and "sft: slower" not in out
 
 
 def test_importing_the_reporter_imports_no_torch() -> None:

@@ -45,6 +45,7 @@ class PlainTrainer:
         self.seen: list[list[int]] = []
         self.trees: list[Sequence[Tree]] = []
         self.calls: list[str] = []
+        self.slower: list[str] = []
         self.during_step: Callable[[int], None] = lambda step: None
 
     async def step(self, trees: Sequence[Tree], *, step: int, progress: float) -> Metrics:
@@ -63,6 +64,9 @@ class PlainTrainer:
 
     async def logps(self, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
         return [[np.full(int(s.loss_mask.sum()), -self.w, dtype=np.float32) for s in t.sequences] for t in trees]
+
+    async def forward(self) -> dict[str, Any]:
+        return {"layout": "shared", "attention": "sdpa", "words": "packed", "slower": self.slower, "notes": []}
 
     async def numerics(self) -> dict[str, Any]:
         return {"dtype": "float64"}

@@ -200,6 +200,21 @@ def test_a_recipe_runs_from_scratch_to_its_evaluation(recipe: Recipe) -> None:
     assert all(trainer.calls[-1] == "close" for trainer in backend.trainers)
 
 
+def test_what_makes_a_stage_slower_is_said_when_it_starts_and_recorded(recipe: Recipe) -> None:
+    backend = PlainBackend()
+
+    def prepare(trainer: PlainTrainer, job: TrainerJob) -> None:
+        trainer.slower = ["m.conv carries a state"] if job.stage_id == "dpo" else []
+
+    backend.prepare = prepare
+    summary, report = start(recipe, backend)
+    said = [line for line in report.messages if "slower" in line]
+    assert said == ["dpo: slower than it could be: packed; m.conv carries a state"]
+    recorded = json.loads((recipe.run_folder / "run.json").read_text())["stages"]
+    assert recorded["dpo"]["forward"]["slower"] == summary["stages"]["dpo"]["forward"]["slower"] != []
+    assert recorded["sft"]["forward"]["layout"] == "shared" and "forward" not in summary["stages"]["merged"]
+
+
 def test_each_stage_is_told_what_it_starts_from(recipe: Recipe) -> None:
     backend = PlainBackend()
     start(recipe, backend)

@@ -41,6 +41,9 @@ class Shell:
     async def logps(self, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
         return self.trainer.logps(trees)
 
+    async def forward(self) -> dict[str, Any]:
+        return self.trainer.forward()
+
     async def numerics(self) -> dict[str, Any]:
         return self.trainer.numerics()
 
