@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
 from pydantic import Field
 
 from align.errors import DataError
@@ -51,7 +50,7 @@ def auxiliary(trees: Sequence[Tree], config: Config) -> list[Tree]:
     mismatched = []
     for i, tree in enumerate(ordered):
         others = (ordered[(i + k) % len(ordered)] for k in range(1, len(ordered)))
-        partner = next((o for o in others if not np.array_equal(o.trunk.token_ids, tree.trunk.token_ids)), None)
+        partner = next((o for o in others if not o.trunk.same_input(tree.trunk)), None)
         if partner is None:
             raise DataError(
                 f"KTO needs two different prompts in every batch; this one has {len(ordered)} rows of a single prompt",
