@@ -37,6 +37,11 @@ class Medium:
     length: int
     patches: int
 
+    @property
+    def identity(self) -> tuple[str, str, int, int]:
+        """What it shows, and where: media that agree in it are one, whichever store holds them."""
+        return self.kind, self.key, self.start, self.length
+
 
 # the first column of a row's label: see `align.recipe.labels.Labels.columns`
 FIRST_LABEL_COLUMNS = ("class", "labels/0", "targets/0")
@@ -76,6 +81,13 @@ class Segment:
 
     def __len__(self) -> int:
         return int(self.token_ids.shape[0])
+
+    def same_input(self, other: Segment) -> bool:
+        """Whether a model is shown the same: the same tokens, and the same media in the same places. Tokens alone do
+        not say so: all pictures have the same."""
+        return np.array_equal(self.token_ids, other.token_ids) and [m.identity for m in self.media] == [
+            m.identity for m in other.media
+        ]
 
     @property
     def labelled(self) -> bool:

@@ -31,7 +31,7 @@ from align.stages.backend import FleetJob, Needs, ScorerJob, TrainerJob
 from align.stages.handover import adapter_in
 from align.stages.processes import ProcessId
 from align.stages.roles import Role, roles_of, scorer_names, trainer_names
-from align.train.spec import TrainerSpec
+from align.train.spec import TrainerSpec, reference_spec
 from rollout.base import EngineSpec
 from rollout.fleet import RayFleet
 from rollout.member import Limits
@@ -141,15 +141,9 @@ class RayBackend:
         base = await asyncio.to_thread(resolve_model_folder, path.path, path.revision)
         adapter = await asyncio.to_thread(resolve_model_folder, path.adapter) if path.adapter else None
         spec = replace(
-            policy,
-            base=str(base),
-            adapter=str(adapter) if adapter else None,
-            adapter_config=adapter_in(adapter) if adapter else Adapter(),
-            losses=(),
-            reference=None,
+            reference_spec(policy, base, adapter, adapter_in(adapter) if adapter else Adapter()),
             threads=self._now.threads("reference"),
             device="cuda" if self._now.roles["reference"].gpus > 0 else "cpu",
-            trainable=False,
         )
         actor = ray.remote(ReferenceActor).options(**self._now.at("reference")).remote()
         try:

@@ -105,7 +105,7 @@ def _held(sizes: Sizes, adapter: Adapter, work: Work, table: Table | None) -> tu
         packed = _packed(sizes, adapter, table)
         per_weight = adapter.quant.bytes_per_weight if adapter.quant else 0.0
         weights = (every - whole - packed) * b + packed * per_weight + whole * 4.0
-    reference = (every * b if adapter.kind == "full" else whole * 4.0) if work.second_copy else 0.0
+    reference = _reference(sizes, adapter, b, every, whole) if work.second_copy else 0.0
     moments = ADAMW_BYTES[work.optimizer] + (MASTER_BYTES if work.zero else 0)  # ZeRO's flat copy of what it steps
     return trained, {
         "weights": weights * work.share(3),
@@ -114,6 +114,17 @@ def _held(sizes: Sizes, adapter: Adapter, work: Work, table: Table | None) -> tu
         "optimizer": trained * moments * work.share(1),
         "reference": float(reference),
     }
+
+
+def _reference(sizes: Sizes, adapter: Adapter, b: int, every: int, whole: int) -> float:
+    """A frozen copy of what is trained whole. Of a whole model, it computes as the policy does: what autocast rounds is
+    kept rounded, and embeddings, norms and stacked experts are float32."""
+    if adapter.kind != "full":
+        return whole * 4.0
+    experts = sum(sizes.linear[name][0] * sizes.linear[name][1] for name in ("gate_proj", "up_proj", "down_proj"))
+    block = 2 * sizes.hidden + (experts if sizes.experts > 1 else 0)
+    wide = sizes.vocabulary * sizes.hidden + sizes.layers * block + sizes.hidden
+    return every * b + wide * (4.0 - b)
 
 
 def _packed(sizes: Sizes, adapter: Adapter, table: Table | None) -> int:

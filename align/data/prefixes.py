@@ -110,7 +110,7 @@ def _marks(segment: Segment) -> np.ndarray:
     the same. Their bytes sort as the numbers do."""
     marks = segment.token_ids.astype(">i8")
     for medium in segment.media:
-        digest = hashlib.sha256(f"{medium.key} {medium.length} {medium.store}".encode()).digest()
+        digest = hashlib.sha256(f"{medium.kind} {medium.key} {medium.length} {medium.store}".encode()).digest()
         marks[medium.start] = int.from_bytes(digest[:8], "big") >> 1
     return marks
 

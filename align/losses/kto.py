@@ -22,7 +22,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
 from pydantic import Field
 
 from align.losses.base import LossConfig, LossInputs, LossOutput, Metric, Needs, Prepass
@@ -53,7 +52,7 @@ def auxiliary(trees: Sequence[Tree], config: Config) -> list[Tree]:
     mismatched = []
     for i, tree in enumerate(ordered):
         others = (ordered[(i + k) % len(ordered)] for k in range(1, len(ordered)))
-        partner = next((o for o in others if not np.array_equal(o.trunk.token_ids, tree.trunk.token_ids)), None)
+        partner = next((o for o in others if not o.trunk.same_input(tree.trunk)), None)
         if partner is None:
             return []
         mismatched.append(replace(tree, branches=partner.branches, origin=f"{tree.origin} x {partner.origin}"))

@@ -1,14 +1,8 @@
-"""LoRA adapters through peft: made from a seed or loaded from anybody's folder, switched, saved.
-
-Fresh weights depend on the seed and the module's name alone, not on the state of any global generator, nor on the
-order of modules: lora_A ~ U(-1/sqrt(in), 1/sqrt(in)) as peft draws it (Kaiming uniform with a = sqrt(5)), lora_B = 0.
-"""
+"""LoRA adapters through peft: made from a seed or loaded from anybody's folder, switched, saved."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +23,7 @@ from align.model.adapter_config import (
     weights_file,
 )
 from align.model.folders import written_aside
+from align.model.fresh import draw, refuse_empty_rows
 from align.model.lora_targets import fresh_config, head_name, is_targeted, targeted_modules, with_score_head
 from align.model.quantised import quantised_layers
 from align.model.score_head import adapter_labels, has_score_head, model_labels, write_meaning
@@ -97,9 +92,10 @@ def attach(model: Any, adapter: Adapter | None, folder: Path | None, *, seed: in
             _check_agrees(model, adapter, config, Path(folder))
     peft = inject(model, config)
     if folder is None:
-        _draw(peft, seed)
+        draw(peft, seed)
     else:
         _load_weights(peft, DEFAULT, Path(folder))
+    refuse_empty_rows(peft, DEFAULT)
     return peft
 
 
@@ -148,18 +144,6 @@ def untie_head(model: Any) -> bool:
     own = f"{head_name(model)}.weight"
     model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if own not in (k, v)}
     return True
-
-
-def _draw(peft: PeftModel, seed: int) -> None:
-    for path, layer in lora_layers(peft):
-        key = hashlib.blake2b(f"{seed}|{path}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-        lora_a, lora_b = layer.lora_A[DEFAULT].weight, layer.lora_B[DEFAULT].weight
-        drawn = torch.empty(lora_a.shape, dtype=torch.float32)
-        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-        with torch.no_grad():
-            lora_a.copy_(drawn)
-            lora_b.zero_()
 
 
 # ------------------------------------------------------------------------------------------------- loading

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from align.errors import ModelError, Unsupported
+from align.errors import ModelError
 from align.model import unshared
 from align.model.attention import NAME, AttentionPlan, plan_attention
 from align.model.head import LogitTransform, fused_head
 from align.model.last_layer import LastLayer
 from align.model.media import MediaFeatures, Placed
+from align.model.output_embedding import output_of
 from align.model.places import BOTH_WAYS, inside_media, runs, slots_of, type_ids
 from align.model.score_head import has_score_head, score
 from align.model.spelled import words_for_marks
@@ -231,16 +232,8 @@ class OutputHead(nn.Module):
         autocast: torch.dtype | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """hidden [N, D], labels i64[N] -> log-probabilities f32[N], and what `fused_head` adds of `want`."""
-        weight, bias = output_embedding(self._model[0])
-        scored = hidden.to(autocast or weight.dtype)
-        out = fused_head(
-            scored,
-            weight.to(scored.dtype),
-            labels,
-            bias=None if bias is None else bias.to(scored.dtype),
-            transform=transform,
-            want=want,
-        )
+        rows, weight, bias = output_of(self._model[0], hidden, autocast)
+        out = fused_head(rows, weight, labels, bias=bias, transform=transform, want=want)
         return out.logps, out.entropy, out.log_sum_sq
 
 
@@ -280,21 +273,3 @@ def logit_transform(config: Any, temperature: float) -> LogitTransform:
     scale = float(getattr(text, "logit_scale", None) or 1.0)
     scale /= float(getattr(text, "logits_scaling", None) or 1.0)
     return LogitTransform(temperature, scale, getattr(text, "final_logit_softcapping", None))
-
-
-def output_embedding(model: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight [V, D] and bias of the language model head, with a LoRA on it folded in (gradients reach A and B)."""
-    head = model.get_output_embeddings()
-    if isinstance(head, nn.Linear):
-        return head.weight, head.bias
-    adapters = [name for name in getattr(head, "active_adapters", []) if name in head.lora_A]
-    base = head.get_base_layer()
-    weight = base.weight
-    if getattr(head, "disable_adapters", False) or head.merged:
-        return weight, base.bias
-    for name in adapters:
-        if not isinstance(head.lora_dropout[name], nn.Identity):
-            raise Unsupported("LoRA dropout on the language model head", remedy="set adapter.dropout to 0")
-        delta = head.lora_B[name].weight @ head.lora_A[name].weight
-        weight = weight + (head.scaling[name] * delta).to(weight.dtype)
-    return weight, base.bias

@@ -28,6 +28,7 @@ def numerics(spec: TrainerSpec, device: torch.device) -> dict[str, Any]:
     return {
         "model": {key: value for key, value in model.items() if key not in _ELSEWHERE},
         "adapter": spec.adapter_config.model_dump(mode="json", exclude={"dropout"}),
+        "as_trained": None if spec.as_trained is None else spec.as_trained.model_dump(mode="json"),
         "temperature": spec.temperature,
         "dtype": str(resolve_dtype(spec.model.dtype, str(device))),
         "device": device.type,

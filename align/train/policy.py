@@ -33,6 +33,7 @@ from align.recipe.adapter import Adapter, Part
 from align.recipe.adapter_folder import QuantisedBase, quantised_base
 from align.recipe.labels import Labels
 from align.recipe.support import refuse_parts_of_text
+from align.train.arithmetic import arithmetic, narrowed, widen
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -122,7 +123,8 @@ class LoraPolicy:
         self.dtype = resolve_dtype(spec.model.dtype, str(device))
         start = Path(spec.adapter) if spec.adapter else None
         self.packed = _packed(spec.adapter_config, start, self.dtype)
-        model = _load_backbone(spec, self.dtype, device, self.packed)
+        wide, autocast = arithmetic(spec.as_trained or spec.adapter_config, self.dtype)
+        model = _load_backbone(spec, torch.float32 if wide == "all" else self.dtype, device, self.packed)
         self.peft: Any = None
         self.frozen: str | None = None
         self.whole: list[torch.nn.Parameter] = []
@@ -141,7 +143,10 @@ class LoraPolicy:
                     self.frozen = "reference"
         else:
             model.requires_grad_(False)
-        autocast = self.dtype if self.whole and self.dtype != torch.float32 else None
+        if not self.whole and wide != "all":
+            widen(model, wide)
+        if wide == "all" and self.peft is None:
+            narrowed(model, autocast)
         self.module = _module(model, spec, autocast)
 
     @contextmanager
@@ -251,14 +256,14 @@ def train_whole(model: Any, wanted: Collection[Part], dtype: torch.dtype) -> lis
 
 class FullPolicy:
     """Every parameter of the parts that are trained is. Weights are float32 masters; a bfloat16 or float16 recipe
-    computes under autocast."""
+    computes under autocast, and so does its reference: at the start both give the same to the last bit."""
 
     artefact: Literal["adapter", "model"] = "model"
 
     def __init__(self, spec: TrainerSpec, device: torch.device):
         self.spec, self.device = spec, device
         self.dtype = resolve_dtype(spec.model.dtype, str(device))
-        autocast = None if self.dtype == torch.float32 else self.dtype
+        _, autocast = arithmetic(spec.as_trained or spec.adapter_config, self.dtype)
         model = _load_backbone(spec, torch.float32, device)
         model.requires_grad_(False)
         if spec.trainable:
@@ -268,10 +273,10 @@ class FullPolicy:
         self.module = _module(model, spec, autocast)
         self._reference: PolicyModule | None = None
         if spec.reference in ("start", "base") and spec.trainable:
-            frozen = _load_backbone(spec, self.dtype, device)
+            frozen = _load_backbone(spec, torch.float32, device)
             frozen.requires_grad_(False)
-            fuse(frozen)
-            self._reference = _wrapped(frozen.eval(), spec)
+            fuse(narrowed(frozen, autocast))
+            self._reference = _wrapped(frozen.eval(), spec, autocast)
 
     def reference(self) -> AbstractContextManager[PolicyModule]:
         assert self._reference is not None, "this trainer was made without a reference"

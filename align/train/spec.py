@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +26,8 @@ class TrainerSpec:
     rates: learning rate and weight decay of parts of the model, where they are not `optim`'s.
     max_tokens, max_patches: of a microbatch. media_cache_mb: features of images that are kept where nothing of the
     vision tower learns.
+    as_trained: of a reference of its own, how the policy is trained that it is the reference of: it computes in that
+    one's arithmetic, so that equal weights give equal values.
     publish, engine_dtype: how and in which dtype engines receive the policy. labels: of a score head, where a loss
     needs scores; None: one score, as of a reward model. chat: written beside the weights that others load. sharding:
     how parameters are spread over the trainer's ranks.
@@ -52,6 +54,7 @@ class TrainerSpec:
     trainable: bool = True
     labels: Labels | None = None
     chat: ChatFiles | None = None
+    as_trained: Adapter | None = None
     sharding: Sharding = field(default_factory=Sharding)
 
 
@@ -83,4 +86,19 @@ def scoring_spec(
         device=device,
         trainable=False,
         labels=labels,
+    )
+
+
+def reference_spec(policy: TrainerSpec, base: Path, adapter: Path | None, config: Adapter) -> TrainerSpec:
+    """A reference with weights of its own (`reference: {path: ...}`), which computes as the policy does: where its
+    weights are the policy's first, so are its values, to the last bit."""
+    return replace(
+        policy,
+        base=str(base),
+        adapter=str(adapter) if adapter else None,
+        adapter_config=config,
+        as_trained=policy.adapter_config,
+        losses=(),
+        reference=None,
+        trainable=False,
     )
