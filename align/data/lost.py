@@ -51,9 +51,8 @@ class _Look:
 
     def having(self, key: str) -> list[int]:
         """Messages that are looked at and have this key."""
-        return [
-            i for i in range(self.first, len(self.messages)) if key in self.messages[i].extra | self.messages[i].more
-        ]
+        numbered = list(enumerate(self.messages))[self.first :]
+        return [i for i, message in numbered if key in message.extra or key in message.more]
 
     def render(self, changed: Mapping[int, Message]) -> str | None:
         """With other messages, by number; None where the template refuses them, which it can only where it reads
@@ -79,7 +78,7 @@ def _with(message: Message, key: str, value: Any) -> Message:
 
 def _require_calls(look: _Look) -> None:
     """Raises RowError where one of the messages' calls is not rendered: each is looked for under a name of its own."""
-    calling = look.having("tool_calls")
+    calling = [i for i in look.having("tool_calls") if "tool_calls" in look.messages[i].extra]
     if not calling:
         return
     renamed: dict[int, Message] = {}

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -132,7 +133,7 @@ def _sequence(tree: Tree) -> Segment:
     if not tree.branches:
         return tree.trunk
     trunk, branch = tree.trunk, tree.branches[0]
-    values = {name: _end_to_end(trunk, branch, name) for name in VALUES}
+    values: dict[str, Any] = {name: _end_to_end(trunk, branch, name) for name in VALUES}
     if trunk.nll_mask is not None or branch.nll_mask is not None:
         values["nll_mask"] = np.concatenate(
             [s.loss_mask if s.nll_mask is None else s.nll_mask for s in (trunk, branch)]

@@ -191,6 +191,10 @@ def test_results_that_are_no_text_are_json_and_null_is_nothing(tmp_path: Path, q
 
 
 def test_calls_that_cannot_be_read_are_refused_with_the_reason(tmp_path: Path, qwen: ChatTokenizer) -> None:
+    odd = {"messages": [ASK | {"tool_calls": [FLAT]}, THREE]}
+    assert (
+        "message key 'tool_calls' (once" in prepared(tmp_path, [odd], "conversation", qwen).report.sources[0].notes[0]
+    )
     used = {"type": "tool_use", "name": "find", "input": {}}
     for messages, reason in (
         (calling({"name": "find", "arguments": '{"q": "ca'}), "the arguments of find is not valid JSON"),
