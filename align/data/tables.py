@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from align.data.audit import MediaReport, Refusal, SourceReport
+from align.data.beginnings import with_beginning
 from align.data.encoded import Encoded, Tokens, fit
 from align.data.formats import LAYOUTS
-from align.data.formats.base import Layout, choose, margin_of
+from align.data.formats.base import Layout, candidates, choose, margin_of, refuse_stray
 from align.data.labels import Labelling, distribution
 from align.data.media.library import Library
 from align.data.media.shown import Shown
@@ -19,6 +20,7 @@ from align.data.placing import place_media
 from align.data.readers import Row
 from align.data.records import Kind, Labelled, MediaPart, Pair, Prompt, Record, RowError, Text, check, media_of
 from align.data.render import draft, encode
+from align.data.soundness import UNFORESEEN, refuse_endless, refuse_unusable, unforeseen
 from align.data.sources import Opened, apply_columns
 from align.data.tokenizer import ChatTokenizer
 from align.mediastore import described
@@ -127,7 +129,9 @@ class Tokeniser:
             return table
         named = apply_columns(rows, self.source)
         mapped = frozenset(self.source.columns)
-        layout = choose(LAYOUTS, self.kind, named, where=opened.path, format=self.source.format, mapped=mapped)
+        wanted = (self.kind, self.source.format, mapped)
+        layout = choose(LAYOUTS, wanted[0], named, where=opened.path, format=wanted[1], mapped=mapped)
+        self.layouts = candidates(LAYOUTS, *wanted)
         report.layout = layout.name
         known = 0 if self.library is None else self.library.processed
         columns: list[tuple[float, bool, float]] = []
@@ -166,9 +170,7 @@ class Tokeniser:
         good: list[_Row] = []
         for row, values in zip(rows, named, strict=True):
             try:
-                record = place_media(_convert(layout, values), values)
-                check(record)
-                margin = margin_of(values) if layout.kind == "pair" else None
+                record, margin = self._record(layout, values)
             except RowError as e:
                 self._refuse(row, e)
                 continue
@@ -177,8 +179,8 @@ class Tokeniser:
         for one in self._shown(good):
             try:
                 drafts.append(draft(one.record, self.tokenizer, one.shown, self.library))
-            except RowError as e:
-                self._refuse(one.row, e)
+            except (RowError, *UNFORESEEN) as e:
+                self._refuse(one.row, e if isinstance(e, RowError) else unforeseen(e))
                 continue
             drafted.append(one)
         out = []
@@ -189,6 +191,17 @@ class Tokeniser:
                 self.report.plain_text += isinstance(one.record.prompt, str)
                 out.append((one, encoded))
         return out
+
+    def _record(self, layout: Layout, values: dict[str, Any]) -> tuple[Record, float | None]:
+        """A row's record, and a pair's margin. Raises RowError, whatever the row holds."""
+        try:
+            refuse_stray(layout, self.layouts, values)
+            record = place_media(with_beginning(layout.convert(values), self.tokenizer), values)
+            check(record)
+            refuse_endless(record)
+            return record, margin_of(values) if layout.kind == "pair" else None
+        except UNFORESEEN as e:
+            raise unforeseen(e) from e
 
     def _shown(self, rows: Sequence[_Row]) -> list[_Row]:
         """Rows whose media are in the store, and those without media; the others are refused."""
@@ -239,6 +252,7 @@ class Tokeniser:
         limit = self.source.max_length
         if self.kind == "prompt":
             if limit is None or encoded.length <= limit:
+                refuse_unusable(encoded, self.kind, self.tokenizer, False, limit)
                 return encoded
             if self.source.overlong_prompts == "filter":
                 self.report.filtered += 1
@@ -249,6 +263,7 @@ class Tokeniser:
             )
         cut_from = self.source.truncate, self.tokenizer.bos_id
         fitted, cut = fit(encoded, limit, *cut_from, scored=self.kind != "labelled")
+        refuse_unusable(fitted, self.kind, self.tokenizer, cut, limit)
         self.report.truncated += cut
         return fitted
 
@@ -256,15 +271,6 @@ class Tokeniser:
 def _named(media: Sequence[MediaPart]) -> str:
     kinds = sorted({part.kind for part in media})
     return " and ".join(f"{kind}s" for kind in kinds)
-
-
-def _convert(layout: Layout, values: dict[str, Any]) -> Record:
-    missing = [name for name in sorted(layout.required) if values.get(name) is None]
-    if missing:
-        raise RowError(
-            f"no `{missing[0]}` (layout {layout.name}); the row has: {', '.join(sorted(values)) or 'nothing'}"
-        )
-    return layout.convert(values)
 
 
 # ------------------------------------------------------------------------------------------------- what rewards see

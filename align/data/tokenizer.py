@@ -17,6 +17,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from align.data.backends import class_of, rebuild
+from align.data.bounded import embedding_rows, encode_bounded
 from align.data.records import RowError
 from align.data.template import ChatTemplate, Span
 from align.data.templates import NAMED
@@ -29,6 +30,7 @@ _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 class ChatTokenizer:
     """Text to token ids and back, and messages to text.
 
+    embedding_rows: tokens that the folder's model knows; None where no model is beside the tokenizer.
     eos_ids: every token that ends a generation (the tokenizer's eos and generation_config's). pad_id, bos_id: None
     where the tokenizer has none. special: text of every special token. fingerprint: SHA-256 of all that decides ids.
     """
@@ -41,10 +43,12 @@ class ChatTokenizer:
         *,
         eos_ids: Sequence[int] = (),
         folder: Path | None = None,
+        embedding_rows: int | None = None,
     ):
         self.backend = backend
         self.template = template
         self.folder = folder
+        self.embedding_rows = embedding_rows
         self.named_tokens = dict(named)
         self.bos_id = self._id("bos_token")
         self.pad_id = self._id("pad_token")
@@ -66,7 +70,15 @@ class ChatTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts, without added BOS or EOS, in parallel."""
+        return encode_bounded(texts, self._encode)
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def spans(self, text: str) -> tuple[list[int], list[Span]]:
+        """Ids of a text without added BOS or EOS, and the characters [start, end) that each stands for."""
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        return list(encoding.ids), list(encoding.offsets)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
@@ -219,7 +231,8 @@ def load_tokenizer(
         template = ChatTemplate(source, {**named, **(template_args or {})}, where=where)
     eos = _read_json(folder / "generation_config.json").get("eos_token_id")
     eos_ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    return ChatTokenizer(backend, named, template, eos_ids=eos_ids, folder=folder)
+    rows = embedding_rows(model_config)
+    return ChatTokenizer(backend, named, template, eos_ids=eos_ids, folder=folder, embedding_rows=rows)
 
 
 def _without_tokenizer_json(folder: Path) -> str:
