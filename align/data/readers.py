@@ -282,7 +282,7 @@ def _read_arrow(path: Path, suffix: str) -> Iterator[Item]:
 
 
 def _arrow_rows(batch: Any, path: Path, first: int) -> Iterator[Item]:
-    """Rows of a few; those that hold what Python cannot (text that is no UTF-8, dates beyond its calendar) are refused."""
+    """Rows of a batch; a value that Python cannot hold (no UTF-8, a date beyond its years) is a refusal."""
     try:
         found: list[Any] = batch.to_pylist()
     except (ValueError, TypeError, ArithmeticError) as e:

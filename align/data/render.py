@@ -23,6 +23,7 @@ import numpy as np
 
 from align.data.encoded import Encoded, Tokens
 from align.data.media.shown import Shown, Written
+from align.data.openings import begun_in, continued, opened
 from align.data.records import (
     Conversation,
     Labelled,
@@ -38,7 +39,7 @@ from align.data.records import (
 )
 from align.data.template import Span
 from align.data.tokenizer import ChatTokenizer
-from align.data.turns import media_count, not_a_prefix, rendered, scored_turns
+from align.data.turns import media_count, not_a_prefix, rendered, renderer, scored_turns
 from align.errors import ModelError
 
 
@@ -84,23 +85,23 @@ def draft(record: Record, tokenizer: ChatTokenizer, shown: Sequence[Shown] = (),
     if isinstance(record, Prompt | Labelled):
         if isinstance(record.prompt, str):
             return Draft((Piece(record.prompt, False),), plain=True)
-        text = rendered(tokenizer, record.prompt, isinstance(record, Prompt), record.tools, shown)
+        render = renderer(tokenizer, record.tools, shown)
+        opens = isinstance(record, Prompt)
+        text = opened(render, *begun_in(record.prompt)) if opens else render(record.prompt, False)
         return Draft((Piece(text.text, False),), media=(text.media(),))
     if isinstance(record.prompt, str):
         return _plain_draft(record)
-    prompt = _messages(record.prompt)
     if isinstance(record, Conversation):
-        messages = prompt + _messages(record.completion)
-        whole = scored_turns(tokenizer, messages, len(prompt), record.tools, shown)
-        return Draft(_cut(whole.text, whole.spans, 0), media=(whole.media(),))
+        return _conversation(record, tokenizer, shown)
+    prompt, begun = _begun(record)
     sides = [
-        scored_turns(tokenizer, prompt + _messages(c), len(prompt), record.tools, own)
+        scored_turns(tokenizer, prompt + continued(begun, c), len(prompt), record.tools, own)
         for c, own in _completions(record, shown)
     ]
     if isinstance(record, Pair) and context_differs(record):
         start = sides[0].text[: _fork(tokenizer, record, sides[0], sides[1])]
     else:
-        start = rendered(tokenizer, prompt, True, record.tools, shown).text
+        start = opened(renderer(tokenizer, record.tools, shown), prompt, begun).text
         for side in sides:
             if not side.text.startswith(start):
                 one, other = "the prompt with generation prompt", "the whole conversation"
@@ -108,6 +109,28 @@ def draft(record: Record, tokenizer: ChatTokenizer, shown: Sequence[Shown] = (),
     trunk = sides[0].media(0, len(start))
     branches = tuple(_cut(side.text, side.spans, len(start)) for side in sides)
     return Draft((Piece(start, False),), branches, media=(trunk, *(side.media(len(start)) for side in sides)))
+
+
+def _conversation(record: Conversation, tokenizer: ChatTokenizer, shown: Sequence[Shown]) -> Draft:
+    prompt, begun = _begun(record)
+    messages = prompt + continued(begun, _messages(record.completion))
+    whole = scored_turns(tokenizer, messages, len(prompt), record.tools, shown)
+    spans = whole.spans
+    if begun is not None:
+        start = opened(renderer(tokenizer, record.tools, shown), prompt, begun).text
+        if not whole.text.startswith(start):
+            one, other = "the prompt with the answer that it begins", "the whole conversation"
+            raise not_a_prefix(tokenizer, start, whole.text, one, other)
+        spans = [(max(begin, len(start)), end) for begin, end in spans if end > len(start)]
+    return Draft(_cut(whole.text, spans, 0), media=(whole.media(),))
+
+
+def _begun(record: Conversation | Pair | Unpaired) -> tuple[tuple[Message, ...], Message | None]:
+    """The prompt's messages, and the answer that it begins where the completion goes on with the assistant."""
+    prompt = _messages(record.prompt)
+    completion = _messages(record.chosen if isinstance(record, Pair) else record.completion)
+    goes_on = bool(completion) and completion[0].role == "assistant"
+    return begun_in(prompt) if goes_on else (prompt, None)
 
 
 def _completions(record: Pair | Unpaired, shown: Sequence[Shown]) -> list[tuple[tuple[Message, ...], Sequence[Shown]]]:

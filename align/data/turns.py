@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from align.data.media.shown import Shown, Written, written
+from align.data.openings import Render, before_turn
 from align.data.records import Message, RowError
 from align.data.template import Span
 from align.data.templates import NAMED
@@ -21,6 +22,8 @@ _TEMPLATE_REMEDY = (
     "name a training template with generation markers by `model.chat_template` "
     f"(a file, or one of ours: {', '.join(sorted(NAMED))})"
 )
+
+_MOST_RENDERED = 1 << 30  # characters, in all renders of a row
 
 
 def _dicts(messages: Iterable[Message], tokenizer: ChatTokenizer) -> list[dict[str, Any]]:
@@ -80,13 +83,15 @@ def _incremental_spans(
     shown: Sequence[Shown],
 ) -> list[Span]:
     spans: list[Span] = []
+    render = renderer(tokenizer, tools, shown)
+    _refuse_too_many(sum(m.role == "assistant" and m.scored for m in messages[first:]), text)
     for k, message in enumerate(messages):
         if message.role != "assistant" or not message.scored or k < first:
             continue
-        before = rendered(tokenizer, messages[:k], True, tools, shown).text
+        before = before_turn(render, messages, k)
         upto = text
         if k + 1 < len(messages):
-            upto = rendered(tokenizer, messages[: k + 1], False, tools, shown).text
+            upto = render(messages[: k + 1], False).text
         if not upto.startswith(before):
             raise not_a_prefix(tokenizer, before, upto, f"what comes before turn {k}", f"the same with turn {k}")
         end = _end_of_turn(tokenizer, upto)
@@ -94,6 +99,20 @@ def _incremental_spans(
             raise not_a_prefix(tokenizer, upto, text, f"the messages up to turn {k}", "the whole conversation")
         spans.append((len(before), end))
     return spans
+
+
+def renderer(tokenizer: ChatTokenizer, tools: Any, shown: Sequence[Shown]) -> Render:
+    """`rendered` of any of a row's messages."""
+    return lambda messages, generation: rendered(tokenizer, messages, generation, tools, shown)
+
+
+def _refuse_too_many(turns: int, text: str) -> None:
+    """Each turn is rendered again with all before it: of many long ones no row is worth the time."""
+    if turns * len(text) > _MOST_RENDERED:
+        raise RowError(
+            f"{turns} scored turns in {len(text)} characters: without generation markers, each is rendered again with "
+            f"all before it; {_TEMPLATE_REMEDY}, or cut the conversation"
+        )
 
 
 def _end_of_turn(tokenizer: ChatTokenizer, text: str) -> int:

@@ -136,7 +136,10 @@ def own_layouts(layouts: Sequence[Layout], row: Row) -> list[Layout]:
 
 
 def refuse_stray(layout: Layout, layouts: Sequence[Layout], row: Row) -> None:
-    """layouts: the `candidates` that `layout` was chosen of. Raise RowError for a row that lacks a column of the source's layout, or has the columns of another beside them."""
+    """Raise RowError for a row that lacks a column of the source's layout, or has those of another beside them.
+
+    layouts: the `candidates` that `layout` was chosen of.
+    """
     missing = [name for name in sorted(layout.required) if row.get(name) is None]
     if missing:
         have = ", ".join(sorted(name for name, value in row.items() if value is not None)) or "nothing"

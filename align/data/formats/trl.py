@@ -1,7 +1,7 @@
 """TRL's layouts, standard (text) and conversational (messages); `messages` alone is in openai.py.
 
     sft          prompt, completion | text
-    preference   prompt, chosen, rejected | chosen, rejected (the prompt is their common beginning: of text, up to where tokens and words part)
+    preference   prompt, chosen, rejected | chosen, rejected (the prompt is their common beginning, in whole words)
     unpaired     prompt, completion, label
     online       prompt [completion]
 
