@@ -1,4 +1,7 @@
-"""The child process of a data generator: reads a job from stdin, writes rows to stdout as JSON lines, exits."""
+"""The child process of a data generator: reads a job from stdin, writes rows to stdout as JSON lines, exits.
+
+A row that JSON cannot hold is one row's problem: its line begins with `REFUSED` and says why, and the others go on.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,16 @@ import signal
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import Any
+
+REFUSED = b"!"  # begins no JSON object
 
 
 def main() -> None:
     """Run one job {file, function, options, limit}. Any failure is an exit status and a last line on stderr."""
     _die_with_parent()
     # What the user prints goes to stderr; only rows go where the parent reads.
-    rows_to, sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8"), sys.stderr
+    rows_to, sys.stdout = os.fdopen(os.dup(1), "wb"), sys.stderr
     os.dup2(2, 1)
     job = json.load(sys.stdin)
     file = Path(job["file"])
@@ -36,9 +42,16 @@ def main() -> None:
         for row in islice(function(**job["options"]), job["limit"]):
             if not isinstance(row, dict):
                 raise TypeError(f"row {count} is a {type(row).__name__}; a generator yields dicts")
-            out.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            out.write(_line(row) + b"\n")
             count += 1
         out.write(f"{count}\n")  # the last line says that this is the end
+
+
+def _line(row: dict[Any, Any]) -> bytes:
+    try:
+        return json.dumps(row, allow_nan=False).encode()  # ASCII: half a character is for the reader to name
+    except (TypeError, ValueError, RecursionError) as e:
+        return REFUSED + json.dumps(f"the row is no JSON: {e}").encode()
 
 
 def _die_with_parent() -> None:

@@ -1,21 +1,36 @@
-"""Rows of one file, each with the line it begins at. One function per kind of file, all of them generators."""
+"""Rows of one file, each with the line it begins at. One function per kind of file, all of them generators.
+
+A row that cannot be read is a refusal with its place, whatever is wrong with it, and reading goes on; only what makes
+the rest of a file unreadable is an error of the whole file. Text stays text: no cell of a CSV is guessed to be a
+number, a date or a truth value, and no row decides how another is read.
+"""
 
 from __future__ import annotations
 
 import csv
 import gzip
 import io
-import json
 import re
+import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from align.data.audit import Refusal
+from align.data.values import BadValue, Json, end_of_value, problem_of
 from align.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
+LONGEST_LINE = 256 << 20  # bytes of one row; images in it count
+_BATCH = 256  # rows of a Parquet file that are Python objects at once, before they are rows
+_BOMS = (
+    (b"\xff\xfe\x00\x00", "UTF-32"),
+    (b"\x00\x00\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +46,7 @@ class Row:
     columnar: bool = field(default=False, compare=False)
 
 
-Item = Row | Refusal  # a line that is not valid JSON is a refusal with its place; reading goes on
+Item = Row | Refusal  # what cannot be a row is a refusal with its place; reading goes on
 
 
 def suffix_of(path: Path) -> str:
@@ -47,7 +62,7 @@ def suffix_of(path: Path) -> str:
 
 
 def read_file(path: Path) -> Iterator[Item]:
-    """Rows of one file. Raises DataError where the file cannot be read at all."""
+    """Rows of one file. Raises DataError where the file cannot be read at all, or from some line on."""
     suffix = suffix_of(path)
     try:
         if suffix in (".parquet", ".arrow", ".feather"):
@@ -58,32 +73,21 @@ def read_file(path: Path) -> Iterator[Item]:
             yield from _read_json(path)
         else:
             yield from _read_jsonl(path)
-    except UnicodeDecodeError as e:
-        raise DataError(f"not UTF-8 text: {e.reason} at byte {e.start}", where=path, remedy="convert the file") from e
-    except (EOFError, gzip.BadGzipFile) as e:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise DataError(f"the gzip file is damaged: {e}", where=path, remedy="copy the file again") from e
+    except OSError as e:
+        raise DataError(f"cannot be read: {e.strerror or e}", where=path, remedy="check the file's rights") from e
 
 
-def _bytes(path: Path) -> bytes:
-    data = path.read_bytes()
-    return gzip.decompress(data) if path.name.endswith(".gz") else data
-
-
-def _read_jsonl(path: Path) -> Iterator[Item]:
-    # Not splitlines: JSON may hold U+2028 and other line separators of Unicode inside a string.
-    for line, raw in enumerate(_bytes(path).split(b"\n"), start=1):
-        if not raw.strip():
-            continue
-        origin = f"{path}:{line}"
-        try:
-            value = json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
-        except UnicodeDecodeError as e:
-            yield Refusal(origin, 0, f"not UTF-8 text: {e.reason} at byte {e.start} of the line")
-            continue
-        except json.JSONDecodeError as e:
-            yield Refusal(origin, 0, f"not valid JSON: {e.msg} at column {e.colno}")
-            continue
-        yield _object(value, origin)
+def json_row(text: bytes | str, origin: str) -> Item:
+    """A row from the JSON object that stands alone in `text`, or why it is none."""
+    try:
+        decoded = text if isinstance(text, str) else text.decode("utf-8")
+        return _object(Json().loads(decoded), origin)
+    except UnicodeDecodeError as e:
+        return Refusal(origin, 0, f"not UTF-8 text: {e.reason} at byte {e.start} of the line")
+    except BadValue as e:
+        return Refusal(origin, 0, str(e))
 
 
 def _object(value: Any, origin: str) -> Item:
@@ -92,54 +96,166 @@ def _object(value: Any, origin: str) -> Item:
     return Refusal(origin, 0, f"a row must be a JSON object, got {type(value).__name__}")
 
 
+# ------------------------------------------------------------------------------------------------- bytes of a file
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")
+
+
+def _bytes(path: Path) -> bytes:
+    with _open(path) as f:
+        return f.read()
+
+
+def _refuse_utf16(head: bytes, path: Path) -> None:
+    name = next((name for bom, name in _BOMS if head.startswith(bom)), None)
+    if name is not None:
+        raise DataError(
+            f"the file is {name} text, and must be UTF-8",
+            where=f"{path}:1",
+            remedy=f"convert it: iconv -f {name} -t UTF-8 {path.name} > converted{path.suffix}",
+        )
+
+
+def _text(path: Path) -> str:
+    """The whole file as text. Bytes that are no UTF-8 become lone surrogates, by which their rows are found."""
+    data = _bytes(path)
+    _refuse_utf16(data[:4], path)
+    return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="surrogateescape")
+
+
+# ------------------------------------------------------------------------------------------------- JSON
+
+
+def _read_jsonl(path: Path) -> Iterator[Item]:
+    # Only b"\n" ends a line: JSON may hold U+2028 and other line separators of Unicode inside a string.
+    line = 0
+    with _open(path) as f:
+        while True:
+            line += 1
+            try:
+                raw = f.readline(LONGEST_LINE + 1)
+                whole = len(raw) <= LONGEST_LINE or raw.endswith(b"\n") or _skip_line(f)
+            except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+                at = path if line == 1 else f"{path}:{line}"
+                raise DataError(f"the gzip file is damaged: {e}", where=at, remedy="copy the file again") from e
+            if not raw:
+                return
+            if line == 1:
+                _refuse_utf16(raw[:4], path)
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            if not whole:
+                yield Refusal(f"{path}:{line}", 0, f"the line is longer than {LONGEST_LINE >> 20} MiB")
+            elif raw.strip():
+                yield json_row(raw, f"{path}:{line}")
+
+
+def _skip_line(f: IO[bytes]) -> bool:
+    """Read past the rest of a line without holding it; False: the line was not whole."""
+    while (more := f.readline(1 << 20)) and not more.endswith(b"\n"):
+        pass
+    return False
+
+
 _BLANK = re.compile(r"[\s,]*")
 
 
 def _read_json(path: Path) -> Iterator[Item]:
     """An array of objects, or objects one after another. The line is where an object begins."""
-    text = _bytes(path).decode("utf-8-sig")
-    start = len(text) - len(text.lstrip())
+    text = _text(path)
+    blank = _BLANK.match(text)
+    start = blank.end() if blank else 0
     if text[start : start + 1] not in ("[", "{"):
         raise DataError("neither a JSON array nor JSON objects", where=f"{path}:1", remedy="use .jsonl for JSON lines")
+    if text[start] == "{" and _is_lines(text, start):
+        yield from _read_jsonl(path)
+        return
     array = text[start] == "["
-    decode = json.JSONDecoder().raw_decode
-    position, line, counted = start + array, 1, 0
+    json, position, line, counted = Json(), start + array, 1, 0
     while True:
         blank = _BLANK.match(text, position)
         position = blank.end() if blank else position
         line, counted = line + text.count("\n", counted, position), position
         if position >= len(text) or text[position] == "]":
-            if array and position >= len(text):
-                raise DataError("the JSON array is not closed", where=f"{path}:{line}", remedy="copy the file again")
+            _end_of_json(text, position, array, f"{path}:{line}")
             return
+        origin = f"{path}:{line}"
         try:
-            value, position = decode(text, position)
-        except json.JSONDecodeError as e:
-            raise DataError(
-                f"not valid JSON: {e.msg} at column {e.colno}", where=f"{path}:{e.lineno}", remedy="correct this line"
-            ) from e
-        yield _object(value, f"{path}:{line}")
+            value, position = json.decode(text, position)
+        except BadValue as e:
+            if e.line is not None:  # where the object ends is not known
+                raise DataError(str(e), where=f"{path}:{e.line}", remedy="correct this line") from e
+            position = end_of_value(text, position)
+            yield Refusal(origin, 0, str(e))
+            continue
+        yield _object(value, origin)
+
+
+def _is_lines(text: str, start: int) -> bool:
+    """Whether the first object is alone in its line: then each line is a row of its own, as in .jsonl."""
+    end = text.find("\n", start)
+    try:
+        return isinstance(Json().loads(text[start : len(text) if end < 0 else end]), dict)
+    except BadValue as e:
+        return e.line is None
+
+
+def _end_of_json(text: str, position: int, array: bool, where: str) -> None:
+    if array and position >= len(text):
+        raise DataError("the JSON array is not closed", where=where, remedy="copy the file again")
+    if not array and position < len(text):
+        raise DataError("not valid JSON: a `]` that closes nothing", where=where, remedy="correct this line")
+    if array and text[position + 1 :].strip():
+        raise DataError(
+            "there is more text behind the end of the JSON array, which would not be read",
+            where=where,
+            remedy="write one array, or one object a line (.jsonl)",
+        )
+
+
+# ------------------------------------------------------------------------------------------------- CSV
 
 
 def _read_csv(path: Path, delimiter: str) -> Iterator[Item]:
-    """Cells are text; `true` and `false` (in any case) are booleans, empty cells are missing."""
-    reader = csv.reader(io.StringIO(_bytes(path).decode("utf-8-sig"), newline=""), delimiter=delimiter)
-    header = next(reader, None)
-    if not header:
-        raise DataError("the file is empty", where=path, remedy="the first line must name the columns")
+    """Cells are text, whatever they look like; empty cells are missing."""
+    csv.field_size_limit(min(sys.maxsize, LONGEST_LINE))  # the library's own is 128 KiB, less than a long text
+    reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
+    header = _next(reader)
+    if not header or isinstance(header, csv.Error):
+        why = f"the first line is no CSV: {header}" if header else "the file is empty"
+        raise DataError(why, where=f"{path}:1" if header else path, remedy="the first line must name the columns")
+    _refuse_twice(header, f"{path}:1")
     line = reader.line_num + 1
-    for cells in reader:
+    while (cells := _next(reader)) is not None:
         origin, line = f"{path}:{line}", reader.line_num + 1
-        if not cells:
-            continue
-        if len(cells) != len(header):
+        if isinstance(cells, csv.Error):
+            to = f" (to line {line - 1})" if origin != f"{path}:{line - 1}" else ""
+            yield Refusal(origin, 0, f"not valid CSV{to}: {cells}; a quote that opens a cell must close it")
+        elif cells and len(cells) != len(header):
             yield Refusal(origin, 0, f"{len(cells)} cells, but the header has {len(header)}")
-            continue
-        yield Row({name: _cell(cell) for name, cell in zip(header, cells, strict=True)}, origin, 0)
+        elif cells:
+            values = {name: cell or None for name, cell in zip(header, cells, strict=True)}
+            wrong = problem_of(values)
+            yield Row(values, origin, 0) if wrong is None else Refusal(origin, 0, wrong)
 
 
-def _cell(cell: str) -> Any:
-    return {"true": True, "false": False, "": None}.get(cell.lower(), cell)
+def _next(reader: Any) -> list[str] | csv.Error | None:
+    try:
+        return next(reader, None)
+    except csv.Error as e:
+        return e
+
+
+def _refuse_twice(names: list[str], where: str | Path) -> None:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(
+            f"two columns are called {twice!r}, and one would hide the other", where=where, remedy="rename one of them"
+        )
+
+
+# ------------------------------------------------------------------------------------------------- Arrow
 
 
 def _read_arrow(path: Path, suffix: str) -> Iterator[Item]:
@@ -150,15 +266,37 @@ def _read_arrow(path: Path, suffix: str) -> Iterator[Item]:
     try:
         data = pa.BufferReader(_bytes(path)) if path.name.endswith(".gz") else pa.memory_map(str(path))
         if suffix == ".parquet":
-            batches: Iterator[pa.RecordBatch] = pq.ParquetFile(data).iter_batches()
+            batches: Iterator[pa.RecordBatch] = pq.ParquetFile(data).iter_batches(batch_size=_BATCH)
         else:
             batches = _ipc_batches(data)
         for batch in batches:
-            for values in batch.to_pylist():
-                yield Row(values, f"{path} row {number}", 0, columnar=True)
-                number += 1
-    except (pa.ArrowInvalid, OSError) as e:
-        raise DataError(f"not a readable {suffix} file: {e}", where=path, remedy="copy or write the file again") from e
+            if not number:
+                _refuse_twice(batch.schema.names, path)
+            for start in range(0, batch.num_rows, _BATCH):
+                yield from _arrow_rows(batch.slice(start, _BATCH), path, number)
+                number += min(_BATCH, batch.num_rows - start)
+    except (pa.ArrowException, OSError, EOFError, zlib.error) as e:
+        place = f" behind row {number - 1}" if number else ""
+        said = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise DataError(
+            f"not a readable {suffix} file{place}: {said}", where=path, remedy="copy or write the file again"
+        ) from e
+
+
+def _arrow_rows(batch: Any, path: Path, first: int) -> Iterator[Item]:
+    """Rows of a batch; a value that Python cannot hold (no UTF-8, a date beyond its years) is a refusal."""
+    try:
+        found: list[Any] = batch.to_pylist()
+    except (ValueError, TypeError, ArithmeticError) as e:
+        if batch.num_rows == 1:
+            what = "not UTF-8 text" if isinstance(e, UnicodeDecodeError) else "a value that cannot be read"
+            yield Refusal(f"{path} row {first}", 0, f"{what}: {e}")
+            return
+        for i in range(batch.num_rows):
+            yield from _arrow_rows(batch.slice(i, 1), path, first + i)
+        return
+    for i, values in enumerate(found):
+        yield Row(values, f"{path} row {first + i}", 0, columnar=True)
 
 
 def _ipc_batches(data: Any) -> Iterator[Any]:

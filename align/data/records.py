@@ -124,7 +124,11 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One prompt and two completions, the first preferred. Only assistant turns of the completions are scored."""
+    """One prompt and two completions, the first preferred. Only assistant turns of the completions are scored.
+
+    implicit: chosen and rejected are whole texts, whose prompt is their common beginning (`align.data.beginnings`);
+    `prompt` then holds what comes before that.
+    """
 
     prompt: Text
     chosen: Text
@@ -132,6 +136,7 @@ class Pair:
     tools: tuple[Mapping[str, Any], ...] = ()
     weight: float = 1.0
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    implicit: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +211,7 @@ def check(record: Record) -> None:
         _check_completion(record.completion, "the completion")
     elif isinstance(record, Pair):
         differs = context_differs(record)
-        _check_prompt(record.prompt, may_be_empty=differs)
+        _check_prompt(record.prompt, may_be_empty=differs or record.implicit)
         for name in ("chosen", "rejected"):
             completion = getattr(record, name)
             _check_completion(completion, name)

@@ -24,6 +24,7 @@ import numpy as np
 from align.data.encoded import Encoded, Tokens
 from align.data.lost import left_out
 from align.data.media.shown import Shown, Written
+from align.data.openings import begun_in, continued, opened
 from align.data.records import (
     Conversation,
     Labelled,
@@ -39,7 +40,7 @@ from align.data.records import (
 )
 from align.data.template import Span
 from align.data.tokenizer import ChatTokenizer
-from align.data.turns import Given, media_count, not_a_prefix, rendered, scored_turns
+from align.data.turns import Given, media_count, not_a_prefix, rendered, renderer, scored_turns
 from align.errors import ModelError
 
 
@@ -89,26 +90,25 @@ def draft(record: Record, tokenizer: ChatTokenizer, shown: Sequence[Shown] = (),
         unused = ["tool schemas (`tools`)"] if given.tools else []
         unused += [f"template argument {name!r}" for name in given.arguments]
         return replace(_plain_draft(record), left_out=tuple(unused))
-    prompt = _messages(record.prompt)
     if isinstance(record, Prompt | Labelled):
-        text = rendered(tokenizer, prompt, isinstance(record, Prompt), given, shown)
-        lost = left_out(tokenizer, prompt, given, text.text)
+        render = renderer(tokenizer, given, shown)
+        opens = isinstance(record, Prompt)
+        text = opened(render, *begun_in(record.prompt)) if opens else render(record.prompt, False)
+        lost = left_out(tokenizer, record.prompt, given, text.text)
         return Draft((Piece(text.text, False),), media=(text.media(),), left_out=tuple(lost))
     if isinstance(record, Conversation):
-        messages = prompt + _messages(record.completion)
-        whole = scored_turns(tokenizer, messages, len(prompt), given, shown)
-        lost = left_out(tokenizer, messages, given, whole.text)
-        return Draft(_cut(whole.text, whole.spans, 0), media=(whole.media(),), left_out=tuple(lost))
+        return _conversation(record, tokenizer, given, shown)
+    prompt, begun = _begun(record)
     sides, lost = list[Written](), list[str]()
     for completion, own in _completions(record, shown):
-        messages = prompt + _messages(completion)
+        messages = prompt + continued(begun, completion)
         side = scored_turns(tokenizer, messages, len(prompt), given, own)
         lost += left_out(tokenizer, messages, given, side.text, len(prompt) if sides else 0)
         sides.append(side)
     if isinstance(record, Pair) and context_differs(record):
         start = sides[0].text[: _fork(tokenizer, record, sides[0], sides[1])]
     else:
-        start = rendered(tokenizer, prompt, True, given, shown).text
+        start = opened(renderer(tokenizer, given, shown), prompt, begun).text
         for side in sides:
             if not side.text.startswith(start):
                 one, other = "the prompt with generation prompt", "the whole conversation"
@@ -117,6 +117,29 @@ def draft(record: Record, tokenizer: ChatTokenizer, shown: Sequence[Shown] = (),
     branches = tuple(_cut(side.text, side.spans, len(start)) for side in sides)
     media = (trunk, *(side.media(len(start)) for side in sides))
     return Draft((Piece(start, False),), branches, media=media, left_out=tuple(lost))
+
+
+def _conversation(record: Conversation, tokenizer: ChatTokenizer, given: Given, shown: Sequence[Shown]) -> Draft:
+    prompt, begun = _begun(record)
+    messages = prompt + continued(begun, _messages(record.completion))
+    whole = scored_turns(tokenizer, messages, len(prompt), given, shown)
+    lost = left_out(tokenizer, messages, given, whole.text)
+    spans = whole.spans
+    if begun is not None:
+        start = opened(renderer(tokenizer, given, shown), prompt, begun).text
+        if not whole.text.startswith(start):
+            one, other = "the prompt with the answer that it begins", "the whole conversation"
+            raise not_a_prefix(tokenizer, start, whole.text, one, other)
+        spans = [(max(begin, len(start)), end) for begin, end in spans if end > len(start)]
+    return Draft(_cut(whole.text, spans, 0), media=(whole.media(),), left_out=tuple(lost))
+
+
+def _begun(record: Conversation | Pair | Unpaired) -> tuple[tuple[Message, ...], Message | None]:
+    """The prompt's messages, and the answer that it begins where the completion goes on with the assistant."""
+    prompt = _messages(record.prompt)
+    completion = _messages(record.chosen if isinstance(record, Pair) else record.completion)
+    goes_on = bool(completion) and completion[0].role == "assistant"
+    return begun_in(prompt) if goes_on else (prompt, None)
 
 
 def _completions(record: Pair | Unpaired, shown: Sequence[Shown]) -> list[tuple[tuple[Message, ...], Sequence[Shown]]]:

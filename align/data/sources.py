@@ -20,7 +20,9 @@ from typing import Any
 
 from align.data import generators
 from align.data.audit import Refusal
-from align.data.readers import SUFFIXES, Item, Row, read_file, suffix_of
+from align.data.generator_child import REFUSED
+from align.data.readers import SUFFIXES, Item, Row, json_row, read_file, suffix_of
+from align.data.values import problem_of
 from align.errors import DataError, SetupError
 from align.recipe.inputs import DataSource
 
@@ -55,7 +57,7 @@ class Opened:
         if self.hub is not None:
             items = self._numbered(_undecoded(self.hub))
         elif self.generated is not None:
-            items = self._numbered(json.loads(line) for line in self.generated.splitlines())
+            items = self._generated(self.generated)
         else:
             items = (_beside(item, file) for file in self.files for item in read_file(file))
         for number, item in enumerate(islice(items, limit)):
@@ -63,7 +65,20 @@ class Opened:
 
     def _numbered(self, rows: Iterable[Any]) -> Iterator[Item]:
         for n, values in enumerate(rows):
-            yield Row(dict(values), f"{self.path} row {n}", n, self.folder, columnar=self.hub is not None)
+            origin, wrong = f"{self.path} row {n}", problem_of(values)
+            if wrong is not None:
+                yield Refusal(origin, n, wrong)
+                continue
+            yield Row(dict(values), origin, n, self.folder, columnar=self.hub is not None)
+
+    def _generated(self, lines: bytes) -> Iterator[Item]:
+        for n, line in enumerate(lines.splitlines()):
+            origin = f"{self.path} row {n}"
+            if line.startswith(REFUSED):
+                yield Refusal(origin, n, str(json.loads(line[len(REFUSED) :])))
+                continue
+            item = json_row(line, origin)
+            yield replace(item, folder=self.folder) if isinstance(item, Row) else item
 
 
 def _beside(item: Item, file: Path) -> Item:

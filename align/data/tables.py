@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from align.data.audit import MediaReport, Refusal, SourceReport
+from align.data.beginnings import with_beginning
 from align.data.encoded import Encoded, Tokens, fit
 from align.data.ends import ending_notes
 from align.data.formats import LAYOUTS
-from align.data.formats.base import Layout, choose, margin_of, weight_of
+from align.data.formats.base import Layout, candidates, choose, margin_of, refuse_stray, weight_of
 from align.data.formats.flags import refuse_token_masks
 from align.data.labels import Labelling, distribution
 from align.data.media.library import Library
@@ -33,6 +34,7 @@ from align.data.records import (
 )
 from align.data.render import draft, encode
 from align.data.seen import Messages, answer_texts, light, seen_messages
+from align.data.soundness import UNFORESEEN, refuse_endless, refuse_unusable, unforeseen
 from align.data.sources import Opened, apply_columns
 from align.data.tokenizer import ChatTokenizer
 from align.data.unread import Reading, Unread, unread_columns
@@ -142,7 +144,9 @@ class Tokeniser:
             return table
         named = apply_columns(rows, self.source)
         mapped = frozenset(self.source.columns)
-        layout = choose(LAYOUTS, self.kind, named, where=opened.path, format=self.source.format, mapped=mapped)
+        wanted = (self.kind, self.source.format, mapped)
+        layout = choose(LAYOUTS, wanted[0], named, where=opened.path, format=wanted[1], mapped=mapped)
+        self.layouts = candidates(LAYOUTS, *wanted)
         report.layout = layout.name
         known = 0 if self.library is None else self.library.processed
         columns: list[tuple[float, bool, float]] = []
@@ -188,17 +192,12 @@ class Tokeniser:
         for row, values in zip(rows, named, strict=True):
             reading = Reading(values, columnar=row.columnar)
             try:
-                if self.kind in ("conversation", "pair", "unpaired"):
-                    refuse_token_masks(values)
-                record = place_media(_convert(layout, reading), reading)
-                weight = weight_of(reading)
-                if weight == 0 and not self._answers_every_row:
-                    self.report.note_weightless(row.origin)
-                    continue
-                check(record)
-                margin = margin_of(reading) if layout.kind == "pair" else None
+                record, margin, weight = self._record(layout, values, reading)
             except RowError as e:
                 self._refuse(row, e)
+                continue
+            if weight == 0 and not self._answers_every_row:
+                self.report.note_weightless(row.origin)
                 continue
             to_rewards = self.kind == "prompt" or self.answers
             unread = () if to_rewards else unread_columns(row.values, reading, self.source.columns)
@@ -207,8 +206,8 @@ class Tokeniser:
         for one in self._shown(good):
             try:
                 drafts.append(draft(one.record, self.tokenizer, one.shown, self.library))
-            except RowError as e:
-                self._refuse(one.row, e)
+            except (RowError, *UNFORESEEN) as e:
+                self._refuse(one.row, e if isinstance(e, RowError) else unforeseen(e))
                 continue
             drafted.append(one)
         out = []
@@ -221,6 +220,22 @@ class Tokeniser:
                 self.unread.add(one.row.origin, one.unread, said, d.left_out)
                 out.append((one, encoded))
         return out
+
+    def _record(self, layout: Layout, values: dict[str, Any], reading: Reading) -> tuple[Record, float | None, float]:
+        """A row's record, a pair's margin, and the row's weight; a row of weight 0 is left out by the caller, whatever
+        else is wrong with it. Raises RowError, whatever the row holds."""
+        try:
+            refuse_stray(layout, self.layouts, values)
+            if self.kind in ("conversation", "pair", "unpaired"):
+                refuse_token_masks(values)
+            weight = weight_of(reading)
+            record = place_media(with_beginning(layout.convert(reading), self.tokenizer), reading)
+            if weight or self._answers_every_row:
+                check(record)
+                refuse_endless(record)
+            return record, margin_of(reading) if layout.kind == "pair" else None, weight
+        except UNFORESEEN as e:
+            raise unforeseen(e) from e
 
     def _shown(self, rows: Sequence[_Row]) -> list[_Row]:
         """Rows whose media are in the store, and those without media; the others are refused."""
@@ -273,6 +288,7 @@ class Tokeniser:
         limit = self.source.max_length
         if self.kind == "prompt":
             if limit is None or encoded.length <= limit:
+                refuse_unusable(encoded, self.kind, self.tokenizer, False, limit)
                 return encoded
             if self.source.overlong_prompts == "filter":
                 self.report.filtered += 1
@@ -283,6 +299,7 @@ class Tokeniser:
             )
         cut_from = self.source.truncate, self.tokenizer.bos_id
         fitted, cut = fit(encoded, limit, *cut_from, scored=self.kind != "labelled")
+        refuse_unusable(fitted, self.kind, self.tokenizer, cut, limit)
         self.report.truncated += cut
         return fitted
 
@@ -290,15 +307,6 @@ class Tokeniser:
 def _named(media: Sequence[MediaPart]) -> str:
     kinds = sorted({part.kind for part in media})
     return " and ".join(f"{kind}s" for kind in kinds)
-
-
-def _convert(layout: Layout, values: dict[str, Any]) -> Record:
-    missing = [name for name in sorted(layout.required) if values.get(name) is None]
-    if missing:
-        raise RowError(
-            f"no `{missing[0]}` (layout {layout.name}); the row has: {', '.join(sorted(values)) or 'nothing'}"
-        )
-    return layout.convert(values)
 
 
 # ------------------------------------------------------------------------------------------------- the report

@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -18,12 +16,14 @@ import jinja2.ext
 import jinja2.meta
 from jinja2 import nodes
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from align.data.records import RowError
+from align.data.sandbox import LONGEST, Budget, Environment, TemplateLimit, budget
 from align.errors import ModelError
 
 Span = tuple[int, int]
+LONGEST_SOURCE = 1 << 20
+_TRIES = 5  # renders that may be stopped before the template is held to be broken
 
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -57,34 +57,6 @@ class _Generation(jinja2.ext.Extension):
         return text
 
 
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
 class ChatTemplate:
     """A compiled template with its fixed variables.
 
@@ -97,11 +69,15 @@ class ChatTemplate:
         self.source = source
         self.variables = dict(variables or {})
         self.where = where
+        self._beyond = 0  # rows whose render was ended
         try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateError as e:
+            if len(source) > LONGEST_SOURCE:
+                raise ValueError(f"{len(source)} characters; at most {LONGEST_SOURCE}")
+            self._template = Environment(_Generation).from_string(source)
+        except (jinja2.TemplateError, TemplateLimit, SyntaxError, ValueError, RecursionError, MemoryError) as e:
+            said = "it is nested too deeply" if isinstance(e, RecursionError | MemoryError) else str(e)[:500]
             raise ModelError(
-                f"the chat template does not compile: {e}",
+                f"the chat template does not compile: {said}",
                 where=where,
                 remedy="correct the template, or name another with `model.chat_template`",
             ) from e
@@ -126,7 +102,7 @@ class ChatTemplate:
 
     @cached_property
     def _tree(self) -> nodes.Template:
-        return _environment().parse(self.source)
+        return Environment(_Generation).parse(self.source)
 
     @property
     def reads_clock(self) -> bool:
@@ -144,10 +120,11 @@ class ChatTemplate:
         """The text of these messages, and the character spans [start, end) inside generation blocks.
 
         arguments: variables of this render, which go before the template's own.
-        Raises RowError with the template's own words where it refuses the messages.
+        Raises RowError with the template's own words where it refuses the messages, or where the render costs more than
+        any is worth (`align.data.sandbox`); ModelError where that happens row after row.
         """
         tracker = _Tracker()
-        token = _render.set(tracker)
+        token, spent = _render.set(tracker), budget.set(Budget())
         blocks: list[str] = []
         try:
             for block in self._template.generate(
@@ -162,17 +139,25 @@ class ChatTemplate:
             ):
                 blocks.append(block)
                 tracker.length += len(block)
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            KeyError,
-            IndexError,
-            AttributeError,
-            ValueError,
-            ArithmeticError,
-        ) as e:
+                if tracker.length > LONGEST:
+                    raise TemplateLimit(f"it writes more than {LONGEST} characters")
+        except (TemplateLimit, RecursionError, MemoryError) as e:
+            raise self._ended(e) from e
+        except (jinja2.TemplateError, TypeError, LookupError, AttributeError, ValueError, ArithmeticError) as e:
             # Templates fail on rows they were not written for in whatever way Jinja's Python does.
-            raise RowError(f"the chat template refuses these messages: {e}") from e
+            raise RowError(f"the chat template refuses these messages: {str(e)[:500]}") from e
         finally:
             _render.reset(token)
+            budget.reset(spent)
         return "".join(blocks), tracker.spans
+
+    def _ended(self, error: BaseException) -> RowError | ModelError:
+        why = str(error) if isinstance(error, TemplateLimit) else "it calls itself without end"
+        self._beyond += 1
+        if self._beyond < _TRIES:
+            return RowError(f"the chat template was stopped: {why}")
+        return ModelError(
+            f"the chat template was stopped on row after row: {why}",
+            where=self.where,
+            remedy="correct the template, or name another with `model.chat_template`",
+        )

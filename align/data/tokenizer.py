@@ -18,6 +18,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from align.data.backends import class_of, rebuild
+from align.data.bounded import embedding_rows, encode_bounded
 from align.data.dialect import Dialect, find_dialect
 from align.data.ends import Ends, find_ends
 from align.data.records import RowError
@@ -33,9 +34,10 @@ class ChatTokenizer:
     """Text to token ids and back, and messages to text.
 
     declared_ids: tokens that end a generation by the model's files (the tokenizer's eos and generation_config's).
-    end_of_turn: tokens that the recipe names in place of what the template shows. pad_id, bos_id: None where the
-    tokenizer has none. special, added: text of every special token, and of every added one. fingerprint: SHA-256 of
-    all that decides ids.
+    end_of_turn: tokens that the recipe names in place of what the template shows. embedding_rows: tokens that the
+    folder's model knows; None where no model is beside the tokenizer. pad_id, bos_id: None where the tokenizer has
+    none. special, added: text of every special token, and of every added one. fingerprint: SHA-256 of all that decides
+    ids.
     """
 
     def __init__(
@@ -47,10 +49,12 @@ class ChatTokenizer:
         eos_ids: Sequence[int] = (),
         end_of_turn: Sequence[str] = (),
         folder: Path | None = None,
+        embedding_rows: int | None = None,
     ):
         self.backend = backend
         self.template = template
         self.folder = folder
+        self.embedding_rows = embedding_rows
         self.named_tokens = dict(named)
         self.bos_id = self._id("bos_token")
         self.pad_id = self._id("pad_token")
@@ -76,7 +80,15 @@ class ChatTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts, without added BOS or EOS, in parallel."""
+        return encode_bounded(texts, self._encode)
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def spans(self, text: str) -> tuple[list[int], list[Span]]:
+        """Ids of a text without added BOS or EOS, and the characters [start, end) that each stands for."""
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        return list(encoding.ids), list(encoding.offsets)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
@@ -242,7 +254,15 @@ def load_tokenizer(
         eos = _read_json(place / "generation_config.json").get("eos_token_id")
         eos_ids += [] if eos is None else eos if isinstance(eos, list) else [eos]
     _require_tokens(backend, end_of_turn)
-    return ChatTokenizer(backend, named, template, eos_ids=eos_ids, end_of_turn=end_of_turn, folder=folder)
+    return ChatTokenizer(
+        backend,
+        named,
+        template,
+        eos_ids=eos_ids,
+        end_of_turn=end_of_turn,
+        folder=folder,
+        embedding_rows=embedding_rows(model_config),
+    )
 
 
 def _require_tokens(backend: Tokenizer, texts: Sequence[str]) -> None:

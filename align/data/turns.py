@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from align.data.ends import End
 from align.data.media.shown import Shown, Written, written
+from align.data.openings import Render, before_turn
 from align.data.records import Message, RowError
 from align.data.template import Span
 from align.data.templates import NAMED
@@ -23,6 +24,8 @@ _TEMPLATE_REMEDY = (
     "name a training template with generation markers by `model.chat_template` "
     f"(a file, or one of ours: {', '.join(sorted(NAMED))})"
 )
+
+_MOST_RENDERED = 1 << 30  # characters, in all renders of a row
 
 
 def _dicts(messages: Iterable[Message], tokenizer: ChatTokenizer) -> list[dict[str, Any]]:
@@ -105,13 +108,15 @@ def _incremental_spans(
     shown: Sequence[Shown],
 ) -> list[Span]:
     spans: list[Span] = []
+    render = renderer(tokenizer, given, shown)
+    _refuse_too_many(sum(m.role == "assistant" and m.scored for m in messages[first:]), text)
     for k, message in enumerate(messages):
         if message.role != "assistant" or not message.scored or k < first:
             continue
-        before = rendered(tokenizer, messages[:k], True, given, shown).text
+        before = before_turn(render, messages, k)
         upto = text
         if k + 1 < len(messages):
-            upto = rendered(tokenizer, messages[: k + 1], False, given, shown).text
+            upto = render(messages[: k + 1], False).text
         if not upto.startswith(before):
             raise not_a_prefix(tokenizer, before, upto, f"what comes before turn {k}", f"the same with turn {k}")
         own = _end(tokenizer, message)
@@ -122,6 +127,20 @@ def _incremental_spans(
             end += len(own.token)
         spans.append((len(before), end))
     return spans
+
+
+def renderer(tokenizer: ChatTokenizer, given: Given, shown: Sequence[Shown]) -> Render:
+    """`rendered` of any of a row's messages."""
+    return lambda messages, generation: rendered(tokenizer, messages, generation, given, shown)
+
+
+def _refuse_too_many(turns: int, text: str) -> None:
+    """Each turn is rendered again with all before it: of many long ones no row is worth the time."""
+    if turns * len(text) > _MOST_RENDERED:
+        raise RowError(
+            f"{turns} scored turns in {len(text)} characters: without generation markers, each is rendered again with "
+            f"all before it; {_TEMPLATE_REMEDY}, or cut the conversation"
+        )
 
 
 def not_a_prefix(tokenizer: ChatTokenizer, shorter: str, longer: str, one: str, other: str) -> RowError:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class LossConfig(BaseModel):
     """Base of every loss's options: strict, so that a typo is an error and not a default."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ as a date. A recipe means none of these, so scalars are read by the core schema 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,9 @@ import yaml
 
 from align.errors import RecipeError
 
+MOST_NODES = 100_000  # values of a recipe, aliases written out
+DEEPEST = 50
+MOST_CHARACTERS = 4 << 20
 Path_ = tuple[str | int, ...]
 
 _SCALARS = [
@@ -113,7 +117,7 @@ class Document:
         path: Path_ = ()
         value: Any = self.data
         for step in dotted.split("."):
-            here: str | int = int(step) if step.isdigit() else step
+            here: str | int = int(step) if step.isdecimal() and len(step) < 10 else step
             if path == ("stages",) and isinstance(value, list):
                 ids = [stage.get("id") if isinstance(stage, dict) else None for stage in value]
                 here = ids.index(step) if step in ids else here
@@ -129,14 +133,38 @@ class Document:
         return self.folder
 
 
+class UnusableValue(yaml.YAMLError):
+    """The value of an override is YAML, and nothing that a recipe can use."""
+
+    def __init__(self, problem: Problem):
+        super().__init__(problem.what)
+        self.remedy = problem.remedy
+
+
 class _Builder:
-    """Nodes to values. Duplicate keys are collected as problems that name both lines."""
+    """Nodes to values. Duplicate keys are collected as problems that name both lines.
+
+    Raises RecipeError where aliases or nesting make more of a few lines than any recipe has.
+    """
 
     def __init__(self, document: Document):
         self.document = document
+        self.nodes = self.depth = 0
 
     def build(self, node: yaml.Node, path: Path_) -> Any:
         self.document.lines.setdefault(path, node.start_mark.line + 1)
+        self.nodes += 1
+        self.depth += 1
+        if self.nodes > MOST_NODES or self.depth > DEEPEST:
+            many = f"its aliases (`*name`) make more than {MOST_NODES} values of it"
+            what = many if self.nodes > MOST_NODES else f"it is nested more than {DEEPEST} levels deep"
+            place = f"{self.document.name}:{node.start_mark.line + 1}"
+            raise RecipeError(what, where=place, remedy="write out what the recipe needs")
+        value = self._value(node, path)
+        self.depth -= 1
+        return value
+
+    def _value(self, node: yaml.Node, path: Path_) -> Any:
         if not _fits_its_tag(node):
             what = f"the tag `{node.tag}` is not used in recipes, or not for this value"
             self._problem(what, node.start_mark.line + 1, "write a plain value, list or map")
@@ -157,7 +185,9 @@ class _Builder:
                 merged += value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
                 continue
             key = str(key_node.value) if isinstance(key_node, yaml.ScalarNode) else None
-            if key is None:
+            if key is not None and (said := _unusable_text(key)):
+                self._problem(f"a key with {said}", line)
+            elif key is None:
                 self._problem("a key must be a word, not a list or a map", line)
             elif key in seen:
                 self._problem(
@@ -173,23 +203,57 @@ class _Builder:
             if not isinstance(source, yaml.MappingNode):
                 self._problem("`<<` needs a map, or a list of maps", source.start_mark.line + 1)
                 continue
-            values = {**self.build(source, path), **values}
+            values = {**(self.build(source, path) or {}), **values}
         return values
 
     def _scalar(self, node: yaml.Node, path: Path_) -> Any:
         text, tag = node.value, node.tag.removeprefix("tag:yaml.org,2002:")
+        line = node.start_mark.line + 1
         if tag == "str":
-            return text
+            if said := _unusable_text(text):
+                called = f"`{self.document.called(path)}`" if path else "the value"
+                self._problem(f"{called} has {said}", line, "take it out")
+            return _UNUSABLE.sub("", text)
         if tag == "bool":
             return text.lower() == "true"
         if tag == "null":
             return None
-        if tag == "int":
+        if tag == "int" and len(text) <= _MOST_DIGITS:
             return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
-        return float(re.sub(r"\.(inf|nan)", r"\1", text.lower()))
+        value = float(re.sub(r"\.(inf|nan)", r"\1", text.lower())) if tag == "float" else math.inf
+        if not math.isfinite(value):
+            shown = text if len(text) <= 40 else f"{text[:20]}... ({len(text)} digits)"
+            where = f"`{self.document.called(path)}`: " if path else ""
+            self._problem(f"{where}{shown} is no number that a run can use", line, "write a finite number")
+            return 1
+        return value
 
     def _problem(self, what: str, line: int, remedy: str | None = None) -> None:
         self.document.problems.append(Problem(what, f"{self.document.name}:{line}", remedy))
+
+
+_MOST_DIGITS = 100
+
+
+_UNUSABLE = re.compile("[\0\ud800-\udfff]")
+
+
+def _unusable_text(text: str) -> str | None:
+    """What in a text no file name and no message can hold."""
+    found = _UNUSABLE.search(text)
+    if found is None:
+        return None
+    return "a NUL character in it" if found[0] == "\0" else "half a character in it (a lone surrogate)"
+
+
+def _too_deep(text: str) -> bool:
+    """Whether brackets are opened in brackets beyond any recipe: PyYAML takes minutes for what it then refuses."""
+    depth = 0
+    for bracket in re.finditer(r"[\[\]{}]", text):
+        depth = depth + 1 if bracket[0] in "[{" else max(0, depth - 1)
+        if depth > 4 * DEEPEST:
+            return True
+    return False
 
 
 def parse(text: str, name: str, folder: Path) -> Document:
@@ -197,7 +261,14 @@ def parse(text: str, name: str, folder: Path) -> Document:
 
     Raises RecipeError where the text is no YAML, or no map; duplicate keys are left in `problems`.
     """
-    loader = _Loader(text)
+    if len(text) > MOST_CHARACTERS:
+        raise RecipeError(f"{len(text)} characters; a recipe has at most {MOST_CHARACTERS}", where=name)
+    if _too_deep(text):
+        raise RecipeError("brackets are nested too deeply", where=name, remedy="close every `[` and `{`")
+    try:
+        loader = _Loader(text)  # reads the first characters, and refuses those that YAML does not allow
+    except yaml.YAMLError as error:
+        raise RecipeError(f"not valid YAML: {_one_line(error)}", where=name) from None
     try:
         node = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
@@ -205,7 +276,7 @@ def parse(text: str, name: str, folder: Path) -> Document:
         place = f"{name}:{mark.line + 1}" if mark else name
         raise RecipeError(f"not valid YAML: {_yaml_words(error)}", where=place, remedy=_yaml_remedy(error)) from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"not valid YAML: {error}", where=name) from None
+        raise RecipeError(f"not valid YAML: {_one_line(error)}", where=name) from None
     except RecursionError:
         raise RecipeError("nested too deeply", where=name) from None
     finally:
@@ -221,24 +292,35 @@ def parse(text: str, name: str, folder: Path) -> Document:
 
 
 def parse_value(text: str) -> Any:
-    """The value of an override, by the same rules. Raises yaml.YAMLError where it is no YAML."""
+    """The value of an override, by the same rules. Raises yaml.YAMLError where it is no YAML, or no value."""
+    if _too_deep(text):
+        raise UnusableValue(Problem("brackets are nested too deeply", remedy="close every `[` and `{`"))
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
+    except RecursionError:
+        raise UnusableValue(Problem("it is nested too deeply")) from None
     finally:
         loader.dispose()
     if node is None:
         return None
     document = Document("override", {}, Path())
-    value = _Builder(document).build(node, ())
+    try:
+        value = _Builder(document).build(node, ())
+    except RecipeError as error:
+        raise UnusableValue(Problem(error.what, remedy=error.remedy)) from None
     if document.problems:
-        raise yaml.YAMLError(document.problems[0].what)
+        raise UnusableValue(document.problems[0])
     return value
 
 
 def dump(value: Any) -> str:
     """YAML that `parse` reads back as the same value."""
     return yaml.dump(value, Dumper=CoreDumper, sort_keys=False, allow_unicode=True, width=120, default_flow_style=False)
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    return " ".join(str(error).split())
 
 
 def _yaml_words(error: yaml.MarkedYAMLError) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from align.recipe.strict import PositiveInt, Strict
+from align.recipe.strict import LargeInt, PositiveInt, Strict
 
 
 class TokenizerFromScratch(Strict):
@@ -99,8 +99,8 @@ class Media(Strict):
     video_frames: PositiveInt = 8
     folders: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
-    max_source_pixels: PositiveInt = 100_000_000
-    max_bytes: PositiveInt = 256 * 1024 * 1024
+    max_source_pixels: LargeInt = 100_000_000
+    max_bytes: LargeInt = 256 * 1024 * 1024
     timeout_s: Annotated[float, Field(gt=0)] = 60.0
     workers: PositiveInt | None = None
     cache_gb: Annotated[float, Field(gt=0)] = 20.0

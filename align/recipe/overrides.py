@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from align.recipe.document import Document, Path_, Problem, parse_value
+from align.recipe.document import Document, Path_, Problem, UnusableValue, parse_value
 
 _SHORTHAND = {"data": "path", "loss": "name", "train_on": "path", "rewards": "use"}  # text or map; one or a list
 _DEFAULT_LOSS = {
@@ -39,7 +39,11 @@ def apply(document: Document, overrides: Sequence[str], cwd: Path) -> None:
         try:
             _apply_one(document, text, cwd)
         except _Wrong as wrong:
-            document.problems.append(Problem(str(wrong), f"override `{text}`", wrong.remedy))
+            document.problems.append(Problem(str(wrong), f"override `{shortened(text)}`", wrong.remedy))
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _apply_one(document: Document, text: str, cwd: Path) -> None:
@@ -49,6 +53,8 @@ def _apply_one(document: Document, text: str, cwd: Path) -> None:
         raise _Wrong("an override is key=value", "for example stages.grpo.rollout.workers=2, or name=second-try")
     try:
         value = parse_value(value_text)
+    except UnusableValue as error:
+        raise _Wrong(str(error), error.remedy) from None
     except yaml.YAMLError as error:
         said = error.problem if isinstance(error, yaml.MarkedYAMLError) else error
         raise _Wrong(f"the value is not valid YAML: {said}", "put it in quotes") from None
@@ -58,7 +64,7 @@ def _apply_one(document: Document, text: str, cwd: Path) -> None:
         last = _index_in(node, str(last), path)
     node[last] = value
     _forget_lines(document, (*path, last))
-    document.sources[(*path, last)] = text
+    document.sources[(*path, last)] = shortened(text)
     document.bases[(*path, last)] = cwd
 
 
@@ -74,7 +80,7 @@ def _walk(document: Document, steps: Sequence[str], text: str) -> tuple[Any, Pat
         if not isinstance(child, dict | list):
             child = _opened(child, node, here, path)
             if here not in node:
-                document.sources[(*path, here)] = text
+                document.sources[(*path, here)] = shortened(text)
             node[here] = child
         node, path = child, (*path, here)
     if isinstance(node, list) and len(node) == 1 and not _addressed(node, steps[-1], path):
@@ -133,7 +139,7 @@ def _index_in(node: list[Any], step: str, path: Path_) -> int:
     if names.count(step) > 1:
         remedy = "ids of stages must differ" if place == "stages" else "tell them apart with `as:`"
         raise _Wrong(f"`{place}` has {names.count(step)} entries named {step!r}", remedy)
-    if step.isdigit() and int(step) < len(node):
+    if step.isdecimal() and len(step) < 10 and int(step) < len(node):
         return int(step)
     near = difflib.get_close_matches(step, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""

@@ -9,6 +9,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from align.recipe.inputs import DataField
 from align.recipe.strict import Fraction, PositiveInt, Strict
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Optim(Strict):
     """name: AdamW (1711.05101); adamw_8bit keeps its moments in eight bits (2110.02861): 2 bytes a weight, not 8."""
@@ -18,8 +20,8 @@ class Optim(Strict):
     schedule: Literal["cosine", "linear", "constant"] | None = None
     warmup: Fraction | None = None
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: Annotated[float, Field(ge=0)] = 1e-8
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
 
 
@@ -53,7 +55,7 @@ def _every(value: Any) -> Any:
         if not 0 < share <= 100:
             raise ValueError(f"a percentage of the stage must be in (0, 100], got {value!r}")
         return f"{share:g}%"
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= 10**9:
         raise ValueError(f"give a number of steps or a percentage such as 10%, got {value!r}")
     return value
 
@@ -125,7 +127,7 @@ def _loss_list(value: Any) -> Any:
 class LossTerm(BaseModel):
     """`name` and `weight` here; the loss's own options are validated by its `Config`."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
     name: str
     weight: Annotated[float, Field(gt=0)] = 1.0
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from align.plugins import REWARDS
-from align.recipe.document import Document, Path_
+from align.recipe.document import Document, Path_, Problem
 
+_LONGEST_NAME, _LONGEST_PATH = 255, 4000  # bytes, of Linux and macOS; a run appends to them
 DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".txt")
 
 
@@ -24,10 +25,22 @@ def absolutise(document: Document) -> None:
     for path, kind in _places(data):
         holder = _get(data, path[:-1])
         value = holder[path[-1]]
-        if isinstance(value, str) and value:
+        template = kind == "template" and "{" in value if isinstance(value, str) else False
+        if isinstance(value, str) and value and (template or _is_name(document, path, value)):
             holder[path[-1]] = _absolute(value, document.base_of(path), kind)
-    if isinstance(data.get("output"), str) and "://" not in data["output"]:
-        data["output"] = _join(data["output"], document.base_of(("output",)))
+    output = data.get("output")
+    if isinstance(output, str) and "://" not in output and _is_name(document, ("output",), output):
+        data["output"] = _join(output, document.base_of(("output",)))
+
+
+def _is_name(document: Document, path: Path_, value: str) -> bool:
+    """Whether a file system could have it; otherwise that is a problem of the document."""
+    longest = max(len(os.fsencode(part)) for part in value.split("/"))
+    if longest <= _LONGEST_NAME and len(os.fsencode(value)) <= _LONGEST_PATH:
+        return True
+    what = f"`{document.called(path)}` is a path of {len(value)} characters, longer than file systems allow"
+    document.problems.append(Problem(what, document.where(path), "give a shorter one"))
+    return False
 
 
 def _absolute(value: str, base: Path, kind: str) -> str:

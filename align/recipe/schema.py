@@ -25,8 +25,8 @@ class Report(Strict):
 
 
 class Recipe(Strict):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    seed: Annotated[int, Field(ge=0)] = 0
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     output: str = "runs"
     model: Model
     media: Media = Media()
@@ -63,6 +63,12 @@ class Recipe(Strict):
         for stage in self.stages:
             if stage.id in seen:
                 raise ValueError(f"two stages have the id {stage.id!r}; ids name folders and must differ")
+            alike = next((name for name in seen if name.lower() == stage.id.lower()), None)
+            if alike is not None:
+                raise ValueError(
+                    f"the stages {alike!r} and {stage.id!r} differ in capitals only, and name one folder on file "
+                    "systems that do not tell them apart"
+                )
             wanted = [stage.from_.partition("@")[0]] if stage.from_ else []
             wanted += [name.partition("@")[0] for name in getattr(stage, "of", ())]
             for source in wanted:

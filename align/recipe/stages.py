@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from align.recipe.adapter import Adapter
 from align.recipe.inputs import DataField
@@ -13,10 +13,21 @@ from align.recipe.objectives import Objectives
 from align.recipe.parts import Eval, LossField, LossTerm, Optim, Packing, RewardField, Rollout, Save
 from align.recipe.strict import Fraction, PositiveInt, Strict
 
+RUNS_OWN = frozenset({"base", "logs", "shared", "sources", "sweep", "tensorboard", "wandb"})
+"""What a run keeps in its folder beside its stages."""
+
 
 class StageBase(Strict):
-    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
     from_: str | None = Field(default=None, alias="from")
+
+    @field_validator("id")
+    @classmethod
+    def _a_folder_of_its_own(cls, value: str) -> str:
+        if value.lower() in RUNS_OWN:
+            own = ", ".join(sorted(RUNS_OWN))
+            raise ValueError(f"{value!r} names a folder that the run itself writes ({own}); call the stage otherwise")
+        return value
 
 
 class ReferencePath(Strict):
@@ -30,7 +41,7 @@ class TrainStage(StageBase):
     data: DataField
     packing: Packing = Packing()
     optim: Optim = Optim()
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
     steps: PositiveInt | None = None
     eval: Eval | None = None
     save: Save = Save()

@@ -8,10 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
-PositiveInt = Annotated[int, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0, le=10**9)]  # of steps, rows, tokens, processes: more is a slip
+LargeInt = Annotated[int, Field(gt=0, le=10**15)]  # of bytes and pixels
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 

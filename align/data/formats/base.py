@@ -1,14 +1,16 @@
 """What a layout is, and how the one that fits is found.
 
 A format file exports `LAYOUTS`. A layout says which kind of record it makes, which columns it needs and may use, and
-converts one row. Among the layouts of the stage's kind whose columns are there, the one that uses the most columns
-wins when its columns include all the others'; otherwise the data are ambiguous and the user chooses with `format:`
-or `columns:`.
+converts one row. Among the layouts of the stage's kind whose columns a row has, the one that uses the most columns
+is the row's own when its columns include all the others'; otherwise the row is ambiguous. The source's layout is the
+one that most of its rows have, so that no row decides for the others: a row that is laid out in another way is refused
+alone. Where most rows are ambiguous the user chooses with `format:` or `columns:`.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -71,6 +73,9 @@ class Layout:
         return f"{self.name}: {', '.join(sorted(self.required))}{optional}"
 
 
+_SAMPLE = 1000  # rows that are asked for their layout: as many as `align check` reads
+
+
 def choose(
     layouts: Sequence[Layout],
     kind: Kind,
@@ -80,7 +85,7 @@ def choose(
     format: str | None = None,
     mapped: frozenset[str] = frozenset(),
 ) -> Layout:
-    """The one layout of `kind` that fits these rows (their columns are taken together; `fits` sees the first).
+    """The one layout of `kind` that most of these rows have. The first thousand are asked, all where none of them fits.
 
     mapped: fields named by `columns:`; the layout must use all of them. Raises DataError where none or several fit.
     """
@@ -92,18 +97,17 @@ def choose(
             where=where,
             remedy=f"did you mean {near[0]!r}?" if near else "leave `format:` out to have it detected",
         )
-    of_kind = [x for x in layouts if x.kind == kind and (format is None or format in x.formats)]
+    of_kind = candidates(layouts, kind, format, mapped)
     found = {name for row in rows for name, value in row.items() if value is not None}
-    fitting = [x for x in of_kind if x.required <= found and mapped <= x.columns and _fits(x, rows)]
-    best = [x for x in fitting if not any(x.required < other.required for other in fitting)]
-    if len(best) == 1:
-        return best[0]
-    if best:
+    if best := _most_common(of_kind, rows[:_SAMPLE]) or _most_common(of_kind, rows[_SAMPLE:]):
+        if len(best) == 1:
+            return best[0]
         raise DataError(
             f"several layouts fit the columns {', '.join(sorted(found))}: {'; '.join(x.describe() for x in best)}",
             where=where,
             remedy="choose with `format:`, or name the columns with `columns:`",
         )
+    of_kind = candidates(layouts, kind, format)
     expected = "; ".join(x.describe() for x in of_kind) or f"format {format!r} has no layout for it"
     raise DataError(
         f"no layout for {_stage_words(kind)} fits the columns found: {', '.join(sorted(found)) or 'none'}",
@@ -112,9 +116,50 @@ def choose(
     )
 
 
-def _fits(layout: Layout, rows: Sequence[Row]) -> bool:
-    sample = next((r for r in rows if all(r.get(c) is not None for c in layout.required)), None)
-    return sample is not None and layout.fits(sample)
+def candidates(
+    layouts: Sequence[Layout], kind: Kind, format: str | None = None, mapped: frozenset[str] = frozenset()
+) -> list[Layout]:
+    """The layouts of a kind that `format:` and `columns:` allow."""
+    return [x for x in layouts if x.kind == kind and (format is None or format in x.formats) and mapped <= x.columns]
+
+
+def _most_common(layouts: Sequence[Layout], rows: Sequence[Row]) -> list[Layout]:
+    """What most rows have as `own_layouts`; of equally many, what uses more columns, then what comes first."""
+    votes: dict[tuple[int, ...], int] = {}
+    for row in rows:
+        own = own_layouts(layouts, row)
+        if own:
+            key = tuple(i for i, layout in enumerate(layouts) if layout in own)
+            votes[key] = votes.get(key, 0) + 1
+    if not votes:
+        return []
+    uses = {key: max(len(layouts[i].required) for i in key) for key in votes}
+    best = max(votes, key=lambda key: (votes[key], uses[key]))
+    return [layouts[i] for i in best]
+
+
+def own_layouts(layouts: Sequence[Layout], row: Row) -> list[Layout]:
+    """The layouts that fit one row and are not part of another that does; none where no layout fits it."""
+    found = {name for name, value in row.items() if value is not None}
+    fitting = [x for x in layouts if x.required <= found and x.fits(row)]
+    return [x for x in fitting if not any(x.required < other.required for other in fitting)]
+
+
+def refuse_stray(layout: Layout, layouts: Sequence[Layout], row: Row) -> None:
+    """Raise RowError for a row that lacks a column of the source's layout, or has those of another beside them.
+
+    layouts: the `candidates` that `layout` was chosen of.
+    """
+    missing = [name for name in sorted(layout.required) if row.get(name) is None]
+    if missing:
+        have = ", ".join(sorted(name for name, value in row.items() if value is not None)) or "nothing"
+        raise RowError(f"no `{missing[0]}` (layout {layout.name}); the row has: {have}")
+    own = own_layouts(layouts, row)
+    if own and own != [layout]:
+        others = "; ".join(x.describe() for x in own if x is not layout)
+        raise RowError(
+            f"the row has the columns of another layout ({others}) than most rows of its source ({layout.describe()})"
+        )
 
 
 def _stage_words(kind: Kind) -> str:
@@ -143,34 +188,43 @@ def optional_text(row: Row, column: str) -> str:
 
 
 def label_of(row: Row, column: str = "label") -> bool:
-    """A label that must be a boolean: 0/1, "good"/"bad" and scores are other people's conventions."""
+    """A label that must be a boolean (of a CSV, its word): 0/1, "good"/"bad" and scores are other people's
+    conventions."""
     value = row.get(column)
+    if isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.strip().lower(), value)
     if not isinstance(value, bool):
         raise RowError(f"`{column}` must be true or false, got {_shown(value)}")
     return value
 
 
-_LARGEST = 1e38  # what rows give is kept in float32
-
-
 def margin_of(row: Row) -> float | None:
     """By how much a pair's chosen side is to score higher (a reward model's margin); None where the row has none."""
-    value = row.get("margin")
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
-        raise RowError(f"`margin` must be a number, got {_shown(value)}")
-    return float(value)
+    return None if row.get("margin") is None else _number(row, "margin")
 
 
 def weight_of(row: Row) -> float:
     """The sample weight of a row; 1 where there is none."""
-    value = row.get("weight")
-    if value is None:
-        return 1.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _LARGEST:
-        raise RowError(f"`weight` must be a number >= 0, got {_shown(value)}")
+    weight = 1.0 if row.get("weight") is None else _number(row, "weight")
+    if weight < 0:
+        raise RowError(f"`weight` must be a number >= 0, got {_shown(row['weight'])}")
+    return weight
+
+
+_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?", re.A)
+
+
+def _number(row: Row, column: str) -> float:
+    """A finite number that float32, in which losses compute, can hold; of a CSV, its digits."""
+    value = row[column]
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
+        raise RowError(f"`{column}` must be a number, got {_shown(value)}")
     return float(value)
+
+
+_LARGEST = 3.4e38  # of float32
 
 
 def tools_of(row: Row) -> tuple[Mapping[str, Any], ...]:

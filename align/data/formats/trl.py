@@ -1,7 +1,7 @@
 """TRL's layouts, standard (text) and conversational (messages); `messages` alone is in openai.py.
 
     sft          prompt, completion | text
-    preference   prompt, chosen, rejected | chosen, rejected (the prompt is their common beginning)
+    preference   prompt, chosen, rejected | chosen, rejected (the prompt is their common beginning, in whole words)
     unpaired     prompt, completion, label
     online       prompt [completion]
 
@@ -74,28 +74,22 @@ def _pair(row: Row) -> Pair:
 
 
 def _implicit_pair(row: Row) -> Pair:
-    prompt, chosen, rejected = split_common(_text(row, "chosen"), _text(row, "rejected"))
+    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    if isinstance(chosen, str) and isinstance(rejected, str):  # where they part is a question of tokens
+        head = with_system(row, ()) if optional_text(row, "system") else ""
+        return Pair(head, chosen, rejected, tools_of(row), weight_of(row), implicit=True)
+    prompt, chosen, rejected = split_common(chosen, rejected)
     if optional_text(row, "system"):
         prompt, chosen, rejected = _joined(with_system(row, _messages(prompt, "user")), chosen, rejected)
     return Pair(prompt, chosen, rejected, tools_of(row), weight_of(row))
 
 
-def split_common(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
-    """(prompt, chosen, rejected) of two texts or message lists that begin alike. Raises RowError."""
-    if isinstance(chosen, str) != isinstance(rejected, str):
+def split_common(chosen: Text, rejected: Text) -> tuple[tuple[Message, ...], tuple[Message, ...], tuple[Message, ...]]:
+    """(prompt, chosen, rejected) of two message lists that begin alike. Raises RowError."""
+    if isinstance(chosen, str) or isinstance(rejected, str):
         raise RowError("one of chosen and rejected is text, the other messages")
     if chosen == rejected:
         raise RowError("chosen and rejected are the same")
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        n = next(
-            (i for i, (x, y) in enumerate(zip(chosen, rejected, strict=False)) if x != y),
-            min(len(chosen), len(rejected)),
-        )
-        # As in TRL's extract_prompt: a space between prompt and completion belongs to the completion's first token.
-        n -= 1 if n and chosen[n - 1] == " " else 0
-        if n == 0:
-            raise RowError("there is no `prompt`, and chosen and rejected do not begin alike")
-        return chosen[:n], chosen[n:], rejected[n:]
     n = 0
     while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
         n += 1

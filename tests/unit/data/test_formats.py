@@ -54,7 +54,11 @@ SHAREGPT = [{"from": "system", "value": "be kind"}, {"from": "human", "value": "
         ),
         ("conversation", {"query": "hi", "response": "hello"}, Conversation((), (USER, ANSWER))),
         ("pair", {"prompt": "hi", "chosen": " yes", "rejected": " no"}, Pair("hi", " yes", " no")),
-        ("pair", {"chosen": "The sky is blue", "rejected": "The sky is green"}, Pair("The sky is", " blue", " green")),
+        (
+            "pair",
+            {"chosen": "The sky is blue", "rejected": "The sky is green"},
+            Pair("", "The sky is blue", "The sky is green", implicit=True),
+        ),
         (
             "pair",
             {"chosen": turns("hi", "hello"), "rejected": turns("hi", "go away")},
@@ -148,7 +152,6 @@ def test_an_unknown_layout_says_what_was_found_and_what_was_expected() -> None:
         ),
         ("pair", {"prompt": "hi", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
         ("pair", {"chosen": "abc", "rejected": "abc"}, "chosen and rejected are the same"),
-        ("pair", {"chosen": "abc", "rejected": "xyz"}, "do not begin alike"),
         ("pair", {"prompt": "hi", "chosen": "a", "rejected": ""}, "rejected is empty"),
         ("pair", {"prompt": turns("hi"), "chosen": turns("x", "y"), "rejected": "z"}, "starts with a user turn"),
         ("unpaired", {"prompt": "hi", "completion": "x", "label": 1}, "`label` must be true or false, got 1"),

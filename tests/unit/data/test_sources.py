@@ -74,12 +74,12 @@ def test_broken_json_is_an_error_at_its_line(tmp_path: Path, content: str, line:
     assert error.value.where == f"{path}:{line}" and error.value.remedy
 
 
-def test_csv_rows_know_the_line_they_begin_at_and_read_booleans(tmp_path: Path) -> None:
+def test_csv_rows_know_the_line_they_begin_at_and_cells_stay_text(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     with path.open("w", newline="") as f:
         csv.writer(f).writerows([["prompt", "label"], ["two\nlines", "True"], ["x", ""], ["too", "many", "cells"]])
     first, second, third = rows_of(path)
-    assert first == Row({"prompt": "two\nlines", "label": True}, f"{path}:2", 0)
+    assert first == Row({"prompt": "two\nlines", "label": "True"}, f"{path}:2", 0)
     assert second == Row({"prompt": "x", "label": None}, f"{path}:4", 1)
     assert third == Refusal(f"{path}:5", 2, "3 cells, but the header has 2")
 
