@@ -44,7 +44,7 @@ def main() -> None:
                 raise TypeError(f"row {count} is a {type(row).__name__}; a generator yields dicts")
             out.write(_line(row) + b"\n")
             count += 1
-        out.write(f"{count}\n")  # the last line says that this is the end
+        out.write(f"{count}\n".encode())  # the last line says that this is the end
 
 
 def _line(row: dict[Any, Any]) -> bytes:

@@ -180,7 +180,7 @@ class Environment(ImmutableSandboxedEnvironment):
             extensions=[*extensions, jinja2.ext.loopcontrols],
             finalize=_shown,
         )
-        self.concat = _concat  # type: ignore[assignment,method-assign]
+        self.concat = _concat  # type: ignore[method-assign]
         self.counted, self.joined = _step, _joined
         self.filters["tojson"] = _tojson
         self.filters = {name: _bounded(name, function) for name, function in self.filters.items()}

@@ -76,12 +76,10 @@ def _pair(row: Row) -> Pair:
 def _implicit_pair(row: Row) -> Pair:
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):  # where they part is a question of tokens
-        head = with_system(row, ()) if optional_text(row, "system") else ""
+        head: Text = with_system(row, ()) if optional_text(row, "system") else ""
         return Pair(head, chosen, rejected, tools_of(row), weight_of(row), implicit=True)
     prompt, chosen, rejected = split_common(chosen, rejected)
-    if optional_text(row, "system"):
-        prompt, chosen, rejected = _joined(with_system(row, _messages(prompt, "user")), chosen, rejected)
-    return Pair(prompt, chosen, rejected, tools_of(row), weight_of(row))
+    return Pair(with_system(row, prompt), chosen, rejected, tools_of(row), weight_of(row))
 
 
 def split_common(chosen: Text, rejected: Text) -> tuple[tuple[Message, ...], tuple[Message, ...], tuple[Message, ...]]:
