@@ -36,7 +36,7 @@ class HeadWatch:
         """address: host:port of a cluster that was joined; None for the one that this process started."""
         self.address = address
         self.gone: LostError | None = None
-        self.on_gone: Callable[[LostError], None] | None = None
+        self.on_gone: Callable[[LostError], object] | None = None
         self._parts = [] if address else [p for p in psutil.Process().children() if p.name() in _PARTS]
         self._silent_since: float | None = None
         self._closed = threading.Event()

@@ -115,9 +115,11 @@ def load(path: Path, kind: Any, library: Library | None = None) -> Table | None:
     except FileNotFoundError:
         return None
     except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, OSError, EOFError, NotImplementedError) as error:
-        return _damaged(path, str(error).partition("\n")[0] or type(error).__name__)
+        _warn_damaged(path, str(error).partition("\n")[0] or type(error).__name__)
+        return None
     if not np.array_equal(arrays.get("digest", np.zeros(0, np.uint8)), _digest(path.stem, arrays)):
-        return _damaged(path, "its digest differs")
+        _warn_damaged(path, "its digest differs")
+        return None
     meta = json.loads(arrays["meta"].tobytes())
     media = _media(meta, library)
     if media is None:
@@ -138,7 +140,7 @@ def load(path: Path, kind: Any, library: Library | None = None) -> Table | None:
     return Table(kind, report, encoded, meta["origins"], files=meta["files"], **columns)
 
 
-def _damaged(path: Path, why: str) -> None:
+def _warn_damaged(path: Path, why: str) -> None:
     """By something outside us; the data are still there to be read."""
     log.warning("the tokenised rows in %s are damaged (%s) and are made again", path, why)
 

@@ -88,7 +88,7 @@ class FolderLock:
     def __init__(self, path: Path, holder: Holder, note: str | None):
         self.path, self.holder, self.note = path, holder, note
         self.lost: RunFolderError | None = None
-        self.on_lost: Callable[[RunFolderError], None] | None = None
+        self.on_lost: Callable[[RunFolderError], object] | None = None
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="run-folder-lock", daemon=True)
         self._thread.start()

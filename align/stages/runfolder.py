@@ -82,7 +82,7 @@ class RunFolder:
     @classmethod
     def _opened(cls, path: Path, recipe: Recipe, dumped: str, cwd: Path, lock: FolderLock) -> RunFolder:
         exists = (path / RUN).exists()
-        state = read_state(path / RUN) if exists else {"stages": {}, "starts": 0, "processes": []}
+        state: dict[str, Any] = read_state(path / RUN) if exists else {"stages": {}, "starts": 0, "processes": []}
         run = cls(path, state, dumped, lock)
         run._end_processes()
         state |= {
