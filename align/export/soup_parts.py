@@ -12,11 +12,12 @@ from align.recipe.trained_on import TRAINED_ON, kept_digest, require_base
 
 
 def one_digest(folders: Sequence[Path], base: Path | None, anyway: bool) -> None:
-    """Raise ModelError where the adapters were trained on weights that differ, or on others than the base has."""
-    for folder in folders if base is not None else ():
+    """Raise ModelError where the adapters were trained on weights that differ, or on others than the base has. By the
+    digests that they keep: of names, a `base` that is given has the last word."""
+    known = {folder: digest for folder in folders if (digest := kept_digest(folder)) is not None}
+    for folder in known if base is not None else ():
         assert base is not None
         require_base(base, folder, anyway=anyway)
-    known = {folder: digest for folder in folders if (digest := kept_digest(folder)) is not None}
     if len(set(known.values())) > 1 and not anyway:
         first, *others = known
         odd = next(folder for folder in others if known[folder] != known[first])

@@ -68,7 +68,7 @@ def scored(tokenizer: ChatTokenizer, *turns: tuple[str, str]) -> list[str]:
     record = Conversation((), tuple(Message(role, content) for role, content in turns))
     [made] = encode([draft(record, tokenizer)], tokenizer)
     assert not isinstance(made, Exception), made
-    ids, mask = made.trunk.ids, made.trunk.mask
+    ids, mask = made.trunk.ids.tolist(), made.trunk.mask
     parts = [tokenizer.decode(ids, False)]
     for n in range(len(ids)):
         if mask[n]:

@@ -220,7 +220,8 @@ def test_weights_that_are_not_base_and_adapter_are_told_from_rounding_in_every_d
     base: Path, dtype: torch.dtype, kind: str
 ) -> None:
     """An adapter so small that what the model says hardly changes: rounding to bfloat16 moves it further."""
-    changes: dict[str, Any] = {"lora": {}, "rslora": {"rslora": True}, "dora": {"kind": "dora"}}[kind]
+    kinds: dict[str, dict[str, Any]] = {"lora": {}, "rslora": {"rslora": True}, "dora": {"kind": "dora"}}
+    changes = kinds[kind]
     peft = adapters.attach(load_model(base, dtype=torch.float32), lora(**changes), None, seed=0)
     train_a_little(peft, scale=1e-3)
     wanted, written = expected_weights(peft, 0), load_model(base, dtype=torch.float32)
