@@ -113,5 +113,5 @@ def test_engines_that_fail_at_the_probe_end_the_stage(tmp_path: Path) -> None:
 
 
 def test_the_tolerance_is_that_of_the_coarsest_dtype() -> None:
-    assert tolerance("auto", "float32") == 0.01 == tolerance("auto", "auto", "float64")
-    assert tolerance("bfloat16", "float32") == tolerance("auto", "bfloat16") == 0.5
+    assert tolerance("auto", "float32") == 0.002 == tolerance("auto", "auto", "float64")
+    assert tolerance("bfloat16", "float32") == tolerance("auto", "bfloat16") == 0.3

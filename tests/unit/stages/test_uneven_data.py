@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from align.cli.main import main
 from align.recipe.schema import Recipe
+from align.stages.context import Context
 from tests.unit.stages.test_pipeline import start
 from tests.unit.stages.test_reward_model import MODEL, WORDS, LocalBackend, write_rows
 
@@ -33,10 +35,6 @@ def recipe(folder: Path, rows: list[dict[str, Any]], **stage: Any) -> Recipe:
     )
 
 
-def metrics_of(made: Recipe) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (made.run_folder / "stage" / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("reference", ["start", "cached"])
 def test_kto_trains_to_the_end_whatever_its_last_batch_is(tmp_path: Path, reference: str) -> None:
     """`cached`: the variant without reference point, of rows that begin alike."""
@@ -47,10 +45,10 @@ def test_kto_trains_to_the_end_whatever_its_last_batch_is(tmp_path: Path, refere
     ]
     loss = {"name": "kto"} | ({"variant": "apo_zero_unpaired"} if reference == "cached" else {})
     made = recipe(tmp_path, rows, kind="preference", loss=loss, reference=reference, batch={"sequences": 3}, epochs=2)
-    summary, _ = start(made, LocalBackend())
+    summary, lines = start(made, LocalBackend())
     assert summary["stages"]["stage"]["steps"] == 6 and "idle" not in summary["stages"]["stage"]
     if reference == "start":
-        assert [line["policy/without_reference_point"] for line in metrics_of(made)] == [0.0, 0.0, 1.0] * 2
+        assert [value for _, value in lines.of("policy/without_reference_point")] == [0.0, 0.0, 1.0] * 2
 
 
 def test_the_classify_verb_answers_rows_that_begin_alike_as_it_answers_each_alone(tmp_path: Path) -> None:
@@ -77,10 +75,6 @@ def test_the_classify_verb_answers_rows_that_begin_alike_as_it_answers_each_alon
 
 def test_pairs_with_equal_answers_after_the_cut_train_nothing_and_the_run_says_so(tmp_path: Path) -> None:
     """Also where the data let them pass: the step itself knows."""
-    from dataclasses import replace
-
-    from align.stages.context import Context
-
     rows = [{"prompt": f"{word}?", "chosen": f" {word}", "rejected": " stone"} for word in WORDS[:3]]
     made = recipe(tmp_path, rows, kind="preference", loss={"name": "dpo"}, batch={"pairs": 2}, steps=5)
     read = Context.trees
@@ -99,4 +93,4 @@ def test_pairs_with_equal_answers_after_the_cut_train_nothing_and_the_run_says_s
     )
     run = json.loads((made.run_folder / "run.json").read_text())
     assert run["stages"]["stage"]["idle"] == entry["idle"]
-    assert all(line["train/idle"] == 1.0 for line in metrics_of(made))
+    assert [value for _, value in lines.of("train/idle")] == [1.0] * 5
