@@ -34,6 +34,8 @@ def left_out(
         if given.tools and "tools" not in template.variables_read:
             found.append("tool schemas (`tools`)")
         found += [f"template argument {k!r}" for k in given.arguments if k not in template.variables_read]
+        if "documents" in template.variables_read and not isinstance(given.arguments.get("documents", []), list):
+            raise RowError("`documents` must be a list: the chat template reads it")
     look = _Look(tokenizer, messages, given, text, first)
     _require_calls(look)
     for i in range(first, len(messages)):

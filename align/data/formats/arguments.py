@@ -34,11 +34,9 @@ def arguments_of(row: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(thinking, bool) and thinking not in (0, 1):
             raise RowError(f"`enable_thinking` must be true or false, got {str(thinking)[:60]}")
         _add(out, "enable_thinking", bool(thinking))
-    if isinstance(effort := row.get("reasoning_effort"), str):
-        _add(out, "reasoning_effort", effort)
-    documents = row.get("documents")
-    if isinstance(documents, list) and documents and all(isinstance(one, dict) for one in documents):
-        _add(out, "documents", documents)
+    for name in ("reasoning_effort", "documents"):
+        if (value := row.get(name)) is not None and value != []:
+            _add(out, name, value)
     return out
 
 

@@ -63,8 +63,9 @@ def _truth(name: str, value: Any) -> bool:
 def refuse_token_masks(row: Mapping[str, Any]) -> None:
     """Columns that say of single tokens, or of messages by number, whether they are learnt. Raises RowError."""
     for name in _TOKEN_MASKS:
-        if isinstance(row.get(name), list):
+        value = row.get(name)
+        if isinstance(value, list) and value and all(isinstance(v, int | float) and v in (0, 1) for v in value):
             raise RowError(
-                f"the column `{name}` holds a list, a mask of tokens or messages, which cannot be honoured: tokens are "
-                "made here from the text. Mark turns instead, with `loss: false` in the message"
+                f"the column `{name}` is a mask of tokens or messages, which cannot be honoured: tokens are made here "
+                "from the text. Mark turns instead, with `loss: false` in the message"
             )

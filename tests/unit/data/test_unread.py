@@ -304,3 +304,5 @@ def test_documents_of_a_row_are_given_to_a_template_that_reads_them(tmp_path: Pa
     row = {"messages": answer(), "documents": [{"text": "one"}, {"text": "two"}]}
     made = prepared(tmp_path, [row], "conversation", tokenizer)
     assert text(tokenizer, made.items[0].trunk).startswith("one|two|<|im_start|>user") and not notes(made)
+    with pytest.raises(DataError, match="`documents` must be a list"):
+        prepared(tmp_path, [row | {"documents": "one two"}], "conversation", tokenizer)
