@@ -7,6 +7,7 @@ from typing import Any
 
 from align.cli import memory
 from align.cli.inputs import DataFacts, ModelFacts
+from align.cli.layout_notes import layout_notes
 from align.cli.machine import Machine, stage_roles
 from align.cli.memory_plan import Estimate
 from align.cli.memory_stage import SeenBy, dtype_of
@@ -132,6 +133,8 @@ class Planner:
         if stage.kind == "preference" and stage.rewards:
             plan.lines.append("margins: before the stage, rewards judge both answers of each pair; scores are kept")
         plan.lines += loss_notes(stage) + self._packing_notes(stage, facts)
+        sampled = stage.rollout.max_tokens if stage.kind == "online" else 0
+        plan.lines += layout_notes(self.model.config, facts.longest + sampled)
         if self.sizes is None:
             plan.lines.append("memory: not estimated, the architecture is not a plain decoder")
         else:

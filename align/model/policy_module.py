@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from align.model.rotary_lengths import RotaryLengths
 
 MEDIA_CACHE = 1 << 30
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
 
 
 class PolicyModule(nn.Module):
@@ -270,6 +271,7 @@ def set_attention(model: Any, name: str) -> None:
 def logit_transform(config: Any, temperature: float) -> LogitTransform:
     """What the model's own forward does to its logits, by its config (Gemma's cap, Cohere's and Granite's scale)."""
     text = config.get_text_config()
+    caps = (getattr(text, name, None) for name in CAPS)
     scale = float(getattr(text, "logit_scale", None) or 1.0)
     scale /= float(getattr(text, "logits_scaling", None) or 1.0)
-    return LogitTransform(temperature, scale, getattr(text, "final_logit_softcapping", None))
+    return LogitTransform(temperature, scale, next((float(cap) for cap in caps if cap), None))

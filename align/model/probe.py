@@ -172,7 +172,7 @@ def _structure(module: PolicyModule, own: Own) -> Fault | None:
         with own.wide(module.model):
             if module.layout == "shared":
                 return _packed(module, own) or _longer(module, own)
-            return _off(_found(module, own, own.batch), own) or _row_by_row(module, own) or _longer(module, own)
+            return _row_by_row(module, own) or _off(_found(module, own, own.batch), own) or _longer(module, own)
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
@@ -224,10 +224,10 @@ def _longer(module: PolicyModule, own: Own) -> Fault | None:
     if own.long is None:
         return None
     long, bounds = own.long, {name: LONGER * bound for name, bound in own.bounds.items()}
-    backbone, prefix = text_backbone(module.model), backbone_path(module.model)
+    backbone, prefix, last = text_backbone(module.model), backbone_path(module.model), _last_layer(module.model)
     with first_layers(backbone, long.layers), traced(backbone, 1, len(long.batch.token_ids), prefix) as trace:
         found = _found(module, own, long.batch)
-    part = parting(_pairs(module, trace, long.traces, long.batch, long.plain), bounds, None)
+    part = parting(_pairs(module, trace, long.traces, long.batch, long.plain), bounds, last)
     largest = (found - long.values).abs().max().item()
     if part is not None:
         return Fault(f"{part}, in sequences of {max(len(row.tokens) for row in long.plain)} tokens", part.path)
@@ -239,15 +239,22 @@ def _longer(module: PolicyModule, own: Own) -> Fault | None:
 def _row_by_row(module: PolicyModule, own: Own) -> Fault | None:
     """The sequences one after another, each in a batch of its own: what differs then is no matter of layout."""
     backbone, prefix = text_backbone(module.model), backbone_path(module.model)
-    for theirs, one in zip(own.traces, own.batches_alone(module.model), strict=True):
+    found = []
+    for theirs, one in zip(own.traces, own.batches_alone(), strict=True):
         tokens = int(one.token_ids.shape[0])
         with traced(backbone, 1, tokens, prefix) as trace:
-            module(one, want=("scores",) if has_score_head(module.model) else ())
+            found.append(_found(module, own, one))
         every = torch.arange(tokens)
         part = parting([(trace, theirs, every, every, every)], own.bounds, None)
         if part is not None:
             return Fault(str(part), part.path)
-    return None
+    return _head(torch.cat(found), own)
+
+
+def _head(found: Tensor, own: Own) -> Fault | None:
+    """Values where every layer agrees."""
+    off = _off(found, own)
+    return off and Fault(f"its layers agree, what makes logits or scores of their output does not: {off.reason}")
 
 
 def _found(module: PolicyModule, own: Own, batch: TokenBatch) -> Tensor:

@@ -104,7 +104,7 @@ class Own:
         last = int(self.batch.score_at[n])
         return torch.arange(last + 1 - int(at[n + 1] - at[n]), last + 1)
 
-    def batches_alone(self, model: Any) -> list[TokenBatch]:
+    def batches_alone(self) -> list[TokenBatch]:
         """Each sequence as a packed batch with nothing beside it."""
         return alone_batches(self.batch, self.plain)
 
