@@ -29,7 +29,8 @@ def read_prompt(row: Row) -> tuple[Message, ...]:
     messages: list[Message] = []
     if system := optional_text(row, "system"):
         messages.append(Message("system", system))
-    for item in row.get("history") or ():
+    history = row.get("history") or ()
+    for item in history if isinstance(history, list | tuple) else [history]:
         if not isinstance(item, list | tuple) or len(item) != 2 or not all(isinstance(x, str) for x in item):
             raise RowError("`history` must be a list of [question, answer]")
         messages += [Message("user", item[0]), Message("assistant", item[1])]

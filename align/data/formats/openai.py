@@ -38,6 +38,8 @@ def _message(item: Any, column: str) -> Message:
     if weight is not None and weight not in (0, 1):
         raise RowError(f"a message's weight must be 0 or 1, got {weight!r}")
     extra = {name: without_nulls(item[name]) for name in _EXTRA if item.get(name)}
+    if not isinstance(extra.get("tool_calls", []), list):
+        raise RowError(f"`tool_calls` must be a list, got {str(extra['tool_calls'])[:60]}")
     if "tool_calls" in extra:
         extra["tool_calls"] = [_tool_call(call) for call in extra["tool_calls"]]
     role = str(_ROLE_WORDS.get(item["role"], item["role"]))

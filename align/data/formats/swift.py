@@ -69,7 +69,8 @@ def _labelled(column: str) -> Callable[[Row], Unpaired]:
 
 def read_query(row: Row) -> tuple[Message, ...]:
     messages: list[Message] = []
-    for item in row.get("history") or ():
+    history = row.get("history") or ()
+    for item in history if isinstance(history, list | tuple) else [history]:
         if not isinstance(item, list | tuple) or len(item) != 2 or not all(isinstance(x, str) for x in item):
             raise RowError("`history` must be a list of [query, response]")
         messages += [Message("user", item[0]), Message("assistant", item[1])]
