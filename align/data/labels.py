@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 
 from align.data.records import RowError
 from align.recipe.labels import Labels
+
+_DIGITS = re.compile("[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,14 @@ def label_values(label: Any, labels: Labels) -> list[float]:
 def _index(label: Any, labels: Labels) -> int:
     """Of one label. A name goes before an index; labels that are numbers themselves are only ever names."""
     text = str(int(label)) if _whole(label) else label
+    if isinstance(label, bool):  # labels may be called true and false, in either order
+        text = next((name for name in labels.names if name.lower() == str(label).lower()), label)
     if isinstance(text, str) and text in labels.names:
         return labels.names.index(text)
     numerals = any(name.lstrip("-").isdigit() for name in labels.names)
     if isinstance(label, bool) and len(labels.names) == 2:
         return int(label)
-    if isinstance(text, str) and text.isdigit() and not numerals and int(text) < len(labels.names):
+    if isinstance(text, str) and _DIGITS.fullmatch(text) and not numerals and int(text) < len(labels.names):
         return int(text)
     near = ", ".join(labels.names[:8]) + (", ..." if len(labels.names) > 8 else "")
     known = f"{near}, or an index below {len(labels.names)}" if not numerals else near

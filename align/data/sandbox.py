@@ -108,14 +108,21 @@ def _length(value: Any) -> int:
 
 
 def _shown(value: Any) -> Any:
-    """A value that is about to be text, or compared. A text was counted when it was made."""
+    """A value that is about to be a text, or compared. What is one already was counted when it was made."""
     if not isinstance(value, str):
         _make(_length(value))
     return value
 
 
 def _joined(*values: Any) -> str:
-    return "".join([str(_shown(value)) for value in values])
+    return _concat([str(_shown(value)) for value in values])
+
+
+def _made(value: Any) -> Any:
+    """What a filter, a call or a format gave."""
+    if isinstance(value, str):
+        _make(len(value))
+    return value
 
 
 def _concat(parts: Iterable[str]) -> str:
@@ -201,7 +208,7 @@ class Environment(ImmutableSandboxedEnvironment):
             _refuse_digits(left, right, lambda one, other: one * min(1 << max(other, 0), 1 << 20))
         elif operator == "%" and isinstance(left, str):
             _refuse_wide_format(left, right if isinstance(right, tuple) else (right,))
-        return super().call_binop(context, operator, left, right)
+        return _made(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         _step(_CALL)
@@ -214,7 +221,7 @@ class Environment(ImmutableSandboxedEnvironment):
                 _refuse_replacement(owner, args[0], args[1])
             elif name == "join" and args:
                 _refuse_join(owner, args[0])
-        return super().call(__context, __obj, *args, **kwargs)
+        return _made(super().call(__context, __obj, *args, **kwargs))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         wrapped = super().wrap_str_format(value)
@@ -224,7 +231,7 @@ class Environment(ImmutableSandboxedEnvironment):
         @wraps(wrapped)
         def bounded(*args: Any, **kwargs: Any) -> str:
             _refuse_wide_format(value.__self__, [*args, *kwargs.values()])
-            return _joined(wrapped(*args, **kwargs))
+            return _made(wrapped(*args, **kwargs))
 
         return bounded
 
@@ -288,7 +295,7 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
                 raise TemplateLimit(f"`{name}` of {len(value)} characters")
         elif name not in _STRUCTURAL:
             _shown(value)
-        return function(*args, **kwargs)
+        return _made(function(*args, **kwargs))
 
     return within
 

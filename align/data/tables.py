@@ -156,8 +156,8 @@ class Tokeniser:
             for one, encoded in self._encoded(rows[chunk], named[chunk], layout):
                 try:
                     fitted = self._keep(table, one, encoded)
-                except RowError as e:
-                    self._refuse(one.row, e)
+                except (RowError, *UNFORESEEN) as e:
+                    self._refuse(one.row, e if isinstance(e, RowError) else unforeseen(e))
                     continue
                 if fitted:
                     margin = float("nan") if one.margin is None else one.margin

@@ -61,7 +61,12 @@ def scored_turns(
     tokenizer: ChatTokenizer, messages: tuple[Message, ...], first: int, given: Given, shown: Sequence[Shown]
 ) -> Written:
     """The render of `messages` with the spans of its scored turns: assistant, from message `first` on."""
-    whole = rendered(tokenizer, messages, False, given, shown)
+    try:
+        whole = rendered(tokenizer, messages, False, given, shown)
+    except RowError as e:
+        if not messages or messages[0].role != "assistant":
+            raise
+        raise RowError(f"turn 0 is the assistant's, with no message before it: {e}") from e
     if tokenizer.require_template().has_generation:
         spans = _marked_spans(tokenizer, messages, first, whole.spans)
     else:

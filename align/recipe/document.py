@@ -17,7 +17,7 @@ import yaml
 
 from align.errors import RecipeError
 
-MOST_NODES = 100_000  # values of a recipe, aliases written out
+MOST_NODES = 50_000  # values of a recipe, aliases written out
 DEEPEST = 50
 MOST_CHARACTERS = 4 << 20
 Path_ = tuple[str | int, ...]
@@ -211,7 +211,7 @@ class _Builder:
         line = node.start_mark.line + 1
         if tag == "str":
             if said := _unusable_text(text):
-                called = f"`{self.document.called(path)}`" if path else "the value"
+                called = f"`{_key(path)}`" if path else "the value"
                 self._problem(f"{called} has {said}", line, "take it out")
             return _UNUSABLE.sub("", text)
         if tag == "bool":
@@ -223,7 +223,7 @@ class _Builder:
         value = float(re.sub(r"\.(inf|nan)", r"\1", text.lower())) if tag == "float" else math.inf
         if not math.isfinite(value):
             shown = text if len(text) <= 40 else f"{text[:20]}... ({len(text)} digits)"
-            where = f"`{self.document.called(path)}`: " if path else ""
+            where = f"`{_key(path)}`: " if path else ""
             self._problem(f"{where}{shown} is no number that a run can use", line, "write a finite number")
             return 1
         return value
@@ -233,6 +233,12 @@ class _Builder:
 
 
 _MOST_DIGITS = 100
+
+
+def _key(path: Path_) -> str:
+    """The key that a value stands at, with its place in a list."""
+    names = [i for i, step in enumerate(path) if isinstance(step, str)]
+    return ".".join(str(step) for step in path[names[-1] if names else 0 :])
 
 
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")

@@ -143,7 +143,7 @@ def _index_in(node: list[Any], step: str, path: Path_) -> int:
         return int(step)
     near = difflib.get_close_matches(step, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise _Wrong(f"`{place}` has no {step!r}", f"{hint}valid: {valid}")
+    raise _Wrong(f"`{place}` has no {shortened(step)!r}", f"{hint}valid: {valid}")
 
 
 def _forget_lines(document: Document, path: Path_) -> None:
