@@ -28,6 +28,7 @@ from align.model import adapters
 from align.model.load import load_model, quiet, resolve_dtype
 from align.model.places import inside_media
 from align.model.prompt_inputs import prompt_inputs
+from align.model.reading import find_reading, longest_row, take_rows
 from align.model.spelled import words_for_marks
 from align.protocols import (
     Completion,
@@ -107,6 +108,8 @@ class TransformersEngine:
         self._special = special_tokens(self._tokenizer)
         text = self._model.config.get_text_config()
         self._longest = spec.max_model_len or getattr(text, "max_position_embeddings", None)
+        self._turning = longest_row(self._model.config)
+        self._reading = find_reading(self._model, self.device)
         self._last_only = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self._peft: Any = None
         self._adapter: str | None = None  # the one that serves
@@ -154,19 +157,26 @@ class TransformersEngine:
             size = batch[0].group_size
             rows = self._generate_batch([request.prompt for request in batch], size, batch[0].sampling)
             done = [self._completion(row) for row in rows]
+            taken = {id(request) for request in batch}
+            self._waiting = deque(request for request in self._waiting if id(request) not in taken)
             for n, request in enumerate(batch):
-                self._waiting.popleft()
                 group = Group(request.prompt, tuple(done[n * size : (n + 1) * size]))
                 self._answers.append((request.ticket, group))
         answers, self._answers = self._answers, []
         return answers
 
     def _next_batch(self) -> list[Request]:
+        """The oldest, and those behind it that can be read with it (`align.model.reading`)."""
+
+        def kind(request: Request) -> tuple[Any, ...]:
+            length = len(request.prompt.token_ids) if self._reading != "padded" else 0
+            return request.group_size, request.sampling, length
+
         first = self._waiting[0]
-        oldest = itertools.islice(self._waiting, max(1, MAX_ROWS // first.group_size))
-        return list(
-            itertools.takewhile(lambda r: (r.group_size, r.sampling) == (first.group_size, first.sampling), oldest)
-        )
+        most = max(1, MAX_ROWS // first.group_size)
+        if self._reading == "padded":
+            return list(itertools.takewhile(lambda r: kind(r) == kind(first), itertools.islice(self._waiting, most)))
+        return list(itertools.islice((r for r in self._waiting if kind(r) == kind(first)), most))
 
     def abandon(self, tickets: Sequence[int]) -> None:
         dropped = set(tickets)
@@ -182,8 +192,10 @@ class TransformersEngine:
             for i in range(group_size)
         ]
         mask, position, inputs = prompt_inputs(self._model, [(i.token_ids, i.media) for i in prompts], self.device)
+        if self._reading == "uncached":
+            return self._without_cache(prompts, rows, inputs, group_size, sampling)
         logits, cache = self._forward(inputs, None)
-        cache.batch_repeat_interleave(group_size)
+        take_rows(cache, torch.arange(len(prompts), device=self.device).repeat_interleave(group_size))
         logits, mask, position = (t.repeat_interleave(group_size, 0) for t in (logits, mask, position))
         live = rows
         while True:
@@ -195,12 +207,32 @@ class TransformersEngine:
                 return rows
             if len(keep) < len(live):
                 index = torch.tensor(keep, device=self.device)
-                cache.batch_select_indices(index)
+                take_rows(cache, index)
                 mask, tokens, position, live = mask[index], tokens[index], position[index], [live[n] for n in keep]
             mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
             inputs = {"input_ids": tokens[:, None], "attention_mask": mask, "position_ids": position[:, None]}
             logits, cache = self._forward(inputs, cache)
             position = position + 1
+
+    def _without_cache(
+        self, prompts: Sequence[PromptItem], rows: list[_Row], inputs: Any, group_size: int, sampling: Sampling
+    ) -> list[_Row]:
+        """`_generate_batch` for prompts of one length, everything computed again for each token."""
+        if any(item.media for item in prompts):
+            raise Unsupported(
+                f"{type(self._model).__name__} has no cache that can be continued, and the prompts have media",
+                where="rollout.name",
+                remedy="use rollout.name=vllm",
+            )
+        ids, live = inputs["input_ids"].repeat_interleave(group_size, 0), rows
+        while live:
+            logits = self._model(input_ids=ids, use_cache=False).logits[:, -1].float()
+            tokens = self._sample(live, logits, sampling)
+            for row, token in zip(live, tokens.tolist(), strict=True):
+                self._check_finish(row, token, sampling)
+            keep = [n for n, row in enumerate(live) if row.finish is None]
+            ids, live = torch.cat([ids, tokens[:, None]], 1)[keep], [live[n] for n in keep]
+        return rows
 
     def _forward(self, inputs: Mapping[str, Any], cache: Any) -> tuple[Tensor, Any]:
         """Logits f32[B, V] after the last token of each row, and the cache."""
@@ -266,14 +298,19 @@ class TransformersEngine:
 
     def _too_long(self, request: Request) -> FailedPrompt | None:
         length, tokens = len(request.prompt.token_ids), request.sampling.max_tokens
-        if self._longest is None or length + tokens <= self._longest:
-            return None
-        return FailedPrompt(
-            request.prompt,
-            "too long",
-            f"a prompt of {length} tokens and a completion of up to {tokens} do not fit the engine's length of "
-            f"{self._longest}",
-        )
+        whole = f"a prompt of {length} tokens and a completion of up to {tokens}"
+        if self._longest is not None and length + tokens > self._longest:
+            return FailedPrompt(
+                request.prompt, "too long", f"{whole} do not fit the engine's length of {self._longest}"
+            )
+        if self._turning is not None and length + tokens > self._turning:
+            return FailedPrompt(
+                request.prompt,
+                "too long",
+                f"{whole} go beyond {self._turning} tokens, where this model's rotary frequencies change with a row's "
+                "length: transformers would compute a row by the longest of its batch",
+            )
+        return None
 
     @torch.no_grad()
     def logps(self, token_ids: Sequence[np.ndarray], media: Sequence[Sequence[Medium]] = ()) -> list[np.ndarray]:

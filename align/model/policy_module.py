@@ -22,6 +22,7 @@ from align.model import unshared
 from align.model.attention import NAME, AttentionPlan, plan_attention
 from align.model.head import LogitTransform, fused_head
 from align.model.last_layer import LastLayer
+from align.model.logits import logit_transform
 from align.model.media import MediaFeatures, Placed
 from align.model.output_embedding import output_of
 from align.model.places import BOTH_WAYS, inside_media, runs, slots_of, type_ids
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from align.model.rotary_lengths import RotaryLengths
 
 MEDIA_CACHE = 1 << 30
-CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
 
 
 class PolicyModule(nn.Module):
@@ -67,7 +67,7 @@ class PolicyModule(nn.Module):
         super().__init__()
         self.model = model
         self.autocast = autocast
-        self.transform = logit_transform(model.config, temperature)
+        self.transform = logit_transform(model, temperature)
         model.config.use_cache = False
         model.config.get_text_config().output_router_logits = False  # losses of a mixture's router are off
         self.last_layer = LastLayer(text_backbone(model))
@@ -266,12 +266,3 @@ def set_attention(model: Any, name: str) -> None:
     key = next((key for key in config.sub_configs if getattr(config, key, None) is text), None)
     with suppress(ValueError):
         model.set_attn_implementation(name if key is None else {key: name})
-
-
-def logit_transform(config: Any, temperature: float) -> LogitTransform:
-    """What the model's own forward does to its logits, by its config (Gemma's cap, Cohere's and Granite's scale)."""
-    text = config.get_text_config()
-    caps = (getattr(text, name, None) for name in CAPS)
-    scale = float(getattr(text, "logit_scale", None) or 1.0)
-    scale /= float(getattr(text, "logits_scaling", None) or 1.0)
-    return LogitTransform(temperature, scale, next((float(cap) for cap in caps if cap), None))
