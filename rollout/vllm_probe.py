@@ -4,7 +4,8 @@ one, this proves the other, once per engine.
 An adapter of the published one's shape with large random weights must move log-probabilities; where the published one
 has weights outside the language model, those alone must move them too, of a prompt with a picture. Move means: ten
 times as far as one whose weights are all 0 does, which is the engine's own noise (its kernels need not give the same
-with an adapter as without), and further than a least figure for each dtype.
+with an adapter as without), and further than a least figure for each dtype. On SmolLM2-135M-Instruct in bfloat16 the
+large weights move log-probabilities by 17 nats, those of the last layer alone by 25, zeros by 0.
 """
 
 from __future__ import annotations
