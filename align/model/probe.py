@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 Layout = Literal["shared", "unshared", "alone"]
 
-LOW_FACTOR = 4.0  # times the own forward's error in the trained dtype
+LOW_FACTOR = 8.0  # times the own forward's error in the trained dtype; routers and sinks make it heavy-tailed
 LONGER = 4.0  # times the bounds of short sequences
 KERNEL_BOUND = 8.0  # units in the last place of a kernel's dtype, of the attention it computes
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,7 +86,8 @@ class Own:
         self.rows = None if has_score_head(model) else head_rows(model, scored)
         self.streamed = True
         self.traces: list[Trace] = []
-        self.values = self.low = torch.zeros(0)
+        self.values = torch.zeros(0)
+        self.low: Tensor | None = None
         self.bounds: dict[str, float] = {}
         self.long: Long | None = None
         self.loud: dict[tuple[str, float], Tensor] = {}
@@ -173,11 +174,12 @@ def _in_float32(own: Own, model: Any) -> None:
         autocast, own.autocast = own.autocast, None
         try:
             for number, row in enumerate(own.plain):
-                sampling = _sampled(backbone, prefix) if number == own.text_row else nullcontext({})
-                with traced(backbone, 1, len(row.tokens), prefix) as trace, sampling as samples:
+                with ExitStack() as stack:
+                    trace = stack.enter_context(traced(backbone, 1, len(row.tokens), prefix))
+                    if number == own.text_row:
+                        own.samples = stack.enter_context(_sampled(backbone, prefix))
                     found.append(values(own, model, [row]))
                 own.traces.append(trace)
-                own.samples |= samples
             own.values = torch.cat(found)
             _noise(own, model, found)
             own.long = _long(own, model)

@@ -93,9 +93,9 @@ def hidden_states(
         found[rows[n]] = firsts[n] + torch.arange(len(rows[n]))
     spots = found[at.cpu()]
     if one_by_one is not None:
-        for n, row in enumerate(rows):
+        for n, places in enumerate(rows):
             own = one_by_one.cpu() == n
-            spots[own] = firsts[n] + torch.searchsorted(row, at.cpu()[own])
+            spots[own] = firsts[n] + torch.searchsorted(places, at.cpu()[own])
     flat, back = spots.sort(stable=True)
     assert flat.numel() == 0 or int(flat[0]) >= 0, "a token that no sequence holds"
     parts, offset = [], 0
