@@ -169,8 +169,8 @@ class FusedLoraLinear(LoraLinear):
 class Exchange(Counter[str]):
     """How many modules of each class were exchanged. left: how many keep their own code, by class and reason."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, counts: Any = ()) -> None:
+        super().__init__(counts)
         self.left: Counter[tuple[str, str]] = Counter()
 
     def lines(self) -> list[str]:

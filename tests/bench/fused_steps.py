@@ -61,11 +61,9 @@ def seconds(family: str, *, fused: bool) -> float:
 
 def measured(family: str, tree: Path, fused: bool) -> float:
     """`seconds` in a process of its own, with the code of `tree`."""
-    code = f"from tests.bench.fused_steps import seconds; print(seconds({family!r}, fused={fused}))"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), str(Path(__file__).parents[2])])}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-W", "ignore", __file__, family, "--one", "fused" if fused else "plain"]
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=tree)
     return float(done.stdout.split()[-1])
 
 
@@ -84,7 +82,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", default=list(FAMILIES))
     parser.add_argument("--against", type=Path, help="another checkout; default: this one, not fused")
+    parser.add_argument("--one", choices=("fused", "plain"), help="time this tree once, and print seconds")
     asked = parser.parse_args()
+    if asked.one:
+        print(seconds(asked.families[0], fused=asked.one == "fused"))
+        return 0
     slower = []
     for family in asked.families:
         found = compare(family, asked.against)
