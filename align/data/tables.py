@@ -198,7 +198,8 @@ class Tokeniser:
             refuse_stray(layout, self.layouts, values)
             record = place_media(with_beginning(layout.convert(values), self.tokenizer), values)
             check(record)
-            refuse_endless(record)
+            cuts = self.source.truncate != "error" or self.source.overlong_prompts == "filter"
+            refuse_endless(record, self.tokenizer, None if cuts else self.source.max_length)
             return record, margin_of(values) if layout.kind == "pair" else None
         except UNFORESEEN as e:
             raise unforeseen(e) from e
