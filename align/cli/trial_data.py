@@ -23,7 +23,7 @@ from align.errors import DataError
 from align.recipe.inputs import DataSource
 from rewards.api import Sample
 
-_ROLLOUTS = {"group_id", "sample", "origin", "prompt", "completion", "finish", "token_ids"}
+_ROLLOUTS = {"step", "group_id", "sample", "origin", "prompt", "completion", "finish", "token_ids", "version"}
 _PLACE = re.compile(r"(?P<path>.+?)(?::\d+| row \d+)")
 
 
@@ -48,7 +48,7 @@ def read_trial(path: Path, column: str, columns: dict[str, str], limit: int | No
     trial = Trial(path, column, TrialMedia(aside))
     if not rows:
         raise DataError("there are no rows", where=path)
-    if rows[0].values.keys() >= _ROLLOUTS:
+    if all(row.values.keys() >= _ROLLOUTS for row in rows):
         _read_rollouts(rows, trial)
     else:
         _read_data(rows, trial, columns)

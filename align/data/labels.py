@@ -87,9 +87,9 @@ def _several(items: list[Any], labels: Labels) -> list[float]:
 def _number(value: Any) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) < 3.4e38:  # float32, in which losses compute, holds no more
         raise RowError(f"the label must be a number, got {_shown(value)}")
     return number
 

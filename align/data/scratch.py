@@ -91,7 +91,11 @@ def _texts(spec: TokenizerFromScratch, folder: Path | None, cache: Path | None) 
     """Every text of every row (of the mapped columns where there are `columns:`), and the template's headers."""
     for source in spec.train_on:
         opened = open_source(source, folder=folder, cache=cache, limit=source.limit)
-        rows = [item for item in opened.rows(source.limit) if isinstance(item, Row)]
+        items = list(opened.rows(source.limit))
+        rows = [item for item in items if isinstance(item, Row)]
+        bad = next((item for item in items if not isinstance(item, Row)), None)
+        if bad is not None and source.on_bad_row == "error":
+            raise DataError(bad.reason, where=bad.origin, remedy="correct this row, or set `on_bad_row: skip`")
         for values in apply_columns(rows, source):
             wanted = {k: v for k, v in values.items() if k in source.columns} if source.columns else values
             yield from _strings(wanted)

@@ -11,7 +11,7 @@ from align.data.records import Kind, Record, RowError, texts
 from align.data.tokenizer import ChatTokenizer
 
 LONGEST_TEXT = 32 << 20  # characters of a row that are tokenised: more than any model's context
-
+_LONG, _SPARE = 1 << 20, 4  # characters from which on they are counted first; what a normalizer may leave out
 UNFORESEEN = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What Python raises at a value that nobody thought of. It ends a row, which is named, and not the run."""
 
@@ -20,13 +20,20 @@ def unforeseen(error: Exception) -> RowError:
     return RowError(f"a value in the row that nothing foresaw: {type(error).__name__}: {str(error)[:200]}")
 
 
-def refuse_endless(record: Record) -> None:
-    """Raise RowError for a row whose text is longer than anything that a model reads, before it is rendered."""
+def refuse_endless(record: Record, tokenizer: ChatTokenizer, most_tokens: int | None) -> None:
+    """Raise RowError for a row whose text is longer than anything that a model reads, before it is rendered.
+
+    most_tokens: more than those are refused (not cut) later; a text that cannot have so few is refused here.
+    """
     length = 0
     for _, text in texts(record):
         length += len(text) if isinstance(text, str) else sum(len(m.text) for m in text)
     if length > LONGEST_TEXT:
         raise RowError(f"{length} characters of text; more than {LONGEST_TEXT} are not tokenised")
+    if most_tokens is not None and length > _LONG:
+        least = length // (_SPARE * tokenizer.longest_token)
+        if least > most_tokens:
+            raise RowError(f"{length} characters are at least {least} tokens, more than max_length {most_tokens}")
 
 
 def refuse_unusable(encoded: Encoded, kind: Kind, tokenizer: ChatTokenizer, cut: bool, max_length: int | None) -> None:

@@ -232,7 +232,8 @@ class Tokeniser:
             record = place_media(with_beginning(layout.convert(reading), self.tokenizer), reading)
             if weight or self._answers_every_row:
                 check(record)
-                refuse_endless(record)
+                cuts = self.source.truncate != "error" or self.source.overlong_prompts == "filter"
+                refuse_endless(record, self.tokenizer, None if cuts else self.source.max_length)
             return record, margin_of(reading) if layout.kind == "pair" else None, weight
         except UNFORESEEN as e:
             raise unforeseen(e) from e

@@ -161,6 +161,11 @@ class ChatTokenizer:
         return self.encode(self.render(messages, add_generation_prompt, tools), add_special_tokens=False)
 
     @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token; of a byte-level one, its bytes."""
+        return max(map(len, self.backend.get_vocab()), default=1)
+
+    @cached_property
     def special_starts(self) -> frozenset[str]:
         """First characters of special tokens: text without any of them holds no such token."""
         return frozenset(token[0] for token in self.special if token)

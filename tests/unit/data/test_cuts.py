@@ -272,3 +272,15 @@ def test_many_turns_of_a_long_row_are_refused_rather_than_rendered_for_hours(tmp
     long = [m for n in range(3000) for m in turns("q" * 100, "a" * 100)]
     with pytest.raises(DataError, match=r"3000 scored turns in \d+ characters.*generation markers"):
         prepared(tmp_path, [{"messages": long}], "conversation", with_template(folder, UNMARKED_CHATML))
+
+
+def test_a_row_that_cannot_fit_is_refused_before_it_is_tokenised(
+    tmp_path: Path, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": "q", "completion": "a" * 3_000_000}, {"prompt": "q", "completion": "b"}]
+    seen: list[int] = []
+    plain = ChatTokenizer._encode
+    monkeypatch.setattr(ChatTokenizer, "_encode", lambda self, t: seen.append(sum(map(len, t))) or plain(self, t))
+    made = prepared(tmp_path, rows, "conversation", tokenizer, on_bad_row="skip", max_length=1000)
+    assert made.report.kept == 1 and "3000001 characters are at least" in made.report.refused[0].reason
+    assert max(seen) < 1000

@@ -15,9 +15,11 @@ import pytest
 from align.data import readers
 from align.data.prepare import prepare
 from align.data.readers import Row
+from align.data.scratch import train_tokenizer
 from align.data.sources import open_source
 from align.data.tokenizer import ChatTokenizer
 from align.errors import DataError
+from align.recipe.inputs import TokenizerFromScratch
 from align.recipe.labels import Labels
 from tests.unit.data.build import prepared, source, text, turns, write_jsonl
 
@@ -247,3 +249,11 @@ def test_other_values_than_json_are_passed_on_as_they_are(tmp_path: Path, tokeni
     rows = [{"prompt": "p", "answer": value} for value in ("007", 7, None, True, [1, "1"], {"a": None})]
     made = prepared(tmp_path, rows, "prompt", tokenizer)
     assert [item.row["answer"] for item in made.items] == [row["answer"] for row in rows]
+
+
+def test_a_tokenizer_is_not_trained_past_a_row_that_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "abc"}\n{broken\n')
+    with pytest.raises(DataError, match="not valid JSON") as error:
+        train_tokenizer(TokenizerFromScratch(train_on=str(path)), tmp_path / "tokenizer")
+    assert error.value.where == f"{path}:2"
