@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from align.data.audit import Refusal
 from align.data.values import BadValue, Json, end_of_value, problem_of
@@ -100,7 +100,8 @@ def _object(value: Any, origin: str) -> Item:
 
 
 def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")
+    opened: Any = gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")
+    return cast(IO[bytes], opened)
 
 
 def _bytes(path: Path) -> bytes:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from datetime import datetime
 from functools import cached_property, wraps
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import jinja2.ext
@@ -191,7 +191,7 @@ class Environment(ImmutableSandboxedEnvironment):
         self.counted, self.joined = _step, _joined
         self.filters["tojson"] = _tojson
         self.filters = {name: _bounded(name, function) for name, function in self.filters.items()}
-        self.tests = {name: _compared(test) for name, test in self.tests.items()}
+        self.tests = {name: _compared(cast(Callable[..., Any], test)) for name, test in self.tests.items()}
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
 
