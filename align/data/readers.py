@@ -100,8 +100,7 @@ def _object(value: Any, origin: str) -> Item:
 
 
 def _open(path: Path) -> IO[bytes]:
-    opened: Any = gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")
-    return cast(IO[bytes], opened)
+    return cast(IO[bytes], gzip.open(path, "rb")) if path.name.endswith(".gz") else path.open("rb")
 
 
 def _bytes(path: Path) -> bytes:
