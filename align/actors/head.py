@@ -11,11 +11,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
+from ray._private import worker
 
 from align.errors import LostError
 
@@ -97,6 +99,11 @@ def _name(process: psutil.Process) -> str:
     return next((part for part in _PARTS if part in str(process)), "of Ray")
 
 
+def _to_log(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+    """In place of Ray's printer: what its own processes tell the driver (a raylet's last lines) is for the log too."""
+    os.write(2, "".join(f"({data.get('pid')}) {line}\n" for line in data["lines"]).encode(errors="backslashreplace"))
+
+
 @contextmanager
 def native_output(folder: Path) -> Iterator[None]:
     """What libraries write to the process' standard error goes to `folder/driver.log`; Python's own goes where it went.
@@ -115,9 +122,11 @@ def native_output(folder: Path) -> Iterator[None]:
     sys.stderr = os.fdopen(os.dup(terminal), "w", buffering=1, encoding="utf-8", errors="backslashreplace")
     os.dup2(log, 2)
     os.close(log)
+    said, worker.print_to_stdstream = worker.print_to_stdstream, _to_log
     try:
         yield
     finally:
+        worker.print_to_stdstream = said
         sys.stderr.close()
         sys.stderr = before
         os.dup2(terminal, 2)

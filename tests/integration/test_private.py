@@ -6,6 +6,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import stat
+import sys
 import time
 from pathlib import Path
 
@@ -96,3 +97,24 @@ def test_a_run_whose_head_dies_says_so_and_resumes(tmp_path: Path, part: str) ->
     assert os.listdir(tmp_path / "runs" / "head" / "sft" / "checkpoints")
     if part == "gcs_server":
         assert "continues from step" in run(recipe, "--resume", "--cores", "1")
+
+
+def test_what_rays_processes_and_libraries_say_goes_to_the_log_and_pythons_own_to_the_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from ray._private import worker
+
+    from align.actors.head import LOG, native_output
+
+    with native_output(tmp_path / "logs"):
+        os.write(2, b"rpc_client.h:204: Failed to connect\n")
+        worker.print_to_stdstream(
+            {"lines": ["[state-dump] Raylet is terminated"], "pid": "raylet"}, ignore_prefix=False
+        )
+        print("error: in words", file=sys.stderr)
+    assert capfd.readouterr().err == "error: in words\n"
+    log = (tmp_path / "logs" / LOG).read_text()
+    assert "rpc_client.h" in log and "(raylet) [state-dump]" in log
+    with native_output(tmp_path / "none"):
+        pass
+    assert not (tmp_path / "none").exists(), "nothing was said"
