@@ -28,8 +28,11 @@ from torch import Tensor, nn
 from align.errors import ModelError
 from align.model.attention import kernels_for, witnessed
 from align.model.policy_module import PolicyModule, text_backbone
+from align.model.probe_conditions import FAILURES
+from align.model.probe_exchange import class_names, give_back, given_back_words
 from align.model.probe_float32 import first_layers, layers_of
-from align.model.probe_own import FAILURES, Own, backbone_path, loud_parting, measure, unit_scores
+from align.model.probe_loud import Loud, loud_parting, loud_values
+from align.model.probe_own import Own, backbone_path, measure, unit_scores
 from align.model.probe_rows import Alone, two_tree_batch
 from align.model.probe_trace import Parting, Trace, parting, traced
 from align.model.rotary_lengths import lengths_of
@@ -112,11 +115,11 @@ def probe(module: PolicyModule) -> float:
 
 def _choose(module: PolicyModule, own: Own) -> Verdict:
     given_back: list[str] = []
-    while (loud := loud_parting(own, module.model)) is not None:
+    while (loud := loud_parting(_loud_now(module, own), own.loud)) is not None:
         kinds = give_back(module.model, loud.path)
         if not kinds:
             break  # a change that nobody here made: the layouts will show whether it matters
-        given_back.append(_given_back(kinds, loud))
+        given_back.append(given_back_words(kinds, f"{loud} on large activations"))
     for again in (False, True):
         tried: list[str] = []
         for layout, attention in _candidates(module):
@@ -129,13 +132,17 @@ def _choose(module: PolicyModule, own: Own) -> Verdict:
         kinds = {} if again else give_back(module.model, None)
         if not kinds:
             break
-        given_back.append(f"{_names(kinds)} keep their own forward: with the exchanged one no layout agrees")
+        given_back.append(f"{class_names(kinds)} keep their own forward: with the exchanged one no layout agrees")
     what = "scores" if has_score_head(module.model) else "log-probabilities"
     raise ModelError(
         f"{type(module.model).__name__} gives other {what} than its own forward, in packed trees and also where each "
         f"sequence has a row of its own. Tried {'; '.join(tried)}",
         remedy="choose a causal language model, and one without dropout outside training",
     )
+
+
+def _loud_now(module: PolicyModule, own: Own) -> Loud:
+    return loud_values(own.samples, text_backbone(module.model), backbone_path(module.model))
 
 
 def _candidates(module: PolicyModule) -> Iterator[tuple[Layout, str]]:
@@ -160,7 +167,7 @@ def _judged(module: PolicyModule, own: Own, layout: Layout, attention: str, give
         kinds = {} if fault is None or fault.path is None else give_back(module.model, fault.path)
         if fault is None or not kinds:
             return fault
-        given_back.append(_given_back(kinds, fault))
+        given_back.append(given_back_words(kinds, fault.reason))
 
 
 def _structure(module: PolicyModule, own: Own) -> Fault | None:
@@ -332,32 +339,6 @@ def _sees_neighbours(module: PolicyModule, own: Own, trace: Trace, part: Parting
 def _last_layer(model: Any) -> str | None:
     paths = list(layers_of(text_backbone(model)))
     return f"{backbone_path(model)}{paths[-1]}" if paths else None
-
-
-# ------------------------------------------------------------------------------------------------- what was exchanged
-
-
-def give_back(model: nn.Module, path: str | None) -> dict[type[nn.Module], int]:
-    """Have modules of the class at `path` (None: of every class) that was exchanged keep their own forward again; how
-    many there were, by class. Empty where nothing there was exchanged."""
-    wanted = None if path is None else type(model.get_submodule(path))
-    found: dict[type[nn.Module], int] = {}
-    for module in model.modules():
-        kind = type(module)
-        if kind.__name__.startswith("Fused") and wanted in (None, kind):
-            own: Any = kind.__mro__[1]
-            module.__class__ = own
-            found[own] = found.get(own, 0) + 1
-    return found
-
-
-def _names(kinds: dict[type[nn.Module], int]) -> str:
-    return ", ".join(f"{count} x {kind.__name__}" for kind, count in kinds.items())
-
-
-def _given_back(kinds: dict[type[nn.Module], int], fault: Fault | Parting) -> str:
-    reason = fault.reason if isinstance(fault, Fault) else f"{fault} on large activations"
-    return f"{_names(kinds)} keep their own, slower forward: when exchanged, {reason}"
 
 
 @contextmanager
