@@ -19,8 +19,8 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from align.model.probe_loud import Loud, loud_parting, loud_values
 from align.model.probe_own import Own, backbone_path, measure, unit_scores
 from align.model.probe_rows import Alone, two_tree_batch
 from align.model.probe_trace import Parting, Trace, parting, traced
+from align.model.probe_verdict import Layout, Verdict
 from align.model.rotary_lengths import lengths_of
 from align.model.score_head import has_score_head
 from align.model.unshared import sequences_of
@@ -44,42 +45,9 @@ __all__ = ["Verdict", "probe", "two_tree_batch"]
 
 log = logging.getLogger(__name__)
 
-Layout = Literal["shared", "unshared", "alone"]
-
 LOW_FACTOR = 8.0  # times the own forward's error in the trained dtype; routers and sinks make it heavy-tailed
 LONGER = 4.0  # times the bounds of short sequences
 KERNEL_BOUND = 8.0  # units in the last place of a kernel's dtype, of the attention it computes
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """How a model is computed from now on, and why not better.
-
-    why: what was tried before and is wrong with it, and what was not exchanged. notes: what else a user may want to
-    know. difference: largest, from the model's own forward in the trained dtype; own_error, error: mean, of that
-    forward and of this one, against float32.
-    """
-
-    layout: Layout
-    attention: str
-    why: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    difference: float = 0.0
-    own_error: float = 0.0
-    error: float = 0.0
-
-    @property
-    def slower(self) -> bool:
-        """Whether something was given up that costs speed: packed trees, the attention asked for, an exchanged part."""
-        return bool(self.why)
-
-    @property
-    def words(self) -> str:
-        return {
-            "shared": f"packed, shared prompts once ({self.attention})",
-            "unshared": f"a sequence a row, shared prompts repeated ({self.attention} attention)",
-            "alone": f"one sequence at a time, shared prompts repeated ({self.attention} attention)",
-        }[self.layout]
 
 
 class Fault(NamedTuple):
