@@ -29,7 +29,7 @@ from align.errors import ModelError
 from align.model.attention import kernels_for, witnessed
 from align.model.policy_module import PolicyModule, text_backbone
 from align.model.probe_conditions import FAILURES
-from align.model.probe_exchange import class_names, give_back, given_back_words
+from align.model.probe_exchange import class_names, exchange_again, give_back, given_back_words
 from align.model.probe_float32 import first_layers, layers_of
 from align.model.probe_loud import Loud, loud_parting, loud_values
 from align.model.probe_own import Own, backbone_path, measure, unit_scores
@@ -126,15 +126,24 @@ def _candidates(module: PolicyModule) -> Iterator[tuple[Layout, str]]:
 
 def _judged(module: PolicyModule, own: Own, layout: Layout, attention: str, given_back: list[str]) -> Fault | None:
     """What is wrong with a layout, if anything. Classes whose exchange is what is wrong are given back on the way."""
+    tried: tuple[str | None, type[nn.Module], dict[type[nn.Module], int]] | None = None
     while True:
         module.use(layout, attention)
         fault = _structure(module, own)
         if fault is None and own.low is not None:
             module.use(layout, attention)
             fault = _precision(module, own)
-        kinds = {} if fault is None or fault.path is None else give_back(module.model, fault.path)
-        if fault is None or not kinds:
+        if fault is not None and tried is not None and fault.path == tried[0]:
+            exchange_again(module.model, *tried[1:])  # it was not the exchange
+            given_back.pop()
             return fault
+        if fault is None or fault.path is None:
+            return fault
+        exchanged = type(module.model.get_submodule(fault.path))
+        kinds = give_back(module.model, fault.path)
+        if not kinds:
+            return fault
+        tried = fault.path, exchanged, kinds
         given_back.append(given_back_words(kinds, fault.reason))
 
 

@@ -27,3 +27,10 @@ def class_names(kinds: dict[type[nn.Module], int]) -> str:
 
 def given_back_words(kinds: dict[type[nn.Module], int], reason: str) -> str:
     return f"{class_names(kinds)} keep their own, slower forward: when exchanged, {reason}"
+
+
+def exchange_again(model: nn.Module, exchanged: type[nn.Module], kinds: dict[type[nn.Module], int]) -> None:
+    """Undo `give_back` of one class."""
+    for module in model.modules():
+        if type(module) in kinds:
+            module.__class__ = exchanged
