@@ -45,10 +45,11 @@ def woken_adapters(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def small_windows(model: Any) -> Iterator[None]:
-    """Sliding windows and attention chunks of WINDOW tokens, wherever model and configuration have longer ones."""
+def small_windows(backbone: Any) -> Iterator[None]:
+    """Sliding windows and attention chunks of WINDOW tokens, wherever a text backbone and its configuration have longer
+    ones; a vision tower's windows are of other things."""
     owners = {
-        id(owner): owner for m in model.modules() for owner in (m, getattr(m, "config", None)) if owner is not None
+        id(owner): owner for m in backbone.modules() for owner in (m, getattr(m, "config", None)) if owner is not None
     }
     changed: list[tuple[Any, str, int]] = []
     try:

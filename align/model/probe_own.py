@@ -106,7 +106,7 @@ class Own:
         training = model.training
         model.eval()
         try:
-            with torch.no_grad(), small_windows(model), woken_adapters(model), head_of(model, self.rows):
+            with torch.no_grad(), small_windows(text_backbone(model)), woken_adapters(model), head_of(model, self.rows):
                 yield
         finally:
             model.train(training)
