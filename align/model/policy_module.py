@@ -31,8 +31,8 @@ from align.model.spelled import words_for_marks
 from align.types import HeadOutputs, TokenBatch
 
 if TYPE_CHECKING:
-    from align.model.probe import Verdict
     from align.model.probe_own import Own
+    from align.model.probe_verdict import Verdict
     from align.model.rotary_lengths import RotaryLengths
 
 MEDIA_CACHE = 1 << 30

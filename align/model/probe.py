@@ -19,8 +19,8 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,14 @@ from torch import Tensor, nn
 from align.errors import ModelError
 from align.model.attention import kernels_for, witnessed
 from align.model.policy_module import PolicyModule, text_backbone
+from align.model.probe_conditions import FAILURES
+from align.model.probe_exchange import class_names, exchange_again, give_back, given_back_words
 from align.model.probe_float32 import first_layers, layers_of
-from align.model.probe_own import FAILURES, Own, backbone_path, loud_parting, measure, unit_scores
+from align.model.probe_loud import Loud, loud_parting, loud_values
+from align.model.probe_own import Own, backbone_path, measure, unit_scores
 from align.model.probe_rows import Alone, two_tree_batch
 from align.model.probe_trace import Parting, Trace, parting, traced
+from align.model.probe_verdict import Layout, Verdict
 from align.model.rotary_lengths import lengths_of
 from align.model.score_head import has_score_head
 from align.model.unshared import sequences_of
@@ -41,42 +45,9 @@ __all__ = ["Verdict", "probe", "two_tree_batch"]
 
 log = logging.getLogger(__name__)
 
-Layout = Literal["shared", "unshared", "alone"]
-
 LOW_FACTOR = 8.0  # times the own forward's error in the trained dtype; routers and sinks make it heavy-tailed
 LONGER = 4.0  # times the bounds of short sequences
 KERNEL_BOUND = 8.0  # units in the last place of a kernel's dtype, of the attention it computes
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """How a model is computed from now on, and why not better.
-
-    why: what was tried before and is wrong with it, and what was not exchanged. notes: what else a user may want to
-    know. difference: largest, from the model's own forward in the trained dtype; own_error, error: mean, of that
-    forward and of this one, against float32.
-    """
-
-    layout: Layout
-    attention: str
-    why: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    difference: float = 0.0
-    own_error: float = 0.0
-    error: float = 0.0
-
-    @property
-    def slower(self) -> bool:
-        """Whether something was given up that costs speed: packed trees, the attention asked for, an exchanged part."""
-        return bool(self.why)
-
-    @property
-    def words(self) -> str:
-        return {
-            "shared": f"packed, shared prompts once ({self.attention})",
-            "unshared": f"a sequence a row, shared prompts repeated ({self.attention} attention)",
-            "alone": f"one sequence at a time, shared prompts repeated ({self.attention} attention)",
-        }[self.layout]
 
 
 class Fault(NamedTuple):
@@ -112,11 +83,11 @@ def probe(module: PolicyModule) -> float:
 
 def _choose(module: PolicyModule, own: Own) -> Verdict:
     given_back: list[str] = []
-    while (loud := loud_parting(own, module.model)) is not None:
+    while (loud := loud_parting(_loud_now(module, own), own.loud)) is not None:
         kinds = give_back(module.model, loud.path)
         if not kinds:
             break  # a change that nobody here made: the layouts will show whether it matters
-        given_back.append(_given_back(kinds, loud))
+        given_back.append(given_back_words(kinds, f"{loud} on large activations"))
     for again in (False, True):
         tried: list[str] = []
         for layout, attention in _candidates(module):
@@ -129,13 +100,17 @@ def _choose(module: PolicyModule, own: Own) -> Verdict:
         kinds = {} if again else give_back(module.model, None)
         if not kinds:
             break
-        given_back.append(f"{_names(kinds)} keep their own forward: with the exchanged one no layout agrees")
+        given_back.append(f"{class_names(kinds)} keep their own forward: with the exchanged one no layout agrees")
     what = "scores" if has_score_head(module.model) else "log-probabilities"
     raise ModelError(
         f"{type(module.model).__name__} gives other {what} than its own forward, in packed trees and also where each "
         f"sequence has a row of its own. Tried {'; '.join(tried)}",
         remedy="choose a causal language model, and one without dropout outside training",
     )
+
+
+def _loud_now(module: PolicyModule, own: Own) -> Loud:
+    return loud_values(own.samples, text_backbone(module.model), backbone_path(module.model))
 
 
 def _candidates(module: PolicyModule) -> Iterator[tuple[Layout, str]]:
@@ -151,16 +126,25 @@ def _candidates(module: PolicyModule) -> Iterator[tuple[Layout, str]]:
 
 def _judged(module: PolicyModule, own: Own, layout: Layout, attention: str, given_back: list[str]) -> Fault | None:
     """What is wrong with a layout, if anything. Classes whose exchange is what is wrong are given back on the way."""
+    tried: tuple[str | None, type[nn.Module], dict[type[nn.Module], int]] | None = None
     while True:
         module.use(layout, attention)
         fault = _structure(module, own)
         if fault is None and own.low is not None:
             module.use(layout, attention)
             fault = _precision(module, own)
-        kinds = {} if fault is None or fault.path is None else give_back(module.model, fault.path)
-        if fault is None or not kinds:
+        if fault is not None and tried is not None and fault.path == tried[0]:
+            exchange_again(module.model, *tried[1:])  # it was not the exchange
+            given_back.pop()
             return fault
-        given_back.append(_given_back(kinds, fault))
+        if fault is None or fault.path is None:
+            return fault
+        exchanged = type(module.model.get_submodule(fault.path))
+        kinds = give_back(module.model, fault.path)
+        if not kinds:
+            return fault
+        tried = fault.path, exchanged, kinds
+        given_back.append(given_back_words(kinds, fault.reason))
 
 
 def _structure(module: PolicyModule, own: Own) -> Fault | None:
@@ -332,32 +316,6 @@ def _sees_neighbours(module: PolicyModule, own: Own, trace: Trace, part: Parting
 def _last_layer(model: Any) -> str | None:
     paths = list(layers_of(text_backbone(model)))
     return f"{backbone_path(model)}{paths[-1]}" if paths else None
-
-
-# ------------------------------------------------------------------------------------------------- what was exchanged
-
-
-def give_back(model: nn.Module, path: str | None) -> dict[type[nn.Module], int]:
-    """Have modules of the class at `path` (None: of every class) that was exchanged keep their own forward again; how
-    many there were, by class. Empty where nothing there was exchanged."""
-    wanted = None if path is None else type(model.get_submodule(path))
-    found: dict[type[nn.Module], int] = {}
-    for module in model.modules():
-        kind = type(module)
-        if kind.__name__.startswith("Fused") and wanted in (None, kind):
-            own: Any = kind.__mro__[1]
-            module.__class__ = own
-            found[own] = found.get(own, 0) + 1
-    return found
-
-
-def _names(kinds: dict[type[nn.Module], int]) -> str:
-    return ", ".join(f"{count} x {kind.__name__}" for kind, count in kinds.items())
-
-
-def _given_back(kinds: dict[type[nn.Module], int], fault: Fault | Parting) -> str:
-    reason = fault.reason if isinstance(fault, Fault) else f"{fault} on large activations"
-    return f"{_names(kinds)} keep their own, slower forward: when exchanged, {reason}"
 
 
 @contextmanager

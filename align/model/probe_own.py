@@ -25,6 +25,7 @@ from align.mediastore import read_tensors
 from align.model.media import merged
 from align.model.places import type_ids
 from align.model.policy_module import set_attention, text_backbone
+from align.model.probe_conditions import FAILURES, small_windows, woken_adapters
 from align.model.probe_float32 import (
     NARROW,
     first_layers,
@@ -32,31 +33,21 @@ from align.model.probe_float32 import (
     head_rows,
     in_float32,
     kinds_of,
-    layers_of,
     widened,
 )
+from align.model.probe_loud import Loud, loud_values, sampled
 from align.model.probe_rows import LONG, Alone, Picture, alone_batches, two_tree_batch
-from align.model.probe_trace import Parting, Trace, apart, parting, parts_of_forward, sketch, traced
+from align.model.probe_trace import Trace, apart, parting, traced
 from align.model.rotary_lengths import lengths_of
 from align.model.score_head import HEAD, has_score_head, score
 from align.types import TokenBatch
 
 log = logging.getLogger(__name__)
 
-WINDOW = 4  # of layers with a sliding window, for the time of the probe
-WINDOWS = (
-    "sliding_window", "attention_chunk_size", "attention_window_size", "local_attention", "window_size", "index_topk",
-    "keep_window_size",
-)  # fmt: skip
 FACTOR = 32.0  # times the noise of float32
 FLOOR = 2e-6  # of a module's output: what float32 may differ by where no noise was seen
-LOUD = (1e-3, 30.0, 1000.0)  # times what a module is usually given
-LOUD_BOUND = 1e-4
 REPEATS = 1e-3  # a module that differs by so much from call to call is no matter of rounding
 CHANGED = 2  # tokens at the end of a sequence
-LORA_SIZE = 5e-3  # of the entries of an adapter's product, where a fresh one is woken for the probe
-# what a forward may raise that a model was not written for
-FAILURES = (UserError, RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError)
 
 
 class Long(NamedTuple):
@@ -90,7 +81,7 @@ class Own:
         self.low: Tensor | None = None
         self.bounds: dict[str, float] = {}
         self.long: Long | None = None
-        self.loud: dict[tuple[str, float], Tensor] = {}
+        self.loud: Loud = {}
         self.samples: dict[str, Tensor] = {}
 
     @property
@@ -115,7 +106,7 @@ class Own:
         training = model.training
         model.eval()
         try:
-            with torch.no_grad(), small_windows(model), woken_adapters(model), head_of(model, self.rows):
+            with torch.no_grad(), small_windows(text_backbone(model)), woken_adapters(model), head_of(model, self.rows):
                 yield
         finally:
             model.train(training)
@@ -177,7 +168,7 @@ def _in_float32(own: Own, model: Any) -> None:
                 with ExitStack() as stack:
                     trace = stack.enter_context(traced(backbone, 1, len(row.tokens), prefix))
                     if number == own.text_row:
-                        own.samples = stack.enter_context(_sampled(backbone, prefix))
+                        own.samples = stack.enter_context(sampled(backbone, prefix))
                     found.append(values(own, model, [row]))
                 own.traces.append(trace)
             own.values = torch.cat(found)
@@ -185,7 +176,7 @@ def _in_float32(own: Own, model: Any) -> None:
             own.long = _long(own, model)
         finally:
             own.autocast = autocast
-    own.loud = loud_values(own, model)
+    own.loud = loud_values(own.samples, text_backbone(model), backbone_path(model))
 
 
 def _long(own: Own, model: Any) -> Long | None:
@@ -285,109 +276,6 @@ def backbone_path(model: Any) -> str:
     backbone = text_backbone(model)
     path = next(name for name, module in model.named_modules() if module is backbone)
     return f"{path}." if path else ""
-
-
-# ------------------------------------------------------------------------------------------- modules by themselves
-
-
-@contextmanager
-def _sampled(backbone: nn.Module, prefix: str) -> Iterator[dict[str, Tensor]]:
-    """What modules with parameters that take one tensor are given inside the block: a few tokens of it."""
-    found: dict[str, Tensor] = {}
-    handles = []
-
-    def watch(path: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].is_floating_point():
-                x = args[0]
-                found[path] = (x[:, -4:] if x.dim() == 3 else x[-4:]).detach().float().clone()
-
-        return hook
-
-    for path, module in parts_of_forward(backbone):
-        plain = isinstance(module, nn.Linear | nn.Embedding) or hasattr(module, "lora_A")
-        if not plain and any(True for _ in module.parameters()):
-            handles.append(module.register_forward_pre_hook(watch(prefix + path), with_kwargs=True))
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def loud_values(own: Own, model: Any) -> dict[tuple[str, float], Tensor]:
-    """Sketches of what modules make, in float32, of much more and much less than they are usually given: limits that
-    activations never reach in a small probe (clamps, caps, epsilons) act there."""
-    found = {}
-    prefix = backbone_path(model)
-    for path, layer in layers_of(text_backbone(model)).items():
-        names = [name for name in own.samples if f"{name}.".startswith(f"{prefix}{path}.")]
-        if not names:
-            continue
-        with widened(layer):
-            for name in names:
-                module = model.get_submodule(name)
-                for times in LOUD:
-                    try:
-                        out = module(own.samples[name] * times)
-                    except FAILURES:
-                        continue
-                    out = out[0] if isinstance(out, tuple | list) else out
-                    if isinstance(out, Tensor) and out.dim() > 1 and out.is_floating_point():
-                        found[name, times] = sketch(out).flatten(0, -2)
-    return found
-
-
-def loud_parting(own: Own, model: Any) -> Parting | None:
-    """The first module that makes something else now of what is loud, its parts first."""
-    now = loud_values(own, model)
-    apart_by = {key: apart(now[key], own.loud[key]) for key in own.loud if key in now}
-    wrong = [(name, d) for (name, _), d in apart_by.items() if d > LOUD_BOUND]
-    inner = [(n, d) for n, d in wrong if not any(other != n and other.startswith(f"{n}.") for other, _ in wrong)]
-    return Parting(inner[0][0], inner[0][1], LOUD_BOUND) if inner else None
-
-
-@contextmanager
-def woken_adapters(model: Any) -> Iterator[None]:
-    """A fresh adapter is all zeros, and would hide what is computed with it: inside the block it has small values."""
-    changed: list[tuple[nn.Parameter, Tensor]] = []
-    generator = torch.Generator().manual_seed(0)
-    try:
-        for module in model.modules():
-            for name, up in (getattr(module, "lora_B", None) or {}).items():
-                weight, down = getattr(up, "weight", None), getattr(module.lora_A[name], "weight", None)
-                if weight is None or down is None or weight.count_nonzero().item():
-                    continue
-                size = (
-                    LORA_SIZE * down.shape[1] ** 0.5 / (abs(module.scaling[name]) * down.float().norm().item() + 1e-12)
-                )
-                changed.append((weight, weight.data))
-                drawn = size * torch.randn(weight.shape, generator=generator)
-                weight.data = drawn.to(weight.device, weight.dtype)
-        yield
-    finally:
-        for parameter, data in changed:
-            parameter.data = data
-
-
-@contextmanager
-def small_windows(model: Any) -> Iterator[None]:
-    """Sliding windows and attention chunks of WINDOW tokens, wherever model and configuration have longer ones."""
-    owners = {
-        id(owner): owner for m in model.modules() for owner in (m, getattr(m, "config", None)) if owner is not None
-    }
-    changed: list[tuple[Any, str, int]] = []
-    try:
-        for owner in owners.values():
-            for name in WINDOWS:
-                value = getattr(owner, name, None)
-                if type(value) is int and value > WINDOW:
-                    changed.append((owner, name, value))
-                    setattr(owner, name, WINDOW)
-        yield
-    finally:
-        for owner, name, value in changed:
-            setattr(owner, name, value)
 
 
 # ------------------------------------------------------------------------------------------------- the own forward

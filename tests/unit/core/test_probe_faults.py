@@ -201,6 +201,7 @@ def test_a_wrong_view_of_the_packed_row_falls_back_by_name(
     monkeypatch.setattr(attention, "sdpa_attention", seen)
     verdict = verdict_of(loud(family, dtype))
     assert verdict.layout == "unshared" and "model.layers.0.self_attn is" in verdict.why[0]
+    assert not any("keep their own" in why for why in verdict.why)  # the exchanged rotation is not at fault
     assert ("sees its neighbours" in verdict.why[0]) == (fault in ("neighbours", "ahead"))
 
 
