@@ -208,7 +208,7 @@ def test_what_makes_a_stage_slower_is_said_when_it_starts_and_recorded(recipe: R
 
     backend.prepare = prepare
     summary, report = start(recipe, backend)
-    said = [line for line in report.messages if "slower" in line]
+    said = [line for line in report.messages if "slower than" in line]
     assert said == ["dpo: slower than it could be: packed; m.conv carries a state"]
     recorded = json.loads((recipe.run_folder / "run.json").read_text())["stages"]
     assert recorded["dpo"]["forward"]["slower"] == summary["stages"]["dpo"]["forward"]["slower"] != []
