@@ -131,7 +131,7 @@ def _calls_as_text(text: str, source: str) -> list[str]:
 
 def _ends_in(look: _Look, message: Message) -> list[str]:
     ends = [look.tokenizer.decode([i], skip_special_tokens=False) for i in look.tokenizer.eos_ids]
-    return [end for end in ends if end and end in message.text]
+    return [end for end in ends if end in look.tokenizer.added and end in message.text]
 
 
 def _loses_text(look: _Look, i: int, message: Message) -> bool:
