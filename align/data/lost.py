@@ -17,6 +17,10 @@ from align.data.turns import Given, rendered
 
 _OTHER = "\ue000other\ue000"  # private use: stands in no text
 _THOUGHTS = "thoughts of an assistant turn (`reasoning_content`)"
+_CALL_MARKS = (
+    "<tool_call>", "<function_call>", "<functioncall>", "<function=", "[TOOL_CALLS]", "<|python_tag|>", "<|tool_call|>",
+    "<|tool_calls_section_begin|>", "<｜tool▁calls▁begin｜>", "<start_function_call>",
+)  # fmt: skip
 _REMEDY = "name a template that does with `model.chat_template`, or leave it out of the row"
 
 
@@ -115,9 +119,19 @@ def _of_message(look: _Look, i: int, message: Message) -> list[str]:
         found.append(_THOUGHTS)
     elif thoughts and thoughts.strip() not in look.text:
         found += [] if look.differs({i: _with(message, "reasoning_content", _OTHER)}) else [_THOUGHTS]
-    if message.role == "assistant" and "<tool_call>" in message.text and "<tool_call>" not in look.template.source:
-        found.append("tool calls written as <tool_call> text, which stay text")
-    return found
+    if message.role == "assistant":
+        found += _calls_as_text(message.text, look.template.source)
+    return found + [f"{end!r} of a text as text: it is the token that ends a turn" for end in _ends_in(look, message)]
+
+
+def _calls_as_text(text: str, source: str) -> list[str]:
+    marks = [mark for mark in _CALL_MARKS if mark in text and mark not in source]
+    return [f"tool calls written as {mark} text, which stay text" for mark in marks]
+
+
+def _ends_in(look: _Look, message: Message) -> list[str]:
+    ends = [look.tokenizer.decode([i], skip_special_tokens=False) for i in look.tokenizer.eos_ids]
+    return [end for end in ends if end in look.tokenizer.added and end in message.text]
 
 
 def _loses_text(look: _Look, i: int, message: Message) -> bool:

@@ -6,23 +6,27 @@
 Calls are read as OpenAI writes them (arguments as JSON text or as an object), flat ({name, arguments | parameters |
 args | input}), with the function's name beside (`{"function": "f", "args": {}}`), as Anthropic's tool_use, Gemini's
 functionCall, Bedrock's toolUse, LangChain's, or as JSON text of one or of a list (LLaMA-Factory, ms-swift). Schemas:
-OpenAI's, flat, Anthropic's input_schema, MCP's inputSchema, Gemini's functionDeclarations, also as JSON text.
+OpenAI's, flat, Anthropic's input_schema, MCP's inputSchema, Gemini's functionDeclarations, Bedrock's toolSpec, or an
+object of functions by name; any object of these also as JSON text.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from align.data.records import RowError
+from align.data.values import BadValue, Json
 
 _WRAPPERS = ("functionCall", "function_call", "toolUse", "tool_use", "toolCall", "tool_call")
 _NAMES = ("name", "function_name", "tool_name", "toolName", "tool", "function")
 _ARGUMENTS = ("arguments", "parameters", "args", "input", "kwargs", "tool_input", "tool_arguments")
 _IDS = ("id", "call_id", "tool_call_id", "toolUseId", "tool_use_id", "toolCallId")
 _SCHEMAS = ("parameters", "input_schema", "inputSchema", "parametersJsonSchema")
-_DECLARATIONS = ("functionDeclarations", "function_declarations")
+_DECLARATIONS = ("functionDeclarations", "function_declarations", "tools", "functions")
+_NO_NAME = frozenset('{}[]()<>"\n')  # in what stands where a function's name is to stand, and is none
 
 
 # ------------------------------------------------------------------------------------------------- calls
@@ -44,9 +48,10 @@ def _call(value: Any) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(value, dict):
         raise RowError(f"a tool call must be an object, got {_short(value)}")
     value = {name: item for name, item in value.items() if item is not None}
+    value |= {name: _object(value[name], "a tool call") for name in (*_WRAPPERS, "function") if name in value}
     inner = next((value[name] for name in (*_WRAPPERS, "function") if isinstance(value.get(name), dict)), value)
     name_key = next((name for name in _NAMES if isinstance(inner.get(name), str) and inner[name]), None)
-    if name_key is None:
+    if name_key is None or _NO_NAME.intersection(inner[name_key]):
         raise RowError(f"a tool call names no function: {_short(value)}")
     given = [name for name in _ARGUMENTS if inner.get(name) is not None]
     if len(given) > 1:
@@ -68,7 +73,22 @@ def _arguments(value: Any, function: str) -> dict[str, Any]:
             value = _parsed(value, f"the arguments of {function}") if value.strip() else {}
     if not isinstance(value, dict):
         raise RowError(f"a tool call's arguments must be an object, got {_short(value)} for {function}")
+    if (number := _no_json(value)) is not None:
+        raise RowError(f"the arguments of {function} hold {number}, which JSON cannot say")
     return value
+
+
+def _no_json(value: Any) -> float | None:
+    """The first number of a value that Python's parser reads and no other one does: NaN, Infinity."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else value
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((found for item in inner if (found := _no_json(item)) is not None), None)
+
+
+def _object(value: Any, what: str) -> Any:
+    """An object that stands as JSON text, as files of columns write what differs by row; all else as it is."""
+    return _parsed(value, what) if isinstance(value, str) and value.lstrip().startswith("{") else value
 
 
 def calls_in_text(value: Any) -> tuple[str, list[dict[str, Any]], tuple[str, ...]]:
@@ -87,11 +107,9 @@ def calls_in_text(value: Any) -> tuple[str, list[dict[str, Any]], tuple[str, ...
 
 def _parsed(text: str, what: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        raise RowError(f"{what} is not valid JSON: {e.msg} at column {e.colno}, in {_short(text)}") from e
-    except RecursionError as e:
-        raise RowError(f"{what} is nested too deeply") from e
+        return Json().loads(text)
+    except BadValue as e:
+        raise RowError(f"{what} is {e}, in {_short(text)}" if e.line else f"{what}: {e}") from e
 
 
 # ------------------------------------------------------------------------------------------------- schemas
@@ -111,28 +129,45 @@ def schemas_of(value: Any, column: str = "tools") -> tuple[Mapping[str, Any], ..
 
 
 def _schemas(tool: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    if isinstance(tool.get("name"), str):
+        return [_schema(tool)]
     declared = next((tool[name] for name in _DECLARATIONS if isinstance(tool.get(name), list)), None)
     if declared is not None:
-        return [_schema(one) for one in declared if isinstance(one, dict)]
+        return [schema for one in declared for schema in schemas_of(one)]
+    if tool and all(isinstance(one, dict) and {"description", *_SCHEMAS} & one.keys() for one in tool.values()):
+        spec = tool.keys() <= {"function", "toolSpec", "tool_spec"}
+        return [_schema(tool)] if spec else [_schema({"name": name, **one}) for name, one in tool.items()]
     return [_schema(tool)]
 
 
 def _schema(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Wrapped as a function. What has no name of its own (a server's built-in tool) stays as it is."""
-    inner = tool.get("function")
+    """Wrapped as a function. A server's built-in tool, which has a type or nothing to say, stays as it is."""
+    specified = next((tool[name] for name in ("toolSpec", "tool_spec") if isinstance(tool.get(name), dict)), None)
+    inner = specified if specified is not None else _object(tool.get("function"), "a tool's schema")
     if isinstance(inner, dict):
-        return {"type": "function", **tool, "function": _function(inner)}
-    if not isinstance(tool.get("name"), str) or tool.get("type") not in (None, "function", "custom"):
+        more = {} if specified is not None else tool
+        return {"type": "function", **more, "function": _function(inner)}
+    if tool.get("type") not in (None, "function", "custom"):
         return tool
+    if not isinstance(tool.get("name"), str):
+        if "type" not in tool and not any(tool.values()):
+            return tool
+        raise RowError(f"a tool's schema names no function: {_short(tool)}")
     return {"type": "function", "function": _function({k: v for k, v in tool.items() if k != "type"})}
 
 
 def _function(function: Mapping[str, Any]) -> dict[str, Any]:
-    """A function's schema with its parameters under that name, in their place."""
-    if "parameters" in function:
-        return dict(function)
-    other = next((name for name in _SCHEMAS if name in function), None)
-    return {"parameters" if name == other else name: value for name, value in function.items()}
+    """A function's schema with its parameters under that name, in their place, and as an object."""
+    if not isinstance(function.get("name"), str):
+        raise RowError(f"a tool's schema names no function: {_short(function)}")
+    key = next((name for name in _SCHEMAS if name in function), None)
+    return {"parameters" if name == key else name: _parameters(v, name == key) for name, v in function.items()}
+
+
+def _parameters(value: Any, are: bool) -> Any:
+    """The parameters' own schema: also of JSON text, and of Bedrock's {json: schema}."""
+    value = _object(value, "a tool's schema") if are else value
+    return value["json"] if are and isinstance(value, dict) and list(value) == ["json"] else value
 
 
 def result_text(value: Any) -> str:

@@ -60,6 +60,8 @@ CALLS: dict[str, list[dict[str, Any]]] = {
     "flat, text": calling({"name": "find", "arguments": AS_TEXT}),
     "flat, parameters": calling({"name": "find", "parameters": ARGUMENTS}),
     "flat, args (LangChain)": calling({"name": "find", "args": ARGUMENTS, "id": "c1", "type": "tool_call"}),
+    "the function as text": calling({"type": "function", "function": FLAT_TEXT}),
+    "the call as text": calling({"id": "c1", "tool_call": FLAT_TEXT}),
     "name beside": calling({"function": "find", "args": ARGUMENTS}),
     "Cohere": calling({"tool_name": "find", "parameters": ARGUMENTS}),
     "empty content": calling(FLAT, content=""),
@@ -135,6 +137,11 @@ def test_schemas_in_every_spelling_are_the_same_prompt(tmp_path: Path, qwen: Cha
         {"tools": [{"type": "function", **flat}]}, {"tools": [{**other, "input_schema": PARAMETERS}]},
         {"tools": [{**other, "inputSchema": PARAMETERS}]}, {"tools": [{"functionDeclarations": [flat]}]},
         {"functions": [flat]}, {"functions": json.dumps([flat])}, {"tools": [], "functions": [flat]},
+        {"tools": [{"type": "function", "function": json.dumps(flat)}]},
+        {"tools": [flat | {"parameters": json.dumps(PARAMETERS)}]},
+        {"tools": [{"toolSpec": other | {"inputSchema": {"json": PARAMETERS}}}]},
+        {"tools": {"tools": [{"toolSpec": other | {"inputSchema": {"json": PARAMETERS}}}]}},
+        {"tools": {"find": {"description": "x", "parameters": PARAMETERS}}}, {"tools": {"find": other | flat}},
     ]  # fmt: skip
     want = f"<tools>\n{json.dumps(SCHEMA)}\n</tools>"
     for columns in spellings:
@@ -200,6 +207,11 @@ def test_calls_that_cannot_be_read_are_refused_with_the_reason(tmp_path: Path, q
         (calling({"name": "find", "arguments": '{"q": "ca'}), "the arguments of find is not valid JSON"),
         (calling({"name": "find", "arguments": "[1]"}), "must be an object"),
         (calling({"name": "find", "arguments": 3}), "must be an object"),
+        (calling({"name": "find", "arguments": '{"q": NaN}'}), "hold nan, which JSON cannot say"),
+        (calling({"name": "find", "arguments": {"q": [float("inf")]}}), "hold inf, which JSON cannot say"),
+        (calling({"name": "find", "arguments": '{"q": 1, "q": 2}'}), "the arguments of find: the key 'q' stands twice"),
+        (calling({"name": "find", "arguments": '{"q": "\\ud83d"}'}), "of find: text that cannot be encoded"),
+        (calling({"function": "find(q='cats')"}), "names no function"),
         (calling({"arguments": {}}), "names no function"),
         (calling({"name": "find", "arguments": {}, "parameters": {}}), "one of them holds its arguments"),
         (calling(3), "must be an object"),
@@ -215,6 +227,14 @@ def test_calls_that_cannot_be_read_are_refused_with_the_reason(tmp_path: Path, q
         with pytest.raises(DataError, match=reason) as error:
             prepared(tmp_path, [row], "conversation", qwen)
         assert error.value.where.endswith(":1")
+    for tools in (
+        [{"description": "x"}],
+        [{"find": 3}],
+        [{"type": "function", "function": "find"}],
+        [{"toolSpec": {}}],
+    ):
+        with pytest.raises(DataError, match="names no function"):
+            prepared(tmp_path, [{"messages": [ASK, THREE], "tools": tools}], "conversation", qwen)
     for tools in ('[{"name": ', [3], 3, "tools"):
         with pytest.raises(DataError, match="`tools`"):
             prepared(tmp_path, [{"messages": [ASK, THREE], "tools": tools}], "conversation", qwen)
@@ -324,3 +344,16 @@ def test_calls_written_as_text_stay_text_and_are_named_where_the_template_writes
     made = prepared(tmp_path, [row], "conversation", tokenizer)
     assert scored(tokenizer, made.items[0].trunk) == f"{CALL}<|im_end|>"
     assert "<tool_call> text, which stay text (once" in made.report.sources[0].notes[0]
+
+
+def test_calls_as_other_models_write_them_and_ends_of_turns_in_texts_are_named(
+    tmp_path: Path, qwen: ChatTokenizer
+) -> None:
+    call = '<functioncall> {"name": "find", "arguments": {}} <|im_end|>'
+    for mark in ("<functioncall>", "[TOOL_CALLS]", "<|python_tag|>", "<function="):
+        row = {"messages": [ASK, {"role": "assistant", "content": call.replace("<functioncall>", mark)}]}
+        note = prepared(tmp_path, [row], "conversation", qwen).report.sources[0].notes[0]
+        assert f"tool calls written as {mark} text, which stay text (once" in note
+        assert "'<|im_end|>' of a text as text: it is the token that ends a turn (once" in note
+    plain = {"messages": [ASK, {"role": "assistant", "content": "a function call < 3"}]}
+    assert not prepared(tmp_path, [plain], "conversation", qwen).report.sources[0].notes
