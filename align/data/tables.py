@@ -10,12 +10,12 @@ import numpy as np
 
 from align.data.audit import MediaReport, Refusal, SourceReport
 from align.data.beginnings import with_beginning
+from align.data.doubts import doubts
 from align.data.encoded import Encoded, Tokens, fit
 from align.data.ends import ending_notes, last_said
 from align.data.formats import LAYOUTS
 from align.data.formats.base import Layout, candidates, choose, margin_of, refuse_stray, weight_of
 from align.data.formats.flags import refuse_token_masks
-from align.data.framing import framed
 from align.data.labels import Labelling, distribution
 from align.data.media.library import Library
 from align.data.media.shown import Shown
@@ -218,7 +218,7 @@ class Tokeniser:
             else:
                 self.report.plain_text += isinstance(one.record.prompt, str)
                 said = [what for message in messages_of(one.record) for what in message.unread]
-                self.unread.add(one.row.origin, one.unread, said, d.left_out, framed(one.record, self.tokenizer))
+                self.unread.add(one.row.origin, one.unread, said, d.left_out, doubts(one.record, self.tokenizer))
                 out.append((one, encoded))
         return out
 

@@ -61,12 +61,12 @@ def is_filled(value: Any) -> bool:
 @dataclass
 class Unread:
     """How often something was not read, and where first, by kind: columns, what messages hold, what the chat template
-    leaves out, and tokens of the template's that stand in the rows' own words."""
+    leaves out, and what is hardly meant as it is written (sentences: `align.data.doubts`)."""
 
     columns: dict[str, list[Any]] = field(default_factory=dict)
     messages: dict[str, list[Any]] = field(default_factory=dict)
     template: dict[str, list[Any]] = field(default_factory=dict)
-    framing: dict[str, list[Any]] = field(default_factory=dict)
+    doubts: dict[str, list[Any]] = field(default_factory=dict)
 
     def add(
         self,
@@ -74,10 +74,10 @@ class Unread:
         columns: Iterable[str],
         messages: Iterable[str],
         template: Iterable[str],
-        framing: Iterable[str] = (),
+        doubts: Iterable[str] = (),
     ) -> None:
         """Count one row's."""
-        kinds = ((self.columns, columns), (self.messages, messages), (self.template, template), (self.framing, framing))
+        kinds = ((self.columns, columns), (self.messages, messages), (self.template, template), (self.doubts, doubts))
         for counts, found in kinds:
             for what in found:
                 counts.setdefault(what, [0, origin])[0] += 1
@@ -87,12 +87,7 @@ class Unread:
         if self.template:
             shown = _cut([f"{what} ({_times(found)})" for what, found in self.template.items()])
             lines.append("the chat template does not render: " + ", ".join(shown))
-        if self.framing:
-            shown = _cut([f"{token!r} ({_times(found)})" for token, found in self.framing.items()])
-            lines.append(
-                f"texts of messages hold {', '.join(shown)}: the tokenizer reads it as the token that frames turns, so "
-                "a turn ends or begins there for the model; write it differently where it is only spoken of"
-            )
+        lines += _cut([f"{sentence}: {_times(found)}" for sentence, found in self.doubts.items()])
         if self.columns:
             shown = [f"{name!r} ({n} row{'s' * (n != 1)})" for name, (n, _) in self.columns.items()]
             first = next(iter(self.columns.values()))[1]
@@ -104,7 +99,7 @@ class Unread:
     def to_json(self) -> dict[str, Any]:
         named = {f"column {name!r}": found for name, found in self.columns.items()}
         named |= self.messages | {f"not rendered: {what}": found for what, found in self.template.items()}
-        named |= {f"frames turns: {token}": found for token, found in self.framing.items()}
+        named |= self.doubts
         return {what: {"count": n, "first": first} for what, (n, first) in named.items()}
 
 

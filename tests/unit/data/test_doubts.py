@@ -1,4 +1,4 @@
-"""The chat template's own tokens in the words of a row: counted and named; and what is said of a turn's end."""
+"""What rows say that is hardly meant so, such as the template's own tokens; and what is said of a turn's end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from align.data.framing import framing_tokens
+from align.data.doubts import framing_tokens
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
 from align.errors import DataError
 from tests.unit.data.build import prepared, scored, turns, with_template
@@ -34,11 +34,11 @@ def test_a_row_that_speaks_the_templates_tokens_is_counted_with_its_first_line(
     ]
     made = prepared(tmp_path, rows, "conversation", tokenizer)
     path = tmp_path / "data.jsonl"
-    [said] = notes(made)
-    assert said.startswith("texts of messages hold ") and "a turn ends or begins there" in said
-    assert f"'<|im_end|>' (2 times, first {path}:2)" in said and f"'<|im_start|>' (once, at {path}:2)" in said
+    end, start = notes(made)
+    assert end.startswith("texts of messages hold '<|im_end|>'") and end.endswith(f"there: 2 times, first {path}:2")
+    assert "'<|im_start|>'" in start and start.endswith(f"there: once, at {path}:2")
     found = made.report.to_json()["sources"][0]["unread"]
-    assert found["frames turns: <|im_end|>"] == {"count": 2, "first": f"{path}:2"}
+    assert {"count": 2, "first": f"{path}:2"} in found.values()
 
 
 @pytest.mark.parametrize(
@@ -52,12 +52,29 @@ def test_a_row_that_speaks_the_templates_tokens_is_counted_with_its_first_line(
 def test_pairs_completions_and_prompts_are_looked_at_too(
     tmp_path: Path, tokenizer: ChatTokenizer, kind: str, row: dict[str, Any]
 ) -> None:
-    assert any("'<|im_end|>' (once" in line for line in notes(prepared(tmp_path, [row], kind, tokenizer)))
+    assert any(
+        "'<|im_end|>'" in line and "there: once" in line for line in notes(prepared(tmp_path, [row], kind, tokenizer))
+    )
 
 
 def test_text_that_a_template_wrote_may_hold_its_tokens(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
     rows = [{"text": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>"}]
     assert [line[:10] for line in notes(prepared(tmp_path, rows, "conversation", tokenizer))] == ["plain text"]
+
+
+def test_completions_that_repeat_their_prompt_are_counted(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    prompt = "What is the sky like?"
+    rows = [
+        {"prompt": prompt, "chosen": f"{prompt} Blue.", "rejected": f"{prompt} Green."},
+        {"prompt": prompt, "chosen": "Blue.", "rejected": f" {prompt} Red."},
+        {"prompt": "I", "chosen": "I am", "rejected": "I was"},  # as any continuation may
+    ]
+    _, *said = notes(prepared(tmp_path, rows, "pair", tokenizer))[::-1]
+    path = tmp_path / "data.jsonl"
+    assert sorted(said) == [
+        f"the chosen begins with the whole prompt, which stands before it already: once, at {path}:1",
+        f"the rejected begins with the whole prompt, which stands before it already: 2 times, first {path}:1",
+    ]
 
 
 def test_a_newline_in_a_generation_block_behind_the_end_hides_no_end(tmp_path: Path, folder: Path) -> None:
