@@ -12,7 +12,7 @@ it has none but text. Then the token is put there, and is scored: the declared o
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -216,3 +216,11 @@ def ending_notes(tokenizer: ChatTokenizer) -> list[str]:
             "generation; name a token with `model.end_of_turn`, or a text with `rollout.stop`"
         )
     return notes
+
+
+def last_said(scored: Iterable[int], tokenizer: ChatTokenizer) -> int:
+    """The last scored token, before the newline that some generation blocks (LFM2.5's) hold behind the turn's end."""
+    ids = [int(i) for i in scored]
+    while len(ids) > 1 and ids[-1] not in tokenizer.eos_ids and not tokenizer.decode(ids[-1:], False).strip():
+        ids.pop()
+    return ids[-1]

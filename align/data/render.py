@@ -265,7 +265,7 @@ def _assemble(d: Draft, segments: list[list[tuple[list[int], bool]]], tokenizer:
 def _add_bos_eos(segments: list[list[tuple[list[int], bool]]], tokenizer: ChatTokenizer) -> None:
     """BOS before the prompt where the tokenizer adds one, EOS behind each completion; neither twice."""
     prefix = list(tokenizer.text_prefix)
-    first = segments[0][0][0]
+    first = next((ids for ids, _ in segments[0] if ids), [])  # of a `text` that a template wrote, in its scored part
     if prefix and first[: len(prefix)] != prefix:
         segments[0].insert(0, (prefix, False))
     if not any(scored for segment in segments for _, scored in segment):

@@ -10,8 +10,9 @@ import numpy as np
 
 from align.data.audit import MediaReport, Refusal, SourceReport
 from align.data.beginnings import with_beginning
+from align.data.doubts import doubts
 from align.data.encoded import Encoded, Tokens, fit
-from align.data.ends import ending_notes
+from align.data.ends import ending_notes, last_said
 from align.data.formats import LAYOUTS
 from align.data.formats.base import Layout, candidates, choose, margin_of, refuse_stray, weight_of
 from align.data.formats.flags import refuse_token_masks
@@ -217,7 +218,7 @@ class Tokeniser:
             else:
                 self.report.plain_text += isinstance(one.record.prompt, str)
                 said = [what for message in messages_of(one.record) for what in message.unread]
-                self.unread.add(one.row.origin, one.unread, said, d.left_out)
+                self.unread.add(one.row.origin, one.unread, said, d.left_out, doubts(one.record, self.tokenizer))
                 out.append((one, encoded))
         return out
 
@@ -330,7 +331,7 @@ def _finish(table: Table, tokenizer: ChatTokenizer) -> None:
     if not report.plain_text:
         report.notes += ending_notes(tokenizer)
     if table.kind not in ("prompt", "labelled") and tokenizer.eos_ids and not report.truncated:
-        open_ended = sum(not _ends_with_eos(e, tokenizer.eos_ids) for e in table.encoded)
+        open_ended = sum(not _ends_with_eos(e, tokenizer) for e in table.encoded)
         if open_ended:
             report.notes.append(
                 f"in {open_ended} rows the last scored token is no end-of-turn token "
@@ -340,5 +341,7 @@ def _finish(table: Table, tokenizer: ChatTokenizer) -> None:
             )
 
 
-def _ends_with_eos(encoded: Encoded, eos_ids: Sequence[int]) -> bool:
-    return all(int(part.ids[part.mask][-1]) in eos_ids for part in encoded.branches or [encoded.trunk])
+def _ends_with_eos(encoded: Encoded, tokenizer: ChatTokenizer) -> bool:
+    return all(
+        last_said(part.ids[part.mask], tokenizer) in tokenizer.eos_ids for part in encoded.branches or [encoded.trunk]
+    )

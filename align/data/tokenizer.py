@@ -67,6 +67,7 @@ class ChatTokenizer:
         self.roles_rendered: set[str] = set()  # roles that the template was seen to render
         self.keys_rendered: dict[tuple[str, str], bool] = {}  # whether it was, by role and key of a message
         self.added = frozenset(t.content for t in added.values())
+        self.framing: tuple[str, ...] | None = None  # `align.data.doubts` fills it in
 
     def _id(self, name: str) -> int | None:
         text = self.named_tokens.get(name)

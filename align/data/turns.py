@@ -154,7 +154,10 @@ def not_a_prefix(tokenizer: ChatTokenizer, shorter: str, longer: str, one: str, 
     n = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     theirs = tokenizer.token(b[n]) if n < len(b) else "nothing"
     ours = tokenizer.token(a[n]) if n < len(a) else "nothing"
+    template = tokenizer.require_template()
+    thinks = "enable_thinking" in template.variables_read and template.variables.get("enable_thinking") is not False
+    plain = "set `model.template_args: {enable_thinking: false}` where answers have no thoughts, or " if thinks else ""
     return RowError(
         f"the chat template renders {one} differently within {other}: token {n} is {ours} in the one and {theirs} "
-        f"in the other, so the turn's tokens are undefined; {_TEMPLATE_REMEDY}"
+        f"in the other, so the turn's tokens are undefined; {plain}{_TEMPLATE_REMEDY}"
     )

@@ -1,4 +1,5 @@
-"""What rows say and nothing reads: which columns a layout looked at, and counts for the report."""
+"""What rows say and nothing reads, or something else reads than was meant: which columns a layout looked at, and counts
+for the report."""
 
 from __future__ import annotations
 
@@ -59,16 +60,25 @@ def is_filled(value: Any) -> bool:
 
 @dataclass
 class Unread:
-    """How often something was not read, and where first, by kind: columns, what messages hold, and what the chat
-    template leaves out."""
+    """How often something was not read, and where first, by kind: columns, what messages hold, what the chat template
+    leaves out, and what is hardly meant as it is written (sentences: `align.data.doubts`)."""
 
     columns: dict[str, list[Any]] = field(default_factory=dict)
     messages: dict[str, list[Any]] = field(default_factory=dict)
     template: dict[str, list[Any]] = field(default_factory=dict)
+    doubts: dict[str, list[Any]] = field(default_factory=dict)
 
-    def add(self, origin: str, columns: Iterable[str], messages: Iterable[str], template: Iterable[str]) -> None:
+    def add(
+        self,
+        origin: str,
+        columns: Iterable[str],
+        messages: Iterable[str],
+        template: Iterable[str],
+        doubts: Iterable[str] = (),
+    ) -> None:
         """Count one row's."""
-        for counts, found in ((self.columns, columns), (self.messages, messages), (self.template, template)):
+        kinds = ((self.columns, columns), (self.messages, messages), (self.template, template), (self.doubts, doubts))
+        for counts, found in kinds:
             for what in found:
                 counts.setdefault(what, [0, origin])[0] += 1
 
@@ -77,6 +87,7 @@ class Unread:
         if self.template:
             shown = _cut([f"{what} ({_times(found)})" for what, found in self.template.items()])
             lines.append("the chat template does not render: " + ", ".join(shown))
+        lines += _cut([f"{sentence}: {_times(found)}" for sentence, found in self.doubts.items()])
         if self.columns:
             shown = [f"{name!r} ({n} row{'s' * (n != 1)})" for name, (n, _) in self.columns.items()]
             first = next(iter(self.columns.values()))[1]
@@ -88,6 +99,7 @@ class Unread:
     def to_json(self) -> dict[str, Any]:
         named = {f"column {name!r}": found for name, found in self.columns.items()}
         named |= self.messages | {f"not rendered: {what}": found for what, found in self.template.items()}
+        named |= self.doubts
         return {what: {"count": n, "first": first} for what, (n, first) in named.items()}
 
 

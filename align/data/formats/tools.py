@@ -13,7 +13,6 @@ object of functions by name; any object of these also as JSON text.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -73,17 +72,8 @@ def _arguments(value: Any, function: str) -> dict[str, Any]:
             value = _parsed(value, f"the arguments of {function}") if value.strip() else {}
     if not isinstance(value, dict):
         raise RowError(f"a tool call's arguments must be an object, got {_short(value)} for {function}")
-    if (number := _no_json(value)) is not None:
-        raise RowError(f"the arguments of {function} hold {number}, which JSON cannot say")
+    _require_json(value, f"the arguments of {function}")
     return value
-
-
-def _no_json(value: Any) -> float | None:
-    """The first number of a value that Python's parser reads and no other one does: NaN, Infinity."""
-    if isinstance(value, float):
-        return None if math.isfinite(value) else value
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((found for item in inner if (found := _no_json(item)) is not None), None)
 
 
 def _object(value: Any, what: str) -> Any:
@@ -103,6 +93,17 @@ def calls_in_text(value: Any) -> tuple[str, list[dict[str, Any]], tuple[str, ...
     if not calls:
         raise RowError("a turn that is to hold a tool call holds none")
     return before, calls, unread
+
+
+def _require_json(value: Any, what: str) -> None:
+    """Raises RowError for numbers that Python reads and JSON has not: templates would write them into what is learnt,
+    and no server parses such a call."""
+    try:
+        json.dumps(value, allow_nan=False, default=str)
+    except ValueError as e:
+        raise RowError(f"{what} hold a number that is not finite (NaN, Infinity, or beyond 1.8e308)") from e
+    except RecursionError as e:
+        raise RowError(f"{what} are nested too deeply") from e
 
 
 def _parsed(text: str, what: str) -> Any:
@@ -125,6 +126,7 @@ def schemas_of(value: Any, column: str = "tools") -> tuple[Mapping[str, Any], ..
     items = [_parsed(item, f"a schema of `{column}`") if isinstance(item, str) else item for item in items]
     if not all(isinstance(item, dict) for item in items):
         raise RowError(f"`{column}` must be a list of JSON schemas, got {_short(value)}")
+    _require_json(items, f"schemas of `{column}`")
     return tuple(schema for item in items for schema in _schemas(item))
 
 

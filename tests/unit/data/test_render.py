@@ -171,6 +171,10 @@ def test_plain_text_begins_with_exactly_one_bos(tmp_path: Path, start: bool) -> 
     assert encoded(Pair("the sky", " is blue", " is green"), tokenizer).trunk.ids.tolist() == tokenizer.encode(
         "the sky"
     )
+    for whole_text in ("the sky", "<s>the sky"):  # a column `text`, which a chat template may have written
+        whole = encoded(Conversation("", whole_text), tokenizer).trunk
+        assert whole.ids.tolist().count(1) == 1 and whole.ids[0] == 1 and whole.ids[-1] == 2
+        assert not whole.mask[0] and whole.mask[1:].all()
 
 
 def test_a_tokenizer_that_marks_starts_gives_the_ids_of_the_whole_text(tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""What a row says that is hardly meant as it is written: it is trained as it stands, counted and named.
+
+A tokenizer reads `<|im_end|>` in what a user says as the same token that ends the turn, here as in servers: the rest of
+the message stands outside of it, and in an answer the end is learned in the middle. And a completion in plain text that
+begins with its whole prompt follows it: the model sees and learns the prompt a second time.
+"""
+
+from __future__ import annotations
+
+from align.data.records import Record, RowError, messages_of, texts
+from align.data.tokenizer import ChatTokenizer
+
+_TURNS = tuple({"role": role, "content": "x"} for role in ("user", "assistant", "user"))
+_SHORTEST = 16  # characters of a prompt that no completion repeats by chance
+
+
+def doubts(record: Record, tokenizer: ChatTokenizer) -> list[str]:
+    """A sentence for each doubt, as often as the record gives cause for it."""
+    if isinstance(record.prompt, str):
+        return _repeats(record, record.prompt)
+    tokens = framing_tokens(tokenizer)
+    return [
+        f"texts of messages hold {token!r}, which the tokenizer reads as the token that frames turns: a turn ends or "
+        "begins there"
+        for message in messages_of(record)
+        for token in tokens
+        if token in message.text
+    ]
+
+
+def _repeats(record: Record, prompt: str) -> list[str]:
+    """Text without a template may hold what tokens it likes, it was written by one; but each text only once."""
+    if len(prompt.strip()) < _SHORTEST:
+        return []
+    return [
+        f"the {name} begins with the whole prompt, which stands before it already"
+        for name, text in texts(record)
+        if name != "prompt" and isinstance(text, str) and text.lstrip().startswith(prompt.strip())
+    ]
+
+
+def framing_tokens(tokenizer: ChatTokenizer) -> tuple[str, ...]:
+    """Special tokens that end a generation, begin a text, or stand around the turns of a conversation."""
+    if tokenizer.framing is None:
+        tokenizer.framing = _framing_tokens(tokenizer)
+    return tokenizer.framing
+
+
+def _framing_tokens(tokenizer: ChatTokenizer) -> tuple[str, ...]:
+    try:
+        parts = [{**m, "content": [{"type": "text", "text": "x"}]} for m in _TURNS] if tokenizer.needs_parts else _TURNS
+        written = tokenizer.render(parts)
+    except RowError:  # a template with rules of its own for what is said to it
+        written = ""
+    ends = {tokenizer.decode([i], skip_special_tokens=False) for i in tokenizer.eos_ids}
+    ends |= {tokenizer.named_tokens.get("bos_token", "")}
+    return tuple(sorted(token for token in tokenizer.special if token and (token in written or token in ends)))
