@@ -151,7 +151,8 @@ def written_aside(target: Path) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
-        yield aside
+        with naming(aside):  # whatever writes there may not say which file a full disk refused
+            yield aside
         put_in_place(aside, target)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
