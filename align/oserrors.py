@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from align.errors import AlignError, RunFolderError, SetupError
 
+_OF_RUST = re.compile(r"\(os error ([0-9]{1,4})\)")
 _REMEDIES = {
     errno.ENOSPC: "free space there, or choose another place (output=<folder>); --resume continues a run",
     errno.EDQUOT: "your quota there is used up: free space, or choose another place (output=<folder>)",
@@ -38,13 +40,30 @@ _REMEDIES = {
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Errors of the system inside say which file they are about: a write to an open one does not."""
+    """Errors of the system inside say which file they are about: a write to an open one does not, and neither do
+    libraries that have words of their own for it (`of_system`), which become OSErrors."""
     try:
         yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
+    except AlignError:
         raise
+    except Exception as error:
+        system = of_system(error)
+        if system is None:
+            raise
+        if system.filename is None:
+            system.filename = str(path)
+        if system is error:
+            raise
+        raise system from error
+
+
+def of_system(error: BaseException) -> OSError | None:
+    """The system's refusal that an exception stands for: itself, or what a library in Rust (safetensors, tokenizers)
+    makes of one, `... No space left on device (os error 28)`. None where it is something else."""
+    if isinstance(error, OSError):
+        return error
+    found = _OF_RUST.search(str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
 
 
 def is_known(error: OSError) -> bool:

@@ -1,9 +1,10 @@
 """The Python files that a plugin of the user's is made of: its own, and the modules beside it that it imports.
 
-They are found in the source, without running it: every import statement, wherever it stands, and calls of
-`import_module` and `__import__` with a name written out. A module counts where it lies in the plugin's folder or the
-recipe's, the two that imports of plugins are looked for in after what is installed; of a package there, every Python
-file does. Files that a plugin reads while it runs are not known.
+They are found in the source, without running it: every import statement, wherever it stands, calls of `import_module`
+and `__import__` with a name written out, and texts that name a Python file (`run_path`, `spec_from_file_location`,
+`open`). A module counts where it lies in the plugin's folder or the recipe's, the two that imports of plugins are
+looked for in after what is installed, or, where a file speaks of `sys.path`, in a folder that it names or the one
+above it; of a package there, every Python file does. Other files that a plugin reads while it runs are not known.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import ast
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
 
 from align.packages import PACKAGES
 
 _DYNAMIC = ("import_module", "__import__")
+_SEARCHED = (("sys", "path"), ("site", "addsitedir"))
+_LONGEST = 1024
 
 
 def plugin_file(name: str, folder: Path) -> Path | None:
@@ -71,6 +74,11 @@ def _imported(file: Path, roots: list[Path]) -> Iterator[Path]:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError, RecursionError, MemoryError, OSError):
         return  # whoever imports it says so
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    yield from _placed(texts, file, roots, Path.is_file, ".py")
+    if any(_searched(node) for node in ast.walk(tree)):
+        more = [*_placed(texts, file, roots, Path.is_dir), file.parent.parent]
+        roots += [place for place in more if place not in roots]  # for what is imported from there too
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -85,6 +93,31 @@ def _imported(file: Path, roots: list[Path]) -> Iterator[Path]:
             continue
         for name in names:
             yield from _found(name.partition(".")[0], roots)
+
+
+def _searched(node: ast.AST) -> bool:
+    """Whether it is a word by which a folder comes to those that imports are looked for in."""
+    return (
+        isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and (node.value.id, node.attr) in _SEARCHED
+    )
+
+
+def _placed(
+    texts: Iterable[str], file: Path, roots: list[Path], kind: Callable[[Path], bool], ending: str = ""
+) -> list[Path]:
+    """What of `kind` the texts name, from the file's folder or a root."""
+    words = sorted(text for text in texts if 0 < len(text) < _LONGEST and text.endswith(ending) and "\0" not in text)
+    places = dict.fromkeys([file.parent, *roots])
+    named = [part for word in words if word.strip("./") for part in (word, word.lstrip("/"))]  # `folder + "/lib"`
+    found = (_absolute(place / part) for part in named for place in places)
+    return [path for path in dict.fromkeys(found) if _is(path, kind)]
+
+
+def _is(path: Path, kind: Callable[[Path], bool]) -> bool:
+    try:
+        return kind(path)
+    except (OSError, ValueError):  # letters that no file system takes
+        return False
 
 
 def _named(call: ast.Call) -> list[str]:

@@ -35,6 +35,7 @@ from ray.exceptions import (
 from align import packages
 from align.actors.head import HeadWatch
 from align.errors import AlignError, LostError, SetupError
+from align.oserrors import described, is_known, of_system
 from align.stages.owned import owned_folder
 
 _REACH_LIMIT_S = 10.0
@@ -197,6 +198,10 @@ async def answer(reference: Any, who: str) -> Any:
         if isinstance(cause, AlignError):
             raise cause from None
         said = f"{type(cause).__name__}: {_first_line(cause)}" if cause is not None else _first_line(error)
+        system = None if cause is None else of_system(cause)
+        if system is not None and is_known(system):  # a full disk under a checkpoint
+            told = described(system)
+            raise AlignError(f"{who} failed: {told.what}", where=told.where, remedy=told.remedy) from error
         kind = LostError if isinstance(cause, _LOST) else AlignError  # an actor that this one waited for
         raise kind(
             f"{who} failed: {said}", remedy="the same command with --debug shows where; logs/ has what it printed"

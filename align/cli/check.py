@@ -18,6 +18,7 @@ from align.recipe.document import Document
 from align.recipe.load import load_document
 from align.recipe.objectives import Objectives
 from align.recipe.schema import Recipe
+from align.stages.files import require_place
 from align.stages.groups import TRUNCATED, refuse_second_truncated, with_penalty
 from align.stages.handover import check_adapters
 from align.stages.training import needs_margin, record_kind
@@ -31,6 +32,8 @@ def main(arguments: argparse.Namespace) -> int:
     plan = validate(recipe, folder, document=document, every_row=arguments.data, cluster=bool(custom))
     if custom:
         plan.notes.append(f"placement asks for {', '.join(custom)}: for a cluster (`align run --address`), not checked")
+    if not custom:
+        require_place(recipe.run_folder)
     if recipe.run_folder.exists() and any(recipe.run_folder.iterdir()):
         plan.notes.append(f"{recipe.run_folder} exists: `align run` needs --resume, or another name=")
     print("\n".join(lines(plan, document.name)))

@@ -16,7 +16,7 @@ from align import packages
 from align.cli import classify_flags, experiment_flags, rewards_flags
 from align.cli.simulate_flags import add_flags
 from align.errors import AlignError, UserError
-from align.oserrors import described, is_known
+from align.oserrors import described, is_known, of_system
 from align.report.screen import cut, screened
 
 INTERRUPTED = 130
@@ -44,11 +44,10 @@ def _main(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:  # the reader of our output has gone (`align check ... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        if is_known(error):
-            return _failed(str(described(error)), 1, debug)
-        return _unforeseen(error, debug)
     except Exception as error:  # noqa: BLE001  the last place that can turn a failure into one message
+        system = of_system(error)
+        if system is not None and is_known(system):
+            return _failed(str(described(system)), 1, debug)
         return _unforeseen(error, debug)
 
 

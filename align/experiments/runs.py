@@ -13,6 +13,7 @@ from align.errors import RunFolderError
 from align.recipe.load import load_recipe
 from align.recipe.schema import Recipe
 from align.recipe.stages import EvaluateStage, OnlineStage
+from align.stages.files import read_object, sha256_file
 from align.stages.rollout_log import read_rollouts, read_table
 from align.stages.runfolder import RECIPE, RUN
 from align.stages.state import read_state
@@ -26,9 +27,16 @@ Stage = TypeVar("Stage", OnlineStage, EvaluateStage)
 
 
 def read_recipe(run: Path) -> Recipe:
-    """A run's resolved recipe. Raises RunFolderError where the folder is no run."""
+    """A run's resolved recipe. Raises RunFolderError where the folder is no run, or the recipe is not what it wrote."""
     if not (run / RECIPE).is_file():
         raise RunFolderError(f"no run: there is no {RECIPE}", where=run, remedy="give a run folder, runs/<name>")
+    noted = read_object(run / RUN).get("recipe") if (run / RUN).is_file() else None  # versions before noted none
+    if noted is not None and noted != sha256_file(run / RECIPE):
+        raise RunFolderError(
+            "it is not the recipe by which the run was made: something in it was changed",
+            where=run / RECIPE,
+            remedy="restore it from a copy, or have --resume write it again",
+        )
     return load_recipe(run / RECIPE)
 
 

@@ -20,7 +20,7 @@ from align.stages.fingerprint import changes, fingerprint
 from align.stages.lock import FolderLock
 from align.stages.media_inputs import changed_media
 from align.stages.runfolder import RECIPE, RUN, SUMMARY
-from align.stages.state import read_state, read_summary
+from align.stages.state import read_state, read_summary, write_summary
 
 
 @dataclass(frozen=True)
@@ -118,5 +118,5 @@ def _take_over(run: Path, shared: Recipe) -> None:
     for name in ids:
         if name not in entries or name not in summary:
             raise RunFolderError(f"the shared run has no stage {name!r}", where=source, remedy="run it with --resume")
-    write_json(run / SUMMARY, {"stages": {name: summary[name] for name in ids}})
+    write_summary(run / SUMMARY, {"stages": {name: summary[name] for name in ids}})
     write_json(run / RUN, {"stages": {name: entries[name] for name in ids}, "starts": 0, "processes": []})

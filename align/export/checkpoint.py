@@ -18,6 +18,7 @@ from torch import Tensor
 
 from align.errors import ExportError, ModelError, Unsupported
 from align.model.load import check_folder
+from align.oserrors import naming
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -90,7 +91,8 @@ def rewrite(source: Checkpoint, target: Path, dtype: torch.dtype, replaced: Repl
         names = sorted(name for name, where in placed.items() if where == file)
         tensors = {name: expected(source, name, dtype, replaced) for name in names}
         total += sum(tensor.nbytes for tensor in tensors.values())
-        save_file(tensors, target / file, metadata={"format": "pt"})
+        with naming(target / file):
+            save_file(tensors, target / file, metadata={"format": "pt"})
     if (source.folder / INDEX).is_file():
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -293,7 +293,8 @@ def parse(text: str, name: str, folder: Path) -> Document:
         place = f"{name}:{node.start_mark.line + 1}"
         raise RecipeError("a recipe is a map of keys (name, model, stages, ...)", where=place)
     document = Document(name, {}, folder)
-    document.data = _Builder(document).build(node, ())
+    built = _Builder(document).build(node, ())
+    document.data = built if isinstance(built, dict) else {}  # a map with the tag of something else is a problem, noted
     return document
 
 

@@ -78,6 +78,18 @@ def make_folder(folder: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
 
+def require_place(folder: Path) -> None:
+    """Raise RunFolderError where `make_folder` would fail, or nothing could be written; nothing is made."""
+    place = folder
+    while not os.path.lexists(place):
+        place = place.parent
+    other = "choose another place (output=<folder>)"
+    if not place.is_dir():
+        raise RunFolderError("it is no folder, and the run's own would be there", where=place, remedy=other)
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise RunFolderError("it cannot be written to, and the run's folder would be there", where=place, remedy=other)
+
+
 def sync_folder(folder: Path) -> None:
     """Force a folder's entries (names, renames) to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -139,7 +151,8 @@ def written_aside(target: Path) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
-        yield aside
+        with naming(aside):  # whatever writes there may not say which file a full disk refused
+            yield aside
         put_in_place(aside, target)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)

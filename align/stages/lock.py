@@ -32,7 +32,7 @@ from align.stages.processes import ProcessId
 
 BEAT_S = 10.0
 STALE_S = 120.0
-_NAME = re.compile(r"\.lock\.(\d+)")
+_NAME = re.compile(r"\.lock\.([0-9]+)")
 _ASIDE = ".locking-"
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)  # FAT, some network mounts
 
@@ -64,8 +64,9 @@ class Holder:
         try:
             value = json.loads(text)
             process, numbers = ProcessId.from_json(value), (int(value["thread"]), float(value["since"]))
+            time.localtime(numbers[1])  # a time that no clock shows is no holder's
             return cls(process, str(value["host"]), str(value["user"]), *numbers, value["released"] is True)
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError, OSError, RecursionError):
             return None
 
     @property
@@ -200,7 +201,8 @@ def _vacated(path: Path, now: float) -> str | None:
     now: the file server's time.
     """
     try:
-        with path.open("rb") as handle:  # opening asks a server for what is there, where a listing may be remembered
+        # opening asks a server for what is there, where a listing may be remembered; a pipe there is not waited for
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as handle:
             beaten, holder = os.fstat(handle.fileno()).st_mtime, Holder.read(handle.read(1 << 16))
     except FileNotFoundError:
         return None

@@ -1,8 +1,9 @@
 """What a finished stage left, vouched for: `artefacts.json` in its folder lists every file of its artefacts.
 
 It is written once, when the stage ends. Whoever uses an artefact later (a stage after it, a merge, an evaluation, a
-run that names the folder as its model) compares every byte once; a stage that is only kept is compared where size or
-time differ. The file lies beside the artefacts and names them relative to itself: they may be moved together.
+run that names the folder as its model, a study of its rollouts) compares every byte once; a stage that is only kept is
+compared where size or time differ. The file lies beside the artefacts and names them relative to itself: they may be
+moved together.
 """
 
 from __future__ import annotations
@@ -18,18 +19,22 @@ from align.stages.listing import Listing, additions, difference, listing, read_l
 from align.stages.metrics_file import METRICS, metrics_mark, require_metrics
 
 NAME = "artefacts.json"
+ROLLOUTS = "rollouts"
 BASE = "base"  # of a run folder: the model, where the recipe made it from scratch
 _DEEPEST = 4  # <stage>/checkpoints/step-000100/trainer/adapter
 
 
 def write_manifest(folder: Path, artefacts: Iterable[Path]) -> str:
-    """Hash what lies in `artefacts`, folders below `folder`, and the metrics file there; SHA-256 of the manifest.
+    """Hash what lies in `artefacts`, folders below `folder`, the rollouts and the metrics file there; SHA-256 of the
+    manifest.
 
     Folders elsewhere are another stage's, and vouched for there.
     """
     below = [path for path in artefacts if path.is_dir() and path.is_relative_to(folder)]
     found = {path.relative_to(folder).as_posix(): listing(path) for path in below}
-    write_json(folder / NAME, {"artefacts": found, "metrics": metrics_mark(folder / METRICS)})
+    rollouts = {name: entry for name, entry in listing(folder / ROLLOUTS).items() if name.endswith(".parquet")}
+    manifest = {"artefacts": found, "metrics": metrics_mark(folder / METRICS), "rollouts": rollouts}
+    write_json(folder / NAME, manifest)
     return _sha(folder / NAME)
 
 
@@ -51,6 +56,13 @@ def require_stage(folder: Path, sha: str | None, stage_id: str) -> list[str]:
             said.append(f"{stage_id}: {name} is gone; nothing that is still to be run may need it")
             continue
         _require(folder / name, listed, stage_id, thorough=False)
+    gone, changed = _rollouts(folder / ROLLOUTS, manifest["rollouts"], thorough=False)
+    if changed is not None:
+        raise RunFolderError(changed, where=folder / ROLLOUTS, remedy=_remedy(stage_id))
+    if gone:
+        said.append(
+            f"{stage_id}: {len(gone)} files of its rollouts are gone ({gone[0]}); studies of it will be refused"
+        )
     if manifest["metrics"] is not None and not (folder / METRICS).is_file():
         said.append(f"{stage_id}: {METRICS} is gone, and with it the curves")
     require_metrics(folder / METRICS, manifest["metrics"], "the stage's end")
@@ -67,6 +79,36 @@ def require_artefact(path: Path) -> None:
         listed = _read(folder, None, folder.name)["artefacts"].get(path.relative_to(folder).as_posix())
         if listed is not None:
             _require(path, listed, folder.name, thorough=True)
+
+
+def require_rollouts(folder: Path) -> None:
+    """Compare every byte of the completions in `folder` with what their stage wrote; those of a stage that has not
+    finished, or whose manifest knows of none, are let pass.
+
+    Raises RunFolderError naming the file that is missing, damaged, or was not there.
+    """
+    home = home_of(folder)
+    if home is None or not folder.is_relative_to(home / ROLLOUTS):
+        return
+    below = folder.relative_to(home / ROLLOUTS)
+    noted = _read(home, None, home.name)["rollouts"]
+    listed = {name: entry for name, entry in noted.items() if Path(name).is_relative_to(below)}
+    if not noted:
+        return
+    gone, changed = _rollouts(home / ROLLOUTS, listed, thorough=True)
+    here = {path.relative_to(home / ROLLOUTS).as_posix() for path in folder.glob("*.parquet")}
+    if gone:
+        changed = f"{gone[0]} is gone, and with it what its turns sampled"
+    elif changed is None and (new := sorted(here - listed.keys())):
+        changed = f"{new[0]} was not written by the stage, and would be read with the rest"
+    if changed is not None:
+        raise RunFolderError(changed, where=home / ROLLOUTS, remedy=_remedy(home.name))
+
+
+def _rollouts(folder: Path, listed: Listing, *, thorough: bool) -> tuple[list[str], str | None]:
+    """Files of the list that are gone, and what of the others is not as it was written."""
+    there = {name: entry for name, entry in listed.items() if (folder / name).exists()}
+    return sorted(listed.keys() - there.keys()), difference(folder, there, thorough=thorough)
 
 
 def home_of(path: Path) -> Path | None:
@@ -95,6 +137,7 @@ def _read(folder: Path, sha: str | None, stage_id: str) -> Mapping[str, Any]:
     manifest = read_object(path)
     try:
         artefacts, metrics = manifest["artefacts"], manifest["metrics"]
+        read_listing(manifest.setdefault("rollouts", {}))  # versions before noted none
         if not isinstance(artefacts, dict):
             raise ValueError("artefacts")
         for listed in artefacts.values():

@@ -21,6 +21,7 @@ from align.mediastore import described
 from align.oserrors import naming
 from align.protocols import Group, ScoreTable
 from align.stages.files import sync_folder
+from align.stages.manifest import require_rollouts
 
 INTERVAL = 10  # turns per file where no checkpoint ends it earlier
 KINDS = b"align.kinds"  # in a file's own metadata: {objective: "reward" or "cost"}, in the order of a score table
@@ -133,13 +134,15 @@ class Rollouts:
 
 
 def read_rollouts(folder: Path) -> Rollouts:
-    """Every file of a rollouts folder. Raises RunFolderError where there is none, or files have other objectives."""
+    """Every file of a rollouts folder. Raises RunFolderError where there is none, one is not what its stage wrote
+    (`require_rollouts`), or files have other objectives."""
     import pyarrow
     import pyarrow.parquet
 
     files = sorted(folder.glob("step-*.parquet"))
     if not files:
         raise RunFolderError("there are no rollouts", where=folder, remedy="give a run that has sampled")
+    require_rollouts(folder)
     tables = [read_table(file) for file in files]
     found: list[Any] = [(table.schema.metadata or {}).get(KINDS) for table in tables]
     for file, noted in zip(files, found, strict=True):

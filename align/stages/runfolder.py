@@ -22,13 +22,13 @@ from align.errors import RunFolderError
 from align.oserrors import described
 from align.recipe.schema import Recipe
 from align.stages import processes
-from align.stages.files import make_folder, remove_leftovers, write_json
+from align.stages.files import make_folder, remove_leftovers, sha256_file, write_json, write_text
 from align.stages.fingerprint import changes, without_folder
 from align.stages.lock import FolderLock, require_free
 from align.stages.manifest import home_of, require_stage
 from align.stages.media_inputs import changed_media
 from align.stages.processes import ProcessId
-from align.stages.state import read_state, read_summary
+from align.stages.state import read_state, read_summary, write_summary
 
 RUN, SUMMARY, RECIPE = "run.json", "summary.json", "recipe.yaml"
 _PACKAGES = (
@@ -199,7 +199,9 @@ class RunFolder:
                 where=self.path,
                 remedy="put it back, or choose another name=",
             )
-        (self.path / RECIPE).write_text(self.dumped, encoding="utf-8")
+        write_text(self.path / RECIPE, self.dumped)
+        self.state["recipe"] = sha256_file(self.path / RECIPE)
+        self.write()
 
     def restart_from(self, recipe: Recipe, stage_id: str) -> list[str]:
         """Set stage `stage_id` and every later one aside as `<stage>.old-N`; returns the new names."""
@@ -221,7 +223,7 @@ class RunFolder:
         self.write()
         summary = self.summary()
         summary["stages"] = {k: v for k, v in summary["stages"].items() if k in ids[: ids.index(stage_id)]}
-        write_json(self.path / SUMMARY, summary)
+        write_summary(self.path / SUMMARY, summary)
         return moved
 
     # ------------------------------------------------------------------------------------------------- the rest
@@ -255,7 +257,7 @@ class RunFolder:
         known = {k: v for k, v in result.get("metrics", {}).items() if math.isfinite(v)}  # JSON has no NaN
         metrics = {**entry.get("metrics", {}), **known}
         entry |= {**result, "metrics": metrics}
-        write_json(self.path / SUMMARY, summary)
+        write_summary(self.path / SUMMARY, summary)
         return summary
 
     def clean(self, stage_id: str) -> None:

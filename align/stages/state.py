@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from align.errors import RunFolderError
-from align.stages.files import RESTORE, read_object
+from align.stages.files import RESTORE, read_object, write_json
 from align.stages.processes import ProcessId
 
+_DIGEST = "sha256"
 STATES = ("running", "finished")
 
 
@@ -39,8 +42,8 @@ def read_state(path: Path) -> dict[str, Any]:
         require(known, f"restarts.{number}", entry)
     threads = state.get("threads", {})
     require(_is_mapping(threads, int) and min(threads.values(), default=1) > 0, "threads", threads)
-    folder = state.get("folder")
-    require(folder is None or isinstance(folder, str), "folder", folder)
+    for key in ("folder", "recipe"):
+        require(state.get(key) is None or isinstance(state[key], str), key, state.get(key))
     return state
 
 
@@ -63,6 +66,12 @@ def _check_stage(entry: Any, key: str, require: Callable[[bool, str, Any], None]
         require(manifest is None or isinstance(manifest, str), f"{key}.manifest", manifest)
 
 
+def _digest(summary: Mapping[str, Any]) -> str:
+    """SHA-256 of what its JSON says, whatever its spaces; keys that are numbers count as the text that JSON has."""
+    read = json.loads(json.dumps(summary))
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
+
+
 def _list(state: dict[str, Any], key: str, require: Callable[[bool, str, Any], None]) -> list[Any]:
     value = state.setdefault(key, []) if key == "processes" else state.get(key, [])
     require(isinstance(value, list), key, value)
@@ -77,9 +86,17 @@ def _is_mapping(value: Any, kind: type) -> bool:
     return isinstance(value, Mapping) and all(isinstance(inner, kind) for inner in value.values())
 
 
+def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    """Replace a summary.json; a digest of its content stands in it."""
+    write_json(path, {**summary, _DIGEST: _digest(summary)})
+
+
 def read_summary(path: Path) -> dict[str, Any]:
-    """The content of a summary.json. Raises RunFolderError."""
+    """The content of a summary.json, without its digest. Raises RunFolderError where it is not what was written."""
     summary = read_object(path)
+    noted = summary.pop(_DIGEST, None)  # versions before wrote none
+    if noted is not None and noted != _digest(summary):
+        raise RunFolderError("it is not what the run wrote: something in it was changed", where=path, remedy=RESTORE)
     stages: Any = summary.get("stages")
     if not _is_mapping(stages, dict) or not all(isinstance(e.get("metrics", {}), dict) for e in stages.values()):
         raise RunFolderError("it is damaged: `stages` is not what a run writes", where=path, remedy=RESTORE)

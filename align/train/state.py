@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from align.errors import CheckpointError
+from align.oserrors import naming
 
 if TYPE_CHECKING:
     from align.train.strategy import Strategy
@@ -55,8 +56,9 @@ def save_state(folder: Path, strategy: Strategy, numbers: dict[str, Any], random
             moments |= {moment_key(name, key): moment.contiguous() for key, moment in own.items()}
     if not strategy.shards.writes:
         return
-    save_file(parameters, folder / PARAMETERS)
-    save_file(moments, folder / OPTIMIZER)
+    with naming(folder):
+        save_file(parameters, folder / PARAMETERS)
+        save_file(moments, folder / OPTIMIZER)
     states = {f"{rank}/{name}" if rank else name: s for rank, own in enumerate(random) for name, s in own.items()}
     save_file(states, folder / RANDOM)
     (folder / NUMBERS).write_text(json.dumps(numbers, indent=1))

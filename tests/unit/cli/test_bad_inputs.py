@@ -478,6 +478,14 @@ def test_an_existing_run_folder_is_refused_by_run_and_named_by_check(
     assert "runs/small" in err and "--resume" in err and "name=" in err
 
 
+def test_check_refuses_a_place_in_which_no_run_can_be(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    file = workshop.write("taken", "a file")
+    for output in (file, f"{file}/below/it", "/proc/1/nothing"):
+        assert main(["check", "recipe.yaml", f"output={output}"]) == 2
+        said = capsys.readouterr().err
+        assert "the run's" in said and "choose another place" in said and "not foreseen" not in said
+
+
 def test_many_mistakes_are_told_at_once(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
     workshop.change("{name: dpo, beta: 0.2}", "{name: dpo, bta: 0.2}")
     workshop.change("- numeric\n", "- numerc\n")

@@ -116,6 +116,8 @@ def test_stages_that_differ_in_capitals_alone_are_refused(tmp_path: Path) -> Non
         ("a: " + "x" * 5_000_000, "at most 4194304"),
         ("a: \x00", "not valid YAML"),
         ('"\\0": 1', "a key with a NUL character"),
+        ("!!set {a, b}", "the tag `tag:yaml.org,2002:set` is not used in recipes"),
+        ("!!omap\na: 1\n", "is not used in recipes"),
     ],
 )
 def test_a_bomb_of_a_few_lines_is_refused_with_its_line(tmp_path: Path, text: str, says: str) -> None:

@@ -70,3 +70,36 @@ def test_a_changed_helper_has_another_hash(tmp_path: Path) -> None:
     write(tmp_path, helper="x = 2")
     after = module_hashes(["my.py:f"], folder)
     assert [path for path in before if before[path] != after[path]] == [str(folder / "helper.py")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import sys, os\nsys.path.insert(0, os.path.join(os.path.dirname(__file__), 'lib'))\nimport scoring\n",
+        "import sys\nfrom pathlib import Path\nsys.path.append(str(Path(__file__).parent / 'lib'))\nimport scoring\n",
+        "import sys, os\nsys.path.append(os.path.dirname(__file__) + '/lib')\ndef r(samples):\n    import scoring\n",
+        "import site\nsite.addsitedir('lib')\nfrom scoring import weigh\n",
+        "import runpy\nscoring = runpy.run_path('lib/scoring.py')\n",
+        "exec(open('lib/scoring.py').read())\n",
+        "from importlib.util import spec_from_file_location as spec\nspec('s', './lib/scoring.py')\n",
+    ],
+)
+def test_a_module_in_a_folder_that_the_plugin_adds_or_opens_counts(tmp_path: Path, text: str) -> None:
+    """Its own neighbours there do too; a folder that is not searched does not."""
+    for folder in ("lib", "unused"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "terms.py").write_text("")
+    (tmp_path / "lib" / "scoring.py").write_text("import terms\n" if "path." in text or "site" in text else "")
+    (tmp_path / "mine.py").write_text(text)
+    found = {path.relative_to(tmp_path).as_posix() for path in modules_of("mine.py:r", tmp_path)}
+    beside = {"lib/terms.py"} if "path." in text or "site" in text else set()
+    assert found == {"mine.py", "lib/scoring.py"} | beside
+
+
+def test_a_module_above_the_plugins_folder_counts_where_the_plugin_searches_there(tmp_path: Path) -> None:
+    (tmp_path / "rewards" / "deep").mkdir(parents=True)
+    (tmp_path / "rewards" / "common.py").write_text("")
+    text = "import sys, pathlib\nsys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))\nimport common\n"
+    (tmp_path / "rewards" / "deep" / "mine.py").write_text(text)
+    found = modules_of("rewards/deep/mine.py:r", tmp_path)
+    assert tmp_path / "rewards" / "common.py" in found

@@ -16,10 +16,10 @@ import pytest
 
 from align.cli.main import main
 from align.errors import AlignError, Interrupted, RunFolderError
-from align.oserrors import described, is_known
+from align.oserrors import described, is_known, naming
 from align.recipe.schema import Recipe
 from align.report.logs import MetricsFile
-from align.stages.files import make_folder, remove_folder, remove_leftovers, write_json
+from align.stages.files import make_folder, remove_folder, remove_leftovers, write_json, written_aside
 from align.stages.runfolder import RunFolder
 from align.stages.state import read_state
 from tests.unit.stages import test_pipeline
@@ -225,6 +225,29 @@ def test_a_disk_that_fills_up_names_the_file_and_says_what_to_do(tmp_path: Path)
         log.write("sft", 1, 0.0, {"loss/total": 1.0})
     said = str(described(caught.value))
     assert is_known(caught.value) and "metrics.jsonl: No space left on device" in said and "free space" in said
+
+
+def test_a_full_disk_under_a_folder_that_is_written_aside_names_it(tmp_path: Path) -> None:
+    """A write to an open file does not say which; nothing is left under either name."""
+    with pytest.raises(OSError, match="step-000002"), written_aside(tmp_path / "step-000002"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_in_the_same_words_where_a_library_has_its_own(tmp_path: Path) -> None:
+    """/dev/full refuses every write; safetensors and tokenizers raise no OSError for it."""
+    safetensors, full = pytest.importorskip("safetensors.numpy"), Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    with pytest.raises(OSError, match="step-1") as caught, naming(tmp_path / "step-1"):
+        raise ValueError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert is_known(caught.value) and "free space" in str(described(caught.value))
+    with pytest.raises(OSError, match="/dev/full"), naming(full), full.open("wb") as handle:
+        handle.write(safetensors.save({}))
+    with pytest.raises(RunFolderError, match="mine"), naming(full):
+        raise RunFolderError("mine (os error 28)")
+    with pytest.raises(ValueError, match="another"), naming(full):
+        raise ValueError("another")
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside(tmp_path: Path, monkeypatch) -> None:

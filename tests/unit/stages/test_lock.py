@@ -16,7 +16,7 @@ import pytest
 
 from align.errors import RunFolderError
 from align.stages import lock, processes
-from align.stages.lock import STALE_S, FolderLock
+from align.stages.lock import STALE_S, FolderLock, require_free
 from align.stages.runfolder import RunFolder
 from tests.unit.stages.test_runfolder import recipe
 
@@ -168,6 +168,22 @@ def test_the_same_number_in_another_container_is_another_process(tmp_path: Path)
     boot = processes.here().partition("/")[0]
     of_another_host(tmp_path, where=f"{boot}/pid:[17]", pid=2**22 - 1)
     with pytest.raises(RunFolderError, match="is working"):
+        FolderLock.take(tmp_path)
+
+
+@pytest.mark.parametrize("since", [1e300, -1e18, float("nan"), float("inf")])
+def test_a_holder_of_a_time_that_no_clock_shows_is_a_lock_that_cannot_be_read(tmp_path: Path, since: float) -> None:
+    path = of_another_host(tmp_path, since=since)
+    for look in (FolderLock.take, require_free):
+        with pytest.raises(RunFolderError, match="cannot be read"):
+            look(tmp_path)
+    age(path, STALE_S + 1)
+    FolderLock.take(tmp_path).release()
+
+
+def test_a_pipe_in_the_place_of_a_lock_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".lock.000001")
+    with pytest.raises(RunFolderError, match="cannot be read"):
         FolderLock.take(tmp_path)
 
 

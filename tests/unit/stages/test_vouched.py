@@ -12,6 +12,7 @@ import pytest
 
 from align.cli.main import main
 from align.errors import Interrupted, RunFolderError
+from align.experiments.runs import read_recipe
 from align.recipe.schema import Recipe
 from align.stages.loop import Loop
 from align.stages.manifest import require_artefact, write_manifest
@@ -272,6 +273,34 @@ def test_a_resume_compares_the_metrics_with_its_checkpoint(recipe: Recipe, monke
     assert any("the curves begin after step 2" in line for line in lines.messages)
 
 
+def test_a_changed_number_in_a_summary_is_refused_and_spaces_are_not(recipe: Recipe) -> None:
+    folder = stopped(recipe)
+    path = folder / "summary.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole))
+    changed = json.loads(json.dumps(whole))
+    changed["stages"]["dpo"]["steps"] += 1
+    path.write_text(json.dumps(changed))
+    with pytest.raises(RunFolderError, match=r"summary\.json: it is not what the run wrote"):
+        start(recipe, PlainBackend(), resume=True)
+    path.write_text(json.dumps({key: value for key, value in changed.items() if key != "sha256"}))
+    start(recipe, PlainBackend(), resume=True)  # of a version that noted none
+    path.write_text(json.dumps(whole))
+    start(recipe, PlainBackend(), resume=True)
+
+
+def test_a_study_of_a_run_whose_recipe_was_changed_since_is_refused(recipe: Recipe) -> None:
+    """Its weights and settings would be taken for those that the rollouts were made by."""
+    start(recipe, PlainBackend())
+    path = recipe.run_folder / "recipe.yaml"
+    right = read_recipe(recipe.run_folder)
+    path.write_text(path.read_text().replace("group_size: 2", "group_size: 3"))
+    with pytest.raises(RunFolderError, match=r"recipe\.yaml: it is not the recipe by which the run was made"):
+        read_recipe(recipe.run_folder)
+    start(recipe, PlainBackend(), resume=True)
+    assert read_recipe(recipe.run_folder) == right
+
+
 # ------------------------------------------------------------------------------------------------- rollouts
 
 
@@ -296,8 +325,35 @@ def test_a_flipped_bit_in_rollouts_is_refused_by_whoever_reads_them(recipe: Reci
     assert refused > 50
     for content in (b"", b"PAR1", whole[: len(whole) // 2], whole[:-7]):
         file.write_bytes(content)
-        with pytest.raises(RunFolderError, match="cannot be read"):
+        with pytest.raises(RunFolderError, match="--from-stage"):
             read_rollouts(folder)
+
+
+def test_rollouts_of_a_finished_stage_that_were_exchanged_cut_back_or_added_to_are_refused(recipe: Recipe) -> None:
+    """Each of these is a whole file of completions, which no checksum of its own pages tells from the right one."""
+    start(recipe, PlainBackend())
+    grpo = recipe.run_folder / "grpo" / "rollouts"
+    first, *others = sorted(grpo.glob("*.parquet"))
+    right = first.read_bytes()
+    shutil.copy(others[0], first)
+    with pytest.raises(RunFolderError, match="step-000002"):
+        read_rollouts(grpo)
+    with pytest.raises(RunFolderError, match=r"step-000002.*\n.*--from-stage grpo"):
+        start(recipe, PlainBackend(), resume=True)
+    first.unlink()
+    with pytest.raises(RunFolderError, match=r"step-000002.*is gone"):
+        read_rollouts(grpo)
+    _, lines = start(recipe, PlainBackend(), resume=True)
+    assert any("1 files of its rollouts are gone" in line for line in lines.messages)
+    first.write_bytes(right)
+    shutil.copy(first, grpo / "step-000009.parquet")
+    with pytest.raises(RunFolderError, match=r"step-000009.* was not written by the stage"):
+        read_rollouts(grpo)
+    [dpo] = (recipe.run_folder / "exam" / "rollouts" / "dpo").glob("*.parquet")
+    shutil.copy(others[1], dpo)  # of another stage
+    with pytest.raises(RunFolderError, match=r"step-000000.* were written|step-000000.*damaged"):
+        read_rollouts(dpo.parent)
+    assert len(read_rollouts(dpo.parent.with_name("release")))
 
 
 def test_a_strangers_file_among_rollouts_stays(recipe: Recipe) -> None:
