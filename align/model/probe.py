@@ -112,11 +112,6 @@ def probe(module: PolicyModule) -> float:
 
 def _choose(module: PolicyModule, own: Own) -> Verdict:
     given_back: list[str] = []
-    while (loud := loud_parting(own, module.model)) is not None:
-        kinds = give_back(module.model, loud.path)
-        if not kinds:
-            break  # a change that nobody here made: the layouts will show whether it matters
-        given_back.append(_given_back(kinds, loud))
     for again in (False, True):
         tried: list[str] = []
         for layout, attention in _candidates(module):
@@ -164,7 +159,12 @@ def _judged(module: PolicyModule, own: Own, layout: Layout, attention: str, give
 
 
 def _structure(module: PolicyModule, own: Own) -> Fault | None:
-    """In float32: every module of a packed row, and the values that come out of it."""
+    """In float32: what modules make of loud inputs, every module of a packed row, and the values that come out of it.
+
+    A limit that acts on loud inputs alone shows in no row of the probe: whoever lost it, the layout is refused.
+    """
+    if (loud := loud_parting(own, module.model)) is not None:
+        return Fault(f"{loud} on large activations", loud.path)
     if own.low is not None and module.layout == "shared":
         module.use("shared", "sdpa")  # other kernels compute in half precision; they are held against this one there
     autocast, module.autocast = module.autocast, None
@@ -355,9 +355,8 @@ def _names(kinds: dict[type[nn.Module], int]) -> str:
     return ", ".join(f"{count} x {kind.__name__}" for kind, count in kinds.items())
 
 
-def _given_back(kinds: dict[type[nn.Module], int], fault: Fault | Parting) -> str:
-    reason = fault.reason if isinstance(fault, Fault) else f"{fault} on large activations"
-    return f"{_names(kinds)} keep their own, slower forward: when exchanged, {reason}"
+def _given_back(kinds: dict[type[nn.Module], int], fault: Fault) -> str:
+    return f"{_names(kinds)} keep their own, slower forward: when exchanged, {fault.reason}"
 
 
 @contextmanager
