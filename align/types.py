@@ -29,7 +29,7 @@ class TokenBatch:
     score_at i64[S]: index in the row of each sequence's last token, which a score head reads.
     columns: per sequence f32[S] ("sequence/<name>") and per pair f32[P] ("pair/<name>").
     media: what stands in the row, references in the order of their tokens; media_at: the first token of each.
-    twins: i64[S], the first sequence of its tree that is the same as each, or None where none has another.
+    twins: i64[S], a number for each sequence, the same for equal ones (`align.data.packing.twins`).
     idle_media: what towers that learn compute beside it, for nothing, because other ranks have media now.
     """
 

@@ -6,6 +6,7 @@ its trunk and causally to itself, so a prompt and its images are computed once h
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -199,17 +200,22 @@ def collate(trees: Sequence[Tree], position_fn: PositionFn = text_positions) -> 
     )
 
 
-def twins(trees: Sequence[Tree]) -> torch.Tensor | None:
-    """i64[S]: for each sequence the first of its tree with the same tokens, scored places and media; itself where it is
-    the first. None where no tree has two: what a loss pulls up in one it may pull down in the other."""
-    found: list[int] = []
-    for tree in trees:
-        first, start = dict[tuple[object, ...], int](), len(found)
-        for number, sequence in enumerate(tree.sequences):
-            found.append(first.setdefault(_content(sequence), start + number))
-    return torch.tensor(found) if found != list(range(len(found))) else None
+def twins(trees: Sequence[Tree]) -> torch.Tensor:
+    """i64[S]: a number for each sequence, the same for those with the same tokens, scored places and media, whichever
+    trees they are in and however these are cut: what a loss pulls up in one it may pull down in the other."""
+    return torch.tensor([number for tree in trees for number in _contents(tree)], dtype=torch.int64)
 
 
-def _content(segment: Segment) -> tuple[object, ...]:
-    media = tuple((medium.kind, medium.key, medium.start) for medium in segment.media)
-    return segment.token_ids.tobytes(), segment.loss_mask.tobytes(), media
+def _contents(tree: Tree) -> list[int]:
+    found = []
+    for branch in tree.branches or (None,):
+        parts = [tree.trunk] if branch is None else [tree.trunk, branch]
+        starts = (0, len(tree.trunk))
+        digest = hashlib.blake2b(digest_size=8)
+        for values in ([s.token_ids.astype(np.int64) for s in parts], [s.loss_mask for s in parts]):
+            for one in values:
+                digest.update(one.tobytes())
+        media = [(m.kind, m.key, at + m.start) for s, at in zip(parts, starts, strict=False) for m in s.media]
+        digest.update(repr(media).encode())
+        found.append(int.from_bytes(digest.digest(), "little", signed=True))
+    return found

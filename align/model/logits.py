@@ -46,7 +46,8 @@ def logit_transform(model: Any, temperature: float) -> LogitTransform:
         raw = linear(rows, weight, bias)
         errors = [_error(one.apply(raw.clone()), logits) for one in candidates]
     best = min(range(len(candidates)), key=lambda n: errors[n])
-    if errors[best] > BOUNDS.get(weight.dtype, LOW_BOUND):
+    # in the dtype of the model's own forward: `output_of` keeps DoRA's product in float32
+    if errors[best] > BOUNDS.get(hidden.dtype, LOW_BOUND):
         raise ModelError(
             f"{type(model).__name__} does something to its hidden states or logits around the output embedding that is "
             f"not known: the nearest of {len(candidates)} scales and caps is off by {errors[best]:.2g} of its logits",

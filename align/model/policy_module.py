@@ -135,6 +135,8 @@ class PolicyModule(nn.Module):
         backbone = self.model.base_model if seeing else text_backbone(self.model)
         types, placed = self._placed(batch)
         beyond = self.lengths is not None and self.lengths.reached_by(batch)
+        if self.lengths is not None:  # one that grew with the batch before does not always shrink by itself
+            self.lengths.forget()
         if self.layout == "unshared" and not beyond:
             return unshared.hidden_states(backbone, batch, at, self._inputs_of_rows(batch, types, placed))
         if self.layout != "shared" or beyond:

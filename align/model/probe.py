@@ -83,11 +83,6 @@ def probe(module: PolicyModule) -> float:
 
 def _choose(module: PolicyModule, own: Own) -> Verdict:
     given_back: list[str] = []
-    while (loud := loud_parting(_loud_now(module, own), own.loud)) is not None:
-        kinds = give_back(module.model, loud.path)
-        if not kinds:
-            break  # a change that nobody here made: the layouts will show whether it matters
-        given_back.append(given_back_words(kinds, f"{loud} on large activations"))
     for again in (False, True):
         tried: list[str] = []
         for layout, attention in _candidates(module):
@@ -148,7 +143,12 @@ def _judged(module: PolicyModule, own: Own, layout: Layout, attention: str, give
 
 
 def _structure(module: PolicyModule, own: Own) -> Fault | None:
-    """In float32: every module of a packed row, and the values that come out of it."""
+    """In float32: what modules make of loud inputs, every module of a packed row, and the values that come out of it.
+
+    A limit that acts on loud inputs alone shows in no row of the probe: whoever lost it, the layout is refused.
+    """
+    if (loud := loud_parting(_loud_now(module, own), own.loud)) is not None:
+        return Fault(f"{loud} on large activations", loud.path)
     if own.low is not None and module.layout == "shared":
         module.use("shared", "sdpa")  # other kernels compute in half precision; they are held against this one there
     autocast, module.autocast = module.autocast, None

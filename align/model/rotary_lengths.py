@@ -28,7 +28,7 @@ FAILURES = (RuntimeError, TypeError, ValueError, KeyError, IndexError, Attribute
 class RotaryLengths:
     """limit: the longest row whose frequencies are those of a short one. paths: of the modules that have another then.
 
-    start: what a module holds before it has seen any row; one that has grown would not shrink at once.
+    start: what a module holds after a short row; one that has grown would not shrink at once.
     """
 
     limit: int
@@ -48,14 +48,14 @@ class RotaryLengths:
         return int(batch.position_ids.max()) + 1 > self.limit
 
     def forget(self) -> None:
-        """As before any row."""
+        """As after a short row."""
         for module, held in zip(self.modules, self.start, strict=True):
             _restore(module, held)
 
     def of(self, model: nn.Module) -> RotaryLengths:
         """The same of another copy of the model."""
         modules = [model.get_submodule(path) for path in self.paths]
-        return RotaryLengths(self.limit, self.paths, modules, [_held(module) for module in modules])
+        return RotaryLengths(self.limit, self.paths, modules, [*map(_short, modules)])
 
 
 def lengths_of(backbone: Any, prefix: str = "") -> RotaryLengths | None:
@@ -72,7 +72,7 @@ def lengths_of(backbone: Any, prefix: str = "") -> RotaryLengths | None:
         return None
     modules = [module for *_, module in found]
     return RotaryLengths(
-        min(limit for limit, *_ in found), tuple(p for _, p, _ in found), modules, [*map(_held, modules)]
+        min(limit for limit, *_ in found), tuple(p for _, p, _ in found), modules, [*map(_short, modules)]
     )
 
 
@@ -111,15 +111,20 @@ def _limit(module: nn.Module, kind: dict[str, str], longest: int) -> int | None:
         return None  # it is asked in another way: what it makes is in the probe's trace
 
 
-@torch.no_grad()
 def _first(module: nn.Module, kind: dict[str, str], length: int) -> Tensor:
-    """Cosines of the first positions in a row of `length` tokens."""
+    """Cosines of the first positions in a row of `length` tokens; the module is as before."""
+    with _as_before(module):
+        return _cosines(module, kind, length)[..., : FIRST - 1, :]
+
+
+@torch.no_grad()
+def _cosines(module: nn.Module, kind: dict[str, str], length: int) -> Tensor:
+    """Of the first positions and the last of a row of `length` tokens, which the module remembers."""
     device = next(b.device for b in module.buffers())
     positions = torch.tensor([[*range(FIRST - 1), length - 1]], device=device)
-    with _as_before(module):
-        cos, _ = module(torch.zeros(1, 1, 1, device=device), positions, **kind)
-    made: Tensor = cos[..., : FIRST - 1, :]
-    return made
+    cos: Tensor
+    cos, _ = module(torch.zeros(1, 1, 1, device=device), positions, **kind)
+    return cos
 
 
 @contextmanager
@@ -129,6 +134,13 @@ def _as_before(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         _restore(module, held)
+
+
+def _short(module: nn.Module) -> dict[str, Any]:
+    """What a module holds after a short row: a longer one before may have left it grown."""
+    for kind in _kinds(module):
+        _cosines(module, kind, FIRST)
+    return _held(module)
 
 
 def _held(module: nn.Module) -> dict[str, Any]:

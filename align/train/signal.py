@@ -7,66 +7,99 @@ moving size, so noise moves the weights as far as a true gradient does: such an 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from align.losses.base import Metric
+from align.data.packing import twins
+from align.protocols import Tree
 from align.types import HeadOutputs, TokenBatch
 
-NOISE = 1e-5  # of the largest pull: what rounding leaves of pulls that cancel is some 1e-7 of them in float32
-PULL, NET = "signal/pull", "signal/net"
+NOISE = 1e-5  # of the pull: what rounding leaves of pulls that cancel is some 1e-7 of them in float32
+Pulls = tuple[float, float]  # the largest, and the sum of all, without signs
 
 
 class Signal:
-    """The largest derivative of an update's loss by any output of the head (`pull`), and the same after those of equal
-    sequences were added up (`net`): the model gives equal tokens after equal words equal values, and only their sum
-    acts."""
+    """The derivatives of an update's loss by the outputs of the head, as they are and after those of equal sequences
+    were added up: the model gives equal tokens after equal words equal values, and only their sum acts.
 
-    def __init__(self) -> None:
-        self._found: dict[str, Tensor] = {}
+    Equal sequences may stand in different microbatches, and on different ranks: a group is cut where it is larger than
+    a microbatch. So their sums are kept until the update's last backward pass.
+
+    trees: of the whole update.
+    """
+
+    def __init__(self, trees: Sequence[Tree]) -> None:
+        self._twins = {key for key, count in Counter(twins(trees).tolist()).items() if count > 1}
+        self._found: dict[str, tuple[Tensor, Tensor]] = {}
+        self._sums: dict[tuple[str, int], Tensor] = {}
 
     def watch(self, outputs: HeadOutputs, batch: TokenBatch) -> None:
         """Look at the derivatives once a backward pass reaches these outputs."""
         for name in ("logps", "entropy", "scores"):
             value = getattr(outputs, name)
             if value is not None and value.requires_grad:
-                value.register_hook(partial(self._note, batch, of_sequences=name == "scores"))
+                value.register_hook(partial(self._note, batch, name))
 
-    def metrics(self) -> dict[str, Metric]:
-        """By name, to be joined over microbatches and ranks. Nothing noted is a pull of 0."""
-        return {name: Metric(self._found.get(name, torch.zeros(())), reduce="max") for name in (PULL, NET)}
+    def carried(self, gather: Callable[[Any], list[Any]] = lambda own: [own]) -> bool:
+        """Whether there is a signal: what is left of the pulls is no rounding of them, by the largest or by the sum. (A
+        long completion pulls a little at each of its tokens, a short one much at its few.) What is not finite is one:
+        the step itself refuses it. gather: what every rank found (`Ranks.objects`)."""
+        own = {name: (float(most), float(total)) for name, (most, total) in self._found.items()}
+        found = gather((own, {key: value.double().cpu().numpy() for key, value in self._sums.items()}))
+        pull, net = (_joined(numbers.get(name, (0.0, 0.0)) for numbers, _ in found) for name in ("pull", "net"))
+        sums: dict[tuple[str, int], Tensor] = {}
+        for _, of_rank in found:
+            for key, value in of_rank.items():
+                _add(sums, key, torch.from_numpy(value))
+        net = _joined([net, *(tuple(map(float, _sizes(value))) for value in sums.values())])  # type: ignore[list-item]
+        return not all(left <= NOISE * whole for left, whole in zip(net, pull, strict=True))
 
-    def _note(self, batch: TokenBatch, gradient: Tensor | None, *, of_sequences: bool) -> None:
+    def _note(self, batch: TokenBatch, name: str, gradient: Tensor | None) -> None:
         if gradient is None or not gradient.numel():  # None: an output that the loss did not read
             return
-        net = gradient
-        if batch.twins is not None:
-            places = batch.twins if of_sequences else _token_twins(batch)
-            net = torch.zeros_like(gradient).index_add(0, places, gradient)
-        for name, value in ((PULL, gradient), (NET, net)):
-            largest = value.detach().abs().max()
-            before = self._found.get(name)
-            self._found[name] = largest if before is None else torch.maximum(before, largest)
+        gradient = gradient.detach()
+        self._keep("pull", gradient)
+        if self._twins and batch.twins is not None:
+            gradient = gradient.clone()
+            for sequence, key in enumerate(batch.twins.tolist()):
+                if key in self._twins:
+                    # tokens or scores of the one; a pair's first side may have the prompt's tokens before its own
+                    own = slice(sequence, sequence + 1) if name == "scores" else batch.sequence_ids == sequence
+                    _add(self._sums, (name, key), gradient[own].flatten())
+                    gradient[own] = 0
+        self._keep("net", gradient)
+
+    def _keep(self, name: str, values: Tensor) -> None:
+        most, total = _sizes(values)
+        if name in self._found:
+            before, so_far = self._found[name]
+            most, total = torch.maximum(before, most), so_far + total
+        self._found[name] = most, total
 
 
-def carried(metrics: dict[str, float]) -> bool:
-    """Takes both numbers out of joined metrics; whether there is a signal. One that is not finite is one: the step
-    itself refuses it."""
-    pull, net = metrics.pop(PULL), metrics.pop(NET)
-    return not net <= NOISE * pull
+def _sizes(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest and sum, without signs."""
+    if not values.numel():
+        return values.new_zeros(()), values.new_zeros((), dtype=torch.float64)
+    return values.abs().max(), values.abs().sum(dtype=torch.float64)
 
 
-def _token_twins(batch: TokenBatch) -> Tensor:
-    """i64[N]: for each scored token that of its sequence's twin. Their last tokens are the same: a pair's first side
-    may have the prompt's before them."""
-    assert batch.twins is not None
-    places = torch.arange(batch.sequence_ids.numel(), device=batch.sequence_ids.device)
-    for sequence, twin in enumerate(batch.twins.tolist()):
-        if sequence != twin:
-            own, other = (torch.nonzero(batch.sequence_ids == s)[:, 0] for s in (sequence, twin))
-            count = min(own.numel(), other.numel())
-            if count:
-                places[own[-count:]] = other[-count:]
-    return places
+def _joined(found: Any) -> Pulls:
+    """Of parts of an update; NaN where one is."""
+    most, total = torch.tensor(list(found), dtype=torch.float64).reshape(-1, 2).unbind(1)
+    return float(most.max()), float(total.sum())
+
+
+def _add(sums: dict[tuple[str, int], Tensor], key: tuple[str, int], values: Tensor) -> None:
+    """Add up vectors that end alike."""
+    before = sums.get(key)
+    if before is None or before.numel() < values.numel():
+        before, values = values.clone(), values.new_zeros(0) if before is None else before
+    if values.numel():
+        before[-values.numel() :] += values
+    sums[key] = before

@@ -38,7 +38,7 @@ from align.train.numerics import numerics
 from align.train.optim import lr_multiplier, make_optimizer, set_rates
 from align.train.prepass import run_prepass
 from align.train.ranks import Ranks, random_stream
-from align.train.signal import Signal, carried
+from align.train.signal import Signal
 from align.train.spec import TrainerSpec
 from align.train.state import load_state, random_state, save_state, trainable
 from align.train.strategy import make_strategy
@@ -148,8 +148,8 @@ class PolicyTrainer:
         assert self.optimizer is not None, "this trainer was made without an optimizer"
         started, said = time.perf_counter(), self.ranks.traffic()
         self.module.train()
-        sums, seen, signal = MetricSums(), self.policy.patches(), Signal()
         trees = self._marked(trees)
+        sums, seen, signal = MetricSums(), self.policy.patches(), Signal(trees)
         batches = self._microbatches(trees)
         counts = global_counts(trees)
         stats = self._batch_stats(trees)
@@ -157,11 +157,11 @@ class PolicyTrainer:
             for n, (batch, counted) in enumerate(batches):
                 loss = self._loss(batch, counts, sums if counted else MetricSums(), stats, signal)
                 self.strategy.backward(loss if counted else 0.0 * loss, last=n == len(batches) - 1)
-        sums.add(_work(batches) | signal.metrics())
+        sums.add(_work(batches))
         if self.module.media is not None:
             sums.add({"tokens/patches": Metric(torch.tensor(float(self.policy.patches() - seen)), reduce="sum")})
         metrics = self._metrics(sums)
-        idle = not carried(metrics)
+        idle = not signal.carried(self.ranks.objects)
         middle = min(progress + 0.5 / self.spec.total_updates, 1.0)
         optim = self.spec.optim
         rates = set_rates(self.optimizer, lr_multiplier(optim.schedule or "cosine", optim.warmup or 0.0, middle))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from align.errors import ModelError
 from align.model import attention, fused_rotary, head, policy_module
 from align.model.fused import fuse
 from align.model.policy_module import PolicyModule
@@ -146,6 +147,40 @@ def test_a_clamp_that_an_exchange_dropped_is_found_and_the_exchange_is_given_bac
     assert why.startswith("2 x Clamped keep their own, slower forward") and "model.layers.0.mlp" in why
     assert all(type(layer.mlp) is Clamped for layer in model.model.layers)
     assert type(model.model.norm).__name__.startswith("Fused")
+
+
+def clamped(dtype: torch.dtype) -> Any:
+    model = make_family("llama").to(dtype)
+    for layer in model.model.layers:
+        layer.mlp = Clamped(layer.mlp).to(dtype)
+    return model
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_clamp_that_somebody_else_dropped_is_refused_in_every_layout(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing can be given back then, and no row of the probe shows it."""
+
+    def drop(model: Any) -> None:
+        monkeypatch.setattr(Clamped, "forward", FusedClamped.forward)
+
+    with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp is .* of its size away .* on large activations"):
+        verdict_of(clamped(dtype), drop)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_clamp_that_packed_rows_alone_lose_costs_them_the_layout(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, right = clamped(dtype), Clamped.forward
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        packed = model.config._attn_implementation == attention.NAME
+        return (FusedClamped.forward if packed else right)(self, x)
+
+    verdict = verdict_of(model, lambda model: monkeypatch.setattr(Clamped, "forward", forward))
+    assert verdict.layout == "unshared" and "on large activations" in verdict.why[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

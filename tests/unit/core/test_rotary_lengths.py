@@ -81,6 +81,41 @@ def test_each_sequence_has_its_own_frequencies(kind: str, layout: Any) -> None:
                 )
 
 
+@pytest.mark.parametrize("limit", [16, 32])
+@pytest.mark.parametrize("layout", ["shared", "unshared"])
+def test_a_row_just_within_the_limit_is_not_rotated_as_the_longer_one_before_it(layout: Any, limit: int) -> None:
+    """transformers' dynamic frequencies shrink again only below the original length: at it, they stay grown. A limit of
+    16 is below the lengths of the probe itself."""
+    options = DYNAMIC | {"max_position_embeddings": limit}
+
+    def made() -> Any:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **(BASE | options)))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(4.0 if parameter.ndim > 1 else 1.0)
+        return model.eval()
+
+    module = PolicyModule(made())
+    probe(module)
+    assert module.lengths is not None and module.lengths.limit == limit
+    module.use(layout, "sdpa")
+    rng = np.random.default_rng(1)
+    for sizes in ((limit,), (limit + 20,), (limit, 5), (limit + 20, limit + 3), (limit + 3,), (limit,)):
+        rows = [
+            Tree(n, segment(rng, 4, scored=False), (segment(rng, size - 4, scored=True),))
+            for n, size in enumerate(sizes)
+        ]
+        batch = collate(rows)
+        found = module(batch).logps
+        for n, row in enumerate(rows):
+            ids = torch.tensor(np.concatenate([row.trunk.token_ids, row.branches[0].token_ids]))[None]
+            logps = made()(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+            torch.testing.assert_close(
+                found[batch.sequence_ids == n], logps.gather(-1, ids[0, 1:, None])[3:, 0], atol=1e-5, rtol=0
+            )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_a_batch_with_a_long_sequence_are_those_of_its_sequences_alone(kind: str) -> None:
     module = PolicyModule(make(kind))

@@ -14,6 +14,7 @@ from align.errors import ModelError, Unsupported
 from align.model import adapters
 from align.model.head import LogitTransform
 from align.model.load import load_model
+from align.model.logits import logit_transform
 from align.model.output_embedding import output_of
 from align.model.policy_module import OutputHead
 from align.recipe.adapter import Adapter
@@ -117,6 +118,16 @@ def test_dropout_on_the_head_is_drawn_in_training_and_only_there() -> None:
         found.append(function(model, hidden))
     torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=1e-4)
     assert (ours(model, hidden) - ours(model, hidden)).abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_head_in_bfloat16_is_held_to_the_rounding_of_pefts_own_forward(kind: str) -> None:
+    """DoRA's product is float32 here and bfloat16 in peft: logits that differ by its rounding are no other function."""
+    model = make_family("qwen3", tie_word_embeddings=False).bfloat16()
+    get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["lm_head"], **KINDS[kind]))
+    assert logit_transform(model, 1.0) == LogitTransform()
+    hidden = torch.randn(40, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert (ours(model, hidden) - pefts(model, hidden)).abs().max() < 0.05
 
 
 def test_dora_with_dropout_on_the_head_is_refused_by_name() -> None:

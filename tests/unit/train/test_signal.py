@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from align.data.packing import twins
+from align.data.packing import collate, twins
 from align.protocols import Medium, Segment, Tree
+from align.train.signal import Signal
 from align.train.trainer import PolicyTrainer
+from align.types import HeadOutputs
 from tests.unit.core.test_forward import make_model
 from tests.unit.core.trees import group, labelled, pair, segment, unpaired
 from tests.unit.train.test_trainer import make_spec, weights
@@ -135,6 +137,38 @@ def test_a_kl_teaches_as_soon_as_the_policy_has_left_its_reference(base: Path) -
     assert trainer.step(groups(), step=2, progress=0.2)["train/idle"] == 0.0
 
 
+@pytest.mark.parametrize("max_tokens", [10_000, 100, 60])
+def test_equal_completions_of_a_group_that_is_cut_into_microbatches_cancel_all_the_same(
+    base: Path, max_tokens: int
+) -> None:
+    rng = np.random.default_rng(2)
+    branch = segment(rng, 40, scored=True, rollout=True)
+    tree = with_advantages(
+        Tree(0, segment(rng, 20, scored=False), (branch,) * 8), 1.2, -0.4, -0.5, -0.3, 1.0, -1.0, 0.5, -0.5
+    )
+    trainer = PolicyTrainer(make_spec(base, "grpo", max_tokens=max_tokens))
+    before = weights(trainer)
+    metrics = trainer.step([tree], step=0, progress=0.0)
+    assert metrics["train/microbatches"] == {10_000: 1, 100: 4, 60: 8}[max_tokens]
+    assert metrics["train/idle"] == 1.0
+    assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
+
+
+def test_small_pulls_at_many_tokens_are_a_signal_beside_large_ones_that_cancel() -> None:
+    rng = np.random.default_rng(6)
+    short, long = (segment(rng, n, scored=True) for n in (1, 4000))
+    trees = [Tree(0, segment(rng, 4, scored=False), (short, short)), Tree(1, segment(rng, 4, scored=False), (long,))]
+    batch = collate(trees)
+    for pull, carries in ((2e-6, True), (0.0, False)):
+        logps = torch.zeros(len(batch.labels), requires_grad=True)
+        pulls = torch.cat([torch.tensor([1.0, -1.0 - 1e-7]), torch.full((4000,), pull)])
+        signal = Signal(trees)
+        outputs = HeadOutputs(logps=logps * 1.0)
+        signal.watch(outputs, batch)
+        (outputs.logps * pulls).sum().backward()
+        assert signal.carried() is carries
+
+
 def test_sequences_are_twins_only_with_equal_tokens_scored_places_and_media() -> None:
     rng = np.random.default_rng(0)
     one = segment(rng, 5, scored=True)
@@ -142,7 +176,9 @@ def test_sequences_are_twins_only_with_equal_tokens_scored_places_and_media() ->
     pictures = [replace(one, media=(Medium("image", key, "store", 1, 2, 4),)) for key in ("a", "b", "a")]
     trunk = segment(rng, 4, scored=False)
     trees = [Tree(0, trunk, (one, unscored, one)), Tree(1, trunk, tuple(pictures)), Tree(2, trunk, (one,))]
-    found = twins(trees)
-    assert found is not None and found.tolist() == [0, 1, 0, 3, 4, 3, 6]
-    assert twins([Tree(0, trunk, (one,)), Tree(1, trunk, (one,))]) is None, "rows are twins within a tree alone"
-    assert twins([Tree(0, Segment(one.token_ids, one.loss_mask))]) is None
+    a, b, c, d, e, f, g = twins(trees).tolist()
+    assert a == c == g and d == f, "of whichever tree"
+    assert len({a, b, d, e}) == 4
+    whole = Segment(np.concatenate([trunk.token_ids, one.token_ids]), np.concatenate([trunk.loss_mask, one.loss_mask]))
+    assert twins([Tree(7, whole)]).tolist() == [a], "however it is cut"
+    assert twins([Tree(0, one, (one,))]).tolist() != twins([Tree(0, trunk, (one,))]).tolist()
