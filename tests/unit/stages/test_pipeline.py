@@ -86,7 +86,7 @@ class PlainBackend:
         assert not out.exists()
         self.merges.append((base, adapter, out))
         self._model_folder(base, out)
-        return {"kl": 1e-9}
+        return {"kl": 1e-9, "warnings": ("rounding costs what was trained",)}
 
     async def export(self, folder: Path, out: Path, *, format: str, dtype: str) -> Mapping[str, Any]:
         self._model_folder(folder, out)
@@ -208,7 +208,7 @@ def test_what_makes_a_stage_slower_is_said_when_it_starts_and_recorded(recipe: R
 
     backend.prepare = prepare
     summary, report = start(recipe, backend)
-    said = [line for line in report.messages if "slower" in line]
+    said = [line for line in report.messages if "slower than" in line]
     assert said == ["dpo: slower than it could be: packed; m.conv carries a state"]
     recorded = json.loads((recipe.run_folder / "run.json").read_text())["stages"]
     assert recorded["dpo"]["forward"]["slower"] == summary["stages"]["dpo"]["forward"]["slower"] != []
@@ -302,6 +302,11 @@ def test_a_merge_that_fails_leaves_no_model_and_can_be_run_again(recipe: Recipe)
     assert not (recipe.run_folder / "merged" / "model").exists()
     summary, _ = start(recipe, PlainBackend(), resume=True)
     assert "exam" in summary["stages"]
+
+
+def test_what_a_merge_warns_of_is_said_on_the_screen(recipe: Recipe) -> None:
+    _, report = start(recipe, PlainBackend())
+    assert [line for line in report.messages if "rounding" in line] == ["merged: rounding costs what was trained"]
 
 
 def test_a_model_that_a_kill_left_unrecorded_is_made_again(recipe: Recipe) -> None:
