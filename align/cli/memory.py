@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,15 +98,33 @@ class Sizes:
 
     def adapter_parameters(self, adapter: Adapter) -> int:
         """r (in + out) for each layer that gets LoRA; DoRA has a magnitude for each output too."""
-        wanted = adapter.targets
-        names = set(self.linear) if wanted == "all-linear" else {wanted} if isinstance(wanted, str) else set(wanted)
-        chosen = [shape for name, shape in self.linear.items() if name in names and name not in adapter.exclude]
-        magnitudes = sum(columns for _, columns in chosen) if adapter.kind == "dora" else 0
-        return self.layers * (adapter.rank * sum(rows + columns for rows, columns in chosen) + magnitudes)
+        total = 0
+        for name, (rows, columns) in self.linear.items():
+            one = adapter.rank * (rows + columns) + (columns if adapter.kind == "dora" else 0)
+            total += one * sum(
+                _names(adapter.targets, name, layer) and not _names(adapter.exclude, name, layer)
+                for layer in range(self.layers)
+            )
+        return total
 
     def kv_bytes(self, dtype: str) -> int:
         """Keys and values of one token in all layers."""
         return 2 * self.layers * self.kv_width * BYTES[dtype]
+
+
+def _names(targets: str | tuple[str, ...], name: str, layer: int) -> bool:
+    """Whether targets name the linear layer `name` of one block: by its name, by the end of its path or all of it (as
+    peft writes them), or by a regular expression for the path."""
+    if targets == "all-linear":
+        return True
+    paths = [f"model.layers.{layer}.{part}.{name}" for part in ("self_attn", "mlp")]
+    if isinstance(targets, str) and not re.fullmatch(r"[\w.]+", targets):
+        return any(re.fullmatch(targets, path) for path in paths)
+    for word in (targets,) if isinstance(targets, str) else targets:
+        *before, last = word.split(".")
+        if last == name and all(int(part) == layer for part in before if part.isdecimal()):
+            return True
+    return False
 
 
 def read_config(folder: Path) -> dict[str, Any]:

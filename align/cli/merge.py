@@ -41,5 +41,5 @@ def main(arguments: argparse.Namespace) -> int:
     if report.untied_head:
         print("  the head is no longer tied to the embeddings: the adapter changes it alone")
     for warning in (*chat.notes, *ending_notes(chat.tokenizer), *report.warnings):
-        print(f"  note: {warning}")
+        print(f"  note: {warning.replace('`model.end_of_turn`', '`--end-of-turn`')}")
     return 0

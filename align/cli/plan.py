@@ -77,7 +77,8 @@ class Planner:
         self.measured = Measured(model.config, scratch)
 
     def model_line(self) -> str:
-        where = self.recipe.model.path or "from scratch"
+        model = self.recipe.model
+        where = f"{model.path or 'from scratch'}" + (f" with the adapter {model.adapter}" if model.adapter else "")
         kind = self.model.config.get("model_type", "?")
         size = f", {memory.count(self.sizes.parameters)} parameters" if self.sizes else ""
         return f"{where} ({kind}{size}, {self.model.tokenizer.vocab_size} tokens), attention {self.attention()}"
@@ -204,8 +205,9 @@ class Planner:
 def lines(plan: Plan, shown: str) -> list[str]:
     """The plan for a terminal."""
     recipe, machine = plan.recipe, plan.machine
+    stages = f"{len(recipe.stages)} stage{'s' if len(recipe.stages) != 1 else ''}"
     out = [
-        f"recipe   {shown}: {recipe.name}, seed {recipe.seed}, {len(recipe.stages)} stages -> {recipe.run_folder}",
+        f"recipe   {shown}: {recipe.name}, seed {recipe.seed}, {stages} -> {recipe.run_folder}",
         f"model    {plan.model}",
         f"machine  {machine.cores} cores, {machine.gpus:g} GPUs, {memory.human(machine.memory)}",
     ]

@@ -73,13 +73,21 @@ def adapter_words(adapter: Adapter, sizes: memory.Sizes | None, table: memory.Ta
     if adapter.kind == "full":
         return "all weights" if table is None else f"all weights of {whole}"
     count = f" ({memory.count(sizes.adapter_parameters(adapter))} parameters)" if sizes and table is None else ""
-    targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
+    targets = adapter.targets if isinstance(adapter.targets, str) else _target_words(adapter.targets)
     where = "" if table is None else f" of {' and '.join(adapter.parts('lora'))}"
     beside = f", and all weights of {whole}" if whole else ""
     what = "DoRA" if adapter.kind == "dora" else "LoRA"
     packed = f" on weights in four bits ({adapter.quant.type})" if adapter.quant else ""
     scale = f"alpha {adapter.alpha:g}{' (rsLoRA)' if adapter.rslora else ''}"
     return f"{what}{packed} of rank {adapter.rank}, {scale} on {targets}{where}{count}{beside}"
+
+
+def _target_words(targets: tuple[str, ...]) -> str:
+    """Names as they are; paths, of which peft writes one for each layer, by their last names."""
+    if len(targets) <= 8:
+        return ", ".join(targets)
+    last = sorted({target.rpartition(".")[2] for target in targets})
+    return f"{len(targets)} modules ({', '.join(last)})"
 
 
 def steps_words(steps: int | None) -> str:

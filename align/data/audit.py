@@ -231,7 +231,8 @@ class DataReport:
             lines.append(f"{s.path} ({s.layout}): {', '.join(counts)}")
             if s.weighted:
                 span = " to ".join(f"{weight:g}" for weight in dict.fromkeys(s.weights))
-                lines.append(f"  weights: {s.weighted} rows have another weight than 1: {span}")
+                have = "row has" if s.weighted == 1 else "rows have"
+                lines.append(f"  weights: {s.weighted} {have} another weight than 1: {span}")
             lines += [f"  {line}" for line in label_lines(s.labels, s.kept)]
             lines += [f"  {line}" for line in media_lines(s.media)]
             lines += [f"  note: {note}" for note in s.notes]

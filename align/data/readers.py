@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from align.data.audit import Refusal
-from align.data.values import BadValue, Json, end_of_value, problem_of
+from align.data.values import BadValue, Json, end_of_value, kind_of, problem_of
 from align.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
@@ -93,7 +93,7 @@ def json_row(text: bytes | str, origin: str) -> Item:
 def _object(value: Any, origin: str) -> Item:
     if isinstance(value, dict):
         return Row(value, origin, 0)
-    return Refusal(origin, 0, f"a row must be a JSON object, got {type(value).__name__}")
+    return Refusal(origin, 0, f"a row must be a JSON object, got {kind_of(value)}")
 
 
 # ------------------------------------------------------------------------------------------------- bytes of a file

@@ -252,7 +252,7 @@ def _check_completion(completion: Text, name: str) -> None:
         return
     turns = [m for m in completion if m.role == "assistant"]
     if not turns:
-        raise RowError(f"no assistant turn in {name}" if completion else f"{name} is empty")
+        raise RowError(f"no assistant turn in {name}" if completion else f"{name} has no message")
     scored = [m for m in turns if m.scored]
     if not scored:
         raise RowError(f"every assistant turn of {name} is marked as not to be learnt: nothing is left to score")

@@ -216,7 +216,6 @@ class Tokeniser:
             if isinstance(encoded, RowError):
                 self._refuse(one.row, encoded)
             else:
-                self.report.plain_text += isinstance(one.record.prompt, str)
                 said = [what for message in messages_of(one.record) for what in message.unread]
                 self.unread.add(one.row.origin, one.unread, said, d.left_out, doubts(one.record, self.tokenizer))
                 out.append((one, encoded))
@@ -266,6 +265,7 @@ class Tokeniser:
         fitted = self._fit(encoded)
         if fitted is None:
             return False
+        self.report.plain_text += isinstance(record.prompt, str)
         self.labels.append(labels)
         table.encoded.append(fitted)
         table.origins.append(one.row.origin)
@@ -322,13 +322,15 @@ def _finish(table: Table, tokenizer: ChatTokenizer) -> None:
     report.weigh(table.weights, table.origins)
     report.lengths = np.array([e.length for e in table.encoded], np.int64)
     report.scored = np.array([e.scored for e in table.encoded], np.int64)
+    templated = report.plain_text < report.kept
     if report.plain_text:
+        some = f" to {report.plain_text} rows, and one to the others" if templated else ""
         report.notes.append(
-            "plain text: no chat template is applied (use message, query or instruction columns for it)"
+            f"plain text: no chat template is applied{some} (use message, query or instruction columns for it)"
         )
-    elif tokenizer.template is not None and tokenizer.template.reads_clock:
+    if templated and tokenizer.template is not None and tokenizer.template.reads_clock:
         report.notes.append("the chat template prints today's date; fix it with `model.template_args`")
-    if not report.plain_text:
+    if templated:
         report.notes += ending_notes(tokenizer)
     if table.kind not in ("prompt", "labelled") and tokenizer.eos_ids and not report.truncated:
         open_ended = sum(not _ends_with_eos(e, tokenizer) for e in table.encoded)

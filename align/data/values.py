@@ -49,6 +49,8 @@ class Json:
         try:
             value, end = self._decoder.raw_decode(text, start)
         except json.JSONDecodeError as e:
+            if start < e.pos and not text[e.pos :].strip():
+                raise BadValue("not valid JSON: it ends before it is complete", text.rstrip().count("\n") + 1) from e
             raise BadValue(f"not valid JSON: {e.msg} at column {e.colno}", e.lineno) from e
         except RecursionError as e:
             raise BadValue(_too_deep()) from e
@@ -112,6 +114,14 @@ def _unencodable(text: str, found: re.Match[str]) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # what bytes that are no UTF-8 are decoded to
         return f"not UTF-8 text: byte 0x{code - 0xDC00:02x} in {shown(around)}"
     return f"text that cannot be encoded as UTF-8: half a character, \\u{code:04x}, in {shown(around)}"
+
+
+def kind_of(value: Any) -> str:
+    """What a value is called in JSON."""
+    names = {type(None): "null", str: "a text", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value)) or {dict: "an object", list: "a list", tuple: "a list"}.get(
+        type(value), f"a {type(value).__name__}"
+    )
 
 
 def shown(value: Any, most: int = 60) -> str:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -55,8 +54,6 @@ from align.recipe.adapter_folder import quantised_base
 from align.recipe.chat_files import ChatFiles
 from align.recipe.labels import Labels
 from align.recipe.trained_on import require_base
-
-log = logging.getLogger(__name__)
 
 MODULE_BOUND = 1e-5
 REPORT = "merge_report.json"
@@ -150,8 +147,6 @@ def merge(
         proofs = Proofs(errors, measured, distance(trained, without), count, size)
         report = _report(plan, proofs, notes, time.perf_counter() - started)
         (aside / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-    for warning in report.warnings:
-        log.warning("%s: %s", out, warning)
     return report
 
 

@@ -57,10 +57,10 @@ async def run_export(context: Context, stage: Any) -> StageResult:
     """The model of the stage before, merged where it has an adapter, converted and proved to load."""
 
     async def make(start: Start, target: Path) -> Mapping[str, Any]:
-        source = start.base
+        source, warnings = start.base, ()
         if start.adapter is not None:
             source = target.with_name(".writing-merged")
-            await context.backend.merge(
+            merged = await context.backend.merge(
                 start.base,
                 start.adapter,
                 source,
@@ -68,7 +68,9 @@ async def run_export(context: Context, stage: Any) -> StageResult:
                 seed=context.seed(stage.id),
                 chat=context.carried(start).files,
             )
-        return await context.backend.export(source, target, format=stage.format, dtype=stage.dtype)
+            warnings = merged.get("warnings", ())
+        report = await context.backend.export(source, target, format=stage.format, dtype=stage.dtype)
+        return {**report, "warnings": warnings}
 
     return await _one_folder(context, stage, make)
 
@@ -76,7 +78,8 @@ async def run_export(context: Context, stage: Any) -> StageResult:
 async def _one_folder(
     context: Context, stage: Any, make: Callable[[Start, Path], Awaitable[Mapping[str, Any]]]
 ) -> StageResult:
-    """Have `make` write `<stage>/model` from what the stage starts from; numbers of its report are the metrics."""
+    """Have `make` write `<stage>/model` from what the stage starts from; numbers of its report are the metrics,
+    its warnings are said."""
     context.report.stage_started(stage.id, 1, stage.kind)
     begun = time.perf_counter()
     start = start_of(context.recipe, stage, context.origin, context.run.finished())
@@ -86,6 +89,8 @@ async def _one_folder(
         report = await make(start, target)
     finally:
         remove_leftovers(target.parent)
+    for warning in report.get("warnings", ()):
+        context.report.message(f"{stage.id}: {warning}")
     context.carried(start).files.write(target, start.base)
     carry_limits(target, context.recipe.media)
     metrics = {k: float(v) for k, v in report.items() if isinstance(v, int | float)}

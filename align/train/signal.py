@@ -56,7 +56,7 @@ class Signal:
         for _, of_rank in found:
             for key, value in of_rank.items():
                 _add(sums, key, torch.from_numpy(value))
-        net = _joined([net, *(tuple(map(float, _sizes(value))) for value in sums.values())])  # type: ignore[list-item]
+        net = _joined([net, *(tuple(map(float, _sizes(value))) for value in sums.values())])
         return not all(left <= NOISE * whole for left, whole in zip(net, pull, strict=True))
 
     def _note(self, batch: TokenBatch, name: str, gradient: Tensor | None) -> None:

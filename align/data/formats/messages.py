@@ -17,6 +17,7 @@ from align.data.formats.base import checked, content_of, is_list_of, joined, opt
 from align.data.formats.flags import FLAGS, learnt
 from align.data.formats.tools import calls_in_text, calls_of, result_text
 from align.data.records import Content, MediaPart, Message, RowError
+from align.data.values import kind_of
 
 _ROLES = {
     "human": "user", "user": "user",
@@ -43,7 +44,7 @@ _USER_KEYS, _ASSISTANT_KEYS = ("human", "user", "query"), ("assistant", "gpt", "
 def read_messages(value: Any, column: str = "messages") -> tuple[Message, ...]:
     """Messages of a list. Raises RowError."""
     if not isinstance(value, list | tuple):
-        raise RowError(f"`{column}` must be a list of messages, got {type(value).__name__}")
+        raise RowError(f"`{column}` must be a list of messages, got {kind_of(value)}")
     messages: list[Message] = []
     for item in value:
         for message, is_call in _read(item, column):

@@ -11,6 +11,7 @@ from dataclasses import replace
 from align.data.formats.base import Layout, Row, tools_of, weight_of
 from align.data.formats.messages import are_messages, read_messages, with_system
 from align.data.records import Conversation, Message, Pair, Prompt, RowError, prompt_from
+from align.data.values import kind_of
 
 
 def _layouts(column: str) -> tuple[Layout, ...]:
@@ -36,7 +37,7 @@ def _layouts(column: str) -> tuple[Layout, ...]:
 def _preference(row: Row) -> Pair:
     given = row["input"]
     if not isinstance(given, dict):
-        raise RowError(f"`input` must be an object with messages, got {type(given).__name__}")
+        raise RowError(f"`input` must be an object with messages, got {kind_of(given)}")
     prompt = with_system(row, read_messages(given.get("messages"), "input.messages"))
     left = [f"key {k!r} of `input`" for k, v in given.items() if k not in ("messages", "tools") and v is not None]
     if prompt and left:

@@ -219,6 +219,17 @@ def test_adapter_parameters_are_rank_times_in_and_out() -> None:
     assert sizes.kv_bytes("bfloat16") == 2 * 3 * 4 * 2
 
 
+def test_adapter_parameters_are_counted_for_paths_and_expressions_as_for_names() -> None:
+    config = {"num_hidden_layers": 3, "hidden_size": 8, "intermediate_size": 32, "num_attention_heads": 2}
+    sizes = sizes_of({**config, "num_key_value_heads": 1, "vocab_size": 50})
+    assert sizes is not None
+    one = 2 * (8 + 8)
+    paths = tuple(f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 2))
+    assert sizes.adapter_parameters(Adapter(rank=2, targets=paths)) == 2 * one
+    assert sizes.adapter_parameters(Adapter(rank=2, targets=("self_attn.q_proj",))) == 3 * one
+    assert sizes.adapter_parameters(Adapter(rank=2, targets=r".*layers\.[01]\..*q_proj")) == 2 * one
+
+
 def test_an_architecture_that_cannot_be_counted_is_said_so(workshop: Workshop) -> None:
     assert sizes_of({"model_type": "mamba", "vocab_size": 10}) is None
     for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"):

@@ -21,7 +21,7 @@ from align.data.tokenizer import ChatTokenizer
 from align.errors import DataError
 from align.recipe.inputs import TokenizerFromScratch
 from align.recipe.labels import Labels
-from tests.unit.data.build import prepared, source, text, turns, write_jsonl
+from tests.unit.data.build import UNMARKED_CHATML, prepared, source, text, turns, with_template, write_jsonl
 
 GOOD = {"prompt": "p", "completion": "a bc"}
 
@@ -49,7 +49,9 @@ def refused(path: Path, kind: Any, tokenizer: ChatTokenizer, **options: Any) -> 
         (b'{"prompt": "p", "completion": "a", "weight": NaN}', "`weight` must be a number"),
         (b"\x00{}", "not valid JSON"),
         (b"{'prompt': 'p'}", "not valid JSON"),
-        (b"null", "a row must be a JSON object, got NoneType"),
+        (b"null", "a row must be a JSON object, got null"),
+        (b'{"prompt": "p", "completion": "a"', "not valid JSON: it ends before it is complete"),
+        (b'{"prompt": [], "completion": []}', "the completion has no message"),
     ],
 )
 def test_a_line_that_no_tokenizer_could_take_is_that_lines_refusal(
@@ -162,7 +164,7 @@ def test_a_generators_row_that_is_no_json_is_refused_alone(tmp_path: Path, token
 @pytest.mark.parametrize(
     ("odd", "reason"),
     [
-        ({"messages": []}, "empty"),
+        ({"messages": []}, "has no message"),
         ({"messages": None}, "no `messages`"),
         ({"messages": "hello"}, "must be a list of messages"),
         ({"messages": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}, "another layout"),
@@ -257,3 +259,18 @@ def test_a_tokenizer_is_not_trained_past_a_row_that_cannot_be_read(tmp_path: Pat
     with pytest.raises(DataError, match="not valid JSON") as error:
         train_tokenizer(TokenizerFromScratch(train_on=str(path)), tmp_path / "tokenizer")
     assert error.value.where == f"{path}:2"
+
+
+def test_plain_rows_among_conversations_are_counted_and_hide_no_note_on_the_template(
+    tmp_path: Path, folder: Path
+) -> None:
+    clock = with_template(folder, "{% set today = strftime_now('%Y') %}" + UNMARKED_CHATML)
+    pairs = [{"prompt": "p", "chosen": "a", "rejected": "b"}]
+    talk = {"prompt": turns("p"), "chosen": turns("", "a")[1:], "rejected": turns("", "b")[1:]}
+    plain = prepared(tmp_path, pairs, "pair", clock).report.sources[0].notes
+    both = prepared(tmp_path, [*pairs, talk, talk], "pair", clock).report.sources[0].notes
+    assert [note for note in plain if "template" in note] == [
+        "plain text: no chat template is applied (use message, query or instruction columns for it)"
+    ]
+    assert any("no chat template is applied to 1 rows, and one to the others" in note for note in both)
+    assert any("prints today's date" in note for note in both)

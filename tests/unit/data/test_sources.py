@@ -39,7 +39,7 @@ def test_a_line_that_is_no_json_is_refused_with_its_place_and_reading_goes_on(tm
     assert isinstance(one, Row) and isinstance(five, Row) and five.origin == f"{path}:5"
     assert [r.origin for r in (broken, array, latin)] == [f"{path}:{n}" for n in (2, 3, 4)]
     assert isinstance(broken, Refusal) and "not valid JSON" in broken.reason
-    assert isinstance(array, Refusal) and "got list" in array.reason
+    assert isinstance(array, Refusal) and "got a list" in array.reason
     assert isinstance(latin, Refusal) and "UTF-8" in latin.reason
 
 

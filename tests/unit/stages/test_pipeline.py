@@ -86,7 +86,7 @@ class PlainBackend:
         assert not out.exists()
         self.merges.append((base, adapter, out))
         self._model_folder(base, out)
-        return {"kl": 1e-9}
+        return {"kl": 1e-9, "warnings": ("rounding costs what was trained",)}
 
     async def export(self, folder: Path, out: Path, *, format: str, dtype: str) -> Mapping[str, Any]:
         self._model_folder(folder, out)
@@ -302,6 +302,11 @@ def test_a_merge_that_fails_leaves_no_model_and_can_be_run_again(recipe: Recipe)
     assert not (recipe.run_folder / "merged" / "model").exists()
     summary, _ = start(recipe, PlainBackend(), resume=True)
     assert "exam" in summary["stages"]
+
+
+def test_what_a_merge_warns_of_is_said_on_the_screen(recipe: Recipe) -> None:
+    _, report = start(recipe, PlainBackend())
+    assert [line for line in report.messages if "rounding" in line] == ["merged: rounding costs what was trained"]
 
 
 def test_a_model_that_a_kill_left_unrecorded_is_made_again(recipe: Recipe) -> None:
