@@ -116,12 +116,19 @@ def _unencodable(text: str, found: re.Match[str]) -> str:
     return f"text that cannot be encoded as UTF-8: half a character, \\u{code:04x}, in {shown(around)}"
 
 
+_NAMES: dict[type[Any], str] = {
+    type(None): "null",
+    str: "a text",
+    bool: "true or false",
+    **dict.fromkeys((int, float), "a number"),
+    **dict.fromkeys((list, tuple), "a list"),
+    dict: "an object",
+}
+
+
 def kind_of(value: Any) -> str:
     """What a value is called in JSON."""
-    names = {type(None): "null", str: "a text", bool: "true or false", int: "a number", float: "a number"}
-    return names.get(type(value)) or {dict: "an object", list: "a list", tuple: "a list"}.get(
-        type(value), f"a {type(value).__name__}"
-    )
+    return _NAMES.get(type(value), f"a {type(value).__name__}")
 
 
 def shown(value: Any, most: int = 60) -> str:
