@@ -37,7 +37,12 @@ def started(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> list[list[st
         plugins = verb.validate(recipe, workshop.folder).plugins
         entries = {
             stage.id: known.get(stage.id)
-            or {"state": "finished", "fingerprint": fingerprint(recipe, stage, plugins), "made_by": child.label}
+            or {
+                "state": "finished",
+                "fingerprint": fingerprint(recipe, stage, plugins, workshop.folder),
+                "artefacts": {},
+                "made_by": child.label,
+            }
             for stage in recipe.stages
         }
         write_json(child.run / "run.json", {"stages": entries})
