@@ -56,8 +56,12 @@ class Signal:
         for _, of_rank in found:
             for key, value in of_rank.items():
                 _add(sums, key, torch.from_numpy(value))
-        net = _joined([net, *(tuple(map(float, _sizes(value))) for value in sums.values())])
-        return not all(left <= NOISE * whole for left, whole in zip(net, pull, strict=True))
+        left = [net]
+        for value in sums.values():
+            most, total = _sizes(value)
+            left.append((float(most), float(total)))
+        kept = zip(_joined(left), pull, strict=True)
+        return not all(rest <= NOISE * whole for rest, whole in kept)
 
     def _note(self, batch: TokenBatch, name: str, gradient: Tensor | None) -> None:
         if gradient is None or not gradient.numel():  # None: an output that the loss did not read
@@ -69,7 +73,7 @@ class Signal:
             for sequence, key in enumerate(batch.twins.tolist()):
                 if key in self._twins:
                     # tokens or scores of the one; a pair's first side may have the prompt's tokens before its own
-                    own = slice(sequence, sequence + 1) if name == "scores" else batch.sequence_ids == sequence
+                    own: Any = slice(sequence, sequence + 1) if name == "scores" else batch.sequence_ids == sequence
                     _add(self._sums, (name, key), gradient[own].flatten())
                     gradient[own] = 0
         self._keep("net", gradient)

@@ -187,15 +187,17 @@ def test_a_clamp_that_packed_rows_alone_lose_costs_them_the_layout(
 def test_a_wrong_rotation_is_found_and_the_attention_keeps_its_own(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = fused_rotary.rotate
+    right: Any = fused_rotary._Rotate
 
-    def scaled(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
-        return right(q, k, 1.01 * cos, 1.01 * sin, unsqueeze_dim)
+    class Scaled:
+        @staticmethod
+        def apply(x: Any, cos: Any, sin: Any) -> Any:
+            return right.apply(x, 1.01 * cos, 1.01 * sin)
 
     model = loud("llama", dtype)
     untouched = measure(model)
     fuse(model)
-    monkeypatch.setattr(fused_rotary, "rotate", scaled)
+    monkeypatch.setattr(fused_rotary, "_Rotate", Scaled)
     module = PolicyModule(model)
     module.untouched = untouched
     probe(module)
