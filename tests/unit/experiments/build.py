@@ -34,8 +34,8 @@ def write_examined(
     run.mkdir(parents=True)
     recipe = {"name": run.name, "output": str(run.parent), "model": {"path": "m"}, "stages": list(stages)}
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    state = "finished" if finished else "running"
-    write_json(run / "run.json", {"stages": {stage["id"]: {"state": state} for stage in stages}})
+    entry = {"state": "finished" if finished else "running", "fingerprint": {}, "artefacts": {}}
+    write_json(run / "run.json", {"stages": {stage["id"]: entry for stage in stages}})
     table = ScoreTable(("helpful", "harm"), np.asarray(scores, np.float32), tuple(kinds))
     groups = [Group(PromptItem(n, np.arange(3), 0), (completion(n),)) for n in range(len(scores))]
     log = RolloutLog(run / "exam" / "rollouts" / "grpo")
