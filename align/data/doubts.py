@@ -40,7 +40,7 @@ def _repeats(record: Record, prompt: str) -> list[str]:
 
 
 def framing_tokens(tokenizer: ChatTokenizer) -> tuple[str, ...]:
-    """Special tokens that end a generation, begin a text, or stand around the turns of a conversation."""
+    """Added tokens that end a generation or begin a text, and special ones that stand around a conversation's turns."""
     if tokenizer.framing is None:
         tokenizer.framing = _framing_tokens(tokenizer)
     return tokenizer.framing
@@ -54,4 +54,5 @@ def _framing_tokens(tokenizer: ChatTokenizer) -> tuple[str, ...]:
         written = ""
     ends = {tokenizer.decode([i], skip_special_tokens=False) for i in tokenizer.eos_ids}
     ends |= {tokenizer.named_tokens.get("bos_token", "")}
-    return tuple(sorted(token for token in tokenizer.special if token and (token in written or token in ends)))
+    framing = {token for token in tokenizer.special if token in written} | (ends & tokenizer.added)
+    return tuple(sorted(framing - {""}))

@@ -121,17 +121,12 @@ def _of_message(look: _Look, i: int, message: Message) -> list[str]:
         found += [] if look.differs({i: _with(message, "reasoning_content", _OTHER)}) else [_THOUGHTS]
     if message.role == "assistant":
         found += _calls_as_text(message.text, look.template.source)
-    return found + [f"{end!r} of a text as text: it is the token that ends a turn" for end in _ends_in(look, message)]
+    return found
 
 
 def _calls_as_text(text: str, source: str) -> list[str]:
     marks = [mark for mark in _CALL_MARKS if mark in text and mark not in source]
     return [f"tool calls written as {mark} text, which stay text" for mark in marks]
-
-
-def _ends_in(look: _Look, message: Message) -> list[str]:
-    ends = [look.tokenizer.decode([i], skip_special_tokens=False) for i in look.tokenizer.eos_ids]
-    return [end for end in ends if end in look.tokenizer.added and end in message.text]
 
 
 def _loses_text(look: _Look, i: int, message: Message) -> bool:

@@ -23,6 +23,7 @@ from align.data.dialect import Dialect, find_dialect
 from align.data.ends import Ends, find_ends
 from align.data.records import RowError
 from align.data.template import ChatTemplate, Span
+from align.data.template_files import template_source
 from align.data.templates import NAMED
 from align.errors import ModelError
 
@@ -225,7 +226,7 @@ def load_tokenizer(
     Args:
         folder: of the model; holds tokenizer.json and usually tokenizer_config.json.
         files: a folder whose tokenizer and chat template count before those of `folder`, as far as it has them.
-        chat_template: overrides the folder's: a file, the Jinja text itself, or the name of one of ours.
+        chat_template: overrides the folder's: a file, the Jinja text itself, or the name of one of its own or of ours.
         template_args: variables for the template (`enable_thinking: false`).
         end_of_turn: tokens that end a turn, in place of what the template shows.
     Raises ModelError where files are missing or damaged, or one of `end_of_turn` is no single token.
@@ -251,7 +252,8 @@ def load_tokenizer(
     source, where = None, ""
     for place in dict.fromkeys((files, own, folder)):
         if source is None:
-            source, where = _template_source(place, _read_json(place / "tokenizer_config.json"), chat_template)
+            own_files = (_read_json(place / name) for name in ("tokenizer_config.json", "chat_template.json"))
+            source, where = template_source(place, *own_files, chat_template)
     template = None
     if source is not None:
         template = ChatTemplate(source, {**named, **(template_args or {})}, where=where)
@@ -343,44 +345,3 @@ def _add_tokens(backend: Tokenizer, config: Mapping[str, Any], named: Mapping[st
     for text in dict.fromkeys(wanted):
         if text not in special:
             backend.add_special_tokens([AddedToken(text, special=True, normalized=False)])
-
-
-def _template_source(folder: Path, config: Mapping[str, Any], override: str | None) -> tuple[str | None, str]:
-    """(Jinja text or None, where it came from)."""
-    if override is not None:
-        return _override(override)
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8"), str(path)
-    value = config.get("chat_template")
-    where = str(folder / "tokenizer_config.json")
-    if isinstance(value, list):
-        value = {item["name"]: item["template"] for item in value}
-    if isinstance(value, dict):
-        if "default" not in value:
-            names = ", ".join(sorted(value))
-            raise ModelError(
-                f"the model has several chat templates ({names}) and no default",
-                where=where,
-                remedy="write the one you want to a file and name it with `model.chat_template`",
-            )
-        value = value["default"]
-    if value is None:
-        legacy = folder / "chat_template.json"
-        value, where = _read_json(legacy).get("chat_template"), str(legacy)
-    return value, where
-
-
-def _override(value: str) -> tuple[str, str]:
-    if value in NAMED:
-        return NAMED[value], f"chat_template: {value}"
-    if "{%" in value or "{{" in value:
-        return value, "model.chat_template"
-    path = Path(value)
-    if not path.is_file():
-        raise ModelError(
-            f"`chat_template` names no file: {value}",
-            where="model.chat_template",
-            remedy=f"give a file, the Jinja text itself, or one of ours: {', '.join(sorted(NAMED))}",
-        )
-    return path.read_text(encoding="utf-8"), str(path)

@@ -143,12 +143,18 @@ def _judged(module: PolicyModule, own: Own, layout: Layout, attention: str, give
 
 
 def _structure(module: PolicyModule, own: Own) -> Fault | None:
-    """In float32: what modules make of loud inputs, every module of a packed row, and the values that come out of it.
+    """In float32: every module of a packed row, the values that come out of it, and what modules make of loud inputs.
 
-    A limit that acts on loud inputs alone shows in no row of the probe: whoever lost it, the layout is refused.
+    A limit that acts on loud inputs alone shows in no row of the probe: whoever lost it, the layout is refused. They
+    come last, since a row names the module at fault more closely.
     """
-    if (loud := loud_parting(_loud_now(module, own), own.loud)) is not None:
+    fault = _rows(module, own)
+    if fault is None and (loud := loud_parting(_loud_now(module, own), own.loud)) is not None:
         return Fault(f"{loud} on large activations", loud.path)
+    return fault
+
+
+def _rows(module: PolicyModule, own: Own) -> Fault | None:
     if own.low is not None and module.layout == "shared":
         module.use("shared", "sdpa")  # other kernels compute in half precision; they are held against this one there
     autocast, module.autocast = module.autocast, None

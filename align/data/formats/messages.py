@@ -49,7 +49,12 @@ def read_messages(value: Any, column: str = "messages") -> tuple[Message, ...]:
     for item in value:
         for message, is_call in _read(item, column):
             last = messages[-1] if messages else None
-            if is_call and last is not None and last.role == "assistant" and last.scored == message.scored:
+            if is_call and last is not None and last.role == "assistant":
+                if last.scored != message.scored:
+                    raise RowError(
+                        f"message {len(messages) - 1} of `{column}` and the call behind it are one turn, and one of "
+                        "them alone is to be learnt; mark both alike"
+                    )
                 messages[-1] = _one_turn(last, message)
             else:
                 messages.append(message)

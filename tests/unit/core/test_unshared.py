@@ -52,7 +52,7 @@ def test_any_tokens_hidden_states_are_found_in_any_order(nll: str) -> None:
     batch = collate([mark_nll(tree, nll) for tree in some_trees()])
     backbone = module.model.base_model
     at = torch.randint(0, batch.token_ids.numel(), (50,), generator=torch.Generator().manual_seed(0))
-    shared, logps = module._hidden(batch, at), module(batch).logps
+    shared, logps = module._hidden(batch, at, torch.zeros_like(at)), module(batch).logps
     module.use("unshared", "sdpa")
     torch.testing.assert_close(hidden_states(backbone, batch, at), shared, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(module(batch).logps, logps, atol=1e-5, rtol=1e-5)

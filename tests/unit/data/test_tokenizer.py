@@ -225,3 +225,27 @@ def test_loading_and_preparing_import_no_heavy_package(folder: Path, tmp_path: P
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_template_of_several_is_named_as_the_model_names_it(tmp_path: Path, folder: Path) -> None:
+    several = tmp_path / "several"
+    shutil.copytree(folder, several)
+    (several / "chat_template.jinja").write_text("plain{{ messages[0].content }}")
+    (several / "additional_chat_templates").mkdir()
+    (several / "additional_chat_templates" / "tool_use.jinja").write_text("tools{{ messages[0].content }}")
+    messages = [{"role": "user", "content": "!"}]
+    assert load_tokenizer(several).render(messages) == "plain!"
+    assert load_tokenizer(several, chat_template="tool_use").render(messages) == "tools!"
+    with pytest.raises(ModelError) as error:
+        load_tokenizer(several, chat_template="tool_ues")
+    assert "one of the model's (default, tool_use)" in str(error.value)
+    (several / "chat_template.jinja").unlink()
+    config = json.loads((several / "tokenizer_config.json").read_text())
+    listed = [{"name": "rag", "template": "rag{{ messages[0].content }}"}]
+    (several / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": listed}))
+    assert load_tokenizer(several, chat_template="rag").render(messages) == "rag!"
+    with pytest.raises(ModelError, match=r"several chat templates \(rag, tool_use\) and no default"):
+        load_tokenizer(several)
+    (several / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": ["rag"]}))
+    with pytest.raises(ModelError, match="neither a text nor texts by name"):
+        load_tokenizer(several)

@@ -354,8 +354,17 @@ def test_calls_as_other_models_write_them_and_ends_of_turns_in_texts_are_named(
     call = '<functioncall> {"name": "find", "arguments": {}} <|im_end|>'
     for mark in ("<functioncall>", "[TOOL_CALLS]", "<|python_tag|>", "<function="):
         row = {"messages": [ASK, {"role": "assistant", "content": call.replace("<functioncall>", mark)}]}
-        note = prepared(tmp_path, [row], "conversation", qwen).report.sources[0].notes[0]
-        assert f"tool calls written as {mark} text, which stay text (once" in note
-        assert "'<|im_end|>' of a text as text: it is the token that ends a turn (once" in note
+        notes = " ".join(prepared(tmp_path, [row], "conversation", qwen).report.sources[0].notes)
+        assert f"tool calls written as {mark} text, which stay text (once" in notes
+        assert "texts of messages hold '<|im_end|>', which the tokenizer reads as the token that frames turns" in notes
     plain = {"messages": [ASK, {"role": "assistant", "content": "a function call < 3"}]}
     assert not prepared(tmp_path, [plain], "conversation", qwen).report.sources[0].notes
+
+
+def test_an_answer_and_its_call_of_which_one_alone_is_learnt_are_refused(tmp_path: Path, qwen: ChatTokenizer) -> None:
+    said = {"role": "assistant", "content": "I look", "loss": False}
+    call = {"role": "tool_call", "content": FLAT_TEXT}
+    with pytest.raises(DataError, match="message 1 of `messages` and the call behind it are one turn"):
+        prepared(tmp_path, [{"messages": [ASK, said, call, RESULT, THREE]}], "conversation", qwen)
+    both = prepared(tmp_path, [{"messages": [ASK, said, call | {"loss": False}, RESULT, THREE]}], "conversation", qwen)
+    assert scored(qwen, both.items[0].trunk) == f"{THOUGHT}three<|im_end|>"
