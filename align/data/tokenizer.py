@@ -252,8 +252,8 @@ def load_tokenizer(
     source, where = None, ""
     for place in dict.fromkeys((files, own, folder)):
         if source is None:
-            own_files = (_read_json(place / name) for name in ("tokenizer_config.json", "chat_template.json"))
-            source, where = template_source(place, *own_files, chat_template)
+            its, legacy = (_read_json(place / name) for name in ("tokenizer_config.json", "chat_template.json"))
+            source, where = template_source(place, its, legacy, chat_template)
     template = None
     if source is not None:
         template = ChatTemplate(source, {**named, **(template_args or {})}, where=where)
