@@ -274,8 +274,6 @@ class Tokeniser:
             if record.reference_answer is not None:
                 values["reference_answer"] = record.reference_answer
                 self.report.reference_answers += 1
-            if record.weight != 1.0:
-                values["weight"] = record.weight
             table.rows.append((seen_messages(record.prompt, fitted.trunk.media), values))
         if table.answers is not None and isinstance(record, Pair):
             values = light(one.row.values)
