@@ -50,7 +50,7 @@ def naming(path: str | Path) -> Iterator[None]:
         system = of_system(error)
         if system is None:
             raise
-        if system.filename is None:
+        if system.filename is None and system.errno is not None:  # one without a number would lose its words
             system.filename = str(path)
         if system is error:
             raise
