@@ -28,11 +28,6 @@ def _idle(entry: Mapping[str, Any]) -> str | None:
     return f"{sum(entry['idle'].values()):,d}" if entry.get("idle") else None
 
 
-def _layout(entry: Mapping[str, Any]) -> str | None:
-    forward = entry.get("forward")
-    return None if forward is None else f"{forward['layout']} ({forward['attention']})"
-
-
 COLUMNS: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
     "steps": _field("steps", ",d"),
     "without training": _idle,
@@ -41,7 +36,6 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
     "loss": _metric("loss/total", ".3f"),
     "accuracy": _metric("accuracy", ".3f"),
     "mean length": _metric("mean_length", ".1f"),
-    "layout": _layout,
 }
 
 
@@ -69,13 +63,17 @@ def artefact_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def forward_lines(summary: Mapping[str, Any]) -> list[str]:
-    """`<stage>: slower ...` for each stage that was computed slower than it could be, and why."""
-    lines = []
+    """`layout shared (sdpa): sft, dpo`, and `<stage>: slower ...` for each stage that was computed slower than it could
+    be, and why. Lines, as the table has no room for another column in 80 characters."""
+    stages: dict[str, list[str]] = {}
+    slower = []
     for stage, entry in summary["stages"].items():
         forward = entry.get("forward") or {}
+        if forward:
+            stages.setdefault(f"{forward['layout']} ({forward['attention']})", []).append(stage)
         if forward.get("slower"):
-            lines.append(f"{stage}: slower than it could be: {forward['words']}; {'; '.join(forward['slower'])}")
-    return lines
+            slower.append(f"{stage}: slower than it could be: {forward['words']}; {'; '.join(forward['slower'])}")
+    return [f"layout {layout}: {', '.join(names)}" for layout, names in stages.items()] + slower
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
