@@ -30,7 +30,8 @@ def main(arguments: argparse.Namespace) -> int:
 
     jobs = Jobs(arguments.address)
     with scratch() as aside:
-        package = aside.resolve()
+        package = aside.resolve() / "package"  # Ray puts its archive of it beside it, and must not find it inside
+        package.mkdir()
         copied = pack(recipe, folder, package)
         job = jobs.submit(entrypoint(arguments), package, {"align_run": recipe.name})
     print(f"job {job}: {recipe.name} -> {recipe.run_folder}; sent {', '.join([RECIPE, *copied])}", flush=True)
