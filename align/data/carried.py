@@ -6,15 +6,15 @@ trained with. Whoever reads, merges or goes on with one uses those, and says whe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from align.data.bounded import embedding_rows
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
 from align.errors import ModelError
-from align.recipe.chat_files import ChatFiles, carries_template, carries_tokenizer
+from align.recipe.chat_files import ChatFiles, carries_template, carries_tokenizer, read_settings
 
 Whose = Literal["adapter", "base"]
 RENAMED = 0.01  # share of the ids that may have other names: reserved tokens that were given a meaning
@@ -90,7 +90,7 @@ def _compare_ids(
     ours: ChatTokenizer, theirs: ChatTokenizer, adapter: Path, base: Path, whose: Whose | None
 ) -> list[str]:
     own, other = ({i: text for text, i in t.backend.get_vocab(True).items()} for t in (ours, theirs))
-    rows = _embedded(base)
+    rows = embedding_rows(read_settings(base / "config.json"))
     beyond = [] if rows is None else sorted(text for i, text in other.items() if i >= rows and i not in own)
     if beyond:
         raise ModelError(
@@ -120,11 +120,3 @@ def _compare_ids(
             listed = ", ".join(repr(has[i]) for i in sorted(more)[:3])
             notes.append(f"tokenizer: only {who} has {len(more)} tokens ({listed})")
     return notes or ["tokenizer: takes the adapter's, which splits text in another way than the base's"]
-
-
-def _embedded(base: Path) -> int | None:
-    file = base / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    text = config.get("text_config") or {}
-    found = text.get("vocab_size", config.get("vocab_size"))
-    return found if isinstance(found, int) else None

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from align.data.records import RowError
+from align.data.values import shown
 from align.recipe.labels import Labels
 
 _DIGITS = re.compile("[0-9]{1,9}")
@@ -43,7 +44,7 @@ def label_values(label: Any, labels: Labels) -> list[float]:
     if labels.problem == "multi_label":
         items = [label] if isinstance(label, str) else label
         if not isinstance(items, list | tuple | np.ndarray):
-            raise RowError(f"`labels` must be a list of labels, got {_shown(label)}")
+            raise RowError(f"`labels` must be a list of labels, got {shown(label)}")
         return _several(list(items), labels)
     numbers = list(label) if isinstance(label, list | tuple | np.ndarray) else [label]
     if len(numbers) != count:
@@ -65,22 +66,22 @@ def _index(label: Any, labels: Labels) -> int:
         return int(text)
     near = ", ".join(labels.names[:8]) + (", ..." if len(labels.names) > 8 else "")
     known = f"{near}, or an index below {len(labels.names)}" if not numerals else near
-    raise RowError(f"unknown label {_shown(label)} (known: {known})")
+    raise RowError(f"unknown label {shown(label)} (known: {known})")
 
 
 def _several(items: list[Any], labels: Labels) -> list[float]:
     count = len(labels.names)
     if len(items) == count and all(isinstance(item, bool | float) for item in items):
         if any(float(item) not in (0.0, 1.0) for item in items):
-            raise RowError(f"a list of truth values must hold 0 and 1, got {_shown(items)}")
+            raise RowError(f"a list of truth values must hold 0 and 1, got {shown(items)}")
         return [float(item) for item in items]
     if len(items) == count and all(_whole(item) and int(item) in (0, 1) for item in items):
         if count <= 2:
-            raise RowError(f"{_shown(items)} may be indices or truth values; write names, or true and false")
+            raise RowError(f"{shown(items)} may be indices or truth values; write names, or true and false")
         return [float(item) for item in items]  # indices would not repeat
     found = [_index(item, labels) for item in items]
     if len(set(found)) < len(found):
-        raise RowError(f"a label stands twice in {_shown(items)}")
+        raise RowError(f"a label stands twice in {shown(items)}")
     return [float(k in found) for k in range(count)]
 
 
@@ -90,7 +91,7 @@ def _number(value: Any) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not abs(number) < 3.4e38:  # float32, in which losses compute, holds no more
-        raise RowError(f"the label must be a number, got {_shown(value)}")
+        raise RowError(f"the label must be a number, got {shown(value)}")
     return number
 
 
@@ -99,11 +100,6 @@ def _whole(value: Any) -> bool:
     if isinstance(value, bool):
         return False
     return isinstance(value, int | np.integer) or (isinstance(value, float) and value.is_integer())
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 # ------------------------------------------------------------------------------------------------- the report
@@ -135,8 +131,8 @@ def describe(found: dict[str, Any], rows: int) -> list[str]:
             for name, value in found.items()
         ]
     often = sorted(found, key=lambda name: -found[name])
-    shown = [f"{name} {found[name]} ({found[name] / max(rows, 1):.0%})" for name in often[:12]]
-    lines = ["labels: " + ", ".join(shown) + (f" and {len(often) - 12} more" if len(often) > 12 else "")]
+    counted = [f"{name} {found[name]} ({found[name] / max(rows, 1):.0%})" for name in often[:12]]
+    lines = ["labels: " + ", ".join(counted) + (f" and {len(often) - 12} more" if len(often) > 12 else "")]
     absent = [name for name in often if not found[name]]
     if absent:
         lines.append(f"no row has {'the label' if len(absent) == 1 else 'one of the labels'} {', '.join(absent[:12])}")

@@ -39,7 +39,7 @@ def carries_template(folder: Path) -> bool:
     """Whether a folder has a chat template, in any of the places where one may stand."""
     if any((folder / name).is_file() for name in (TEMPLATE, "chat_template.json")):
         return True
-    return bool(_read(folder / "tokenizer_config.json").get("chat_template"))
+    return bool(read_settings(folder / "tokenizer_config.json").get("chat_template"))
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ChatFiles:
         """What the folders themselves say: the adapter's, as far as it says anything."""
         if adapter is None:
             return cls(base)
-        ends = tuple(_ends(_read(adapter / GENERATION)))
+        ends = tuple(_ends(read_settings(adapter / GENERATION)))
         if carries_tokenizer(adapter):
             template = None if carries_template(adapter) else _template(base)
             return cls(adapter, template, ends)
@@ -92,9 +92,9 @@ def write_ends(folder: Path, end_ids: Iterable[int], base: Path) -> None:
     """Have generation_config.json of `folder` list these tokens among those that end a generation; its other fields,
     or those of the base's, stay. Servers and `generate` read it; the tokenizer's own EOS stays what it is."""
     file = folder / GENERATION
-    config = _read(file if file.is_file() else base / GENERATION)
+    config = read_settings(file if file.is_file() else base / GENERATION)
     if not config:
-        model = _read(base / "config.json")
+        model = read_settings(base / "config.json")
         text = model.get("text_config") if isinstance(model.get("text_config"), dict) else {}
         config = {key: value for key in _IDS if (value := model.get(key, (text or {}).get(key))) is not None}
     known = _ends(config)
@@ -114,7 +114,7 @@ def _template(folder: Path) -> str | None:
     if (folder / TEMPLATE).is_file():
         return (folder / TEMPLATE).read_text(encoding="utf-8")
     for name in ("tokenizer_config.json", "chat_template.json"):
-        found = _read(folder / name).get("chat_template")
+        found = read_settings(folder / name).get("chat_template")
         if isinstance(found, list):
             found = next((item["template"] for item in found if item.get("name") == "default"), None)
         if isinstance(found, str):
@@ -122,7 +122,8 @@ def _template(folder: Path) -> str | None:
     return None
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_settings(file: Path) -> dict[str, Any]:
+    """A JSON object of a model folder; {} where there is none. Raises ModelError for a file that is no JSON."""
     if not file.is_file():
         return {}
     try:

@@ -17,6 +17,7 @@ import numpy as np
 
 from align.errors import ModelError
 from align.recipe.adapter_folder import QUANTISED
+from align.recipe.chat_files import read_settings
 
 TRAINED_ON = "trained_on.json"
 SAMPLES = 16  # values of each weight
@@ -77,13 +78,13 @@ def write_trained_on(folder: Path, base: Path, name: str | None = None) -> None:
 
 def kept_digest(adapter: Path) -> str | None:
     """Of the base that an adapter was trained on, where its folder keeps one."""
-    found = _read(adapter / TRAINED_ON).get("weights")
+    found = read_settings(adapter / TRAINED_ON).get("weights")
     return found if isinstance(found, str) else None
 
 
 def quantisation(folder: Path) -> dict[str, Any] | None:
     """config.json's quantization_config; None where the weights are in full precision."""
-    found = _read(folder / "config.json")
+    found = read_settings(folder / "config.json")
     return found.get("quantization_config") or (found.get("text_config") or {}).get("quantization_config") or None
 
 
@@ -106,8 +107,8 @@ def require_base(base: Path, adapter: Path, *, anyway: bool = False, flag: str =
     ModelError where it is another.
     """
     kept, named = (
-        _read(adapter / TRAINED_ON),
-        str(_read(adapter / "adapter_config.json").get("base_model_name_or_path")),
+        read_settings(adapter / TRAINED_ON),
+        str(read_settings(adapter / "adapter_config.json").get("base_model_name_or_path")),
     )
     said = _verdict(Path(base), kept, named)
     if said is None:
@@ -165,20 +166,10 @@ def _hub_name(base: Path) -> str | None:
     for part in base.parts:
         if part.startswith("models--"):
             return part.removeprefix("models--").replace("--", "/")
-    found = _read(base / "config.json").get("_name_or_path")
+    found = read_settings(base / "config.json").get("_name_or_path")
     return found if isinstance(found, str) and found.count("/") == 1 and not found.startswith((".", "/")) else None
 
 
 def _sounds_quantised(name: str) -> bool:
     marks = ("bnb", "4bit", "8bit", "gptq", "awq", "int4", "int8", "fp8", "nf4")
     return any(word in name.lower() for word in marks)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"not valid JSON: {error}", where=file, remedy="copy the file again") from None
-    return value if isinstance(value, dict) else {}

@@ -41,16 +41,21 @@ async def run_merge(context: Context, stage: Any) -> StageResult:
     async def make(start: Start, target: Path) -> Mapping[str, Any]:
         if start.adapter is None:
             return await context.backend.export(start.base, target, format="safetensors", dtype=stage.dtype)
-        return await context.backend.merge(
-            start.base,
-            start.adapter,
-            target,
-            dtype=stage.dtype,
-            seed=context.seed(stage.id),
-            chat=context.carried(start).files,
-        )
+        return await _merged(context, stage, start, target)
 
     return await _one_folder(context, stage, make)
+
+
+async def _merged(context: Context, stage: Any, start: Start, target: Path) -> Mapping[str, Any]:
+    assert start.adapter is not None, "a start without adapter is a whole model"
+    return await context.backend.merge(
+        start.base,
+        start.adapter,
+        target,
+        dtype=stage.dtype,
+        seed=context.seed(stage.id),
+        chat=context.carried(start).files,
+    )
 
 
 async def run_export(context: Context, stage: Any) -> StageResult:
@@ -60,15 +65,7 @@ async def run_export(context: Context, stage: Any) -> StageResult:
         source, warnings = start.base, ()
         if start.adapter is not None:
             source = target.with_name(".writing-merged")
-            merged = await context.backend.merge(
-                start.base,
-                start.adapter,
-                source,
-                dtype=stage.dtype,
-                seed=context.seed(stage.id),
-                chat=context.carried(start).files,
-            )
-            warnings = merged.get("warnings", ())
+            warnings = (await _merged(context, stage, start, source)).get("warnings", ())
         report = await context.backend.export(source, target, format=stage.format, dtype=stage.dtype)
         return {**report, "warnings": warnings}
 
