@@ -26,6 +26,7 @@ from align.data.template import ChatTemplate, Span
 from align.data.template_files import template_source
 from align.data.templates import NAMED
 from align.errors import ModelError
+from align.recipe.chat_files import read_settings
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """In the order in which AutoTokenizer gives ids to those that tokenizer.json lacks."""
@@ -240,8 +241,8 @@ def load_tokenizer(
         backend = Tokenizer.from_file(str(path))
     except Exception as e:  # the Rust library raises bare Exception; anything it raises means this file is unreadable
         raise ModelError(f"tokenizer.json cannot be read: {e}", where=path, remedy="copy the file again") from e
-    config = _read_json(own / "tokenizer_config.json")
-    model_config = _read_json(folder / "config.json")
+    config = read_settings(own / "tokenizer_config.json")
+    model_config = read_settings(folder / "config.json")
     backend.no_truncation()
     backend.no_padding()
     # add_bos_token and add_eos_token of the config do not count beside a tokenizer.json: its post-processor decides
@@ -252,14 +253,13 @@ def load_tokenizer(
     source, where = None, ""
     for place in dict.fromkeys((files, own, folder)):
         if source is None:
-            its, legacy = (_read_json(place / name) for name in ("tokenizer_config.json", "chat_template.json"))
-            source, where = template_source(place, its, legacy, chat_template)
+            source, where = template_source(place, chat_template)
     template = None
     if source is not None:
         template = ChatTemplate(source, {**named, **(template_args or {})}, where=where)
     eos_ids: list[int] = []
     for place in dict.fromkeys((folder, files)):
-        eos = _read_json(place / "generation_config.json").get("eos_token_id")
+        eos = read_settings(place / "generation_config.json").get("eos_token_id")
         eos_ids += [] if eos is None else eos if isinstance(eos, list) else [eos]
     _require_tokens(backend, end_of_turn)
     return ChatTokenizer(
@@ -297,18 +297,6 @@ def _without_tokenizer_json(folder: Path) -> str:
     return "this is no model folder, or its tokenizer was not downloaded"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ModelError(f"not valid JSON: {e}", where=path, remedy="copy the file again") from e
-    if not isinstance(value, dict):
-        raise ModelError("must hold a JSON object", where=path, remedy="copy the file again")
-    return value
-
-
 def _content(token: Any) -> str | None:
     if isinstance(token, dict):
         token = token.get("content")
@@ -322,7 +310,7 @@ def _special_tokens(folder: Path, config: Mapping[str, Any], defaults: Mapping[s
     """
     values = {**defaults, **config}
     if "added_tokens_decoder" not in config:
-        values.update(_read_json(folder / "special_tokens_map.json"))
+        values.update(read_settings(folder / "special_tokens_map.json"))
     extra = values.get("extra_special_tokens")
     values.update(extra if isinstance(extra, dict) else {})
     names = [*_NAMED_TOKENS, *(n for n in values if n.endswith("_token") and n not in _NAMED_TOKENS)]

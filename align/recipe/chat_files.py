@@ -13,6 +13,7 @@ from typing import Any
 
 from align.errors import ModelError
 
+MORE_TEMPLATES = "additional_chat_templates"  # transformers' folder of those beside the default, each by its name
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -25,7 +26,7 @@ TOKENIZER_FILES = (
     "spiece.model",
     "chat_template.jinja",
     "chat_template.json",
-    "additional_chat_templates",
+    MORE_TEMPLATES,
 )
 TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -58,9 +59,9 @@ class ChatFiles:
             return cls(base)
         ends = tuple(_ends(read_settings(adapter / GENERATION)))
         if carries_tokenizer(adapter):
-            template = None if carries_template(adapter) else _template(base)
+            template = None if carries_template(adapter) else templates_of(base)[0].get("default")
             return cls(adapter, template, ends)
-        return cls(base, _template(adapter), ends)
+        return cls(base, templates_of(adapter)[0].get("default"), ends)
 
     def write(self, folder: Path, base: Path) -> None:
         """Into a folder beside weights. base: the model folder that the weights come from."""
@@ -110,24 +111,38 @@ def _ends(config: dict[str, Any]) -> list[int]:
     return [] if found is None else list(found) if isinstance(found, list) else [found]
 
 
-def _template(folder: Path) -> str | None:
-    if (folder / TEMPLATE).is_file():
-        return (folder / TEMPLATE).read_text(encoding="utf-8")
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        found = read_settings(folder / name).get("chat_template")
-        if isinstance(found, list):
-            found = next((item["template"] for item in found if item.get("name") == "default"), None)
-        if isinstance(found, str):
-            return found
-    return None
+def templates_of(folder: Path) -> tuple[dict[str, str], str]:
+    """A folder's chat templates by name, and the place of the default. Raises ModelError for what is no template."""
+    found = {path.stem: path.read_text(encoding="utf-8") for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
+    path = folder / TEMPLATE
+    if path.is_file():
+        return {**found, "default": path.read_text(encoding="utf-8")}, str(path)
+    path = folder / "tokenizer_config.json"
+    value = read_settings(path).get("chat_template")
+    if value is None:
+        path = folder / "chat_template.json"
+        value = read_settings(path).get("chat_template")
+    if isinstance(value, str):
+        value = {"default": value}
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        value = {item.get("name"): item.get("template") for item in value}
+    if value is None:
+        return found, str(path)
+    if not isinstance(value, dict) or not all(isinstance(text, str) for pair in value.items() for text in pair):
+        raise ModelError(
+            "`chat_template` is neither a text nor texts by name", where=path, remedy="copy the file again"
+        )
+    return {**found, **value}, str(path)
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """A JSON object of a model folder; {} where there is none. Raises ModelError for a file that is no JSON."""
+    """A JSON object of a model folder; {} where there is none. Raises ModelError for any other file."""
     if not file.is_file():
         return {}
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"not valid JSON: {error}", where=file, remedy="copy the file again") from None
-    return value if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        raise ModelError("must hold a JSON object", where=file, remedy="copy the file again")
+    return value
