@@ -47,10 +47,18 @@ def as_nobody(act: Callable[[], None]) -> None:
     assert not said, said
 
 
+def where_others_reach() -> Path:
+    """The first temporary folder that another user can walk to; `TMPDIR` may well lie in a private one."""
+    for root in map(Path, (tempfile.gettempdir(), "/tmp", "/var/tmp")):
+        if root.is_dir() and all(part.stat().st_mode & stat.S_IXOTH for part in [root, *root.resolve().parents]):
+            return root
+    pytest.skip("no temporary folder here can be reached by another user")
+
+
 @pytest.fixture
 def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A place that everybody may write to, as /tmp is; the only one that is swept."""
-    place = Path(tempfile.mkdtemp(prefix="everybody-"))
+    place = Path(tempfile.mkdtemp(prefix="everybody-", dir=where_others_reach()))
     place.chmod(0o1777)
     monkeypatch.setattr(owned, "MEMORY", place / "none")
     monkeypatch.setattr(tempfile, "tempdir", str(place))
