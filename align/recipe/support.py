@@ -176,7 +176,13 @@ def reference_words(adapter: Adapter, reference: object, continues_adapter: bool
     if reference == "cached":
         return "cached: computed once from what the stage starts from, before its first step, and stored"
     if reference not in ("start", "base"):
-        return f"{getattr(reference, 'path', reference)}, in an actor of its own"
+        words = f"{getattr(reference, 'path', reference)}, in an actor of its own"
+        if adapter.quant is not None and not getattr(reference, "adapter", None):
+            words += (
+                "; its weights are not packed in four bits as the policy's base is, so the two differ before the first "
+                "step (`reference: base` is the packed base itself)"
+            )
+        return words
     if adapter.kind == "full":
         return f"{reference}: a frozen second copy of the weights beside the policy"
     copy = f" and a frozen copy of {' and '.join(adapter.parts('full'))}" if adapter.mixed else ""

@@ -129,7 +129,11 @@ def test_a_reference_is_described_as_it_will_be_had() -> None:
     assert "second copy" in reference_words(full, "start", False)
     assert reference_words(lora, "cached", True) == reference_words(full, "cached", False)
     assert "computed once" in reference_words(full, "cached", False)
-    assert "own" in reference_words(lora, ReferencePath(path="a/b"), False)
+    own = reference_words(lora, ReferencePath(path="a/b"), False)
+    assert "own" in own and "four bits" not in own
+    packed = Adapter(kind="qlora")
+    assert "not packed in four bits" in reference_words(packed, ReferencePath(path="a/b"), False)
+    assert "four bits" not in reference_words(packed, ReferencePath(path="a/b", adapter="a/c"), False)
 
 
 def test_a_local_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
