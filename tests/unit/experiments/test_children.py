@@ -80,7 +80,8 @@ def test_ctrl_c_reaches_every_run_starts_no_more_and_waits_for_them(start, tmp_p
     threading.Thread(target=interrupt).start()
     with pytest.raises(Interrupted, match="0 of 3 runs finished"):
         start(["long-1", "long-2", "long-3"], [Slot(1), Slot(1)])
-    assert start.said == ["long-1: started", "long-2: started", "long-1: stopped", "long-2: stopped"]
+    assert sorted(start.said) == ["long-1: started", "long-1: stopped", "long-2: started", "long-2: stopped"]
+    assert start.said[-1].endswith("stopped"), "each ends when it can: in no order"
     assert signal.getsignal(signal.SIGINT) is before
 
 
