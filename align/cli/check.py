@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from align.cli.findings import Findings
 from align.cli.inputs import DataFacts, Rewards, check_reference, open_model, read_data
@@ -13,11 +12,13 @@ from align.cli.machine import Machine, check_fits, stage_roles
 from align.cli.needed import check_model_packages, check_packages
 from align.cli.plan import Plan, Planner, lines
 from align.cli.rules import check_recipe
+from align.data.records import Kind
 from align.objectives.check import Known, problems
+from align.recipe.capabilities import SamplingStage
 from align.recipe.document import Document
 from align.recipe.load import load_document
-from align.recipe.objectives import Objectives
 from align.recipe.schema import Recipe
+from align.recipe.stages import Stage
 from align.stages.files import require_place
 from align.stages.groups import TRUNCATED, refuse_second_truncated, with_penalty
 from align.stages.handover import check_adapters
@@ -84,7 +85,7 @@ def validate(
             if planner is not None:
                 _check_stage(recipe, stage, planner, plan, found, folder, every_row)
                 if plan.stages and plan.stages[-1].id == stage.id:
-                    plan.stages[-1].lines += rewards.lines(getattr(stage, "rewards", ()))
+                    plan.stages[-1].lines += rewards.lines(stage.rewarded_by)
         if planner is not None:
             plan.model, plan.sampling = planner.model_line(), planner.sampling
     found.raise_any()
@@ -92,63 +93,51 @@ def validate(
     return plan
 
 
-def _check_rewards(stage: Any, rewards: Rewards, found: Findings) -> None:
+def _check_rewards(stage: Stage, rewards: Rewards, found: Findings) -> None:
     """Plugins can be loaded, their objectives have names of their own, and `objectives` can work with them."""
-    evaluation = getattr(stage, "eval", None)
-    if evaluation is not None and evaluation.rewards and stage.kind == "online":
-        rewards.objectives(evaluation.rewards, stage.id, "eval.rewards", found)
-    if not getattr(stage, "rewards", ()):
+    if isinstance(stage, SamplingStage) and stage.eval is not None and stage.eval.rewards:
+        rewards.objectives(stage.eval.rewards, stage.id, "eval.rewards", found)
+    if not stage.rewarded_by:
         return
-    known = rewards.objectives(stage.rewards, stage.id, "rewards", found)
-    if known is None or stage.kind not in ("online", "preference"):
+    known, objectives = rewards.objectives(stage.rewarded_by, stage.id, "rewards", found), stage.weighed
+    if known is None or objectives is None:
         return
-    if stage.kind == "preference":
-        objectives = Objectives(weights=stage.objectives.weights)
-    else:
-        objectives = stage.objectives
-    if stage.kind == "online" and stage.rollout.truncated == "penalise":
+    penalty = stage.engines.truncated_penalty if stage.engines else None
+    if penalty is not None:
         with found.gather(stage.id):
             refuse_second_truncated(known)
         known[TRUNCATED] = Known("cost", (0.0, 1.0))
-        objectives = with_penalty(objectives, stage.rollout.truncated_penalty)
+        objectives = with_penalty(objectives, penalty)
     for error in problems(objectives, known):
         found.add(error, stage.id)
 
 
 def _check_stage(
-    recipe: Recipe, stage: Any, planner: Planner, plan: Plan, found: Findings, folder: Path, every_row: bool
+    recipe: Recipe, stage: Stage, planner: Planner, plan: Plan, found: Findings, folder: Path, every_row: bool
 ) -> None:
     """Read a stage's data, then plan it; what fails is kept in `found`."""
-    if not hasattr(stage, "data"):
-        with found.gather(stage.id):
-            plan.stages.append(planner.files(stage))
-        return
-    judged = stage.kind == "preference" and bool(stage.rewards)
-    sampled = stage.kind == "online" or (stage.kind == "evaluate" and stage.rewards)
     read: dict[str, DataFacts] = {}
-    sets = {"data": stage.data}
-    if getattr(stage, "eval", None) is not None:
-        sets["eval.data"] = stage.eval.data
-    for key, sources in sets.items():
+    sampled = stage.engines is not None
+    for key, sources in stage.datasets.items():
         with found.gather(stage.id, key):
+            kind: Kind = "prompt" if sampled else record_kind(stage.losses)
             read[key] = read_data(
                 recipe,
                 sources,
-                "prompt" if sampled else record_kind(stage.loss),
+                kind,
                 planner.model,
                 seed_of=stage.id,
                 folder=folder,
                 every_row=every_row,
-                answers=judged,
+                answers=stage.judges_pairs,
                 margins=not sampled and needs_margin(stage),
-                labels=getattr(stage, "head", None),
-                losses=() if sampled else stage.loss,
+                labels=stage.score_head if kind == "labelled" else None,
+                losses=() if sampled else stage.losses,
             )
-    if len(read) < len(sets):
+    if len(read) < len(stage.datasets):
         return
     with found.gather(stage.id):
-        make = planner.evaluation if stage.kind == "evaluate" else planner.training
-        planned = make(stage, read["data"])
+        planned = planner.stage(stage, read.get("data", DataFacts()))
         for key, facts in read.items():
             planned.lines += [f"{key}: {line.strip()}" for line in (facts.report.summary if facts.report else [])]
             planned.lines += [f"{key}: {note}" for note in facts.notes]

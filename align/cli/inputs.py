@@ -29,18 +29,17 @@ from align.model.media_support import refuse_unsupported_media
 from align.objectives.check import Known
 from align.plugins import describe_in_child
 from align.protocols import PromptItem, Tree
+from align.recipe.capabilities import StageBase, TrainStage
 from align.recipe.families import family_of
 from align.recipe.inputs import DataSource, Model
 from align.recipe.labels import Labels
-from align.recipe.parts import LossTerm, Reward
+from align.recipe.parts import LossTerm, ReferencePath, Reward
 from align.recipe.schema import Recipe
-from align.recipe.stages import ReferencePath
 from align.recipe.trained_on import require_base
 from align.stages.context import carried_by, stage_seed
 from align.stages.handover import Origin
 from align.stages.margins import refuse_own_margins, require_margins
 from align.stages.row_weights import refuse_weights
-from align.stages.training import SCORED
 from rewards.api import PluginError as RewardsPluginError
 from rewards.naming import Named, objective_names
 
@@ -94,8 +93,9 @@ def _adapter(recipe: Recipe) -> Path | None:
     if recipe.model.adapter is None:
         return None
     folder = resolve_model_folder(recipe.model.adapter)
-    first = {stage.kind for stage in recipe.stages if stage.from_ is None and stage.kind != "evaluate"}
-    refuse_beyond_lora(read_adapter_config(folder), folder, "train", score_head=first <= set(SCORED))
+    first = [stage for stage in recipe.stages if stage.from_ is None and stage.makes_model]
+    scoring = all(stage.score_head is not None for stage in first)
+    refuse_beyond_lora(read_adapter_config(folder), folder, "train", score_head=scoring)
     return folder
 
 
@@ -106,10 +106,9 @@ def _of_its_base(model: Model, origin: Origin) -> list[str]:
     return require_base(origin.base, origin.adapter, anyway=model.other_base, flag="`model.other_base: true`")
 
 
-def check_reference(stage: Any) -> None:
+def check_reference(stage: StageBase) -> None:
     """A reference of its own must be there. Raises ModelError."""
-    reference = getattr(stage, "reference", None)
-    if isinstance(reference, ReferencePath):
+    if isinstance(stage, TrainStage) and isinstance(reference := stage.reference, ReferencePath):
         memory.read_config(resolve_model_folder(reference.path, reference.revision, weights=False))
         if reference.adapter is not None:
             read_adapter_config(resolve_model_folder(reference.adapter))

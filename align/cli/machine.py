@@ -6,11 +6,10 @@ import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from align.errors import PlacementError
+from align.recipe.capabilities import StageBase
 from align.recipe.schema import Recipe
-from align.stages.backend import Needs
 from align.stages.roles import Role, roles_of
 from align.stages.training import needs_of
 
@@ -54,16 +53,9 @@ def _gpu_memory() -> int:
         return 0
 
 
-def stage_roles(recipe: Recipe, stage: Any, machine: Machine, sampling: int | None = None) -> list[Role]:
-    """What a stage of any kind reserves on the machine."""
-    if stage.kind in ("merge", "export"):
-        needs = Needs(files=True)
-    elif stage.kind != "evaluate":
-        needs = needs_of(stage)
-    elif stage.rewards:
-        needs = Needs(engines=stage.rollout.workers, scorers=1)
-    else:
-        needs = Needs(trainer=True)
+def stage_roles(recipe: Recipe, stage: StageBase, machine: Machine, sampling: int | None = None) -> list[Role]:
+    """What a stage reserves on the machine."""
+    needs = needs_of(stage)
     return roles_of(needs, recipe.placement, cores=machine.cores, gpus=machine.gpus, threads={}, sampling=sampling)
 
 

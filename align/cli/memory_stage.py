@@ -11,11 +11,11 @@ from align.cli.machine import Machine
 from align.cli.memory import Sizes, Table, human, others, tower_of
 from align.cli.memory_advice import Asked, verdict
 from align.cli.memory_plan import Estimate, Work, engine
-from align.data.order import DEFAULT_BATCH
 from align.recipe.adapter import Adapter
+from align.recipe.capabilities import SamplingStage, TrainStage
 from align.recipe.schema import Recipe
 from align.stages.roles import Role
-from align.stages.training import SCORED, reference_of
+from align.stages.training import reference_of
 from rollout.base import CPU_KV_CACHE_BYTES
 
 
@@ -34,13 +34,12 @@ class Load:
     length: int = 0
 
     @classmethod
-    def of(cls, stage: Any, facts: DataFacts) -> Load:
-        if stage.kind == "online":
+    def of(cls, stage: TrainStage, facts: DataFacts) -> Load:
+        if isinstance(stage, SamplingStage):
             groups, sequences = stage.batch.groups, stage.batch.groups * stage.batch.group_size
             length = facts.longest + stage.rollout.max_tokens
             return cls(groups * facts.longest + sequences * stage.rollout.max_tokens, length, sequences, length)
-        size = stage.batch.sequences or getattr(stage.batch, "pairs", None) or DEFAULT_BATCH
-        return cls(max(facts.longest, int(size * facts.mean)), facts.longest)
+        return cls(max(facts.longest, int(stage.batch.rows * facts.mean)), facts.longest)
 
 
 @dataclass(frozen=True)
@@ -58,14 +57,14 @@ class SeenBy:
         return self.machine.gpus > 0
 
     def memory(
-        self, stage: Any, adapter: Adapter, facts: DataFacts, roles: Sequence[Role]
+        self, stage: TrainStage, adapter: Adapter, facts: DataFacts, roles: Sequence[Role]
     ) -> tuple[dict[str, Estimate], list[str]]:
         """Bytes by process, and lines about what does not fit."""
         load, ranks = Load.of(stage, facts), self.recipe.placement.trainer.ranks
         asked = self._trainer(stage, adapter, facts, load)
         trainer = "trainer" if ranks == 1 else f"each of {ranks} trainer ranks"
         found, times = {trainer: asked.estimate}, {trainer: ranks}
-        if stage.kind == "online":
+        if isinstance(stage, SamplingStage):
             found["each engine"] = self._engine(stage, load, _share(roles, "rollout-0"))
             times["each engine"] = stage.rollout.workers
         if self.gpu:
@@ -73,7 +72,7 @@ class SeenBy:
         rest = sum(times[who] * one.total for who, one in found.items() if who != trainer)
         return found, self._on_the_host(asked, rest, ranks)
 
-    def _trainer(self, stage: Any, adapter: Adapter, facts: DataFacts, load: Load) -> Asked:
+    def _trainer(self, stage: TrainStage, adapter: Adapter, facts: DataFacts, load: Load) -> Asked:
         placed, budget = self.recipe.placement.trainer, stage.packing.budget(self.gpu)
         tokens = min(budget, load.tokens)
         work = Work(
@@ -83,7 +82,7 @@ class SeenBy:
             several=load.tokens > budget * placed.ranks,
             second_copy=reference_of(stage) in ("start", "base"),
             checkpointing=self.recipe.model.gradient_checkpointing,
-            head=stage.kind not in SCORED,
+            head=stage.score_head is None,
             gpu=self.gpu,
             optimizer=stage.optim.name,
             zero=placed.strategy.stage,
@@ -92,7 +91,7 @@ class SeenBy:
         sizes = replace(self.sizes, others=others(self.table))
         return Asked(sizes, adapter, work, load.longest, self.table, tower_of(self.config))
 
-    def _engine(self, stage: Any, load: Load, share: float) -> Estimate:
+    def _engine(self, stage: SamplingStage, load: Load, share: float) -> Estimate:
         """vLLM takes what it is told to for keys and values, whatever comes."""
         rollout = stage.rollout
         sizes = replace(self.sizes, others=others(self.table))

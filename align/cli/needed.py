@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from align.cli.findings import Findings
 from align.data.media.opening import takes_media
 from align.errors import SetupError
+from align.recipe.capabilities import TrainStage
 from align.recipe.families import family_of
 from align.recipe.schema import Recipe
-from align.recipe.stages import EvaluateStage, OnlineStage, TrainStage
 from align.recipe.trained_on import quantisation_words
 from align.stages.handover import Origin, adapter_of
 
@@ -93,8 +93,7 @@ def of_recipe(recipe: Recipe, cluster: bool = False) -> Iterator[Need]:
     if cluster:
         return
     for stage in recipe.stages:
-        samples = isinstance(stage, OnlineStage) or (isinstance(stage, EvaluateStage) and stage.rewards)
-        if isinstance(stage, OnlineStage | EvaluateStage) and samples and stage.rollout.name == "vllm":
+        if stage.engines is not None and stage.engines.name == "vllm":
             yield Need("vllm", "align-rl[gpu]", "rollout.name", "set `rollout.name: transformers`", stage.id)
         if not isinstance(stage, TrainStage):
             continue
@@ -111,10 +110,8 @@ def of_model(recipe: Recipe, config: Mapping[str, Any], origin: Origin) -> Itera
     words = quantisation_words(packed).partition(",")[0] if packed else ""
     if words in _QUANTISERS:
         yield Need(*_QUANTISERS[words], "model.path", f"give a base that {words} has not quantised")
-    inherits = any(isinstance(stage, TrainStage) for stage in recipe.stages) and origin.adapter is not None
-    if inherits and any(
-        adapter_of(recipe, s, origin).quant is not None for s in recipe.stages if hasattr(s, "adapter")
-    ):
+    trained = [stage for stage in recipe.stages if stage.trains] if origin.adapter is not None else []
+    if any(adapter_of(recipe, stage, origin).quant is not None for stage in trained):
         yield Need("bitsandbytes", "bitsandbytes", "model.adapter", "start from an adapter on full weights")
     if takes_media(config) or family_of(config) is not None:
         yield Need("PIL", "pillow", "model.path", "give a model of text")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from align.cli import memory
 from align.cli.inputs import DataFacts, ModelFacts
@@ -29,14 +28,15 @@ from align.cli.trained import Measured, table_lines
 from align.data.media.opening import takes_media
 from align.data.order import BatchPlan
 from align.model.scoring_class import SEEING, nobody_elses
+from align.recipe.capabilities import FolderStage, SamplingStage, StageBase, TrainStage
 from align.recipe.schema import Recipe
 from align.recipe.served import refuse_unserved
+from align.recipe.stages import EvaluateStage, ExportStage, MergeStage, Stage, TrainedStage
 from align.recipe.support import publish_mode, reference_words
 from align.stages.context import stage_seed
-from align.stages.defaults import resolved_optim, resolved_rates
 from align.stages.handover import adapter_of, trained_by
 from align.stages.roles import Role, sampling_threads
-from align.stages.training import SCORED, online_turns, reference_of
+from align.stages.training import reference_of
 
 
 @dataclass
@@ -91,15 +91,20 @@ class Planner:
         half = self.machine.gpus > 0 and dtype_of(True, model.dtype) != "float32"
         return f"auto ({'varlen' if half else 'sdpa'})"
 
-    def training(self, stage: Any, facts: DataFacts) -> StagePlan:
-        """A stage that trains. Raises UserError where it cannot run."""
+    def stage(self, stage: Stage, facts: DataFacts) -> StagePlan:
+        """What a stage will do with data of which `facts` are known. Raises UserError where it cannot run."""
+        if isinstance(stage, TrainStage):
+            return self._training(stage, facts)
+        return self._files(stage) if isinstance(stage, FolderStage) else self._evaluation(stage, facts)
+
+    def _training(self, stage: TrainedStage, facts: DataFacts) -> StagePlan:
         if stage.from_ is None:
             self.checks.head(stage)
         self.checks.attention()
         adapter = adapter_of(self.recipe, stage, self.model.origin)
         self.checks.experts(adapter)
         self.checks.quantised(stage, adapter)
-        optim = resolved_optim(stage, adapter)
+        optim = stage.optim_for(adapter)
         steps = self._steps(stage, facts)
         plan = StagePlan(stage.id, stage.kind, steps, self.roles(stage))
         table = self.measured.table(adapter)
@@ -112,8 +117,8 @@ class Planner:
             f"warm-up {100 * (optim.warmup or 0):g} %",
         ]
         if table is not None:
-            plan.lines += table_lines(table, resolved_rates(stage, adapter))
-        if stage.kind == "online":
+            plan.lines += table_lines(table, stage.rates_for(adapter))
+        if isinstance(stage, SamplingStage):
             self.checks.length(stage.rollout, facts)
             kind = str(self.model.config.get("model_type"))
             refuse_unserved(kind, publish_mode(adapter, stage.rollout), stage.rollout)
@@ -129,12 +134,12 @@ class Planner:
             self.checks.positions(facts)
             if facts.whole and facts.trees:
                 plan.lines += lacking_notes(stage, facts.trees, self._order(stage, facts))
-            if stage.kind in SCORED:
+            if stage.score_head is not None:
                 self.checks.padding()
-        if stage.kind == "preference" and stage.rewards:
+        if stage.judges_pairs:
             plan.lines.append("margins: before the stage, rewards judge both answers of each pair; scores are kept")
         plan.lines += loss_notes(stage) + self._packing_notes(stage, facts)
-        sampled = stage.rollout.max_tokens if stage.kind == "online" else 0
+        sampled = stage.engines.max_tokens if stage.engines else 0
         plan.lines += layout_notes(self.model.config, facts.longest + sampled)
         if self.sizes is None:
             plan.lines.append("memory: not estimated, the architecture is not a plain decoder")
@@ -144,7 +149,7 @@ class Planner:
             plan.lines += said
         return plan
 
-    def evaluation(self, stage: Any, facts: DataFacts) -> StagePlan:
+    def _evaluation(self, stage: EvaluateStage, facts: DataFacts) -> StagePlan:
         plan = StagePlan(stage.id, stage.kind, len(stage.of), self.roles(stage))
         judged = [adapter_of(self.recipe, trained_by(self.recipe, name), self.model.origin) for name in stage.of]
         if stage.rewards and any(adapter.kind != "full" for adapter in judged):
@@ -155,44 +160,41 @@ class Planner:
             self.checks.length(stage.rollout, facts)
         return plan
 
-    def files(self, stage: Any) -> StagePlan:
+    def _files(self, stage: MergeStage | ExportStage) -> StagePlan:
         self.checks.quantised(stage, None)
         source = trained_by(self.recipe, stage.from_) if stage.from_ else None
         model_type = str(self.model.config.get("model_type"))
         sees = takes_media(self.model.config) and model_type not in SEEING
-        if stage.kind == "export" and sees and source is not None and source.kind in SCORED:
+        if stage.for_others and sees and source is not None and source.score_head is not None:
             raise nobody_elses(model_type)
-        what = "merges" if stage.kind == "merge" else "exports"
-        line = f"{what} {stage.from_ or 'the model'} into {self.recipe.run_folder / stage.id / 'model'}"
+        line = f"{stage.does} {stage.from_ or 'the model'} into {self.recipe.run_folder / stage.id / 'model'}"
         return StagePlan(stage.id, stage.kind, 1, self.roles(stage), lines=[line])
 
-    def roles(self, stage: Any) -> list[Role]:
+    def roles(self, stage: StageBase) -> list[Role]:
         return stage_roles(self.recipe, stage, self.machine, self.sampling)
 
-    def _continues(self, stage: Any) -> bool:
+    def _continues(self, stage: StageBase) -> bool:
         """Whether the stage starts from an adapter that was trained before."""
         if stage.from_ is None:
             return self.recipe.model.adapter is not None
         source = self.recipe.stage(stage.from_.partition("@")[0])
-        return (
-            source.kind not in ("merge", "export") and adapter_of(self.recipe, source, self.model.origin).kind != "full"
-        )
+        return not source.makes_folder and adapter_of(self.recipe, source, self.model.origin).kind != "full"
 
-    def _steps(self, stage: Any, facts: DataFacts) -> int | None:
+    def _steps(self, stage: TrainStage, facts: DataFacts) -> int | None:
         if stage.steps is None and not facts.whole:
             return None
-        if stage.kind == "online":
-            return online_turns(stage, facts.rows)
+        if isinstance(stage, SamplingStage):
+            return stage.turns(facts.rows)
         return self._order(stage, facts).total
 
-    def _order(self, stage: Any, facts: DataFacts) -> BatchPlan:
+    def _order(self, stage: TrainStage, facts: DataFacts) -> BatchPlan:
         return BatchPlan.of(stage, max(facts.rows, 1), stage_seed(self.recipe.seed, stage.id))
 
-    def _packing_notes(self, stage: Any, facts: DataFacts) -> list[str]:
-        gpu, what = self.machine.gpus > 0, "prompt" if stage.kind == "online" else "example"
+    def _packing_notes(self, stage: TrainStage, facts: DataFacts) -> list[str]:
+        gpu, what = self.machine.gpus > 0, "prompt" if stage.engines else "example"
         budget, patches = stage.packing.budget(gpu), stage.packing.patches(gpu)
         said = []
-        if stage.kind != "online" and facts.longest > budget:
+        if stage.engines is None and facts.longest > budget:
             said.append(f"note: the largest example has {facts.longest} tokens and is computed alone (budget {budget})")
         if facts.most_patches > patches:
             said.append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 from pydantic import ValidationError
 
@@ -13,22 +13,16 @@ from align.losses import configure, load
 from align.losses.base import Needs
 from align.plugins import describe_in_child
 from align.recipe.adapter import Adapter
-from align.recipe.parts import Rollout
+from align.recipe.capabilities import SamplingStage, ScoringStage, TrainStage
+from align.recipe.labels import Labels
+from align.recipe.parts import LossTerm, PairBatch, Rollout
 from align.recipe.problems import option_problems
 from align.recipe.schema import Recipe
-from align.recipe.stages import TrainStage
+from align.recipe.stages import Stage, kinds_for
 from align.recipe.support import check_adapter, check_sharded, is_sound, publish_mode
 from align.stages.handover import adapter_of, check_adapters, trained_by
-from align.stages.training import SCORED, head_of
 from rollout.base import check_engine_options
 
-_RECORDS = {
-    "sft": ("conversation",),
-    "preference": ("pair", "unpaired"),
-    "reward_model": ("pair",),
-    "classify": ("labelled",),
-    "online": ("group",),
-}
 _SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens")
 
 
@@ -42,7 +36,7 @@ def check_recipe(recipe: Recipe, found: Findings) -> set[str]:
     for stage in recipe.stages:
         _check_from(recipe, stage, found)
         _check_score_head(recipe, stage, found)
-        if not hasattr(stage, "loss") or check_losses(stage, found):
+        if not stage.losses or check_losses(stage, found):
             sound.add(stage.id)
         if isinstance(stage, TrainStage):
             if stage.adapter is not None:
@@ -51,11 +45,11 @@ def check_recipe(recipe: Recipe, found: Findings) -> set[str]:
             with found.gather(stage.id):
                 check_sharded(adapter_of(recipe, stage), stage.optim.name, recipe.placement.trainer.strategy.stage)
             _check_evaluation(stage, found)
-        if stage.kind == "online":
-            _check_online(recipe, stage, found)
-        if stage.kind == "evaluate" and stage.rewards:
+        if isinstance(stage, SamplingStage):
+            _check_sampling(recipe, stage, found)
+        if stage.engines is not None:
             with found.gather(stage.id):
-                _check_engine(stage.rollout)
+                _check_engine(stage.engines)
     return sound
 
 
@@ -74,16 +68,16 @@ def _check_whole(recipe: Recipe, found: Findings) -> None:
             )
 
 
-def _check_from(recipe: Recipe, stage: Any, found: Findings) -> None:
+def _check_from(recipe: Recipe, stage: Stage, found: Findings) -> None:
     """`from: X@best` needs an X that chooses a best checkpoint."""
     wanted = [("from", stage.from_)] if stage.from_ else []
-    wanted += [("of", name) for name in getattr(stage, "of", ())]
+    wanted += [("of", name) for name in stage.judged]
     for key, text in wanted:
         name, at, which = text.partition("@")
         source = recipe.stage(name)
         if at and which != "best":
             what, remedy = f"`{text}`: there are no weights called {which!r}", f"write {name} or {name}@best"
-        elif at and getattr(getattr(source, "save", None), "best", None) is None:
+        elif at and not (isinstance(source, TrainStage) and source.save.best is not None):
             what = f"`{text}`: stage {name!r} chooses no best checkpoint"
             remedy = f"add `save: {{best: {{metric: ...}}}}` and `eval:` to {name!r}, or write {name}"
         else:
@@ -91,18 +85,17 @@ def _check_from(recipe: Recipe, stage: Any, found: Findings) -> None:
         found.add(RecipeError(what, where=key, remedy=remedy), stage.id)
 
 
-def _check_score_head(recipe: Recipe, stage: Any, found: Findings) -> None:
+def _check_score_head(recipe: Recipe, stage: Stage, found: Findings) -> None:
     """A reward model or classifier has a score head where others have the language model's: only stages that train
     such a head go on with it, and only with the same outputs."""
-    if stage.kind in ("merge", "export"):
+    if stage.makes_folder:
         return
-    for name in (stage.from_, *getattr(stage, "of", ())):
+    for name in (stage.from_, *stage.judged):
         source = trained_by(recipe, name) if name is not None else None
-        if name is None or source is None or source.kind not in SCORED:
+        if not isinstance(source, ScoringStage):
             continue
-        what = "a reward model" if source.kind == "reward_model" else "a classifier"
-        if stage.kind in SCORED:
-            mine, its = (head_of(one) for one in (stage, source))
+        what, mine, its = source.makes, stage.score_head, source.score_head
+        if mine is not None:
             if mine.agrees_with(its):
                 continue
             problem = f"{name!r} is {what}, {its.words}, and stage {stage.id!r} trains a {mine.words}"
@@ -110,21 +103,20 @@ def _check_score_head(recipe: Recipe, stage: Any, found: Findings) -> None:
         else:
             problem = f"{name!r} is {what}: it scores, and a stage of kind {stage.kind} needs a language model"
             key, remedy = "from", f"build on the stage before {name!r}; its folder is what others load"
-        if stage.kind == "evaluate":
-            held = "with pairs: it reports accuracies" if source.kind == "reward_model" else "or use `align classify`"
-            key, remedy = "of", f"give {name!r} an `eval: {{data: ...}}` {held}"
+        if not stage.makes_model:
+            key, remedy = "of", f"give {name!r} an `eval: {{data: ...}}` {source.evaluated}"
         found.add(RecipeError(problem, where=key, remedy=remedy), stage.id)
 
 
 # ------------------------------------------------------------------------------------------------- losses
 
 
-def check_losses(stage: Any, found: Findings) -> bool:
+def check_losses(stage: Stage, found: Findings) -> bool:
     """Names, options and records of a stage's losses; whether all is well."""
     before = len(found.errors)
     needs: list[Needs] = []
-    for number, term in enumerate(stage.loss):
-        where = f"loss.{number}" if len(stage.loss) > 1 else "loss"
+    for number, term in enumerate(stage.losses):
+        where = f"loss.{number}" if len(stage.losses) > 1 else "loss"
         try:
             if ":" in term.name or term.name.endswith(".py"):  # the user's code: a child tries it first
                 describe_in_child("align.losses.describe", [term.name], name=term.name)
@@ -136,31 +128,30 @@ def check_losses(stage: Any, found: Findings) -> bool:
         except ValidationError as error:
             for problem in option_problems(error, term.options, options, f"loss {term.name!r}"):
                 found.add(RecipeError(problem.what, where=f"{where}.{problem.where}", remedy=problem.remedy), stage.id)
-    if len(needs) == len(stage.loss):
+    if len(needs) == len(stage.losses):
         with found.gather(stage.id):
             _check_needs(stage, needs)
     return len(found.errors) == before
 
 
-def _check_needs(stage: Any, needs: list[Needs]) -> None:
-    allowed = _RECORDS.get(stage.kind, ("conversation", "pair", "unpaired"))
-    names = [term.name for term in stage.loss]
+def _check_needs(stage: Stage, needs: list[Needs]) -> None:
+    allowed = stage.records
+    names = [term.name for term in stage.losses]
     for name, need in zip(names, needs, strict=True):
-        if ("scores" in need.head) == (stage.kind in SCORED):
+        if ("scores" in need.head) == isinstance(stage, ScoringStage):
             continue
-        if stage.kind in SCORED:
+        if isinstance(stage, ScoringStage):
             what = f"a stage of kind {stage.kind} has a score head, and the loss {name!r} needs a language model's"
-            remedy = f"leave `loss` out, or use `kind: {'preference' if stage.kind == 'reward_model' else 'sft'}`"
+            remedy = f"leave `loss` out, or use `kind: {stage.language_kind}`"
         else:
             what = f"the loss {name!r} needs a score head, which a stage of kind {stage.kind} has not"
-            remedy = f"use `kind: {'classify' if need.record == 'labelled' else 'reward_model'}`"
+            remedy = f"use `kind: {next(iter(kinds_for(need.record, scoring=True)), 'reward_model')}`"
         raise RecipeError(what, where="loss", remedy=remedy)
     if needs[0].record not in allowed:
-        kinds = [kind for kind, records in _RECORDS.items() if needs[0].record in records]
         raise RecipeError(
             f"the loss {names[0]!r} learns from {_plural(needs[0].record)}, which a stage of kind {stage.kind} has not",
             where="loss",
-            remedy=f"use `kind: {kinds[0]}`, or a loss for {_plural(allowed[0])}",
+            remedy=f"use `kind: {kinds_for(needs[0].record)[0]}`, or a loss for {_plural(allowed[0])}",
         )
     first = needs[0].record
     for name, need in zip(names[1:], needs[1:], strict=True):
@@ -178,46 +169,47 @@ def _check_needs(stage: Any, needs: list[Needs]) -> None:
             where="loss",
             remedy="keep one likelihood term: set the other's weight to 0, or drop `sft`",
         )
-    _check_units(stage, first)
-    if stage.kind != "evaluate" and stage.reference is not None and not any(need.reference for need in needs):
+    if isinstance(stage, TrainStage) and isinstance(stage.batch, PairBatch):
+        _check_units(stage.batch, first)
+    if isinstance(stage, TrainStage) and stage.reference is not None and not any(need.reference for need in needs):
         raise RecipeError(
             f"`reference` is given, and the loss {' + '.join(names)} compares with none",
             where="reference",
-            remedy="leave it out" + (", or set `loss.kl` above 0" if stage.kind == "online" else ""),
+            remedy="leave it out" + (", or set `loss.kl` above 0" if stage.engines else ""),
         )
     _check_margin(stage, needs)
-    if stage.kind == "classify":
-        _check_labels(stage)
-    _check_cached(stage, needs)
-    _check_updates(stage, needs)
+    if stage.score_head is not None and first == "labelled":
+        _check_labels(stage.losses, stage.score_head)
+    if isinstance(stage, TrainStage):
+        _check_cached(stage, needs)
+    if isinstance(stage, SamplingStage):
+        _check_updates(stage, needs)
 
 
-def _check_labels(stage: Any) -> None:
+def _check_labels(losses: Sequence[LossTerm], head: Labels) -> None:
     """Options of the classify loss that depend on what the head's outputs are."""
-    for number, term in enumerate(stage.loss):
-        where = f"loss.{number}" if len(stage.loss) > 1 else "loss"
-        weights, count = term.options.get("class_weights"), len(stage.head.names)
-        if term.options.get("label_smoothing") and stage.problem != "single_label":
+    for number, term in enumerate(losses):
+        where = f"loss.{number}" if len(losses) > 1 else "loss"
+        weights, count = term.options.get("class_weights"), len(head.names)
+        if term.options.get("label_smoothing") and head.problem != "single_label":
             raise RecipeError(
-                f"`label_smoothing` spreads one label over all, and `problem: {stage.problem}` has not one a row",
+                f"`label_smoothing` spreads one label over all, and `problem: {head.problem}` has not one a row",
                 where=f"{where}.label_smoothing",
                 remedy="leave it out",
             )
-        if weights is not None and (stage.problem == "regression" or len(weights) != count):
-            has = "a regression has none" if stage.problem == "regression" else f"the stage has {count} labels"
+        if weights is not None and (head.problem == "regression" or len(weights) != count):
+            has = "a regression has none" if head.problem == "regression" else f"the stage has {count} labels"
             raise RecipeError(
                 f"`class_weights` has {len(weights)} numbers, one for each label in order, and {has}",
                 where=f"{where}.class_weights",
-                remedy="leave it out"
-                if stage.problem == "regression"
-                else f"the labels are {', '.join(stage.head.names)}",
+                remedy="leave it out" if head.problem == "regression" else f"the labels are {', '.join(head.names)}",
             )
 
 
-def _check_margin(stage: Any, needs: list[Needs]) -> None:
+def _check_margin(stage: Stage, needs: list[Needs]) -> None:
     """Scores of pairs are for a loss that reads a margin."""
-    if stage.kind == "preference" and stage.rewards and not any(need.margin for need in needs):
-        names = " + ".join(term.name for term in stage.loss)
+    if stage.judges_pairs and not any(need.margin for need in needs):
+        names = " + ".join(term.name for term in stage.losses)
         raise RecipeError(
             f"`rewards` of a preference stage give each pair a margin, and the loss {names} reads none",
             where="rewards",
@@ -225,11 +217,11 @@ def _check_margin(stage: Any, needs: list[Needs]) -> None:
         )
 
 
-def _check_cached(stage: Any, needs: list[Needs]) -> None:
+def _check_cached(stage: TrainStage, needs: list[Needs]) -> None:
     """Log-probabilities that are computed before the stage must be of sequences that it will train on."""
-    if getattr(stage, "reference", None) != "cached":
+    if stage.reference != "cached":
         return
-    if stage.kind == "online":
+    if stage.engines is not None:
         why = "an online stage samples new completions at every step"
     else:
         pairs = zip(stage.loss, needs, strict=True)
@@ -244,9 +236,9 @@ def _check_cached(stage: Any, needs: list[Needs]) -> None:
     )
 
 
-def _check_updates(stage: Any, needs: list[Needs]) -> None:
+def _check_updates(stage: SamplingStage, needs: list[Needs]) -> None:
     """After a batch's first update the policy is no longer the one that sampled: a ratio must say how far it went."""
-    if stage.kind != "online" or stage.updates_per_batch * stage.minibatches == 1:
+    if stage.updates_per_batch * stage.minibatches == 1:
         return
     names = [term.name for term, need in zip(stage.loss, needs, strict=True) if need.ratio == "none"]
     if names:
@@ -259,16 +251,14 @@ def _check_updates(stage: Any, needs: list[Needs]) -> None:
         )
 
 
-def _check_units(stage: Any, record: str) -> None:
+def _check_units(batch: PairBatch, record: str) -> None:
     """A batch counts pairs, or sequences for losses on single completions."""
-    if stage.kind not in ("preference", "reward_model"):
-        return
     right, wrong = ("sequences", "pairs") if record == "unpaired" else ("pairs", "sequences")
-    if getattr(stage.batch, wrong) is not None:
+    if getattr(batch, wrong) is not None:
         raise RecipeError(
             f"the batch of a loss on {_plural(record)} is counted in {right}",
             where=f"batch.{wrong}",
-            remedy=f"write `batch: {{{right}: {getattr(stage.batch, wrong)}}}`",
+            remedy=f"write `batch: {{{right}: {getattr(batch, wrong)}}}`",
         )
 
 
@@ -285,7 +275,7 @@ def _plural(record: str) -> str:
 # ------------------------------------------------------------------------------------------------- stages
 
 
-def _check_evaluation(stage: Any, found: Findings) -> None:
+def _check_evaluation(stage: TrainStage, found: Findings) -> None:
     best = stage.save.best
     if best is not None and stage.eval is None:
         found.add(
@@ -301,7 +291,7 @@ def _check_evaluation(stage: Any, found: Findings) -> None:
             ),
             stage.id,
         )
-    if stage.kind != "online" and stage.eval is not None and stage.eval.rewards:
+    if stage.engines is None and stage.eval is not None and stage.eval.rewards:
         found.add(
             RecipeError(
                 "`eval.rewards` needs completions, which only online stages sample",
@@ -312,7 +302,7 @@ def _check_evaluation(stage: Any, found: Findings) -> None:
         )
 
 
-def _check_online(recipe: Recipe, stage: Any, found: Findings) -> None:
+def _check_sampling(recipe: Recipe, stage: SamplingStage, found: Findings) -> None:
     if stage.rollout.temperature == 0:
         found.add(
             RecipeError(
@@ -326,8 +316,6 @@ def _check_online(recipe: Recipe, stage: Any, found: Findings) -> None:
     if is_sound(adapter):  # otherwise the stage that asks for it has been told
         with found.gather(stage.id):
             publish_mode(adapter, stage.rollout)
-    with found.gather(stage.id):
-        _check_engine(stage.rollout)
 
 
 def _check_engine(rollout: Rollout) -> None:

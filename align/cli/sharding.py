@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from align.cli.findings import Findings
 from align.errors import Unsupported
+from align.recipe.capabilities import TrainStage
 from align.recipe.schema import Recipe
-from align.recipe.stages import TrainStage
 from align.recipe.support import is_sound
 from align.stages.handover import adapter_of
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from align.cli.inputs import DataFacts, ModelFacts
 from align.cli.machine import Machine
 from align.cli.memory import Sizes
 from align.errors import DataError, ModelError, PlacementError, RecipeError, Unsupported
 from align.recipe.adapter import Adapter
+from align.recipe.capabilities import SamplingStage, TrainStage
 from align.recipe.labels import Labels
+from align.recipe.parts import Rollout
 from align.recipe.schema import Recipe
+from align.recipe.stages import Stage
 from align.recipe.support import publish_mode
 from align.recipe.trained_on import quantisation_words
-from align.stages.training import SCORED, head_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class StageChecks:
                 remedy="use `kind: lora` with `model.dtype: bfloat16`",
             )
 
-    def quantised(self, stage: Any, adapter: Adapter | None) -> None:
+    def quantised(self, stage: Stage, adapter: Adapter | None) -> None:
         """What a base whose weights are stored quantised cannot be used for: nothing there is left to write."""
         packed = self.model.config.get("quantization_config")
         if not packed:
@@ -60,7 +61,7 @@ class StageChecks:
                 where="adapter.quant",
                 remedy=f"use `adapter: {{kind: lora}}` on it, or {start}",
             )
-        if stage.kind == "online" and publish_mode(adapter, stage.rollout) == "weights":
+        if isinstance(stage, SamplingStage) and publish_mode(adapter, stage.rollout) == "weights":
             raise Unsupported(
                 f"the base is quantised ({words}), and whole weights would be sent to engines",
                 where="rollout.weights",
@@ -83,7 +84,7 @@ class StageChecks:
                 remedy="set `model.dtype: bfloat16`, or use auto",
             )
 
-    def length(self, rollout: Any, facts: DataFacts) -> None:
+    def length(self, rollout: Rollout, facts: DataFacts) -> None:
         """Prompt and completion must fit the engine, which fits the model."""
         needed = facts.longest + rollout.max_tokens
         limit, key = rollout.max_model_len, "rollout.max_model_len"
@@ -117,19 +118,20 @@ class StageChecks:
                 remedy=f"set `max_length: {positions}` with `truncate: right`, or leave these rows out",
             )
 
-    def head(self, stage: Any) -> None:
+    def head(self, stage: TrainStage) -> None:
         """A model that scores is where a stage may start that trains such a head: of the same labels."""
         names = [str(name) for name in self.model.config.get("architectures") or ()]
         if not any(name.endswith("ForSequenceClassification") for name in names):
             return
-        if stage.kind not in SCORED:
+        wanted = stage.score_head
+        if wanted is None:
             raise ModelError(
                 f"the model is a {names[0]}: it scores, and has no language model head",
                 where="model.path",
                 remedy="give a causal language model; only a stage of kind reward_model or classify starts from one "
                 "that scores",
             )
-        has, wanted = Labels.from_config(self.model.config), head_of(stage)
+        has = Labels.from_config(self.model.config)
         if not wanted.agrees_with(has):
             raise ModelError(
                 f"the model is a {has.words}, and the stage trains a {wanted.words}",

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from align.cli import memory
-from align.data.order import DEFAULT_BATCH, BatchPlan
+from align.data.order import BatchPlan
 from align.losses import configure
 from align.protocols import Tree
 from align.recipe.adapter import Adapter
+from align.recipe.capabilities import SamplingStage, ScoringStage, TrainStage
+from align.recipe.parts import GroupBatch
 from align.stages.roles import Role
-from align.stages.training import SCORED, record_kind
+from align.stages.training import record_kind
 
 PUBLISHED = {"adapter": "the adapter", "weights": "whole weights"}
 
 
-def head_words(stage: Any) -> str:
-    if stage.kind not in SCORED:
-        return ""
-    return " and a score head" + (f": {stage.head.words}" if stage.kind == "classify" else "")
+def head_words(stage: TrainStage) -> str:
+    return f" and {stage.head_words}" if isinstance(stage, ScoringStage) else ""
 
 
-def loss_notes(stage: Any) -> list[str]:
+def loss_notes(stage: TrainStage) -> list[str]:
     """What the losses themselves say about options that are easily misread."""
     chosen = [configure(term.name, term.options) for term in stage.loss]
     said = [module.remarks(config) for module, config, _ in chosen if hasattr(module, "remarks")]
@@ -32,7 +31,7 @@ def loss_notes(stage: Any) -> list[str]:
 _LOOKED_AT = 200_000  # rows of batches; more would make `align check` slow
 
 
-def lacking_notes(stage: Any, trees: Sequence[Tree], order: BatchPlan) -> list[str]:
+def lacking_notes(stage: TrainStage, trees: Sequence[Tree], order: BatchPlan) -> list[str]:
     """In how many of the stage's batches a loss does without what it takes from a whole batch, and what that is."""
     notes = []
     for module, config, _ in (configure(term.name, term.options) for term in stage.loss):
@@ -49,7 +48,7 @@ def lacking_notes(stage: Any, trees: Sequence[Tree], order: BatchPlan) -> list[s
     return notes
 
 
-def loop_lines(stage: Any) -> list[str]:
+def loop_lines(stage: SamplingStage) -> list[str]:
     """How far sampling runs ahead of training, and what becomes of groups that come to nothing."""
     groups = stage.batch.groups
     if stage.staleness == 0:
@@ -94,7 +93,7 @@ def steps_words(steps: int | None) -> str:
     return "as many steps as the data give," if steps is None else f"{steps} step{'s' if steps != 1 else ''}"
 
 
-def updates_words(stage: Any) -> list[str]:
+def updates_words(stage: SamplingStage) -> list[str]:
     """Where a step makes several updates: how many, of what."""
     passes, parts = stage.updates_per_batch, stage.minibatches
     if passes * parts == 1:
@@ -106,12 +105,10 @@ def updates_words(stage: Any) -> list[str]:
     ]
 
 
-def batch_words(stage: Any) -> str:
-    batch: Mapping[str, Any] = stage.batch.model_dump(exclude_none=True)
-    if stage.kind == "online":
-        return f"{batch['groups']} groups x {batch['group_size']}"
-    unit = "pairs" if record_kind(stage.loss) == "pair" else "sequences"
-    return f"{batch.get(unit, DEFAULT_BATCH)} {unit}"
+def batch_words(stage: TrainStage) -> str:
+    if isinstance(stage.batch, GroupBatch):
+        return f"{stage.batch.groups} groups x {stage.batch.group_size}"
+    return f"{stage.batch.rows} {'pairs' if record_kind(stage.loss) == 'pair' else 'sequences'}"
 
 
 def role_words(role: Role) -> str:

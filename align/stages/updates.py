@@ -16,7 +16,7 @@ import numpy as np
 from align.data.order import epoch_order
 from align.losses import configure
 from align.protocols import Metrics, Segment, Trainer, Tree
-from align.recipe.stages import OnlineStage
+from align.recipe.capabilities import SamplingStage
 
 _SUMMED = ("time/", "tokens/", "train/", "comm/")
 _COUNTED = ("_tokens", "_sequences")
@@ -33,7 +33,7 @@ class UpdatePlan:
     proximal: bool = False
 
     @classmethod
-    def of(cls, stage: OnlineStage, seed: int) -> UpdatePlan:
+    def of(cls, stage: SamplingStage, seed: int) -> UpdatePlan:
         needs = [configure(term.name, term.options)[2] for term in stage.loss]
         return cls(stage.updates_per_batch, stage.minibatches, seed, any(need.ratio == "proximal" for need in needs))
 
