@@ -13,6 +13,7 @@ from align.cli.needed import check_model_packages, check_packages
 from align.cli.plan import Plan, Planner, lines
 from align.cli.rules import check_recipe
 from align.data.records import Kind
+from align.losses import Losses
 from align.objectives.check import Known, problems
 from align.recipe.capabilities import SamplingStage
 from align.recipe.document import Document
@@ -22,7 +23,7 @@ from align.recipe.stages import Stage
 from align.stages.files import require_place
 from align.stages.groups import TRUNCATED, refuse_second_truncated, with_penalty
 from align.stages.handover import check_adapters
-from align.stages.training import needs_margin, record_kind
+from align.stages.training import record_kind
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -130,7 +131,7 @@ def _check_stage(
                 folder=folder,
                 every_row=every_row,
                 answers=stage.judges_pairs,
-                margins=not sampled and needs_margin(stage),
+                margins=not sampled and Losses.of(stage.losses).needs_margin,
                 labels=stage.score_head if kind == "labelled" else None,
                 losses=() if sampled else stage.losses,
             )

@@ -9,8 +9,7 @@ from pydantic import ValidationError
 from align.cli.findings import Findings
 from align.cli.sharding import check_sharding
 from align.errors import PluginError, RecipeError, Unsupported
-from align.losses import configure, load
-from align.losses.base import Needs
+from align.losses import Loss, Losses, configure, load
 from align.plugins import describe_in_child
 from align.recipe.adapter import Adapter
 from align.recipe.capabilities import SamplingStage, ScoringStage, TrainStage
@@ -114,7 +113,7 @@ def _check_score_head(recipe: Recipe, stage: Stage, found: Findings) -> None:
 def check_losses(stage: Stage, found: Findings) -> bool:
     """Names, options and records of a stage's losses; whether all is well."""
     before = len(found.errors)
-    needs: list[Needs] = []
+    chosen: list[Loss] = []
     for number, term in enumerate(stage.losses):
         where = f"loss.{number}" if len(stage.losses) > 1 else "loss"
         try:
@@ -122,48 +121,46 @@ def check_losses(stage: Stage, found: Findings) -> bool:
                 describe_in_child("align.losses.describe", [term.name], name=term.name)
             options = load(term.name).Config
             options(**term.options)
-            needs.append(configure(term.name, term.options)[2])
+            chosen.append(configure(term.name, term.options))
         except PluginError as error:
             found.add(PluginError(error.what, where=f"{where}.name", remedy=error.remedy), stage.id)
         except ValidationError as error:
             for problem in option_problems(error, term.options, options, f"loss {term.name!r}"):
                 found.add(RecipeError(problem.what, where=f"{where}.{problem.where}", remedy=problem.remedy), stage.id)
-    if len(needs) == len(stage.losses):
+    if len(chosen) == len(stage.losses):
         with found.gather(stage.id):
-            _check_needs(stage, needs)
+            _check_needs(stage, Losses(chosen))
     return len(found.errors) == before
 
 
-def _check_needs(stage: Stage, needs: list[Needs]) -> None:
-    allowed = stage.records
-    names = [term.name for term in stage.losses]
-    for name, need in zip(names, needs, strict=True):
-        if ("scores" in need.head) == isinstance(stage, ScoringStage):
+def _check_needs(stage: Stage, losses: Losses) -> None:
+    allowed, names = stage.records, [loss.name for loss in losses]
+    for loss in losses:
+        if ("scores" in loss.needs.head) == isinstance(stage, ScoringStage):
             continue
         if isinstance(stage, ScoringStage):
-            what = f"a stage of kind {stage.kind} has a score head, and the loss {name!r} needs a language model's"
+            what = f"a stage of kind {stage.kind} has a score head, and the loss {loss.name!r} needs a language model's"
             remedy = f"leave `loss` out, or use `kind: {stage.language_kind}`"
         else:
-            what = f"the loss {name!r} needs a score head, which a stage of kind {stage.kind} has not"
-            remedy = f"use `kind: {next(iter(kinds_for(need.record, scoring=True)), 'reward_model')}`"
+            what = f"the loss {loss.name!r} needs a score head, which a stage of kind {stage.kind} has not"
+            remedy = f"use `kind: {next(iter(kinds_for(loss.needs.record, scoring=True)), 'reward_model')}`"
         raise RecipeError(what, where="loss", remedy=remedy)
-    if needs[0].record not in allowed:
+    first = losses.records[0]
+    if first not in allowed:
         raise RecipeError(
-            f"the loss {names[0]!r} learns from {_plural(needs[0].record)}, which a stage of kind {stage.kind} has not",
+            f"the loss {names[0]!r} learns from {_plural(first)}, which a stage of kind {stage.kind} has not",
             where="loss",
-            remedy=f"use `kind: {kinds_for(needs[0].record)[0]}`, or a loss for {_plural(allowed[0])}",
+            remedy=f"use `kind: {kinds_for(first)[0]}`, or a loss for {_plural(allowed[0])}",
         )
-    first = needs[0].record
-    for name, need in zip(names[1:], needs[1:], strict=True):
-        if need.record != first and not (first == "pair" and need.record == "conversation"):
+    for name, record in zip(names[1:], losses.records[1:], strict=True):
+        if record != first and not (first == "pair" and record == "conversation"):
             raise RecipeError(
                 f"the losses {names[0]!r} and {name!r} learn from different records "
-                f"({_plural(first)} and {_plural(need.record)})",
+                f"({_plural(first)} and {_plural(record)})",
                 where="loss",
                 remedy="train them in stages of their own; `sft` may stand after a loss on pairs",
             )
-    covered = {need.nll for need in needs if need.nll != "none"}
-    if len(covered) > 1:
+    if len({loss.needs.nll for loss in losses} - {"none"}) > 1:
         raise RecipeError(
             f"the losses {' and '.join(names)} cover different tokens with their likelihood terms",
             where="loss",
@@ -171,19 +168,19 @@ def _check_needs(stage: Stage, needs: list[Needs]) -> None:
         )
     if isinstance(stage, TrainStage) and isinstance(stage.batch, PairBatch):
         _check_units(stage.batch, first)
-    if isinstance(stage, TrainStage) and stage.reference is not None and not any(need.reference for need in needs):
+    if isinstance(stage, TrainStage) and stage.reference is not None and not losses.needs_reference:
         raise RecipeError(
             f"`reference` is given, and the loss {' + '.join(names)} compares with none",
             where="reference",
             remedy="leave it out" + (", or set `loss.kl` above 0" if stage.engines else ""),
         )
-    _check_margin(stage, needs)
+    _check_margin(stage, losses)
     if stage.score_head is not None and first == "labelled":
         _check_labels(stage.losses, stage.score_head)
     if isinstance(stage, TrainStage):
-        _check_cached(stage, needs)
+        _check_cached(stage, losses)
     if isinstance(stage, SamplingStage):
-        _check_updates(stage, needs)
+        _check_updates(stage, losses)
 
 
 def _check_labels(losses: Sequence[LossTerm], head: Labels) -> None:
@@ -206,10 +203,10 @@ def _check_labels(losses: Sequence[LossTerm], head: Labels) -> None:
             )
 
 
-def _check_margin(stage: Stage, needs: list[Needs]) -> None:
+def _check_margin(stage: Stage, losses: Losses) -> None:
     """Scores of pairs are for a loss that reads a margin."""
-    if stage.judges_pairs and not any(need.margin for need in needs):
-        names = " + ".join(term.name for term in stage.losses)
+    if stage.judges_pairs and not losses.needs_margin:
+        names = " + ".join(loss.name for loss in losses)
         raise RecipeError(
             f"`rewards` of a preference stage give each pair a margin, and the loss {names} reads none",
             where="rewards",
@@ -217,15 +214,14 @@ def _check_margin(stage: Stage, needs: list[Needs]) -> None:
         )
 
 
-def _check_cached(stage: TrainStage, needs: list[Needs]) -> None:
+def _check_cached(stage: TrainStage, losses: Losses) -> None:
     """Log-probabilities that are computed before the stage must be of sequences that it will train on."""
     if stage.reference != "cached":
         return
     if stage.engines is not None:
         why = "an online stage samples new completions at every step"
     else:
-        pairs = zip(stage.loss, needs, strict=True)
-        others = [t.name for t, need in pairs if need.scope == "batch" and hasattr(load(t.name), "auxiliary")]
+        others = [loss.name for loss in losses if loss.sees_others]
         if not others:
             return
         why = f"the loss {others[0]!r} also compares sequences that are made of several rows of a batch"
@@ -236,11 +232,11 @@ def _check_cached(stage: TrainStage, needs: list[Needs]) -> None:
     )
 
 
-def _check_updates(stage: SamplingStage, needs: list[Needs]) -> None:
+def _check_updates(stage: SamplingStage, losses: Losses) -> None:
     """After a batch's first update the policy is no longer the one that sampled: a ratio must say how far it went."""
     if stage.updates_per_batch * stage.minibatches == 1:
         return
-    names = [term.name for term, need in zip(stage.loss, needs, strict=True) if need.ratio == "none"]
+    names = [loss.name for loss in losses if loss.needs.ratio == "none"]
     if names:
         key = "updates_per_batch" if stage.updates_per_batch > 1 else "minibatches"
         raise RecipeError(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from align.cli import memory
 from align.data.order import BatchPlan
-from align.losses import configure
+from align.losses import Losses
 from align.protocols import Tree
 from align.recipe.adapter import Adapter
 from align.recipe.capabilities import SamplingStage, ScoringStage, TrainStage
@@ -23,9 +23,7 @@ def head_words(stage: TrainStage) -> str:
 
 def loss_notes(stage: TrainStage) -> list[str]:
     """What the losses themselves say about options that are easily misread."""
-    chosen = [configure(term.name, term.options) for term in stage.loss]
-    said = [module.remarks(config) for module, config, _ in chosen if hasattr(module, "remarks")]
-    return [f"note: {line}" for lines in said for line in lines]
+    return [f"note: {line}" for loss in Losses.of(stage.loss) for line in loss.remarks()]
 
 
 _LOOKED_AT = 200_000  # rows of batches; more would make `align check` slow
@@ -34,11 +32,11 @@ _LOOKED_AT = 200_000  # rows of batches; more would make `align check` slow
 def lacking_notes(stage: TrainStage, trees: Sequence[Tree], order: BatchPlan) -> list[str]:
     """In how many of the stage's batches a loss does without what it takes from a whole batch, and what that is."""
     notes = []
-    for module, config, _ in (configure(term.name, term.options) for term in stage.loss):
-        if not hasattr(module, "lacking"):
+    for loss in Losses.of(stage.loss):
+        if not loss.may_lack:
             continue
         seen = min(order.total, max(1, _LOOKED_AT // order.size))
-        said = [module.lacking([trees[row] for row in order.batch(step)], config) for step in range(seen)]
+        said = [loss.lacking([trees[row] for row in order.batch(step)]) for step in range(seen)]
         found = [why for why in said if why]
         if found:
             which = f"{order.total}" if seen == order.total else f"the first {seen}"

@@ -10,7 +10,7 @@ from typing import Literal
 from align.data.order import BatchPlan
 from align.data.records import Kind
 from align.data.tokenizer import ChatTokenizer
-from align.losses import configure
+from align.losses import Losses
 from align.protocols import PromptItem, Sampling, Trainer, Tree
 from align.recipe.capabilities import SamplingStage, StageBase, TrainStage
 from align.recipe.inputs import DataSource
@@ -35,20 +35,14 @@ from align.stages.updates import UpdatePlan
 
 def record_kind(losses: Sequence[LossTerm]) -> Kind:
     """The kind of record that the losses learn from: the first one's (`align check` proves that the others fit)."""
-    _, _, needs = configure(losses[0].name, losses[0].options)
-    assert needs.record != "group", "losses on groups are for online stages"
-    return needs.record
+    record = Losses.of(losses).records[0]
+    assert record != "group", "losses on groups are for stages that sample them"
+    return record
 
 
 def reference_of(stage: TrainStage) -> Literal["start", "base", "cached"] | ReferencePath | None:
     """Where reference log-probabilities come from: as the recipe says, `start` where a loss needs one, else None."""
-    needed = any(configure(term.name, term.options)[2].reference for term in stage.loss)
-    return (stage.reference or "start") if needed else None
-
-
-def needs_margin(stage: StageBase) -> bool:
-    """Whether a loss of the stage reads a margin of every pair."""
-    return any(configure(term.name, term.options)[2].margin for term in stage.losses)
+    return (stage.reference or "start") if Losses.of(stage.loss).needs_reference else None
 
 
 def reward_sets(stage: StageBase) -> list[tuple[Reward, ...]]:
@@ -123,7 +117,7 @@ async def run_offline(context: Context, stage: TrainStage) -> StageResult:
     kind = record_kind(stage.loss)
     trees = await _rows(context, stage, stage.data, kind, tokenizer)
     held = await _rows(context, stage, stage.eval.data, kind, tokenizer, "eval") if stage.eval else []
-    if needs_margin(stage):
+    if Losses.of(stage.loss).needs_margin:
         require_margins([*trees, *held])
     refuse_weights([*trees, *held], stage.loss)
     if stage.score_head is not None:
