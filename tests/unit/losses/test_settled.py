@@ -44,7 +44,7 @@ from align.stages.groups import PromptCursor, penalise_truncated, to_trees, untr
 from align.train.prepass import run_prepass
 from align.train.trainer import PolicyTrainer
 from align.types import HeadOutputs
-from tests.unit.cli.workshop import Workshop, open_workshop
+from tests.unit.check.workshop import Workshop, open_workshop
 from tests.unit.core.test_forward import make_model
 from tests.unit.core.trees import group, pair, unpaired
 from tests.unit.data.build import prepared
