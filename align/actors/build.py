@@ -22,9 +22,8 @@ from align.protocols import Fleet, Scorer
 from align.recipe.adapter import Adapter
 from align.recipe.chat_files import ChatFiles
 from align.recipe.inputs import Model
-from align.recipe.parts import Rollout
+from align.recipe.parts import ReferencePath, Rollout
 from align.recipe.placement import Placement
-from align.recipe.stages import ReferencePath
 from align.recipe.support import publish_mode
 from align.stages import processes
 from align.stages.backend import FleetJob, Needs, ScorerJob, TrainerJob

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from align.cli.memory import read_config
-from align.cli.scratch import scratch
+from align.check.memory.sizes import read_config
+from align.check.scratch import scratch
 from align.data.carried import carried
 from align.data.media.library import Library
 from align.data.media.opening import takes_media

@@ -170,8 +170,8 @@ def _check(arguments: argparse.Namespace) -> int:
         from align.cli import suite
 
         return suite.main(arguments)
-    from align.cli import check
-    from align.cli.scratch import scratch
+    from align.check import validate as check
+    from align.check.scratch import scratch
 
     with scratch():  # what plugins put aside while they are described
         return check.main(arguments)

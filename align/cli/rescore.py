@@ -33,7 +33,8 @@ def main(arguments: argparse.Namespace) -> int:
         changes.append(f"{key}.weights={yaml.safe_dump(weights, default_flow_style=True, width=10**6).strip()}")
     if arguments.combine:
         changes.append(f"{key}.combine={arguments.combine}")
-    objectives = load_recipe(run / "recipe.yaml", changes).stage(stage.id).objectives
+    changed = online_stages(load_recipe(run / "recipe.yaml", changes))
+    objectives = chosen(changed, stage.id, "online stage", run).objectives
     rescored = rescore(run / stage.id / "rollouts", stage, objectives)
     out = Path(arguments.out) if arguments.out else run / stage.id / "rescored.parquet"
     write(rescored, out)

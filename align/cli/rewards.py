@@ -13,8 +13,8 @@ from typing import Any
 
 from align import errors
 from align.actors.plugins import align_errors
-from align.cli.scratch import scratch
-from align.cli.trial_data import Trial, read_trial
+from align.check.scratch import scratch
+from align.check.trial_data import Trial, read_trial
 from align.plugins import REWARDS, describe_in_child
 from align.recipe.document import parse_value
 from rewards import trial

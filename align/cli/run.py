@@ -15,9 +15,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from align.cli.check import validate
-from align.cli.machine import Machine
-from align.cli.plan import Plan
+from align.check.machine import Machine
+from align.check.plan import Plan
+from align.check.validate import validate
 from align.errors import Interrupted, LostError
 from align.recipe.load import dump_recipe, load_document
 from align.recipe.shipping import python_files

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.cli.launch import divided, exit_code, outcome_lines
+from align.check.launch import divided, exit_code, outcome_lines
 from align.cli.pareto import gather, publish
 from align.errors import RecipeError, UserError
 from align.experiments.children import run_all

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from align.cli.scratch import scratch
+from align.check.scratch import scratch
 from align.errors import RecipeError
 from align.recipe.load import load_document
 from align.recipe.shipping import RECIPE, pack

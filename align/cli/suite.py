@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from align.cli.scratch import scratch
+from align.check.scratch import scratch
 from align.hub import resolve_model_folder
 
 MARKS = {"passed": "ok", "failed": "FAILED", "not checked": "-"}

@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from align.cli.check import validate
-from align.cli.findings import Findings
-from align.cli.inputs import Rewards
-from align.cli.launch import divided, exit_code, outcome_lines
+from align.check.findings import Findings
+from align.check.inputs import Rewards
+from align.check.launch import divided, exit_code, outcome_lines
+from align.check.validate import validate
 from align.errors import RecipeError, RunFolderError
 from align.experiments.children import Child, Outcome, Slot, run_all
 from align.experiments.grid import Weights, parse_weights, simplex

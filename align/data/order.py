@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
-DEFAULT_BATCH = 32  # sequences or pairs, where the recipe gives none
+from align.recipe.capabilities import TrainStage
+
 _MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
@@ -62,11 +62,10 @@ class BatchPlan:
             raise ValueError("give `epochs` or `steps`")
 
     @classmethod
-    def of(cls, stage: Any, rows: int, seed: int, minimum: int = 1) -> BatchPlan:
+    def of(cls, stage: TrainStage, rows: int, seed: int, minimum: int = 1) -> BatchPlan:
         """The plan of an offline stage of the recipe: its `batch` in sequences or pairs, its `steps` or `epochs`."""
-        size = stage.batch.sequences or getattr(stage.batch, "pairs", None) or DEFAULT_BATCH
         epochs = None if stage.steps is not None else stage.epochs or 1.0
-        return cls(rows, size, seed, epochs, stage.steps, minimum)
+        return cls(rows, stage.batch.rows, seed, epochs, stage.steps, minimum)
 
     @property
     def per_epoch(self) -> int:

@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from align.errors import RunFolderError
+from align.recipe.capabilities import SamplingStage
 from align.recipe.load import load_recipe
 from align.recipe.schema import Recipe
 from align.recipe.stages import EvaluateStage, OnlineStage
@@ -130,9 +131,9 @@ def judged(run: Path, stage: EvaluateStage, of: str, label: str) -> Judged:
 def _weights(recipe: Recipe, of: str) -> Mapping[str, float]:
     """Those of the online stage that a model comes from; {} where none does."""
     stage = recipe.stage(of.partition("@")[0])
-    while stage.kind != "online" and stage.from_:
+    while not isinstance(stage, SamplingStage) and stage.from_:
         stage = recipe.stage(stage.from_.partition("@")[0])
-    return dict(stage.objectives.weights) if stage.kind == "online" else {}
+    return dict(stage.objectives.weights) if isinstance(stage, SamplingStage) else {}
 
 
 def prompts_in(folder: Path) -> set[str]:

@@ -1,18 +1,125 @@
 """Losses by name. Each is one file here exporting `Config`, `needs(config)` and `loss(inputs, config)`, or a user's
-`pkg.mod:module` / `file.py` found through `align.plugins`. Loading one imports no torch."""
+`pkg.mod:module` / `file.py` found through `align.plugins`. Loading one imports no torch.
+
+`configure` gives one `Loss`, with its options; `Losses` are those of a stage, and what they need together.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from align.errors import PluginError, RecipeError
-from align.losses.base import LossConfig, Needs
+from align.losses.base import LossConfig, LossInputs, LossOutput, Needs, Nll, Prepass, Record
 from align.plugins import builtin_names, resolve
+from align.protocols import Tree
+from align.recipe.parts import LossTerm
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _HELPERS = ("base", "describe", "dpo_terms", "pairs", "policy_terms", "reduce")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss with its options. module: what exports it (`align.losses.base` says what); weight: of its value in the
+    sum. The methods are what a module may leave out, with the answer of one that does."""
+
+    name: str
+    module: ModuleType
+    config: LossConfig
+    needs: Needs
+    weight: float = 1.0
+
+    def __call__(self, inputs: LossInputs) -> LossOutput:
+        """Its value, without the weight, and its metrics."""
+        output: LossOutput = self.module.loss(inputs, self.config)
+        return output
+
+    def seen_before(self, trees: Sequence[Tree]) -> Sequence[Tree]:
+        """The trees that the pass without gradient goes over, before an update on `trees`."""
+        seen: Sequence[Tree] = self.module.auxiliary(trees, self.config) if hasattr(self.module, "auxiliary") else trees
+        return seen
+
+    @property
+    def sees_others(self) -> bool:
+        """Whether that pass goes over other trees than those of the update."""
+        return self.needs.scope == "batch" and hasattr(self.module, "auxiliary")
+
+    def batch_stats(self, found: Prepass | None) -> dict[str, Tensor]:
+        """What it takes from that pass."""
+        stats: dict[str, Tensor] = self.module.batch_stats(found, self.config)
+        return stats
+
+    def derived(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Joined metrics with what it computes from them."""
+        return self.module.derived(metrics) if hasattr(self.module, "derived") else dict(metrics)
+
+    def remarks(self) -> tuple[str, ...]:
+        """What the plan says about its options."""
+        return self.module.remarks(self.config) if hasattr(self.module, "remarks") else ()
+
+    @property
+    def may_lack(self) -> bool:
+        """Whether there are updates that do without something, which `lacking` tells."""
+        return hasattr(self.module, "lacking")
+
+    def lacking(self, trees: Sequence[Tree]) -> str | None:
+        """What an update over these trees does without."""
+        return self.module.lacking(trees, self.config) if self.may_lack else None
+
+
+class Losses:
+    """The losses of a stage, in the recipe's order."""
+
+    def __init__(self, losses: Iterable[Loss]):
+        self._losses = tuple(losses)
+        assert self._losses, "a stage has a loss"
+
+    @classmethod
+    def of(cls, terms: Iterable[LossTerm]) -> Losses:
+        """Those that a recipe names. Raises PluginError or RecipeError."""
+        return cls(configure(term.name, term.options, term.weight) for term in terms)
+
+    def __iter__(self) -> Iterator[Loss]:
+        return iter(self._losses)
+
+    def __len__(self) -> int:
+        return len(self._losses)
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """What each learns from. `align check` proves that the others can learn from what the first does."""
+        return tuple(loss.needs.record for loss in self)
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """Names of HeadOutputs beside logps that any of them reads."""
+        return tuple(sorted({name for loss in self for name in loss.needs.head}))
+
+    @property
+    def nll(self) -> Nll:
+        """Which tokens their likelihood term covers; two that disagree were refused by the check."""
+        return next((loss.needs.nll for loss in self if loss.needs.nll != "none"), "none")
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(loss.needs.reference for loss in self)
+
+    @property
+    def needs_margin(self) -> bool:
+        """Whether one reads a margin of every pair."""
+        return any(loss.needs.margin for loss in self)
+
+    @property
+    def needs_proximal(self) -> bool:
+        """Whether a ratio is to the policy at the start of the batch."""
+        return any(loss.needs.ratio == "proximal" for loss in self)
 
 
 def names() -> tuple[str, ...]:
@@ -33,8 +140,8 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def configure(name: str, options: dict[str, Any]) -> tuple[ModuleType, LossConfig, Needs]:
-    """A loss's module, its validated options, and what it needs. Raises PluginError or RecipeError."""
+def configure(name: str, options: Mapping[str, Any], weight: float = 1.0) -> Loss:
+    """A loss with validated options. Raises PluginError or RecipeError."""
     module = load(name)
     try:
         config = module.Config(**options)
@@ -42,4 +149,4 @@ def configure(name: str, options: dict[str, Any]) -> tuple[ModuleType, LossConfi
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or name}: {e['msg']}" for e in error.errors())
         known = ", ".join(field.alias or key for key, field in module.Config.model_fields.items())
         raise RecipeError(f"options of loss {name!r}: {problems}", remedy=f"its options are: {known}") from error
-    return module, config, module.needs(config)
+    return Loss(name, module, config, module.needs(config), weight)

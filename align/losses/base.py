@@ -24,7 +24,10 @@ from pydantic import BaseModel, ConfigDict
 
 from align.protocols import Counts
 
-__all__ = ["Counts", "LossConfig", "LossInputs", "LossOutput", "Metric", "Needs", "Prepass"]
+__all__ = ["Counts", "LossConfig", "LossInputs", "LossOutput", "Metric", "Needs", "Nll", "Prepass", "Record"]
+
+Record = Literal["conversation", "pair", "unpaired", "labelled", "group"]
+Nll = Literal["none", "scored", "chosen", "prompt_and_chosen"]
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,11 +55,11 @@ class Needs:
     weights: it multiplies each row's terms by the row's `weight` (`align.losses.reduce.weighted`); rows with another
     than 1 are refused where it does not. On groups a prompt's weight is in the advantages, whatever this says."""
 
-    record: Literal["conversation", "pair", "unpaired", "labelled", "group"]
+    record: Record
     reference: bool = False
     head: tuple[str, ...] = ()
     scope: Literal["sequence", "pair", "batch"] = "sequence"
-    nll: Literal["none", "scored", "chosen", "prompt_and_chosen"] = "none"
+    nll: Nll = "none"
     ratio: Literal["none", "sampler", "proximal"] = "none"
     margin: bool = False
     weights: bool = False

@@ -42,6 +42,7 @@ changes a denominator. KL and bonus are aggregated as the surrogate is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -204,6 +205,16 @@ def loss(inputs: LossInputs, config: Config) -> LossOutput:
     metrics["loss/total"] = Metric(total.detach(), reduce="sum")
     level = "token" if config.correction is None else config.correction.level
     return LossOutput(total, metrics | policy_terms.mismatch(inputs, level))
+
+
+def derived(metrics: Mapping[str, float]) -> dict[str, float]:
+    """`metrics`, joined over all microbatches and ranks, with mismatch/ess in place of the sums behind it (see
+    `align.losses.policy_terms.mismatch`): Kong's effective sample size as a share, at most 1 but for rounding."""
+    out = dict(metrics)
+    weight, weight_sq = out.pop("mismatch/weight", None), out.pop("mismatch/weight_sq", None)
+    if weight is not None and weight_sq:
+        out["mismatch/ess"] = min(1.0, weight**2 / weight_sq)
+    return out
 
 
 def masks(inputs: LossInputs, config: Config) -> tuple[Tensor, Tensor, dict[str, Metric]]:

@@ -177,7 +177,7 @@ def mismatch(inputs: LossInputs, level: Level) -> dict[str, Metric]:
 
     mismatch/kl: KL(sampler || trainer) in nats per token, estimated by k3 with r = p_trainer / p_sampler: the mean of
     r - 1 - log r (Schulman 2020), unbiased and never negative. mismatch/max_abs: the largest |log r|. The sums of
-    weights and of their squares become mismatch/ess (`align.train.metrics`): the effective sample size
+    weights and of their squares become mismatch/ess (`align.losses.grpo.derived`): the effective sample size
     (sum w)^2 / (n sum w^2) in (0, 1], over the n tokens or, at level "sequence", the n sequences with a scored token;
     w without cap and floor, so that it tells how much the bounds had to do.
     """

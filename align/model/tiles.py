@@ -1,4 +1,4 @@
-"""Sizes in which the kernels of `align.model` compute, without torch: `align.cli.memory_plan` counts with them too."""
+"""Sizes in which the kernels of `align.model` compute, without torch: `align.check.memory` counts with them too."""
 
 TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 """Of logits, by device (`align.model.head`)."""

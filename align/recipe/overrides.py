@@ -14,15 +14,9 @@ from typing import Any
 import yaml
 
 from align.recipe.document import Document, Path_, Problem, UnusableValue, parse_value
+from align.recipe.grammar import stage_models
 
 _SHORTHAND = {"data": "path", "loss": "name", "train_on": "path", "rewards": "use"}  # text or map; one or a list
-_DEFAULT_LOSS = {
-    "sft": "sft",
-    "preference": "dpo",
-    "reward_model": "reward_model",
-    "classify": "classify",
-    "online": "grpo",
-}
 
 
 class _Wrong(Exception):
@@ -94,8 +88,9 @@ def _opened(child: Any, parent: Any, key: str | int, path: Path_) -> Any:
     if isinstance(child, str) and name in _SHORTHAND:
         return {_SHORTHAND[name]: child}
     if child is None:
-        kind = parent.get("kind") if isinstance(parent, dict) else None
-        return {"name": _DEFAULT_LOSS[kind]} if name == "loss" and kind in _DEFAULT_LOSS else {}
+        stage = stage_models().get(str(parent.get("kind"))) if isinstance(parent, dict) else None
+        usual = stage.model_fields.get("loss") if stage is not None and name == "loss" else None
+        return {"name": usual.default[0].name} if usual is not None else {}
     raise _Wrong(f"`{'.'.join(map(str, (*path, key)))}` is {child!r}, not a map: nothing can be set below it")
 
 

@@ -175,3 +175,52 @@ class Rollout(Strict):
         if (self.truncated == "penalise") != (self.truncated_penalty is not None):
             raise ValueError("`truncated: penalise` and `truncated_penalty` (such as 1.0) go together")
         return self
+
+
+class ReferencePath(Strict):
+    path: str
+    revision: str | None = None
+    adapter: str | None = None
+
+
+DEFAULT_BATCH = 32  # sequences or pairs, where the recipe gives none
+
+
+class SequenceBatch(Strict):
+    sequences: PositiveInt = DEFAULT_BATCH
+
+    @property
+    def rows(self) -> int:
+        """Rows of the data in one batch."""
+        return self.sequences
+
+
+class PairBatch(Strict):
+    pairs: PositiveInt | None = None
+    sequences: PositiveInt | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.sequences or self.pairs or DEFAULT_BATCH
+
+
+class GroupBatch(Strict):
+    groups: PositiveInt = 16
+    group_size: Annotated[int, Field(ge=2)] = 8
+
+    @property
+    def rows(self) -> int:
+        return self.groups
+
+
+class PairObjectives(Strict):
+    """A pair's margin is the weighted sum of its differences in score; an objective that is not named has weight 1."""
+
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+
+
+class DynamicSampling(Strict):
+    """Groups without signal (every completion scored alike) are replaced by fresh prompts (DAPO, 2503.14476).
+    max_factor: a step samples at most so many times its groups; what then is without signal is trained as it is."""
+
+    max_factor: Annotated[float, Field(gt=1)] = 3.0

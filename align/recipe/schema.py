@@ -48,10 +48,10 @@ class Recipe(Strict):
     def run_folder(self) -> Path:
         return Path(self.output) / self.name
 
-    def stage(self, stage_id: str) -> Any:
+    def stage(self, stage_id: str) -> Stage:
         return next(s for s in self.stages if s.id == stage_id)
 
-    def before(self, stage_id: str) -> Iterator[Any]:
+    def before(self, stage_id: str) -> Iterator[Stage]:
         for stage in self.stages:
             if stage.id == stage_id:
                 return
@@ -59,7 +59,7 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _stage_graph(self) -> Recipe:
-        seen: dict[str, Any] = {}
+        seen: dict[str, Stage] = {}
         for stage in self.stages:
             if stage.id in seen:
                 raise ValueError(f"two stages have the id {stage.id!r}; ids name folders and must differ")
@@ -70,12 +70,13 @@ class Recipe(Strict):
                     "systems that do not tell them apart"
                 )
             wanted = [stage.from_.partition("@")[0]] if stage.from_ else []
-            wanted += [name.partition("@")[0] for name in getattr(stage, "of", ())]
+            wanted += [name.partition("@")[0] for name in stage.judged]
             for source in wanted:
                 if source not in seen:
                     known = ", ".join(seen) or "none"
                     raise ValueError(f"stage {stage.id!r} builds on {source!r}, which is no earlier stage ({known})")
-                if seen[source].kind == "evaluate":
-                    raise ValueError(f"stage {stage.id!r} builds on {source!r}, an evaluate stage: it makes no model")
+                if not seen[source].makes_model:
+                    what = f"an {seen[source].kind} stage: it makes no model"
+                    raise ValueError(f"stage {stage.id!r} builds on {source!r}, {what}")
             seen[stage.id] = stage
         return self

@@ -1,89 +1,47 @@
-"""The kinds of stages, each with its own keys and the checks that need only itself."""
+"""The kinds of stages, each with its own keys, the checks that need only itself, and the facts of its kind.
+
+What is done with a stage hangs on what its class can do (`align.recipe.capabilities`) and on these facts, never on the
+name of its kind: a new kind is a class here, its name in the union below, and a driver in `align.stages.pipeline`.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from align.recipe.adapter import Adapter
-from align.recipe.inputs import DataField
+from align.recipe.capabilities import Defaults, FolderStage, SamplingStage, ScoringStage, StageBase, TrainStage
+from align.recipe.inputs import DataField, DataSource
 from align.recipe.labels import Labels, Problem
 from align.recipe.objectives import Objectives
-from align.recipe.parts import Eval, LossField, LossTerm, Optim, Packing, RewardField, Rollout, Save
-from align.recipe.strict import Fraction, PositiveInt, Strict
-
-RUNS_OWN = frozenset({"base", "logs", "shared", "sources", "sweep", "tensorboard", "wandb"})
-"""What a run keeps in its folder beside its stages."""
-
-
-class StageBase(Strict):
-    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
-    from_: str | None = Field(default=None, alias="from")
-
-    @field_validator("id")
-    @classmethod
-    def _a_folder_of_its_own(cls, value: str) -> str:
-        if value.lower() in RUNS_OWN:
-            own = ", ".join(sorted(RUNS_OWN))
-            raise ValueError(f"{value!r} names a folder that the run itself writes ({own}); call the stage otherwise")
-        return value
-
-
-class ReferencePath(Strict):
-    path: str
-    revision: str | None = None
-    adapter: str | None = None
-
-
-class TrainStage(StageBase):
-    adapter: Adapter | None = None
-    data: DataField
-    packing: Packing = Packing()
-    optim: Optim = Optim()
-    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    steps: PositiveInt | None = None
-    eval: Eval | None = None
-    save: Save = Save()
-    reference: Literal["start", "base", "cached"] | ReferencePath | None = None
-
-    @model_validator(mode="after")
-    def _one_length(self) -> TrainStage:
-        if self.epochs is not None and self.steps is not None:
-            raise ValueError("give `epochs` or `steps`, not both")
-        return self
-
-
-class SequenceBatch(Strict):
-    sequences: PositiveInt = 32
-
-
-class PairBatch(Strict):
-    pairs: PositiveInt | None = None
-    sequences: PositiveInt | None = None
-
-
-class GroupBatch(Strict):
-    groups: PositiveInt = 16
-    group_size: Annotated[int, Field(ge=2)] = 8
+from align.recipe.parts import (
+    LossField,
+    LossTerm,
+    Packing,
+    PairBatch,
+    PairObjectives,
+    Reward,
+    RewardField,
+    Rollout,
+    SequenceBatch,
+)
+from align.recipe.strict import PositiveInt
 
 
 class SftStage(TrainStage):
+    defaults = Defaults(adapter_lr=1e-4, whole_lr=2e-5)
+    records = ("conversation",)
     kind: Literal["sft"]
     loss: LossField = (LossTerm(name="sft"),)
     batch: SequenceBatch = SequenceBatch()
-
-
-class PairObjectives(Strict):
-    """A pair's margin is the weighted sum of its differences in score; an objective that is not named has weight 1."""
-
-    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
 
 
 class PreferenceStage(TrainStage):
     """rewards: judge chosen and rejected before the stage; `objectives.weights` make their scores the pair's margin,
     for losses that read one (modpo)."""
 
+    defaults = Defaults(adapter_lr=5e-6, whole_lr=5e-7)
+    records = ("pair", "unpaired")
     kind: Literal["preference"]
     loss: LossField = (LossTerm(name="dpo"),)
     batch: PairBatch = PairBatch()
@@ -98,10 +56,27 @@ class PreferenceStage(TrainStage):
             )
         return self
 
+    @property
+    def rewarded_by(self) -> tuple[Reward, ...]:
+        return self.rewards
 
-class RewardModelStage(TrainStage):
+    @property
+    def weighed(self) -> Objectives | None:
+        return Objectives(weights=self.objectives.weights)
+
+    @property
+    def judges_pairs(self) -> bool:
+        return bool(self.rewards)
+
+
+class RewardModelStage(ScoringStage):
     """A language model with a score head in place of its own, on preference pairs."""
 
+    makes = "a reward model"
+    evaluated = "with pairs: it reports accuracies"
+    language_kind = "preference"
+    defaults = Defaults(adapter_lr=1e-4, whole_lr=1e-5)
+    records = ("pair",)
     kind: Literal["reward_model"]
     loss: LossField = (LossTerm(name="reward_model"),)
     batch: PairBatch = PairBatch()
@@ -115,13 +90,18 @@ def _names(value: Any) -> Any:
     return [str(item) if isinstance(item, int) else item for item in items]
 
 
-class ClassifyStage(TrainStage):
+class ClassifyStage(ScoringStage):
     """A language model with a score head of one output per label, on labelled texts.
 
     labels: their names, in the order of the outputs; num_labels: only how many (they are LABEL_0, ...; of a regression
     one, unless given). problem: one label a row, any number of them, or numbers.
     """
 
+    makes = "a classifier"
+    evaluated = "or use `align classify`"
+    language_kind = "sft"
+    defaults = Defaults(adapter_lr=1e-4, whole_lr=1e-5)
+    records = ("labelled",)
     kind: Literal["classify"]
     loss: LossField = (LossTerm(name="classify"),)
     batch: SequenceBatch = SequenceBatch()
@@ -139,89 +119,32 @@ class ClassifyStage(TrainStage):
             raise ValueError("two of `labels` have the same name")
         if self.labels is None and self.num_labels is None and self.problem != "regression":
             raise ValueError("give `labels: [names]`, or `num_labels`: how many outputs the head has")
-        if self.problem == "single_label" and len(self.head.names) < 2:
+        if self.problem == "single_label" and len(self.score_head.names) < 2:
             raise ValueError("one label of one is no choice: name two at least, or say `problem: regression`")
         return self
 
     @property
-    def head(self) -> Labels:
+    def score_head(self) -> Labels:
         if self.labels is not None:
             return Labels(self.labels, self.problem)
         return Labels.numbered(self.num_labels or 1, self.problem)
 
-
-class DynamicSampling(Strict):
-    """Groups without signal (every completion scored alike) are replaced by fresh prompts (DAPO, 2503.14476).
-    max_factor: a step samples at most so many times its groups; what then is without signal is trained as it is."""
-
-    max_factor: Annotated[float, Field(gt=1)] = 3.0
+    @property
+    def head_words(self) -> str:
+        return f"a score head: {self.score_head.words}"
 
 
-class OnlineStage(TrainStage):
-    """updates_per_batch: how often every group is trained on before new ones are sampled; minibatches: equal parts of a
-    batch of groups, one optimizer update each. A step makes updates_per_batch * minibatches updates and one publish.
-
-    staleness: versions that a group may be behind when it is trained on; 0 is synchronous and on-policy. overdue:
-    what becomes of a group that would be older; wait for it in time, or drop it, which favours short completions.
-    max_failed_prompts: of a step's prompts, the share that the engines may refuse; at least one where it is not 0."""
-
+class OnlineStage(SamplingStage):
+    defaults = Defaults(adapter_lr=1e-5, whole_lr=1e-6, schedule="constant")
     kind: Literal["online"]
     loss: LossField = (LossTerm(name="grpo"),)
-    batch: GroupBatch = GroupBatch()
-    updates_per_batch: PositiveInt = 1
-    minibatches: PositiveInt = 1
-    staleness: Annotated[int, Field(ge=0)] = 0
-    overdue: Literal["wait", "drop"] = "wait"
-    dynamic_sampling: DynamicSampling | None = None
-    max_failed_prompts: Fraction = 0.02
-    rollout: Rollout = Rollout()
-    rewards: Annotated[RewardField, Field(min_length=1)]
-    objectives: Objectives = Objectives()
-
-    @model_validator(mode="after")
-    def _minibatches_of_whole_groups(self) -> OnlineStage:
-        groups, parts = self.batch.groups, self.minibatches
-        if groups % parts:
-            divisors = ", ".join(str(n) for n in range(1, groups + 1) if groups % n == 0)
-            raise ValueError(f"`minibatches: {parts}` does not divide `batch.groups: {groups}`; it takes {divisors}")
-        return self
-
-    @model_validator(mode="after")
-    def _replaces_at_least_one(self) -> OnlineStage:
-        factor, groups = self.dynamic_sampling and self.dynamic_sampling.max_factor, self.batch.groups
-        if factor and (factor - 1) * groups < 1 - 1e-9:
-            raise ValueError(
-                f"`dynamic_sampling.max_factor: {factor:g}` of {groups} groups leaves none to replace; "
-                f"at least {1 + 1 / groups:.3g}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _drops_where_something_can_be_late(self) -> OnlineStage:
-        if self.overdue == "drop" and self.staleness == 0:
-            raise ValueError("`overdue: drop` needs `staleness` above 0: a synchronous step waits for all its groups")
-        return self
-
-    @model_validator(mode="after")
-    def _one_weight_of_truncated(self) -> OnlineStage:
-        named = {*self.objectives.weights, *self.objectives.schedule}
-        if self.rollout.truncated == "penalise" and "truncated" in named:
-            raise ValueError("the weight of the objective `truncated` is `rollout.truncated_penalty`; give it there")
-        return self
-
-    @model_validator(mode="after")
-    def _replaces_what_the_group_decides(self) -> OnlineStage:
-        if self.dynamic_sampling and self.objectives.baseline == "batch":
-            raise ValueError(
-                "`dynamic_sampling` replaces groups whose scores are equal, and under `objectives.baseline: batch` "
-                "they teach as others do; leave it out, or compare within groups (`baseline: group`)"
-            )
-        return self
 
 
 class EvaluateStage(StageBase):
     """Greedy completions scored by `rewards`; without rewards, the metrics of `loss` on the training forward."""
 
+    makes_model = False
+    records = ("conversation", "pair", "unpaired")
     kind: Literal["evaluate"]
     of: tuple[str, ...]
     data: DataField
@@ -230,26 +153,52 @@ class EvaluateStage(StageBase):
     loss: LossField = (LossTerm(name="sft"),)
     packing: Packing = Packing()
 
+    @property
+    def losses(self) -> tuple[LossTerm, ...]:
+        return self.loss
 
-class MergeStage(StageBase):
+    @property
+    def datasets(self) -> dict[str, tuple[DataSource, ...]]:
+        return {"data": self.data}
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        return self.of
+
+    @property
+    def rewarded_by(self) -> tuple[Reward, ...]:
+        return self.rewards
+
+    @property
+    def engines(self) -> Rollout | None:
+        return self.rollout if self.rewards else None
+
+
+class MergeStage(FolderStage):
+    does = "merges"
     kind: Literal["merge"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
-class ExportStage(StageBase):
+class ExportStage(FolderStage):
+    does = "exports"
+    for_others = True
     kind: Literal["export"]
     format: Literal["safetensors"] = "safetensors"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
-Stage = Annotated[
-    SftStage
-    | PreferenceStage
-    | RewardModelStage
-    | ClassifyStage
-    | OnlineStage
-    | EvaluateStage
-    | MergeStage
-    | ExportStage,
-    Field(discriminator="kind"),
-]
+TrainedStage = SftStage | PreferenceStage | RewardModelStage | ClassifyStage | OnlineStage
+Stage = Annotated[TrainedStage | EvaluateStage | MergeStage | ExportStage, Field(discriminator="kind")]
+
+
+def kinds_for(record: str, *, scoring: bool | None = None) -> list[str]:
+    """Kinds of stages that train on such records, in the order of the union; with `scoring`, those that train a score
+    head, or those that do not."""
+    fits = [one for one in get_args(TrainedStage) if record in one.records]
+    return [kind_of(one) for one in fits if scoring in (None, issubclass(one, ScoringStage))]
+
+
+def kind_of(stage: type[StageBase]) -> str:
+    """The word for a class of stages in a recipe."""
+    return str(get_args(stage.model_fields["kind"].annotation)[0])

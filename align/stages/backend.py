@@ -18,8 +18,7 @@ from align.recipe.adapter import Adapter, Part, Rate
 from align.recipe.chat_files import ChatFiles
 from align.recipe.inputs import Media, Model
 from align.recipe.labels import Labels
-from align.recipe.parts import LossTerm, Optim, Packing, Reward, Rollout
-from align.recipe.stages import ReferencePath
+from align.recipe.parts import LossTerm, Optim, Packing, ReferencePath, Reward, Rollout
 from align.stages.processes import ProcessId
 
 

@@ -18,6 +18,7 @@ from align.data.records import Kind
 from align.data.tokenizer import ChatTokenizer
 from align.errors import Interrupted
 from align.protocols import Group, PromptItem, Trainer, Tree, group_seed
+from align.recipe.capabilities import StageBase
 from align.recipe.inputs import DataSource, Model
 from align.recipe.schema import Recipe
 from align.stages.backend import Backend, Start
@@ -112,7 +113,7 @@ class Context:
                 library.close()
 
     async def items(
-        self, stage: Any, sources: Sequence[DataSource], kind: Kind, tokenizer: ChatTokenizer, name: str = "data"
+        self, stage: StageBase, sources: Sequence[DataSource], kind: Kind, tokenizer: ChatTokenizer, name: str = "data"
     ) -> list[Any]:
         """Prepared trees or prompts of `sources`; the data report goes to `<stage>/<name>.json` and the screen.
 
@@ -127,7 +128,7 @@ class Context:
 
     async def _read(
         self,
-        stage: Any,
+        stage: StageBase,
         sources: Sequence[DataSource],
         kind: Kind,
         tokenizer: ChatTokenizer,
@@ -144,7 +145,7 @@ class Context:
             cache=self.run.path.parent / ".cache",  # keyed by content: runs beside this one share it
             folder=self.recipe_folder,
             answers=answers,
-            labels=getattr(stage, "head", None),
+            labels=stage.score_head if kind == "labelled" else None,
             media=self.library(tokenizer.folder),
         )
         folder = self.run.stage_folder(stage.id)
@@ -159,19 +160,19 @@ class Context:
         return prepared
 
     async def trees(
-        self, stage: Any, sources: Sequence[DataSource], kind: Kind, tokenizer: ChatTokenizer, name: str = "data"
+        self, stage: StageBase, sources: Sequence[DataSource], kind: Kind, tokenizer: ChatTokenizer, name: str = "data"
     ) -> list[Tree]:
         return await self.items(stage, sources, kind, tokenizer, name)
 
     async def pairs(
-        self, stage: Any, sources: Sequence[DataSource], tokenizer: ChatTokenizer, name: str = "data"
+        self, stage: StageBase, sources: Sequence[DataSource], tokenizer: ChatTokenizer, name: str = "data"
     ) -> tuple[list[Tree], list[Group]]:
         """Pairs as trees, and as groups of two completions with their rows, chosen first, for rewards to judge."""
         prepared = await self._read(stage, sources, "pair", tokenizer, name, answers=True)
         return list(prepared.items), list(prepared.groups)
 
     async def prompts(
-        self, stage: Any, sources: Sequence[DataSource], tokenizer: ChatTokenizer, name: str = "data"
+        self, stage: StageBase, sources: Sequence[DataSource], tokenizer: ChatTokenizer, name: str = "data"
     ) -> list[PromptItem]:
         """Prompts numbered by row, each with the seed of its row: what evaluation samples, whatever stage asks."""
         items = await self.items(stage, sources, "prompt", tokenizer, name)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from align.errors import Interrupted
+from align.losses import Losses
 from align.protocols import Metrics, Publication
 from align.recipe.parts import Optim
 from align.recipe.stages import EvaluateStage
@@ -28,7 +29,7 @@ from align.stages.online import greedy_metrics
 from align.stages.reward_notes import NotedScorer
 from align.stages.rollout_log import RolloutLog
 from align.stages.row_weights import refuse_weights
-from align.stages.training import needs_margin, record_kind, sampling_of, scorer_job
+from align.stages.training import record_kind, sampling_of, scorer_job
 
 
 async def run_evaluate(context: Context, stage: EvaluateStage) -> StageResult:
@@ -127,7 +128,7 @@ async def _by_loss(context: Context, stage: EvaluateStage, name: str) -> Metrics
     """The metrics of `stage.loss` over the data, on the forward that training uses."""
     weights = _weights(context, name)
     trees = await context.trees(stage, stage.data, record_kind(stage.loss), context.tokenizer(weights))
-    if needs_margin(stage):
+    if Losses.of(stage.loss).needs_margin:
         require_margins(trees)
     refuse_weights(trees, stage.loss)
     job = TrainerJob(

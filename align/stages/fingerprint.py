@@ -10,6 +10,7 @@ from typing import Any
 from align.plugin_modules import module_hashes
 from align.recipe.inputs import DataSource
 from align.recipe.schema import Recipe
+from align.recipe.stages import Stage
 from align.stages.files import sha256_file, tree_files
 
 _LONGEST = 4096  # characters of a path
@@ -19,7 +20,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 LATER = ("modules", "named")  # keys that versions before did not write: nothing to compare with
 
 
-def fingerprint(recipe: Recipe, stage: Any, plugins: Mapping[str, str], folder: Path | None = None) -> dict[str, Any]:
+def fingerprint(recipe: Recipe, stage: Stage, plugins: Mapping[str, str], folder: Path | None = None) -> dict[str, Any]:
     """The stage's resolved recipe part, the model, seed and media, hashes of its data, plugins, their modules, and of
     model files and others that it names.
 
@@ -56,16 +57,14 @@ def without_folder(value: Any, folder: str | None) -> Any:
     return [without_folder(inner, folder) for inner in value] if isinstance(value, list) else value
 
 
-def reward_names(stage: Any) -> list[str]:
+def reward_names(stage: Stage) -> list[str]:
     """Every reward a stage uses, its evaluation's included."""
-    evaluation = getattr(stage, "eval", None)
-    rewards = [*getattr(stage, "rewards", ()), *(evaluation.rewards if evaluation else ())]
-    return [reward.use for reward in rewards]
+    return [reward.use for reward in stage.every_reward]
 
 
-def _code(recipe: Recipe, stage: Any) -> set[str]:
+def _code(recipe: Recipe, stage: Stage) -> set[str]:
     """Everything that the stage takes from files of Python: rewards, losses, generators of data."""
-    losses = {term.name for term in getattr(stage, "loss", ())}
+    losses = {term.name for term in stage.losses}
     return {*reward_names(stage), *losses, *(source.path for source in _sources(recipe, stage))}
 
 
@@ -119,11 +118,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _sources(recipe: Recipe, stage: Any) -> Iterator[DataSource]:
-    yield from getattr(stage, "data", ())
-    evaluation = getattr(stage, "eval", None)
-    if evaluation is not None:
-        yield from evaluation.data
+def _sources(recipe: Recipe, stage: Stage) -> Iterator[DataSource]:
+    for sources in stage.datasets.values():
+        yield from sources
     if recipe.model.tokenizer is not None:
         yield from recipe.model.tokenizer.train_on
 

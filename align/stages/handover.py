@@ -11,7 +11,9 @@ from typing import Any
 from align.errors import ModelError, RecipeError, RunFolderError
 from align.recipe.adapter import Adapter
 from align.recipe.adapter_folder import described, quantised_base
+from align.recipe.capabilities import StageBase, TrainStage
 from align.recipe.schema import Recipe
+from align.recipe.stages import Stage
 from align.recipe.support import BASE_BESIDE_ADAPTER
 from align.stages.backend import Start
 
@@ -24,17 +26,17 @@ class Origin:
     adapter: Path | None
 
 
-def adapter_of(recipe: Recipe, stage: Any, origin: Origin | None = None) -> Adapter:
+def adapter_of(recipe: Recipe, stage: StageBase, origin: Origin | None = None) -> Adapter:
     """The adapter configuration a training stage uses: its own, else that of the nearest stage it builds on, else that
     of the adapter the recipe starts from, else LoRA as the grammar defaults it.
 
     A merge or export passes the configuration on: a stage after it trains a fresh adapter of the same kind.
     """
-    while stage is not None:
-        own = getattr(stage, "adapter", None)
-        if own is not None:
-            return Adapter.model_validate(own)
-        stage = recipe.stage(stage.from_.partition("@")[0]) if stage.from_ else None
+    at: StageBase | None = stage
+    while at is not None:
+        if isinstance(at, TrainStage) and at.adapter is not None:
+            return at.adapter
+        at = recipe.stage(at.from_.partition("@")[0]) if at.from_ else None
     return adapter_in(origin.adapter) if origin is not None and origin.adapter is not None else Adapter()
 
 
@@ -46,10 +48,10 @@ def adapter_in(folder: Path) -> Adapter:
     return described(json.loads(path.read_text(encoding="utf-8")), quantised_base(folder))
 
 
-def trained_by(recipe: Recipe, name: str) -> Any:
+def trained_by(recipe: Recipe, name: str) -> Stage:
     """The stage that trained what stage `name` hands on."""
     source = recipe.stage(name.partition("@")[0])
-    while source.kind in ("merge", "export") and source.from_:
+    while source.makes_folder and source.from_:
         source = recipe.stage(source.from_.partition("@")[0])
     return source
 
@@ -58,9 +60,9 @@ def check_adapters(recipe: Recipe, origin: Origin | None = None) -> None:
     """Refuse a stage that would continue an adapter under another configuration. Without `origin`, the adapter that
     the recipe starts from is not looked at."""
     for stage in recipe.stages:
-        own = getattr(stage, "adapter", None)
-        if own is None:
+        if not isinstance(stage, TrainStage) or stage.adapter is None:
             continue
+        own = stage.adapter
         inherited, name = _inherited(recipe, stage, origin)
         if inherited is None or inherited.kind == "full" or inherited == own:
             continue
@@ -73,18 +75,17 @@ def check_adapters(recipe: Recipe, origin: Origin | None = None) -> None:
         )
 
 
-def _inherited(recipe: Recipe, stage: Any, origin: Origin | None) -> tuple[Adapter | None, str]:
+def _inherited(recipe: Recipe, stage: TrainStage, origin: Origin | None) -> tuple[Adapter | None, str]:
     """The configuration of the adapter that `stage` would continue, None where it continues none, and whose it is."""
     if stage.from_:
         source = recipe.stage(stage.from_.partition("@")[0])
-        continues = source.kind not in ("merge", "export")
-        return (adapter_of(recipe, source, origin) if continues else None), f"stage {source.id!r}"
-    if origin is None or origin.adapter is None or stage.adapter.kind != "full":
+        return (None if source.makes_folder else adapter_of(recipe, source, origin)), f"stage {source.id!r}"
+    if origin is None or origin.adapter is None or stage.adapter is None or stage.adapter.kind != "full":
         return None, ""  # whoever loads an adapter compares it: the same targets can be spelled in several ways
     return adapter_in(origin.adapter), "model.adapter"
 
 
-def start_of(recipe: Recipe, stage: Any, origin: Origin, done: Mapping[str, Mapping[str, Any]]) -> Start:
+def start_of(recipe: Recipe, stage: StageBase, origin: Origin, done: Mapping[str, Mapping[str, Any]]) -> Start:
     """Folders that `stage` (any kind but evaluate) starts from.
 
     done: run.json's entry per finished stage; its "start" says on which folders it was built, its "artefacts" what
@@ -101,7 +102,7 @@ def weights_of(recipe: Recipe, name: str, which: str, done: Mapping[str, Mapping
     """Folders of finished stage `name`, under `config`: its last weights, or its best where `which` is "best"."""
     source, entry = recipe.stage(name), done[name]
     artefacts = entry["artefacts"]
-    if source.kind in ("merge", "export"):
+    if source.makes_folder:
         return Start(Path(artefacts["model"]), None, config)
     prefix = "best_" if which else ""
     if which not in ("", "best") or (which and not any(key.startswith("best_") for key in artefacts)):

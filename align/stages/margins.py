@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from align.errors import DataError, RewardError
 from align.protocols import ErrorBudget, Group, Tree
+from align.recipe.capabilities import TrainStage
 from align.stages.backend import Needs
 from align.stages.context import Context, opened
 from align.stages.files import write_json
@@ -71,7 +71,7 @@ def margins_of(found: PairScores, weights: Mapping[str, float]) -> np.ndarray:
 
 
 async def with_margins(
-    context: Context, stage: Any, trees: Sequence[Tree], groups: Sequence[Group], name: str
+    context: Context, stage: TrainStage, trees: Sequence[Tree], groups: Sequence[Group], name: str
 ) -> list[Tree]:
     """The pairs of `trees` with their margins; those without a score are left out, counted in `<stage>/<name>.json` and
     on the screen. groups: each pair as a group of two completions, chosen first.
@@ -81,7 +81,7 @@ async def with_margins(
     """
     refuse_own_margins(trees)
     found = await _scores(context, stage, groups)
-    margins = margins_of(found, stage.objectives.weights)
+    margins = margins_of(found, stage.weighed.weights if stage.weighed else {})
     known = np.isfinite(margins)
     missing = {k: int(np.isnan(found.scores[..., i]).any(axis=1).sum()) for i, k in enumerate(found.names)}
     report = {"pairs": len(trees), "left_out": int((~known).sum()), "missing": missing}
@@ -104,7 +104,7 @@ async def with_margins(
     ]
 
 
-async def _scores(context: Context, stage: Any, groups: Sequence[Group]) -> PairScores:
+async def _scores(context: Context, stage: TrainStage, groups: Sequence[Group]) -> PairScores:
     """From the cache, else from the stage's rewards."""
     path = context.run.path.parent / ".cache" / "margins" / f"{_key(context, stage, groups)}.npz"
     if path.is_file():
@@ -117,7 +117,7 @@ async def _scores(context: Context, stage: Any, groups: Sequence[Group]) -> Pair
     budget = ErrorBudget(0, 2 * len(groups))
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(context.backend.places(Needs(scorers=1)))
-        [judge] = await opened(stack, context.backend.scorer(scorer_job(context, stage, stage.rewards)))
+        [judge] = await opened(stack, context.backend.scorer(scorer_job(context, stage, stage.rewarded_by)))
         scorer = NotedScorer(judge, stage.id, frozenset(), context.report.message)  # their text is the data's own
         stack.callback(scorer.finish)
         context.record()
@@ -140,10 +140,10 @@ def _save(path: Path, found: PairScores) -> None:
     os.replace(aside, path)
 
 
-def _key(context: Context, stage: Any, groups: Sequence[Group]) -> str:
+def _key(context: Context, stage: TrainStage, groups: Sequence[Group]) -> str:
     """Of everything that decides the scores: the pairs with their rows, the rewards' options and source, the seed."""
     plugins = context.run.state["stages"][stage.id]["fingerprint"]["plugins"]
-    rewards = [reward.model_dump(mode="json") for reward in stage.rewards]
+    rewards = [reward.model_dump(mode="json") for reward in stage.rewarded_by]
     digest = hashlib.sha256(json.dumps([rewards, plugins, context.recipe.seed], sort_keys=True).encode())
     for group in groups:
         texts = [completion.text for completion in group.completions]

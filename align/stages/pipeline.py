@@ -17,6 +17,7 @@ from align.data.scratch import train_tokenizer
 from align.hub import resolve_model_folder
 from align.recipe.families import family_of
 from align.recipe.schema import Recipe
+from align.recipe.stages import ExportStage, MergeStage, Stage
 from align.recipe.trained_on import require_base
 from align.stages.backend import Backend, Start
 from align.stages.context import Context, stage_seed
@@ -35,7 +36,7 @@ from align.stages.runfolder import RunFolder
 from align.stages.training import run_offline, run_online
 
 
-async def run_merge(context: Context, stage: Any) -> StageResult:
+async def run_merge(context: Context, stage: MergeStage) -> StageResult:
     """One plain model folder at `<stage>/model`, proved equal to base and adapter; without adapter, a copy."""
 
     async def make(start: Start, target: Path) -> Mapping[str, Any]:
@@ -46,7 +47,7 @@ async def run_merge(context: Context, stage: Any) -> StageResult:
     return await _one_folder(context, stage, make)
 
 
-async def _merged(context: Context, stage: Any, start: Start, target: Path) -> Mapping[str, Any]:
+async def _merged(context: Context, stage: MergeStage | ExportStage, start: Start, target: Path) -> Mapping[str, Any]:
     assert start.adapter is not None, "a start without adapter is a whole model"
     return await context.backend.merge(
         start.base,
@@ -58,7 +59,7 @@ async def _merged(context: Context, stage: Any, start: Start, target: Path) -> M
     )
 
 
-async def run_export(context: Context, stage: Any) -> StageResult:
+async def run_export(context: Context, stage: ExportStage) -> StageResult:
     """The model of the stage before, merged where it has an adapter, converted and proved to load."""
 
     async def make(start: Start, target: Path) -> Mapping[str, Any]:
@@ -73,7 +74,7 @@ async def run_export(context: Context, stage: Any) -> StageResult:
 
 
 async def _one_folder(
-    context: Context, stage: Any, make: Callable[[Start, Path], Awaitable[Mapping[str, Any]]]
+    context: Context, stage: MergeStage | ExportStage, make: Callable[[Start, Path], Awaitable[Mapping[str, Any]]]
 ) -> StageResult:
     """Have `make` write `<stage>/model` from what the stage starts from; numbers of its report are the metrics,
     its warnings are said."""
@@ -151,11 +152,11 @@ async def run_pipeline(
     return run.summary()
 
 
-def _used(context: Context, stage: Any) -> set[Path]:
+def _used(context: Context, stage: Stage) -> set[Path]:
     """The folders that a stage starts from or judges, and those that its settings name (a reference, a judge)."""
     done = context.run.finished()
-    if stage.kind == "evaluate":
-        names = [name.partition("@") for name in stage.of]
+    if not stage.makes_model:
+        names = [name.partition("@") for name in stage.judged]
         configs = [adapter_of(context.recipe, context.recipe.stage(name), context.origin) for name, _, _ in names]
         starts = [
             weights_of(context.recipe, name, which, done, config)
@@ -167,15 +168,15 @@ def _used(context: Context, stage: Any) -> set[Path]:
     return {path for start in starts for path in (start.base, start.adapter) if path is not None} | named
 
 
-async def _run_stage(context: Context, stage: Any, mark: Mapping[str, Any], restarts: Restarts) -> None:
+async def _run_stage(context: Context, stage: Stage, mark: Mapping[str, Any], restarts: Restarts) -> None:
     run = context.run
     run.stage_folder(stage.id).mkdir(parents=True, exist_ok=True)
     run.clean(stage.id)
     run.begin(stage.id, mark, _start_json(context, stage))
 
     async def attempt() -> StageResult:
-        if stage.kind in ("merge", "export", "evaluate"):
-            cut_metrics(run.stage_folder(stage.id) / METRICS, -1)  # they start over: nothing of them is resumed
+        if not stage.trains:
+            cut_metrics(run.stage_folder(stage.id) / METRICS, -1)  # it starts over: nothing of it is resumed
         return await RUNNERS[stage.kind](context, stage)
 
     result = await restarts.survive(stage.id, attempt)
@@ -190,9 +191,9 @@ async def _run_stage(context: Context, stage: Any, mark: Mapping[str, Any], rest
     context.report.stage_finished(stage.id, summary)
 
 
-def _start_json(context: Context, stage: Any) -> dict[str, str | None]:
+def _start_json(context: Context, stage: Stage) -> dict[str, str | None]:
     """On which folders the stage is built, for the stages after it and for the reader of run.json."""
-    if stage.kind == "evaluate":
+    if not stage.makes_model:
         return {}
     start = start_of(context.recipe, stage, context.origin, context.run.finished())
     return {"base": str(start.base), "adapter": str(start.adapter) if start.adapter else None}

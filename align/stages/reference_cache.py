@@ -32,6 +32,7 @@ from align.protocols import Segment, Trainer, Tree
 from align.stages.files import sha256_file, sync_folder
 
 if TYPE_CHECKING:
+    from align.recipe.capabilities import TrainStage
     from align.stages.backend import Start
     from align.stages.context import Context
 
@@ -42,7 +43,7 @@ _READ = (".safetensors", ".json", ".py")  # what models, adapters and their code
 
 
 async def cached_reference(
-    context: Context, stage: Any, start: Start, trainer: Trainer, trees: list[Tree], held: list[Tree]
+    context: Context, stage: TrainStage, start: Start, trainer: Trainer, trees: list[Tree], held: list[Tree]
 ) -> tuple[list[Tree], list[Tree]]:
     """The stage's trees and those of its evaluation with `reference_logps`, from the cache or from `trainer`.
 

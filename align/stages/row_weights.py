@@ -7,23 +7,25 @@ from collections.abc import Sequence
 import numpy as np
 
 from align.errors import DataError
-from align.losses import configure
+from align.losses import Losses
 from align.protocols import Group, Tree
 from align.recipe.parts import LossTerm
 
 
 def refuse_weights(trees: Sequence[Tree], losses: Sequence[LossTerm]) -> None:
     """Raise DataError where a row has another weight than 1 and a loss would pay no heed to it."""
-    deaf = [term for term in losses if not configure(term.name, term.options)[2].weights]
+    if not losses:
+        return
+    deaf = [(loss, term) for loss, term in zip(Losses.of(losses), losses, strict=True) if not loss.needs.weights]
     if not deaf:
         return
+    loss, term = deaf[0]
     for tree in trees:
         columns = tree.sequences[0].columns
         if columns.get("weight", 1.0) != 1.0:
-            variant = deaf[0].options.get("variant")
-            name = f"{deaf[0].name!r}" + (f" (variant {variant})" if variant else "")
-            whole = configure(deaf[0].name, deaf[0].options)[2].scope == "batch"
-            why = ": its terms join several rows of a batch" if whole else ""
+            variant = term.options.get("variant")
+            name = f"{loss.name!r}" + (f" (variant {variant})" if variant else "")
+            why = ": its terms join several rows of a batch" if loss.needs.scope == "batch" else ""
             raise DataError(
                 f"the row has weight {columns['weight']:g}, and the loss {name} takes no weights{why}",
                 where=tree.origin or None,

@@ -1,28 +1,23 @@
-"""Setting up and running the stages that train: sft, preference, reward_model, classify and online."""
+"""Setting up and running the stages that train: on rows as they are, and on groups that engines sample."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from align.data.order import BatchPlan
 from align.data.records import Kind
 from align.data.tokenizer import ChatTokenizer
-from align.losses import configure
+from align.losses import Losses
 from align.protocols import PromptItem, Sampling, Trainer, Tree
+from align.recipe.capabilities import SamplingStage, StageBase, TrainStage
 from align.recipe.inputs import DataSource
-from align.recipe.labels import Labels
-from align.recipe.parts import LossTerm, Reward, Rollout
-from align.recipe.stages import OnlineStage as OnlineSettings
-from align.recipe.stages import ReferencePath
+from align.recipe.parts import LossTerm, ReferencePath, Reward, Rollout
 from align.recipe.support import check_adapter, publish_mode
 from align.stages.backend import FleetJob, Needs, ScorerJob, Start, TrainerJob, longest_prompt, most_media, pixel_limits
 from align.stages.context import Context, opened
-from align.stages.defaults import resolved_optim, resolved_rates
 from align.stages.groups import PromptCursor
 from align.stages.handover import start_of
 from align.stages.loop import Loop, StageResult, every_steps, latest_checkpoint
@@ -37,78 +32,59 @@ from align.stages.rollout_log import RolloutLog
 from align.stages.row_weights import refuse_weights
 from align.stages.updates import UpdatePlan
 
-SCORED = ("reward_model", "classify")  # stages that train a score head
-
-
-def head_of(stage: Any) -> Labels:
-    """What the score head means that a stage of SCORED trains."""
-    head: Labels | None = getattr(stage, "head", None)
-    return head or Labels.numbered(1)
-
 
 def record_kind(losses: Sequence[LossTerm]) -> Kind:
     """The kind of record that the losses learn from: the first one's (`align check` proves that the others fit)."""
-    _, _, needs = configure(losses[0].name, losses[0].options)
-    assert needs.record != "group", "losses on groups are for online stages"
-    return needs.record
+    record = Losses.of(losses).records[0]
+    assert record != "group", "losses on groups are for stages that sample them"
+    return record
 
 
-def reference_of(stage: Any) -> Any:
+def reference_of(stage: TrainStage) -> Literal["start", "base", "cached"] | ReferencePath | None:
     """Where reference log-probabilities come from: as the recipe says, `start` where a loss needs one, else None."""
-    needed = any(configure(term.name, term.options)[2].reference for term in stage.loss)
-    return (stage.reference or "start") if needed else None
+    return (stage.reference or "start") if Losses.of(stage.loss).needs_reference else None
 
 
-def needs_margin(stage: Any) -> bool:
-    """Whether a loss of the stage reads a margin of every pair."""
-    return any(configure(term.name, term.options)[2].margin for term in stage.loss)
+def reward_sets(stage: StageBase) -> list[tuple[Reward, ...]]:
+    """The rewards of what a stage samples, and those of its evaluation where it names its own."""
+    if stage.engines is None:
+        return []
+    own = stage.eval.rewards if isinstance(stage, TrainStage) and stage.eval else ()
+    return [stage.rewarded_by, own] if own else [stage.rewarded_by]
 
 
-def reward_sets(stage: Any) -> list[tuple[Reward, ...]]:
-    """The stage's rewards, and those of its evaluation where it names its own."""
-    own = stage.eval.rewards if stage.eval else ()
-    return [stage.rewards, own] if own else [stage.rewards]
-
-
-def online_turns(stage: OnlineSettings, rows: int) -> int:
-    """Turns of an online stage: `steps`, or as many as its epochs (one by default) take, rounded up."""
-    if stage.steps is not None:
-        return stage.steps
-    return max(1, math.ceil((stage.epochs or 1.0) * rows / stage.batch.groups - 1e-9))
-
-
-def needs_of(stage: Any) -> Needs:
-    """What a training stage runs at the same time."""
-    online = stage.kind == "online"
+def needs_of(stage: StageBase) -> Needs:
+    """What a stage runs at the same time."""
     return Needs(
-        trainer=True,
-        reference=isinstance(reference_of(stage), ReferencePath),
-        engines=stage.rollout.workers if online else 0,
-        scorers=len(reward_sets(stage)) if online else 0,
-        overlap=online and stage.staleness > 0,
+        trainer=stage.trains or (bool(stage.losses) and stage.engines is None),
+        reference=isinstance(stage, TrainStage) and isinstance(reference_of(stage), ReferencePath),
+        engines=stage.engines.workers if stage.engines else 0,
+        scorers=len(reward_sets(stage)),
+        files=stage.makes_folder,
+        overlap=isinstance(stage, SamplingStage) and stage.staleness > 0,
     )
 
 
-def trainer_job(context: Context, stage: Any, start: Start, total: int, rollout: Rollout | None = None) -> TrainerJob:
+def trainer_job(context: Context, stage: TrainStage, start: Start, total: int) -> TrainerJob:
     check_adapter(start.config)
     return TrainerJob(
         stage_id=stage.id,
         model=context.recipe.model,
         start=start,
         losses=stage.loss,
-        optim=resolved_optim(stage, start.config),
-        rates=resolved_rates(stage, start.config),
+        optim=stage.optim_for(start.config),
+        rates=stage.rates_for(start.config),
         total=total,
         packing=stage.packing,
         seed=context.seed(stage.id),
         reference=reference_of(stage),
-        rollout=rollout,
-        labels=getattr(stage, "head", None),
+        rollout=stage.engines,
+        labels=stage.score_head,
         chat=context.carried(start).files,
     )
 
 
-def make_loop(context: Context, stage: Any, start: Start, trainer: Trainer, total: int) -> Loop:
+def make_loop(context: Context, stage: TrainStage, start: Start, trainer: Trainer, total: int) -> Loop:
     settings = stage.eval
     return Loop(
         stage_id=stage.id,
@@ -134,18 +110,17 @@ async def resumed(context: Context, loop: Loop) -> None:
     await loop.restore(latest)
 
 
-async def run_offline(context: Context, stage: Any) -> StageResult:
-    """An sft, preference, reward_model or classify stage from its start, or from its newest checkpoint."""
+async def run_offline(context: Context, stage: TrainStage) -> StageResult:
+    """A stage that trains on rows as they are, from its start, or from its newest checkpoint."""
     start = start_of(context.recipe, stage, context.origin, context.run.finished())
     tokenizer = context.tokenizer(start)
     kind = record_kind(stage.loss)
-    read = partial(_judged_pairs, context) if getattr(stage, "rewards", ()) else context.trees
-    trees = await read(stage, stage.data, kind, tokenizer)
-    held = await read(stage, stage.eval.data, kind, tokenizer, "eval") if stage.eval else []
-    if needs_margin(stage):
+    trees = await _rows(context, stage, stage.data, kind, tokenizer)
+    held = await _rows(context, stage, stage.eval.data, kind, tokenizer, "eval") if stage.eval else []
+    if Losses.of(stage.loss).needs_margin:
         require_margins([*trees, *held])
     refuse_weights([*trees, *held], stage.loss)
-    if stage.kind in SCORED:
+    if stage.score_head is not None:
         refuse_padding_at_end([*trees, *held], tokenizer.pad_id)
     order = BatchPlan.of(stage, len(trees), context.seed(stage.id))
     job = trainer_job(context, stage, start, order.total)
@@ -164,27 +139,29 @@ async def run_offline(context: Context, stage: Any) -> StageResult:
         return finished(context, start, await loop.run(offline_turn(trainer, trees, order)))
 
 
-async def _judged_pairs(
+async def _rows(
     context: Context,
-    stage: Any,
+    stage: TrainStage,
     sources: Sequence[DataSource],
     kind: Kind,
     tokenizer: ChatTokenizer,
     name: str = "data",
 ) -> list[Tree]:
-    """Pairs with the margins that the stage's rewards give them."""
+    """Rows as trees; pairs that rewards judge, with the margins that these give them."""
+    if not stage.judges_pairs:
+        return await context.trees(stage, sources, kind, tokenizer, name)
     trees, groups = await context.pairs(stage, sources, tokenizer, name)
     return await with_margins(context, stage, trees, groups, "margins" if name == "data" else f"{name}-margins")
 
 
-async def run_online(context: Context, stage: OnlineSettings) -> StageResult:
+async def run_online(context: Context, stage: SamplingStage) -> StageResult:
     """A GRPO stage from its start, or from its newest checkpoint."""
     start = start_of(context.recipe, stage, context.origin, context.run.finished())
     tokenizer = context.tokenizer(start)
     prompts = await context.prompts(stage, stage.data, tokenizer)
     held = await context.prompts(stage, stage.eval.data, tokenizer, "eval") if stage.eval else []
     plan = online_plan(stage, len(prompts), context.seed(stage.id))
-    job = trainer_job(context, stage, start, plan.total * plan.updates.per_turn, stage.rollout)
+    job = trainer_job(context, stage, start, plan.total * plan.updates.per_turn)
     scorers = [scorer_job(context, stage, rewards, number) for number, rewards in enumerate(reward_sets(stage))]
     context.raise_if_stopped(stage.id)
     async with AsyncExitStack() as stack:
@@ -238,19 +215,19 @@ def finished(context: Context, start: Start, result: StageResult) -> StageResult
     return result
 
 
-def scorer_job(context: Context, stage: Any, rewards: tuple[Reward, ...], number: int = 0) -> ScorerJob:
+def scorer_job(context: Context, stage: StageBase, rewards: tuple[Reward, ...], number: int = 0) -> ScorerJob:
     logs = context.run.stage_folder(stage.id) / ("rewards" if number == 0 else "eval-rewards")
     cache = context.run.path.parent / ".cache" / "rewards.sqlite"
     return ScorerJob(stage.id, rewards, context.recipe_folder, context.recipe.seed, logs, number, cache)
 
 
-def online_plan(stage: OnlineSettings, rows: int, seed: int) -> OnlinePlan:
+def online_plan(stage: SamplingStage, rows: int, seed: int) -> OnlinePlan:
     rollout = stage.rollout
     return OnlinePlan(
         stage_id=stage.id,
         groups=stage.batch.groups,
         group_size=stage.batch.group_size,
-        total=online_turns(stage, rows),
+        total=stage.turns(rows),
         sampling=sampling_of(rollout),
         objectives=stage.objectives,
         truncated=rollout.truncated,
@@ -273,7 +250,7 @@ def sampling_of(rollout: Rollout) -> Sampling:
 
 
 def fleet_job(
-    context: Context, stage: OnlineSettings, start: Start, prompts: list[PromptItem], end_ids: tuple[int, ...]
+    context: Context, stage: SamplingStage, start: Start, prompts: list[PromptItem], end_ids: tuple[int, ...]
 ) -> FleetJob:
     return FleetJob(
         stage_id=stage.id,

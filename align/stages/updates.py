@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from align.data.order import epoch_order
-from align.losses import configure
+from align.losses import Losses
 from align.protocols import Metrics, Segment, Trainer, Tree
-from align.recipe.stages import OnlineStage
+from align.recipe.capabilities import SamplingStage
 
 _SUMMED = ("time/", "tokens/", "train/", "comm/")
 _COUNTED = ("_tokens", "_sequences")
@@ -33,9 +33,8 @@ class UpdatePlan:
     proximal: bool = False
 
     @classmethod
-    def of(cls, stage: OnlineStage, seed: int) -> UpdatePlan:
-        needs = [configure(term.name, term.options)[2] for term in stage.loss]
-        return cls(stage.updates_per_batch, stage.minibatches, seed, any(need.ratio == "proximal" for need in needs))
+    def of(cls, stage: SamplingStage, seed: int) -> UpdatePlan:
+        return cls(stage.updates_per_batch, stage.minibatches, seed, Losses.of(stage.loss).needs_proximal)
 
     @property
     def per_turn(self) -> int:

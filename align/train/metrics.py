@@ -52,10 +52,6 @@ class MetricSums:
                 out[name] = total
             elif count > 0:
                 out[name] = total / count
-        weight, weight_sq = out.pop("mismatch/weight", None), out.pop("mismatch/weight_sq", None)
-        if weight is not None and weight_sq:
-            # Kong's effective sample size as a share; at most 1 but for rounding
-            out["mismatch/ess"] = min(1.0, weight**2 / weight_sq)
         return out
 
     def _numbers(self) -> dict[str, tuple[float, float, str]]:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from align.errors import ModelError
-from align.losses import configure
+from align.losses import Losses
 from align.model import adapters
 from align.model.adapter_config import OWN_BASE
 from align.model.fused import fuse
@@ -71,7 +71,7 @@ def load(spec: TrainerSpec) -> Policy:
 def _load_backbone(
     spec: TrainerSpec, dtype: torch.dtype, device: torch.device, packed: QuantisedBase | None = None
 ) -> Any:
-    scored = any("scores" in configure(term.name, term.options)[2].head for term in spec.losses)
+    scored = "scores" in Losses.of(spec.losses).head
     labels = spec.labels or Labels.numbered(1)
     make = partial(load_score_model, seed=spec.seed, labels=labels) if scored else load_model
     model: Any = make(

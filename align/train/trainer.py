@@ -22,7 +22,7 @@ from align.data.microbatches import Microbatch, plan_ranks
 from align.data.packing import collate, global_counts, mark_nll, text_positions
 from align.data.prefixes import placed, share_prefixes
 from align.errors import NonFiniteError
-from align.losses import configure
+from align.losses import Losses
 from align.losses.base import LossInputs, Metric, Needs, Prepass
 from align.model.dropout import switch_off_own_dropout
 from align.model.parts import numel, sizes, trained_parts
@@ -67,15 +67,14 @@ class PolicyTrainer:
         if spec.threads:
             torch.set_num_threads(spec.threads)
         torch.manual_seed(spec.seed)
-        self.losses = [(*configure(term.name, term.options), term.weight) for term in spec.losses]
-        self.wanted = tuple(sorted({name for _, _, needs, _ in self.losses for name in needs.head}))
+        self.losses = Losses.of(spec.losses)
         self.policy = policy.load(spec)
         self.device = self.policy.device
         if self.device.type == "cpu":
             keep_freed_memory()
         self.module: PolicyModule = self.policy.module
         self.positions = positions_of(self.module.model, text_positions)
-        if any(needs.record not in ("conversation", "labelled") for _, _, needs, _ in self.losses):
+        if not {"conversation", "labelled"}.issuperset(self.losses.records):
             # Losses on ratios start at a ratio of 1 only without it; likelihoods alone may have it.
             switch_off_own_dropout(self.module)
         self.probe_difference = probe(self.module)
@@ -93,7 +92,7 @@ class PolicyTrainer:
 
     @property
     def keep_together(self) -> bool:
-        return any(needs.record == "pair" for _, _, needs, _ in self.losses)
+        return "pair" in self.losses.records
 
     def describe(self) -> dict[str, Any]:
         """Sizes and dtypes, for the run folder and the screen."""
@@ -184,15 +183,15 @@ class PolicyTrainer:
         }
 
     def _marked(self, trees: Sequence[Tree]) -> list[Tree]:
-        """Trees with the NLL tokens that the losses ask for; two terms that disagree were refused by the check."""
-        wanted = [needs.nll for _, _, needs, _ in self.losses if needs.nll != "none"]
-        return [mark_nll(tree, wanted[0]) for tree in trees] if wanted else list(trees)
+        """Trees with the NLL tokens that the losses ask for."""
+        nll = self.losses.nll
+        return list(trees) if nll == "none" else [mark_nll(tree, nll) for tree in trees]
 
     @property
     def shares_prefixes(self) -> bool:
         """Whether rows that begin alike are computed as one tree: where a row is a sequence, and trunks are shared."""
-        of_one_sequence = ("conversation", "labelled", "unpaired")
-        return self.module.layout == "shared" and all(needs.record in of_one_sequence for _, _, needs, _ in self.losses)
+        of_one_sequence = {"conversation", "labelled", "unpaired"}
+        return self.module.layout == "shared" and of_one_sequence.issuperset(self.losses.records)
 
     def _planned(self, trees: Sequence[Tree]) -> list[Microbatch]:
         """This rank's share of the trees."""
@@ -228,14 +227,13 @@ class PolicyTrainer:
         """What each loss of scope "batch" makes of a pass over the update, or over trees of its own, before any
         gradient."""
         stats: list[dict[str, Tensor]] = []
-        for module, config, needs, _ in self.losses:
-            if needs.scope != "batch":
+        for loss in self.losses:
+            if loss.needs.scope != "batch":
                 stats.append({})
                 continue
-            seen = module.auxiliary(trees, config) if hasattr(module, "auxiliary") else trees
+            seen = loss.seen_before(trees)
             assert seen is trees or self.spec.reference != "cached", "values of one tree are not those of another"
-            found = self._prepass(seen, needs) if seen else None
-            stats.append(module.batch_stats(found, config))
+            stats.append(loss.batch_stats(self._prepass(seen, loss.needs) if seen else None))
         return stats
 
     def _prepass(self, trees: Sequence[Tree], needs: Needs) -> Prepass:
@@ -256,24 +254,23 @@ class PolicyTrainer:
     ) -> Tensor:
         """This microbatch's share of the global loss, with gradient; its metrics are added to `sums`."""
         reference = self._reference_logps(batch)
-        outputs = self.strategy.forward(batch, self.wanted)
+        outputs = self.strategy.forward(batch, self.losses.head)
         if signal is not None:
             signal.watch(outputs, batch)
         total = outputs.logps.new_zeros(())
         metrics: dict[str, Metric] = {}
         # Where the trees carry none, this update is the first of its batch: its own forward is the policy at the start.
         start = outputs.logps.detach() if batch.proximal_logps is None else batch.proximal_logps
-        for (module, config, needs, weight), term, own in zip(self.losses, self.spec.losses, stats, strict=True):
-            proximal = start if needs.ratio == "proximal" else None
-            inputs = LossInputs(outputs, batch, counts, reference, proximal, own)
-            result = module.loss(inputs, config)
-            total = total + weight * result.loss
-            join_terms(metrics, result.metrics, term.name if len(self.losses) > 1 else "total")
+        for loss, own in zip(self.losses, stats, strict=True):
+            proximal = start if loss.needs.ratio == "proximal" else None
+            result = loss(LossInputs(outputs, batch, counts, reference, proximal, own))
+            total = total + loss.weight * result.loss
+            join_terms(metrics, result.metrics, loss.name if len(self.losses) > 1 else "total")
         sums.add(metrics | {"loss/total": Metric(total.detach(), reduce="sum")})
         return total
 
     def _reference_logps(self, batch: TokenBatch) -> Tensor | None:
-        if not any(needs.reference for _, _, needs, _ in self.losses):
+        if not self.losses.needs_reference:
             return None
         if batch.reference_logps is not None:
             return batch.reference_logps
@@ -319,8 +316,8 @@ class PolicyTrainer:
     def _metrics(self, sums: MetricSums) -> dict[str, float]:
         """Joined over ranks, with what a loss derives of them; a label's own are called after it."""
         metrics = sums.result(self.ranks.objects)
-        for module, _, _, _ in self.losses:
-            metrics = module.derived(metrics) if hasattr(module, "derived") else metrics
+        for loss in self.losses:
+            metrics = loss.derived(metrics)
         return self.spec.labels.called(metrics) if self.spec.labels else metrics
 
     def logps(self, trees: Sequence[Tree]) -> list[list[np.ndarray]]:

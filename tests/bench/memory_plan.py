@@ -57,8 +57,8 @@ def config_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def planned(config: dict[str, Any], case: dict[str, Any], tokens: int, gpu: bool = False) -> Any:
     """The plan's Estimate."""
-    from align.cli.memory import sizes_of
-    from align.cli.memory_plan import Work, trainer
+    from align.check.memory.plan import Work, trainer
+    from align.check.memory.sizes import sizes_of
     from align.recipe.adapter import Adapter
 
     sizes = sizes_of(config)

@@ -88,15 +88,13 @@ def ours(
     trees: list[Tree], logps: Tensor, reference: Tensor, name: str = "dpo", likely: Tensor | None = None, **options: Any
 ) -> Tensor:
     """Our loss of one batch, with the pre-pass where one is needed."""
-    module, config, needs = configure(name, options)
+    chosen = configure(name, options)
     trees = [mark_nll(tree, "chosen") for tree in trees]
     batch, outputs = collate(trees), HeadOutputs(logps, log_sum_sq=likely)
     stats = {}
-    if needs.scope == "batch":
-        stats = module.batch_stats(run_prepass([(batch, True)], lambda b: outputs, lambda b: reference), config)
-    loss: Tensor = module.loss(
-        LossInputs(outputs, batch, global_counts(trees), reference, batch_stats=stats), config
-    ).loss
+    if chosen.needs.scope == "batch":
+        stats = chosen.batch_stats(run_prepass([(batch, True)], lambda b: outputs, lambda b: reference))
+    loss: Tensor = chosen(LossInputs(outputs, batch, global_counts(trees), reference, batch_stats=stats)).loss
     return loss
 
 
@@ -145,7 +143,7 @@ def test_a_list_of_losses_over_one_forward_equals_trls_loss_types_and_weights() 
     trees = some_pairs()
     logps, reference, _ = tensors(trees)
     terms = [("dpo", 0.8, {"beta": 0.2}), ("dpo", 0.2, {"beta": 0.2, "variant": "bco_pair"}), ("sft", 1.0, {})]
-    assert {configure(name, options)[2].nll for name, _, options in terms} == {"none", "chosen"}
+    assert {configure(name, options).needs.nll for name, _, options in terms} == {"none", "chosen"}
     mine = torch.stack(
         [weight * ours(trees, logps, reference, name, **options) for name, weight, options in terms]
     ).sum()

@@ -81,21 +81,21 @@ class Case:
 
 def ours(case: Case, **options: Any) -> LossOutput:
     """Uncorrected where `options` ask for no correction, as `trls` is."""
-    module, config, needs = configure("grpo", {"correction": "off", **options})
+    loss = configure("grpo", {"correction": "off", **options})
     stats = {}
-    if needs.scope == "batch":
+    if loss.needs.scope == "batch":
         nothing = torch.zeros(0)
         found = Prepass(nothing, nothing, nothing, nothing, case.entropy.detach()[case.batch.loss_mask])
-        stats = module.batch_stats(found, config)
+        stats = loss.batch_stats(found)
     inputs = LossInputs(
         HeadOutputs(case.logps, entropy=case.entropy),
         case.batch,
         global_counts(case.trees),
-        reference_logps=case.reference if config.kl else None,
+        reference_logps=case.reference if loss.config.kl else None,
         proximal_logps=case.proximal,
         batch_stats=stats,
     )
-    return module.loss(inputs, config)
+    return loss(inputs)
 
 
 def trls(case: Case, loss_type: str, level: str = "token", **settings: Any) -> tuple[torch.Tensor, dict[str, float]]:

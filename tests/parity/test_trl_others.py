@@ -29,9 +29,9 @@ from tests.unit.core.trees import conversation, pair, unpaired
 
 
 def ours(name: str, options: dict[str, Any], trees: list[Tree], logps: Tensor, **more: Any) -> LossOutput:
-    module, config, needs = configure(name, options)
-    trees = [mark_nll(tree, needs.nll) for tree in trees]
-    return module.loss(LossInputs(HeadOutputs(logps), collate(trees), global_counts(trees), **more), config)
+    loss = configure(name, options)
+    trees = [mark_nll(tree, loss.needs.nll) for tree in trees]
+    return loss(LossInputs(HeadOutputs(logps), collate(trees), global_counts(trees), **more))
 
 
 def made(make: Callable[..., Tree], count: int, nll: str = "none") -> tuple[list[Tree], TokenBatch, Tensor]:

@@ -21,9 +21,9 @@ from tests.unit.core.trees import pair
 
 
 def ours(trees: list[Tree], scores: torch.Tensor, centre: float) -> LossOutput:
-    module, config, _ = configure("reward_model", {"centre": centre})
+    loss = configure("reward_model", {"centre": centre})
     outputs = HeadOutputs(torch.zeros(0), scores=scores)
-    output: LossOutput = module.loss(LossInputs(outputs, collate(trees), global_counts(trees)), config)
+    output: LossOutput = loss(LossInputs(outputs, collate(trees), global_counts(trees)))
     return output
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from align.actors.plugins import plugin_spec
-from align.cli.inputs import describe_reward
+from align.check.inputs import describe_reward
 from align.errors import PluginError
 from align.model import adapters
 from align.model.score_head import load_score_model

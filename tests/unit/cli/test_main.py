@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from align.cli import check
+from align.check import validate as check
 from align.cli.main import main
 from align.errors import EngineError, Interrupted
 

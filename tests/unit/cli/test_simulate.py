@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from align.cli.main import main
-from tests.unit.cli.workshop import Workshop, open_workshop
+from tests.unit.check.workshop import Workshop, open_workshop
 from tests.unit.simulate.test_inputs import write_run
 
 FAST = ["--steps", "5"]

@@ -7,15 +7,15 @@ import os
 
 import pytest
 
+from align.check.machine import Machine
 from align.cli import sweep as verb
-from align.cli.machine import Machine
 from align.cli.main import main
 from align.errors import PlacementError
 from align.experiments.children import Child, Outcome
 from align.recipe.load import load_recipe
 from align.stages.files import read_json, write_json
 from align.stages.fingerprint import fingerprint
-from tests.unit.cli.workshop import Workshop
+from tests.unit.check.workshop import Workshop
 
 
 @pytest.fixture

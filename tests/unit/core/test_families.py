@@ -144,7 +144,7 @@ def test_a_dpo_update_is_the_same_in_one_row_and_a_tree_at_a_time(family: str) -
     rng = np.random.default_rng(8)
     pairs = [pair(rng, i) for i in range(3)]
     counts = global_counts(pairs)
-    loss_module, config, _ = configure("dpo", {"beta": 0.5})
+    chosen = configure("dpo", {"beta": 0.5})
 
     def update(layout: str) -> tuple[Tensor, list[Tensor]]:
         module.zero_grad()
@@ -152,7 +152,7 @@ def test_a_dpo_update_is_the_same_in_one_row_and_a_tree_at_a_time(family: str) -
         for batch in batches_of(family, LAYOUTS[layout], pairs):
             outputs = module(batch)
             inputs = LossInputs(outputs, batch, counts, reference_logps=outputs.logps.detach() * 0.9)
-            loss = loss_module.loss(inputs, config).loss
+            loss = chosen(inputs).loss
             loss.backward()
             total += loss.detach()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in module.parameters()]

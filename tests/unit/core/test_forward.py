@@ -103,18 +103,18 @@ def test_any_split_into_microbatches_gives_the_same_loss_and_gradient(name: str,
     rng = np.random.default_rng(5)
     trees = [make(rng, i) for i in range(6)]
     module = PolicyModule(make_model("qwen3"))
-    loss_module, config, needs = configure(name, options)
-    trees = [mark_nll(tree, needs.nll) for tree in trees]
+    chosen = configure(name, options)
+    trees = [mark_nll(tree, chosen.needs.nll) for tree in trees]
     counts = global_counts(trees)
 
     def run(max_tokens: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         total = torch.zeros(())
         module.zero_grad()
-        for part in plan_microbatches(trees, max_tokens, keep_together=needs.record == "pair"):
+        for part in plan_microbatches(trees, max_tokens, keep_together=chosen.needs.record == "pair"):
             batch = collate(part)
-            outputs = module(batch, want=needs.head)
-            reference = outputs.logps.detach() * 0.9 if needs.reference else None
-            loss = loss_module.loss(LossInputs(outputs, batch, counts, reference_logps=reference), config).loss
+            outputs = module(batch, want=chosen.needs.head)
+            reference = outputs.logps.detach() * 0.9 if chosen.needs.reference else None
+            loss = chosen(LossInputs(outputs, batch, counts, reference_logps=reference)).loss
             loss.backward()
             total = total + loss.detach()
         return total, [p.grad.clone() for p in module.parameters() if p.grad is not None]

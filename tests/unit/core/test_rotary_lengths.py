@@ -14,7 +14,7 @@ from align.model.policy_module import PolicyModule
 from align.model.probe import probe
 from align.model.rotary_lengths import lengths_of
 from align.protocols import Segment, Tree
-from tests.unit.cli.test_layout_notes import LONGROPE
+from tests.unit.check.test_layout_notes import LONGROPE
 from tests.unit.core.families import BASE, make_family
 
 DYNAMIC = {

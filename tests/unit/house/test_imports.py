@@ -21,7 +21,8 @@ LIGHT = {
     "engine protocol": ["rollout/base.py"],
     "foundations": [f"align/{name}.py" for name in ("errors", "protocols", "plugins", "hub", "torch_cpu")],
     "simulate": ["align/simulate", "align/cli/simulate.py"],
-    "check": ["align/cli/check.py", "align/cli/main.py", "align/cli/doctor.py"],
+    "check": ["align/check"],
+    "command": ["align/cli/main.py", "align/cli/doctor.py"],
 }
 NOT_LIGHT = {"align.data.packing"}
 

@@ -35,10 +35,10 @@ def random_scores(rows: int, outputs: int = 3) -> torch.Tensor:
 
 
 def run(options: dict[str, Any], some: list[Tree], scores: torch.Tensor, counts: Any = None) -> LossOutput:
-    module, config, needs = configure("classify", options)
-    assert (needs.record, needs.reference, needs.head) == ("labelled", False, ("scores",))
+    loss = configure("classify", options)
+    assert (loss.needs.record, loss.needs.reference, loss.needs.head) == ("labelled", False, ("scores",))
     outputs = HeadOutputs(logps=torch.zeros(0), scores=scores)
-    output: LossOutput = module.loss(LossInputs(outputs, collate(some), counts or global_counts(some)), config)
+    output: LossOutput = loss(LossInputs(outputs, collate(some), counts or global_counts(some)))
     return output
 
 

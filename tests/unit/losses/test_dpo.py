@@ -59,26 +59,26 @@ def evaluate(
 ) -> tuple[Tensor, list[LossOutput]]:
     """Loss f64[] of one update as the trainer computes it: the pre-pass where one is needed, then one microbatch of
     all trees or one of each. The tensors are those of `collate(trees)`."""
-    module, config, needs = configure("dpo", {"beta": 0.3} | options)
+    loss = configure("dpo", {"beta": 0.3} | options)
     batches = [collate([tree]) for tree in trees] if split else [collate(trees)]
     sizes = [batch.labels.numel() for batch in batches]
     columns = {"logps": logps, "reference": reference, "log_sum_sq": log_sum_sq}
     parts = {name: [None] * len(sizes) if x is None else x.split(sizes) for name, x in columns.items()}
     outputs = [
-        HeadOutputs(x, log_sum_sq=y if "log_sum_sq" in needs.head else None)
+        HeadOutputs(x, log_sum_sq=y if "log_sum_sq" in loss.needs.head else None)
         for x, y in zip(parts["logps"], parts["log_sum_sq"], strict=True)
     ]
     stats: dict[str, Tensor] = {}
-    if needs.scope == "batch":
+    if loss.needs.scope == "batch":
         by_batch = {id(b): n for n, b in enumerate(batches)}
         found = run_prepass(
             ((batch, True) for batch in reversed(batches)),
             lambda batch: outputs[by_batch[id(batch)]],
             lambda batch: parts["reference"][by_batch[id(batch)]],
         )
-        stats = module.batch_stats(found, config)
+        stats = loss.batch_stats(found)
     results = [
-        module.loss(LossInputs(made, batch, global_counts(trees), reference_logps=ref, batch_stats=stats), config)
+        loss(LossInputs(made, batch, global_counts(trees), reference_logps=ref, batch_stats=stats))
         for made, batch, ref in zip(outputs, batches, parts["reference"], strict=True)
     ]
     return torch.stack([result.loss for result in results]).sum(), results
@@ -319,7 +319,7 @@ def test_ties_meet_in_order_of_tree_id_whatever_the_order_of_arrival() -> None:
 
 
 def test_a_tree_twice_in_an_update_is_not_sorted_silently() -> None:
-    module, config, _ = configure("dpo", {"variant": "aot"})
+    loss = configure("dpo", {"variant": "aot"})
     zeros = torch.zeros(4)
     with pytest.raises(AssertionError, match="each tree once"):
-        module.batch_stats(Prepass(torch.tensor([3, 3, 3, 3]), zeros, zeros, zeros), config)
+        loss.batch_stats(Prepass(torch.tensor([3, 3, 3, 3]), zeros, zeros, zeros))

@@ -130,10 +130,10 @@ def test_exo_pair_has_the_papers_smoothing_where_none_is_given() -> None:
 
 @pytest.mark.parametrize("options", CASES, ids=named)
 def test_needs_are_what_the_loss_reads(options: dict[str, Any]) -> None:
-    _, _, needs = configure("dpo", options)
-    assert (needs.record, needs.reference, needs.nll) == ("pair", True, "none")
-    assert needs.head == (("log_sum_sq",) if "weighting" in options else ())
-    assert needs.scope == ("batch" if options.get("variant") in RANKS else "pair")
+    loss = configure("dpo", options)
+    assert (loss.needs.record, loss.needs.reference, loss.needs.nll) == ("pair", True, "none")
+    assert loss.needs.head == (("log_sum_sq",) if "weighting" in options else ())
+    assert loss.needs.scope == ("batch" if options.get("variant") in RANKS else "pair")
 
 
 @pytest.mark.parametrize("options", CASES, ids=named)

@@ -15,6 +15,7 @@ import torch
 from align.data.packing import collate, global_counts
 from align.losses import configure
 from align.losses.base import LossInputs, LossOutput, Prepass
+from align.losses.grpo import derived
 from align.protocols import Counts, Segment, Tree
 from align.train.metrics import MetricSums
 from align.types import HeadOutputs, TokenBatch
@@ -121,16 +122,16 @@ def stats_of(module: Any, config: Any, case: Case) -> dict[str, torch.Tensor]:
 
 
 def run(options: dict[str, Any], case: Case, proximal: bool = False) -> LossOutput:
-    module, config, needs = configure("grpo", options)
+    loss = configure("grpo", options)
     inputs = LossInputs(
         HeadOutputs(case.logps, entropy=case.entropy),
         case.batch,
         global_counts(case.trees),
-        reference_logps=case.reference if needs.reference else None,
+        reference_logps=case.reference if loss.needs.reference else None,
         proximal_logps=case.proximal if proximal else None,
-        batch_stats=stats_of(module, config, case),
+        batch_stats=stats_of(loss.module, loss.config, case),
     )
-    return module.loss(inputs, config)
+    return loss(inputs)
 
 
 def weights_of(row: Row, o: dict[str, Any]) -> np.ndarray:
@@ -285,8 +286,8 @@ def test_microbatches_of_one_sequence_add_up_to_the_update(surrogate: str, terms
     case = replace(case, logps=leaf)
     counts: Counts = global_counts(case.trees)
     for options in combinations(surrogate, terms):
-        module, config, _ = configure("grpo", options)
-        stats = stats_of(module, config, case)
+        loss = configure("grpo", options)
+        stats = stats_of(loss.module, loss.config, case)
         whole, split = MetricSums(), MetricSums()
         total, gradient = torch.zeros((), dtype=torch.float64), torch.zeros_like(leaf)
 
@@ -295,12 +296,12 @@ def test_microbatches_of_one_sequence_add_up_to_the_update(surrogate: str, terms
             return LossInputs(outputs, part.batch, counts, part.reference, part.proximal, stats)
 
         for part in parts(case):
-            output = module.loss(inputs(part), config)
+            output = loss(inputs(part))
             total += output.loss.detach()
             if output.loss.requires_grad:
                 gradient += torch.autograd.grad(output.loss, leaf)[0]
             split.add(output.metrics)
-        expected = module.loss(inputs(case), config)
+        expected = loss(inputs(case))
         whole.add(expected.metrics)
         torch.testing.assert_close(total, expected.loss.detach(), atol=1e-12, rtol=1e-10)
         torch.testing.assert_close(gradient, torch.autograd.grad(expected.loss, leaf)[0], atol=1e-12, rtol=1e-10)
@@ -392,8 +393,8 @@ def corrected(
     proximal = torch.tensor([w for row in log_weights for w in row], dtype=torch.float64) - 1
     leaf = proximal.clone().requires_grad_()
     batch = in_float64(collate(trees))
-    module, config, _ = configure("grpo", {"correction": correction})
-    output = module.loss(LossInputs(HeadOutputs(leaf), batch, global_counts(trees), proximal_logps=proximal), config)
+    loss = configure("grpo", {"correction": correction})
+    output = loss(LossInputs(HeadOutputs(leaf), batch, global_counts(trees), proximal_logps=proximal))
     return output, torch.autograd.grad(output.loss, leaf)[0]
 
 
@@ -431,11 +432,12 @@ def test_the_mismatch_is_kl_by_k3_its_largest_gap_and_the_effective_sample_size_
     for level, w in (("token", np.array([0.25, 4, 1, 1.5, 0.5])), ("sequence", np.array([1.0, 0.75]))):
         sums = MetricSums()
         sums.add(corrected({"level": level, "cap": 1.0}, rows)[0].metrics)
-        found = sums.result()
+        found = derived(sums.result())
         assert found["mismatch/ess"] == pytest.approx(w.sum() ** 2 / len(w) / (w**2).sum())
         assert found["mismatch/max_abs"] == pytest.approx(np.log(4))
         tokens = np.array([0.25, 4, 1, 1.5, 0.5])
         assert found["mismatch/kl"] == pytest.approx(np.mean(tokens - 1 - np.log(tokens)))
+        assert not {"mismatch/weight", "mismatch/weight_sq"} & set(found)  # the sums behind the share
 
 
 def test_the_kl_estimate_of_the_mismatch_is_unbiased_for_kl_of_sampler_and_trainer() -> None:
@@ -453,7 +455,7 @@ def test_an_equal_sampler_has_an_effective_sample_size_of_exactly_one_and_correc
         output, gradient = corrected(correction, rows)
         sums = MetricSums()
         sums.add(output.metrics)
-        found = sums.result()
+        found = derived(sums.result())
         assert found["mismatch/ess"] == 1.0 and found["mismatch/kl"] == found["mismatch/max_abs"] == 0.0
         assert torch.equal(gradient, corrected("off", rows)[1])
 

@@ -47,16 +47,16 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> PolicyTrainer:
 def test_before_any_update_the_ratio_to_proximal_log_probs_of_the_same_packing_is_exactly_one(
     trainer: PolicyTrainer, ratio: str
 ) -> None:
-    module, config, needs = configure("grpo", {"ratio": ratio, "clip_low": 0.0, "clip_high": 0.0})
+    loss = configure("grpo", {"ratio": ratio, "clip_low": 0.0, "clip_high": 0.0})
     trees = trees_for("grpo")
     trainer.module.train()
     for part in plan_microbatches(trees, 60, keep_together=False):
         batch = collate(part)
         proximal = trainer.batch_logps(batch)
-        outputs = trainer.module(batch, want=needs.head)
+        outputs = trainer.module(batch, want=loss.needs.head)
         inputs = LossInputs(outputs, batch, global_counts(trees), proximal_logps=proximal)
         assert torch.equal(outputs.logps.detach(), proximal)
-        metrics = module.loss(inputs, config).metrics
+        metrics = loss(inputs).metrics
         assert metrics["policy/ratio"].sum == metrics["policy/ratio"].count == batch.labels.numel()
         assert metrics["policy/clip_fraction"].sum == 0
 
@@ -307,9 +307,9 @@ def test_the_off_policy_mask_takes_only_sequences_of_negative_advantage_that_dri
     batch = collate(trees)
     drift = torch.tensor([0.5, 0.5, 0.1, -0.5])[batch.sequence_ids]
     leaf = (batch.behavior_logps - drift).requires_grad_()
-    module, config, _ = configure("grpo", {"off_policy_threshold": 0.2, "clip_low": 9, "clip_high": 9})
+    loss = configure("grpo", {"off_policy_threshold": 0.2, "clip_low": 9, "clip_high": 9})
     inputs = LossInputs(HeadOutputs(leaf), batch, global_counts(trees))
-    output = module.loss(inputs, config)
+    output = loss(inputs)
     (gradient,) = torch.autograd.grad(output.loss, leaf)
     assert [bool(gradient[batch.sequence_ids == s].any()) for s in range(4)] == [True, False, True, True]
     assert output.metrics["policy/off_policy_sequences"].sum == 1

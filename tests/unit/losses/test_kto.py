@@ -33,9 +33,7 @@ def test_kto_equals_the_paper(variant: str) -> None:
     n = batch.labels.numel()
     logps, reference = (-3 * torch.rand(n, dtype=torch.float64) for _ in range(2))
     z = 0.3
-    module, config, _ = configure(
-        "kto", {"beta": 0.4, "desirable_weight": 1.5, "undesirable_weight": 0.7, "variant": variant}
-    )
+    loss = configure("kto", {"beta": 0.4, "desirable_weight": 1.5, "undesirable_weight": 0.7, "variant": variant})
     inputs = LossInputs(
         HeadOutputs(logps), batch, global_counts(trees), reference, batch_stats={"z": torch.tensor(z).double()}
     )
@@ -47,7 +45,7 @@ def test_kto_equals_the_paper(variant: str) -> None:
         else:
             margin = rho if s % 2 else -rho
         expected.append((1.5 if s % 2 else 0.7) * (1 - 1 / (1 + math.exp(-0.4 * margin))))
-    assert module.loss(inputs, config).loss.item() == pytest.approx(np.mean(expected), abs=1e-9)
+    assert loss(inputs).loss.item() == pytest.approx(np.mean(expected), abs=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,10 @@ def logps(trees: list[Tree], seed: int) -> torch.Tensor:
 
 
 def run(options: dict[str, Any], trees: list[Tree], policy: torch.Tensor, reference: torch.Tensor) -> LossOutput:
-    module, config, needs = configure("modpo", options)
-    assert (needs.record, needs.reference, needs.margin) == ("pair", True, True)
+    loss = configure("modpo", options)
+    assert (loss.needs.record, loss.needs.reference, loss.needs.margin) == ("pair", True, True)
     inputs = LossInputs(HeadOutputs(policy), collate(trees), global_counts(trees), reference_logps=reference.detach())
-    output: LossOutput = module.loss(inputs, config)
+    output: LossOutput = loss(inputs)
     return output
 
 
@@ -69,9 +69,9 @@ def test_the_gradient_equals_finite_differences() -> None:
 def test_weight_one_and_no_margin_is_dpo() -> None:
     trees = pairs([0.0] * 4)
     policy, reference = logps(trees, 1), logps(trees, 2)
-    module, config, _ = configure("dpo", {"beta": 0.3})
+    loss = configure("dpo", {"beta": 0.3})
     inputs = LossInputs(HeadOutputs(policy), collate(trees), global_counts(trees), reference_logps=reference.detach())
-    assert run({"beta": 0.3}, trees, policy, reference).loss.item() == module.loss(inputs, config).loss.item()
+    assert run({"beta": 0.3}, trees, policy, reference).loss.item() == loss(inputs).loss.item()
 
 
 def test_its_optimum_is_the_policy_of_the_weighted_sum() -> None:

@@ -28,13 +28,13 @@ def run(
     reference: torch.Tensor | None = None,
     stats: dict[str, torch.Tensor] | None = None,
 ) -> tuple[LossOutput, TokenBatch]:
-    module, config, needs = configure(name, options)
-    trees = [mark_nll(tree, needs.nll) for tree in trees]
+    loss = configure(name, options)
+    trees = [mark_nll(tree, loss.needs.nll) for tree in trees]
     batch = collate(trees)
     inputs = LossInputs(
         HeadOutputs(logps), batch, global_counts(trees), reference_logps=reference, batch_stats=stats or {}
     )
-    return module.loss(inputs, config), batch
+    return loss(inputs), batch
 
 
 def random_logps(trees: list[Tree], seed: int, grad: bool = True) -> torch.Tensor:
@@ -101,13 +101,13 @@ REFERENCE_FREE = [
 def test_reference_free_pair_losses_equal_the_paper(name: str, options: dict[str, Any]) -> None:
     rng = np.random.default_rng(8)
     trees = [pair(rng, i) for i in range(4)]
-    _, _, needs = configure(name, options)
-    logps = random_logps([mark_nll(tree, needs.nll) for tree in trees], 9)
+    loss = configure(name, options)
+    logps = random_logps([mark_nll(tree, loss.needs.nll) for tree in trees], 9)
     out, batch = run(name, options, trees, logps)
     terms, likelihood = [], []
     for p, (tree, rows) in enumerate(zip(trees, by_tree(batch, logps), strict=True)):
         prompt, chosen, rejected = rows
-        assert len(prompt) == (len(tree.trunk) - 1 if needs.nll == "prompt_and_chosen" else 0), p
+        assert len(prompt) == (len(tree.trunk) - 1 if loss.needs.nll == "prompt_and_chosen" else 0), p
         assert [len(chosen), len(rejected)] == [len(branch) for branch in tree.branches]
         terms.append(reference_free_oracle(name, options, chosen, rejected))
         likelihood.append(np.concatenate([prompt, chosen]))
@@ -174,8 +174,8 @@ def test_sft_equals_a_value_computed_by_hand(variant: str, expected: float) -> N
 @pytest.mark.parametrize(("name", "options"), [("orpo", {}), ("simpo", {"alpha": 0.5}), ("simpo", {})])
 def test_extreme_probabilities_stay_finite(name: str, options: dict[str, Any], mean_logp: float) -> None:
     trees = [pair(np.random.default_rng(9), 0)]
-    _, _, needs = configure(name, options)
-    n = collate([mark_nll(trees[0], needs.nll)]).labels.numel()
+    loss = configure(name, options)
+    n = collate([mark_nll(trees[0], loss.needs.nll)]).labels.numel()
     logps = torch.full((n,), mean_logp, requires_grad=True)
     out, _ = run(name, options, trees, logps)
     out.loss.backward()
@@ -213,7 +213,7 @@ def test_gradients_equal_finite_differences(name: str, options: dict[str, Any], 
     """kto's reference point is frozen, as it is in a step."""
     rng = np.random.default_rng(4)
     trees = [make(rng, i) for i in range(3)]
-    marked = [mark_nll(tree, configure(name, options)[2].nll) for tree in trees]
+    marked = [mark_nll(tree, configure(name, options).needs.nll) for tree in trees]
     reference = random_logps(marked, 5, grad=False)
     logps = random_logps(marked, 6)
     stats = {"z": torch.tensor(0.3, dtype=torch.float64)}
@@ -237,10 +237,10 @@ UNSCORED = [("sft", {}, conversation), ("sft", {"variant": "dft"}, conversation)
 def test_trees_without_a_scored_token_give_a_finite_loss_and_no_gradient(
     name: str, options: dict[str, Any], make: Any
 ) -> None:
-    _, _, needs = configure(name, options)
+    loss = configure(name, options)
     rng = np.random.default_rng(5)
     silent = [unscored(make(rng, i)) for i in range(2)]
-    logps = random_logps([mark_nll(tree, needs.nll) for tree in silent], 7)
+    logps = random_logps([mark_nll(tree, loss.needs.nll) for tree in silent], 7)
     stats = {"z": torch.tensor(0.3, dtype=torch.float64)}
     out, batch = run(name, options, silent, logps, logps.detach(), stats=stats)
     (gradient,) = torch.autograd.grad(out.loss, logps)

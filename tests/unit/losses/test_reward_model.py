@@ -25,10 +25,10 @@ def pairs(n: int, margins: list[float] | None = None) -> list[Tree]:
 
 
 def run(options: dict[str, Any], trees: list[Tree], scores: torch.Tensor) -> LossOutput:
-    module, config, needs = configure("reward_model", options)
-    assert (needs.record, needs.reference, needs.head) == ("pair", False, ("scores",))
+    loss = configure("reward_model", options)
+    assert (loss.needs.record, loss.needs.reference, loss.needs.head) == ("pair", False, ("scores",))
     outputs = HeadOutputs(logps=torch.zeros(0), scores=scores)
-    output: LossOutput = module.loss(LossInputs(outputs, collate(trees), global_counts(trees)), config)
+    output: LossOutput = loss(LossInputs(outputs, collate(trees), global_counts(trees)))
     return output
 
 
@@ -88,12 +88,10 @@ def test_scores_far_apart_give_finite_values_and_gradients(far: float) -> None:
 
 def test_microbatches_add_up_to_the_whole() -> None:
     trees, scores = pairs(5, [0.1, 0.2, 0.3, 0.4, 0.5]), random_scores(5)
-    module, config, _ = configure("reward_model", {"centre": 0.1})
+    loss = configure("reward_model", {"centre": 0.1})
     counts = global_counts(trees)
     shares = [
-        module.loss(
-            LossInputs(HeadOutputs(torch.zeros(0), scores=scores[2 * a : 2 * b]), collate(trees[a:b]), counts), config
-        ).loss
+        loss(LossInputs(HeadOutputs(torch.zeros(0), scores=scores[2 * a : 2 * b]), collate(trees[a:b]), counts)).loss
         for a, b in ((0, 1), (1, 4), (4, 5))
     ]
     whole = run({"centre": 0.1}, trees, scores).loss

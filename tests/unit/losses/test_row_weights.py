@@ -26,7 +26,7 @@ from tests.unit.losses.test_splits import ALL, MAKE, Forward, behaviour, run
 from tests.unit.train.test_trainer import base, make_spec, weights  # noqa: F401
 
 WEIGHTS = (2.0, 0.5, 1.0, 3.25, 0.125, 1.0, 7.0)
-TAKES = [case for case in ALL if configure(*case.values)[2].weights]  # type: ignore[arg-type]
+TAKES = [case for case in ALL if configure(*case.values).needs.weights]  # type: ignore[arg-type]
 
 
 def weigh(tree: Tree, weight: float) -> Tree:
@@ -39,8 +39,8 @@ def weigh(tree: Tree, weight: float) -> Tree:
 
 def made(name: str, options: dict[str, Any]) -> list[Tree]:
     rng = np.random.default_rng(11)
-    trees = [MAKE[configure(name, options)[2].record](rng, 3 * i + 1) for i in range(7)]
-    margin = configure(name, options)[2].margin
+    trees = [MAKE[configure(name, options).needs.record](rng, 3 * i + 1) for i in range(7)]
+    margin = configure(name, options).needs.margin
     return [replace(t, columns={**t.columns, "margin": 0.3 * (t.id % 3) - 0.2}) if margin else t for t in trees]
 
 
@@ -48,16 +48,16 @@ def made(name: str, options: dict[str, Any]) -> list[Tree]:
 def test_the_loss_is_each_rows_own_share_times_its_weight(name: str, options: dict[str, Any]) -> None:
     """Shares are additive, so a row's is what it gives alone under the counts of the whole; without a weight anywhere
     they add up to the loss itself. KTO's reference point is that of the unweighted rows."""
-    module, config, needs = configure(name, options)
-    trees = [mark_nll(tree, needs.nll) for tree in made(name, options)]
+    loss = configure(name, options)
+    trees = [mark_nll(tree, loss.needs.nll) for tree in made(name, options)]
     counts, forward = global_counts(trees), Forward()
-    stats = {"z": torch.tensor(0.2, dtype=torch.float64)} if needs.scope == "batch" else {}
+    stats = {"z": torch.tensor(0.2, dtype=torch.float64)} if loss.needs.scope == "batch" else {}
 
     def value(some: list[Tree]) -> float:
         batch = behaviour(collate(some))
-        reference = forward.reference(batch) if needs.reference else None
+        reference = forward.reference(batch) if loss.needs.reference else None
         inputs = LossInputs(forward(batch), batch, counts, reference, None, stats)
-        return module.loss(inputs, config).loss.item()
+        return loss(inputs).loss.item()
 
     shares = [value([tree]) for tree in trees]
     assert value(trees) == pytest.approx(sum(shares), abs=1e-9)
@@ -167,5 +167,5 @@ def test_a_loss_of_the_users_that_says_nothing_of_weights_refuses_them(tmp_path:
 
 
 def test_every_loss_of_ours_says_whether_it_takes_weights() -> None:
-    deaf = {name for name in names() if name != "grpo" and not configure(name, {})[2].weights}
+    deaf = {name for name in names() if name != "grpo" and not configure(name, {}).needs.weights}
     assert not deaf, f"rows with weights would be refused under {deaf}"

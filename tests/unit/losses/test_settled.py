@@ -44,7 +44,7 @@ from align.stages.groups import PromptCursor, penalise_truncated, to_trees, untr
 from align.train.prepass import run_prepass
 from align.train.trainer import PolicyTrainer
 from align.types import HeadOutputs
-from tests.unit.cli.workshop import Workshop, open_workshop
+from tests.unit.check.workshop import Workshop, open_workshop
 from tests.unit.core.test_forward import make_model
 from tests.unit.core.trees import group, pair, unpaired
 from tests.unit.data.build import prepared
@@ -254,8 +254,8 @@ def test_09_an_empty_completion_is_refused_when_the_data_are_read(
 def test_10_microbatches_of_one_equal_one_batch_the_last_partial_window_included() -> None:
     rng = np.random.default_rng(3)
     trees = [pair(rng, i) for i in range(5)]
-    module, config, needs = configure("cpo", {"beta": 0.3})
-    trees = [mark_nll(tree, needs.nll) for tree in trees]
+    loss = configure("cpo", {"beta": 0.3})
+    trees = [mark_nll(tree, loss.needs.nll) for tree in trees]
     logps = random_logps(trees, 4)
     ends = np.cumsum([0] + [sum(len(b) for b in tree.branches) for tree in trees])
 
@@ -265,7 +265,7 @@ def test_10_microbatches_of_one_equal_one_batch_the_last_partial_window_included
         for at in range(first, last, size):
             upto = min(at + size, last)
             part = logps[ends[at] : ends[upto]]
-            total = total + module.loss(LossInputs(HeadOutputs(part), collate(trees[at:upto]), counts), config).loss
+            total = total + loss(LossInputs(HeadOutputs(part), collate(trees[at:upto]), counts)).loss
         return total.item(), torch.autograd.grad(total, logps)[0]
 
     for first, last in ((0, 2), (2, 4), (4, 5), (0, 5)):  # windows of two, and what is left of the epoch
@@ -404,10 +404,10 @@ def test_14_before_an_update_the_ratio_is_exactly_1_in_the_same_packing_and_with
     trainer = PolicyTrainer(make_spec(base, "grpo"))
     trees = trees_for("grpo")
     batch = collate(trees)
-    module, config, _ = configure("grpo", {})
+    loss = configure("grpo", {})
     outputs = trainer.module(batch, want=("entropy",))
     inputs = LossInputs(outputs, batch, global_counts(trees), proximal_logps=trainer.batch_logps(batch))
-    ratio = module.loss(inputs, config).metrics["policy/ratio"]
+    ratio = loss(inputs).metrics["policy/ratio"]
     assert outputs.logps.requires_grad and torch.equal(outputs.logps.detach(), inputs.proximal_logps)
     assert ratio.sum == ratio.count
     sampled = [with_sampler(tree, trainer.logps([tree])[0]) for tree in trees]  # each tree computed alone

@@ -163,26 +163,26 @@ def gradient_by_token(batch: TokenBatch, leaves: dict[str, Tensor]) -> dict[tupl
 
 def run(name: str, options: dict[str, Any], trees: Sequence[Tree], max_tokens: int) -> tuple[float, Any, Any, int]:
     """Loss, gradients by token, metrics and number of microbatches of one update, computed as the trainer does."""
-    module, config, needs = configure(name, options)
-    trees = [mark_nll(tree, needs.nll) for tree in trees]
-    if needs.margin:
+    loss = configure(name, options)
+    trees = [mark_nll(tree, loss.needs.nll) for tree in trees]
+    if loss.needs.margin:
         trees = [replace(tree, columns={**tree.columns, "margin": 0.4 * (tree.id % 4) - 0.5}) for tree in trees]
     counts, sums, forward = global_counts(trees), MetricSums(), Forward()
-    together = needs.record == "pair"
+    together = loss.needs.record == "pair"
 
     def packed(what: Sequence[Tree]) -> list[TokenBatch]:
         return [behaviour(collate(part)) for part in plan_microbatches(what, max_tokens, keep_together=together)]
 
     def outputs(batch: TokenBatch) -> HeadOutputs:
         made = forward(batch)
-        unasked = {key: None for key in ("entropy", "log_sum_sq", "scores") if key not in needs.head}
+        unasked = {key: None for key in ("entropy", "log_sum_sq", "scores") if key not in loss.needs.head}
         return replace(made, **unasked)
 
     stats = {}
-    if needs.scope == "batch":
-        seen = module.auxiliary(trees, config) if hasattr(module, "auxiliary") else trees
-        reference = forward.reference if needs.reference else lambda batch: None
-        stats = module.batch_stats(run_prepass([(batch, True) for batch in packed(seen)], outputs, reference), config)
+    if loss.needs.scope == "batch":
+        seen = loss.seen_before(trees)
+        reference = forward.reference if loss.needs.reference else lambda batch: None
+        stats = loss.batch_stats(run_prepass([(batch, True) for batch in packed(seen)], outputs, reference))
     total, gradients = 0.0, dict[tuple[Any, ...], float]()
     batches = packed(trees)
     for batch in batches:
@@ -191,11 +191,11 @@ def run(name: str, options: dict[str, Any], trees: Sequence[Tree], max_tokens: i
             made,
             batch,
             counts,
-            reference_logps=forward.reference(batch) if needs.reference else None,
-            proximal_logps=forward.proximal(batch) if needs.ratio == "proximal" else None,
+            reference_logps=forward.reference(batch) if loss.needs.reference else None,
+            proximal_logps=forward.proximal(batch) if loss.needs.ratio == "proximal" else None,
             batch_stats=stats,
         )
-        result = module.loss(inputs, config)
+        result = loss(inputs)
         if result.loss.requires_grad:
             result.loss.backward()
         total += result.loss.item()
@@ -211,7 +211,7 @@ def test_any_split_gives_the_same_loss_gradient_and_metrics(
     name: str, options: dict[str, Any], max_tokens: int
 ) -> None:
     rng = np.random.default_rng(5)
-    trees = [MAKE[configure(name, options)[2].record](rng, 3 * i + 1) for i in range(7)]
+    trees = [MAKE[configure(name, options).needs.record](rng, 3 * i + 1) for i in range(7)]
     loss, gradient, metrics, one = run(name, options, trees, 10_000)
     split_loss, split_gradient, split_metrics, many = run(name, options, list(reversed(trees)), max_tokens)
     assert one == 1 and many > 1

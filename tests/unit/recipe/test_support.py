@@ -10,8 +10,7 @@ from pydantic import ValidationError
 from align.errors import ModelError, RecipeError, Unsupported
 from align.hub import looks_like_hub_id, resolve_model_folder
 from align.recipe.adapter import Adapter, Quant
-from align.recipe.parts import Rollout
-from align.recipe.stages import ReferencePath
+from align.recipe.parts import ReferencePath, Rollout
 from align.recipe.support import TOWER_OPTION, check_adapter, publish_mode, reference_words, refuse_parts_of_text
 
 

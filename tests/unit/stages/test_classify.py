@@ -135,7 +135,7 @@ def test_an_adapter_says_what_its_outputs_mean_and_is_asked_without_a_merge(
         pytest.skip("this one was trained whole")
     adapter, base, rows = Path(stage["artefacts"]["adapter"]), recipe.run_folder / "base", held(recipe)
     assert json.loads((adapter / MEANING).read_text())["problem_type"].startswith(problem)
-    outputs = len(recipe.stages[0].head.names)  # type: ignore[union-attr]
+    outputs = len(recipe.stages[0].score_head.names)
     plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=outputs)
     plain.config.pad_token_id = 0
     theirs = logits(PeftModel.from_pretrained(plain, adapter), base, [row["text"] for row in rows])

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from align.cli.memory import sizes_of
-from align.cli.memory_plan import Work, trainer
+from align.check.memory.plan import Work, trainer
+from align.check.memory.sizes import sizes_of
 from align.model.load import load_model
 from align.recipe.adapter import Adapter
 from align.recipe.inputs import Model

@@ -1,0 +1,289 @@
+"""What a recipe names outside itself: the model's folder, its tokenizer, data, and reward plugins. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from align.actors.plugins import plugin_spec
+from align.check.findings import Findings
+from align.check.memory import sizes as memory
+from align.check.scratch import scratch
+from align.data.audit import DataReport
+from align.data.media.library import Library
+from align.data.media.opening import open_library, refuse_media_settings, takes_media
+from align.data.prepare import prepare
+from align.data.records import Kind
+from align.data.scratch import train_tokenizer
+from align.data.sources import is_hub_id
+from align.data.tokenizer import ChatTokenizer
+from align.errors import ModelError, PluginError
+from align.hub import resolve_model_folder
+from align.mediastore import processor_files
+from align.model.adapter_config import read_adapter_config, refuse_beyond_lora
+from align.model.media_support import refuse_unsupported_media
+from align.objectives.check import Known
+from align.plugins import describe_in_child
+from align.protocols import PromptItem, Tree
+from align.recipe.capabilities import StageBase, TrainStage
+from align.recipe.families import family_of
+from align.recipe.inputs import DataSource, Model
+from align.recipe.labels import Labels
+from align.recipe.parts import LossTerm, ReferencePath, Reward
+from align.recipe.schema import Recipe
+from align.recipe.trained_on import require_base
+from align.stages.context import carried_by, stage_seed
+from align.stages.handover import Origin
+from align.stages.margins import refuse_own_margins, require_margins
+from align.stages.row_weights import refuse_weights
+from rewards.api import PluginError as RewardsPluginError
+from rewards.naming import Named, objective_names
+
+FIRST_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The model before the first stage: its configuration and tokenizer, and where it (or its folder to be) is.
+
+    media: of a model that takes them, open as long as it is: a process that decodes takes seconds to start. notes:
+    where its adapter's tokenizer differs from its own.
+    """
+
+    config: dict[str, Any]
+    tokenizer: ChatTokenizer
+    origin: Origin
+    media: Library | None = None
+    notes: tuple[str, ...] = ()
+
+
+@contextmanager
+def open_model(recipe: Recipe, folder: Path) -> Iterator[ModelFacts]:
+    """The model's configuration and tokenizer; from scratch, the tokenizer is trained into a temporary folder.
+
+    folder: the recipe's. Raises ModelError, DataError, Unsupported.
+    """
+    model = recipe.model
+    if model.path is not None:
+        found = resolve_model_folder(model.path, model.revision, weights=False)
+        config = memory.read_config(found)
+        _refuse_without_weights(found, Path(model.path).expanduser().is_dir())
+        refuse_unsupported_media(config, found)
+        refuse_media_settings(recipe, config)
+        library = open_library(recipe, found)
+        with closing(library) if library is not None else nullcontext():
+            origin = Origin(found, _adapter(recipe))
+            chat = carried_by(model, found, origin.adapter)
+            yield ModelFacts(config, chat.tokenizer, origin, library, (*chat.notes, *_of_its_base(model, origin)))
+        return
+    assert model.tokenizer is not None and model.config is not None, "the grammar ties `config` and `tokenizer`"
+    refuse_media_settings(recipe, model.config)
+    with scratch() as aside:
+        train_tokenizer(model.tokenizer, aside, data_folder=folder, family=family_of(model.config))
+        chat = carried_by(model, Path(aside), None)
+        yield ModelFacts(dict(model.config), chat.tokenizer, Origin(recipe.run_folder / "base", None))
+
+
+def _adapter(recipe: Recipe) -> Path | None:
+    """The adapter that the first stages go on with. Raises ModelError or Unsupported where they cannot."""
+    if recipe.model.adapter is None:
+        return None
+    folder = resolve_model_folder(recipe.model.adapter)
+    first = [stage for stage in recipe.stages if stage.from_ is None and stage.makes_model]
+    scoring = all(stage.score_head is not None for stage in first)
+    refuse_beyond_lora(read_adapter_config(folder), folder, "train", score_head=scoring)
+    return folder
+
+
+def _of_its_base(model: Model, origin: Origin) -> list[str]:
+    """Notes on `model.adapter` and the base that it was trained on. Raises ModelError where that is another."""
+    if origin.adapter is None or not any(origin.base.glob("*.safetensors")):  # the run fetches the weights
+        return []
+    return require_base(origin.base, origin.adapter, anyway=model.other_base, flag="`model.other_base: true`")
+
+
+def check_reference(stage: StageBase) -> None:
+    """A reference of its own must be there. Raises ModelError."""
+    if isinstance(stage, TrainStage) and isinstance(reference := stage.reference, ReferencePath):
+        memory.read_config(resolve_model_folder(reference.path, reference.revision, weights=False))
+        if reference.adapter is not None:
+            read_adapter_config(resolve_model_folder(reference.adapter))
+
+
+def _refuse_without_weights(folder: Path, local: bool) -> None:
+    if local and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            "the folder has no weights in safetensors (pickled weights are never read)",
+            where=folder,
+            remedy="convert them once with model.save_pretrained(folder) in transformers",
+        )
+
+
+# ------------------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class DataFacts:
+    """What the rows that were read say about a stage's data.
+
+    whole: every row was read, so that `rows` is the epoch's size. longest, mean: tokens of a tree, or of a prompt.
+    patches: of its images, for each token, on average; most_patches: of one tree's or prompt's.
+    trees: of rows that a loss learns from.
+    """
+
+    report: DataReport | None = None
+    rows: int = 0
+    whole: bool = False
+    longest: int = 0
+    mean: float = 0.0
+    patches: float = 0.0
+    most_patches: int = 0
+    notes: list[str] = field(default_factory=list)
+    trees: Sequence[Tree] = ()
+
+
+def read_data(
+    recipe: Recipe,
+    sources: tuple[DataSource, ...],
+    kind: Kind,
+    model: ModelFacts,
+    *,
+    seed_of: str,
+    folder: Path,
+    every_row: bool,
+    answers: bool = False,
+    margins: bool = False,
+    labels: Labels | None = None,
+    losses: Sequence[LossTerm] = (),
+) -> DataFacts:
+    """The first rows of each source (all with `every_row`) through tokenizer and template. Raises DataError.
+
+    answers: rewards will judge the pairs. margins: every pair must have one, from them or from its row. labels: of
+    labelled rows. losses: that learn from the rows; they must take the rows' weights.
+
+    A hub data set is opened with every row only: the library that reads it brings torch.
+    """
+    here = tuple(s for s in sources if every_row or not _on_hub(s, folder))
+    facts = DataFacts()
+    for source in sources:
+        if source not in here:
+            facts.notes.append(f"{source.path}: a hub data set, read by `align check --data` and by the run")
+    if takes_media(model.config) and not _has_processor(model.tokenizer):
+        facts.notes.append("read by the run, which makes the model's processor of images first")
+        return facts
+    if not here:
+        return facts
+    first = None if every_row else FIRST_ROWS
+    seed = stage_seed(recipe.seed, seed_of)
+    prepared = prepare(
+        here,
+        kind,
+        model.tokenizer,
+        seed=seed,
+        first=first,
+        folder=folder,
+        answers=answers,
+        media=model.media,
+        labels=labels,
+    )
+    if margins:
+        (refuse_own_margins if answers else require_margins)(prepared.items)
+    refuse_weights(prepared.items, losses)
+    lengths = [_tokens(item) for item in prepared.items]
+    cut = [
+        first is not None and (source.limit is None or source.limit > first) and report.read >= first
+        for source, report in zip(here, prepared.report.sources, strict=True)
+    ]
+    facts.report = prepared.report
+    facts.trees = prepared.items if losses else ()
+    facts.rows, facts.whole = len(prepared.items), not any(cut) and len(here) == len(sources)
+    facts.longest, facts.mean = max(lengths), sum(lengths) / len(lengths)
+    patches = [sum(medium.patches for medium in item.media) for item in prepared.items]
+    facts.patches, facts.most_patches = sum(patches) / sum(lengths), max(patches)
+    return facts
+
+
+def _has_processor(tokenizer: ChatTokenizer) -> bool:
+    return tokenizer.folder is not None and bool(processor_files(tokenizer.folder))
+
+
+def _tokens(item: Tree | PromptItem) -> int:
+    return item.tokens if isinstance(item, Tree) else len(item.token_ids)
+
+
+def _on_hub(source: DataSource, folder: Path) -> bool:
+    return not (folder / source.path).exists() and is_hub_id(source.path)
+
+
+# ------------------------------------------------------------------------------------------------- rewards
+
+
+def describe_reward(reward: Reward, folder: Path) -> dict[str, Any]:
+    """What a reward offers, from a child process; the `rewards.describe` answer. Raises PluginError."""
+    spec = plugin_spec(reward)
+    arguments = [spec.use, "--folder", str(folder), "--signature", spec.signature]
+    arguments += ["--args", json.dumps(spec.args), "--options", json.dumps(spec.options)]
+    arguments += ["--as", spec.name] if spec.name else []
+    answer: dict[str, Any] = describe_in_child("rewards.describe", arguments, name=reward.use)
+    return answer
+
+
+class Rewards:
+    """Descriptions of a recipe's rewards, each asked for once."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.sources: dict[str, str] = {}
+        self._known: dict[str, dict[str, Any]] = {}
+
+    def objectives(self, rewards: tuple[Reward, ...], stage: str, key: str, found: Findings) -> dict[str, Known] | None:
+        """Objectives of a stage by name, in order; None where a reward could not be described (it is in `found`)."""
+        named, offered = [], []
+        for number, reward in enumerate(rewards):
+            with found.gather(stage, f"{key}.{number}"):
+                described = self._describe(reward)
+                named.append(Named(described["name"], tuple(described["objectives"]), reward.as_ is not None))
+                offered += [Known(o["kind"], o["range"]) for o in described["objectives"].values()]
+        if len(named) < len(rewards):
+            return None
+        try:
+            names = [name for names in objective_names(named) for name in names]
+            return dict(zip(names, offered, strict=True))
+        except RewardsPluginError as error:
+            found.add(PluginError(error.what, where=key, remedy=error.remedy), stage)
+            return None
+
+    def lines(self, rewards: tuple[Reward, ...]) -> list[str]:
+        """How each reward that could be described will run, as the recipe and its own decorator say together."""
+        known = [self._known.get(reward.model_dump_json()) for reward in rewards]
+        return [_reward_words(described) for described in known if described is not None]
+
+    def _describe(self, reward: Reward) -> dict[str, Any]:
+        asked = reward.model_dump_json()
+        if asked not in self._known:
+            self._known[asked] = describe_reward(reward, self.folder)
+        self.sources[reward.use] = self._known[asked].get("sha256") or ""
+        return self._known[asked]
+
+
+def _reward_words(described: dict[str, Any]) -> str:
+    o = described["options"]
+    gives = [f"{name} ({what['kind']})" for name, what in described["objectives"].items()]
+    whole = " in whole groups" if described["scope"] == "batch" else ""
+    unit = "a group a call" if described["scope"] == "group" else f"{o['batch']} a call{whole}"
+    words = [
+        unit,
+        *(["text as generated"] if o["text"] == "raw" else []),
+        f"{o['timeout_s']:g} s, {o['retries']} retries",
+        f"on_error {o['on_error']}",
+    ]
+    words.append(f"at most {100 * o['max_error_rate']:g} % errors")
+    words += [f"{o['concurrency']} at once"] if described["is_async"] else []
+    words += [f"{o['processes']} processes"] if o["processes"] > 1 else []
+    words += [f"rate {o['rate']}"] if o["rate"] is not None else []
+    words += ["cached"] if o["cache"] else []
+    return f"reward {described['name']}: {', '.join(gives)}; {', '.join(words)}"

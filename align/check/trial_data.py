@@ -1,0 +1,181 @@
+"""Completions that are in a file, as the samples that a run would hand to a reward: with their prompt and row."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from align.check.trial_media import TrialMedia, media_of_messages, with_files
+from align.data.audit import Refusal
+from align.data.formats import LAYOUTS
+from align.data.formats.base import choose
+from align.data.placing import place_media
+from align.data.readers import Row
+from align.data.records import Prompt, RowError
+from align.data.seen import light
+from align.data.sources import apply_columns, open_source
+from align.data.unread import Reading
+from align.errors import DataError
+from align.recipe.inputs import DataSource
+from rewards.api import Sample
+
+_ROLLOUTS = {"step", "group_id", "sample", "origin", "prompt", "completion", "finish", "token_ids", "version"}
+_PLACE = re.compile(r"(?P<path>.+?)(?::\d+| row \d+)")
+
+
+@dataclass
+class Trial:
+    """samples of one row stand side by side; origins: where each is from; column: that was scored."""
+
+    path: Path
+    column: str
+    media: TrialMedia
+    samples: list[Sample] = field(default_factory=list)
+    origins: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_trial(path: Path, column: str, columns: dict[str, str], limit: int | None, aside: Path) -> Trial:
+    """The first rows of a file, each with one completion or a list of them. Raises DataError, naming the row.
+
+    aside: an empty folder for media that rows hold themselves; it must outlive the trial.
+    """
+    rows = _rows(path, columns, limit)
+    trial = Trial(path, column, TrialMedia(aside))
+    if not rows:
+        raise DataError("there are no rows", where=path)
+    if all(row.values.keys() >= _ROLLOUTS for row in rows):
+        _read_rollouts(rows, trial)
+    else:
+        _read_data(rows, trial, columns)
+    return trial
+
+
+def _rows(path: Path, columns: dict[str, str], limit: int | None) -> list[Row]:
+    source = DataSource(path=str(path.absolute()), columns=columns)
+    items = list(open_source(source).rows(limit))
+    refused = next((item for item in items if isinstance(item, Refusal)), None)
+    if refused is not None:
+        raise DataError(refused.reason, where=refused.origin)
+    rows = [item for item in items if isinstance(item, Row)]
+    named = apply_columns(rows, source)
+    return [replace(row, values=values) for values, row in zip(named, rows, strict=True)]
+
+
+def _read_data(rows: Sequence[Row], trial: Trial, columns: dict[str, str]) -> None:
+    # what is scored must not be read as the answer that the row knows
+    prompts = _prompts([_without(row, trial.column) for row in rows], trial, frozenset(columns))
+    for row, (messages, more) in zip(rows, prompts, strict=True):
+        shown, values = media_of_messages(messages), {**light(row.values), **more}
+        for sample, text in enumerate(_texts(row, trial.column)):
+            own = Sample(text, messages, values, group_id=row.number, sample_id=sample, media=shown)
+            trial.samples.append(own)
+            trial.origins.append(row.origin)
+
+
+def _without(row: Row, column: str) -> Row:
+    return replace(row, values={k: v for k, v in row.values.items() if k != column})
+
+
+def _texts(row: Row, column: str) -> list[str]:
+    """A text, a conversation whose last assistant turn counts, or a list of either."""
+    if column not in row.values:
+        have = ", ".join(sorted(row.values)) or "nothing"
+        raise DataError(f"the row has no column {column!r}; it has: {have}", where=row.origin, remedy="name another")
+    value = row.values[column]
+    several = isinstance(value, list) and not _is_chat(value)
+    texts = [_text(one) for one in (value if several else [value])]
+    if not texts or None in texts:
+        raise DataError(
+            f"column {column!r} holds {str(value)[:80]!r}, which is no text, no list of texts and no conversation",
+            where=row.origin,
+        )
+    return [text for text in texts if text is not None]
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, list) and _is_chat(value):
+        value = next((m.get("content") for m in reversed(value) if m.get("role") == "assistant"), None)
+    return value if isinstance(value, str) else None
+
+
+def _is_chat(value: list[Any]) -> bool:
+    return bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
+
+
+def _prompts(
+    rows: Sequence[Row], trial: Trial, mapped: frozenset[str] = frozenset()
+) -> list[tuple[tuple[dict[str, Any], ...], dict[str, Any]]]:
+    """Per row the prompt's messages, and the reference answer where a run would take one off; ((), {}) without."""
+    values = [row.values for row in rows]
+    try:
+        layout = choose(LAYOUTS, "prompt", values, where=str(trial.path), mapped=mapped)
+    except DataError as error:
+        if mapped:
+            raise
+        trial.notes.append(f"no prompt was found, so `messages` is empty (--columns prompt=...): {error.what}")
+        return [((), {})] * len(rows)
+    found: list[tuple[tuple[dict[str, Any], ...], dict[str, Any]]] = []
+    for row in rows:
+        try:
+            reading = Reading(row.values, columnar=row.columnar)
+            record = place_media(layout.convert(reading), reading)
+            assert isinstance(record, Prompt)
+            messages = _messages(record, trial.media, row.folder)
+        except RowError as error:
+            raise DataError(str(error), where=row.origin) from None
+        more = {} if record.reference_answer is None else {"reference_answer": record.reference_answer}
+        found.append((messages, more))
+    return found
+
+
+def _messages(prompt: Prompt, media: TrialMedia, folder: Path | None) -> tuple[dict[str, Any], ...]:
+    if isinstance(prompt.prompt, str):
+        return ({"role": "text", "content": prompt.prompt},)
+    return tuple(m.as_dict(partial(media.describe, folder=folder)) for m in prompt.prompt)
+
+
+# ------------------------------------------------------------------------------------------------- a run's rollouts
+
+
+def _read_rollouts(rows: Sequence[Row], trial: Trial) -> None:
+    """Completions that a run sampled, with the data rows that they were sampled for, where those are still there."""
+    known = _origin_rows({row.values["origin"] for row in rows}, trial)
+    for row in sorted(rows, key=lambda r: (r.values["step"], r.values["group_id"], r.values["sample"])):
+        v = row.values
+        messages, values = known.get(v["origin"], (({"role": "text", "content": v["prompt"]},), {}))
+        messages = with_files(messages, v.get("media") or ())
+        [text] = _texts(row, trial.column)
+        trial.samples.append(
+            Sample(
+                completion=text,
+                messages=messages,
+                media=media_of_messages(messages),
+                row=values,
+                token_ids=v["token_ids"],
+                truncated=v["finish"] == "length",
+                group_id=v["group_id"],
+                sample_id=v["sample"],
+                policy_version=-1 if v["version"] is None else v["version"],
+                raw=v.get("completion_raw") if trial.column == "completion" else None,
+            )
+        )
+        trial.origins.append(f"{v['origin']} (step {v['step']}, group {v['group_id']}, sample {v['sample']})")
+
+
+def _origin_rows(origins: set[str], trial: Trial) -> dict[str, tuple[tuple[dict[str, Any], ...], dict[str, Any]]]:
+    """The data rows that rollouts name as `file:line` or `file row n`."""
+    found: dict[str, tuple[tuple[dict[str, Any], ...], dict[str, Any]]] = {}
+    files = {place["path"] for origin in sorted(origins) if (place := _PLACE.fullmatch(origin))}
+    for name in sorted(files):
+        if not Path(name).is_file():
+            trial.notes.append(f"{name} is not there: its samples have no `row`, and their prompt is plain text")
+            continue
+        rows = [row for row in _rows(Path(name), {}, None) if row.origin in origins]
+        for row, (messages, more) in zip(rows, _prompts(rows, trial), strict=True):
+            found[row.origin] = (messages, {**light(row.values), **more})
+    return found

@@ -1,0 +1,145 @@
+"""`align check`: is everything there and sound, and what would run where? No torch; under five seconds on text."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack
+from pathlib import Path
+
+from align.check.findings import Findings
+from align.check.inputs import DataFacts, Rewards, check_reference, open_model, read_data
+from align.check.machine import Machine, check_fits, stage_roles
+from align.check.needed import check_model_packages, check_packages
+from align.check.plan import Plan, Planner, lines
+from align.check.rules import check_recipe
+from align.data.records import Kind
+from align.losses import Losses
+from align.objectives.check import Known, problems
+from align.recipe.capabilities import SamplingStage
+from align.recipe.document import Document
+from align.recipe.load import load_document
+from align.recipe.schema import Recipe
+from align.recipe.stages import Stage
+from align.stages.files import require_place
+from align.stages.groups import TRUNCATED, refuse_second_truncated, with_penalty
+from align.stages.handover import check_adapters
+from align.stages.training import record_kind
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Check a recipe and print the plan; 0 where it can run. Raises UserError naming every problem."""
+    recipe, document = load_document(arguments.recipe, arguments.overrides)
+    folder = Path(arguments.recipe).absolute().parent
+    custom = recipe.placement.custom
+    plan = validate(recipe, folder, document=document, every_row=arguments.data, cluster=bool(custom))
+    if custom:
+        plan.notes.append(f"placement asks for {', '.join(custom)}: for a cluster (`align run --address`), not checked")
+    if not custom:
+        require_place(recipe.run_folder)
+    if recipe.run_folder.exists() and any(recipe.run_folder.iterdir()):
+        plan.notes.append(f"{recipe.run_folder} exists: `align run` needs --resume, or another name=")
+    print("\n".join(lines(plan, document.name)))
+    print("\nall right")
+    return 0
+
+
+def validate(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    document: Document | None = None,
+    every_row: bool = False,
+    machine: Machine | None = None,
+    cluster: bool = False,
+) -> Plan:
+    """Check everything that can be known before anything starts, and plan the run.
+
+    Args:
+        folder: the recipe's, where plugins are looked for. document: gives errors their lines.
+        every_row: read all data, not only the first 1,000 rows of each source.
+        machine: to plan for (default: this one). cluster: the run joins a cluster, whose size is not known here.
+
+    Raises UserError: the only problem in its own class, or one error that lists all of them.
+    """
+    found = Findings(document)
+    sound = check_recipe(recipe, found)
+    check_packages(recipe, found, cluster=cluster)
+    plan = Plan(recipe, machine or Machine.here())
+    rewards = Rewards(folder)
+    with ExitStack() as stack:
+        planner: Planner | None = None
+        with found.gather(key="model"):
+            model = stack.enter_context(open_model(recipe, folder))
+            planner = Planner(recipe, plan.machine, model)
+            plan.notes += [f"model.adapter: {note}" for note in model.notes]
+            check_adapters(recipe, model.origin)
+            check_model_packages(recipe, model.config, model.origin, found, cluster=cluster)
+        for stage in recipe.stages:
+            _check_rewards(stage, rewards, found)
+            with found.gather(stage.id, "reference"):
+                check_reference(stage)
+            if stage.id not in sound:
+                continue
+            if not cluster:
+                with found.gather():
+                    check_fits(stage_roles(recipe, stage, plan.machine), plan.machine)
+            if planner is not None:
+                _check_stage(recipe, stage, planner, plan, found, folder, every_row)
+                if plan.stages and plan.stages[-1].id == stage.id:
+                    plan.stages[-1].lines += rewards.lines(stage.rewarded_by)
+        if planner is not None:
+            plan.model, plan.sampling = planner.model_line(), planner.sampling
+    found.raise_any()
+    plan.plugins = dict(rewards.sources)
+    return plan
+
+
+def _check_rewards(stage: Stage, rewards: Rewards, found: Findings) -> None:
+    """Plugins can be loaded, their objectives have names of their own, and `objectives` can work with them."""
+    if isinstance(stage, SamplingStage) and stage.eval is not None and stage.eval.rewards:
+        rewards.objectives(stage.eval.rewards, stage.id, "eval.rewards", found)
+    if not stage.rewarded_by:
+        return
+    known, objectives = rewards.objectives(stage.rewarded_by, stage.id, "rewards", found), stage.weighed
+    if known is None or objectives is None:
+        return
+    penalty = stage.engines.truncated_penalty if stage.engines else None
+    if penalty is not None:
+        with found.gather(stage.id):
+            refuse_second_truncated(known)
+        known[TRUNCATED] = Known("cost", (0.0, 1.0))
+        objectives = with_penalty(objectives, penalty)
+    for error in problems(objectives, known):
+        found.add(error, stage.id)
+
+
+def _check_stage(
+    recipe: Recipe, stage: Stage, planner: Planner, plan: Plan, found: Findings, folder: Path, every_row: bool
+) -> None:
+    """Read a stage's data, then plan it; what fails is kept in `found`."""
+    read: dict[str, DataFacts] = {}
+    sampled = stage.engines is not None
+    for key, sources in stage.datasets.items():
+        with found.gather(stage.id, key):
+            kind: Kind = "prompt" if sampled else record_kind(stage.losses)
+            read[key] = read_data(
+                recipe,
+                sources,
+                kind,
+                planner.model,
+                seed_of=stage.id,
+                folder=folder,
+                every_row=every_row,
+                answers=stage.judges_pairs,
+                margins=not sampled and Losses.of(stage.losses).needs_margin,
+                labels=stage.score_head if kind == "labelled" else None,
+                losses=() if sampled else stage.losses,
+            )
+    if len(read) < len(stage.datasets):
+        return
+    with found.gather(stage.id):
+        planned = planner.stage(stage, read.get("data", DataFacts()))
+        for key, facts in read.items():
+            planned.lines += [f"{key}: {line.strip()}" for line in (facts.report.summary if facts.report else [])]
+            planned.lines += [f"{key}: {note}" for note in facts.notes]
+        plan.stages.append(planned)
