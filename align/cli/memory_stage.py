@@ -86,7 +86,7 @@ class SeenBy:
             head=stage.kind not in SCORED,
             gpu=self.gpu,
             optimizer=stage.optim.name,
-            zero=placed.strategy.stage,
+            strategy=placed.strategy.name,
             ranks=placed.ranks,
         )
         sizes = replace(self.sizes, others=others(self.table))
