@@ -1,20 +1,19 @@
-"""A plain model folder for others to load, proved by loading it: in plain transformers and in the engine.
+"""The proof that others can load a model folder: each loader does, in a child process with a time limit.
 
-Each proof runs in a child process with a time limit and compares log-probabilities of the same random tokens. An
-engine that is not installed is reported as not checked; one that is and cannot load the folder fails the export.
+Log-probabilities of the same random tokens are compared. An engine that is not installed is reported as not checked;
+one that is and cannot load the folder fails the export.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,24 +21,11 @@ import numpy as np
 import torch
 
 import align
-from align.errors import ExportError, ModelError, Unsupported
-from align.export.checkpoint import open_checkpoint, rewrite, verify
+from align.errors import ExportError
 from align.export.compare import BOUNDS, random_tokens
 from align.export.images import has_processor
 from align.export.load_probe import plain_logps
-from align.model.adapter_config import CONFIG as ADAPTER_CONFIG
-from align.model.folders import copy_all_but_weights, require_free, written_aside
-from align.model.load import resolve_dtype
 from align.model.score_head import scoring
-from align.model.scoring_class import nobody_elses, own_class_for
-from align.model.weights import edit_config
-
-log = logging.getLogger(__name__)
-
-FORMATS = ("safetensors",)
-ENGINES = ("vllm",)
-REPORT = "export_report.json"
-TIME_LIMIT_S = 900.0
 
 
 @dataclass(frozen=True)
@@ -59,82 +45,6 @@ class LoadCheck:
     max_difference: float | None = None
     bound: float | None = None
     message: str = ""
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What was exported and which loaders took it."""
-
-    source: str
-    out: str
-    format: str
-    dtype: str
-    tensors: int
-    bytes: int
-    files: tuple[str, ...]
-    checks: tuple[LoadCheck, ...]
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def export(
-    folder: Path,
-    out: Path,
-    *,
-    format: str = "safetensors",
-    dtype: str = "auto",
-    seed: int = 0,
-    trust_remote_code: bool = False,
-    time_limit_s: float = TIME_LIMIT_S,
-    engines: tuple[str, ...] = ENGINES,
-) -> ExportReport:
-    """Write the plain model in `folder` to the new folder `out` in `format` and `dtype`, proved by loading it.
-
-    dtype: "auto" keeps the stored one. engines: rollout engines that must load it, where they are installed.
-    Besides the model, `out` gets export_report.json.
-
-    Raises UserError where `out` holds files, ModelError or Unsupported where `folder` cannot be exported, ExportError
-    where a loader fails, takes longer than `time_limit_s` seconds, or computes something else; nothing is left then.
-    """
-    started = time.perf_counter()
-    folder, out = Path(folder), Path(out)
-    if format not in FORMATS:
-        raise Unsupported(f"export format {format!r}", where="format", remedy=f"choose one of {', '.join(FORMATS)}")
-    if (folder / ADAPTER_CONFIG).is_file():
-        raise ModelError("this is an adapter, not a whole model", where=folder, remedy="merge it first")
-    if scoring(folder) and (model_type := own_class_for(folder)) is not None:
-        raise nobody_elses(model_type)
-    require_free(out, "export")
-    source = open_checkpoint(folder)
-    written = source.dtype if dtype == "auto" else resolve_dtype(dtype, "cpu")
-    with written_aside(out, "export") as aside:
-        size = rewrite(source, aside, written, {})
-        files = copy_all_but_weights(folder, aside)
-        edit_config(aside / "config.json", written)
-        count = verify(source, aside, written, {})
-        request = make_request(aside, written, seed, trust_remote_code)
-        checks = prove_loading(folder, aside, written, request, time_limit_s, engines)
-        report = ExportReport(
-            source=str(folder),
-            out=str(out),
-            format=format,
-            dtype=str(written).removeprefix("torch."),
-            tensors=count,
-            bytes=size,
-            files=tuple(sorted({*files, *source.files.values()})),
-            checks=checks,
-            seconds=round(time.perf_counter() - started, 3),
-        )
-        (aside / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-    for check in checks:
-        if check.message:
-            log.warning("%s: %s in %s: %s", out, check.status, check.loader, check.message)
-    return report
-
-
-# ------------------------------------------------------------------------------------------------------- proofs
 
 
 def make_request(exported: Path, dtype: torch.dtype, seed: int, trust_remote_code: bool) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
+from align.plugins import known_module
 from align.recipe.adapter import Adapter
 from align.recipe.inputs import DataField
 from align.recipe.labels import Labels, Problem
@@ -236,9 +237,13 @@ class MergeStage(StageBase):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
+def _export_format(name: str) -> str:
+    return known_module(name, "align.export.formats", "export format")
+
+
 class ExportStage(StageBase):
     kind: Literal["export"]
-    format: Literal["safetensors"] = "safetensors"
+    format: Annotated[str, AfterValidator(_export_format)] = "safetensors"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
