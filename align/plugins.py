@@ -58,6 +58,21 @@ def resolve(
     raise _unknown(name, group, ours, sorted(points))
 
 
+def known_module(name: str, package: str, kind: str) -> str:
+    """`name`; ValueError where it is no module of our `package`, one for each `kind` of thing."""
+    ours = builtin_names(package)
+    if name not in ours:
+        raise ValueError(f"{name!r} is no {kind}: use {' or '.join(ours)}")
+    return name
+
+
+def of_ours(path: str) -> Any:
+    """What a table of ours names as `package.module:name`, or a whole `package.module`."""
+    module, colon, name = path.partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, name) if colon else found
+
+
 def builtin_names(package: str, hidden: Sequence[str] = ()) -> tuple[str, ...]:
     """Modules of one of our packages, without those that are `hidden` or private."""
     path = importlib.import_module(package).__path__
@@ -123,6 +138,16 @@ def _imported(load: Any, name: str) -> Any:
         return load()
     except (Exception, SystemExit) as error:  # a user's module may raise anything
         raise PluginError(f"importing it failed: {type(error).__name__}: {error}", where=name) from error
+
+
+def is_users(name: str) -> bool:
+    """Whether a name is of the user's own code: `file.py`, `file.py:attr` or `pkg.mod:attr`."""
+    return ":" in name or name.endswith(".py")
+
+
+def asked_in_child(function: str, name: str) -> Any:
+    """What our `package.module:function` says of the plugin `name`, asked in a child process. Raises PluginError."""
+    return describe_in_child("align.describe", [function, name], name=name)
 
 
 def describe_in_child(module: str, arguments: Sequence[str], *, name: str, limit_s: float = DESCRIBE_LIMIT_S) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from align.data.formats import FIELDS
+from align.data.formats import LAYOUTS, fields_of
 from align.data.prepare import prepare
 from align.data.tokenizer import ChatTokenizer
 from align.errors import AlignError
@@ -90,8 +90,8 @@ TEXTS = (
 )  # fmt: skip
 NUMBERS = (0, 1, -1, 2, 0.5, -0.0, 1e308, 1e-320, float("inf"), float("-inf"), float("nan"), 2**31, 2**63, 10**400)
 KEYS = (
-    *sorted(FIELDS), "role", "content", "from", "value", "type", "text", "url", "image_url", "function", "arguments",
-    "name", "parameters", "tool_calls", "weight", "train", "loss", "reasoning_content", "", "id",
+    *sorted(fields_of(LAYOUTS)), "role", "content", "from", "value", "type", "text", "url", "image_url", "function",
+    "arguments", "name", "parameters", "tool_calls", "weight", "train", "loss", "reasoning_content", "", "id",
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from align.data.media.opening import takes_media
 from align.errors import SetupError
 from align.recipe.capabilities import TrainStage
 from align.recipe.families import family_of
+from align.recipe.optimizers import OPTIMIZERS
 from align.recipe.schema import Recipe
 from align.recipe.trained_on import quantisation_words
 from align.stages.handover import Origin, adapter_of
@@ -99,10 +100,13 @@ def of_recipe(recipe: Recipe, cluster: bool = False) -> Iterator[Need]:
             continue
         if stage.adapter is not None and stage.adapter.quant is not None:
             yield Need("bitsandbytes", "bitsandbytes", "adapter.quant", "use `adapter: {kind: lora}`", stage.id)
-        if stage.optim.name == "adamw_8bit":
-            yield Need("bitsandbytes", "bitsandbytes", "optim.name", "use adamw", stage.id)
-    if recipe.placement.trainer.strategy.stage:
-        yield Need("deepspeed", "deepspeed", "placement.trainer.strategy", "leave it out")
+        optimizer = OPTIMIZERS[stage.optim.name]
+        if optimizer.package:
+            instead = f"use {optimizer.saves or type(stage.optim)().name}"
+            yield Need(optimizer.package, optimizer.package, "optim.name", instead, stage.id)
+    strategy = recipe.placement.trainer.strategy.facts
+    if strategy.package:
+        yield Need(strategy.package, strategy.package, "placement.trainer.strategy", "leave it out")
 
 
 def of_model(recipe: Recipe, config: Mapping[str, Any], origin: Origin) -> Iterator[Need]:

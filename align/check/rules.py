@@ -42,7 +42,7 @@ def check_recipe(recipe: Recipe, found: Findings) -> set[str]:
                 with found.gather(stage.id):
                     check_adapter(stage.adapter)
             with found.gather(stage.id):
-                check_sharded(adapter_of(recipe, stage), stage.optim.name, recipe.placement.trainer.strategy.stage)
+                check_sharded(adapter_of(recipe, stage), stage.optim.name, recipe.placement.trainer.strategy.name)
             _check_evaluation(stage, found)
         if isinstance(stage, SamplingStage):
             _check_sampling(recipe, stage, found)

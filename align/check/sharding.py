@@ -15,7 +15,8 @@ WHERE = "placement.trainer.strategy"
 def check_sharding(recipe: Recipe, found: Findings) -> None:
     """Refusals that the recipe alone decides; those that the loaded model decides are `align.train.zero`'s."""
     trainer = recipe.placement.trainer
-    if trainer.strategy.stage and trainer.ranks > 1 and trainer.gpus is not None and 0 < trainer.gpus < 1:
+    spreads = trainer.strategy.facts.spreads
+    if spreads and trainer.ranks > 1 and trainer.gpus is not None and 0 < trainer.gpus < 1:
         found.add(
             Unsupported(
                 f"`strategy: {trainer.strategy.name}` with ranks that share a GPU (`gpus: {trainer.gpus:g}` each): "
@@ -36,20 +37,21 @@ def check_sharding(recipe: Recipe, found: Findings) -> None:
                 ),
                 stage.id,
             )
-        if trainer.strategy.stage == 3:
-            _check_stage_3(recipe, stage, found)
+        if "parameters" in spreads:
+            _check_towers(recipe, stage, found)
 
 
-def _check_stage_3(recipe: Recipe, stage: TrainStage, found: Findings) -> None:
+def _check_towers(recipe: Recipe, stage: TrainStage, found: Findings) -> None:
     adapter = adapter_of(recipe, stage)
     if not is_sound(adapter):  # the stage that asks for it has been told
         return
     for part in ("vision", "projector"):
         if adapter.modes[part] != "frozen":
+            strategy = recipe.placement.trainer.strategy.name
             found.add(
                 Unsupported(
-                    f"`strategy: zero3` with `adapter.tune.{part}: {adapter.modes[part]}`: ranks run towers as often "
-                    "as their rows have media, and what is spread must be run by all at one time",
+                    f"`strategy: {strategy}` with `adapter.tune.{part}: {adapter.modes[part]}`: ranks run towers as "
+                    "often as their rows have media, and what is spread must be run by all at one time",
                     where=WHERE,
                     remedy="use zero2, or leave the towers frozen",
                 ),

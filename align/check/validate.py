@@ -109,8 +109,9 @@ def _check_rewards(stage: Stage, rewards: Rewards, found: Findings) -> None:
             refuse_second_truncated(known)
         known[TRUNCATED] = Known("cost", (0.0, 1.0))
         objectives = with_penalty(objectives, penalty)
-    for error in problems(objectives, known):
-        found.add(error, stage.id)
+    with found.gather(stage.id, "objectives.combine"):  # a user's combiner is loaded
+        for error in problems(objectives, known):
+            found.add(error, stage.id)
 
 
 def _check_stage(

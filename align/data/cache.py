@@ -23,6 +23,8 @@ import tokenizers
 
 from align.data.audit import Refusal, SourceReport
 from align.data.encoded import Encoded, Tokens
+from align.data.formats import file_of
+from align.plugin_modules import module_hashes
 from align.protocols import Medium
 from align.recipe.inputs import DataSource
 
@@ -40,6 +42,8 @@ def key(
     (`load` looks at these). `weight` acts later and is left out."""
     options = source.model_dump(mode="json", exclude={"weight", "limit"})
     parts = [digest, fingerprint, kind, options, limit, _code_version(), tokenizers.__version__]
+    if source.format is not None and (file := file_of(source.format)) is not None:
+        parts.append(module_hashes([str(file)], file.parent))
     if library is not None:
         media = library.settings.model_dump(mode="json", exclude={"workers", "timeout_s", "cache_gb"})
         parts += [library.fingerprint, media]

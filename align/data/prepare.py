@@ -27,7 +27,7 @@ import numpy as np
 
 from align.data import cache as store
 from align.data.audit import DataReport, SourceReport, refusal_error
-from align.data.formats import FIELDS
+from align.data.formats import fields_of, layouts_of
 from align.data.labels import Labelling
 from align.data.media.library import Library
 from align.data.order import epoch_order
@@ -169,11 +169,12 @@ def _check_options(source: DataSource, kind: Kind) -> None:
             remedy="prompts of an online stage are never cut: a cut prompt is another question. "
             "Use `overlong_prompts: filter` to leave long ones out",
         )
+    fields = fields_of(layouts_of(source.format)[0])
     for name in source.columns:
-        if name not in FIELDS:
-            near = difflib.get_close_matches(name, FIELDS, n=1)
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
             raise DataError(
-                f"`columns:` names an unknown field {name!r} (known: {', '.join(sorted(FIELDS))})",
+                f"`columns:` names an unknown field {name!r} (known: {', '.join(sorted(fields))})",
                 where=source.path,
                 remedy=f"did you mean {near[0]!r}? " if near else "it maps our field to your column",
             )

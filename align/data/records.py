@@ -174,6 +174,13 @@ class Labelled:
 
 
 Record = Conversation | Pair | Unpaired | Prompt | Labelled
+RECORDS: Mapping[Kind, type[Record]] = {
+    "conversation": Conversation,
+    "pair": Pair,
+    "unpaired": Unpaired,
+    "prompt": Prompt,
+    "labelled": Labelled,
+}
 
 _TEXTS = ("prompt", "completion", "chosen", "rejected")
 

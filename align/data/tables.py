@@ -13,7 +13,7 @@ from align.data.beginnings import with_beginning
 from align.data.doubts import doubts
 from align.data.encoded import Encoded, Tokens, fit
 from align.data.ends import ending_notes, last_said
-from align.data.formats import LAYOUTS
+from align.data.formats import layouts_of
 from align.data.formats.base import Layout, candidates, choose, margin_of, refuse_stray, weight_of
 from align.data.formats.flags import refuse_token_masks
 from align.data.labels import Labelling, distribution
@@ -145,9 +145,9 @@ class Tokeniser:
             return table
         named = apply_columns(rows, self.source)
         mapped = frozenset(self.source.columns)
-        wanted = (self.kind, self.source.format, mapped)
-        layout = choose(LAYOUTS, wanted[0], named, where=opened.path, format=wanted[1], mapped=mapped)
-        self.layouts = candidates(LAYOUTS, *wanted)
+        layouts, chosen = layouts_of(self.source.format)
+        layout = choose(layouts, self.kind, named, where=opened.path, format=chosen, mapped=mapped)
+        self.layouts = candidates(layouts, self.kind, chosen, mapped)
         report.layout = layout.name
         known = 0 if self.library is None else self.library.processed
         columns: list[tuple[float, bool, float]] = []

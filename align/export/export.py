@@ -1,64 +1,27 @@
-"""A plain model folder for others to load, proved by loading it: in plain transformers and in the engine.
-
-Each proof runs in a child process with a time limit and compares log-probabilities of the same random tokens. An
-engine that is not installed is reported as not checked; one that is and cannot load the folder fails the export.
-"""
+"""A model folder for others, in the format that they load, proved by loading it (`align.export.formats`)."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import signal
-import subprocess
-import sys
-import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import torch
-
-import align
-from align.errors import ExportError, ModelError, Unsupported
-from align.export.checkpoint import open_checkpoint, rewrite, verify
-from align.export.compare import BOUNDS, random_tokens
-from align.export.images import has_processor
-from align.export.load_probe import plain_logps
+from align.errors import ModelError, Unsupported
+from align.export.formats import OWN, Proof, load_format
+from align.export.load_proof import LoadCheck
 from align.model.adapter_config import CONFIG as ADAPTER_CONFIG
-from align.model.folders import copy_all_but_weights, require_free, written_aside
-from align.model.load import resolve_dtype
+from align.model.folders import require_free, written_aside
 from align.model.score_head import scoring
 from align.model.scoring_class import nobody_elses, own_class_for
-from align.model.weights import edit_config
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("safetensors",)
 ENGINES = ("vllm",)
 REPORT = "export_report.json"
 TIME_LIMIT_S = 900.0
-
-
-@dataclass(frozen=True)
-class LoadCheck:
-    """status: "proved", or "not checked" where the loader is not installed (message says why, and what of a proof was
-    left out).
-
-    mean_difference, max_difference: of log-probabilities of the same tokens in nats: for plain transformers against
-    the source folder, for an engine against plain transformers on the exported folder; both in float32 where the
-    engine computes in it. bound: on the mean, and in float32 on the largest.
-    """
-
-    loader: str
-    status: Literal["proved", "not checked"]
-    seconds: float
-    mean_difference: float | None = None
-    max_difference: float | None = None
-    bound: float | None = None
-    message: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,7 +46,7 @@ def export(
     folder: Path,
     out: Path,
     *,
-    format: str = "safetensors",
+    format: str = OWN,
     dtype: str = "auto",
     seed: int = 0,
     trust_remote_code: bool = False,
@@ -100,30 +63,27 @@ def export(
     """
     started = time.perf_counter()
     folder, out = Path(folder), Path(out)
-    if format not in FORMATS:
-        raise Unsupported(f"export format {format!r}", where="format", remedy=f"choose one of {', '.join(FORMATS)}")
+    try:
+        form = load_format(format)
+    except ValueError as error:
+        raise Unsupported(str(error), where="format") from None
     if (folder / ADAPTER_CONFIG).is_file():
         raise ModelError("this is an adapter, not a whole model", where=folder, remedy="merge it first")
     if scoring(folder) and (model_type := own_class_for(folder)) is not None:
         raise nobody_elses(model_type)
     require_free(out, "export")
-    source = open_checkpoint(folder)
-    written = source.dtype if dtype == "auto" else resolve_dtype(dtype, "cpu")
+    plan = form.plan(folder, dtype)
     with written_aside(out, "export") as aside:
-        size = rewrite(source, aside, written, {})
-        files = copy_all_but_weights(folder, aside)
-        edit_config(aside / "config.json", written)
-        count = verify(source, aside, written, {})
-        request = make_request(aside, written, seed, trust_remote_code)
-        checks = prove_loading(folder, aside, written, request, time_limit_s, engines)
+        written = form.write(plan, aside)
+        checks = form.prove(plan, aside, Proof(engines, seed, trust_remote_code, time_limit_s))
         report = ExportReport(
             source=str(folder),
             out=str(out),
             format=format,
-            dtype=str(written).removeprefix("torch."),
-            tensors=count,
-            bytes=size,
-            files=tuple(sorted({*files, *source.files.values()})),
+            dtype=str(plan.dtype).removeprefix("torch."),
+            tensors=written.tensors,
+            bytes=written.bytes,
+            files=written.files,
             checks=checks,
             seconds=round(time.perf_counter() - started, 3),
         )
@@ -132,130 +92,3 @@ def export(
         if check.message:
             log.warning("%s: %s in %s: %s", out, check.status, check.loader, check.message)
     return report
-
-
-# ------------------------------------------------------------------------------------------------------- proofs
-
-
-def make_request(exported: Path, dtype: torch.dtype, seed: int, trust_remote_code: bool) -> dict[str, Any]:
-    """What `align.export.load_probe` is asked."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(exported, trust_remote_code=trust_remote_code, local_files_only=True)
-    return {
-        "tokens": [ids.tolist() for ids in random_tokens(config, seed)],
-        "dtype": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "trust_remote_code": trust_remote_code,
-        "image_seed": seed if has_processor(exported) else None,
-    }
-
-
-def prove_loading(
-    source: Path,
-    exported: Path,
-    dtype: torch.dtype,
-    request: dict[str, Any],
-    time_limit_s: float,
-    engines: tuple[str, ...],
-) -> tuple[LoadCheck, ...]:
-    """Load the exported folder in every loader, each in a child, and compare. Raises ExportError."""
-    tokens = [np.array(ids, dtype=np.int64) for ids in request["tokens"]]
-    reference = plain_logps(source, tokens, request["trust_remote_code"], image_seed=request["image_seed"])
-    answer, seconds = run_child("plain", exported, request, time_limit_s)
-    plain, noise = _logps("transformers", exported, answer), answer.get("noise")
-    checks = [compare("transformers", plain, reference, dtype, seconds)]
-    for engine in engines:
-        if scoring(exported):
-            checks.append(LoadCheck(engine, "not checked", 0.0, message="it generates, and this model scores"))
-            continue
-        answer, seconds = run_child(engine, exported, request, time_limit_s)
-        if answer["status"] == "unavailable":
-            checks.append(LoadCheck(engine, "not checked", seconds, message=answer["message"]))
-            continue
-        found = _logps(engine, exported, answer)
-        proved = compare(engine, found, plain[: len(found)], dtype, seconds, noise)
-        checks.append(replace(proved, message=answer["message"]))
-    return tuple(checks)
-
-
-TIMES_NOISE, LEAST_BOUND = 3.0, 2e-2
-
-
-def compare(
-    loader: str,
-    found: list[np.ndarray],
-    wanted: list[np.ndarray],
-    dtype: torch.dtype,
-    seconds: float,
-    noise: float | None = None,
-) -> LoadCheck:
-    """Compare f32[n - 1] log-probabilities. noise: what computing in the dtype costs this model, of an engine that
-    does; the bound is then three times that. Raises ExportError beyond it, or beyond the dtype's own.
-
-    On SmolLM2-135M-Instruct in bfloat16 that noise is 0.063 nats on random tokens and 0.025 on text; the cast of its
-    weights alone, computed in float32, 0.015 and 0.006. A fixed bound of 0.1 refuses a model not much noisier.
-    """
-    difference = np.abs(np.concatenate(found) - np.concatenate(wanted))
-    relative = noise is not None and dtype != torch.float32
-    bound = max(TIMES_NOISE * (noise or 0.0), LEAST_BOUND) if relative else BOUNDS[dtype].logp
-    decisive = float(difference.max() if dtype == torch.float32 else difference.mean())
-    if not decisive <= bound:
-        raise ExportError(
-            f"{loader} loads the exported folder but computes other log-probabilities: "
-            f"{'largest' if dtype == torch.float32 else 'mean'} difference {decisive:.2e} nats (at most {bound:.0e})",
-            remedy="nothing was written; report this model",
-        )
-    return LoadCheck(loader, "proved", seconds, float(difference.mean()), float(difference.max()), bound)
-
-
-def _logps(loader: str, folder: Path, answer: dict[str, Any]) -> list[np.ndarray]:
-    if answer["status"] != "loaded":
-        raise ExportError(f"{loader} cannot load the folder: {answer['message']}", where=folder)
-    return [np.array(row, dtype=np.float32) for row in answer["logps"]]
-
-
-def run_child(loader: str, folder: Path, request: dict[str, Any], time_limit_s: float) -> tuple[dict[str, Any], float]:
-    """Answer of `align.export.load_probe` and the seconds it took. Raises ExportError where the child dies or hangs."""
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="align-probe-") as scratch:
-        tokens, out, output = (Path(scratch, name) for name in ("request.json", "answer.json", "output.txt"))
-        tokens.write_text(json.dumps(request), encoding="utf-8")
-        command = [
-            sys.executable,
-            "-m",
-            "align.export.load_probe",
-            loader,
-            str(folder.resolve()),
-            str(tokens),
-            str(out),
-        ]
-        with output.open("w", encoding="utf-8") as stream:
-            code = _run(command, stream, time_limit_s)
-        tail = output.read_text(encoding="utf-8", errors="replace")[-2000:].strip()
-        if code is None:
-            raise ExportError(
-                f"{loader} did not load the folder within {time_limit_s:g} s; its last words: {tail[-500:]}",
-                where=folder,
-            )
-        if code != 0 or not out.is_file():
-            raise ExportError(f"{loader} died (exit code {code}) while it loaded the folder: {tail}", where=folder)
-        answer: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-    return answer, round(time.perf_counter() - started, 3)
-
-
-def _run(command: list[str], stream: Any, time_limit_s: float) -> int | None:
-    """Exit code, or None where the time was up. The child leads its own group, so that its children end with it.
-
-    It runs where our packages lie: `-m` looks in the working directory first, where a user's file may have our name.
-    """
-    home = Path(align.__file__).parents[1]
-    child = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True, cwd=home)
-    try:
-        return child.wait(time_limit_s)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()

@@ -8,12 +8,15 @@ minimum over the weighted distances, a large mu the weighted sum.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from align.errors import RecipeError
+from align.objectives.check import Known, needs_two
 from align.objectives.view import State, View
+from align.recipe.objectives import Objectives
 
 
 def advance(state: Mapping[str, Any], view: View) -> State:
@@ -51,3 +54,17 @@ def metrics(state: Mapping[str, Any], view: View) -> dict[str, float]:
         top = float(exponents.max())
         out["chebyshev/utility"] = -view.config.mu * (top + float(np.log(np.exp(exponents - top).sum())))
     return out
+
+
+def problems(config: Objectives, objectives: Mapping[str, Known], active: Sequence[str]) -> Iterator[RecipeError]:
+    """What cannot be traded off; see `align.objectives.check.problems`."""
+    for name, value in config.reference_point.items():
+        known = objectives[name]
+        if known.better(known.worst, value):
+            yield RecipeError(
+                f"every score of {name!r} is better than its ideal {value:g} "
+                f"(they lie in [{known.low:g}, {known.high:g}])",
+                where=f"objectives.reference_point.{name}",
+                remedy=f"the reference point of chebyshev is the best one hopes for, such as {known.best:g}",
+            )
+    yield from needs_two(config, active)

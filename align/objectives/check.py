@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from align.errors import RecipeError
+from align.objectives.combiners import combiner_of
+from align.plugins import is_users
 from align.recipe.objectives import Constraint, Gate, Objectives
 
 
@@ -63,9 +65,19 @@ def problems(config: Objectives, objectives: Mapping[str, Known]) -> list[Recipe
         found += _of_constraint(name, constraint, objectives[name])
     for name, gate in config.gates.items():
         found += _of_gate(name, gate, objectives[name], objectives[gate.when])
-    for name, value in config.reference_point.items():
-        found += _of_point(name, value, objectives[name], config.combine)
-    return found + list(_of_weights(config, objectives))
+    return found + list(_of_weights(config, objectives)) + list(_of_options(config))
+
+
+def _of_options(config: Objectives) -> Iterator[RecipeError]:
+    """Options that the user's combiner does not read; those of ours are refused with the recipe."""
+    if is_users(config.combine):
+        reads = combiner_of(config.combine).reads
+        for option in config.unread(reads):
+            yield RecipeError(
+                f"`{option}` has no effect: {config.combine} does not read it",
+                where=f"objectives.{option}",
+                remedy=f"leave it out, or name it in the combiner's `reads` ({', '.join(reads) or 'none yet'})",
+            )
 
 
 def _of_constraint(name: str, constraint: Constraint, known: Known) -> Iterator[RecipeError]:
@@ -100,24 +112,8 @@ def _of_gate(name: str, gate: Gate, known: Known, judge: Known) -> Iterator[Reci
         )
 
 
-def _of_point(name: str, value: float, known: Known, combine: str) -> Iterator[RecipeError]:
-    where = f"objectives.reference_point.{name}"
-    if combine == "hypervolume" and not known.better(known.best, value):
-        yield RecipeError(
-            f"no score of {name!r} is better than its reference point {value:g}: the volume would always be 0",
-            where=where,
-            remedy=f"give a score that every run beats, such as {known.worst:g}",
-        )
-    if combine == "chebyshev" and known.better(known.worst, value):
-        yield RecipeError(
-            f"every score of {name!r} is better than its ideal {value:g} (they lie in [{known.low:g}, {known.high:g}])",
-            where=where,
-            remedy=f"the reference point of chebyshev is the best one hopes for, such as {known.best:g}",
-        )
-
-
 def _of_weights(config: Objectives, objectives: Mapping[str, Known]) -> Iterator[RecipeError]:
-    """Something must be left to learn from, and for a trade-off two of them."""
+    """Something must be left to learn from, and what the combiner makes of it."""
     largest = {name: _largest_weight(name, config) for name in objectives}
     active = [name for name, weight in largest.items() if weight > 0]
     if not active:
@@ -127,38 +123,26 @@ def _of_weights(config: Objectives, objectives: Mapping[str, Known]) -> Iterator
             where="objectives.weights",
             remedy="give one of them a weight: `weights: {NAME: 1}`; objectives: " + ", ".join(objectives),
         )
-    if config.combine not in ("chebyshev", "hypervolume"):
-        return
+    policy = combiner_of(config.combine).policy
+    yield from getattr(policy, "problems", _none)(config, objectives, active)
+
+
+def _none(config: Objectives, objectives: Mapping[str, Known], active: Sequence[str]) -> Iterator[RecipeError]:
+    """Of combiners that can do with any objectives."""
+    yield from ()
+
+
+def needs_two(config: Objectives, active: Sequence[str]) -> Iterator[RecipeError]:
+    """An error where a combiner that trades objectives off has only one. active: those that have a weight."""
     if len(active) == 1:
         yield RecipeError(
             f"`combine: {config.combine}` trades objectives off, and only {active[0]!r} has a weight",
             where="objectives.combine",
             remedy="use weighted_sum, or add a reward",
         )
-    if config.combine == "hypervolume":
-        yield from _of_volume(config, objectives, active)
 
 
 def _largest_weight(name: str, config: Objectives) -> float:
     if name in config.schedule:
         return max(weight for _, weight in config.schedule[name])
     return config.weights.get(name, 0.0 if name in config.constraints else 1.0)
-
-
-def _of_volume(config: Objectives, objectives: Mapping[str, Known], active: Iterable[str]) -> Iterator[RecipeError]:
-    for name in active:
-        if name not in config.reference_point:
-            worst = objectives[name].worst
-            such = f"{worst:g}" if abs(worst) != float("inf") else "a mean that every run beats"
-            yield RecipeError(
-                f"`combine: hypervolume` needs a reference point of {name!r}, from which volume is counted",
-                where="objectives.reference_point",
-                remedy=f"add `{name}: ...` ({such}), or give it the weight 0",
-            )
-        if name in config.schedule or config.weights.get(name, 1.0) != 1.0:
-            key = "schedule" if name in config.schedule else "weights"
-            yield RecipeError(
-                f"the weight of {name!r} would change nothing: a volume has no weights",
-                where=f"objectives.{key}.{name}",
-                remedy="use 1, or 0 to leave it out; what matters more is said by `reference_point`",
-            )

@@ -14,24 +14,21 @@ advantages of +-1; and a batch is normalised over its samples, where REINFORCE++
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from align.errors import RewardError
-from align.objectives import chebyshev, hypervolume, lagrangian, running
+from align.objectives import running
 from align.objectives.check import unknown_names
+from align.objectives.combiners import EPS, combiner_of
 from align.objectives.gates import closed, gated, weights_at
-from align.objectives.groups import Grouped, centre, std
+from align.objectives.groups import Grouped
 from align.objectives.metrics import describe
-from align.objectives.view import State, View, WeightPolicy
+from align.objectives.view import State, View
 from align.recipe.objectives import Objectives
-
-EPS = 1e-4
-
-Combiner = Callable[[np.ndarray, Grouped, np.ndarray, np.ndarray, Objectives], np.ndarray]
 
 
 def combine(
@@ -69,14 +66,15 @@ def combine(
     _check(scores, group_ids, names, kinds, config)
     groups = Grouped.of(group_ids)
     table = _Table.of(scores, groups, names, kinds, config)
-    state, policy = dict(state), POLICIES.get(config.combine)
+    combiner = combiner_of(config.combine)
+    state, policy = dict(state), combiner.policy
     if policy is not None:
         state = running.advance(state, table.gated, table.compared, names, config.decay)
         state = policy.advance(state, table.view(state, step))
     view = table.view(state, step)
     weights = policy.weights(state, view) if policy is not None else view.weights
     advantages = table.advantages(weights, view.sigma)
-    if config.whiten or (config.whiten is None and config.combine == "decoupled"):
+    if config.whiten or (config.whiten is None and combiner.whiten):
         advantages = whiten(advantages, config.min_std)
     metrics = describe(scores, table.gated, advantages, groups, names)
     metrics |= {f"objective/{name}/weight": float(weight) for name, weight in zip(names, weights, strict=True)}
@@ -100,7 +98,7 @@ def before_whitening(
     """f64[S, R] -> f64[S]: advantages as far as each group decides them alone, under the weights that `state` gives;
     NaN where no objective has a value."""
     table = _Table.of(scores, groups, names, kinds, config)
-    view, policy = table.view(state, step), POLICIES.get(config.combine)
+    view, policy = table.view(state, step), combiner_of(config.combine).policy
     weights = policy.weights(state, view) if policy is not None else view.weights
     return table.advantages(weights, view.sigma)
 
@@ -139,61 +137,9 @@ class _Table:
 
     def advantages(self, weights: np.ndarray, sigma: np.ndarray) -> np.ndarray:
         """f64[S]; NaN where no objective has a value."""
-        combiner = COMBINERS[self.config.combine]
-        found = combiner(self.gated * self.signs, self.compared, weights, sigma, self.config)
+        combiner = combiner_of(self.config.combine)
+        found = combiner.advantages(self.gated * self.signs, self.compared, weights, sigma, self.config)
         return np.where(np.isnan(self.gated).all(axis=1), np.nan, found)
-
-
-# ------------------------------------------------------------------------------------------------ combiners
-
-
-def weighted_sum(
-    rewards: np.ndarray, groups: Grouped, weights: np.ndarray, sigma: np.ndarray, config: Objectives
-) -> np.ndarray:
-    """A = s / (std_g s + eps) with s = sum_k w_k (r_k - mean_g r_k): GRPO (2402.03300, section 4.1.2) of the weighted
-    sum; scale "none" leaves s as it is (Dr. GRPO, 2503.20783). f64[S, R] -> f64[S].
-
-    A missing value is left out of its objective's mean and adds nothing to s. Samples that miss everything are left
-    out of std_g.
-    """
-    s = np.asarray(centre(rewards, groups, config.baseline) @ weights)
-    if config.scale == "none":
-        return s
-    known = np.where(np.isnan(rewards).all(axis=1), np.nan, s)
-    spread = std(known, groups)[groups.index]
-    return np.asarray(s / (np.maximum(spread, config.min_std) + EPS))
-
-
-def decoupled(
-    rewards: np.ndarray, groups: Grouped, weights: np.ndarray, sigma: np.ndarray, config: Objectives
-) -> np.ndarray:
-    """A = sum_k w_k (r_k - mean_g r_k) / (std_g r_k + eps): GDPO (2601.05242), before its whitening over the batch.
-    f64[S, R] -> f64[S]. Each objective has its own scale, so that a rare one is not drowned by a wide one."""
-    centred = centre(rewards, groups, config.baseline)
-    if config.scale == "std":
-        centred = centred / (np.maximum(std(rewards, groups), config.min_std)[groups.index] + EPS)
-    return np.asarray(centred @ weights)
-
-
-def linear(
-    rewards: np.ndarray, groups: Grouped, weights: np.ndarray, sigma: np.ndarray, config: Objectives
-) -> np.ndarray:
-    """A = sum_k w_k (r_k - mean_g r_k) / sigma_k: the advantage of every weight policy. f64[S, R] -> f64[S]."""
-    return np.asarray(centre(rewards, groups, config.baseline) @ (weights / sigma))
-
-
-COMBINERS: dict[str, Combiner] = {
-    "weighted_sum": weighted_sum,
-    "decoupled": decoupled,
-    "lagrangian": linear,
-    "chebyshev": linear,
-    "hypervolume": linear,
-}
-POLICIES: dict[str, WeightPolicy] = {
-    "lagrangian": lagrangian,
-    "chebyshev": chebyshev,
-    "hypervolume": hypervolume,
-}
 
 
 def whiten(advantages: np.ndarray, min_std: float) -> np.ndarray:

@@ -11,13 +11,16 @@ and the way to that point is followed (the uncrowded improvement of 1904.08823).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from align.errors import RecipeError
 from align.objectives import pareto
+from align.objectives.check import Known, needs_two
 from align.objectives.view import State, View
+from align.recipe.objectives import Objectives
 
 ARCHIVE = 32  # points; of more, the one that adds least is left out
 
@@ -106,3 +109,32 @@ def faces(point: np.ndarray, points: np.ndarray, reference: np.ndarray) -> np.nd
     return np.array(
         [gain(point[r], points[points[:, k] > point[k]][:, r], reference[r]) for k, r in enumerate(rest)], np.float64
     )
+
+
+def problems(config: Objectives, objectives: Mapping[str, Known], active: Sequence[str]) -> Iterator[RecipeError]:
+    """What has no volume; see `align.objectives.check.problems`."""
+    for name, value in config.reference_point.items():
+        known = objectives[name]
+        if not known.better(known.best, value):
+            yield RecipeError(
+                f"no score of {name!r} is better than its reference point {value:g}: the volume would always be 0",
+                where=f"objectives.reference_point.{name}",
+                remedy=f"give a score that every run beats, such as {known.worst:g}",
+            )
+    yield from needs_two(config, active)
+    for name in active:
+        if name not in config.reference_point:
+            worst = objectives[name].worst
+            such = f"{worst:g}" if abs(worst) != float("inf") else "a mean that every run beats"
+            yield RecipeError(
+                f"`combine: hypervolume` needs a reference point of {name!r}, from which volume is counted",
+                where="objectives.reference_point",
+                remedy=f"add `{name}: ...` ({such}), or give it the weight 0",
+            )
+        if name in config.schedule or config.weights.get(name, 1.0) != 1.0:
+            key = "schedule" if name in config.schedule else "weights"
+            yield RecipeError(
+                f"the weight of {name!r} would change nothing: a volume has no weights",
+                where=f"objectives.{key}.{name}",
+                remedy="use 1, or 0 to leave it out; what matters more is said by `reference_point`",
+            )

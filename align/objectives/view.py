@@ -49,7 +49,7 @@ class View:
 
 
 class WeightPolicy(Protocol):
-    """A module of this package. Its state is JSON, by name, in an objective's own sign and units."""
+    """A module of this package, or a user's. Its state is JSON, by name, in an objective's own sign and units."""
 
     def advance(self, state: Mapping[str, Any], view: View) -> State:
         """The state after the step."""

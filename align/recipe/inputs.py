@@ -57,7 +57,8 @@ class Model(Strict):
 
 class DataSource(Strict):
     """One source of rows. `path`: file, folder, hub id, or `file.py:function` (a generator of rows, called with
-    `options` in a child process). `columns` maps our field to theirs."""
+    `options` in a child process). `columns` maps our field to theirs. `format`: the layout of its rows by name, or
+    one's own, `file.py:name` (`align.data.formats`)."""
 
     path: str
     columns: dict[str, str] = Field(default_factory=dict)

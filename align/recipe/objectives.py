@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from align.plugins import is_users
 from align.recipe.strict import Finite, NotNegative, Strict
 
 
@@ -53,20 +57,45 @@ class Gate(Strict):
         return self
 
 
-# option of `objectives` -> the combiners that read it
-_READ_BY = {
-    "constraints": ("lagrangian",),
-    "mu": ("chebyshev",),
-    "reference_point": ("chebyshev", "hypervolume"),
-    "decay": ("lagrangian", "chebyshev", "hypervolume"),
+OPTIONS = ("constraints", "mu", "reference_point", "decay")
+"""Options of `objectives` that only some combiners read."""
+
+
+@dataclass(frozen=True)
+class Combiner:
+    """made_by: `package.module:function` or `package.module`, see `align.objectives.combiners`. reads: of `OPTIONS`.
+    needs: of those, what must be given. whiten: whether advantages are whitened where the recipe says nothing."""
+
+    made_by: str
+    reads: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    whiten: bool = False
+
+
+COMBINERS: Mapping[str, Combiner] = {
+    "weighted_sum": Combiner("align.objectives.combiners:weighted_sum"),
+    "decoupled": Combiner("align.objectives.combiners:decoupled", whiten=True),
+    "lagrangian": Combiner("align.objectives.lagrangian", ("constraints", "decay"), needs=("constraints",)),
+    "chebyshev": Combiner("align.objectives.chebyshev", ("mu", "reference_point", "decay")),
+    "hypervolume": Combiner("align.objectives.hypervolume", ("reference_point", "decay")),
 }
+"""A further one is a file in `align/objectives/`, and a line here; a user's own needs none."""
+
+
+def _known(name: str) -> str:
+    if name not in COMBINERS and not is_users(name):
+        near = difflib.get_close_matches(name, COMBINERS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"{name!r} is no combiner: {hint}use {', '.join(COMBINERS)}, or your own as file.py:name")
+    return name
 
 
 class Objectives(Strict):
     """How scores become advantages. Names are those of objectives; numbers about one are in its own sign and units.
 
-    combine: how several objectives become one (`align.objectives`). weights: 1 where not given, 0 for one that is
-        constrained. schedule: instead, a weight that is linear between [step, weight] points, constant beyond them.
+    combine: how several objectives become one (`align.objectives`), or one's own way to, `file.py:name`. weights: 1
+        where not given, 0 for one that is constrained. schedule: instead, a weight that is linear between
+        [step, weight] points, constant beyond them.
     baseline: what a score is compared with: the mean of its group, of the others in its group (leave_one_out), or of
         the whole batch. scale: what the difference is divided by; for lagrangian, chebyshev and hypervolume `std` is a
         running standard deviation, the unit of their limits and points too.
@@ -77,7 +106,7 @@ class Objectives(Strict):
     decay: of the running means and standard deviations, per step.
     """
 
-    combine: Literal["weighted_sum", "decoupled", "lagrangian", "chebyshev", "hypervolume"] = "weighted_sum"
+    combine: Annotated[str, AfterValidator(_known)] = "weighted_sum"
     weights: dict[str, NotNegative] = Field(default_factory=dict)
     schedule: dict[str, Annotated[tuple[tuple[int, NotNegative], ...], Field(min_length=1)]] = Field(
         default_factory=dict
@@ -94,13 +123,22 @@ class Objectives(Strict):
 
     @model_validator(mode="after")
     def _options_have_an_effect(self) -> Objectives:
-        for option, readers in _READ_BY.items():
-            default = type(self).model_fields[option].get_default(call_default_factory=True)
-            if getattr(self, option) != default and self.combine not in readers:  # a resolved copy spells defaults out
-                raise ValueError(f"`{option}` belongs to `combine: {' or '.join(readers)}`; here it is {self.combine}")
-        if self.combine == "lagrangian" and not self.constraints:
-            raise ValueError("`combine: lagrangian` needs `constraints`, such as {tokens: {max: 40}}")
+        if self.combine not in COMBINERS:  # the user's own says what it reads where it is loaded
+            return self
+        facts = COMBINERS[self.combine]
+        if unread := self.unread(facts.reads):
+            readers = " or ".join(name for name, one in COMBINERS.items() if unread[0] in one.reads)
+            raise ValueError(f"`{unread[0]}` belongs to `combine: {readers}`; here it is {self.combine}")
+        for option in facts.needs:
+            if not getattr(self, option):
+                raise ValueError(f"`combine: {self.combine}` needs `{option}`, such as {{tokens: {{max: 40}}}}")
         return self
+
+    def unread(self, reads: Sequence[str]) -> list[str]:
+        """Options that are given and that a combiner which reads only these has no use for."""
+        fields = {option: type(self).model_fields[option] for option in OPTIONS if option not in reads}
+        defaults = {option: one.get_default(call_default_factory=True) for option, one in fields.items()}
+        return [option for option, default in defaults.items() if getattr(self, option) != default]  # dumps spell out
 
     @model_validator(mode="after")
     def _schedules_rise_in_steps(self) -> Objectives:

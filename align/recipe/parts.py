@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from align.recipe.inputs import DataField
+from align.recipe.optimizers import OPTIMIZERS, known_optimizer
 from align.recipe.strict import Fraction, PositiveInt, Strict
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optim(Strict):
-    """name: AdamW (1711.05101); adamw_8bit keeps its moments in eight bits (2110.02861): 2 bytes a weight, not 8."""
+    """name: AdamW (1711.05101); adamw_8bit keeps its moments in eight bits (2110.02861): 2 bytes a weight, not 8. The
+    others: `align.recipe.optimizers`."""
 
-    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    name: Annotated[str, AfterValidator(known_optimizer)] = "adamw"
     lr: Annotated[float, Field(gt=0)] | None = None
     schedule: Literal["cosine", "linear", "constant"] | None = None
     warmup: Fraction | None = None
@@ -23,6 +25,14 @@ class Optim(Strict):
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: Annotated[float, Field(ge=0)] = 1e-8
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+
+    @model_validator(mode="after")
+    def _options_are_read(self) -> Optim:
+        own = {field for one in OPTIMIZERS.values() for field in one.fields} - {*OPTIMIZERS[self.name].fields}
+        for field in sorted(own):
+            if getattr(self, field) != type(self).model_fields[field].default:  # a resolved copy spells defaults out
+                raise ValueError(f"`{field}` has no effect on `name: {self.name}`: leave it out")
+        return self
 
 
 class Packing(Strict):

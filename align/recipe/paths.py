@@ -87,6 +87,8 @@ def _places(data: dict[str, Any]) -> Iterator[tuple[Path_, str]]:
         yield from _data_places(stage, "data", here)
         yield from _reward_places(stage, here)
         yield from ((place, "plugin") for place in _listed(stage, "loss", "name", here))
+        if isinstance(stage.get("objectives"), dict) and "combine" in stage["objectives"]:
+            yield (*here, "objectives", "combine"), "plugin"
         if isinstance(stage.get("eval"), dict):
             yield from _data_places(stage["eval"], "data", (*here, "eval"))
             yield from _reward_places(stage["eval"], (*here, "eval"))
@@ -98,6 +100,7 @@ def _places(data: dict[str, Any]) -> Iterator[tuple[Path_, str]]:
 
 def _data_places(holder: Any, key: str, path: Path_) -> Iterator[tuple[Path_, str]]:
     yield from ((place, "data") for place in _listed(holder, key, "path", path))
+    yield from ((place, "plugin") for place in _listed(holder, key, "format", path) if place[-1] == "format")
 
 
 def _listed(holder: Any, key: str, inner: str, path: Path_) -> Iterator[Path_]:

@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from align.recipe.strict import Strict
 
-NAMES = ("auto", "replicated", "zero0", "zero1", "zero2", "zero3")
 KEEP_WHOLE = 100_000
+Held = Literal["moments", "gradients", "parameters"]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """made_by: `package.module:Class`, an `align.train.strategy.Strategy`. spreads: what each rank holds a part of.
+    reads: options of `strategy` that mean something to it. copy_bytes: of each trained number, what it keeps beside
+    weights and moments. package: that it needs, and that comes with no installation of align."""
+
+    made_by: str
+    spreads: tuple[Held, ...] = ()
+    reads: tuple[str, ...] = ()
+    copy_bytes: float = 0.0
+    package: str | None = None
+
+
+_WHOLE = Strategy("align.train.strategy:Replicated")
+
+
+def _zero(spreads: tuple[Held, ...], *reads: str) -> Strategy:
+    """DeepSpeed's: it steps a flat float32 copy of what is trained."""
+    return Strategy("align.train.zero:Zero", spreads, ("offload.optimizer", *reads), 4.0, "deepspeed")
+
+
+STRATEGIES: Mapping[str, Strategy] = {
+    "auto": _WHOLE,
+    "replicated": _WHOLE,
+    "zero0": _WHOLE,
+    "zero1": _zero(("moments",)),
+    "zero2": _zero(("moments", "gradients")),
+    "zero3": _zero(("moments", "gradients", "parameters"), "offload.parameters", "keep_whole"),
+}
+"""A further strategy is a class in a file under `align/train/`, and one line here."""
 
 _ZERO = "use zero1, zero2 or zero3"
 _REFUSED = {
@@ -29,6 +63,16 @@ _REFUSED = {
 }
 
 
+def _known(value: Any) -> Any:
+    """A strategy that is known and not offered is refused by its name."""
+    if not isinstance(value, str):
+        return value
+    word = value.lower().replace("-", "").replace("zero_", "zero")
+    if word not in STRATEGIES:
+        raise ValueError(_REFUSED.get(word, f"{value!r} is no strategy: use {', '.join(STRATEGIES)}"))
+    return word
+
+
 class Offload(Strict):
     """What waits in the host's memory: the optimizer (moments and their update), and ZeRO-3's parameters."""
 
@@ -44,35 +88,32 @@ class Sharding(Strict):
     saves.
     """
 
-    name: Literal["auto", "replicated", "zero0", "zero1", "zero2", "zero3"] = "auto"
+    name: Annotated[str, BeforeValidator(_known)] = "auto"
     offload: Offload = Offload()
     keep_whole: Annotated[int, Field(ge=0)] = KEEP_WHOLE
 
     @property
-    def stage(self) -> int:
-        """Of ZeRO; 0 where nothing is spread."""
-        return int(self.name[-1]) if self.name.startswith("zero") else 0
+    def facts(self) -> Strategy:
+        return STRATEGIES[self.name]
 
     @model_validator(mode="after")
     def _where_it_means_something(self) -> Sharding:
-        if self.offload.optimizer != "none" and self.stage == 0:
-            raise ValueError(f"`offload.optimizer` needs zero1, zero2 or zero3, and the strategy is {self.name}")
-        if self.offload.parameters != "none" and self.stage != 3:
-            raise ValueError(f"`offload.parameters` needs zero3, and the strategy is {self.name}")
-        if self.keep_whole != KEEP_WHOLE and self.stage != 3:
-            raise ValueError(f"`keep_whole` needs zero3, and the strategy is {self.name}")
+        given = {
+            "offload.optimizer": self.offload.optimizer != "none",
+            "offload.parameters": self.offload.parameters != "none",
+            "keep_whole": self.keep_whole != KEEP_WHOLE,
+        }
+        for option, there in given.items():
+            if there and option not in self.facts.reads:
+                *others, last = [name for name, one in STRATEGIES.items() if option in one.reads]
+                readers = f"{', '.join(others)} or {last}" if others else last
+                raise ValueError(f"`{option}` needs {readers}, and the strategy is {self.name}")
         return self
 
 
 def _named(value: Any) -> Any:
-    """`zero2` is short for `{name: zero2}`; a strategy that is known and not offered is refused by its name."""
-    found = value.get("name") if isinstance(value, dict) else value
-    if not isinstance(found, str):
-        return value
-    word = found.lower().replace("-", "").replace("zero_", "zero")
-    if word not in NAMES:
-        raise ValueError(_REFUSED.get(word, f"{found!r} is no strategy: use {', '.join(NAMES)}"))
-    return {**(value if isinstance(value, dict) else {}), "name": word}
+    """`zero2` is short for `{name: zero2}`."""
+    return {"name": value} if isinstance(value, str) else value
 
 
 ShardingField = Annotated[Sharding, BeforeValidator(_named)]

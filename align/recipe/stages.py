@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from align.plugins import known_module
 from align.recipe.capabilities import Defaults, FolderStage, SamplingStage, ScoringStage, StageBase, TrainStage
 from align.recipe.inputs import DataField, DataSource
 from align.recipe.labels import Labels, Problem
@@ -180,11 +181,15 @@ class MergeStage(FolderStage):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 
+def _export_format(name: str) -> str:
+    return known_module(name, "align.export.formats", "export format")
+
+
 class ExportStage(FolderStage):
     does = "exports"
     for_others = True
     kind: Literal["export"]
-    format: Literal["safetensors"] = "safetensors"
+    format: Annotated[str, AfterValidator(_export_format)] = "safetensors"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
 

@@ -14,7 +14,9 @@ from typing import Literal
 
 from align.errors import RecipeError, Unsupported
 from align.recipe.adapter import Adapter
+from align.recipe.optimizers import OPTIMIZERS
 from align.recipe.parts import Rollout
+from align.recipe.sharding import STRATEGIES
 
 Publish = Literal["adapter", "weights"]
 # LoRA on language alone; with magnitudes; on weights in four bits; on a tower too; beside whole parts; none
@@ -97,17 +99,19 @@ def check_adapter(adapter: Adapter) -> None:
         )
 
 
-def check_sharded(adapter: Adapter, optimizer: str, stage: int) -> None:
-    """Raise Unsupported for what ZeRO's `stage` cannot spread."""
-    if stage and optimizer == "adamw_8bit":
+def check_sharded(adapter: Adapter, optimizer: str, strategy: str) -> None:
+    """Raise Unsupported for what the strategy cannot spread."""
+    spreads, why = STRATEGIES[strategy].spreads, OPTIMIZERS[optimizer].whole
+    if "moments" in spreads and why:
+        divided = " or ".join(name for name, one in OPTIMIZERS.items() if not one.whole)
         raise Unsupported(
-            f"`optim.name: adamw_8bit` with zero{stage}: moments in blocks of eight bits cannot be spread over ranks",
+            f"`optim.name: {optimizer}` with {strategy}: {why}",
             where="optim.name",
-            remedy="use adamw, whose moments the ranks divide, or leave `placement.trainer.strategy` out",
+            remedy=f"use {divided}, whose moments the ranks divide, or leave `placement.trainer.strategy` out",
         )
-    if stage == 3 and adapter.quant is not None:
+    if "parameters" in spreads and adapter.quant is not None:
         raise Unsupported(
-            "weights in four bits with zero3: they cannot be spread over ranks",
+            f"weights in four bits with {strategy}: they cannot be spread over ranks",
             where="placement.trainer.strategy",
             remedy="use zero2: a base in four bits is small, and stays whole on every rank",
         )

@@ -63,9 +63,12 @@ def reward_names(stage: Stage) -> list[str]:
 
 
 def _code(recipe: Recipe, stage: Stage) -> set[str]:
-    """Everything that the stage takes from files of Python: rewards, losses, generators of data."""
+    """Everything that the stage takes from files of Python: rewards, losses, generators of data and their formats, the
+    combiner of its objectives."""
     losses = {term.name for term in stage.losses}
-    return {*reward_names(stage), *losses, *(source.path for source in _sources(recipe, stage))}
+    data = {name for source in _sources(recipe, stage) for name in (source.path, source.format) if name}
+    combiners = {stage.weighed.combine} if stage.weighed is not None else set()
+    return {*reward_names(stage), *losses, *data, *combiners}
 
 
 def _named_files(part: Any, recipe: Recipe) -> dict[str, str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from align.data.scratch import train_tokenizer
+from align.export.formats import OWN
 from align.hub import resolve_model_folder
 from align.recipe.families import family_of
 from align.recipe.schema import Recipe
@@ -41,7 +42,7 @@ async def run_merge(context: Context, stage: MergeStage) -> StageResult:
 
     async def make(start: Start, target: Path) -> Mapping[str, Any]:
         if start.adapter is None:
-            return await context.backend.export(start.base, target, format="safetensors", dtype=stage.dtype)
+            return await context.backend.export(start.base, target, format=OWN, dtype=stage.dtype)
         return await _merged(context, stage, start, target)
 
     return await _one_folder(context, stage, make)

@@ -1,23 +1,23 @@
-"""Optimizer and learning-rate schedule."""
+"""Optimizers and learning-rate schedule. Which there are, and what they ask for: `align.recipe.optimizers`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
+from align.plugins import of_ours
 from align.recipe.adapter import Part, Rate
+from align.recipe.optimizers import OPTIMIZERS
 from align.recipe.parts import Optim
 
 
 def make_optimizer(
     parts: Mapping[Part, Sequence[torch.nn.Parameter]], optim: Optim, rates: Mapping[Part, Rate]
 ) -> torch.optim.Optimizer:
-    """AdamW (1711.05101) with decay on matrices only: biases, norms and other vectors are left alone.
-
-    adamw_8bit: bitsandbytes' (2110.02861), moments in eight bits by blocks of 256, on CPUs and GPUs; tensors of fewer
-    than 4096 numbers keep them in float32.
+    """The optimizer that the recipe names, with decay on matrices only: biases, norms and other vectors are left alone.
 
     parts: what is trained of each part of the model, at its own rates or else `optim`'s. Each group keeps its learning
     rate as "peak_lr": what the schedule multiplies.
@@ -34,12 +34,23 @@ def make_optimizer(
             {"params": vectors, "weight_decay": 0.0, **settings},
         ]
     groups = [group for group in groups if group["params"]]
-    if optim.name == "adamw_8bit":
-        from bitsandbytes.optim import AdamW8bit
+    made: torch.optim.Optimizer = of_ours(OPTIMIZERS[optim.name].made_by)(groups, optim)
+    return made
 
-        made: torch.optim.Optimizer = AdamW8bit(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
-        return made
+
+def adamw(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.Optimizer:
+    """AdamW (1711.05101)."""
+    assert optim.lr is not None
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+
+
+def adamw_8bit(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.Optimizer:
+    """bitsandbytes' (2110.02861): moments in eight bits by blocks of 256, on CPUs and GPUs; tensors of fewer than 4096
+    numbers keep them in float32."""
+    from bitsandbytes.optim import AdamW8bit
+
+    made: torch.optim.Optimizer = AdamW8bit(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    return made
 
 
 def set_rates(optimizer: torch.optim.Optimizer, multiplier: float) -> dict[str, float]:

@@ -4,20 +4,26 @@ Losses, packing and stages know nothing of it. Losses divide by global counts, s
 ranks and microbatches and never averages: one that does by itself (DeepSpeed) is undone there, once.
 
 `Replicated` is data parallelism as `align.train.ranks` has it: every rank holds everything. `align.train.zero` is
-DeepSpeed's ZeRO. A further one (FSDP2, tensor parallelism) is a further class with these methods.
+DeepSpeed's ZeRO. A further one (FSDP2, tensor parallelism) is a further class with these methods, and a line in the
+table of `align.recipe.sharding`.
+
+A strategy makes its optimizer itself, when it has placed the parameters: spreading them may make other tensors of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from align.errors import Unsupported
 from align.model.shards import Shards, Whole
+from align.plugins import of_ours
+from align.recipe.sharding import STRATEGIES
 from align.train.state import moment_of, trainable
 
 if TYPE_CHECKING:
@@ -30,16 +36,18 @@ if TYPE_CHECKING:
 
 STEP, MOMENTS = "step", ("exp_avg", "exp_avg_sq")
 Moments = dict[str, Tensor]  # of one parameter: AdamW's `exp_avg` and `exp_avg_sq`, shaped as it, and `step` f32[]
+MakeOptimizer = Callable[[], torch.optim.Optimizer]  # over the module's parameters as they are when it is called
 
 
 class Strategy(Protocol):
     """Every method is collective: all ranks call it, in one order.
 
-    shards: how to read parameters whole, for what is published and saved.
+    shards: how to read parameters whole, for what is published and saved. optimizer: None where nothing is trained.
     """
 
     name: str
     shards: Shards
+    optimizer: torch.optim.Optimizer | None
 
     def forward(self, batch: TokenBatch, want: Collection[str] = ()) -> HeadOutputs:
         """See `PolicyModule.forward`; with or without gradient."""
@@ -77,19 +85,25 @@ class Strategy(Protocol):
 def make_strategy(
     sharding: Sharding,
     module: PolicyModule,
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: MakeOptimizer | None,
     ranks: Ranks,
     max_grad_norm: float | None,
 ) -> Strategy:
     """The strategy that the recipe asks for; without an optimizer nothing is trained, and every rank holds all.
 
-    Parameters must be equal on all ranks. Raises Unsupported where the strategy cannot hold this model.
+    Parameters must be equal on all ranks. Raises Unsupported for a strategy that is not in the table, and where it
+    cannot hold this model.
     """
-    if optimizer is None or sharding.stage == 0:
-        return Replicated(module, optimizer, ranks, max_grad_norm)
-    from align.train.zero import Zero
-
-    return Zero(sharding, module, optimizer, ranks, max_grad_norm)
+    if optimizer is None:
+        return Replicated(sharding, module, None, ranks, max_grad_norm)
+    if sharding.name not in STRATEGIES:
+        raise Unsupported(
+            f"there is no strategy {sharding.name!r}",
+            where="placement.trainer.strategy",
+            remedy=f"use {', '.join(STRATEGIES)}",
+        )
+    made: Strategy = of_ours(STRATEGIES[sharding.name].made_by)(sharding, module, optimizer, ranks, max_grad_norm)
+    return made
 
 
 class Replicated:
@@ -99,12 +113,14 @@ class Replicated:
 
     def __init__(
         self,
+        sharding: Sharding,
         module: PolicyModule,
-        optimizer: torch.optim.Optimizer | None,
+        optimizer: MakeOptimizer | None,
         ranks: Ranks,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | None,
     ):
-        self.module, self.optimizer, self.ranks = module, optimizer, ranks
+        self.module, self.ranks = module, ranks
+        self.optimizer = None if optimizer is None else optimizer()
         self.shards: Shards = Whole(writes=ranks.rank == 0)
         self.limit = math.inf if max_grad_norm is None else max_grad_norm
         self.named = trainable(module)

@@ -85,10 +85,14 @@ class PolicyTrainer:
         self.ranks.broadcast(self.parameters)
         random_stream(spec.seed, self.ranks.rank)
         self.parts = trained_parts(self.module.model)
-        self.optimizer = make_optimizer(self.parts, spec.optim, spec.rates) if spec.trainable else None
         self._sizes = self._described_sizes()
         # last: from here on this rank may hold its part of the parameters only
-        self.strategy = make_strategy(spec.sharding, self.module, self.optimizer, self.ranks, spec.optim.max_grad_norm)
+        make = self._make_optimizer if spec.trainable else None
+        self.strategy = make_strategy(spec.sharding, self.module, make, self.ranks, spec.optim.max_grad_norm)
+        self.optimizer = self.strategy.optimizer
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        return make_optimizer(trained_parts(self.module.model), self.spec.optim, self.spec.rates)
 
     @property
     def keep_together(self) -> bool:

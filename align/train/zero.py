@@ -23,8 +23,8 @@ from torch import Tensor
 from align.model.policy_module import PolicyModule
 from align.model.shards import Shards
 from align.train.state import moment_key, trainable
-from align.train.strategy import MOMENTS, STEP, Moments
-from align.train.zero_engine import declare_reads, make_engine, refuse, without_towers
+from align.train.strategy import MOMENTS, STEP, MakeOptimizer, Moments
+from align.train.zero_engine import declare_reads, make_engine, refuse, stage_of, without_towers
 from align.types import HeadOutputs
 
 if TYPE_CHECKING:
@@ -46,13 +46,14 @@ class Zero:
         self,
         sharding: Sharding,
         module: PolicyModule,
-        optimizer: torch.optim.Optimizer,
+        make: MakeOptimizer,
         ranks: Ranks,
         max_grad_norm: float | None,
     ):
         self.name: str = sharding.name
+        optimizer = make()  # over whole parameters: DeepSpeed spreads what it holds, and them with it
         self.module, self.ranks, self.optimizer = module, ranks, optimizer
-        self.stage = sharding.stage
+        self.stage = stage_of(sharding)
         self.named = trainable(module)
         refuse(sharding, module, optimizer, ranks)
         self.groups = [list(group["params"]) for group in optimizer.param_groups]

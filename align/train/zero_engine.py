@@ -39,6 +39,11 @@ class _Tensors(nn.Module):
         return dict(vars(self.policy(batch, want=want)))
 
 
+def stage_of(sharding: Sharding) -> int:
+    """1, 2 or 3, of a strategy that is ZeRO's."""
+    return int(sharding.name.removeprefix("zero"))
+
+
 def refuse(sharding: Sharding, module: PolicyModule, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
     """Raise Unsupported for what this strategy cannot hold."""
     if type(optimizer) is not torch.optim.AdamW:
@@ -47,7 +52,7 @@ def refuse(sharding: Sharding, module: PolicyModule, optimizer: torch.optim.Opti
             where=WHERE,
             remedy="use `optim.name: adamw`, or `strategy: replicated`",
         )
-    if sharding.stage == 3:
+    if stage_of(sharding) == 3:
         _refuse_for_stage_3(module)
     first = next(module.parameters())
     if first.is_cuda and ranks.size > 1 and ranks.wire.type != "cuda":
@@ -89,7 +94,7 @@ def make_engine(
 ) -> Any:
     """DeepSpeed's engine around `module`, in the process group there is; from here on it may hold a part of it."""
     deepspeed = _deepspeed(next(module.parameters()).device)
-    with without_towers(module) if sharding.stage == 3 else nullcontext():
+    with without_towers(module) if stage_of(sharding) == 3 else nullcontext():
         engine, *_ = deepspeed.initialize(
             model=_Tensors(module),
             optimizer=optimizer,
@@ -100,10 +105,10 @@ def make_engine(
 
 
 def _config(sharding: Sharding, module: PolicyModule, max_grad_norm: float | None) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": sharding.stage, "overlap_comm": False, "contiguous_gradients": True}
+    zero: dict[str, Any] = {"stage": stage_of(sharding), "overlap_comm": False, "contiguous_gradients": True}
     if sharding.offload.optimizer == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": next(module.parameters()).is_cuda}
-    if sharding.stage == 3:
+    if stage_of(sharding) == 3:
         zero["stage3_param_persistence_threshold"] = sharding.keep_whole
         if sharding.offload.parameters == "cpu":
             zero["offload_param"] = {"device": "cpu", "pin_memory": next(module.parameters()).is_cuda}

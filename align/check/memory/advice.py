@@ -9,6 +9,8 @@ from typing import Any
 from align.check.memory.plan import Estimate, Work, trainer
 from align.check.memory.sizes import Sizes, Table, Tower, human
 from align.recipe.adapter import Adapter, Quant
+from align.recipe.optimizers import OPTIMIZERS
+from align.recipe.sharding import STRATEGIES
 
 SMALLEST = 512  # tokens: below it a microbatch gains little, and products become slow
 MOST_RANKS = 64
@@ -98,17 +100,19 @@ def changes(asked: Asked) -> list[Change]:
     while tokens >= max(SMALLEST, asked.longest):
         found.append((f"`packing.max_tokens: {tokens}`", _work(tokens=tokens, several=True)))
         tokens //= 2
-    spreads = adapter.quant is None and work.optimizer == "adamw"
-    if work.optimizer == "adamw" and work.zero == 0:
-        found.append(("`optim.name: adamw_8bit`", _work(optimizer="adamw_8bit")))
+    spreads = adapter.quant is None and not OPTIMIZERS[work.optimizer].whole
+    if not STRATEGIES[work.strategy].spreads:
+        smaller = [name for name, one in OPTIMIZERS.items() if one.saves == work.optimizer]
+        found += [(f"`optim.name: {name}`", _work(optimizer=name)) for name in smaller]
     if adapter.kind == "lora" and not adapter.mixed and asked.sizes.experts == 1:
         packed = adapter.model_copy(update={"kind": "qlora", "quant": Quant()})
         found.append(("`adapter.kind: qlora`", _adapter(packed)))
     elif spreads:
-        ranks = 2 * work.ranks if work.zero == 3 else max(2, work.ranks)
+        most = max(STRATEGIES, key=lambda name: len(STRATEGIES[name].spreads))
+        ranks = 2 * work.ranks if work.strategy == most else max(2, work.ranks)
         while ranks <= MOST_RANKS:
-            words = f"`placement.trainer: {{ranks: {ranks}, strategy: zero3}}`"
-            found.append((words, _work(zero=3, ranks=ranks, optimizer="adamw")))
+            words = f"`placement.trainer: {{ranks: {ranks}, strategy: {most}}}`"
+            found.append((words, _work(strategy=most, ranks=ranks, optimizer=work.optimizer)))
             ranks *= 2
     if adapter.kind == "full" and asked.table is None:
         found.append(("`adapter.kind: lora`", _adapter(Adapter())))

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from align.check.memory.sizes import BYTES, Sizes, Table, Tower, human
 from align.model.tiles import FOLD_FROM, SLICE_ELEMENTS, TILE_ELEMENTS
 from align.recipe.adapter import Adapter
+from align.recipe.optimizers import OPTIMIZERS
+from align.recipe.sharding import STRATEGIES, Held
 
-ADAMW_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}  # two moments: float32; or a byte and a scale for 256
-GRADIENT_BYTES = MASTER_BYTES = 4
-STEP_COPIES = 5.5  # of a tensor, in float32: moments, gradient, denominator, its root, and a part of packing them
+GRADIENT_BYTES = 4
 # of what comes and goes in an update, what glibc holds between it, without and with checkpointing (measured on three
 # shapes: tests/bench/results). Gradients of whole weights, and what DoRA makes of each weight, lie among activations.
 GAPS = {"lora": (0.65, 1.0), "full": (0.8, 1.2), "dora": (1.45, 2.2)}
@@ -29,7 +28,7 @@ GAPS = {"lora": (0.65, 1.0), "full": (0.8, 1.2), "dora": (1.45, 2.2)}
 class Work:
     """How a stage computes. tokens, patches: of its largest microbatch. several: whether an update has more than one,
     so that gradients are there while the next is computed. second_copy: a frozen reference beside what is trained.
-    head: whether logits are computed. zero, ranks: ZeRO's stage (0: none) and the ranks it spreads over."""
+    head: whether logits are computed. strategy, ranks: by which what is held is spread, and over how many."""
 
     dtype: str
     tokens: int
@@ -39,13 +38,13 @@ class Work:
     checkpointing: bool = False
     head: bool = True
     gpu: bool = False
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    zero: int = 0
+    optimizer: str = "adamw"
+    strategy: str = "replicated"
     ranks: int = 1
 
-    def share(self, stage: int) -> float:
-        """Of what ZeRO spreads from `stage` on, the part that one rank holds."""
-        return 1 / self.ranks if self.zero >= stage else 1.0
+    def share(self, held: Held) -> float:
+        """The part of it that one rank holds."""
+        return 1 / self.ranks if held in STRATEGIES[self.strategy].spreads else 1.0
 
 
 @dataclass(frozen=True)
@@ -106,12 +105,12 @@ def _held(sizes: Sizes, adapter: Adapter, work: Work, table: Table | None) -> tu
         per_weight = adapter.quant.bytes_per_weight if adapter.quant else 0.0
         weights = (every - whole - packed) * b + packed * per_weight + whole * 4.0
     reference = _reference(sizes, adapter, b, every, whole) if work.second_copy else 0.0
-    moments = ADAMW_BYTES[work.optimizer] + (MASTER_BYTES if work.zero else 0)  # ZeRO's flat copy of what it steps
+    moments = OPTIMIZERS[work.optimizer].state_bytes + STRATEGIES[work.strategy].copy_bytes
     return trained, {
-        "weights": weights * work.share(3),
-        "adapter": lora * 4.0 * work.share(3),
-        "gradients": trained * GRADIENT_BYTES * work.share(2),
-        "optimizer": trained * moments * work.share(1),
+        "weights": weights * work.share("parameters"),
+        "adapter": lora * 4.0 * work.share("parameters"),
+        "gradients": trained * GRADIENT_BYTES * work.share("gradients"),
+        "optimizer": trained * moments * work.share("moments"),
         "reference": float(reference),
     }
 
@@ -215,12 +214,11 @@ def _passing(sizes: Sizes, adapter: Adapter, work: Work) -> float:
 
 def _step(sizes: Sizes, adapter: Adapter, work: Work) -> float:
     """What a step of the optimizer takes for the largest tensor: on a CPU, bitsandbytes' unpacks its moments."""
-    if work.optimizer != "adamw_8bit" or work.gpu:
-        return 0.0
+    copies = 0.0 if work.gpu else OPTIMIZERS[work.optimizer].step_copies
     feed_forward = sizes.hidden * sizes.intermediate
     whole = max(sizes.vocabulary * sizes.hidden, feed_forward)
     largest = whole if adapter.kind == "full" else adapter.rank * max(sizes.hidden, sizes.intermediate)
-    return STEP_COPIES * 4.0 * largest
+    return copies * 4.0 * largest
 
 
 def engine(sizes: Sizes, dtype: str, *, sequences: int, length: int, reserved: float | None = None) -> Estimate:

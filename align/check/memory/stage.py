@@ -85,7 +85,7 @@ class SeenBy:
             head=stage.score_head is None,
             gpu=self.gpu,
             optimizer=stage.optim.name,
-            zero=placed.strategy.stage,
+            strategy=placed.strategy.name,
             ranks=placed.ranks,
         )
         sizes = replace(self.sizes, others=others(self.table))

@@ -18,7 +18,18 @@ from typing import Any
 from align.data.formats.arguments import COLUMNS as ARGUMENTS
 from align.data.formats.arguments import arguments_of
 from align.data.formats.tools import schemas_of
-from align.data.records import Content, Kind, MediaKind, MediaPart, Message, Prompt, Record, RowError, known_roles
+from align.data.records import (
+    RECORDS,
+    Content,
+    Kind,
+    MediaKind,
+    MediaPart,
+    Message,
+    Prompt,
+    Record,
+    RowError,
+    known_roles,
+)
 from align.errors import DataError
 
 Row = Mapping[str, Any]
@@ -60,6 +71,8 @@ class Layout:
     def convert(self, row: Row) -> Record:
         """The row's record, with what any layout may say. Raises RowError."""
         record = self.read(row)
+        if not isinstance(record, RECORDS[self.kind]):
+            raise RowError(f"the layout {self.name} is of a {self.kind}, and read a {type(record).__name__}")
         if arguments := arguments_of(row):
             record = replace(record, arguments=arguments)
         return replace(record, weight=weight_of(row)) if isinstance(record, Prompt) else record

@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from align.errors import ExportError, ModelError, Unsupported, UserError
 from align.export import load_probe
-from align.export.export import compare, export, run_child
+from align.export.export import export
+from align.export.load_proof import compare, run_child
 from align.model import adapters
 from align.model.load import load_model
 from tests.unit.model.tiny import LLAMA, QWEN3, logits, lora, write_tiny
 
-exporting = importlib.import_module("align.export.export")
+exporting = importlib.import_module("align.export.load_proof")
 
 
 @pytest.fixture(scope="module")

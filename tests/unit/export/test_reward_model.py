@@ -25,7 +25,7 @@ from tests.tiny_vlms import write_tiny_vlm
 from tests.unit.model.tiny import LLAMA, QWEN3, lora, train_a_little, write_tiny
 
 F32 = torch.float32
-exporting = importlib.import_module("align.export.export")
+exporting = importlib.import_module("align.export.load_proof")
 
 
 @pytest.fixture(scope="module", params=["tied", "untied"])

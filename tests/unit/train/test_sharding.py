@@ -194,5 +194,5 @@ def test_zero3_refuses_what_ranks_do_not_run_in_step(folder: Path, case: str) ->
     if case == "unshared":
         trainer.module.use("unshared", "sdpa")
     with pytest.raises(Unsupported, match="zero3"):
-        make_strategy(spec.sharding, trainer.module, trainer.optimizer, Ranks(), 1.0)
+        make_strategy(spec.sharding, trainer.module, trainer._make_optimizer, Ranks(), 1.0)
     assert trainable(trainer.module)

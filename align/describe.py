@@ -1,0 +1,28 @@
+"""`python -m align.describe package.module:function NAME`: what a function of ours says of a plugin, as a line of JSON.
+
+It runs user code: make it a child (`align.plugins.asked_in_child`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from align.errors import PluginError
+from align.plugins import of_ours
+
+
+def main() -> None:
+    """Print the answer, or {"error": {"what", "where", "remedy"}}."""
+    answer_fd = os.dup(1)
+    os.dup2(2, 1)  # what the plugin prints while it is imported goes to stderr, not into the answer
+    try:
+        answer: object = of_ours(sys.argv[1])(sys.argv[2])
+    except PluginError as error:
+        answer = {"error": {"what": error.what, "where": error.where, "remedy": error.remedy}}
+    with os.fdopen(answer_fd, "w") as out:
+        out.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()
