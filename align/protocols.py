@@ -130,6 +130,7 @@ class Tree:
 
     @property
     def sequences(self) -> tuple[Segment, ...]:
+        """What losses count as one: each branch, or the trunk where it stands alone."""
         return self.branches or (self.trunk,)
 
 
@@ -197,6 +198,7 @@ class Completion:
 
     @property
     def truncated(self) -> bool:
+        """Whether `max_tokens` cut it off."""
         return self.finish == "length"
 
 
@@ -313,9 +315,14 @@ class Trainer(Protocol):
     so that neither the first nor the last update is spent at a learning rate of zero.
     """
 
-    async def step(self, trees: Sequence[Tree], *, step: int, progress: float) -> Metrics: ...
+    async def step(self, trees: Sequence[Tree], *, step: int, progress: float) -> Metrics:
+        """One update; its metrics by flat name. Raises NonFiniteError after several in a row whose loss or gradient is
+        not finite (those leave the weights alone), LostError where a process is gone."""
+        ...
 
-    async def evaluate(self, trees: Sequence[Tree]) -> Metrics: ...
+    async def evaluate(self, trees: Sequence[Tree]) -> Metrics:
+        """The losses' metrics of `trees` as one batch, without gradient and dropout."""
+        ...
 
     async def logps(self, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
         """Per tree, per sequence: f32[n] log-probabilities of its scored tokens under the policy, in order; those of
@@ -333,22 +340,30 @@ class Trainer(Protocol):
         what was given up that costs speed, and why; notes: what else a user may want to know."""
         ...
 
-    async def publish(self, folder: Path, version: int) -> Publication: ...
+    async def publish(self, folder: Path, version: int) -> Publication:
+        """Write what engines load of this version into `folder`, with the digest of what they must then hold."""
+        ...
 
     async def save(self, folder: Path) -> None:
         """Write model, optimizer and random state into an existing empty folder; the caller commits it."""
         ...
 
-    async def restore(self, folder: Path) -> None: ...
+    async def restore(self, folder: Path) -> None:
+        """Continue from what `save` wrote, on any number of ranks. Raises CheckpointError where it does not fit."""
+        ...
 
     async def write_model(self, folder: Path) -> None:
         """Write what a user loads: the adapter in peft layout, or the whole model in transformers layout."""
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """End its processes; closing twice is harmless."""
+        ...
 
 
 class Scorer(Protocol):
+    """The rewards of a stage, as one."""
+
     async def score(self, groups: Sequence[Group], budget: ErrorBudget | None = None) -> ScoreTable:
         """Several calls may run at once. budget None: these groups are all there is, and have a budget of their own.
 
@@ -356,7 +371,9 @@ class Scorer(Protocol):
         """
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """End its processes; closing twice is harmless."""
+        ...
 
 
 class Fleet(Protocol):
@@ -395,7 +412,9 @@ class Fleet(Protocol):
         """Counters since the last call, by flat name: "rollout/restarts", seconds lost, groups reissued, ..."""
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """End the engines; closing twice is harmless."""
+        ...
 
 
 def end_ids(folder: Path, tokenizer_eos: int | None, template: Sequence[int] = ()) -> frozenset[int]:

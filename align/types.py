@@ -60,9 +60,11 @@ class TokenBatch:
 
     @property
     def sequences(self) -> int:
+        """S."""
         return int(self.group_ids.shape[0])
 
     def to(self, device: torch.device | str) -> TokenBatch:
+        """The same with every tensor on `device`; media stay references."""
         moved: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)

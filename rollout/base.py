@@ -127,7 +127,9 @@ class Engine(Protocol):
     version: int | None
 
     @property
-    def running(self) -> int: ...
+    def running(self) -> int:
+        """Requests that are held and unanswered."""
+        ...
 
     def add(self, requests: Sequence[Request]) -> None:
         """Take requests on, all G completions of each. A prompt that does not fit is answered as a FailedPrompt.

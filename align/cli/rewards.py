@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,7 +104,7 @@ def _try(arguments: argparse.Namespace) -> int:
 
 def _judge(data: Trial, spec: PluginSpec, own: PluginSpec, show: int) -> int:
     """Print what the plugin says of the samples; 0 where it holds. own: as the plugin itself would run."""
-    with align_errors(), RewardPool([spec], Path.cwd(), seed=0) as pool:
+    with align_errors(), _told_once(), RewardPool([spec], Path.cwd(), seed=0) as pool:
         [described] = pool.run(pool.start())
         if described["options"]["text"] == "raw":  # what is shown is what is scored
             data.samples = [s if s.raw is None else replace(s, completion=s.raw, raw=None) for s in data.samples]
@@ -115,6 +117,18 @@ def _judge(data: Trial, spec: PluginSpec, own: PluginSpec, show: int) -> int:
             print("\n".join(_proof(data, proof)))
             bad = bad or not proof.holds
     return int(bad)
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """Calls that fail are counted and shown in the summary: the line that a run logs for each is left out."""
+    log = logging.getLogger("rewards.execution")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _unit(described: dict[str, Any], samples: Sequence[Sample]) -> int:

@@ -37,23 +37,24 @@ def weighted(terms: Tensor, inputs: LossInputs, unit: Unit) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Metric:
-    """Mean of `values` where `mask`, as a metric that joins over microbatches."""
+    """Mean of `values` f32[N] where `mask` bool[N], as a metric that joins over microbatches."""
     weights = mask.to(values.dtype)
     return Metric((values.detach() * weights).sum(), weights.sum())
 
 
 def mean(values: Tensor) -> Metric:
+    """Mean of all `values`, of any shape, as a metric that joins over microbatches."""
     return Metric(values.detach().sum(), float(values.numel()))
 
 
 def largest(values: Tensor, mask: Tensor) -> Metric:
-    """Largest of `values` where `mask` (0 where nothing is)."""
+    """Largest of `values` f32[N] where `mask` bool[N] (0 where nothing is)."""
     masked = torch.where(mask, values.detach(), torch.zeros_like(values))
     return Metric(masked.max() if masked.numel() else values.new_zeros(()), reduce="max")
 
 
 def share_of_loss(loss: Tensor) -> Metric:
-    """loss/total: shares add up over microbatches, so its count is the update, not the microbatch."""
+    """loss/total from loss f32[]: shares add up over microbatches, so its count is the update, not the microbatch."""
     return Metric(loss.detach(), 1.0, reduce="sum")
 
 

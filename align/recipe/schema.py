@@ -25,6 +25,8 @@ class Report(Strict):
 
 
 class Recipe(Strict):
+    """A whole recipe. Made by `align.recipe.load_recipe`, whose errors name file, line and remedy."""
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     output: str = "runs"
@@ -46,12 +48,15 @@ class Recipe(Strict):
 
     @property
     def run_folder(self) -> Path:
+        """Where the run lies: `output`/`name`."""
         return Path(self.output) / self.name
 
     def stage(self, stage_id: str) -> Stage:
+        """The stage of this id. StopIteration where there is none."""
         return next(s for s in self.stages if s.id == stage_id)
 
     def before(self, stage_id: str) -> Iterator[Stage]:
+        """The stages that stand before this one, in order."""
         for stage in self.stages:
             if stage.id == stage_id:
                 return

@@ -79,7 +79,9 @@ class Strategy(Protocol):
         `align.train.state.moment_key`. Tensors may be read from a file as they are asked for."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free what it holds beside the module. The trainer cannot be used afterwards."""
+        ...
 
 
 def make_strategy(

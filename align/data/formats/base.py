@@ -79,9 +79,11 @@ class Layout:
 
     @property
     def columns(self) -> frozenset[str]:
+        """Every column that it may read."""
         return self.required | self.optional | COMMON
 
     def describe(self) -> str:
+        """Its name and columns, for a message."""
         optional = f" [{', '.join(sorted(self.optional))}]" if self.optional else ""
         return f"{self.name}: {', '.join(sorted(self.required))}{optional}"
 

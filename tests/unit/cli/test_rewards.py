@@ -157,6 +157,13 @@ def test_failures_are_shown_with_their_row_and_text(here: Path, capsys: pytest.C
     assert 'info: {"said": "4"}' in said
 
 
+def test_a_failed_call_is_told_once_in_the_summary_and_not_in_lines_of_a_log(
+    here: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    _, said = on_rows(capsys, "picky")
+    assert "failed calls: " in said and not [r for r in caplog.records if r.name == "rewards.execution"]
+
+
 def test_too_many_failures_are_an_exit_code(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "rows.jsonl").write_text("".join(json.dumps({**row, "said": "five"}) + "\n" for row in ROWS))
     status, said = on_rows(capsys, "picky")
