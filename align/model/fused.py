@@ -96,7 +96,7 @@ class _LoraLinear(torch.autograd.Function):
         y = LowRank(weight, bias, a, b, scaling).over(rows).apply(rows)
         save(ctx, rows, weight, a, b)
         ctx.scaling, ctx.has_bias = scaling, bias is not None
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y.view(*x.shape[:-1], y.shape[-1]).data  # to autograd no view: a model may change it in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -73,7 +73,7 @@ class _GatedMlp(torch.autograd.Function):
             down.apply(F.silu(g).mul_(u), out=y[some])
         save(ctx, rows, *kept, *tensors)
         ctx.scalings, ctx.shape = scalings, x.shape
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y.view(*x.shape[:-1], y.shape[-1]).data  # as fused.py's
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

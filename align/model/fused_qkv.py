@@ -56,7 +56,7 @@ class _Joint(torch.autograd.Function):
         y = F.linear(rows, _joined(tensors, sizes), bias).view(*x.shape[:-1], -1)
         save(ctx, rows, *tensors)
         ctx.sizes = sizes
-        return y.split(sizes.wide, dim=-1)
+        return tuple(part.data for part in y.split(sizes.wide, dim=-1))  # as fused.py's
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -227,11 +227,20 @@ def _noise(own: Own, model: Any, found: list[Tensor]) -> None:
     second: Trace = {name: _row(record, 1) for name, record in both.items()}
     ahead = parting([(second, first, before, before, before)], own.bounds, None)
     if ahead is not None:
-        raise ModelError(
-            f"{type(model).__name__} looks beyond the causal prefix: what {ahead.path} makes of a token changes with "
-            f"the tokens after it, by {ahead.distance:.2g} of its size",
-            remedy="choose a causal language model",
-        )
+        how = f"what {ahead.path} makes of a token changes with the tokens after it, by {ahead.distance:.2g} of it"
+        raise _looks_ahead(model, how)
+    if not has_score_head(model):  # modules of other lengths than the row (prefixes of their own) were not compared
+        steady = len(row.tokens) - CHANGED - row.trunk
+        one, two = again.split(len(found[number]))
+        change = (one[:steady] - two[:steady]).abs().max().item()
+        if not change <= own.bounds[""]:
+            raise _looks_ahead(model, f"log-probabilities change with the tokens after them, by {change:.2g}")
+
+
+def _looks_ahead(model: Any, how: str) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__} looks beyond the causal prefix: {how}", remedy="choose a causal language model"
+    )
 
 
 def _row(record: Any, n: int) -> Any:

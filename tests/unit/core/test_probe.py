@@ -19,6 +19,7 @@ from align.model.policy_module import PolicyModule
 from align.model.probe import probe, two_tree_batch
 from align.protocols import Medium
 from tests import tiny_vlms
+from tests.architectures import make
 from tests.unit.core.families import BASE, make_family
 from tests.unit.core.pictures import open_workshop
 from tests.unit.core.test_families import trees
@@ -46,6 +47,12 @@ def test_a_layer_that_looks_ahead_is_refused_by_name() -> None:
     module = hooked(make_family("qwen3"), lambda out: out + torch.nn.functional.pad(out, (0, 0, 0, 1))[:, 1:])
     with pytest.raises(ModelError, match=r"beyond the causal prefix: what model\.layers\.0\.mlp makes"):
         probe(module)
+
+
+def test_a_model_that_looks_ahead_behind_a_prefix_of_its_own_is_refused() -> None:
+    """Its modules see more places than the row has tokens, so that none of them can be compared token by token."""
+    with pytest.raises(ModelError, match="log-probabilities change with the tokens after them"):
+        probe(PolicyModule(make("cpmant").eval()))
 
 
 def test_dropout_that_is_left_on_outside_training_is_refused() -> None:

@@ -17,7 +17,7 @@ from align.recipe.inputs import DataSource
 from align.recipe.load import load_recipe
 from align.recipe.objectives import Objectives
 from align.stages.fingerprint import fingerprint
-from tests.unit.cli.workshop import Workshop, open_workshop
+from tests.unit.check.workshop import Workshop, open_workshop
 
 LAYOUT = '''
 from align.data.formats.base import Layout, text_of
