@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from align.cli.findings import Findings
 from align.data.media.opening import takes_media
 from align.errors import SetupError
+from align.recipe.engines import facts_of, those
 from align.recipe.families import family_of
 from align.recipe.optimizers import OPTIMIZERS
 from align.recipe.schema import Recipe
@@ -54,7 +55,8 @@ class Need(NamedTuple):
 def check_packages(recipe: Recipe, found: Findings, *, cluster: bool = False) -> None:
     """Add a SetupError for every package that the recipe itself asks for and that is not here. cluster: stages run on
     nodes with packages of their own."""
-    _check(of_recipe(recipe, cluster), found)
+    with found.gather():  # a user's engine is asked what it needs
+        _check(of_recipe(recipe, cluster), found)
 
 
 def check_model_packages(
@@ -95,8 +97,11 @@ def of_recipe(recipe: Recipe, cluster: bool = False) -> Iterator[Need]:
         return
     for stage in recipe.stages:
         samples = isinstance(stage, OnlineStage) or (isinstance(stage, EvaluateStage) and stage.rewards)
-        if isinstance(stage, OnlineStage | EvaluateStage) and samples and stage.rollout.name == "vllm":
-            yield Need("vllm", "align-rl[gpu]", "rollout.name", "set `rollout.name: transformers`", stage.id)
+        engine = facts_of(stage.rollout.name) if isinstance(stage, OnlineStage | EvaluateStage) and samples else None
+        if engine is not None and engine.package is not None:
+            [plain, *_] = those(lambda one: one.package is None)
+            instead = f"set `rollout.name: {plain}`"
+            yield Need(engine.package, engine.extra or engine.package, "rollout.name", instead, stage.id)
         if not isinstance(stage, TrainStage):
             continue
         if stage.adapter is not None and stage.adapter.quant is not None:

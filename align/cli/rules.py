@@ -13,6 +13,7 @@ from align.losses import configure, load
 from align.losses.base import Needs
 from align.plugins import describe_in_child
 from align.recipe.adapter import Adapter
+from align.recipe.engines import facts_of
 from align.recipe.parts import Rollout
 from align.recipe.problems import option_problems
 from align.recipe.schema import Recipe
@@ -20,7 +21,6 @@ from align.recipe.stages import TrainStage
 from align.recipe.support import check_adapter, check_sharded, is_sound, publish_mode
 from align.stages.handover import adapter_of, check_adapters, trained_by
 from align.stages.training import SCORED, head_of
-from rollout.base import check_engine_options
 
 _RECORDS = {
     "sft": ("conversation",),
@@ -338,4 +338,4 @@ def _check_engine(rollout: Rollout) -> None:
                 where=f"rollout.engine.{name}",
                 remedy="leave it out; `rollout.temperature` is offered",
             )
-    check_engine_options(rollout.name, rollout.engine)
+    facts_of(rollout.name).check(rollout.engine)

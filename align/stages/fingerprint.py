@@ -65,11 +65,12 @@ def reward_names(stage: Any) -> list[str]:
 
 def _code(recipe: Recipe, stage: Any) -> set[str]:
     """Everything that the stage takes from files of Python: rewards, losses, generators of data and their formats, the
-    combiner of its objectives."""
+    combiner of its objectives, an engine."""
     losses = {term.name for term in getattr(stage, "loss", ())}
     data = {name for source in _sources(recipe, stage) for name in (source.path, source.format) if name}
     combiners = {stage.objectives.combine} if hasattr(stage, "objectives") else set()
-    return {*reward_names(stage), *losses, *data, *combiners}
+    engines = {stage.rollout.name} if hasattr(stage, "rollout") else set()
+    return {*reward_names(stage), *losses, *data, *combiners, *engines}
 
 
 def _named_files(part: Any, recipe: Recipe) -> dict[str, str]:
