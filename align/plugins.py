@@ -145,9 +145,9 @@ def is_users(name: str) -> bool:
     return ":" in name or name.endswith(".py")
 
 
-def asked_in_child(function: str, name: str) -> Any:
+def asked_in_child(function: str, name: str, limit_s: float = DESCRIBE_LIMIT_S) -> Any:
     """What our `package.module:function` says of the plugin `name`, asked in a child process. Raises PluginError."""
-    return describe_in_child("align.describe", [function, name], name=name)
+    return describe_in_child("align.describe", [function, name], name=name, limit_s=limit_s)
 
 
 def describe_in_child(module: str, arguments: Sequence[str], *, name: str, limit_s: float = DESCRIBE_LIMIT_S) -> Any:

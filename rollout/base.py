@@ -1,77 +1,29 @@
 """What an engine is: how one is described, what it can do, and how it is found by name.
 
-Standard library and numpy only, so that `align check` can validate engine options without importing an engine.
+Standard library and numpy only. What is known of an engine before it starts: `align.engines`.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from align.errors import DataError, EngineError, RecipeError, Unsupported
+from align.engines import facts_of_ours
+from align.errors import DataError, EngineError, Unsupported
 from align.protocols import FailedPrompt, Group, Medium, PromptItem, Publication, Sampling
-
-ENGINES: Mapping[str, str] = {
-    "vllm": "rollout.vllm_engine:VllmEngine",
-    "transformers": "align.model.generate:TransformersEngine",  # by name: rollout imports nothing of align.model
-}
-
-CPU_KV_CACHE_BYTES = 1 << 30  # of vLLM's engines on a CPU, unless `rollout.engine.kv_cache_memory_bytes` says other
-VLLM_ARGUMENTS_FILE = Path(__file__).with_name("engine_args.json")
-"""Names of vLLM's EngineArgs fields, written by `rollout.vllm.write_engine_arguments`."""
-
-_OURS = "set it in the recipe instead"
-_DISTRIBUTION = "it changes what is sampled without changing the log-probabilities the trainer compares with"
-_ONE_DEVICE = "an engine's weights are compared bit by bit after each publish, which needs them whole in one process"
-VLLM_REFUSED: Mapping[str, str] = {
-    "model": f"model.path; {_OURS}",
-    "tokenizer": f"the model's own tokenizer is used; {_OURS}",
-    "skip_tokenizer_init": "completions are decoded where they are sampled",
-    "dtype": f"rollout.dtype; {_OURS}",
-    "seed": f"seed; {_OURS}",
-    "max_model_len": f"rollout.max_model_len; {_OURS}",
-    "trust_remote_code": f"model.trust_remote_code; {_OURS}",
-    "logprobs_mode": "log-probabilities must be those of the distribution that was sampled from",
-    "enable_lora": "follows from the stage's adapter",
-    "max_loras": "follows from the stage's adapter",
-    "max_cpu_loras": "follows from the stage's adapter",
-    "max_lora_rank": f"adapter.rank; {_OURS}",
-    "lora_dtype": "adapters are held in rollout.dtype",
-    "language_model_only": "follows from the prompts",
-    "generation_config": _DISTRIBUTION,
-    "override_generation_config": _DISTRIBUTION,
-    "logits_processors": _DISTRIBUTION,
-    "watermark_config": _DISTRIBUTION,
-    "diffusion_config": _DISTRIBUTION,
-    "default_mm_loras": _DISTRIBUTION,
-    "speculative_config": _DISTRIBUTION,
-    "spec_method": _DISTRIBUTION,
-    "spec_model": _DISTRIBUTION,
-    "spec_tokens": _DISTRIBUTION,
-    "tensor_parallel_size": _ONE_DEVICE,
-    "pipeline_parallel_size": _ONE_DEVICE,
-    "prefill_context_parallel_size": _ONE_DEVICE,
-    "decode_context_parallel_size": _ONE_DEVICE,
-    "nnodes": _ONE_DEVICE,
-    "data_parallel_size": "use rollout.workers",
-    "distributed_executor_backend": _ONE_DEVICE,
-}
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
     """Everything an engine needs to start, picklable and without tensors.
 
-    name: a key of `ENGINES`, or `package.module:Class` of one's own. folder: model and tokenizer in transformers
-    layout. dtype: "float32", "bfloat16" or "float16". group_size, max_tokens, temperature, stop: what will be asked of
-    it, for engines that plan memory. end_ids: tokens that end a turn, beside those that the folder's own files name.
+    name: a key of `align.engines.ENGINES`, or `package.module:Class` of one's own. folder: model and tokenizer in
+    transformers layout. dtype: "float32", "bfloat16" or "float16". group_size, max_tokens, temperature, stop: what will
+    be asked of it, for engines that plan memory. end_ids: tokens that end a turn, beside those that the folder names.
     max_model_len: longest prompt + completion in tokens; None is the model's own.
     lora_rank: the largest rank that will be published, 0 where none will (weights or base only). versions: how many
     may be in use at once (staleness + 1). in_flight: whole weights are loaded between two steps of the requests that
@@ -245,13 +197,7 @@ def make_engine(spec: EngineSpec) -> Engine:
         RecipeError: no engine of that name, or an option it does not have.
         SetupError: the engine's package is not installed.
     """
-    path = spec.name if ":" in spec.name else ENGINES.get(spec.name)
-    if path is None:
-        raise RecipeError(
-            f"no rollout engine is named {spec.name!r}",
-            where="rollout.name",
-            remedy=f"choose one of {', '.join(sorted(ENGINES))}",
-        )
+    path = spec.name if ":" in spec.name else facts_of_ours(spec.name).engine
     check_engine_options(spec.name, spec.engine)
     module_name, _, attribute = path.partition(":")
     factory = getattr(importlib.import_module(module_name), attribute)
@@ -260,33 +206,6 @@ def make_engine(spec: EngineSpec) -> Engine:
 
 
 def check_engine_options(name: str, options: Mapping[str, Any]) -> None:
-    """Refuse options that the engine does not know or that would make its completions untrainable. Imports no engine.
-
-    Raises:
-        RecipeError: an unknown option. Unsupported: a known one that may not be set here.
-    """
-    if ":" in name:  # the user's own engine knows its own options
-        return
-    if name != "vllm":
-        if options:
-            raise RecipeError(
-                f"the {name!r} engine takes no options, got {', '.join(sorted(options))}",
-                where="rollout.engine",
-                remedy="remove them",
-            )
-        return
-    known = json.loads(VLLM_ARGUMENTS_FILE.read_text(encoding="utf-8"))["arguments"]
-    for option in options:
-        if option in VLLM_REFUSED:
-            raise Unsupported(
-                f"the engine option {option!r} cannot be set here: {VLLM_REFUSED[option]}",
-                where=f"rollout.engine.{option}",
-                remedy="remove it from rollout.engine",
-            )
-        if option not in known:
-            near = difflib.get_close_matches(option, known, n=3)
-            raise RecipeError(
-                f"vLLM has no engine argument {option!r}",
-                where=f"rollout.engine.{option}",
-                remedy=f"did you mean {' or '.join(near)}?" if near else "see vLLM's EngineArgs for the names",
-            )
+    """`EngineFacts.check`, of one of ours; a user's was asked by the check, in a child."""
+    if ":" not in name:
+        facts_of_ours(name).check(options)

@@ -47,7 +47,8 @@ import numpy as np
 from align.errors import SetupError, Unsupported
 from align.mediastore import VIEW_SUFFIX
 from align.protocols import Medium, PromptItem, Sampling
-from rollout.base import CPU_KV_CACHE_BYTES, VLLM_ARGUMENTS_FILE, EngineSpec, start_error
+from rollout.base import EngineSpec, start_error
+from rollout.vllm_facts import ARGUMENTS_FILE, CPU_KV_CACHE_BYTES, MAX_SEQUENCES
 from rollout.vllm_media import media_prompt, pixel_arguments
 
 ENVIRONMENT: Mapping[str, str] = {
@@ -56,7 +57,6 @@ ENVIRONMENT: Mapping[str, str] = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 QUIET: Mapping[str, str] = {"VLLM_LOGGING_LEVEL": "ERROR"}
-CPU_MAX_SEQUENCES = 256
 
 CALLS: Mapping[str, str] = {
     "vllm:LLM": "apply_model collective_rpc reset_prefix_cache reset_mm_cache get_tokenizer",
@@ -108,7 +108,7 @@ def missing_calls(calls: Mapping[str, str] = CALLS) -> list[str]:
     return missing
 
 
-def write_engine_arguments(path: Path = VLLM_ARGUMENTS_FILE) -> None:
+def write_engine_arguments(path: Path = ARGUMENTS_FILE) -> None:
     """Write the names of vLLM's engine arguments, by which `align check` validates `rollout.engine` without vLLM."""
     _import_vllm()
     import vllm
@@ -197,7 +197,7 @@ def _arguments(spec: EngineSpec, max_rank: int) -> dict[str, Any]:
         arguments |= {
             "enforce_eager": True,
             "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES,
-            "max_num_seqs": CPU_MAX_SEQUENCES,
+            "max_num_seqs": MAX_SEQUENCES,
             "enable_chunked_prefill": False,
         }
         for name in ("enable_chunked_prefill", "long_prefill_token_threshold"):

@@ -21,6 +21,7 @@ from align.hub import resolve_model_folder
 from align.protocols import Fleet, Scorer
 from align.recipe.adapter import Adapter
 from align.recipe.chat_files import ChatFiles
+from align.recipe.engines import facts_of
 from align.recipe.inputs import Model
 from align.recipe.parts import ReferencePath, Rollout
 from align.recipe.placement import Placement
@@ -156,8 +157,9 @@ class RayBackend:
         role = self._now.roles["rollout-0"]
         rollout = job.rollout
         options = dict(rollout.engine)
-        if rollout.name == "vllm" and 0 < role.gpus < 1:
-            options.setdefault("gpu_memory_utilization", round(0.9 * role.gpus, 3))
+        share = facts_of(rollout.name).share
+        if share is not None and 0 < role.gpus < 1:
+            options.setdefault(share, round(0.9 * role.gpus, 3))
         spec = EngineSpec(
             name=rollout.name,
             folder=str(job.base),

@@ -13,6 +13,7 @@ from align.check.findings import Findings
 from align.data.media.opening import takes_media
 from align.errors import SetupError
 from align.recipe.capabilities import TrainStage
+from align.recipe.engines import facts_of, those
 from align.recipe.families import family_of
 from align.recipe.optimizers import OPTIMIZERS
 from align.recipe.schema import Recipe
@@ -54,7 +55,8 @@ class Need(NamedTuple):
 def check_packages(recipe: Recipe, found: Findings, *, cluster: bool = False) -> None:
     """Add a SetupError for every package that the recipe itself asks for and that is not here. cluster: stages run on
     nodes with packages of their own."""
-    _check(of_recipe(recipe, cluster), found)
+    with found.gather():  # a user's engine is asked what it needs
+        _check(of_recipe(recipe, cluster), found)
 
 
 def check_model_packages(
@@ -94,8 +96,11 @@ def of_recipe(recipe: Recipe, cluster: bool = False) -> Iterator[Need]:
     if cluster:
         return
     for stage in recipe.stages:
-        if stage.engines is not None and stage.engines.name == "vllm":
-            yield Need("vllm", "align-rl[gpu]", "rollout.name", "set `rollout.name: transformers`", stage.id)
+        engine = facts_of(stage.engines.name) if stage.engines is not None else None
+        if engine is not None and engine.package is not None:
+            [plain, *_] = those(lambda one: one.package is None)
+            instead = f"set `rollout.name: {plain}`"
+            yield Need(engine.package, engine.extra or engine.package, "rollout.name", instead, stage.id)
         if not isinstance(stage, TrainStage):
             continue
         if stage.adapter is not None and stage.adapter.quant is not None:

@@ -13,6 +13,7 @@ from align.losses import Loss, Losses, configure, load
 from align.plugins import describe_in_child
 from align.recipe.adapter import Adapter
 from align.recipe.capabilities import SamplingStage, ScoringStage, TrainStage
+from align.recipe.engines import facts_of
 from align.recipe.labels import Labels
 from align.recipe.parts import LossTerm, PairBatch, Rollout
 from align.recipe.problems import option_problems
@@ -20,7 +21,6 @@ from align.recipe.schema import Recipe
 from align.recipe.stages import Stage, kinds_for
 from align.recipe.support import check_adapter, check_sharded, is_sound, publish_mode
 from align.stages.handover import adapter_of, check_adapters, trained_by
-from rollout.base import check_engine_options
 
 _SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens")
 
@@ -322,4 +322,4 @@ def _check_engine(rollout: Rollout) -> None:
                 where=f"rollout.engine.{name}",
                 remedy="leave it out; `rollout.temperature` is offered",
             )
-    check_engine_options(rollout.name, rollout.engine)
+    facts_of(rollout.name).check(rollout.engine)

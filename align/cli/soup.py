@@ -16,10 +16,10 @@ from align.experiments.grid import simplex
 from align.experiments.runs import chosen, exams
 from align.experiments.sweep import child_of
 from align.hub import resolve_model_folder
+from align.recipe.engines import facts_of, those
 from align.recipe.load import load_recipe
 from align.recipe.schema import Recipe
 from align.recipe.stages import EvaluateStage
-from align.recipe.support import LARGEST_SERVED_RANK
 from align.stages.manifest import require_artefact
 
 if TYPE_CHECKING:
@@ -75,8 +75,9 @@ def _soup(
         f"relative error {report.error:.1e}" + (" (kept)" if found else ""),
         flush=True,
     )
-    for engine, largest in LARGEST_SERVED_RANK.items():
-        if report.rank > largest:
+    for engine in those(lambda one: one.largest_rank is not None):
+        largest = facts_of(engine).largest_rank
+        if largest is not None and report.rank > largest:
             print(
                 f"  note: {engine} serves adapters up to rank {largest}: align merge --base {report.base} makes a model"
             )

@@ -16,10 +16,11 @@ from align.model.adapter_config import CONFIG as ADAPTER_CONFIG
 from align.model.folders import require_free, written_aside
 from align.model.score_head import scoring
 from align.model.scoring_class import nobody_elses, own_class_for
+from align.recipe.engines import those
 
 log = logging.getLogger(__name__)
 
-ENGINES = ("vllm",)
+ENGINES = tuple(those(lambda engine: engine.loads_exports))
 REPORT = "export_report.json"
 TIME_LIMIT_S = 900.0
 

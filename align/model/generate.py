@@ -25,6 +25,7 @@ from torch import Tensor
 
 from align.errors import AlignError, EngineError, Unsupported
 from align.model import adapters
+from align.model.generate_facts import MAX_ROWS
 from align.model.load import load_model, quiet, resolve_dtype
 from align.model.places import inside_media
 from align.model.prompt_inputs import prompt_inputs
@@ -42,8 +43,6 @@ from align.protocols import (
     special_tokens,
     texts_of,
 )
-
-MAX_ROWS = 64  # completions computed at once: bounds the key-value cache
 
 
 class Spec(Protocol):

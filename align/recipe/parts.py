@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from align.recipe.engines import known_engine
 from align.recipe.inputs import DataField
 from align.recipe.optimizers import OPTIMIZERS, known_optimizer
 from align.recipe.strict import Fraction, PositiveInt, Strict
@@ -152,6 +153,8 @@ LossField = Annotated[tuple[LossTerm, ...], BeforeValidator(_loss_list), Field(m
 class Rollout(Strict):
     """Generation. Only what is listed may change the sampling distribution.
 
+    name: an engine of ours, or one's own as `package.module:Class` (`align.engines`).
+
     truncated: what becomes of a completion that max_tokens cut off. mask: it is not trained on, and leaves every
     denominator. keep: it is one like any other. penalise: it is kept, and the stage gets one more objective
     `truncated`, a cost of 1 for such a completion, whose weight is `truncated_penalty`. With combine weighted_sum that
@@ -164,7 +167,7 @@ class Rollout(Strict):
     that answers, has work, and finishes no step for so long is too.
     """
 
-    name: Literal["vllm", "transformers"] = "vllm"
+    name: Annotated[str, AfterValidator(known_engine)] = "vllm"
     workers: PositiveInt = 1
     temperature: Annotated[float, Field(ge=0)] = 1.0
     max_tokens: PositiveInt = 512

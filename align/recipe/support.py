@@ -14,6 +14,7 @@ from typing import Literal
 
 from align.errors import RecipeError, Unsupported
 from align.recipe.adapter import Adapter
+from align.recipe.engines import facts_of, those
 from align.recipe.optimizers import OPTIMIZERS
 from align.recipe.parts import Rollout
 from align.recipe.sharding import STRATEGIES
@@ -52,9 +53,7 @@ _PUBLISH: dict[tuple[Trained, str], Publish | tuple[str, str]] = {
     ("full", "merged"): "weights",
     ("full", "adapter"): ("a full fine-tune has no adapter to send", "leave `rollout.weights` out, or use merged"),
 }
-TOWER_OPTION = "enable_tower_connector_lora"  # vllm.config.lora: without it LoRA on towers and connectors is ignored
 BASE_BESIDE_ADAPTER = "base"  # model folder inside an adapter's: the base with the parts that were trained whole
-LARGEST_SERVED_RANK = {"vllm": 512}  # vllm.config.lora.MaxLoRARanks
 
 
 def trained(adapter: Adapter) -> Trained:
@@ -149,21 +148,25 @@ def publish_mode(adapter: Adapter, rollout: Rollout) -> Publish:
             where="rollout.weights",
             remedy=verdict[1],
         )
-    if how == "tower" and verdict == "adapter" and rollout.name == "vllm" and not rollout.engine.get(TOWER_OPTION):
+    facts = facts_of(rollout.name)
+    option = facts.tower_option
+    if how == "tower" and verdict == "adapter" and option is not None and not rollout.engine.get(option):
         raise Unsupported(
-            "`rollout.weights: adapter` with LoRA on the vision tower or the projector, which vLLM ignores by default",
+            "`rollout.weights: adapter` with LoRA on the vision tower or the projector, which "
+            f"{facts.title} ignores by default",
             where="rollout.weights",
-            remedy=f"leave it out (merged weights are sent), or set `rollout.engine.{TOWER_OPTION}: true` where vLLM "
-            "serves it for this family",
+            remedy=f"leave it out (merged weights are sent), or set `rollout.engine.{option}: true` where "
+            f"{facts.title} serves it for this family",
         )
-    if rollout.publish == "in_flight" and (verdict == "adapter" or rollout.name != "vllm"):
+    if rollout.publish == "in_flight" and (verdict == "adapter" or not facts.in_flight):
         why = "adapters" if verdict == "adapter" else f"`rollout.name: {rollout.name}`"
         raise Unsupported(
             f"`rollout.publish: in_flight` with {why}: requests finish on the version that they began with",
             where="rollout.publish",
-            remedy="leave it out; it is for whole weights (full fine-tuning, `rollout.weights: merged`) on vllm",
+            remedy="leave it out; it is for whole weights (full fine-tuning, `rollout.weights: merged`) on "
+            + " or ".join(those(lambda one: one.in_flight)),
         )
-    largest = LARGEST_SERVED_RANK.get(rollout.name)
+    largest = facts.largest_rank
     if verdict == "adapter" and largest is not None and adapter.rank > largest:
         raise Unsupported(
             f"{rollout.name} serves adapters up to rank {largest}, not {adapter.rank}",

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from align.errors import RunFolderError
+from align.recipe.engines import facts_of
 from align.recipe.schema import Recipe
 from align.recipe.stages import OnlineStage
 from align.recipe.support import publish_mode
@@ -125,7 +126,7 @@ def workload(recipe: Recipe, stage: OnlineStage, inputs: Inputs, run: Measured |
         number["engine_peak"],
         int(number["engine_slots"]),
         prompt_s=number["prompt_s"],
-        whole_batches=stage.rollout.name == "transformers",
+        whole_batches=facts_of(stage.rollout.name).whole_batches,
     )
     return Workload(
         groups=stage.batch.groups,
@@ -148,10 +149,10 @@ def workload(recipe: Recipe, stage: OnlineStage, inputs: Inputs, run: Measured |
 
 
 def publishing(recipe: Recipe, stage: OnlineStage) -> Publishing:
-    """What engines do while a version reaches them. An engine of transformers stops between two batches, whatever it
-    is sent."""
+    """What engines do while a version reaches them. One that samples whole batches stops between two, whatever it is
+    sent."""
     adapter = publish_mode(adapter_of(recipe, stage), stage.rollout) == "adapter"
-    return "adapter" if adapter or stage.rollout.name == "transformers" else stage.rollout.publish
+    return "adapter" if adapter or facts_of(stage.rollout.name).whole_batches else stage.rollout.publish
 
 
 def is_empirical(inputs: Inputs) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 
 from align.errors import RunFolderError
 from align.jsonl import read_lines
+from align.recipe.engines import facts_of
 from align.recipe.load import load_recipe
 from align.recipe.schema import Recipe
 from align.recipe.stages import OnlineStage
@@ -25,8 +26,6 @@ from align.stages.rollout_log import read_table
 
 WARM_UP = 2
 """Turns at a stage's start that are left out: kernels are compiled, engines are new."""
-SLOTS = {"transformers": 64, "vllm": 256}
-"""Sequences that an engine of each kind samples at once, where `rollout.engine.max_num_seqs` says nothing else."""
 _OUTLIER = 3.0  # times the median
 _ROUNDS = 8
 _TIMES = ("step", "generate", "score", "train", "publish", "group_score")
@@ -111,7 +110,7 @@ def trained_completions(stage: OnlineStage) -> int:
 
 def slots_of(stage: OnlineStage) -> int:
     """Sequences that an engine of the stage samples at once."""
-    return int(stage.rollout.engine.get("max_num_seqs", SLOTS[stage.rollout.name]))
+    return facts_of(stage.rollout.name).slots_with(stage.rollout.engine)
 
 
 # ------------------------------------------------------------------------------------------------- files
@@ -184,7 +183,7 @@ def _engine_costs(
 def _work(stage: OnlineStage, groups: Sequence[np.ndarray]) -> list[tuple[float, float, float]]:
     """Steps, tokens and prompts of each engine with a list of groups: dealt in turn, and sampled in whole batches or as
     slots become free."""
-    slots, whole = slots_of(stage), stage.rollout.name == "transformers"
+    slots, whole = slots_of(stage), facts_of(stage.rollout.name).whole_batches
     each = []
     for number in range(stage.rollout.workers):
         own = groups[number :: stage.rollout.workers]

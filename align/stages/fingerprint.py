@@ -64,11 +64,12 @@ def reward_names(stage: Stage) -> list[str]:
 
 def _code(recipe: Recipe, stage: Stage) -> set[str]:
     """Everything that the stage takes from files of Python: rewards, losses, generators of data and their formats, the
-    combiner of its objectives."""
+    combiner of its objectives, an engine."""
     losses = {term.name for term in stage.losses}
     data = {name for source in _sources(recipe, stage) for name in (source.path, source.format) if name}
     combiners = {stage.weighed.combine} if stage.weighed is not None else set()
-    return {*reward_names(stage), *losses, *data, *combiners}
+    engines = {stage.engines.name} if stage.engines is not None else set()
+    return {*reward_names(stage), *losses, *data, *combiners, *engines}
 
 
 def _named_files(part: Any, recipe: Recipe) -> dict[str, str]:

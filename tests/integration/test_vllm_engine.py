@@ -159,13 +159,13 @@ def test_every_call_in_the_list_is_in_the_docstring() -> None:
 
 
 def test_the_shipped_list_of_engine_arguments_is_that_of_the_installed_vllm(tmp_path: Path) -> None:
-    from rollout.base import VLLM_ARGUMENTS_FILE, VLLM_REFUSED
     from rollout.vllm import write_engine_arguments
+    from rollout.vllm_facts import ARGUMENTS_FILE, REFUSED
 
     write_engine_arguments(tmp_path / "now.json")
     now = json.loads((tmp_path / "now.json").read_text())
-    assert json.loads(VLLM_ARGUMENTS_FILE.read_text()) == now, "run rollout.vllm.write_engine_arguments()"
-    assert set(VLLM_REFUSED) <= set(now["arguments"])
+    assert json.loads(ARGUMENTS_FILE.read_text()) == now, "run rollout.vllm.write_engine_arguments()"
+    assert set(REFUSED) <= set(now["arguments"])
 
 
 def test_engine_options_are_checked_by_name_before_anything_starts() -> None:

@@ -13,10 +13,12 @@ from align.check.memory.plan import Estimate, Work, engine
 from align.check.memory.sizes import Sizes, Table, human, others, tower_of
 from align.recipe.adapter import Adapter
 from align.recipe.capabilities import SamplingStage, TrainStage
+from align.recipe.engines import facts_of
 from align.recipe.schema import Recipe
 from align.stages.roles import Role
 from align.stages.training import reference_of
-from rollout.base import CPU_KV_CACHE_BYTES
+
+SHARE = 0.9  # of its part of a GPU, what an engine takes
 
 
 def dtype_of(gpu: bool, *names: str) -> str:
@@ -92,17 +94,18 @@ class SeenBy:
         return Asked(sizes, adapter, work, load.longest, self.table, tower_of(self.config))
 
     def _engine(self, stage: SamplingStage, load: Load, share: float) -> Estimate:
-        """vLLM takes what it is told to for keys and values, whatever comes."""
+        """Some engines take what they are told to for keys and values, whatever comes."""
         rollout = stage.rollout
+        facts = facts_of(rollout.name)
         sizes = replace(self.sizes, others=others(self.table))
         dtype = dtype_of(self.gpu, rollout.dtype, self.recipe.model.dtype)
         each = -(-load.sequences * (stage.staleness + 1) // rollout.workers)
         needed = engine(sizes, dtype, sequences=each, length=load.length)
-        if rollout.name != "vllm":
+        if facts.reserves is None:
             return needed
-        reserved = rollout.engine.get("kv_cache_memory_bytes", None if self.gpu else CPU_KV_CACHE_BYTES)
-        if reserved is None and self.machine.gpu_memory and share:
-            taken = float(rollout.engine.get("gpu_memory_utilization", 0.9 * share)) * self.machine.gpu_memory
+        reserved = rollout.engine.get(facts.reserves, None if self.gpu else facts.reserved_on_cpu)
+        if reserved is None and self.machine.gpu_memory and share and facts.share:
+            taken = float(rollout.engine.get(facts.share, SHARE * share)) * self.machine.gpu_memory
             reserved = max(0.0, taken - needed.parts["weights"])
         return engine(sizes, dtype, sequences=each, length=load.length, reserved=reserved)
 

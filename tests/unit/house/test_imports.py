@@ -18,8 +18,11 @@ LIGHT = {
     "losses": ["align/losses"],
     "objectives": ["align/objectives"],
     "rewards": ["rewards"],
-    "engine protocol": ["rollout/base.py"],
-    "foundations": [f"align/{name}.py" for name in ("errors", "protocols", "plugins", "hub", "torch_cpu")],
+    "engine protocol": ["rollout/base.py", "rollout/vllm_facts.py", "align/model/generate_facts.py"],
+    "export formats": ["align/export/formats/__init__.py"],
+    "foundations": [
+        f"align/{name}.py" for name in ("describe", "engines", "errors", "protocols", "plugins", "hub", "torch_cpu")
+    ],
     "simulate": ["align/simulate", "align/cli/simulate.py"],
     "check": ["align/check"],
     "command": ["align/cli/main.py", "align/cli/doctor.py"],

@@ -6,7 +6,8 @@ import pytest
 
 from align.errors import Unsupported
 from align.recipe.parts import Rollout
-from align.recipe.served import TOWER_SWITCH, refuse_unserved
+from align.recipe.served import refuse_unserved
+from rollout.vllm_facts import TOWER_OPTION
 
 
 def test_adapters_that_vllm_refuses_are_refused_before_it_starts_and_merged_weights_are_not() -> None:
@@ -18,7 +19,7 @@ def test_adapters_that_vllm_refuses_are_refused_before_it_starts_and_merged_weig
 
 
 def test_a_towers_adapter_is_refused_where_vllm_serves_the_language_models_alone() -> None:
-    switched = Rollout(engine={TOWER_SWITCH: True})
+    switched = Rollout(engine={TOWER_OPTION: True})
     with pytest.raises(Unsupported, match="on their language model alone"):
         refuse_unserved("internvl", "adapter", switched)
     refuse_unserved("internvl", "adapter", Rollout())

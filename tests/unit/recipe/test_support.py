@@ -11,7 +11,8 @@ from align.errors import ModelError, RecipeError, Unsupported
 from align.hub import looks_like_hub_id, resolve_model_folder
 from align.recipe.adapter import Adapter, Quant
 from align.recipe.parts import ReferencePath, Rollout
-from align.recipe.support import TOWER_OPTION, check_adapter, publish_mode, reference_words, refuse_parts_of_text
+from align.recipe.support import check_adapter, publish_mode, reference_words, refuse_parts_of_text
+from rollout.vllm_facts import FACTS, TOWER_OPTION
 
 
 @pytest.mark.parametrize(
@@ -109,14 +110,10 @@ def test_a_reference_holds_a_copy_of_what_is_trained_whole() -> None:
 
 
 def test_the_largest_rank_is_the_one_that_vllm_names() -> None:
-    source = Path(__file__).parents[3] / "align" / "recipe" / "support.py"
-    assert "MaxLoRARanks" in source.read_text()
     config = pytest.importorskip("vllm.config.lora")
     from typing import get_args
 
-    from align.recipe.support import LARGEST_SERVED_RANK
-
-    assert max(get_args(config.MaxLoRARanks)) == LARGEST_SERVED_RANK["vllm"]
+    assert max(get_args(config.MaxLoRARanks)) == FACTS.largest_rank
 
 
 def test_a_reference_is_described_as_it_will_be_had() -> None:
