@@ -1,7 +1,8 @@
-# make demo    the whole story on this machine: data, SFT, DPO, GRPO, merge, export, a table (about ten minutes)
-# make test    lint, then every test; no network, no GPU
-# make prove   the long proofs, hours; ONLY=name runs one. Results: tests/prove/results/
-# make lint    ruff, mypy, import rules
+# make demo        the whole story on this machine: data, SFT, DPO, GRPO, merge, export, a table (about ten minutes)
+# make test        lint, then the tests, a quarter of an hour on two cores; no network, no GPU
+# make test-slow   the others: benches at toy sizes, compiled kernels, ranks, clusters, kills of whole runs
+# make prove       the long proofs, hours; ONLY=name runs one. Results: tests/prove/results/
+# make lint        ruff, mypy, import rules
 #
 # Each sets up .venv first, again only when pyproject.toml changes. pip's own settings are respected (PIP_FIND_LINKS,
 # PIP_EXTRA_INDEX_URL): README.md, "Install".
@@ -13,7 +14,7 @@ STAMP := $(VENV)/.align-setup
 EXTRA ?= $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU ' && echo gpu || echo cpu)
 SEED ?= 0
 
-.PHONY: setup demo test test-unit test-integration prove lint
+.PHONY: setup demo test test-unit test-integration test-slow prove lint
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -45,14 +46,18 @@ lint: SHELL := /bin/bash
 
 test: lint test-unit test-integration
 
-# Unit tests and comparisons of tensors with TRL's are short and independent: two at a time, in order of their folders
-# (by default files of few tests come last, and those are the long ones). The others start engines and clusters that
-# fill two cores.
+# Two at a time, in order of their folders: by default files of few tests come last, and those are the long ones. An
+# integration test waits for processes more than it computes; a file's tests share a run or an engine, and stay together.
+PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+
 test-unit: $(STAMP)
-	$(BIN)/python -m pytest tests/unit tests/parity -n 2 --dist loadscope --no-loadscope-reorder
+	$(PYTEST) -m 'not slow' --dist loadscope tests/unit tests/parity
 
 test-integration: $(STAMP)
-	$(BIN)/python -m pytest tests/integration
+	$(PYTEST) -m 'not slow' --dist loadfile tests/integration
+
+test-slow: $(STAMP)
+	$(PYTEST) -m slow --dist loadfile tests/unit tests/parity tests/integration
 
 prove: $(STAMP)
 	$(BIN)/python -m tests.prove $(ONLY)

@@ -88,6 +88,7 @@ def test_a_batch_of_scores_equals_transformers_one_by_one(written: Path, pool: R
         assert score == pytest.approx(float(alone(written, ids)), abs=1e-4), sample
 
 
+@pytest.mark.slow
 def test_of_several_labels_one_is_chosen_and_its_probability_is_the_score(classifier: Path) -> None:
     from transformers import AutoTokenizer
 

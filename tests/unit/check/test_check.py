@@ -77,6 +77,7 @@ def test_check_imports_no_torch_and_takes_less_than_five_seconds(workshop: Works
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5.0
 
 
+@pytest.mark.slow
 def test_only_the_first_thousand_rows_are_read_unless_all_are_asked_for(workshop: Workshop) -> None:
     bad = {"messages": [{"role": "user", "content": "no answer"}]}
     workshop.write("sft.jsonl", [conversation(n % 12) for n in range(1100)] + [bad])

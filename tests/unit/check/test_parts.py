@@ -68,6 +68,7 @@ def test_contradictions_are_refused(
         checked(tmp_path, base, tune, **adapter)
 
 
+@pytest.mark.slow
 def test_the_numbers_of_a_table_are_those_of_the_model(base: Path) -> None:
     import torch
 

@@ -74,6 +74,7 @@ def test_a_simplex_gives_a_run_per_vector_and_runs_the_first_stages_once(worksho
     assert f"align pareto {root}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_resume_keeps_what_is_finished_repeats_what_failed_and_adds_new_weights(workshop, started, capsys):
     FAILS.add("numeric-1_brevity-0")
     assert main(["sweep", "recipe.yaml", "--simplex", "2"]) == 1

@@ -190,6 +190,7 @@ def test_under_autocast_flash_attention_gets_half_precision_throughout(monkeypat
     assert seen == {BF16}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++")
 @pytest.mark.parametrize("options", [{}, {"window": 200, "softcap": 2.0}])
 def test_flex_attention_compiles_once_for_rows_of_all_lengths(options: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ def in_this_process(loader, folder, request, time_limit_s):
     return load_probe.probe(loader, folder, request), 0.0
 
 
+@pytest.mark.slow
 def test_an_exported_folder_is_proved_by_children_that_load_it(folder, tmp_path):
     report = export(folder, tmp_path / "out", engines=("transformers",))
     assert [(check.loader, check.status) for check in report.checks] == [

@@ -28,6 +28,7 @@ def without_export(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "_exports", lambda subject: iter(()))
 
 
+@pytest.mark.slow
 def test_a_sound_model_that_sees_passes_every_check(tmp_path: Path) -> None:
     found = outcome(write_tiny_vlm(tmp_path / "model", "qwen2_5_vl"), tmp_path)
     assert {status for status, _ in found.values()} == {"passed"}, found

@@ -30,6 +30,8 @@ from tests.bench import (
     work,
 )
 
+pytestmark = pytest.mark.slow  # each runs a bench through, at a toy size
+
 TINY = ["--toy", "--repeats", "1", "--threads", "1"]
 
 
@@ -239,7 +241,6 @@ def test_the_pools_cost_is_measured_with_a_trivial_plugin_and_a_judge(capsys: py
     assert "samples/s of 200" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_the_bytes_of_two_ranks_are_counted_as_theory_and_kernel_have_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert weak_scaling.ring_bytes([100, 20], 4) == 1.5 * 4 * (120 + 2)
     figures = weak_scaling.main(["--toy", "--repeats", "1", "--steps", "1", "--pairs", "2"])

@@ -11,6 +11,8 @@ import pytest
 from align.protocols import Medium, Segment, Tree
 from tests.bench import vision, vision_grpo_update, vision_sft_against_trl, work
 
+pytestmark = pytest.mark.slow  # each runs a bench through, at a toy size
+
 TINY = ["--toy", "--repeats", "1", "--threads", "1"]
 
 
@@ -84,7 +86,6 @@ def test_a_groups_picture_is_counted_for_every_completion_where_rows_are_padded(
     assert vision.images_of([tree], once=False) == [4] * 4
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tower", ["frozen", "trained"])
 def test_a_grpo_update_about_a_picture_is_compared_on_the_same_work(
     tower: str, capsys: pytest.CaptureFixture[str]
@@ -99,7 +100,6 @@ def test_a_grpo_update_about_a_picture_is_compared_on_the_same_work(
     assert sides["ours"]["tflop"] < sides["padded"]["tflop"] < sides["TRL"]["tflop"]
 
 
-@pytest.mark.slow
 @pytest.mark.realdata
 def test_sft_on_real_questions_is_compared_on_the_same_work(
     shared_data: Path, capsys: pytest.CaptureFixture[str]

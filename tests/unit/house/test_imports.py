@@ -108,6 +108,7 @@ print(json.dumps([loaded, torch.compile.__module__, len(calls), twice(3), twice(
 """
 
 
+@pytest.mark.slow
 def test_a_trainer_has_bitsandbytes_without_loading_torchs_compiler() -> None:
     done = subprocess.run([sys.executable, "-c", COMPILED_LATE], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

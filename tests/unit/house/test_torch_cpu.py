@@ -12,6 +12,8 @@ import pytest
 
 from align import torch_cpu
 
+pytestmark = pytest.mark.slow  # fresh processes import torch and its companions
+
 SITE_PACKAGES = Path(sysconfig.get_path("purelib"))
 MISMATCH = pytest.mark.skipif(not torch_cpu.needs_declarations(), reason="torchvision and torch are of one build here")
 

@@ -187,6 +187,7 @@ def test_the_gold_answer_of_a_row() -> None:
 # ------------------------------------------------------------------------------------------------ real data
 
 
+@pytest.mark.slow
 @pytest.mark.realdata
 def test_all_164_canonical_solutions_pass_as_gold_and_some_as_a_completion_and_as_a_block(
     shared_data: Path, score: Any

@@ -41,6 +41,7 @@ async def scored(spec: PluginSpec, samples: list[Sample], folder: Path = HERE) -
         pool.close()
 
 
+@pytest.mark.slow
 def test_what_is_no_answer_costs_its_sample_and_ends_no_wait() -> None:
     samples = [s for n, way in enumerate(WAYS) for s in (Sample(way, group_id=n), Sample("fine", group_id=n))]
     result = within(scored(PluginSpec("garbler.py:garbles"), samples))

@@ -305,6 +305,7 @@ def test_an_engine_that_dies_during_a_publish_comes_back_with_that_version(tmp_p
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_a_prompt_that_kills_every_engine_ends_the_run_and_is_named() -> None:
     error, later = failure(prompts(3, p1={"do": "die"}), workers=2, per_step=1)
     assert isinstance(error, EngineError)

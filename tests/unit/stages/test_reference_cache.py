@@ -194,6 +194,7 @@ def test_a_new_format_has_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------------------- damage
 
 
+@pytest.mark.slow
 def test_no_damaged_byte_is_ever_used(tmp_path: Path) -> None:
     rows = pairs(2)
     made = values_of(asyncio.run(make_cache(tmp_path, Counting(), {}).attach(rows)))

@@ -200,6 +200,7 @@ def work(rank: int, shop: Workshop, folder: Path) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one_though_one_has_all_the_pictures(shop: Workshop, tmp_path: Path) -> None:
     plain = Workshop(shop.folder, None, shop.store, shop.pictures, shop.tokens)  # without a model to pickle
     running = start_processes(work, (plain, tmp_path), nprocs=2, start_method="spawn", join=False)

@@ -25,6 +25,8 @@ from align.train.strategy import make_strategy
 from align.train.trainer import PolicyTrainer
 from tests.sharded import CASES, STRATEGIES, apart, on_ranks, spec_of, train, trees_of, write_bases
 
+pytestmark = pytest.mark.slow  # ranks that import deepspeed
+
 FEW = 2
 RUNS = [
     ("sft", "zero1"),
