@@ -52,11 +52,9 @@ class Recipe(Strict):
         return Path(self.output) / self.name
 
     def stage(self, stage_id: str) -> Any:
-        """The stage of this id. StopIteration where there is none."""
         return next(s for s in self.stages if s.id == stage_id)
 
     def before(self, stage_id: str) -> Iterator[Any]:
-        """The stages that stand before this one, in order."""
         for stage in self.stages:
             if stage.id == stage_id:
                 return
