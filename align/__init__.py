@@ -1,0 +1,12 @@
+"""The engine, room by room; `align/README.md` draws it.
+
+In the order of reading:
+
+    errors.py, protocols.py, types.py: what everything else speaks: causes, what crosses processes, tensors
+    plugins.py, plugin_modules.py: from a name in a recipe to code, ours or the user's
+    recipe/, data/, model/, losses/, objectives/, train/, export/: the rooms of a datum
+    stages/, simulate/, experiments/: the loop, the loop without its work, studies of several runs
+    actors/, report/, cli/: Ray, what is shown, the command line
+    hub.py, mediastore.py, shared.py: where models, processed media and a cluster's files lie
+    jsonl.py, oserrors.py, packages.py, torch_cpu.py: files, the system, our names, a CPU build of torch
+"""

@@ -1,0 +1,17 @@
+"""From rows to trees, and from trees to packed batches. No torch but in packing.py.
+
+In the order of reading:
+
+    prepare.py, tables.py: the one entry, and the rows of one source on their way through it
+    sources.py, readers.py, values.py, bounded.py: files, hub data sets, and what no row may hold
+    generators.py, generator_child.py: data made by a function, in a child process
+    records.py, formats/: what a row becomes, and the layouts that it may have
+    audit.py, unread.py, doubts.py, lost.py: the report: refused, not read, hardly meant, not rendered
+    tokenizer.py, carried.py, backends.py, scratch.py: tokenizers: of a folder, of an adapter, of transformers'
+        classes, new
+    template.py, template_files.py, templates/, sandbox.py, dialect.py: chat templates, their limits and their habits
+    render.py, turns.py, ends.py, openings.py, beginnings.py, seen.py, labels.py: records to ids and masks
+    encoded.py, soundness.py, cache.py: tokenised rows: cut, looked at, kept by content
+    media/, placing.py: images and videos, and where they stand
+    order.py, prefixes.py, microbatches.py, packing.py: which rows a step sees, and how they are computed
+"""

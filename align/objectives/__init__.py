@@ -1,4 +1,12 @@
-"""From a table of scores to advantages: `combine`. numpy only, float64 inside, float32 out."""
+"""From a table of scores to advantages: `combine`. numpy only, float64 inside, float32 out.
+
+In the order of reading:
+
+    combine.py, groups.py: scores to advantages, statistics of ragged groups
+    gates.py, metrics.py, check.py: what counts where, what a step looked like, names that do not fit
+    view.py, running.py: weights that follow a utility: what they see, means and deviations
+    lagrangian.py, chebyshev.py, hypervolume.py, pareto.py: limits, a point to come near, a volume; fronts
+"""
 
 from align.objectives.combine import before_whitening, combine
 from align.objectives.groups import Grouped

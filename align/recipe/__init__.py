@@ -1,6 +1,16 @@
 """The recipe: YAML in, strict types out. `from align.recipe import Recipe, load_recipe`.
 
 The two are imported when they are asked for: every process of a run takes some parts of a recipe, few read one.
+
+In the order of reading:
+
+    schema.py, stages.py, parts.py, strict.py: the grammar: the whole, the kinds of stages, what they share
+    inputs.py, adapter.py, objectives.py, labels.py, placement.py, sharding.py: its parts
+    load.py, document.py, overrides.py, paths.py, problems.py, grammar.py: from text to types, and errors in words
+    peers.py, later.py: words of other trainers, and what is not offered
+    support.py, served.py, families.py: what goes together
+    adapter_folder.py, trained_on.py, chat_files.py: what trained folders say of themselves
+    shipping.py: a recipe and its files, to be sent
 """
 
 from __future__ import annotations
