@@ -1,4 +1,4 @@
-"""`align doctor`: does this machine have what a run needs, and if not, what is to be done?
+"""`align doctor`: examine this machine; say what to do.
 
 Nothing outside the standard library is imported here but rich, for a table on a terminal; torch, Ray and vLLM are tried
 in child processes. So `python -m align.cli.doctor --fix` works before anything else does.
@@ -47,7 +47,11 @@ class Finding:
         return self.remedy or self.note or ""
 
 
-def main(arguments: argparse.Namespace) -> int:
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--fix", action="store_true", help="repair torch packages that do not fit each other")
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Repair where `--fix` asks for it, then print the findings.
 
     Returns 0 when all is right, 2 when something must be done, 1 when a repair failed.
@@ -253,5 +257,5 @@ def _show(findings: list[Finding]) -> None:
 
 if __name__ == "__main__":
     _parser = argparse.ArgumentParser(prog="align doctor", description="examine this machine and say what to do")
-    _parser.add_argument("--fix", action="store_true", help="repair torch packages that do not fit each other")
-    sys.exit(main(_parser.parse_args()))
+    add(_parser)
+    sys.exit(run(_parser.parse_args()))

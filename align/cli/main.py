@@ -1,4 +1,8 @@
-"""The command `align`. Verbs are imported when they are called, so that `align check` brings no torch.
+"""The command `align`. Its verbs are the modules beside this one, found by their names.
+
+A verb exports `add(parser)`, which says what it takes, and `run(arguments)`, which does it and returns the exit code.
+The first sentence of its module is its help. Only the verb that is called is imported: `align check` brings no torch,
+and `align doctor` works where nothing else does.
 
 Exit codes: 0; 2 where the user's input must change; 1 where something failed; 130 where the user stopped it.
 """
@@ -6,20 +10,23 @@ Exit codes: 0; 2 where the user's input must change; 1 where something failed; 1
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib import metadata
+from importlib import import_module, metadata
+from pathlib import Path
 
 from align import packages
-from align.cli import classify_flags, experiment_flags, rewards_flags
-from align.cli.simulate_flags import add_flags
-from align.errors import AlignError, UserError
+from align.cli.arguments import add_debug
+from align.errors import AlignError
 from align.oserrors import described, is_known, of_system
 from align.report.screen import cut, screened
 
 INTERRUPTED = 130
+NO_VERBS = ("__init__", "main", "arguments")
+VERBS = tuple(sorted(file.stem for file in Path(__file__).parent.glob("*.py") if file.stem not in NO_VERBS))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,8 +72,9 @@ def _failed(message: str, status: int, debug: bool) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = _parser(next((word for word in words if not word.startswith("-")), None))
+    arguments, rest = parser.parse_known_args(words)
     # Overrides may stand after options, where argparse no longer takes positionals.
     unknown = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(arguments, "overrides")]
     if unknown:
@@ -76,129 +84,26 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(called: str | None) -> argparse.ArgumentParser:
+    """The parser of the command, with what the verb that is called takes; where none is, with what each is for."""
     parser = argparse.ArgumentParser(prog="align", description="Align language models to preferences and rewards.")
     parser.add_argument("--version", action="version", version=f"align {metadata.version('align-rl')}")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(debug=False)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-
-    run = verbs.add_parser("run", parents=[common], help="run a recipe from data to artefacts")
-    _recipe_arguments(run)
-    run.add_argument("--resume", action="store_true", help="continue an interrupted run; finished stages are kept")
-    run.add_argument("--from-stage", metavar="ID", help="run this stage and those after it again (implies --resume)")
-    run.add_argument("--address", metavar="ADDRESS", help="join a Ray cluster instead of starting one here")
-    run.add_argument("--cores", type=int, metavar="N", help="cores of this machine to use (default: all)")
-    run.add_argument("--plugins", metavar="FOLDER", help="where rewards are looked for (default: the recipe's folder)")
-    run.set_defaults(verb=_run)
-
-    submit = verbs.add_parser("submit", parents=[common], help="run a recipe as a job of a Ray cluster")
-    _recipe_arguments(submit)
-    submit.add_argument("--address", required=True, metavar="URL", help="of the cluster's job server, http://HEAD:8265")
-    submit.add_argument("--resume", action="store_true", help="continue an interrupted run; finished stages are kept")
-    submit.add_argument("--from-stage", metavar="ID", help="run this stage and those after it again")
-    submit.add_argument("--detach", action="store_true", help="print the job's id and leave; do not follow its log")
-    submit.set_defaults(verb=_submit)
-
-    check = verbs.add_parser("check", parents=[common], help="check a recipe, its files and plugins; show the plan")
-    _recipe_arguments(check, optional=True)
-    check.add_argument("--model", metavar="FOLDER", help="with --suite: a model folder or hub id, in place of a recipe")
-    check.add_argument("--suite", action="store_true", help="try on it what runs do: packing, adapters, merge, engines")
-    check.add_argument("--trust-remote-code", action="store_true", help="with --suite: run the model's own code")
-    check.add_argument("--data", action="store_true", help="read every row, not only the first 1,000 of each source")
-    check.set_defaults(verb=_check)
-
-    simulate = verbs.add_parser("simulate", parents=[common], help="how fast would an online stage run, and what with?")
-    _recipe_arguments(simulate)
-    add_flags(simulate)
-    simulate.set_defaults(verb=_simulate)
-
-    rewards = verbs.add_parser("rewards", help="list reward plugins; try one on data before a run")
-    rewards_flags.add_verbs(rewards, common)
-    rewards.set_defaults(verb=_rewards)
-
-    doctor = verbs.add_parser("doctor", parents=[common], help="examine this machine; say what to do")
-    doctor.add_argument("--fix", action="store_true", help="repair torch packages that do not fit each other")
-    doctor.set_defaults(verb=_doctor)
-
-    merge = verbs.add_parser("merge", parents=[common], help="merge an adapter into its base, and prove it")
-    merge.add_argument("--base", required=True, help="model folder or hub id")
-    merge.add_argument("--adapter", required=True, help="peft adapter: folder or hub id")
-    merge.add_argument("--out", required=True, help="new folder for the merged model")
-    merge.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    merge.add_argument(
-        "--tokenizer", choices=("adapter", "base"), help="whose tokenizer and chat template to write (adapter's if any)"
-    )
-    merge.add_argument(
-        "--other-base", action="store_true", help="merge although the adapter was trained on another base"
-    )
-    merge.add_argument("--end-of-turn", action="append", default=[], metavar="TOKEN", help="a token that ends a turn")
-    merge.add_argument("--trust-remote-code", action="store_true", help="run model code from the base's folder")
-    merge.set_defaults(verb=_merge)
-
-    classify_flags.add_verb(verbs, common)
-    experiment_flags.add_verbs(verbs, common, _recipe_arguments)
+    for name in [called] if called in VERBS else VERBS:
+        verb = verbs.add_parser(name, help=_help(name))
+        if name == called:
+            module = import_module(f"align.cli.{name}")
+            add_debug(verb)
+            module.add(verb)
+            verb.set_defaults(verb=module.run)
     return parser
 
 
-def _recipe_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
-    parser.add_argument("recipe", nargs="?" if optional else None, help="a YAML file")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="such as stages.grpo.rollout.workers=2, seed=3, name=second"
-    )
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    from align.cli import run
-
-    return run.main(arguments)
-
-
-def _submit(arguments: argparse.Namespace) -> int:
-    from align.cli import submit
-
-    return submit.main(arguments)
-
-
-def _check(arguments: argparse.Namespace) -> int:
-    if arguments.suite or arguments.model is not None or arguments.recipe is None:
-        if not arguments.suite or arguments.model is None or arguments.recipe is not None:
-            raise UserError(
-                "a check is of a recipe, or of a model",
-                remedy="write `align check recipe.yaml`, or `align check --model FOLDER --suite`",
-            )
-        from align.cli import suite
-
-        return suite.main(arguments)
-    from align.check import validate as check
-    from align.check.scratch import scratch
-
-    with scratch():  # what plugins put aside while they are described
-        return check.main(arguments)
-
-
-def _simulate(arguments: argparse.Namespace) -> int:
-    from align.cli import simulate
-
-    return simulate.main(arguments)
-
-
-def _rewards(arguments: argparse.Namespace) -> int:
-    from align.cli import rewards
-
-    return rewards.main(arguments)
-
-
-def _doctor(arguments: argparse.Namespace) -> int:
-    from align.cli import doctor
-
-    return doctor.main(arguments)
-
-
-def _merge(arguments: argparse.Namespace) -> int:
-    from align.cli import merge
-
-    return merge.main(arguments)
+def _help(verb: str) -> str:
+    """The first sentence of a verb's module, without importing it."""
+    said = ast.get_docstring(ast.parse(Path(__file__).with_name(f"{verb}.py").read_text(encoding="utf-8"))) or ""
+    return said.partition("\n")[0].partition(": ")[2].partition(". ")[0].removesuffix(".")
 
 
 if __name__ == "__main__":

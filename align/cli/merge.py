@@ -1,4 +1,4 @@
-"""`align merge`: one plain model folder from a base and an adapter, proved equal to the two together."""
+"""`align merge`: merge an adapter into its base, and prove it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,22 @@ from align.hub import resolve_model_folder
 from align.stages.manifest import require_artefact
 
 
-def main(arguments: argparse.Namespace) -> int:
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", required=True, help="model folder or hub id")
+    parser.add_argument("--adapter", required=True, help="peft adapter: folder or hub id")
+    parser.add_argument("--out", required=True, help="new folder for the merged model")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--tokenizer", choices=("adapter", "base"), help="whose tokenizer and chat template to write (adapter's if any)"
+    )
+    parser.add_argument(
+        "--other-base", action="store_true", help="merge although the adapter was trained on another base"
+    )
+    parser.add_argument("--end-of-turn", action="append", default=[], metavar="TOKEN", help="a token that ends a turn")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run model code from the base's folder")
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Merge, and print what the proofs measured. Raises ModelError, Unsupported or ExportError, and
     RunFolderError where one of them is a stage's and no longer what it wrote."""
     base = resolve_model_folder(arguments.base)

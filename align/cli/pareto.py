@@ -1,4 +1,4 @@
-"""`align pareto`: the front of several runs' held-out scores, as a table, a picture and a page. No torch."""
+"""`align pareto`: the front of runs, by their evaluate stages. As a table, a picture and a page; no torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from align.cli.arguments import add_stage, whole
 from align.errors import RunFolderError
 from align.experiments.front import LEVEL, Front, front
 from align.experiments.grid import parse_numbers
@@ -28,7 +29,25 @@ from align.stages.files import write_json
 from align.stages.runfolder import RECIPE
 
 
-def main(arguments: argparse.Namespace) -> int:
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or the folder of a sweep")
+    add_stage(parser, "evaluate")
+    parser.add_argument(
+        "--of", metavar="ID", help="the judged stage (one run: all; several: the last that each judges)"
+    )
+    parser.add_argument("--objectives", metavar="a,b", help="default: all that the runs share")
+    parser.add_argument(
+        "--reference", metavar="a=0,b=0", help="of the hypervolume, own signs (default: below the worst)"
+    )
+    parser.add_argument(
+        "--resamples", type=whole(2), default=1000, metavar="N", help="of the bootstrap (default: 1000)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the bootstrap")
+    parser.add_argument("--out", metavar="FOLDER", help="for front.png, .html, .json (default: the first RUN)")
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Print the front and write front.png, front.html and front.json. Raises UserError with a remedy.
 
     arguments: runs (folders), stage, of, objectives (text or None), reference (text or None), resamples, seed, out,

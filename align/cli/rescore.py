@@ -1,4 +1,4 @@
-"""`align rescore`: what would a run's advantages have been under other weights? No torch; seconds."""
+"""`align rescore`: a run's advantages under other weights. No torch; seconds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from align.cli.arguments import add_stage
 from align.experiments.grid import parse_weights
 from align.experiments.rescore import Rescored, correlation, rescore, write
 from align.experiments.runs import chosen, online_stages, read_recipe
@@ -17,15 +18,24 @@ from align.report.table import text_table
 DRIFT = 1e-5  # advantages are float32
 
 
-def main(arguments: argparse.Namespace) -> int:
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of `objectives`: min_std=0, whiten=true")
+    add_stage(parser, "online")
+    parser.add_argument("--weights", metavar="a=1,b=0.5", help="objectives that are not named keep the run's")
+    parser.add_argument("--combine", metavar="NAME", help="another way to combine objectives")
+    parser.add_argument("--out", metavar="FILE", help="Parquet (default: <run>/<stage>/rescored.parquet)")
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Combine a run's rollouts anew and print a table. Raises UserError with a remedy.
 
     arguments: run (folder), stage (id or None), weights (text or None), combine (or None), overrides (key=value of
     `objectives`), out (file or None).
     """
-    run = Path(arguments.run)
-    recipe = read_recipe(run)
-    stage = chosen(online_stages(recipe), arguments.stage, "online stage", run)
+    folder = Path(arguments.run)
+    recipe = read_recipe(folder)
+    stage = chosen(online_stages(recipe), arguments.stage, "online stage", folder)
     key = f"stages.{stage.id}.objectives"
     changes = [f"{key}.{text}" for text in arguments.overrides]
     if arguments.weights:
@@ -33,10 +43,10 @@ def main(arguments: argparse.Namespace) -> int:
         changes.append(f"{key}.weights={yaml.safe_dump(weights, default_flow_style=True, width=10**6).strip()}")
     if arguments.combine:
         changes.append(f"{key}.combine={arguments.combine}")
-    changed = online_stages(load_recipe(run / "recipe.yaml", changes))
-    objectives = chosen(changed, stage.id, "online stage", run).objectives
-    rescored = rescore(run / stage.id / "rollouts", stage, objectives)
-    out = Path(arguments.out) if arguments.out else run / stage.id / "rescored.parquet"
+    changed = online_stages(load_recipe(folder / "recipe.yaml", changes))
+    objectives = chosen(changed, stage.id, "online stage", folder).objectives
+    rescored = rescore(folder / stage.id / "rollouts", stage, objectives)
+    out = Path(arguments.out) if arguments.out else folder / stage.id / "rescored.parquet"
     write(rescored, out)
     print("\n".join([*_lines(rescored, stage.id, stage.objectives, objectives), "", f"written: {out}"]))
     return 0

@@ -1,4 +1,4 @@
-"""`align rewards list | try`: which rewards there are, and what one says about completions in a file. No torch."""
+"""`align rewards`: list reward plugins; try one on data before a run. No torch."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from align import errors
 from align.actors.plugins import align_errors
 from align.check.scratch import scratch
 from align.check.trial_data import Trial, read_trial
+from align.cli.arguments import add_debug
 from align.plugins import REWARDS, describe_in_child
 from align.recipe.document import parse_value
 from rewards import trial
@@ -31,7 +32,34 @@ _TEXT = 100  # characters of a text on a line
 _DEFAULT = 40  # of an argument's default
 
 
-def main(arguments: argparse.Namespace) -> int:
+def add(parser: argparse.ArgumentParser) -> None:
+    """The verbs `list` and `try`; `arguments.action` says which."""
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB", dest="action")
+    every = verbs.add_parser("list", help="ours and those of installed packages, with what they give and take")
+    one = verbs.add_parser("try", help="score completions that are in a file; prove its gold answers")
+    for verb in (every, one):
+        add_debug(verb)
+    one.add_argument("name", help="one of ours, an entry point, file.py:function or package.module:function")
+    one.add_argument("--data", required=True, metavar="FILE", help="data file or folder, or a run's rollouts")
+    one.add_argument("--completion", required=True, metavar="COLUMN", help="column with the text to score, or a list")
+    one.add_argument(
+        "--args", nargs="+", default=[], metavar="key=value", help="the plugin's arguments; values are YAML"
+    )
+    one.add_argument(
+        "--columns", nargs="+", default=[], metavar="ours=theirs", help="as in a recipe, such as prompt=question"
+    )
+    one.add_argument("--limit", type=int, default=100, metavar="ROWS", help="rows to read (default 100)")
+    one.add_argument("--show", type=int, default=5, metavar="N", help="samples to print with their texts (default 5)")
+    one.add_argument("--signature", choices=("align", "trl", "swift"), default="align")
+    one.add_argument("--scope", choices=("sample", "batch", "group"), help="as in a recipe: what a call may hold")
+    one.add_argument(
+        "--text",
+        choices=("stripped", "raw"),
+        help="as in a recipe: of a run's rollouts, with special tokens or without",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
     """0; of `try`, 1 where too many samples fail or a gold answer does not score best. Raises UserError."""
     if arguments.action == "list":
         print("\n".join(_listed()))

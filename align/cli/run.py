@@ -1,7 +1,8 @@
-"""`align run`: from a recipe to its artefacts, and again from where a run stopped.
+"""`align run`: run a recipe from data to artefacts.
 
-The driver holds paths, token ids and numbers, never a model's tensors. It starts (or joins) Ray, runs the pipeline,
-and leaves nothing behind: no process, no folder in the memory file system, no socket.
+It goes on from where a run stopped. The driver holds paths, token ids and numbers, never a model's tensors. It starts
+(or joins) Ray, runs the pipeline, and leaves nothing behind: no process, no folder in the memory file system, no
+socket.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from align.check.machine import Machine
 from align.check.plan import Plan
 from align.check.validate import validate
+from align.cli.arguments import add_recipe
 from align.errors import Interrupted, LostError
 from align.recipe.load import dump_recipe, load_document
 from align.recipe.shipping import python_files
@@ -39,7 +41,18 @@ if TYPE_CHECKING:
 _CHILDREN_LIMIT_S = 10.0
 
 
-def main(arguments: argparse.Namespace) -> int:
+def add(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run; finished stages are kept")
+    parser.add_argument("--from-stage", metavar="ID", help="run this stage and those after it again (implies --resume)")
+    parser.add_argument("--address", metavar="ADDRESS", help="join a Ray cluster instead of starting one here")
+    parser.add_argument("--cores", type=int, metavar="N", help="cores of this machine to use (default: all)")
+    parser.add_argument(
+        "--plugins", metavar="FOLDER", help="where rewards are looked for (default: the recipe's folder)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Run the recipe; returns the exit code. Raises AlignError with place and remedy.
 
     arguments: recipe (path), overrides (key=value), resume, from_stage (stage id or None), address (of a Ray cluster
@@ -52,15 +65,15 @@ def main(arguments: argparse.Namespace) -> int:
     machine = Machine.here(arguments.cores)
     plan = validate(recipe, folder, document=document, machine=machine, cluster=arguments.address is not None)
     resume = arguments.resume or arguments.from_stage is not None
-    run = RunFolder.open(recipe, dump_recipe(recipe), resume=resume, cwd=folder)
+    opened = RunFolder.open(recipe, dump_recipe(recipe), resume=resume, cwd=folder)
     with ExitStack() as stack:
-        stack.callback(run.ended)
+        stack.callback(opened.ended)
         stack.callback(_end_children)
-        reporter = Reporter(run.path, recipe)
+        reporter = Reporter(opened.path, recipe)
         stack.callback(reporter.close)
-        summary = _run(plan, run, reporter, arguments, folder)
+        summary = _run(plan, opened, reporter, arguments, folder)
         reporter.closing_table(summary)
-        curves = write_report(run.path, summary)
+        curves = write_report(opened.path, summary)
         if curves is not None:
             reporter.message(f"curves in {curves}")
     return 0

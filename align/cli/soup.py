@@ -1,13 +1,15 @@
-"""`align soup`: adapters interpolated exactly, one or a whole grid; with a recipe, examined without any training."""
+"""`align soup`: interpolate adapters, exactly. One or a whole grid; with a recipe, examined without any training."""
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.check.launch import divided, exit_code, outcome_lines
+from align.cli.arguments import add_parallel, add_stage, whole
 from align.cli.pareto import gather, publish
 from align.errors import RecipeError, UserError
 from align.experiments.children import run_all
@@ -28,7 +30,29 @@ if TYPE_CHECKING:
 STAGE = "soup"  # of the recipes that examine: merges base and soup
 
 
-def main(arguments: argparse.Namespace) -> int:
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="peft adapters of one base: folders or hub ids")
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--grid", type=whole(2), metavar="N", help="all weights that add up to 1, N along an edge")
+    how.add_argument(
+        "--weights", type=_numbers, action="append", metavar="0.3,0.7", help="one for each adapter; may be repeated"
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="FOLDER", help="new folder; of several soups, one below it for each"
+    )
+    parser.add_argument("--base", metavar="MODEL", help="of all adapters, where their folders name it differently")
+    parser.add_argument(
+        "--other-base", action="store_true", help="although they were trained on another, or on several"
+    )
+    parser.add_argument(
+        "--recipe", metavar="RECIPE", help="examine every soup by this recipe's evaluate stage; the front"
+    )
+    add_stage(parser, "evaluate")
+    add_parallel(parser)
+    parser.add_argument("--resume", action="store_true", help="keep soups and examinations that are there")
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Write the soups, and examine them where a recipe is given. Raises UserError or ExportError.
 
     arguments: adapters, weights (lists of numbers), grid (points or None), base, out, recipe, stage, parallel, resume.
@@ -51,6 +75,16 @@ def main(arguments: argparse.Namespace) -> int:
     if recipe is None or stage is None:
         return 0
     return _examine(arguments, recipe, stage, soups, out)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        found = [float(word) for word in text.split(",")]
+    except ValueError:
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number for each adapter, such as 0.3,0.7")
+    return found
 
 
 def _vectors(arguments: argparse.Namespace, count: int) -> Sequence[Sequence[float]]:

@@ -1,4 +1,4 @@
-"""`align submit`: `align run` as a job of a Ray cluster, with the recipe and its plugins sent along."""
+"""`align submit`: run a recipe as a job of a Ray cluster. The recipe and its plugins are sent along."""
 
 from __future__ import annotations
 
@@ -11,13 +11,22 @@ from pathlib import Path
 import yaml
 
 from align.check.scratch import scratch
+from align.cli.arguments import add_recipe
 from align.errors import RecipeError
 from align.recipe.load import load_document
 from align.recipe.shipping import RECIPE, pack
 from align.report.quiet import quiet
 
 
-def main(arguments: argparse.Namespace) -> int:
+def add(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
+    parser.add_argument("--address", required=True, metavar="URL", help="of the cluster's job server, http://HEAD:8265")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run; finished stages are kept")
+    parser.add_argument("--from-stage", metavar="ID", help="run this stage and those after it again")
+    parser.add_argument("--detach", action="store_true", help="print the job's id and leave; do not follow its log")
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Submit the recipe; returns the exit code of the run, or 0 at once with --detach. Raises AlignError.
 
     arguments: recipe, overrides, address (of the job server), resume, from_stage, detach, debug.

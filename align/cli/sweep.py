@@ -1,4 +1,4 @@
-"""`align sweep`: one run per weight vector of an online stage, from shared first stages. Loads no torch itself."""
+"""`align sweep`: one run for each vector of objective weights. From shared first stages; no torch here."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from align.check.findings import Findings
 from align.check.inputs import Rewards
 from align.check.launch import divided, exit_code, outcome_lines
 from align.check.validate import validate
+from align.cli.arguments import add_parallel, add_recipe, add_stage, whole
 from align.errors import RecipeError, RunFolderError
 from align.experiments.children import Child, Outcome, Slot, run_all
 from align.experiments.grid import Weights, parse_weights, simplex
@@ -20,7 +21,22 @@ from align.recipe.schema import Recipe
 from align.recipe.stages import OnlineStage
 
 
-def main(arguments: argparse.Namespace) -> int:
+def add(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
+    add_stage(parser, "online")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--simplex", type=whole(2), metavar="N", help="a grid of weights that add up to 1, N along an edge"
+    )
+    which.add_argument("--weights", action="append", default=[], metavar="a=1,b=0.5", help="one run; may be repeated")
+    parser.add_argument(
+        "--seeds", type=_seeds, default=[], metavar="0,1,2", help="each vector with each (default: the recipe's)"
+    )
+    add_parallel(parser)
+    parser.add_argument("--resume", action="store_true", help="finished runs are kept, interrupted ones continue")
+
+
+def run(arguments: argparse.Namespace) -> int:
     """Run them all; 0 where each of them finished, 1 where one failed. Raises AlignError with place and remedy.
 
     arguments: recipe, overrides, stage (id or None), simplex (points or None), weights (texts), seeds, parallel,
@@ -44,6 +60,10 @@ def main(arguments: argparse.Namespace) -> int:
     if exams(recipe):
         print(f"\nthe front: align pareto {root}")
     return exit_code(outcomes)
+
+
+def _seeds(text: str) -> list[int]:
+    return [whole(0)(word) for word in text.split(",")]
 
 
 def _vectors(arguments: argparse.Namespace, stage: OnlineStage, folder: Path) -> Sequence[Weights]:

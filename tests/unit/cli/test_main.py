@@ -5,13 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from align.check import validate as check
-from align.cli.main import main
+from align.cli import check
+from align.cli.main import NO_VERBS, _parse, main
 from align.errors import EngineError, Interrupted
 
 
@@ -39,14 +40,14 @@ def test_every_failure_is_one_message_and_an_exit_code(
     error: BaseException, code: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("ALIGN_DEBUG", raising=False)
-    monkeypatch.setattr(check, "main", raising(error))
+    monkeypatch.setattr(check, "run", raising(error))
     assert main(["check", "x.yaml"]) == code
     err = capsys.readouterr().err
     assert err.startswith(says) and "Traceback" not in err
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(check, "main", raising(ZeroDivisionError("by zero")))
+    monkeypatch.setattr(check, "run", raising(ZeroDivisionError("by zero")))
     assert main(["check", "x.yaml", "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
     monkeypatch.setenv("ALIGN_DEBUG", "1")
@@ -56,7 +57,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 def test_overrides_may_stand_before_and_after_options(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(check, "main", lambda arguments: seen.append(arguments) or 0)
+    monkeypatch.setattr(check, "run", lambda arguments: seen.append(arguments) or 0)
     assert main(["check", "x.yaml", "a=1", "--data", "b=2", "c.d=[1, 2]"]) == 0
     assert seen[0].overrides == ["a=1", "b=2", "c.d=[1, 2]"] and seen[0].data is True
 
@@ -75,6 +76,28 @@ def test_help_and_version_are_no_mistakes(capsys: pytest.CaptureFixture[str]) ->
     out = capsys.readouterr().out
     for verb in ("run", "check", "doctor", "merge", "--resume", "--from-stage", "--address"):
         assert verb in out
+
+
+def test_every_module_of_the_command_is_a_verb_that_says_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    folder = Path(check.__file__).parent
+    for file in folder.glob("*.py"):
+        verb = import_module(f"align.cli.{file.stem}")
+        if file.stem in NO_VERBS:
+            assert not hasattr(verb, "add")
+            continue
+        said = (verb.__doc__ or "").partition("\n")[0]
+        assert said.startswith(f"`align {file.stem}`: ") and callable(verb.run)
+        assert f"{file.stem} {said.partition(': ')[2].partition('. ')[0].removesuffix('.')}" in told
+        assert main([file.stem, "--help"]) == 0
+        assert "--debug" in capsys.readouterr().out
+
+
+def test_debug_may_stand_before_and_after_a_verb_of_a_verb() -> None:
+    for words in (["rewards", "--debug", "list"], ["rewards", "list", "--debug"]):
+        assert _parse(words).debug is True
+    assert _parse(["rewards", "list"]).debug is False
 
 
 def test_verbs_are_imported_when_they_are_called() -> None:

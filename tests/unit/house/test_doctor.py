@@ -65,7 +65,7 @@ def test_the_exit_code_says_whether_something_is_to_be_done(
     remedy: str | None, code: int, last: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor, "examine", lambda: [doctor.Finding("thing", "as found", remedy)])
-    assert doctor.main(argparse.Namespace(fix=False)) == code
+    assert doctor.run(argparse.Namespace(fix=False)) == code
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1] == last
     assert printed[0].split() == (["ok"] if remedy is None else ["TO", "DO"]) + ["thing", "as", "found"]
@@ -79,7 +79,7 @@ def test_fix_repairs_before_it_examines_and_fails_where_it_cannot(
     monkeypatch.setattr(doctor.torch_cpu, "repair", lambda folder: calls.append("repair") or ["mended"])
     monkeypatch.setattr(doctor, "examine", lambda: calls.append("examine") or [])
     monkeypatch.setattr(doctor, "_show", lambda findings: None)
-    assert doctor.main(argparse.Namespace(fix=True)) == 0
+    assert doctor.run(argparse.Namespace(fix=True)) == 0
     assert calls == ["repair", "examine"]
     assert "mended" in capsys.readouterr().out
 
@@ -87,5 +87,5 @@ def test_fix_repairs_before_it_examines_and_fails_where_it_cannot(
         raise PermissionError("read-only")
 
     monkeypatch.setattr(doctor.torch_cpu, "repair", fail)
-    assert doctor.main(argparse.Namespace(fix=True)) == 1
+    assert doctor.run(argparse.Namespace(fix=True)) == 1
     assert "error: read-only" in capsys.readouterr().err

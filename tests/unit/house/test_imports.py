@@ -25,7 +25,7 @@ LIGHT = {
     ],
     "simulate": ["align/simulate", "align/cli/simulate.py"],
     "check": ["align/check"],
-    "command": ["align/cli/main.py", "align/cli/doctor.py"],
+    "command": [f"align/cli/{name}.py" for name in ("main", "arguments", "check", "doctor")],
 }
 NOT_LIGHT = {"align.data.packing"}
 

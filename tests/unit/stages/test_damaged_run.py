@@ -267,7 +267,7 @@ def test_the_commands_last_line_for_what_the_system_refuses_has_place_and_remedy
 ) -> None:
     for number in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE, errno.EDQUOT):
         error = OSError(number, os.strerror(number), "/data/runs/x")
-        monkeypatch.setattr("align.cli.main._doctor", lambda arguments, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr("align.cli.doctor.run", lambda arguments, error=error: (_ for _ in ()).throw(error))
         assert main(["doctor"]) == 1
         said = capsys.readouterr().err
         assert said.startswith(f"error: /data/runs/x: {os.strerror(number)}\n  -> ") and "not foreseen" not in said
