@@ -23,7 +23,7 @@ from align.losses import load, names
 from align.plugins import REWARDS
 from align.recipe.load import load_recipe
 from align.recipe.schema import Recipe
-from align.recipe.sharding import NAMES as STRATEGIES
+from align.recipe.sharding import STRATEGIES
 from align.recipe.stages import Stage
 from tests.guides import (
     NAMES,
