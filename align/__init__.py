@@ -6,7 +6,8 @@ In the order of reading:
     plugins.py, plugin_modules.py: from a name in a recipe to code, ours or the user's
     recipe/, data/, model/, losses/, objectives/, train/, export/: the rooms of a datum
     stages/, simulate/, experiments/: the loop, the loop without its work, studies of several runs
-    actors/, report/, cli/: Ray, what is shown, the command line
+    engines.py, describe.py: what an engine says of itself, what a plugin says in a child
+    actors/, report/, check/, cli/: Ray, what is shown, what is asked before a run, the command line
     hub.py, mediastore.py, shared.py: where models, processed media and a cluster's files lie
     jsonl.py, oserrors.py, packages.py, torch_cpu.py: files, the system, our names, a CPU build of torch
 """

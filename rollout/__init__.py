@@ -5,5 +5,5 @@ In the order of reading:
     base.py: what an engine is: start here
     worker.py, stepping.py, member.py: one engine at work: its actor, its thread, the calls that say whether it lives
     fleet.py, ledger.py, local_fleet.py: engines as one, who has which request, one engine in this process
-    vllm.py, vllm_engine.py, vllm_held.py, vllm_files.py, vllm_probe.py, vllm_media.py: vLLM
+    vllm_facts.py, vllm.py, vllm_engine.py, vllm_held.py, vllm_files.py, vllm_probe.py, vllm_media.py: vLLM
 """

@@ -17,5 +17,5 @@ In the order of reading:
     probe.py, probe_rows.py, probe_own.py, probe_conditions.py, probe_trace.py, probe_float32.py, probe_loud.py,
         probe_exchange.py, probe_verdict.py: is a packed forward the model's own? and what if not
     unshared.py, rotary_lengths.py, dropout.py: models that cannot be packed, or not at any length
-    generate.py, reading.py: the transformers engine
+    generate.py, generate_facts.py, reading.py: the transformers engine
 """
