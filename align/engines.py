@@ -58,6 +58,7 @@ class EngineFacts:
     loads_exports: bool = False
 
     def slots_with(self, options: Mapping[str, Any]) -> int:
+        """Sequences that it samples at once under these options (`rollout.engine`)."""
         return int(options.get(self.slots_option, self.slots)) if self.slots_option else self.slots
 
     def check(self, options: Mapping[str, Any]) -> None:

@@ -1,5 +1,5 @@
 """Data layouts, one file per family. A new format is a new file with `LAYOUTS`, named here, or the user's own: `format:
-file.py:NAME` or `package.module:NAME`, where NAME is a `Layout` or several of them (`file.py` alone: its `LAYOUTS`)."""
+PATH:NAME` or `package.module:NAME`, where NAME is a `Layout` or several of them (PATH alone: its `LAYOUTS`)."""
 
 from __future__ import annotations
 
