@@ -28,7 +28,7 @@ from align.model.dropout import switch_off_own_dropout
 from align.model.parts import numel, sizes, trained_parts
 from align.model.places import positions_of
 from align.model.policy_module import PolicyModule
-from align.model.probe import probe
+from align.model.probe.choose import probe
 from align.protocols import Counts, Publication, Tree
 from align.recipe.adapter import Rate
 from align.train import policy
