@@ -24,11 +24,11 @@ from align.model.attention.plan import AttentionPlan, plan_attention
 from align.model.head import LogitTransform, fused_head
 from align.model.last_layer import LastLayer
 from align.model.logits import logit_transform
-from align.model.media import MediaFeatures, Placed
+from align.model.media.features import MediaFeatures, Placed
+from align.model.media.places import BOTH_WAYS, inside_media, runs, slots_of, type_ids
+from align.model.media.spelled import words_for_marks
 from align.model.output_embedding import output_of
-from align.model.places import BOTH_WAYS, inside_media, runs, slots_of, type_ids
 from align.model.score_head import has_score_head, score
-from align.model.spelled import words_for_marks
 from align.types import HeadOutputs, TokenBatch
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class PolicyModule(nn.Module):
 
     @contextmanager
     def _words_for_marks(self, batch: TokenBatch) -> Iterator[TokenBatch]:
-        """The batch to compute with: see `align.model.spelled`."""
+        """The batch to compute with: see `align.model.media.spelled`."""
         if not batch.media:
             yield batch
             return

@@ -17,7 +17,7 @@ from align.data.packing import PositionFn, collate, text_positions
 from align.model import adapters
 from align.model.fused.exchange import fuse
 from align.model.load import load_model
-from align.model.places import positions_of, type_ids
+from align.model.media.places import positions_of, type_ids
 from align.model.policy_module import PolicyModule, set_attention
 from align.model.probe.choose import probe
 from align.protocols import Medium, Tree
