@@ -25,7 +25,7 @@ from align.errors import ModelError, PluginError
 from align.hub import resolve_model_folder
 from align.mediastore import processor_files
 from align.model.adapter_config import read_adapter_config, refuse_beyond_lora
-from align.model.media_support import refuse_unsupported_media
+from align.model.media.support import refuse_unsupported_media
 from align.objectives.check import Known
 from align.plugins import describe_in_child
 from align.protocols import PromptItem, Tree

@@ -24,7 +24,7 @@ from align.model.load import load_model
 from align.model.lora_targets import fresh_config, linear_modules, targeted_modules
 from align.model.parts import parts_of, sizes
 from align.model.policy_module import PolicyModule
-from align.model.probe import probe
+from align.model.probe.choose import probe
 from align.recipe.adapter import PARTS, Adapter, Part
 
 Status = Literal["passed", "failed", "not checked"]

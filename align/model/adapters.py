@@ -12,21 +12,12 @@ import torch
 from torch import nn
 
 from align.errors import ModelError, Unsupported
-from align.model.adapter_config import (
-    CONFIG,
-    HEAD,
-    OWN_BASE,
-    WEIGHTS,
-    read_adapter_config,
-    refuse_beyond_lora,
-    scores,
-    weights_file,
-)
+from align.model.adapter_config import CONFIG, HEAD, OWN_BASE, WEIGHTS, read_adapter_config, scores, weights_file
+from align.model.adapter_fits import config_of, require_same
 from align.model.folders import written_aside
 from align.model.fresh import draw, refuse_empty_rows
-from align.model.lora_targets import fresh_config, head_name, is_targeted, targeted_modules, with_score_head
-from align.model.quantised import quantised_layers
-from align.model.score_head import adapter_labels, has_score_head, model_labels, write_meaning
+from align.model.lora_targets import fresh_config, head_name, is_targeted, with_score_head
+from align.model.score_head import has_score_head, write_meaning
 from align.model.weights import (
     digest,
     full_state,
@@ -37,8 +28,8 @@ from align.model.weights import (
     weights_digest,
     write_full,
 )
-from align.recipe.adapter import Adapter, Quant
-from align.recipe.adapter_folder import QuantisedBase, quantised_base
+from align.recipe.adapter import Adapter
+from align.recipe.adapter_folder import QuantisedBase
 from align.recipe.chat_files import ChatFiles
 from align.recipe.trained_on import write_trained_on
 
@@ -87,9 +78,9 @@ def attach(model: Any, adapter: Adapter | None, folder: Path | None, *, seed: in
             )
         config = fresh_config(model, adapter)
     else:
-        config = _config_of(model, Path(folder), "train")
+        config = config_of(model, Path(folder), "train")
         if adapter is not None:
-            _check_agrees(model, adapter, config, Path(folder))
+            require_same(model, adapter, config, Path(folder))
     peft = inject(model, config)
     if folder is None:
         draw(peft, seed)
@@ -101,7 +92,7 @@ def attach(model: Any, adapter: Adapter | None, folder: Path | None, *, seed: in
 
 def load_frozen(model: Any, folder: Path, name: str = DEFAULT, *, use: Literal["merge", "generate"]) -> PeftModel:
     """Put the adapter in `folder` on `model`, frozen. For merging, biases in lora_B are taken as well."""
-    peft = inject(model, _config_of(model, Path(folder), "merge" if use == "merge" else "train"), name)
+    peft = inject(model, config_of(model, Path(folder), "merge" if use == "merge" else "train"), name)
     _load_weights(peft, name, Path(folder))
     peft.requires_grad_(False)
     return peft
@@ -147,72 +138,6 @@ def untie_head(model: Any) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------- loading
-
-
-def _config_of(model: Any, folder: Path, use: str) -> LoraConfig:
-    from peft import LoraConfig
-
-    stored = read_adapter_config(folder)
-    refuse_beyond_lora(stored, folder, use, score_head=has_score_head(model))
-    if has_score_head(model) and scores(stored) and not adapter_labels(folder).agrees_with(model_labels(model)):
-        raise ModelError(
-            f"the adapter has a head for a {adapter_labels(folder).words}, the model one for a "
-            f"{model_labels(model).words}",
-            where=folder,
-            remedy="give the stage the adapter's labels in their order, or put a merge of the stage before between",
-        )
-    own = folder / OWN_BASE
-    if own.is_dir() and Path(model.name_or_path).resolve() != own.resolve():
-        raise ModelError(
-            f"the adapter belongs on its own base, with the parts that were trained whole, not on {model.name_or_path}",
-            where=folder,
-            remedy=f"give {own} as the base",
-        )
-    if quantised_base(folder) is not None and not quantised_layers(model):
-        raise ModelError(
-            "the adapter was trained on weights in four bits, and those of this model are not",
-            where=folder,
-            remedy="write `adapter: {kind: qlora}`, or merge it with `align merge`, which packs the base first",
-        )
-    config = LoraConfig.from_pretrained(str(folder))
-    config.inference_mode = False
-    return config
-
-
-def _check_agrees(model: Any, adapter: Adapter, config: LoraConfig, folder: Path) -> None:
-    """What the recipe can say of an adapter must be what the folder's is; the rest is the folder's own business."""
-    ours = fresh_config(model, adapter)
-    packed = quantised_base(folder)
-    if packed is not None and packed.quant != adapter.quant:
-        raise ModelError(
-            f"the adapter was trained on weights in four bits ({_quant_words(packed.quant)}), and the stage trains on "
-            f"{_quant_words(adapter.quant)}",
-            where=folder,
-            remedy="write `adapter: {kind: qlora}` with the same `quant`, or put a merge stage between",
-        )
-    pairs = {
-        "rank": (ours.r, config.r),
-        "alpha": (ours.lora_alpha, config.lora_alpha),
-        "rslora": (ours.use_rslora, config.use_rslora),
-        "DoRA": (ours.use_dora, config.use_dora),
-        "dropout": (ours.lora_dropout, config.lora_dropout),
-        "targets": (targeted_modules(model, ours), targeted_modules(model, config)),
-    }
-    differing = [
-        f"{name} {mine} in the recipe, {theirs} in the folder" if name != "targets" else "other target modules"
-        for name, (mine, theirs) in pairs.items()
-        if mine != theirs
-    ]
-    if differing:
-        raise ModelError(
-            f"the stage starts from an adapter of another shape: {'; '.join(differing)}",
-            where=folder,
-            remedy="put a merge stage between, or leave out `adapter:` to go on with this one",
-        )
-
-
-def _quant_words(quant: Quant | None) -> str:
-    return "others" if quant is None else ", ".join(f"{key}: {value}" for key, value in quant.model_dump().items())
 
 
 def _load_weights(peft: PeftModel, name: str, folder: Path) -> None:
@@ -276,7 +201,7 @@ def add_frozen(peft: PeftModel, folder: Path | None, name: str = "reference") ->
         config = type(peft.peft_config[DEFAULT])(**peft.peft_config[DEFAULT].to_dict())
         copied = {key: tensor.detach().clone() for key, tensor in _own_tensors(peft, DEFAULT)}
     else:
-        config = _config_of(peft.get_base_model(), Path(folder), "train")
+        config = config_of(peft.get_base_model(), Path(folder), "train")
     config.inference_mode = True
     training = peft.training
     with torch.random.fork_rng(devices=[]):

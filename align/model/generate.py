@@ -27,10 +27,10 @@ from align.errors import AlignError, EngineError, Unsupported
 from align.model import adapters
 from align.model.generate_facts import MAX_ROWS
 from align.model.load import load_model, quiet, resolve_dtype
-from align.model.places import inside_media
-from align.model.prompt_inputs import prompt_inputs
+from align.model.media.places import inside_media
+from align.model.media.prompt_inputs import prompt_inputs
+from align.model.media.spelled import words_for_marks
 from align.model.reading import find_reading, longest_row, take_rows
-from align.model.spelled import words_for_marks
 from align.protocols import (
     Completion,
     FailedPrompt,

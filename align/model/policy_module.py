@@ -19,21 +19,22 @@ from torch import Tensor, nn
 
 from align.errors import ModelError
 from align.model import unshared
-from align.model.attention import NAME, AttentionPlan, plan_attention
+from align.model.attention.interface import NAME
+from align.model.attention.plan import AttentionPlan, plan_attention
 from align.model.head import LogitTransform, fused_head
 from align.model.last_layer import LastLayer
 from align.model.logits import logit_transform
-from align.model.media import MediaFeatures, Placed
+from align.model.media.features import MediaFeatures, Placed
+from align.model.media.places import BOTH_WAYS, inside_media, runs, slots_of, type_ids
+from align.model.media.spelled import words_for_marks
 from align.model.output_embedding import output_of
-from align.model.places import BOTH_WAYS, inside_media, runs, slots_of, type_ids
 from align.model.score_head import has_score_head, score
-from align.model.spelled import words_for_marks
 from align.types import HeadOutputs, TokenBatch
 
 if TYPE_CHECKING:
-    from align.model.probe_own import Own
-    from align.model.probe_verdict import Verdict
-    from align.model.rotary_lengths import RotaryLengths
+    from align.model.probe.own import Own
+    from align.model.probe.rotary_lengths import RotaryLengths
+    from align.model.probe.verdict import Verdict
 
 MEDIA_CACHE = 1 << 30
 
@@ -51,7 +52,7 @@ class PolicyModule(nn.Module):
     layout: "shared" (packed trees, a trunk stands once), "unshared" (a sequence a row, by the model's own attention) or
     "alone" (as that, and never two rows at once).
     attention: the kernel of the packed layout, or transformers' name of the model's own.
-    untouched: what `align.model.probe_own.measure` took of the model before anything was exchanged, for the probe.
+    untouched: what `align.model.probe.own.measure` took of the model before anything was exchanged, for the probe.
     verdict: what the probe found. lengths: where rotary frequencies depend on a row's length, how long a row may be.
     """
 
@@ -117,7 +118,7 @@ class PolicyModule(nn.Module):
 
     @contextmanager
     def _words_for_marks(self, batch: TokenBatch) -> Iterator[TokenBatch]:
-        """The batch to compute with: see `align.model.spelled`."""
+        """The batch to compute with: see `align.model.media.spelled`."""
         if not batch.media:
             yield batch
             return

@@ -41,7 +41,7 @@ def numerics(spec: TrainerSpec, device: torch.device) -> dict[str, Any]:
 def _code_version() -> str:
     """Hash of the source that packs and computes: whoever changes it need not remember to raise a number."""
     package = Path(__file__).resolve().parents[1]
-    files = [*package.glob("model/*.py"), *package.glob("train/*.py"), package / "data/packing.py"]
+    files = [*package.glob("model/**/*.py"), *package.glob("train/**/*.py"), package / "data/packing.py"]
     h = hashlib.sha256()
     for file in sorted(files):
         h.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())

@@ -20,11 +20,11 @@ from align.errors import ModelError
 from align.losses import Losses
 from align.model import adapters
 from align.model.adapter_config import OWN_BASE
-from align.model.fused import fuse
+from align.model.fused.exchange import fuse
 from align.model.load import load_model, resolve_dtype
 from align.model.parts import parts_of
 from align.model.policy_module import PolicyModule
-from align.model.probe_own import measure
+from align.model.probe.own import measure
 from align.model.quantised import quantise
 from align.model.score_head import load_score_model
 from align.model.shards import Shards

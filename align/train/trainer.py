@@ -25,10 +25,10 @@ from align.errors import NonFiniteError
 from align.losses import Losses
 from align.losses.base import LossInputs, Metric, Needs, Prepass
 from align.model.dropout import switch_off_own_dropout
+from align.model.media.places import positions_of
 from align.model.parts import numel, sizes, trained_parts
-from align.model.places import positions_of
 from align.model.policy_module import PolicyModule
-from align.model.probe import probe
+from align.model.probe.choose import probe
 from align.protocols import Counts, Publication, Tree
 from align.recipe.adapter import Rate
 from align.train import policy

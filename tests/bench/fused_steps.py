@@ -31,9 +31,9 @@ def seconds(family: str, *, fused: bool) -> float:
 
     from align.data.packing import collate, text_positions
     from align.model import adapters
-    from align.model.fused import fuse
+    from align.model.fused.exchange import fuse
     from align.model.policy_module import PolicyModule
-    from align.model.probe import probe
+    from align.model.probe.choose import probe
     from align.protocols import Segment, Tree
     from align.recipe.adapter import Adapter
     from tests.unit.core.families import make_family, mrope_positions

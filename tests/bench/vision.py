@@ -255,7 +255,7 @@ def opened(path: Path) -> Any:
 
 def forget_features(trainer: Any, megabytes: int) -> None:
     """An empty cache of features of this size, as a run begins with."""
-    from align.model.media import MediaFeatures
+    from align.model.media.features import MediaFeatures
 
     trainer.module.media = MediaFeatures(trainer.module.model, megabytes << 20)
 
@@ -334,7 +334,7 @@ def _pixels_of_rows(batch: Any, types: np.ndarray, placed: Sequence[Any]) -> Cal
     import torch
 
     from align.mediastore import read_tensors
-    from align.model.media import merged
+    from align.model.media.features import merged
 
     def inputs(batch: Any, block: Any) -> dict[str, Any]:
         if not placed:

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from align.data.packing import collate
-from align.model.attention import KERNELS, packed_attention_forward, plan_attention
+from align.model.attention.interface import KERNELS, packed_attention_forward
+from align.model.attention.plan import plan_attention
 from align.model.policy_module import PolicyModule
-from align.model.probe import probe
+from align.model.probe.choose import probe
 from align.protocols import Segment, Tree
 from tests.unit.core.families import FAMILIES, STATEFUL, make_family, mrope_positions
 from tests.unit.core.test_attention import dense, visible

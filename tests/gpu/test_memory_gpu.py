@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from align.model import adapters
-from align.model.fused import fuse
+from align.model.fused.exchange import fuse
 from align.model.load import load_model
 from align.model.quantised import quantise, quantised_layers
 from align.recipe.adapter import Quant

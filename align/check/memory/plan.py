@@ -134,7 +134,7 @@ def _packed(sizes: Sizes, adapter: Adapter, table: Table | None) -> int:
 
 
 def _joint(adapter: Adapter, work: Work) -> bool:
-    """Whether queries, keys and values come of one product (`align.model.fused_qkv`), and the adapter is folded in."""
+    """Whether queries, keys and values come of one product (`align.model.fused.qkv`), and the adapter is folded in."""
     return adapter.kind in ("lora", "qlora") and work.dtype == "float32" and adapter.dropout == 0
 
 

@@ -63,7 +63,7 @@ class Library:
         config = self.folder / "config.json"
         vision = json.loads(config.read_bytes()).get("vision_config") if config.is_file() else None
         h.update(str((vision or {}).get("patch_size")).encode())
-        for source in (*sorted(Path(__file__).parent.glob("*.py")), Path(mediastore.__file__)):
+        for source in (*sorted(Path(__file__).parent.rglob("*.py")), Path(mediastore.__file__)):
             h.update(source.read_bytes())
         return h.hexdigest()
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from align.check.layout_notes import layout_notes
 from align.model.policy_module import PolicyModule
-from align.model.probe import probe
+from align.model.probe.choose import probe
 from tests.unit.core.families import BASE, FAMILIES, STATEFUL, make_family
 
 LONGROPE = {

@@ -16,9 +16,10 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from align.data.packing import collate
 from align.errors import Unsupported
-from align.model import attention_flex, attention_varlen
-from align.model.attention import AttentionPlan, kernels_for, packed_attention_forward, plan_attention
-from align.model.attention_flex import BLOCK, flex_attention_over, touched_blocks
+from align.model.attention import flex, varlen
+from align.model.attention.flex import BLOCK, flex_attention_over, touched_blocks
+from align.model.attention.interface import kernels_for, packed_attention_forward
+from align.model.attention.plan import AttentionPlan, plan_attention
 from align.model.policy_module import PolicyModule
 from align.protocols import Segment, Tree
 from tests.unit.core.families import make_family
@@ -126,7 +127,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 def test_every_kernel_gives_the_softmax_over_trunk_and_own_past(
     kernel: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_varlen, "varlen_attn", plain_varlen)
+    monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)
     plan = plan_attention(collate(some_trees()), kernel)
     plan.blocks = some_blocks(plan) if "blocks" in options else ()
     options = {name: value for name, value in options.items() if name != "blocks"}
@@ -156,13 +157,13 @@ def test_flash_attention_refuses_blocks() -> None:
 
 def test_a_block_over_the_edge_of_flex_attentions_blocks_is_visible_on_both_sides() -> None:
     plan = AttentionPlan([(0, 300, 0, 0)], CPU, "flex", blocks=((120, 140),))
-    mask = plan.derived("flex", attention_flex.plan_flex).mask(plan, None)
+    mask = plan.derived("flex", flex.plan_flex).mask(plan, None)
     dense = mask.to_dense()[0, 0]
     assert dense[0, 1] and not dense[0, 2] and not dense[1, 2]
 
 
 def test_heads_of_odd_width_and_without_parents_go_through_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_varlen, "varlen_attn", plain_varlen)
+    monkeypatch.setattr(varlen, "varlen_attn", plain_varlen)
     rng = np.random.default_rng(1)
     batch = collate([conversation(rng, 0), conversation(rng, 1)])
     inputs = tensors(batch.token_ids.numel(), width=12, kv_heads=4)
@@ -181,7 +182,7 @@ def test_under_autocast_flash_attention_gets_half_precision_throughout(monkeypat
         seen.add(query.dtype)
         return plain_varlen(query, *args, **kwargs)
 
-    monkeypatch.setattr(attention_varlen, "varlen_attn", spying)
+    monkeypatch.setattr(varlen, "varlen_attn", spying)
     module = PolicyModule(make_family("qwen3"), autocast=BF16)
     batch = collate(some_trees())
     expected = module(batch).logps
@@ -204,7 +205,7 @@ def test_flex_attention_compiles_once_for_rows_of_all_lengths(options: dict[str,
         q, k, v = (x.detach() for x in tensors(segments[-1][1]))
         window, softcap = options.get("window"), options.get("softcap")
         with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attention_flex, "flex_attention", compiled)
+            patch.setattr(flex, "flex_attention", compiled)
             out = flex_attention_over(q, k, v, plan, scaling=0.3, sliding_window=window, softcap=softcap)
         wanted = dense(q, k, v, torch.tensor(visible(segments, window)), 0.3, softcap, None)
         torch.testing.assert_close(out, wanted, atol=2e-5, rtol=1e-5)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from align.model.attention import AttentionPlan
-from align.model.attention_sdpa import sdpa_attention
-from align.model.attention_tree import SHORT, plan_trees, tree_attention
+from align.model.attention.plan import AttentionPlan
+from align.model.attention.sdpa import sdpa_attention
+from align.model.attention.tree import SHORT, plan_trees, tree_attention
 
 TREES = {
     "short": [(5, (3, 1, 7)), (2, ()), (1, (1,)), (30, (17, 16))],

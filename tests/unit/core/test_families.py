@@ -18,7 +18,7 @@ from align.data.packing import collate, global_counts, text_positions
 from align.losses import configure
 from align.losses.base import LossInputs
 from align.model.policy_module import PolicyModule, set_attention
-from align.model.probe import probe
+from align.model.probe.choose import probe
 from align.protocols import Tree
 from align.types import TokenBatch
 from tests.unit.core.families import FAMILIES, STATEFUL, make_family, mrope_positions

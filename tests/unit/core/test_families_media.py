@@ -15,11 +15,11 @@ from torch import Tensor
 from align.data.microbatches import Budget, split_to_budget
 from align.data.packing import PositionFn, collate, text_positions
 from align.model import adapters
-from align.model.fused import fuse
+from align.model.fused.exchange import fuse
 from align.model.load import load_model
-from align.model.places import positions_of, type_ids
+from align.model.media.places import positions_of, type_ids
 from align.model.policy_module import PolicyModule, set_attention
-from align.model.probe import probe
+from align.model.probe.choose import probe
 from align.protocols import Medium, Tree
 from align.recipe.adapter import Adapter
 from tests.tiny_vlms import FAMILIES

@@ -15,9 +15,9 @@ from align.data.packing import collate, global_counts, mark_nll
 from align.errors import ModelError
 from align.losses import configure
 from align.losses.base import LossInputs
-from align.model.fused import fuse
+from align.model.fused.exchange import fuse
 from align.model.policy_module import PolicyModule
-from align.model.probe import probe
+from align.model.probe.choose import probe
 from align.protocols import Tree
 from tests.unit.core.trees import conversation, group, pair, unpaired
 

@@ -14,9 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from align.data.packing import collate
 from align.errors import ModelError
 from align.model import policy_module
-from align.model.attention import NAME, AttentionPlan
+from align.model.attention.interface import NAME
+from align.model.attention.plan import AttentionPlan
 from align.model.policy_module import PolicyModule
-from align.model.probe import probe, two_tree_batch
+from align.model.probe.choose import probe
+from align.model.probe.rows import two_tree_batch
 from align.protocols import Medium
 from tests import tiny_vlms
 from tests.architectures import make
@@ -72,10 +74,10 @@ def test_a_window_that_the_kernel_forgets_is_found_however_long_it_is(
     model = make_family("mistral", sliding_window=window)
     assert probe(PolicyModule(model)) < 1e-5
     assert model.config.sliding_window == window
-    from align.model import attention
+    from align.model.attention import interface
 
-    whole = attention.sdpa_attention
-    monkeypatch.setattr(attention, "sdpa_attention", lambda *a, **kw: whole(*a, **(kw | {"sliding_window": None})))
+    whole = interface.sdpa_attention
+    monkeypatch.setattr(interface, "sdpa_attention", lambda *a, **kw: whole(*a, **(kw | {"sliding_window": None})))
     module = PolicyModule(model)
     assert probe(module) < 1e-5
     assert module.layout == "unshared"
@@ -218,7 +220,7 @@ def test_without_a_processor_beside_it_a_model_is_probed_on_text(
     for name in ("processor_config.json", "preprocessor_config.json"):
         (shop.folder / name).unlink(missing_ok=True)
     module = PolicyModule(shop.model)
-    with caplog.at_level(logging.INFO, logger="align.model.probe_rows"):
+    with caplog.at_level(logging.INFO, logger="align.model.probe.rows"):
         assert probe(module) < 1e-5
     assert "probed on text alone" in caplog.text and module.media is not None and module.media.computed == 0
 

@@ -12,11 +12,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from align.errors import ModelError
-from align.model import attention, fused_rotary, head, policy_module
-from align.model.fused import fuse
+from align.model import head, policy_module
+from align.model.attention import interface
+from align.model.attention.plan import AttentionPlan
+from align.model.fused import rotary
+from align.model.fused.exchange import fuse
 from align.model.policy_module import PolicyModule
-from align.model.probe import Verdict, probe
-from align.model.probe_own import measure
+from align.model.probe.choose import probe
+from align.model.probe.own import measure
+from align.model.probe.verdict import Verdict
 from tests.unit.core.families import BASE, FAMILIES, make_family
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -176,7 +180,7 @@ def test_a_clamp_that_packed_rows_alone_lose_costs_them_the_layout(
     model, right = clamped(dtype), Clamped.forward
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        packed = model.config._attn_implementation == attention.NAME
+        packed = model.config._attn_implementation == interface.NAME
         return (FusedClamped.forward if packed else right)(self, x)
 
     verdict = verdict_of(model, lambda model: monkeypatch.setattr(Clamped, "forward", forward))
@@ -187,7 +191,7 @@ def test_a_clamp_that_packed_rows_alone_lose_costs_them_the_layout(
 def test_a_wrong_rotation_is_found_and_the_attention_keeps_its_own(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right: Any = fused_rotary._Rotate
+    right: Any = rotary._Rotate
 
     class Scaled:
         @staticmethod
@@ -197,7 +201,7 @@ def test_a_wrong_rotation_is_found_and_the_attention_keeps_its_own(
     model = loud("llama", dtype)
     untouched = measure(model)
     fuse(model)
-    monkeypatch.setattr(fused_rotary, "_Rotate", Scaled)
+    monkeypatch.setattr(rotary, "_Rotate", Scaled)
     module = PolicyModule(model)
     module.untouched = untouched
     probe(module)
@@ -224,7 +228,7 @@ def test_a_bias_that_was_lost_is_named(dtype: torch.dtype) -> None:
 def test_a_wrong_view_of_the_packed_row_falls_back_by_name(
     dtype: torch.dtype, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right, family = attention.sdpa_attention, "mistral" if fault == "window" else "llama"
+    right, family = interface.sdpa_attention, "mistral" if fault == "window" else "llama"
 
     def seen(q: Any, k: Any, v: Any, plan: Any, **how: Any) -> Any:
         segments = [(a, b, 0, 0) if fault == "parents" else (a, b, c, d) for a, b, c, d in plan.segments]
@@ -232,10 +236,10 @@ def test_a_wrong_view_of_the_packed_row_falls_back_by_name(
             segments = [(0, segments[-1][1], 0, 0)]
         if fault == "window":
             how["sliding_window"] = None
-        out = right(q, k, v, attention.AttentionPlan(segments, plan.device), **how)
+        out = right(q, k, v, AttentionPlan(segments, plan.device), **how)
         return out + 1e-2 * out.roll(-1, dims=1) if fault == "ahead" else out
 
-    monkeypatch.setattr(attention, "sdpa_attention", seen)
+    monkeypatch.setattr(interface, "sdpa_attention", seen)
     verdict = verdict_of(loud(family, dtype))
     assert verdict.layout == "unshared" and "model.layers.0.self_attn is" in verdict.why[0]
     assert not any("keep their own" in why for why in verdict.why)  # the exchanged rotation is not at fault
@@ -253,18 +257,19 @@ def test_a_head_that_forgets_a_cap_is_named_as_what_it_is(dtype: torch.dtype, mo
 def test_an_adapter_whose_product_is_scaled_otherwise_is_found_though_it_is_fresh(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from align.model import adapters, fused
+    from align.model import adapters
+    from align.model.fused.lora import FusedLoraLinear
     from align.recipe.adapter import Adapter
 
     model = make_family("llama")
     adapters.attach(model, Adapter(rank=4, alpha=8), None, seed=0)
-    source = fused.FusedLoraLinear.source
+    source = FusedLoraLinear.source
 
     def halved(self: Any, x: Any) -> Any:
         found = source(self, x)
         return None if found is None else found._replace(scaling=found.scaling / 2)
 
-    monkeypatch.setattr(fused.FusedLoraLinear, "source", halved)
+    monkeypatch.setattr(FusedLoraLinear, "source", halved)
     verdict = verdict_of(model)
     assert verdict.layout == "shared" and any("x Linear keep their own" in why for why in verdict.why)
     assert all(not p.count_nonzero() for n, p in model.named_parameters() if "lora_B" in n)  # as fresh as before
@@ -275,9 +280,9 @@ def test_attention_of_each_kernel_is_held_against_float32_on_its_own_input() -> 
     module = PolicyModule(loud("llama", torch.bfloat16))
     probe(module)
     module.use("shared", "flex")
-    from align.model.probe import two_tree_batch
+    from align.model.probe.rows import two_tree_batch
 
     batch, _ = two_tree_batch(97, "cpu")
-    with torch.no_grad(), attention.witnessed(told.append):
+    with torch.no_grad(), interface.witnessed(told.append):
         module(batch)
     assert len(told) == 6 and max(told) < 4

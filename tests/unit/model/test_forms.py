@@ -31,9 +31,10 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as phi_r
 from transformers.models.seed_oss.modeling_seed_oss import SeedOssMLP
 from transformers.models.step3p7.modeling_step3p7 import Step3p7MLP
 
-from align.model import adapters, fused_rotary
-from align.model.forms import same_function
-from align.model.fused import Exchange, fuse
+from align.model import adapters
+from align.model.fused import rotary
+from align.model.fused.exchange import Exchange, fuse
+from align.model.fused.forms import same_function
 from align.recipe.adapter import Adapter
 from tests.unit.core.families import FAMILIES, make_family
 from tests.unit.model.test_fused import Mlp, grads
@@ -220,7 +221,7 @@ def test_rotations_give_the_dtypes_and_values_of_the_models_own(
 ) -> None:
     torch.manual_seed(0)
     own = ROTATIONS[name]
-    fused = next(f for known, f in fused_rotary.FORMS if same_function(own, known))
+    fused = next(f for known, f in rotary.FORMS if same_function(own, known))
     q, k = (torch.randn(1, heads, 40, 8).to(dtype) for heads in (4, 2))
     cos, sin = (torch.randn(1, 40, 8).to(angles) for _ in range(2))
     cotangents = torch.randn(1, 4, 40, 8), torch.randn(1, 2, 40, 8)
@@ -232,20 +233,20 @@ def test_rotations_give_the_dtypes_and_values_of_the_models_own(
         return [*turned, *torch.autograd.grad(turned, qk, given)]
 
     exact = outcome(llama_rotation, *(x.float() for x in (q, k, cos, sin)))
-    ours = outcome(fused_rotary.whole_heads(own, fused), q, k, cos, sin)
+    ours = outcome(rotary.whole_heads(own, fused), q, k, cos, sin)
     for mine, theirs, truth in zip(ours, outcome(own, q, k, cos, sin), exact, strict=True):
         assert mine.dtype == theirs.dtype
         assert (mine.float() - truth).norm() <= 1.02 * (theirs.float() - truth).norm() + 1e-5
 
 
 def test_neighbours_turned_as_pairs_are_no_halves() -> None:
-    assert not any(same_function(cohere_rotation, known) for known, _ in fused_rotary.FORMS)
+    assert not any(same_function(cohere_rotation, known) for known, _ in rotary.FORMS)
 
 
 def test_angles_that_are_learned_get_their_gradient() -> None:
     q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
     cos, sin = torch.randn(1, 5, 8, requires_grad=True), torch.randn(1, 5, 8, requires_grad=True)
-    turned = fused_rotary.whole_heads(llama_rotation, fused_rotary.rotate)(q, k, cos, sin)
+    turned = rotary.whole_heads(llama_rotation, rotary.rotate)(q, k, cos, sin)
     grads = torch.autograd.grad(turned[0].sum(), (cos, sin))
     assert all(grad.abs().max() > 0 for grad in grads)
 

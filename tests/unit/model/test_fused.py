@@ -14,8 +14,9 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from align.data.packing import collate
-from align.model import fused_mlp
-from align.model.fused import FusedLoraLinear, fuse
+from align.model.fused import mlp as fused_mlp
+from align.model.fused.exchange import fuse
+from align.model.fused.lora import FusedLoraLinear
 from align.model.policy_module import PolicyModule
 from tests.unit.core.test_forward import make_model
 from tests.unit.core.trees import pair

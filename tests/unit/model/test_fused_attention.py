@@ -15,10 +15,13 @@ from transformers.models.gptj import modeling_gptj
 from transformers.models.llama import modeling_llama
 
 from align.data.packing import collate, text_positions
-from align.model import adapters, fused, fused_qkv, fused_rotary
-from align.model.fused import FusedLoraLinear, fuse
+from align.model import adapters
+from align.model.fused import lora as fused_lora
+from align.model.fused import qkv, rotary
+from align.model.fused.exchange import fuse
+from align.model.fused.lora import FusedLoraLinear
 from align.model.policy_module import PolicyModule
-from align.model.probe import probe
+from align.model.probe.choose import probe
 from align.recipe.adapter import Adapter
 from tests.unit.core.families import FAMILIES, make_family, mrope_positions
 from tests.unit.core.test_forward import make_model
@@ -34,7 +37,7 @@ ALWAYS, NEVER = 0.0, math.inf
 def test_a_weight_with_its_adapter_in_it_has_pefts_values_and_gradients(
     fold_from: float, trained_base: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "FOLD_FROM", fold_from)
+    monkeypatch.setattr(fused_lora, "FOLD_FROM", fold_from)
     plain = lora(bias=True).double()
     for p in plain.parameters():
         p.requires_grad_(p.requires_grad or trained_base)
@@ -47,10 +50,10 @@ def test_a_weight_with_its_adapter_in_it_has_pefts_values_and_gradients(
 
 def test_a_small_update_is_not_lost_in_the_rounding_of_a_half_precision_weight() -> None:
     many = 1 << 20
-    assert not fused.folds(many, torch.empty(8, 8, dtype=torch.bfloat16))
-    assert not fused.folds(many, torch.empty(8, 8, dtype=torch.float16))
-    assert fused.folds(many, torch.empty(8, 8))
-    assert not fused.folds(1, torch.empty(8, 8))
+    assert not fused_lora.folds(many, torch.empty(8, 8, dtype=torch.bfloat16))
+    assert not fused_lora.folds(many, torch.empty(8, 8, dtype=torch.float16))
+    assert fused_lora.folds(many, torch.empty(8, 8))
+    assert not fused_lora.folds(1, torch.empty(8, 8))
 
 
 def outcome(family: str, *, exchanged: bool, reference: bool = False) -> list[Tensor]:
@@ -83,7 +86,7 @@ def assert_equal(mine: list[Tensor], theirs: list[Tensor]) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_computes_the_same_with_its_products_joined(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = outcome(family, exchanged=False)
-    monkeypatch.setattr(fused, "FOLD_FROM", ALWAYS)
+    monkeypatch.setattr(fused_lora, "FOLD_FROM", ALWAYS)
     assert_equal(outcome(family, exchanged=True), plain)
 
 
@@ -94,10 +97,10 @@ def test_projections_are_joined_over_many_rows_and_with_the_adapter_off_too(
     family: str, fold_from: float, reference: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = outcome(family, exchanged=False, reference=reference)
-    monkeypatch.setattr(fused, "FOLD_FROM", fold_from)
+    monkeypatch.setattr(fused_lora, "FOLD_FROM", fold_from)
     joint: list[int] = []
-    apply = fused_qkv._Joint.apply
-    monkeypatch.setattr(fused_qkv._Joint, "apply", lambda *a: joint.append(len(a)) or apply(*a))
+    apply = qkv._Joint.apply
+    monkeypatch.setattr(qkv._Joint, "apply", lambda *a: joint.append(len(a)) or apply(*a))
     assert_equal(outcome(family, exchanged=True, reference=reference), plain)
     assert bool(joint) == (fold_from == ALWAYS)
 
@@ -116,7 +119,7 @@ class Projections(nn.Module):
 def test_a_given_result_answers_for_its_input_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft import LoraConfig, get_peft_model
 
-    monkeypatch.setattr(fused, "FOLD_FROM", ALWAYS)
+    monkeypatch.setattr(fused_lora, "FOLD_FROM", ALWAYS)
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"])
     model = get_peft_model(nn.Sequential(Projections()), config)
@@ -125,13 +128,13 @@ def test_a_given_result_answers_for_its_input_once(monkeypatch: pytest.MonkeyPat
     x, other = torch.randn(9, 12), torch.randn(9, 12)
     expected = module(x, other)
     fuse(model)
-    assert fused_qkv.projects_jointly(module)
-    fused_qkv.give(module, x)
+    assert qkv.projects_jointly(module)
+    qkv.give(module, x)
     for mine, theirs in zip(module(x, other), expected, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
     assert module.q_proj.given is None
-    fused_qkv.give(module, x)
-    fused_qkv.withdraw(module)
+    qkv.give(module, x)
+    qkv.withdraw(module)
     assert module.q_proj.given is module.v_proj.given is None
 
 
@@ -143,7 +146,7 @@ def test_the_rotation_equals_transformers_in_values_and_gradients(heads_axis: in
         q, k = q.transpose(1, 2), k.transpose(1, 2)
     cos, sin = torch.randn(2, 7, 8, dtype=torch.float64), torch.randn(2, 7, 8, dtype=torch.float64)
     found = []
-    for function in (modeling_llama.apply_rotary_pos_emb, fused_rotary.rotate):
+    for function in (modeling_llama.apply_rotary_pos_emb, rotary.rotate):
         own = [x.clone().requires_grad_() for x in (q, k)]
         turned = function(*own, cos, sin, heads_axis)
         found.append([*turned, *torch.autograd.grad(turned, own, [q.cos(), k.sin()])])
@@ -168,7 +171,7 @@ def test_where_a_part_of_each_head_is_turned_the_model_turns_it_itself() -> None
     own = modeling_qwen3_5.apply_rotary_pos_emb
     q, k = torch.randn(1, 4, 5, 16), torch.randn(1, 2, 5, 16)
     cos, sin = torch.randn(1, 5, 4), torch.randn(1, 5, 4)
-    turn = fused_rotary.whole_heads(own, fused_rotary.rotate)
+    turn = rotary.whole_heads(own, rotary.rotate)
     for mine, theirs in zip(turn(q, k, cos, sin), own(q, k, cos, sin), strict=True):
         assert torch.equal(mine, theirs)
 
@@ -190,5 +193,5 @@ class OtherRotation(nn.Module):
 
 def test_another_rotation_under_the_same_name_stays_as_it_is() -> None:
     module = OtherRotation()
-    assert fused_rotary.calls_rotation(module)
+    assert rotary.calls_rotation(module)
     assert not fuse(nn.Sequential(module)) and type(module) is OtherRotation

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from align.errors import Unsupported
-from align.model.media_support import has_media, refuse_unsupported_media
+from align.model.media.support import has_media, refuse_unsupported_media
 
 VISION: dict[str, Any] = {"vision_config": {}}
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from align.errors import ModelError, Unsupported
 from align.model import adapters
-from align.model.fused import fuse
+from align.model.fused.exchange import fuse
 from align.model.load import load_model
 from align.model.quantised import QuantisedLinear, quantise, quantised_layers
 from align.recipe.adapter import Adapter, Quant

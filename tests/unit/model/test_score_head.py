@@ -18,7 +18,7 @@ from align.errors import ModelError, Unsupported
 from align.model import adapters
 from align.model.load import load_model
 from align.model.policy_module import PolicyModule
-from align.model.probe import probe
+from align.model.probe.choose import probe
 from align.model.score_head import MEANING, WEIGHT, adapter_labels, folder_labels, load_score_model, model_labels
 from align.model.scoring_class import SEEING
 from align.protocols import Segment, Tree

@@ -17,7 +17,7 @@ from align.recipe.parts import Rollout
 from align.recipe.support import publish_mode
 from align.simulate.measured import slots_of
 from rollout.base import EngineSpec, generate, make_engine
-from tests.unit.cli.workshop import Workshop, open_workshop
+from tests.unit.check.workshop import Workshop, open_workshop
 
 ENGINE = '''
 """Samples every token of a small vocabulary alike, from each request's own seed."""

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import align
 from align.protocols import Tree
 from align.recipe.adapter import Adapter
 from align.recipe.inputs import Model
@@ -211,3 +212,22 @@ def test_another_version_of_a_library_has_another_key(
     monkeypatch.setattr(numerics, "version", real)
     monkeypatch.setattr(numerics, "_code_version", lambda: "edited")
     assert numerics.numerics(spec, torch.device("cpu")) != before
+
+
+def test_an_edit_of_any_file_that_packs_or_computes_has_another_key_in_subfolders_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = Path(align.__file__).parent
+    for room in ("model", "train"):
+        shutil.copytree(package / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
+        (tmp_path / room / "deeper").mkdir()
+        (tmp_path / room / "deeper" / "kernel.py").write_text("SCALE = 1.0\n")
+    (tmp_path / "data").mkdir()
+    shutil.copy(package / "data" / "packing.py", tmp_path / "data")
+    monkeypatch.setattr(numerics, "__file__", str(tmp_path / "train" / "numerics.py"))
+    files = sorted(tmp_path.rglob("*.py"))
+    found = [numerics._code_version.__wrapped__()]
+    for file in files:
+        file.write_text(file.read_text() + "# edited\n")
+        found.append(numerics._code_version.__wrapped__())
+    assert len(files) > 60 and len(set(found)) == len(files) + 1

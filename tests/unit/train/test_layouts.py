@@ -10,7 +10,7 @@ import torch
 
 from align.model.load import load_model
 from align.model.policy_module import PolicyModule
-from align.model.probe import probe
+from align.model.probe.choose import probe
 from align.recipe.adapter import Adapter
 from align.train.trainer import PolicyTrainer
 from tests.unit.core.families import make_family

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align.model.forms import FUSED, replaced, same_function
-from align.model.fused_qkv import NAMES, give, projects_jointly, withdraw
+from align.model.fused.forms import FUSED, replaced, same_function
+from align.model.fused.qkv import NAMES, give, projects_jointly, withdraw
 
 NAME = "apply_rotary_pos_emb"
 

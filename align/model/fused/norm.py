@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from align.model.forms import FUSED, known_method, replaced
+from align.model.fused.forms import FUSED, known_method, replaced
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -17,7 +17,7 @@ from torch.nn.attention.varlen import varlen_attn
 from align.errors import Unsupported
 
 if TYPE_CHECKING:
-    from align.model.attention import AttentionPlan
+    from align.model.attention.plan import AttentionPlan
 
 MAX_HEAD = 256
 

@@ -3,7 +3,7 @@
 Its inner activations are the widest of a layer, and element-wise work on them runs at the speed of memory. A slice of
 rows stays in the cache from one product to the next: what is only passed on (the product that `down` reads, and in
 backward the gradients of both branches) is never written out. Kept for backward are the input, gate and up; without a
-gradient nothing is. LoRA on any of the three is folded into the products, as in `align.model.fused`.
+gradient nothing is. LoRA on any of the three is folded into the products, as in `align.model.fused.lora`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import SiLUActivation
 
-from align.model.forms import FUSED, known_method, replaced, watched
-from align.model.fused import FusedLoraLinear, LowRank, save, saved
+from align.model.fused.forms import FUSED, known_method, replaced, watched
+from align.model.fused.lora import FusedLoraLinear, LowRank, save, saved
 from align.model.head import add_product
 from align.model.quantised import Packed, QuantisedLinear, linear_weight
 from align.model.tiles import SLICE_ELEMENTS
@@ -73,7 +73,7 @@ class _GatedMlp(torch.autograd.Function):
             down.apply(F.silu(g).mul_(u), out=y[some])
         save(ctx, rows, *kept, *tensors)
         ctx.scalings, ctx.shape = scalings, x.shape
-        return y.view(*x.shape[:-1], y.shape[-1]).data  # as fused.py's
+        return y.view(*x.shape[:-1], y.shape[-1]).data  # as lora.py's
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from align.model.fused import FusedLoraLinear, LowRank, folds, save, saved, version_of
+from align.model.fused.lora import FusedLoraLinear, LowRank, folds, save, saved, version_of
 from align.model.quantised import Packed, dense
 
 NAMES = ("q_proj", "k_proj", "v_proj")
@@ -56,7 +56,7 @@ class _Joint(torch.autograd.Function):
         y = F.linear(rows, _joined(tensors, sizes), bias).view(*x.shape[:-1], -1)
         save(ctx, rows, *tensors)
         ctx.sizes = sizes
-        return tuple(part.data for part in y.split(sizes.wide, dim=-1))  # as fused.py's
+        return tuple(part.data for part in y.split(sizes.wide, dim=-1))  # as lora.py's
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -2,8 +2,7 @@
 
 Where a model says so, the tokens of an image also see each other both ways. Registered with transformers as the
 attention implementation `align_packed`. No mask function is registered for it, so the models build none: who sees whom
-is described by segments, and no T x T mask exists anywhere. The plan is made once per microbatch and used by every
-layer.
+is described by segments (`AttentionPlan`), and no T x T mask exists anywhere.
 
 Four kernels compute the same: `sdpa` (anywhere), `varlen` (flash attention, NVIDIA, half precision) and `flex`
 (FlexAttention, NVIDIA); on the CPU, soft-capping and sinks go through a softmax that is written out.
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,48 +19,14 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from align.errors import Unsupported
-from align.model.attention_flex import flex_attention_over
-from align.model.attention_sdpa import sdpa_attention
-from align.model.attention_softmax import softmax_attention
-from align.model.attention_varlen import varlen_attention
-from align.types import TokenBatch
+from align.model.attention.flex import flex_attention_over
+from align.model.attention.plan import AttentionPlan
+from align.model.attention.sdpa import sdpa_attention
+from align.model.attention.softmax import softmax_attention
+from align.model.attention.varlen import varlen_attention
 
 NAME = "align_packed"
 KERNELS = ("sdpa", "varlen", "flex")
-
-
-@dataclass
-class AttentionPlan:
-    """Who sees whom in one row of tokens, for every layer of a microbatch.
-
-    segments: (query_start, query_end, parent_start, parent_end) of each; parent bounds are 0, 0 for a trunk.
-    blocks: (start, end) of runs of tokens that see each other both ways, each inside one segment (Gemma 3's images).
-    device: the batch's. kernel: one of KERNELS. What a kernel derives from the segments (indices, masks) is kept by
-    `derived`.
-    """
-
-    segments: list[tuple[int, int, int, int]]
-    device: torch.device
-    kernel: str = "sdpa"
-    blocks: tuple[tuple[int, int], ...] = ()
-    cache: dict[str, Any] = field(default_factory=dict)
-
-    def derived(self, name: str, make: Callable[[AttentionPlan], Any]) -> Any:
-        """What `make` derives from this plan, computed once per microbatch."""
-        if name not in self.cache:
-            self.cache[name] = make(self)
-        return self.cache[name]
-
-    def blocks_in(self, start: int, end: int) -> tuple[tuple[int, int], ...]:
-        """The blocks of a segment, counted from its start."""
-        return tuple((a - start, b - start) for a, b in self.blocks if start <= a and b <= end)
-
-
-def plan_attention(batch: TokenBatch, kernel: str = "sdpa", blocks: tuple[tuple[int, int], ...] = ()) -> AttentionPlan:
-    """The plan of a packed batch."""
-    rows = torch.stack([batch.query_start, batch.query_end, batch.parent_start, batch.parent_end], dim=1).tolist()
-    segments = [(a, b, max(c, 0), d if c >= 0 else 0) for a, b, c, d in rows]
-    return AttentionPlan(segments, batch.token_ids.device, kernel, blocks)
 
 
 def kernels_for(wanted: str, device: torch.device, dtype: torch.dtype, *, dropout: bool = False) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from align.mediastore import processor_files, tensors_path
 from align.model.load import quiet
-from align.model.places import Positions, placeholder, positions_of
+from align.model.media.places import Positions, placeholder, positions_of
 from align.model.policy_module import takes_media
 from align.model.unshared import sequences_of
 from align.protocols import Medium, Segment, Tree

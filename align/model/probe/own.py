@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from align.errors import ModelError, UserError
 from align.mediastore import read_tensors
-from align.model.media import merged
-from align.model.places import type_ids
+from align.model.media.features import merged
+from align.model.media.places import type_ids
 from align.model.policy_module import set_attention, text_backbone
-from align.model.probe_conditions import FAILURES, small_windows, woken_adapters
-from align.model.probe_float32 import (
+from align.model.probe.conditions import FAILURES, small_windows, woken_adapters
+from align.model.probe.float32 import (
     NARROW,
     first_layers,
     head_of,
@@ -35,10 +35,10 @@ from align.model.probe_float32 import (
     kinds_of,
     widened,
 )
-from align.model.probe_loud import Loud, loud_values, sampled
-from align.model.probe_rows import LONG, Alone, Picture, alone_batches, two_tree_batch
-from align.model.probe_trace import Trace, apart, parting, traced
-from align.model.rotary_lengths import lengths_of
+from align.model.probe.loud import Loud, loud_values, sampled
+from align.model.probe.rotary_lengths import lengths_of
+from align.model.probe.rows import LONG, Alone, Picture, alone_batches, two_tree_batch
+from align.model.probe.trace import Trace, apart, parting, traced
 from align.model.score_head import HEAD, has_score_head, score
 from align.types import TokenBatch
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from align.model.attention_sdpa import Shape, visible
-from align.model.attention_varlen import Keys, plan_keys
+from align.model.attention.sdpa import Shape, visible
+from align.model.attention.varlen import Keys, plan_keys
 
 if TYPE_CHECKING:
-    from align.model.attention import AttentionPlan
+    from align.model.attention.plan import AttentionPlan
 
 
 def softmax_attention(

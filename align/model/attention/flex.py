@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from align.errors import Unsupported
 
 if TYPE_CHECKING:
-    from align.model.attention import AttentionPlan
+    from align.model.attention.plan import AttentionPlan
 
 BLOCK = 128
 

@@ -2,7 +2,7 @@
 
 At load, two small random trees, one of them on a picture where the model takes images, are run through the packed
 forward, kernel by kernel, and where none agrees through the unshared one. What they are held against are the values of
-the untouched model (`align.model.probe_own`). Two questions are asked apart, since only one of them has noise in it:
+the untouched model (`align.model.probe.own`). Two questions are asked apart, since only one of them has noise in it:
 
 - Is it the same function? In float32, layer by layer with the model's real weights, module by module, to the rounding
   of float32: a state that is carried on, a view of a neighbour, a forgotten window, another rotation, a lost bias or
@@ -26,22 +26,20 @@ import torch
 from torch import Tensor, nn
 
 from align.errors import ModelError
-from align.model.attention import kernels_for, witnessed
+from align.model.attention.interface import kernels_for, witnessed
 from align.model.policy_module import PolicyModule, text_backbone
-from align.model.probe_conditions import FAILURES
-from align.model.probe_exchange import class_names, exchange_again, give_back, given_back_words
-from align.model.probe_float32 import first_layers, layers_of
-from align.model.probe_loud import Loud, loud_parting, loud_values
-from align.model.probe_own import Own, backbone_path, measure, unit_scores
-from align.model.probe_rows import Alone, two_tree_batch
-from align.model.probe_trace import Parting, Trace, parting, traced
-from align.model.probe_verdict import Layout, Verdict
-from align.model.rotary_lengths import lengths_of
+from align.model.probe.conditions import FAILURES
+from align.model.probe.float32 import first_layers, layers_of
+from align.model.probe.give_back import class_names, exchange_again, give_back, given_back_words
+from align.model.probe.loud import Loud, loud_parting, loud_values
+from align.model.probe.own import Own, backbone_path, measure, unit_scores
+from align.model.probe.rotary_lengths import lengths_of
+from align.model.probe.rows import Alone
+from align.model.probe.trace import Parting, Trace, parting, traced
+from align.model.probe.verdict import Layout, Verdict
 from align.model.score_head import has_score_head
 from align.model.unshared import sequences_of
 from align.types import TokenBatch
-
-__all__ = ["Verdict", "probe", "two_tree_batch"]
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +59,7 @@ def probe(module: PolicyModule) -> float:
     """Choose the module's layout and attention, leave the verdict on it, and return the largest difference from the
     model's own forward.
 
-    The own values are those that `align.model.probe_own.measure` took before anything was exchanged, where the module
+    The own values are those that `align.model.probe.own.measure` took before anything was exchanged, where the module
     has them, or the model's as it is now.
     Raises ModelError where no layout agrees, or where the own forward is random, fails, or looks ahead.
     """

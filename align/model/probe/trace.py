@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from align.model.probe_float32 import layers_of
+from align.model.probe.float32 import layers_of
 
 WIDTH = 32  # numbers a token
 TINY = 1e-2  # of the usual token's length: what a token is measured against at least

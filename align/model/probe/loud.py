@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from align.model.probe_conditions import FAILURES
-from align.model.probe_float32 import layers_of, widened
-from align.model.probe_trace import Parting, apart, parts_of_forward, sketch
+from align.model.probe.conditions import FAILURES
+from align.model.probe.float32 import layers_of, widened
+from align.model.probe.trace import Parting, apart, parts_of_forward, sketch
 
 LOUD = (1e-3, 30.0, 1000.0)  # times what a module is usually given
 LOUD_BOUND = 1e-4

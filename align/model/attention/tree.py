@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from align.model.attention import AttentionPlan
+    from align.model.attention.plan import AttentionPlan
 
 SHORT = 128  # longest segment that is gathered into a batch with others
 STEP = 16  # lengths are rounded up to a multiple of it

@@ -1,16 +1,7 @@
-"""Fewer passes over memory in what is not a matrix product: LoRA's sum, RMS norms, feed-forwards and rotations.
-
-transformers and peft compute these as chains of element-wise operations, each of which reads and writes every
-activation and keeps an intermediate for backward. Here each is one autograd function that works in place, keeps its
-inputs and a few numbers per token, and folds LoRA's scale and sum into the matrix products.
-
-`fuse` exchanges the classes of modules whose code it knows (`align.model.forms`): a model that computes something else
-under the same names, for some inputs or in training mode alone, keeps its own.
-"""
+"""LoRA's sum without passes of its own: its scale and sum are folded into the matrix products."""
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
@@ -18,16 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from align.model.bitsandbytes_import import import_bitsandbytes
-from align.model.forms import FUSED, replaced, watched
-from align.model.fused_norm import looks_like_norm, norm_class
+from align.model.fused.forms import watched
 from align.model.quantised import Packed, QuantisedLinear, dense, linear_weight
 from align.model.tiles import FOLD_FROM
 
 import_bitsandbytes()
 from peft.tuners.lora.layer import Linear as LoraLinear  # noqa: E402 (it imports bitsandbytes)
-from peft.tuners.lora.layer import LoraLayer  # noqa: E402
-
-# ------------------------------------------------------------------------------------------------- LoRA
 
 
 def folds(rows: int, weight: Tensor | Packed) -> bool:
@@ -126,7 +113,7 @@ class FusedLoraLinear(LoraLinear):
     """peft's LoRA layer: the fused product where one plain adapter is active, peft's own code for everything else.
 
     given: an input, its version (it may be changed in place) and the result for it, from a product with other layers
-    (`align.model.fused_qkv`).
+    (`align.model.fused.qkv`).
     """
 
     is_fused = True
@@ -161,54 +148,3 @@ class FusedLoraLinear(LoraLinear):
         if self.training and getattr(self.lora_dropout[name], "p", 0.0):
             return None
         return LowRank(weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight, float(self.scaling[name]))
-
-
-# ------------------------------------------------------------------------------------------------- exchange
-
-
-class Exchange(Counter[str]):
-    """How many modules of each class were exchanged. left: how many keep their own code, by class and reason."""
-
-    def __init__(self, counts: Any = ()) -> None:
-        super().__init__(counts)
-        self.left: Counter[tuple[str, str]] = Counter()
-
-    def lines(self) -> list[str]:
-        """One of what was exchanged, and one for each class that was left."""
-        done = ", ".join(f"{count} {name}" for name, count in sorted(self.items()))
-        return [f"fused: {done or 'nothing'}"] + [
-            f"not fused: {count} {name}, {reason}" for (name, reason), count in sorted(self.left.items())
-        ]
-
-
-def fuse(model: nn.Module) -> Exchange:
-    """Exchange what can be; returns what was, and what was not and why."""
-    from align.model.fused_mlp import looks_like_mlp, mlp_class
-    from align.model.fused_rotary import calls_rotation, rotary_class
-
-    kinds = ((_has_lora, _lora_class), (looks_like_norm, norm_class), (looks_like_mlp, mlp_class))
-    done = Exchange()
-    # from the inside out: a feed-forward is judged by what its projections have become
-    for module in reversed(list(model.modules())):
-        if getattr(type(module), FUSED, False):
-            continue
-        for looks_like, fused_class in (*kinds, (calls_rotation, rotary_class)):
-            if looks_like(module):
-                found, name = fused_class(module), type(module).__name__
-                if isinstance(found, str):
-                    done.left[name, found] += 1
-                else:
-                    module.__class__ = found
-                    done[name] += 1
-                break
-    return done
-
-
-def _has_lora(module: nn.Module) -> bool:
-    return isinstance(module, LoraLayer)
-
-
-def _lora_class(module: nn.Module) -> type[nn.Module] | str:
-    if type(module) is not LoraLinear:
-        return "it is another adapter than LoRA on a linear layer"
-    return "its forward was replaced" if replaced(module) else FusedLoraLinear

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from align.model.attention_tree import plan_trees, tree_attention
+from align.model.attention.tree import plan_trees, tree_attention
 
 if TYPE_CHECKING:
-    from align.model.attention import AttentionPlan
+    from align.model.attention.plan import AttentionPlan
 
 
 @dataclass(frozen=True)
