@@ -163,7 +163,8 @@ class Opened:
         return [self._ids(sample) for sample in samples]
 
     def _ids(self, sample: Sample) -> list[int]:
-        from align.data.render import draft, encode
+        from align.data.encode import encode
+        from align.data.render import draft
 
         if self.pairs is not None:
             prompt = "\n\n".join(str(m["content"]) for m in sample.messages)

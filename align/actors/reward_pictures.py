@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from align.actors.reward_model import record_of
+from align.data.encode import encode
 from align.data.media.library import Library
 from align.data.records import MediaPart, RowError, Unpaired
-from align.data.render import draft, encode
+from align.data.render import draft
 from align.data.tokenizer import load_tokenizer
 from align.errors import ModelError
 from align.losses.classify import log_probs

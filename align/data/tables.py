@@ -11,6 +11,7 @@ import numpy as np
 from align.data.audit import MediaReport, Refusal, SourceReport
 from align.data.beginnings import with_beginning
 from align.data.doubts import doubts
+from align.data.encode import encode
 from align.data.encoded import Encoded, Tokens, fit
 from align.data.ends import ending_notes, last_said
 from align.data.formats import layouts_of
@@ -33,7 +34,7 @@ from align.data.records import (
     media_of,
     messages_of,
 )
-from align.data.render import draft, encode
+from align.data.render import draft
 from align.data.seen import Messages, answer_texts, light, seen_messages
 from align.data.soundness import UNFORESEEN, refuse_endless, refuse_unusable, unforeseen
 from align.data.sources import Opened, apply_columns

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from align.data.encode import encode
 from align.data.records import Conversation, Message
-from align.data.render import draft, encode
+from align.data.render import draft
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
 from align.errors import ModelError
 from tests.unit.data.build import prepared

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from align.data.encode import encode
 from align.data.encoded import Encoded, Tokens, fit
 from align.data.records import Conversation, Message, Pair, Prompt, RowError, Unpaired
-from align.data.render import draft, encode
+from align.data.render import draft
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
 from align.errors import DataError
 from tests.unit.data.build import (
