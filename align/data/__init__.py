@@ -10,7 +10,8 @@ In the order of reading:
     tokenizer.py, carried.py, backends.py, scratch.py: tokenizers: of a folder, of an adapter, of transformers'
         classes, new
     template.py, template_files.py, templates/, sandbox.py, dialect.py: chat templates, their limits and their habits
-    render.py, turns.py, ends.py, openings.py, beginnings.py, seen.py, labels.py: records to ids and masks
+    render.py, turns.py, ends.py, openings.py, beginnings.py, seen.py, labels.py: records to text
+    encode.py: text to ids and masks
     encoded.py, soundness.py, cache.py: tokenised rows: cut, looked at, kept by content
     media/, placing.py: images and videos, and where they stand
     order.py, prefixes.py, microbatches.py, packing.py: which rows a step sees, and how they are computed
