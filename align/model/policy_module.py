@@ -185,7 +185,7 @@ class PolicyModule(nn.Module):
         return of
 
     def _placed(self, batch: TokenBatch) -> tuple[np.ndarray, list[Placed]]:
-        """Types of the row's tokens i64[T] (`align.model.places.type_ids`), and its media with their slots."""
+        """Types of the row's tokens i64[T] (`align.model.media.places.type_ids`), and its media with their slots."""
         if batch.media and self.media is None:
             raise ModelError(f"{type(self.model).__name__} takes no images", remedy="choose a vision-language model")
         if not batch.media:
