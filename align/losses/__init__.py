@@ -79,7 +79,6 @@ class Losses:
 
     def __init__(self, losses: Iterable[Loss]):
         self._losses = tuple(losses)
-        assert self._losses, "a stage has a loss"
 
     @classmethod
     def of(cls, terms: Iterable[LossTerm]) -> Losses:
