@@ -56,8 +56,9 @@ test-unit: $(STAMP)
 test-integration: $(STAMP)
 	$(PYTEST) -m 'not slow' --dist loadfile tests/integration
 
+# WITHOUT: files to leave out
 test-slow: $(STAMP)
-	$(PYTEST) -m slow --dist loadfile tests/unit tests/parity tests/integration
+	$(PYTEST) -m slow --dist loadfile $(addprefix --ignore=,$(WITHOUT)) tests/unit tests/parity tests/integration
 
 prove: $(STAMP)
 	$(BIN)/python -m tests.prove $(ONLY)
