@@ -17,6 +17,7 @@ from align.actors.places import Places
 from align.actors.policy import PolicyActor, RayTrainer
 from align.actors.reference import ReferenceActor
 from align.actors.reward_actors import RayScorer
+from align.engines import SHARE_OF_GPU
 from align.hub import resolve_model_folder
 from align.protocols import Fleet, Scorer
 from align.recipe.adapter import Adapter
@@ -159,7 +160,7 @@ class RayBackend:
         options = dict(rollout.engine)
         share = facts_of(rollout.name).share
         if share is not None and 0 < role.gpus < 1:
-            options.setdefault(share, round(0.9 * role.gpus, 3))
+            options.setdefault(share, round(SHARE_OF_GPU * role.gpus, 3))
         spec = EngineSpec(
             name=rollout.name,
             folder=str(job.base),

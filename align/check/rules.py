@@ -10,7 +10,7 @@ from align.check.findings import Findings
 from align.check.sharding import check_sharding
 from align.errors import PluginError, RecipeError, Unsupported
 from align.losses import Loss, Losses, configure, load
-from align.plugins import describe_in_child
+from align.plugins import asked_in_child, is_users
 from align.recipe.adapter import Adapter
 from align.recipe.capabilities import SamplingStage, ScoringStage, TrainStage
 from align.recipe.engines import facts_of
@@ -117,8 +117,8 @@ def check_losses(stage: Stage, found: Findings) -> bool:
     for number, term in enumerate(stage.losses):
         where = f"loss.{number}" if len(stage.losses) > 1 else "loss"
         try:
-            if ":" in term.name or term.name.endswith(".py"):  # the user's code: a child tries it first
-                describe_in_child("align.losses.describe", [term.name], name=term.name)
+            if is_users(term.name):  # a child tries it first
+                asked_in_child("align.losses:described", term.name)
             options = load(term.name).Config
             options(**term.options)
             chosen.append(configure(term.name, term.options))

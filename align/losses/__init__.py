@@ -22,7 +22,7 @@ from align.recipe.parts import LossTerm
 if TYPE_CHECKING:
     from torch import Tensor
 
-_HELPERS = ("base", "describe", "dpo_terms", "pairs", "policy_terms", "reduce")
+_HELPERS = ("base", "dpo_terms", "pairs", "policy_terms", "reduce")
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,11 @@ def load(name: str) -> ModuleType:
             remedy="align/losses/sft.py is a short example",
         )
     return module
+
+
+def described(name: str) -> dict[str, Any]:
+    """A loss's options by name. It runs user code."""
+    return {"options": list(load(name).Config.model_fields)}
 
 
 def configure(name: str, options: Mapping[str, Any], weight: float = 1.0) -> Loss:

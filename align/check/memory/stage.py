@@ -11,14 +11,13 @@ from align.check.machine import Machine
 from align.check.memory.advice import Asked, verdict
 from align.check.memory.plan import Estimate, Work, engine
 from align.check.memory.sizes import Sizes, Table, human, others, tower_of
+from align.engines import SHARE_OF_GPU
 from align.recipe.adapter import Adapter
 from align.recipe.capabilities import SamplingStage, TrainStage
 from align.recipe.engines import facts_of
 from align.recipe.schema import Recipe
 from align.stages.roles import Role
 from align.stages.training import reference_of
-
-SHARE = 0.9  # of its part of a GPU, what an engine takes
 
 
 def dtype_of(gpu: bool, *names: str) -> str:
@@ -105,7 +104,7 @@ class SeenBy:
             return needed
         reserved = rollout.engine.get(facts.reserves, None if self.gpu else facts.reserved_on_cpu)
         if reserved is None and self.machine.gpu_memory and share and facts.share:
-            taken = float(rollout.engine.get(facts.share, SHARE * share)) * self.machine.gpu_memory
+            taken = float(rollout.engine.get(facts.share, SHARE_OF_GPU * share)) * self.machine.gpu_memory
             reserved = max(0.0, taken - needed.parts["weights"])
         return engine(sizes, dtype, sequences=each, length=load.length, reserved=reserved)
 
