@@ -162,7 +162,15 @@ def test_a_placement_that_no_node_can_hold_is_refused_at_once_with_what_is_missi
     assert "no node has 1 fast" in message and "ray start" in message and "Traceback" not in message
 
 
-def test_a_submitted_recipe_runs_as_a_job_with_its_own_plugin(two: tuple[Nodes, Any], tmp_path: Path) -> None:
+@pytest.fixture
+def one() -> Iterator[Nodes]:
+    """One node: nodes that share a machine share the folder into which Ray unpacks what a job sent, and each unpacks it
+    anew, below the feet of a process that reads it."""
+    with nodes(2) as cluster:
+        yield cluster
+
+
+def test_a_submitted_recipe_runs_as_a_job_with_its_own_plugin(one: Nodes, tmp_path: Path) -> None:
     """Ray's job manager runs it in a copy of what was sent; its error is the exit code of `align submit` too."""
     laptop, shared = tmp_path / "laptop", tmp_path / "shared"
     laptop.mkdir()
@@ -174,7 +182,7 @@ def test_a_submitted_recipe_runs_as_a_job_with_its_own_plugin(two: tuple[Nodes, 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.job_server", two[0].address, str(port)],
+        [sys.executable, "-m", "tests.job_server", one.address, str(port)],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     command = [sys.executable, "-m", "align.cli.main", "submit", recipe.name, "--address", f"http://127.0.0.1:{port}"]
