@@ -82,15 +82,14 @@ def write_inputs(folder: Path) -> Path:
     return write_recipe(folder, "same", list(stages()))
 
 
-def run_with(tree: Path, folder: Path, without_ray: bool = False) -> Path:
-    """The recipe, run by the code of `tree` in `folder`; returns the run folder. without_ray: in one process."""
+def run_with(tree: Path, folder: Path) -> Path:
+    """The recipe, run by the code of `tree` in `folder`; returns the run folder."""
     recipe = write_inputs(folder)
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     asked = [sys.executable, "-P", "-c", "import align, rewards, rollout; print(align.__file__)"]
     found = subprocess.run(asked, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
     assert Path(found.strip()).is_relative_to(tree), f"{found.strip()} is not in {tree}"
-    program = ["-P", str(Path(__file__).with_name("without_ray.py"))] if without_ray else ["-m", "align.cli.main"]
-    command = [sys.executable, *program, "run", recipe.name]
+    command = [sys.executable, "-m", "align.cli.main", "run", recipe.name]
     with recipe.with_suffix(".log").open("wb") as log:
         code = subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=log, timeout=LIMIT_S).returncode
     assert code == 0, recipe.with_suffix(".log").read_text()
@@ -136,7 +135,6 @@ def unpacked(against: str, folder: Path) -> Path:
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--against", default="HEAD~1", metavar="TREE", help="a checkout, or a commit")
-    parser.add_argument("--without-ray", action="store_true", help="in one process: for a machine short of cores")
     parser.add_argument("--record", action="store_true", help="write an entry to tests/prove/results")
     arguments, begun = parser.parse_args(words), time.monotonic()
     with tempfile.TemporaryDirectory() as name:
@@ -145,7 +143,7 @@ def main(words: list[str] | None = None) -> int:
         found = {}
         for side, tree in trees.items():
             (folder / side).mkdir()
-            found[side] = left(run_with(tree, folder / side, arguments.without_ray))
+            found[side] = left(run_with(tree, folder / side))
             print(f"{side}: {len(found[side])} numbers and files of {len(list(stages()))} stages", flush=True)
     apart = differences(found["here"], found["there"])
     print("\n".join(apart[:SHOWN]))
