@@ -9,7 +9,7 @@ import pytest
 
 from align.recipe.load import load_recipe
 from tests.prove import __main__ as prove
-from tests.prove import entry, prove_study
+from tests.prove import entry, prove_broken_lines, prove_study
 
 
 @pytest.fixture
@@ -66,3 +66,18 @@ def test_every_trained_front_of_the_study_has_the_same_budget(tmp_path: Path) ->
     budgets = {stage.model_dump_json(exclude={"id", "rewards", "objectives"}) for stage in runs}
     assert len(budgets) == 1, "steps, groups, sampling and optimizer"
     assert not {reward.use for reward in exam.rewards} & {reward.use for stage in runs for reward in stage.rewards}
+
+
+def test_a_broken_line_is_one_change_that_its_tests_see_and_is_taken_back(tmp_path: Path) -> None:
+    condition = "    if a > 1 and not a == 3:\n        raise ValueError(a + 1)\n"
+    source = f"def larger(a: int = 0) -> bool:\n{condition}    return a < 2\n"
+    (tmp_path / "one.py").write_text(source)
+    found = prove_broken_lines.breaks(tmp_path, "one.py")
+    seen: list[str] = []
+    for one in found:
+        prove_broken_lines.tried(tmp_path, one, (), lambda tree, tests: seen.append((tree / "one.py").read_text()))
+        compile(seen[-1], "one.py", "exec")
+    assert len(set(seen)) == len(found) == 11 and source not in seen
+    assert source == (tmp_path / "one.py").read_text()
+    assert all("ValueError(a + 1)" in text for text in seen), "what an error says is left alone"
+    assert all((prove_broken_lines.CHECKOUT / room).is_dir() for room in prove_broken_lines.ROOMS)
