@@ -43,6 +43,12 @@ def logit_transform(model: Any, temperature: float) -> LogitTransform:
     hidden, logits = own
     with torch.no_grad():
         rows, weight, bias = output_of(model, hidden)
+        if rows.shape[-1] != weight.shape[-1]:
+            raise ModelError(
+                f"{type(model).__name__} has hidden states of {rows.shape[-1]} and an output embedding that takes "
+                f"{weight.shape[-1]}: what stands between the two is not known",
+                remedy="choose a model whose logits are its output embedding's, perhaps scaled and capped",
+            )
         raw = linear(rows, weight, bias)
         errors = [_error(one.apply(raw.clone()), logits) for one in candidates]
     best = min(range(len(candidates)), key=lambda n: errors[n])

@@ -84,7 +84,10 @@ def packed_attention_forward(
     the softmax and has no value.
     """
     if align_plan is None:
-        raise RuntimeError(f"attention implementation {NAME!r} needs `align_plan`: call the model through PolicyModule")
+        raise RuntimeError(
+            f"attention implementation {NAME!r} was called without `align_plan`: either not through PolicyModule, or "
+            "the layers of this architecture do not hand on what they were not written for"
+        )
     _refuse(module, attention_mask, kwargs)
     kernel = align_plan.kernel
     if kernel != "sdpa":  # under autocast, rotations leave queries and keys in float32, which these kernels do not mix

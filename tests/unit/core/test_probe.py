@@ -146,6 +146,21 @@ def test_a_model_whose_attention_cannot_be_registered_gets_a_row_a_sequence() ->
     assert module.layout == "unshared"
 
 
+def test_a_model_that_fails_on_longer_rows_alone_is_refused_at_load() -> None:
+    """As transformers' Reformer does with positions, and xLSTM's recurrence in bfloat16: no short row reaches it."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", **BASE, n_head=4, n_layer=2))
+    own = model.transformer.forward
+
+    def short_only(input_ids: Any, **kwargs: Any) -> Any:
+        if input_ids.shape[1] > 64:
+            raise RuntimeError("upper bound and lower bound inconsistent with step sign")
+        return own(input_ids, **kwargs)
+
+    model.transformer.forward = short_only
+    with pytest.raises(ModelError, match=r"in rows of 290 tokens .*upper bound"):
+        probe(PolicyModule(model))
+
+
 @pytest.mark.parametrize("how", ["weights", "autocast"])
 def test_in_bfloat16_noise_passes_and_a_wrong_plan_does_not(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_family("qwen3")

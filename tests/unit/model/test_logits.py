@@ -68,3 +68,9 @@ def test_a_decoder_that_is_asked_by_another_way_is_left_to_the_probe() -> None:
     model = make("opt", ffn_dim=48, word_embed_proj_dim=32)
     assert logits._own(model) is None
     assert logit_transform(model, 1.0).scale == 1.0
+
+
+def test_an_output_embedding_of_another_width_is_refused_by_name() -> None:
+    model = make("rembert", is_decoder=True, output_embedding_size=64, input_embedding_size=32)
+    with pytest.raises(ModelError, match=r"RemBertForCausalLM has hidden states of 32 and an output embedding .* 64"):
+        logit_transform(model, 1.0)
