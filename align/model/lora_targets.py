@@ -6,6 +6,7 @@ import difflib
 import re
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from align.errors import ModelError, Unsupported
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 import_bitsandbytes()  # before peft does
+
+FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError)
 
 
 def fresh_config(model: Any, adapter: Adapter) -> LoraConfig:
@@ -65,19 +68,78 @@ def with_score_head(config: LoraConfig) -> LoraConfig:
 
 def linear_modules(model: Any) -> list[str]:
     """Paths of the layers that LoRA can be put on, adapters' own layers and a score head (trained whole) left out."""
-    from transformers.pytorch_utils import Conv1D
-
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and "lora_" not in name and name.partition(".")[0] != HEAD
+        if _is_linear(module) and "lora_" not in name and name.partition(".")[0] != HEAD
+    ]
+
+
+@torch.no_grad()
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is the product that LoRA adds to. Routers (Llama 4, Phi-MoE) and grouped projections (DeepSeek
+    V4) call themselves Linear and return something else, which shows at once."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, Conv1D):
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    weight = module.weight
+    packed = weight.element_size() == 1 or type(module).__module__.startswith("bitsandbytes.")
+    if type(module).forward is nn.Linear.forward or packed or weight.is_meta:
+        return True
+    rows = torch.linspace(-1, 1, 2 * module.in_features, dtype=weight.dtype, device=weight.device).view(2, -1)
+    try:
+        found = module(rows)
+    except FAILURES:
+        return False
+    wanted = nn.functional.linear(rows, weight, module.bias)
+    close = 0.05 if weight.element_size() < 4 else 1e-3
+    return (
+        isinstance(found, torch.Tensor) and found.shape == wanted.shape and torch.allclose(found, wanted, close, close)
+    )
+
+
+def left_out(model: Any) -> set[str]:
+    """Paths of linear layers that `all-linear` leaves out beside the output head: those on which peft refuses LoRA,
+    since fused kernels of Mamba read their weights past the module."""
+    from peft import LoraConfig
+    from peft.tuners import tuners_utils
+
+    refuses = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
+    if refuses is None:  # a peft without that rule
+        return set()
+    found = set()
+    for name in linear_modules(model):
+        try:
+            refuses(LoraConfig(), model, name.rpartition(".")[2])
+        except ValueError:
+            found.add(name)
+    return found
+
+
+def target_notes(model: Any, adapter: Adapter) -> list[str]:
+    """What `targets: all-linear` means for this model where that is not every linear layer."""
+    if adapter.targets != "all-linear" or not adapter.parts("lora"):
+        return []
+    named = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - {HEAD}
+    others = {name for name in named if not _is_linear(model.get_submodule(name))}
+    because = {
+        "peft refuses it there, fused kernels of Mamba read their weights": left_out(model),
+        "what they return is not the product of a linear layer": others,
+    }
+    return [
+        f"no LoRA on {', '.join(sorted({name.rpartition('.')[2] for name in names}))} ({len(names)} layers): {why}"
+        for why, names in because.items()
+        if names
     ]
 
 
 def _resolve_targets(model: Any, targets: str | tuple[str, ...], linear: list[str]) -> list[str] | str:
     """What peft is told. linear: the layers of the parts that get LoRA; no other is matched."""
     if targets == "all-linear":
-        return _short(model, set(linear) - {head_name(model)})
+        return _short(model, set(linear) - {head_name(model)} - left_out(model))
     if isinstance(targets, str) and not re.fullmatch(r"[\w.]+", targets):
         try:
             matched = {name for name in linear_modules(model) if re.fullmatch(targets, name)}
@@ -139,5 +201,5 @@ def is_targeted(config: LoraConfig, module: str) -> bool:
 def targeted_modules(model: Any, config: LoraConfig) -> set[str]:
     linear = linear_modules(model)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        return set(linear) - {head_name(model)}
+        return set(linear) - {head_name(model)} - left_out(model)
     return {name for name in linear if is_targeted(config, name)}

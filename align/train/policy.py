@@ -22,6 +22,7 @@ from align.model import adapters
 from align.model.adapter_config import OWN_BASE
 from align.model.fused.exchange import fuse
 from align.model.load import load_model, resolve_dtype
+from align.model.lora_targets import target_notes
 from align.model.parts import parts_of
 from align.model.policy_module import PolicyModule
 from align.model.probe.own import measure
@@ -45,6 +46,8 @@ class Policy(Protocol):
     module: PolicyModule
     device: torch.device
     artefact: Literal["adapter", "model"]
+    notes: list[str]
+    """What the user should know of what is trained."""
 
     def reference(self) -> AbstractContextManager[PolicyModule]:
         """The module to run for reference log-probabilities, ready inside the context."""
@@ -129,6 +132,7 @@ class LoraPolicy:
         self.frozen: str | None = None
         self.whole: list[torch.nn.Parameter] = []
         self.before: list[torch.Tensor] = []
+        self.notes = target_notes(model, spec.adapter_config) if spec.trainable and start is None else []
         if spec.trainable or start is not None:
             self.peft = adapters.attach(model, spec.adapter_config, start, seed=spec.seed)
             if not spec.trainable:
@@ -271,6 +275,7 @@ class FullPolicy:
                 refuse_parts_of_text(spec.adapter_config)
             train_whole(model, spec.adapter_config.parts("full"), torch.float32)
         self.module = _module(model, spec, autocast)
+        self.notes: list[str] = []
         self._reference: PolicyModule | None = None
         if spec.reference in ("start", "base") and spec.trainable:
             frozen = _load_backbone(spec, torch.float32, device)

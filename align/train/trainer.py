@@ -120,7 +120,7 @@ class PolicyTrainer:
             "attention": self.module.attention,
             "words": verdict.words,
             "slower": list(verdict.why),
-            "notes": list(verdict.notes),
+            "notes": [*verdict.notes, *self.policy.notes],
         }
 
     def _described_sizes(self) -> dict[str, Any]:

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from align.errors import ModelError, Unsupported
+from align.model import adapters
 from align.model.load import load_model
-from align.model.lora_targets import fresh_config, targeted_modules
+from align.model.lora_targets import fresh_config, target_notes, targeted_modules
 from align.model.parts import parts_of, sizes
 from align.recipe.adapter import Adapter
+from tests import architectures
 from tests.tiny_vlms import FAMILIES, write_tiny_vlm
 from tests.unit.model.tiny import write_tiny
 
@@ -86,3 +88,27 @@ def test_a_module_of_no_known_part_is_named(family: tuple[str, Any]) -> None:
             parts_of(model)
     finally:
         del model.model.oracle
+
+
+@pytest.mark.parametrize(
+    ("name", "without", "said"),
+    [
+        ("falcon_h1", "mamba.out_proj", "peft refuses"),
+        ("nemotron_h", "mixer.out_proj", "peft refuses"),
+        ("phimoe", "router", "not the product"),
+        ("llama4_text", "router", "not the product"),
+        ("deepseek_v4", "o_a_proj", "not the product"),
+    ],
+)
+def test_all_linear_leaves_out_what_lora_cannot_be_put_on_and_says_so(name: str, without: str, said: str) -> None:
+    """Such models could not be trained with the default targets: peft raised, or its sum with what a router returns."""
+    model = architectures.make(name)
+    config = fresh_config(model, Adapter(rank=4))
+    found = targeted_modules(model, config)
+    assert found and not any(path.endswith(without) for path in found)
+    assert any(path.endswith(without) for path, _ in model.named_modules())
+    [note] = target_notes(model, Adapter(rank=4))
+    assert said in note and without.rpartition(".")[2] in note
+    peft = adapters.attach(model, Adapter(rank=4), None, seed=0)
+    assert torch.isfinite(peft(input_ids=torch.arange(3, 20)[None], use_cache=False).logits).all()
+    assert target_notes(architectures.make("llama"), Adapter(rank=4)) == []
