@@ -102,7 +102,7 @@ class Planner:
             self.checks.head(stage)
         self.checks.attention()
         adapter = adapter_of(self.recipe, stage, self.model.origin)
-        self.checks.experts(adapter)
+        experts = self.checks.experts(adapter)
         self.checks.quantised(stage, adapter)
         optim = stage.optim_for(adapter)
         steps = self._steps(stage, facts)
@@ -118,6 +118,7 @@ class Planner:
         ]
         if table is not None:
             plan.lines += table_lines(table, stage.rates_for(adapter))
+        plan.lines += experts
         if isinstance(stage, SamplingStage):
             self.checks.length(stage.rollout, facts)
             kind = str(self.model.config.get("model_type"))

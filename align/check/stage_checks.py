@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from align.check.inputs import DataFacts, ModelFacts
 from align.check.machine import Machine
-from align.check.memory.sizes import Sizes
+from align.check.memory.sizes import FEED_FORWARD, Sizes
 from align.errors import DataError, ModelError, PlacementError, RecipeError, Unsupported
 from align.recipe.adapter import Adapter
 from align.recipe.capabilities import SamplingStage, TrainStage
@@ -27,15 +27,25 @@ class StageChecks:
     model: ModelFacts
     sizes: Sizes | None
 
-    def experts(self, adapter: Adapter) -> None:
-        """Stacked experts are no linear layers: most weights of such a model would stay as they are."""
-        if adapter.quant is not None and self.sizes is not None and self.sizes.experts > 1:
+    def experts(self, adapter: Adapter) -> list[str]:
+        """Stacked experts are no linear layers: most weights of such a model stay as they are, which the lines say.
+        Raises Unsupported where they were to be packed."""
+        if adapter.kind == "full" or self.sizes is None or self.sizes.experts <= 1:
+            return []
+        if adapter.quant is not None:
             raise Unsupported(
                 f"four bits are for linear layers; this model's {self.sizes.experts} experts a block are stacked in "
                 "tensors of their own",
                 where="adapter.kind",
                 remedy="use `kind: lora` with `model.dtype: bfloat16`",
             )
+        share = (
+            100 * sum(a * b for n, (a, b) in self.sizes.linear.items() if n in FEED_FORWARD) / self.sizes.block_linear
+        )
+        return [
+            f"note: no LoRA on this model's {self.sizes.experts} experts a block, {share:.0f} % of a block's weights: "
+            "they are stacked in tensors, not linear layers; `adapter: {kind: full}` trains them"
+        ]
 
     def quantised(self, stage: Stage, adapter: Adapter | None) -> None:
         """What a base whose weights are stored quantised cannot be used for: nothing there is left to write."""

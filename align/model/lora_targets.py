@@ -125,7 +125,13 @@ def target_notes(model: Any, adapter: Adapter) -> list[str]:
         return []
     named = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - {HEAD}
     others = {name for name in named if not _is_linear(model.get_submodule(name))}
+    stacked = {
+        name
+        for name, module in model.named_modules()
+        if "experts" in name.split(".") and any(p.ndim == 3 for p in module.parameters(recurse=False))
+    }
     because = {
+        "their weights are stacked in tensors, not linear layers (`adapter: {kind: full}` trains them)": stacked,
         "peft refuses it there, fused kernels of Mamba read their weights": left_out(model),
         "what they return is not the product of a linear layer": others,
     }

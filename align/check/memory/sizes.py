@@ -62,6 +62,15 @@ def tower_of(config: Mapping[str, Any]) -> Tower | None:
     return Tower(layers, hidden, intermediate) if layers and hidden else None
 
 
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+EXPERTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+)  # of a block, as configurations say
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What of a decoder's architecture decides memory. linear: (in, out) of each linear layer of one block, by name.
@@ -97,9 +106,12 @@ class Sizes:
         return self.layers * block + heads * self.vocabulary * self.hidden + self.hidden + self.others
 
     def adapter_parameters(self, adapter: Adapter) -> int:
-        """r (in + out) for each layer that gets LoRA; DoRA has a magnitude for each output too."""
+        """r (in + out) for each layer that gets LoRA; DoRA has a magnitude for each output too. Experts are stacked in
+        tensors of their own, which get none."""
         total = 0
         for name, (rows, columns) in self.linear.items():
+            if self.experts > 1 and name in FEED_FORWARD:
+                continue
             one = adapter.rank * (rows + columns) + (columns if adapter.kind == "dora" else 0)
             total += one * sum(
                 _names(adapter.targets, name, layer) and not _names(adapter.exclude, name, layer)
@@ -180,13 +192,13 @@ def sizes_of(config: Mapping[str, Any], vocabulary: int | None = None) -> Sizes 
 
 
 def _experts(text: Mapping[str, Any]) -> int:
-    return int(text.get("num_experts") or text.get("num_local_experts") or 1)
+    return next((int(text[name]) for name in EXPERTS if isinstance(text.get(name), int)), 1)
 
 
 def _feed_forward(text: Mapping[str, Any], hidden: int, intermediate: int) -> dict[str, tuple[int, int]]:
     experts = _experts(text)
     width = int(text.get("moe_intermediate_size") or intermediate) * experts if experts > 1 else intermediate
-    return {"gate_proj": (hidden, width), "up_proj": (hidden, width), "down_proj": (width, hidden)}
+    return dict(zip(FEED_FORWARD, ((hidden, width), (hidden, width), (width, hidden)), strict=True))
 
 
 def human(size: float) -> str:

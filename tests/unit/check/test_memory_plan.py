@@ -194,6 +194,21 @@ def test_the_plan_says_what_is_packed_and_refuses_what_cannot_be(workshop: Works
         validate(recipe, workshop.folder, document=document, machine=machine)
 
 
+@pytest.mark.parametrize("name", ["num_experts", "n_routed_experts"])
+def test_lora_on_a_model_of_experts_says_that_these_get_none(workshop: Workshop, name: str) -> None:
+    machine = Machine(cores=2, gpus=0, memory=16 << 30)
+    plans = []
+    for more in ([], [f"model.config.{name}=4"], [f"model.config.{name}=4", "stages.dpo.adapter.kind=full"]):
+        recipe, document = load_document(workshop.recipe, more)
+        plans.append(validate(recipe, workshop.folder, document=document, machine=machine).stages[1])
+    dense, experts, full = (" ".join(plan.lines) for plan in plans)
+    assert "no LoRA on this model's 4 experts a block" in experts and "kind: full" in experts
+    assert "experts" not in dense and "experts" not in full
+    square = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    sizes = sizes_of({**square, "vocab_size": 100, name: 4})
+    assert sizes is not None and sizes.adapter_parameters(Adapter(rank=4)) == 2 * 4 * 4 * (64 + 64), "attention alone"
+
+
 def test_what_zero_cannot_spread_is_refused() -> None:
     check_sharded(Adapter(kind="qlora"), "adamw", "zero2")
     check_sharded(Adapter(kind="qlora"), "adamw_8bit", "zero0")
