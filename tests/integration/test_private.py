@@ -39,6 +39,7 @@ def is_loopback(text: str) -> bool:
 
 @pytest.mark.vllm
 def test_a_run_listens_on_the_loopback_interface_alone_and_closes_its_folders(tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)  # as the temporary folder of a machine is, wherever this one's may be
     write_data(tmp_path)
     recipe = write_recipe(tmp_path, "private", [sft(steps=4), dpo(steps=2), grpo(steps=2)])
     home = tmp_path / "home"

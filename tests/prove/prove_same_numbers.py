@@ -103,6 +103,7 @@ def left(run: Path) -> dict[str, Any]:
         for n, line in enumerate(timeless(run, stage)):
             found |= {f"{stage}/metrics.jsonl, line {n + 1}: {k}": v for k, v in line.items() if "memory" not in k}
         for n, row in enumerate(rollouts(run, stage)):
+            row["origin"] = row["origin"].rpartition("/")[2]  # the folders have other names
             found |= {f"{stage}/rollouts, row {n}: {key}": value for key, value in row.items()}
     for path in sorted(run.rglob("*.safetensors")):
         found[str(path.relative_to(run))] = hashlib.sha256(path.read_bytes()).hexdigest()
