@@ -22,7 +22,7 @@ from rollout.member import Limits
 from tests.integration.test_vllm_engine import ADAPTER, TEMPERATURE, largest_gap, prompts, published, randomize, spec
 from tests.tiny_models import write_tiny_qwen3
 
-pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.usefixtures("ray_cluster")]
 
 SAMPLING = Sampling(temperature=TEMPERATURE, max_tokens=48)
 HEARTBEAT_S = 8.0

@@ -65,6 +65,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_vlm(tmp_path_factory.mktemp("qwen") / "base", "qwen2_vl")
 
 
+@pytest.mark.slow
 def test_an_export_carries_the_processor_and_is_proved_on_a_picture(qwen: Path, tmp_path: Path) -> None:
     report = export(qwen, tmp_path / "out", engines=())
     kept = {path.name for path in qwen.iterdir() if path.suffix in (".json", ".jinja")}

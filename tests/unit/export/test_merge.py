@@ -114,6 +114,7 @@ def test_adapters_of_other_kinds_made_by_peft_merge_to_what_peft_computes(bases,
     assert torch.allclose(plain(tmp_path / "out"), adapter_on(base, adapter), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "dtype"),
     [

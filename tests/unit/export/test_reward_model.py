@@ -73,6 +73,7 @@ def test_a_merged_reward_model_scores_as_its_adapter_does(base: Path, adapter: P
     assert report.modules == 14 and report.kl_mean <= 1e-6 and report.adapter_kl > 1e-3
 
 
+@pytest.mark.slow
 def test_a_merged_reward_model_is_trained_on_and_merged_again(base: Path, adapter: Path, tmp_path: Path) -> None:
     merge(base, adapter, tmp_path / "first")
     model: Any = load_score_model(tmp_path / "first", dtype=F32, seed=9)

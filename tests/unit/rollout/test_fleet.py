@@ -199,6 +199,7 @@ async def pids_of(fleet: RayFleet) -> list[int]:
     return [about(group)["pid"] for group in await fleet.generate(prompts(2, 900), 1, SAMPLING)]
 
 
+@pytest.mark.slow
 def test_a_probe_reaches_every_engine_beside_what_they_draw() -> None:
     async def run() -> None:
         async with fleet_of(3, step_s=0.02) as fleet:
@@ -212,7 +213,7 @@ def test_a_probe_reaches_every_engine_beside_what_they_draw() -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_an_engine_that_is_killed_or_frozen_in_the_middle_loses_no_group_and_repeats_none(how: signal.Signals) -> None:
     """Its groups are drawn by the other one, with the same ids and seeds; it comes back with the newest version."""
     items = prompts(30)
@@ -245,6 +246,7 @@ def test_an_engine_that_is_killed_or_frozen_in_the_middle_loses_no_group_and_rep
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_the_only_engine_takes_its_groups_up_again_after_a_restart(tmp_path: Path) -> None:
     items = prompts(6, p3={"do": "die", "once": str(tmp_path / "died")})
 
@@ -261,6 +263,7 @@ def test_the_only_engine_takes_its_groups_up_again_after_a_restart(tmp_path: Pat
     assert [bits(group) for group in asyncio.run(run())] == drawn(prompts(6))
 
 
+@pytest.mark.slow
 def test_an_engine_that_lives_and_makes_no_step_is_found_by_its_deadline(tmp_path: Path) -> None:
     items = prompts(4, p1={"do": "hang", "once": str(tmp_path / "hung")})
 
@@ -285,6 +288,7 @@ def test_an_exception_that_is_not_ours_costs_a_restart(tmp_path: Path) -> None:
     assert [bits(group) for group in asyncio.run(run())] == drawn(prompts(4))
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_during_a_publish_comes_back_with_that_version(tmp_path: Path) -> None:
     """One of the two dies: the publish ends when the other holds the version, and no group is older."""
     newer = Publication(4, "adapter", f"die {tmp_path / 'died'}", "the digest")
@@ -314,6 +318,7 @@ def test_a_prompt_that_kills_every_engine_ends_the_run_and_is_named() -> None:
     assert later.what == error.what
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_be_kept_alive_is_given_up_with_its_last_error(tmp_path: Path) -> None:
     async def run() -> None:
         async with fleet_of(1) as fleet:
@@ -337,6 +342,7 @@ def test_an_error_of_ours_inside_an_engine_ends_the_run_with_its_remedy() -> Non
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_start_says_why() -> None:
     error, later = failure([], start="fails")
     assert isinstance(error, SetupError)

@@ -190,6 +190,7 @@ def test_a_stage_goes_on_with_what_another_left(trained: Any, base: Path) -> Non
     assert torch.equal(logits_of(PolicyTrainer(spec), base), logits_of(trainer, base))
 
 
+@pytest.mark.slow
 def test_merging_carries_every_part(trained: Any, base: Path, tmp_path: Path) -> None:
     trainer, folder, _ = trained
     wanted = logits_of(trainer, base)

@@ -279,6 +279,7 @@ def comparable(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if not name.startswith(OWN)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "kind"), RUNS)
 def test_two_ranks_give_the_loss_gradients_metrics_and_weights_of_one(results: Any, case: str, kind: str) -> None:
     first, second = (rank["cases"][case, kind] for rank in results[0])
@@ -298,6 +299,7 @@ def test_two_ranks_give_the_loss_gradients_metrics_and_weights_of_one(results: A
         torch.testing.assert_close(first["weights"][name], value, rtol=1e-5, atol=1e-5 * float(value.abs().max()))
 
 
+@pytest.mark.slow
 def test_the_ratio_of_two_ranks_is_exactly_one_before_an_update_and_that_of_one_rank_after(
     results: Any, base: Path
 ) -> None:
@@ -308,6 +310,7 @@ def test_the_ratio_of_two_ranks_is_exactly_one_before_an_update_and_that_of_one_
     assert [m["policy/ratio"] == 1.0 for m in first] == [True, False, True, False]
 
 
+@pytest.mark.slow
 def test_the_zero_point_of_kto_is_not_zero_in_these_cases(results: Any) -> None:
     for case, kind in RUNS:
         if case in ("kto", "kto-of-two", "kto-of-three"):
@@ -315,6 +318,7 @@ def test_the_zero_point_of_kto_is_not_zero_in_these_cases(results: Any) -> None:
             assert point > 0.01, "a z of 0 would prove nothing about the pre-pass"
 
 
+@pytest.mark.slow
 def test_log_probabilities_come_back_in_the_order_given(results: Any) -> None:
     for key, alone in results[1].items():
         for got in (rank["cases"][key]["logps"] for rank in results[0]):
@@ -322,6 +326,7 @@ def test_log_probabilities_come_back_in_the_order_given(results: Any) -> None:
                 np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_on_one_rank_is_refused_on_all(results: Any) -> None:
     for found in (rank["bad"] for rank in results[0]):
         assert [m["optim/skipped"] for m in found["metrics"]] == [1.0, 1.0]
@@ -329,6 +334,7 @@ def test_what_is_not_finite_on_one_rank_is_refused_on_all(results: Any) -> None:
         assert all(torch.equal(value, found["after"][name]) for name, value in found["before"].items())
 
 
+@pytest.mark.slow
 def test_a_run_on_two_ranks_resumes_bit_for_bit_with_the_dropout_of_each_rank(results: Any) -> None:
     first, second = (rank["resume"] for rank in results[0])
     for found in (first, second):
@@ -338,6 +344,7 @@ def test_a_run_on_two_ranks_resumes_bit_for_bit_with_the_dropout_of_each_rank(re
     assert all(torch.equal(value, second["resumed"][name]) for name, value in first["resumed"].items())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_ranks_is_restored_by_one(results: Any, base: Path, folder: Path) -> None:
     trainer = PolicyTrainer(make_spec(base, "sft", LORA.model_copy(update={"dropout": 0.2})))
     trainer.restore(folder / "checkpoint")
@@ -346,12 +353,14 @@ def test_a_checkpoint_of_two_ranks_is_restored_by_one(results: Any, base: Path, 
     assert (folder / "checkpoint" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_ranks_begin_with_the_weights_of_rank_0_publish_one_version_and_notice_a_drift(results: Any) -> None:
     first, second = (rank["odds"] for rank in results[0])
     assert all(torch.equal(value, second["started"][name]) for name, value in first["started"].items())
     assert first["published"] == second["published"] and first["published"].version == 3
 
 
+@pytest.mark.slow
 def test_an_update_sends_what_a_ring_sends_of_the_trained_gradients_and_says_so(results: Any) -> None:
     for found in (rank["traffic"] for rank in results[0]):
         assert set(found["sent"]) == {"all_reduce", "all_gather"}
@@ -369,6 +378,7 @@ def test_a_process_on_its_own_sends_nothing(base: Path) -> None:
     assert ranks.traffic() == (0, 0.0) and not {"comm/bytes", "time/communicate"} & set(metrics)
 
 
+@pytest.mark.slow
 def test_metrics_join_by_sum_mean_and_max_and_ragged_tensors_by_rank(results: Any) -> None:
     for odds in (rank["odds"] for rank in results[0]):
         assert {k: v for k, v in odds["joined"].items() if k != "d"} == {"a": 1.0, "b": 1.0, "c": 5.0}
@@ -377,6 +387,7 @@ def test_metrics_join_by_sum_mean_and_max_and_ragged_tensors_by_rank(results: An
         assert odds["half"].tolist() == [3.0] * 3 + [1.0] * 4
 
 
+@pytest.mark.slow
 def test_a_rank_whose_partner_ended_says_so_at_once(results: Any) -> None:
     seconds, message = results[0][1]["lost"]
     assert seconds < 20 and "rank 1 of 2 lost the others" in message and "another rank failed first" in message
