@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 from align.data.records import Message, RowError
 from align.data.tokenizer import ChatTokenizer
 from align.data.turns import Given, rendered
 
-_OTHER = "\ue000other\ue000"  # private use: stands in no text
 _THOUGHTS = "thoughts of an assistant turn (`reasoning_content`)"
 _CALL_MARKS = (
     "<tool_call>", "<function_call>", "<functioncall>", "<function=", "[TOOL_CALLS]", "<|python_tag|>", "<|tool_call|>",
@@ -54,6 +54,9 @@ class _Look:
     def __init__(self, tokenizer: ChatTokenizer, messages: tuple[Message, ...], given: Given, text: str, first: int):
         self.tokenizer, self.messages, self.given, self.text, self.first = tokenizer, messages, given, text, first
         self.template = tokenizer.require_template()
+        numbers = (f"\ue000other {n}\ue000" for n in count())  # private use: the first stands in hardly any text
+        self.other = next(other for other in numbers if other not in text)
+        """What is rendered in the place of something: it stands nowhere in the text."""
 
     def having(self, key: str) -> list[int]:
         """Messages that are looked at and have this key."""
@@ -92,7 +95,7 @@ def _require_calls(look: _Look) -> None:
     for i in calling:
         calls = []
         for n, call in enumerate(look.messages[i].extra["tool_calls"]):
-            names[name := f"{_OTHER}{i}.{n}\ue000"] = i, n
+            names[name := f"{look.other}{i}.{n}\ue000"] = i, n
             calls.append({**call, "function": {**call["function"], "name": name}})
         renamed[i] = _with(look.messages[i], "tool_calls", calls)
     read = "tool_calls" in look.template.keys_read
@@ -118,7 +121,7 @@ def _of_message(look: _Look, i: int, message: Message) -> list[str]:
     if thoughts and look.tokenizer.dialect.thoughts is None:
         found.append(_THOUGHTS)
     elif thoughts and thoughts.strip() not in look.text:
-        found += [] if look.differs({i: _with(message, "reasoning_content", _OTHER)}) else [_THOUGHTS]
+        found += [] if look.differs({i: _with(message, "reasoning_content", look.other)}) else [_THOUGHTS]
     if message.role == "assistant":
         found += _calls_as_text(message.text, look.template.source)
     return found
@@ -135,7 +138,7 @@ def _loses_text(look: _Look, i: int, message: Message) -> bool:
     seen = look.tokenizer.roles_rendered
     if message.role in seen and message.text.strip() in look.text:
         return False
-    if not look.differs({i: replace(message, content=_OTHER)}):
+    if not look.differs({i: replace(message, content=look.other)}):
         return True
     seen.add(message.role)
     return False
@@ -147,7 +150,7 @@ def _keys(look: _Look, key: str) -> list[str]:
     read = look.tokenizer.keys_rendered
     for role in {look.messages[i].role for i in having}:
         if (role, key) not in read:
-            other = {i: _with(look.messages[i], key, _OTHER) for i in having if look.messages[i].role == role}
+            other = {i: _with(look.messages[i], key, look.other) for i in having if look.messages[i].role == role}
             read[role, key] = key in look.template.keys_read and look.differs(other)
     return [f"message key {key!r}" for i in having if not read[look.messages[i].role, key]]
 

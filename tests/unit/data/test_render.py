@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -200,6 +200,7 @@ chats = st.lists(st.tuples(content, content), min_size=1, max_size=4)
 
 
 @settings(max_examples=60, deadline=None)
+@example([("0", "\ue000other 0\ue000")], False)  # what is rendered in its place, to see whether it is
 @given(chats, st.booleans())
 def test_markers_and_incremental_rendering_agree(folder: Path, chat: list[tuple[str, str]], system: bool) -> None:
     marked, unmarked = load_tokenizer(folder), with_template(folder, UNMARKED_CHATML)
