@@ -57,7 +57,9 @@ def updates(family: str, *, fused: bool) -> Callable[[], float]:
     fuse = _of("align.model.fused.exchange:fuse", "align.model.fused:fuse")
     probe = _of("align.model.probe.choose:probe", "align.model.probe:probe")
     torch.set_num_threads(1)
-    layers = {"layer_types": None} if family in ("gemma2", "gemma3_text", "gpt_oss") else {}
+    layers: dict[str, Any] = {"layer_types": None} if family in ("gemma2", "gemma3_text", "gpt_oss") else {}
+    if family == "qwen2_5_vl":
+        layers = {"rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]}}  # of heads of 64
     sizes = SIZES if family not in ("qwen3_5_text", "qwen3_next") else {**SIZES, "num_hidden_layers": 2}
     model = make_family(family, **sizes, **layers)
     adapters.attach(model, Adapter(rank=8, alpha=16), None, seed=0)
@@ -116,10 +118,9 @@ def compare(family: str, against: Path | None) -> dict[str, Any]:
     here = Path(__file__).resolve().parents[2]
     mine, other = Served(family, here, True), Served(family, against or here, against is not None)
     try:
-        if not mine.ready():
-            raise SystemExit(f"{family}: this tree cannot compute it")
-        if not other.ready():
-            return {"family": family, "other": "cannot compute it"}
+        unable = [name for name, one in (("this tree", mine), ("the other", other)) if not one.ready()]
+        if unable:
+            return {"family": family, "unable": unable}
         pairs = []
         while len(pairs) < TURNS or (len(pairs) < MORE and ratio(pairs) > 1 + (SLOWER - 1) / 2 and against):
             pairs.append(
@@ -157,7 +158,7 @@ def main() -> int:
         for family in asked.families:
             table.append(compare(family, against))
             print(json.dumps(table[-1]), flush=True)
-    slower = [found["family"] for found in table if found.get("ratio", 0.0) > SLOWER]
+    slower = [found["family"] for found in table if found.get("ratio", 2.0) > SLOWER]  # or not to be compared
     if asked.record:
         goal = (
             f"an update of every supported family is at most {SLOWER - 1:.0%} slower than {asked.against or 'without'}"
@@ -165,7 +166,7 @@ def main() -> int:
         figures = {"families": table, "slower": slower}
         write_result("fused-steps", goal=goal, met=not slower, figures=figures, started=started)
     if slower:
-        print(f"slower by more than {SLOWER - 1:.0%}: {', '.join(slower)}")
+        print(f"slower by more than {SLOWER - 1:.0%}, or not to be compared: {', '.join(slower)}")
     return bool(slower)
 
 
