@@ -50,6 +50,8 @@ from rollout.base import Answer, EngineSpec, Request, check_engine_options, chec
 from rollout.vllm_files import read_tensors, tensor_shapes, unchanged
 from rollout.vllm_held import held_adapter, held_weights, retie, tied_groups
 from rollout.vllm_probe import probe_prompt, require_applied, spread_tokens
+from rollout.vllm_start import accepted_rank, adapter_slots, start, stop
+from rollout.vllm_version import require_vllm
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +77,11 @@ class VllmEngine:
 
     def __init__(self, spec: EngineSpec):
         check_engine_options("vllm", spec.engine)
-        calls.require_vllm()
+        require_vllm()
         self.spec = spec
         self.version: int | None = None
-        self._max_rank = calls.accepted_rank(spec.lora_rank)
-        self._slots = calls.adapter_slots(spec)
+        self._max_rank = accepted_rank(spec.lora_rank)
+        self._slots = adapter_slots(spec)
         self._running: dict[str, _Running] = {}  # by vLLM's request id
         self._answers: list[Answer] = []
         self._ids = itertools.count()
@@ -88,7 +90,7 @@ class VllmEngine:
         self._loaded = 0  # adapters so far; each gets the next number as its id
         self._base_intact = True
         self._probed = False
-        self._llm: Any = calls.start(spec, self._max_rank)
+        self._llm: Any = start(spec, self._max_rank)
         self._tokenizer = self._llm.get_tokenizer()
         self._end_ids = end_ids(Path(spec.folder), self._tokenizer.eos_token_id, spec.end_ids)
         self._special = special_tokens(self._tokenizer)
@@ -375,4 +377,4 @@ class VllmEngine:
             return
         llm, self._llm, self._adapter, self.version = self._llm, None, None, None
         self._running, self._answers, self._adapters = {}, [], []
-        calls.stop(llm)
+        stop(llm)

@@ -77,12 +77,12 @@ def run_async(spec: EngineSpec, arguments: argparse.Namespace, serve: Callable[[
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from rollout.vllm import _arguments
+    from rollout.vllm_start import engine_arguments
 
     with asyncio.Runner() as loop:
 
         async def started() -> Any:
-            return AsyncLLM.from_engine_args(AsyncEngineArgs(**_arguments(spec, 0)))
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(spec, 0)))
 
         engine = loop.run(started())
         numbers = iter(range(10**9))
@@ -102,9 +102,9 @@ def run_async(spec: EngineSpec, arguments: argparse.Namespace, serve: Callable[[
 
 
 def run_llm(spec: EngineSpec, arguments: argparse.Namespace, serve: Callable[[Callable[[], int]], None]) -> None:
-    from rollout import vllm as calls
+    from rollout.vllm_start import start, stop
 
-    llm = calls.start(spec, 0)
+    llm = start(spec, 0)
 
     def once() -> int:
         llm.reset_prefix_cache()
@@ -113,7 +113,7 @@ def run_llm(spec: EngineSpec, arguments: argparse.Namespace, serve: Callable[[Ca
         return sum(len(drawn.token_ids) for output in outputs for drawn in output.outputs)
 
     serve(once)
-    calls.stop(llm)
+    stop(llm)
 
 
 SIDES = {"fleet": run_fleet, "AsyncLLM": run_async, "LLM": run_llm}

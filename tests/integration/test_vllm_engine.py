@@ -128,13 +128,13 @@ def as_json(groups: Sequence[Group]) -> list[Any]:
 
 
 def test_the_installed_vllm_has_every_call_that_the_engine_makes() -> None:
-    from rollout.vllm import missing_calls
+    from rollout.vllm_version import missing_calls
 
-    assert missing_calls() == [], "the installed vLLM does not fit rollout/vllm.py; change that file and its docstring"
+    assert missing_calls() == [], "the installed vLLM does not fit rollout/vllm_version.py: change it and its docstring"
 
 
 def test_a_vllm_that_lacks_a_call_is_described_by_name() -> None:
-    from rollout.vllm import missing_calls
+    from rollout.vllm_version import missing_calls
 
     assert missing_calls({"vllm:LLM": "generate travel_in_time"}) == ["vllm:LLM has no 'travel_in_time'"]
     assert missing_calls({"vllm:LLMM": ""})[0].startswith("vllm:LLMM is gone")
@@ -143,28 +143,28 @@ def test_a_vllm_that_lacks_a_call_is_described_by_name() -> None:
 def test_an_engine_does_not_start_on_a_vllm_that_lacks_a_call(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rollout.vllm.missing_calls", lambda: ["vllm:LLM has no 'generate'"])
+    monkeypatch.setattr("rollout.vllm_version.missing_calls", lambda: ["vllm:LLM has no 'generate'"])
     with pytest.raises(SetupError, match="has no 'generate'"):
         make_engine(spec(model_folder))
 
 
 def test_every_call_in_the_list_is_in_the_docstring() -> None:
-    import rollout.vllm
+    from rollout import vllm_version
 
-    words = set(re.findall(r"\w+", rollout.vllm.__doc__ or ""))
-    for target, names in rollout.vllm.CALLS.items():
+    words = set(re.findall(r"\w+", vllm_version.__doc__ or ""))
+    for target, names in vllm_version.CALLS.items():
         assert target.rpartition(":")[2].partition(".")[0] in words, target
         if not target.endswith(("EngineArgs", "LLM.generate", "parse_fine_tuned_lora_name")):
             assert set(names.split()) <= words, target
 
 
 def test_the_shipped_list_of_engine_arguments_is_that_of_the_installed_vllm(tmp_path: Path) -> None:
-    from rollout.vllm import write_engine_arguments
     from rollout.vllm_facts import ARGUMENTS_FILE, REFUSED
+    from rollout.vllm_version import write_engine_arguments
 
     write_engine_arguments(tmp_path / "now.json")
     now = json.loads((tmp_path / "now.json").read_text())
-    assert json.loads(ARGUMENTS_FILE.read_text()) == now, "run rollout.vllm.write_engine_arguments()"
+    assert json.loads(ARGUMENTS_FILE.read_text()) == now, "run rollout.vllm_version.write_engine_arguments()"
     assert set(REFUSED) <= set(now["arguments"])
 
 
@@ -544,7 +544,7 @@ def test_an_adapter_wider_than_the_engine_or_missing_is_refused(
 
 
 def test_ranks_are_rounded_up_to_those_that_vllm_has_kernels_for() -> None:
-    from rollout.vllm import accepted_rank
+    from rollout.vllm_start import accepted_rank
 
     assert [accepted_rank(rank) for rank in (0, 1, 2, 12, 16, 17)] == [0, 1, 8, 16, 16, 32]
     with pytest.raises(Unsupported, match="not 1000"):
