@@ -8,5 +8,5 @@ In the order of reading:
     vllm_facts.py, vllm_engine.py: vLLM as an engine, before it starts and at work
     vllm_version.py, vllm_start.py, vllm.py, vllm_media.py: what is called of it: whether it fits, its start, an
         `LLM` that runs, media
-    vllm_held.py, vllm_files.py, vllm_probe.py: the weights that it holds, that it reads, that it computes with
+    vllm_weights.py, vllm_files.py, vllm_held.py, vllm_probe.py: the weights that it serves: read, held, computed with
 """

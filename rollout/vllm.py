@@ -1,6 +1,6 @@
 """Every call into an `LLM` of vLLM that runs: requests, steps, weights, and the names of its parameters.
 
-`rollout.vllm_version` lists what vLLM must offer; `rollout.vllm_engine` is who calls.
+`rollout.vllm_version` lists what vLLM must offer; `rollout.vllm_engine` and `rollout.vllm_weights` call.
 """
 
 from __future__ import annotations

@@ -414,7 +414,7 @@ def without_adapter(add: Any) -> Any:
 def test_an_engine_that_holds_the_adapter_but_computes_with_the_base_is_caught(
     serving: Any, first: Publication, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving, "_probed", False)
+    monkeypatch.setattr(serving._weights, "_probed", False)
     with monkeypatch.context() as patched:
         patched.setattr("rollout.vllm.add_request", without_adapter(add_request))
         with pytest.raises(EngineError, match="adapter not applied"):
@@ -655,7 +655,7 @@ def test_a_head_that_computes_with_its_old_packed_copy_is_caught(
         policy.get_base_model().get_input_embeddings().weight.mul_(1.25)
     publication, _ = merged(policy, tmp_path / "v9", 9)
     with monkeypatch.context() as patched:
-        patched.setattr("rollout.vllm_engine.retie", lambda model, groups: None)
+        patched.setattr("rollout.vllm_weights.retie", lambda model, groups: None)
         with pytest.raises(EngineError, match="packed copy is older"):
             whole.publish(publication)
     assert whole.publish(publication) == publication.digest
