@@ -18,7 +18,7 @@ LIGHT = {
     "losses": ["align/losses"],
     "objectives": ["align/objectives"],
     "rewards": ["rewards"],
-    "engine protocol": ["rollout/base.py", "rollout/vllm_facts.py", "align/model/generate_facts.py"],
+    "engine protocol": ["rollout/base.py", "rollout/vllm_facts.py", "align/model/generate/facts.py"],
     "export formats": ["align/export/formats/__init__.py"],
     "foundations": [
         f"align/{name}.py" for name in ("describe", "engines", "errors", "protocols", "plugins", "hub", "torch_cpu")

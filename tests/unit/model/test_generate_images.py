@@ -9,7 +9,7 @@ import pytest
 
 from align.errors import DataError, Unsupported
 from align.mediastore import tensors_path
-from align.model.generate import TransformersEngine
+from align.model.generate.engine import TransformersEngine
 from align.protocols import PromptItem, Sampling
 from rollout.base import EngineSpec, generate
 from tests.tiny_media import forward_logps, holds_mark

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from align.data.packing import collate, text_positions
-from align.model.generate import TransformersEngine
+from align.model.generate.engine import TransformersEngine
 from align.model.media.places import positions_of
 from align.model.media.prompt_inputs import prompt_inputs
 from align.model.policy_module import PolicyModule
