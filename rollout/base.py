@@ -14,7 +14,9 @@ import numpy as np
 
 from align.engines import facts_of_ours
 from align.errors import DataError, EngineError, Unsupported
-from align.protocols import FailedPrompt, Group, Medium, PromptItem, Publication, Sampling
+from align.protocols.fleet import FailedPrompt, Group, PromptItem, Sampling
+from align.protocols.trainer import Publication
+from align.protocols.trees import Medium
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from align.protocols import Medium, PromptItem, Sampling
+from align.protocols.fleet import PromptItem, Sampling
+from align.protocols.trees import Medium
 from rollout.vllm_media import media_prompt
 from rollout.vllm_version import without_warnings
 

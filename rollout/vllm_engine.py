@@ -23,18 +23,10 @@ from typing import Any, Literal
 import numpy as np
 
 from align.errors import AlignError, EngineError
-from align.protocols import (
-    Completion,
-    FailedPrompt,
-    Group,
-    Medium,
-    PromptItem,
-    Publication,
-    Sampling,
-    end_ids,
-    special_tokens,
-    texts_of,
-)
+from align.protocols.ends import end_ids, special_tokens, texts_of
+from align.protocols.fleet import Completion, FailedPrompt, Group, PromptItem, Sampling
+from align.protocols.trainer import Publication
+from align.protocols.trees import Medium
 from rollout import vllm as calls
 from rollout.base import Answer, EngineSpec, Request, check_engine_options, check_sampling
 from rollout.vllm_start import accepted_rank, start, stop

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from align.errors import EngineError
-from align.protocols import Publication, digest_arrays
+from align.protocols.trainer import Publication, digest_arrays
 from rollout import vllm as calls
 from rollout.base import EngineSpec
 from rollout.vllm_files import read_tensors, tensor_shapes, unchanged

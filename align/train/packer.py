@@ -14,7 +14,7 @@ from align.losses import Losses
 from align.losses.base import Metric
 from align.model.media.places import positions_of
 from align.model.policy_module import PolicyModule
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from align.train.ranks import Ranks
 from align.types import TokenBatch
 

@@ -26,7 +26,8 @@ from align.model.dropout import switch_off_own_dropout
 from align.model.parts import trained_parts
 from align.model.policy_module import PolicyModule
 from align.model.probe.choose import probe
-from align.protocols import Counts, Publication, Tree
+from align.protocols.trainer import Publication
+from align.protocols.trees import Counts, Tree
 from align.train import policy
 from align.train.memory import keep_freed_memory
 from align.train.metrics import MetricSums, join_terms
@@ -48,7 +49,7 @@ MAX_BAD_STEPS = 3
 
 
 class PolicyTrainer:
-    """See `align.protocols.Trainer`, whose methods these are, synchronous.
+    """See `align.protocols.trainer.Trainer`, whose methods these are, synchronous.
 
     reference: log-probabilities f32[N] of a batch under a reference of its own, where `spec.reference` is "path".
     ranks: the processes that train this policy together. Each is given every call with the same arguments, answers
@@ -112,7 +113,7 @@ class PolicyTrainer:
         }
 
     def forward(self) -> dict[str, Any]:
-        """See `align.protocols.Trainer.forward`."""
+        """See `align.protocols.trainer.Trainer.forward`."""
         verdict = self.module.verdict
         assert verdict is not None
         return {
@@ -269,7 +270,7 @@ class PolicyTrainer:
         return self.spec.labels.called(metrics) if self.spec.labels else metrics
 
     def logps(self, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
-        """See `align.protocols.Trainer.logps`."""
+        """See `align.protocols.trainer.Trainer.logps`."""
 
         def of(batch: TokenBatch) -> list[np.ndarray]:
             logps = self._quiet(self.module, batch).logps.float().cpu().numpy()

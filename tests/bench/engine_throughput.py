@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from align.protocols import PromptItem, Publication, Sampling, group_seed
+from align.protocols.fleet import PromptItem, Sampling, group_seed
+from align.protocols.trainer import Publication
 from rollout.base import EngineSpec, generate, make_engine
 from tests.bench.common import columns, write_result
 
@@ -61,7 +62,7 @@ def run_fleet(spec: EngineSpec, arguments: argparse.Namespace, serve: Callable[[
 
 def requests(arguments: argparse.Namespace, folder: str) -> list[tuple[dict[str, Any], Any]]:
     """vLLM's prompt and parameters of each group, as our engine makes them."""
-    from align.protocols import end_ids
+    from align.protocols.ends import end_ids
     from rollout.vllm import sampling_parameters
 
     ends = end_ids(Path(folder), None)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from align.protocols import Segment, Tree
+from align.protocols.trees import Segment, Tree
 from tests.bench import common, work
 
 BEGINNINGS = (10, 40, 200)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from align.mediastore import TOKENS, tensors_path
-from align.protocols import Medium, Segment, Tree
+from align.protocols.trees import Medium, Segment, Tree
 from tests.bench import work
 
 LANGUAGE = r"model\.language_model\..*_proj"

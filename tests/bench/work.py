@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from align.protocols import Segment, Tree
+from align.protocols.trees import Segment, Tree
 
 if TYPE_CHECKING:
     from align.train.ranks import Ranks

@@ -19,7 +19,9 @@ import torch
 from align.errors import AlignError, DataError, EngineError, RecipeError, SetupError, Unsupported
 from align.export.soup import soup
 from align.model.adapters import attach, digest, merged_state, save, use_adapter, weights_digest
-from align.protocols import Completion, FailedPrompt, Group, PromptItem, Publication, Sampling, Tree, group_seed
+from align.protocols.fleet import Completion, FailedPrompt, Group, PromptItem, Sampling, group_seed
+from align.protocols.trainer import Publication
+from align.protocols.trees import Tree
 from align.recipe.adapter import Adapter
 from align.stages.monitor import Monitor
 from rollout.base import EngineSpec, Request, check_engine_options, generate, make_engine

@@ -17,7 +17,8 @@ from align.errors import EngineError, Unsupported
 from align.mediastore import view_path
 from align.model.media.places import positions_of
 from align.model.policy_module import PolicyModule
-from align.protocols import Group, PromptItem, Publication, Sampling
+from align.protocols.fleet import Group, PromptItem, Sampling
+from align.protocols.trainer import Publication
 from align.stages.groups import to_trees
 from rollout import vllm as calls
 from rollout.base import Request, generate

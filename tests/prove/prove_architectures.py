@@ -38,7 +38,7 @@ from torch import Tensor
 from align.data.packing import collate
 from align.errors import AlignError
 from align.model.load import quiet
-from align.protocols import Segment, Tree
+from align.protocols.trees import Segment, Tree
 from align.recipe.adapter import Adapter
 from align.recipe.inputs import Model
 from align.recipe.parts import LossTerm, Optim

@@ -25,15 +25,10 @@ from align.model.load import quiet, resolve_dtype
 from align.model.media.places import inside_media
 from align.model.media.prompt_inputs import prompt_inputs
 from align.model.media.spelled import words_for_marks
-from align.protocols import (
-    FailedPrompt,
-    Group,
-    Medium,
-    PromptItem,
-    Publication,
-    Sampling,
-    end_ids,
-)
+from align.protocols.ends import end_ids
+from align.protocols.fleet import FailedPrompt, Group, PromptItem, Sampling
+from align.protocols.trainer import Publication
+from align.protocols.trees import Medium
 
 
 class Spec(Protocol):

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from align.errors import EngineError
-from align.protocols import Completion, Sampling, special_tokens, texts_of
+from align.protocols.ends import special_tokens, texts_of
+from align.protocols.fleet import Completion, Sampling
 
 
 @dataclass

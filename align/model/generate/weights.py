@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from align.errors import AlignError, EngineError, Unsupported
 from align.model import adapters
 from align.model.load import load_model
-from align.protocols import Publication
+from align.protocols.trainer import Publication
 
 
 class TransformersWeights:

@@ -14,7 +14,7 @@ from align.data.packing import collate, global_counts, mark_nll
 from align.errors import DataError
 from align.losses import configure, names
 from align.losses.base import LossInputs
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from align.recipe.parts import LossTerm
 from align.stages.row_weights import refuse_weights
 from align.train.metrics import MetricSums

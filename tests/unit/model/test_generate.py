@@ -13,7 +13,9 @@ from align.errors import DataError, EngineError, Unsupported
 from align.model import adapters
 from align.model.generate.engine import TransformersEngine
 from align.model.load import load_model
-from align.protocols import Completion, PromptItem, Publication, Sampling, end_ids
+from align.protocols.ends import end_ids
+from align.protocols.fleet import Completion, PromptItem, Sampling
+from align.protocols.trainer import Publication
 from align.train.policy import write_weights
 from rollout.base import Request, generate
 from tests.unit.model.tiny import LLAMA, QWEN3, logits, lora, train_a_little, write_tiny

@@ -13,7 +13,7 @@ from align.errors import Unsupported
 from align.model.generate.engine import TransformersEngine
 from align.model.generate.reading import find_reading
 from align.model.load import load_model
-from align.protocols import FailedPrompt, Sampling
+from align.protocols.fleet import FailedPrompt, Sampling
 from rollout.base import Request, generate
 from tests.unit.model.test_generate import BASE, Spec, by_hand, prompt
 from tests.unit.model.tiny import LLAMA, QWEN3, write_tiny

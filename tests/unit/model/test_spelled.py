@@ -13,7 +13,7 @@ from align.model.generate.engine import TransformersEngine
 from align.model.media.places import positions_of
 from align.model.media.prompt_inputs import prompt_inputs
 from align.model.policy_module import PolicyModule
-from align.protocols import Completion, Group
+from align.protocols.fleet import Completion, Group
 from align.stages.groups import to_trees
 from rollout.base import EngineSpec
 from tests.tiny_media import image_ids

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from align.protocols import Segment, Tree
+from align.protocols.trees import Segment, Tree
 from align.recipe.adapter import Adapter
 from align.train.state import trainable
 from align.train.trainer import PolicyTrainer

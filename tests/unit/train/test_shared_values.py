@@ -12,7 +12,7 @@ import torch
 
 from align.data.packing import collate
 from align.data.prefixes import placed, share_prefixes
-from align.protocols import Segment, Tree
+from align.protocols.trees import Segment, Tree
 from align.train.prepass import run_prepass
 from align.train.spec import scoring_spec
 from align.train.trainer import PolicyTrainer
