@@ -11,7 +11,9 @@ from align.data.order import BatchPlan
 from align.data.records import Kind
 from align.data.tokenizer import ChatTokenizer
 from align.losses import Losses
-from align.protocols import PromptItem, Sampling, Trainer, Tree
+from align.protocols.fleet import PromptItem, Sampling
+from align.protocols.trainer import Trainer
+from align.protocols.trees import Tree
 from align.recipe.capabilities import SamplingStage, StageBase, TrainStage
 from align.recipe.inputs import DataSource
 from align.recipe.parts import LossTerm, ReferencePath, Reward, Rollout

@@ -50,12 +50,13 @@ def updates(family: str, *, fused: bool) -> Callable[[], float]:
     from align.data.packing import collate, text_positions
     from align.model import adapters
     from align.model.policy_module import PolicyModule
-    from align.protocols import Segment, Tree
     from align.recipe.adapter import Adapter
     from tests.unit.core.families import make_family, mrope_positions
 
     fuse = _of("align.model.fused.exchange:fuse", "align.model.fused:fuse")
     probe = _of("align.model.probe.choose:probe", "align.model.probe:probe")
+    segment = _of("align.protocols.trees:Segment", "align.protocols:Segment")
+    tree = _of("align.protocols.trees:Tree", "align.protocols:Tree")
     torch.set_num_threads(1)
     layers: dict[str, Any] = {"layer_types": None} if family in ("gemma2", "gemma3_text", "gpt_oss") else {}
     if family == "qwen2_5_vl":
@@ -68,7 +69,7 @@ def updates(family: str, *, fused: bool) -> Callable[[], float]:
     module = PolicyModule(model)
     probe(module)
     rng = np.random.default_rng(0)
-    trees = [Tree(n, Segment(rng.integers(3, 4096, TOKENS // 4), np.arange(TOKENS // 4) > 8)) for n in range(4)]
+    trees = [tree(n, segment(rng.integers(3, 4096, TOKENS // 4), np.arange(TOKENS // 4) > 8)) for n in range(4)]
     batch = collate(trees, mrope_positions if family == "qwen2_5_vl" else text_positions)
     module.train()
 
