@@ -36,7 +36,7 @@ from align.recipe.support import publish_mode, reference_words
 from align.stages.context import stage_seed
 from align.stages.handover import adapter_of, trained_by
 from align.stages.roles import Role, sampling_threads
-from align.stages.training import reference_of
+from align.stages.jobs import reference_of
 
 
 @dataclass

@@ -17,11 +17,12 @@ import numpy as np
 from align.errors import Interrupted
 from align.losses import Losses
 from align.protocols import Metrics, Publication
-from align.recipe.parts import Optim
 from align.recipe.stages import EvaluateStage
+from align.recipe.parts import Optim
 from align.stages.backend import FleetJob, Needs, Start, TrainerJob, longest_prompt, most_media, pixel_limits
 from align.stages.context import Context, opened
 from align.stages.handover import adapter_of, weights_of
+from align.stages.jobs import sampling_of, scorer_job
 from align.stages.loop import StageResult
 from align.stages.margins import require_margins
 from align.stages.offline import eval_names
@@ -29,7 +30,7 @@ from align.stages.online import greedy_metrics
 from align.stages.reward_notes import NotedScorer
 from align.stages.rollout_log import RolloutLog
 from align.stages.row_weights import refuse_weights
-from align.stages.training import record_kind, sampling_of, scorer_job
+from align.stages.training import record_kind
 
 
 async def run_evaluate(context: Context, stage: EvaluateStage) -> StageResult:

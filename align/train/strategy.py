@@ -18,13 +18,12 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from align.errors import Unsupported
 from align.model.shards import Shards, Whole
 from align.plugins import of_ours
 from align.recipe.sharding import STRATEGIES
-from align.train.state import moment_of, trainable
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -37,6 +36,21 @@ if TYPE_CHECKING:
 STEP, MOMENTS = "step", ("exp_avg", "exp_avg_sq")
 Moments = dict[str, Tensor]  # of one parameter: AdamW's `exp_avg` and `exp_avg_sq`, shaped as it, and `step` f32[]
 MakeOptimizer = Callable[[], torch.optim.Optimizer]  # over the module's parameters as they are when it is called
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def moment_key(name: str, field: str) -> str:
+    """Of the moment `field` ("exp_avg", "exp_avg_sq", "step") of the parameter `name`, in a checkpoint."""
+    return f"{name}|{field}"
+
+
+def moment_of(key: str) -> tuple[str, str]:
+    """The parameter's name and the field that `moment_key` joined."""
+    name, _, field = key.rpartition("|")
+    return name, field
 
 
 class Strategy(Protocol):
@@ -76,7 +90,7 @@ class Strategy(Protocol):
 
     def load(self, parameters: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         """Continue with what `state` gave, of whichever strategy and number of ranks: whole on every rank, moments by
-        `align.train.state.moment_key`. Tensors may be read from a file as they are asked for."""
+        `moment_key`. Tensors may be read from a file as they are asked for."""
         ...
 
     def close(self) -> None:

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from align.errors import ModelError
 from align.model.attention.interface import kernels_for, witnessed
-from align.model.policy_module import PolicyModule, text_backbone
+from align.model.backbone import text_backbone
+from align.model.policy_module import PolicyModule
 from align.model.probe.conditions import FAILURES
 from align.model.probe.float32 import first_layers, layers_of
 from align.model.probe.give_back import class_names, exchange_again, give_back, given_back_words
