@@ -136,7 +136,8 @@ class Tree:
 
 @dataclass(frozen=True)
 class Counts:
-    """Global numbers over all ranks and microbatches of one update; what losses divide by."""
+    """Global numbers over all ranks and microbatches of one update; what losses divide by. tokens, nll_tokens: those in
+    `loss_mask` and `nll_mask`; sequences: those with a scored token or a label; pairs: trees of two branches."""
 
     tokens: int
     nll_tokens: int
@@ -150,7 +151,8 @@ class Counts:
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How completions are drawn. Everything that changes the sampling distribution is listed here, and nothing else
-    may change it: trainer log-probabilities are computed at this temperature. temperature 0 is greedy."""
+    may change it: trainer log-probabilities are computed at this temperature. temperature 0 is greedy. max_tokens: of a
+    completion, its end included; stop: texts that end one; stop_token_ids: tokens that do, beside the model's own."""
 
     temperature: float = 1.0
     max_tokens: int = 512
@@ -165,8 +167,8 @@ class PromptItem:
     group_id: unique per stage and draw (epoch, row, repeat). seed: 63-bit hash of (run seed, stage id, group id).
     token_ids: i64[n]. messages: the prompt as role/content dicts (a plain-text prompt is one user message with
     role "text"). row: every column of the data row; `reference_answer` where an assistant turn was taken off.
-    media: what stands in `token_ids`, which hold all the tokens that stand for them. weight: the row's; what the
-    advantages of its completions are multiplied by.
+    origin: "file:line" of the row. media: what stands in `token_ids`, which hold all the tokens that stand for them.
+    weight: the row's; what the advantages of its completions are multiplied by.
     """
 
     group_id: int
@@ -243,7 +245,8 @@ class ScoreTable:
     by metric name, for each metric that is a mean, of how many numbers. A metric without a count is a sum: over
     several tables of one step it adds up, where means are weighted by their counts. series: numbers of which a step
     reports <name>_mean, <name>_p50 and <name>_p95 (the seconds of each call to a reward). notes: by a name of what they
-    are about, lines for the user, of which a stage shows the first of each name.
+    are about, lines for the user, of which a stage shows the first of each name. infos: what rewards noted beside the
+    scores of each sample, () where none could.
     """
 
     objectives: tuple[str, ...]
@@ -275,8 +278,8 @@ class Publication:
     """One version of the policy, ready for engines to load.
 
     version: the stage's step. kind: "adapter" (peft layout folder), "weights" (safetensors of whole parameters) or
-    "base" (nothing to load: the engine's own folder is the policy). digest: `digest_arrays` of what an engine must
-    hold after loading. rank: the adapter's LoRA rank.
+    "base" (nothing to load: the engine's own folder is the policy). path: of the folder. digest: `digest_arrays` of
+    what an engine must hold after loading. rank: the adapter's LoRA rank.
     """
 
     version: int

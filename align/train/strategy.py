@@ -39,6 +39,7 @@ MakeOptimizer = Callable[[], torch.optim.Optimizer]  # over the module's paramet
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, in the module's order."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
@@ -56,7 +57,8 @@ def moment_of(key: str) -> tuple[str, str]:
 class Strategy(Protocol):
     """Every method is collective: all ranks call it, in one order.
 
-    shards: how to read parameters whole, for what is published and saved. optimizer: None where nothing is trained.
+    name: as in a recipe. shards: how to read parameters whole, for what is published and saved. optimizer: None where
+    nothing is trained.
     """
 
     name: str
@@ -72,7 +74,7 @@ class Strategy(Protocol):
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradients of this microbatch's share of the global loss. last: of this update."""
+        """Add the gradients of `loss` f32[], this microbatch's share of the global one. last: of this update."""
         ...
 
     def step(self, *, wanted: bool) -> float:
@@ -85,12 +87,14 @@ class Strategy(Protocol):
         ...
 
     def state(self) -> Iterator[tuple[str, Tensor, Moments]]:
-        """(name, parameter, moments) of all that is trained, whole and on the CPU; no moments before a first step."""
+        """(name, parameter, moments) of all that is trained, whole and on the CPU: a parameter shaped as the model has
+        it, in the dtype that it is trained in; no moments before a first step."""
         ...
 
     def load(self, parameters: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-        """Continue with what `state` gave, of whichever strategy and number of ranks: whole on every rank, moments by
-        `moment_key`. Tensors may be read from a file as they are asked for."""
+        """Continue with what `state` gave, of whichever strategy and number of ranks: `parameters` by name and
+        `moments` by `moment_key`, shaped as there, whole on every rank. Tensors may be read from a file as they are
+        asked for."""
         ...
 
     def close(self) -> None:
