@@ -74,7 +74,8 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Values by objective name (or one number where the plugin has one objective); None means not applicable.
+    """What a plugin says of a sample. values: by objective name (or one number where the plugin has one objective);
+    None means not applicable.
 
     info: anything JSON can hold; it is kept beside the sample.
     """

@@ -31,7 +31,8 @@ class EngineSpec:
     may be in use at once (staleness + 1). in_flight: whole weights are loaded between two steps of the requests that
     run, which go on with them. seed: of the run. threads: CPU threads to compute with. media: the largest number of
     each kind of media in one prompt, {} where prompts are text. pixels: the recipe's min_pixels and max_pixels where
-    it sets them, so that an engine's processor leaves alone what the trainer's has resized. engine: the engine's own
+    it sets them, so that an engine's processor leaves alone what the trainer's has resized. trust_remote_code: code
+    in the folder may run. engine: the engine's own
     options, checked by `check_engine_options`.
     """
 
@@ -57,7 +58,8 @@ class EngineSpec:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A group to draw. ticket: the caller's number for it, unique among the requests that an engine holds."""
+    """A group to draw: group_size completions of prompt under sampling. ticket: the caller's number for it, unique
+    among the requests that an engine holds."""
 
     ticket: int
     prompt: PromptItem
@@ -123,8 +125,9 @@ class Engine(Protocol):
         ...
 
     def logps(self, token_ids: Sequence[np.ndarray], media: Sequence[Sequence[Medium]] = ()) -> list[np.ndarray]:
-        """f32[n - 1] per sequence of n tokens: log-probability of each token after the first, at temperature 1, under
-        the version held now. media: per sequence, what stands in it; () where all are text. For an idle engine."""
+        """token_ids: i64[n] per sequence -> f32[n - 1] each: log-probability of every token after the first, at
+        temperature 1, under the version held now. media: per sequence, what stands in it; () where all are text. For an
+        idle engine."""
         ...
 
     def close(self) -> None:

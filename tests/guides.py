@@ -76,3 +76,11 @@ def anchors(guide: str) -> set[str]:
     """The fragments that its headings are linked by."""
     headings = re.findall(r"^#+ (.+)$", prose_of(guide), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def public() -> list[str]:
+    """Dotted names of what align/README.md lists; a name without a dot stands in the module of the one before it."""
+    found: list[str] = []
+    for cell in first_cells(section("align/README.md", "What is public")):
+        found.append(cell if "." in cell else f"{found[-1].rpartition('.')[0]}.{cell}")
+    return found

@@ -6,6 +6,6 @@ In the order of reading:
     cluster.py, places.py, head.py: the cluster, where each role runs on it, and what is said when it dies
     policy.py, reference.py, files.py: the trainer, a reference, work on model files
     scoring.py, plugins.py, reward_actors.py: rewards behind the Scorer protocol, here and on several nodes
-    reward_model.py, reward_pictures.py: the reward that computes with torch
+    reward_model.py, reward_records.py, reward_pictures.py: the reward that computes with torch
     jobs.py: a run as a job of a cluster
 """

@@ -14,7 +14,7 @@ classifier's input. A checkpoint that sees is shown the pictures of prompts (see
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     import torch
 
     from align.actors.reward_pictures import Seeing
-    from align.data.records import MediaPart, Unpaired
     from align.data.tokenizer import ChatTokenizer
 
 _CLASSIFIER = "ForSequenceClassification"
@@ -97,31 +96,6 @@ def reward_model(
     ]
 
 
-def record_of(sample: Sample) -> Unpaired:
-    """Prompt and completion of a sample. Raises RowError for media that no file shows, or that are no images."""
-    from align.data.records import Message, Unpaired
-
-    turns = [dict(message) for message in sample.messages]
-    if len(turns) == 1 and turns[0]["role"] == "text":
-        return Unpaired(turns[0]["content"], sample.completion, True)
-    prompt = tuple(Message(turn.pop("role"), _content(turn.pop("content")), turn) for turn in turns)
-    return Unpaired(prompt, (Message("assistant", sample.completion),), True)
-
-
-def _content(content: Any) -> str | tuple[str | MediaPart, ...]:
-    if not isinstance(content, list):
-        return str(content or "")
-    return tuple(part["text"] if part["type"] == "text" else _medium(part) for part in content)
-
-
-def _medium(part: Mapping[str, str]) -> MediaPart:
-    from align.data.records import MediaPart, RowError
-
-    if part["type"] != "image" or "path" not in part:
-        raise RowError(f"a reward model that sees reads images from files; the prompt has {dict(part)}")
-    return MediaPart("image", part["path"])
-
-
 @lru_cache(maxsize=1)
 def _opened(path: str, revision: str | None, label: str | None, dtype: str, device: str) -> Opened | Seeing:
     """Loaded at the first call of a process, and kept."""
@@ -163,6 +137,7 @@ class Opened:
         return [self._ids(sample) for sample in samples]
 
     def _ids(self, sample: Sample) -> list[int]:
+        from align.actors.reward_records import record_of
         from align.data.encode import encode
         from align.data.render import draft
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from align.actors.reward_model import record_of
+from align.actors.reward_records import record_of
 from align.data.encode import encode
 from align.data.media.library import Library
 from align.data.records import MediaPart, RowError, Unpaired

@@ -10,8 +10,8 @@ from pathlib import Path
 from align.errors import PlacementError
 from align.recipe.capabilities import StageBase
 from align.recipe.schema import Recipe
+from align.stages.jobs import needs_of
 from align.stages.roles import Role, roles_of
-from align.stages.training import needs_of
 
 
 @dataclass(frozen=True)

@@ -28,15 +28,15 @@ from align.check.trained import Measured, table_lines
 from align.data.media.opening import takes_media
 from align.data.order import BatchPlan
 from align.model.scoring_class import SEEING, nobody_elses
-from align.recipe.capabilities import FolderStage, SamplingStage, StageBase, TrainStage
+from align.recipe.capabilities import FolderStage, JudgingStage, SamplingStage, StageBase, TrainStage
 from align.recipe.schema import Recipe
 from align.recipe.served import refuse_unserved
-from align.recipe.stages import EvaluateStage, ExportStage, MergeStage, Stage, TrainedStage
+from align.recipe.stages import Stage
 from align.recipe.support import publish_mode, reference_words
 from align.stages.context import stage_seed
 from align.stages.handover import adapter_of, trained_by
+from align.stages.jobs import reference_of
 from align.stages.roles import Role, sampling_threads
-from align.stages.training import reference_of
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Planner:
             return self._training(stage, facts)
         return self._files(stage) if isinstance(stage, FolderStage) else self._evaluation(stage, facts)
 
-    def _training(self, stage: TrainedStage, facts: DataFacts) -> StagePlan:
+    def _training(self, stage: TrainStage, facts: DataFacts) -> StagePlan:
         if stage.from_ is None:
             self.checks.head(stage)
         self.checks.attention()
@@ -150,7 +150,7 @@ class Planner:
             plan.lines += said
         return plan
 
-    def _evaluation(self, stage: EvaluateStage, facts: DataFacts) -> StagePlan:
+    def _evaluation(self, stage: JudgingStage, facts: DataFacts) -> StagePlan:
         plan = StagePlan(stage.id, stage.kind, len(stage.of), self.roles(stage))
         judged = [adapter_of(self.recipe, trained_by(self.recipe, name), self.model.origin) for name in stage.of]
         if stage.rewards and any(adapter.kind != "full" for adapter in judged):
@@ -161,7 +161,7 @@ class Planner:
             self.checks.length(stage.rollout, facts)
         return plan
 
-    def _files(self, stage: MergeStage | ExportStage) -> StagePlan:
+    def _files(self, stage: FolderStage) -> StagePlan:
         self.checks.quantised(stage, None)
         source = trained_by(self.recipe, stage.from_) if stage.from_ else None
         model_type = str(self.model.config.get("model_type"))

@@ -9,11 +9,10 @@ from align.check.machine import Machine
 from align.check.memory.sizes import FEED_FORWARD, Sizes
 from align.errors import DataError, ModelError, PlacementError, RecipeError, Unsupported
 from align.recipe.adapter import Adapter
-from align.recipe.capabilities import SamplingStage, TrainStage
+from align.recipe.capabilities import FolderStage, JudgingStage, SamplingStage, TrainStage
 from align.recipe.labels import Labels
 from align.recipe.parts import Rollout
 from align.recipe.schema import Recipe
-from align.recipe.stages import Stage
 from align.recipe.support import publish_mode
 from align.recipe.trained_on import quantisation_words
 
@@ -47,7 +46,7 @@ class StageChecks:
             "they are stacked in tensors, not linear layers; `adapter: {kind: full}` trains them"
         ]
 
-    def quantised(self, stage: Stage, adapter: Adapter | None) -> None:
+    def quantised(self, stage: TrainStage | JudgingStage | FolderStage, adapter: Adapter | None) -> None:
         """What a base whose weights are stored quantised cannot be used for: nothing there is left to write."""
         packed = self.model.config.get("quantization_config")
         if not packed:

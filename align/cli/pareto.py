@@ -21,7 +21,7 @@ from align.experiments.runs import (
     read_recipe,
     run_folders,
 )
-from align.recipe.stages import EvaluateStage
+from align.recipe.capabilities import JudgingStage
 from align.report.front import write_front
 from align.report.front_page import write_page
 from align.report.table import text_table
@@ -106,7 +106,7 @@ def gather(runs: Sequence[Path], stage_id: str | None, of: str | None) -> tuple[
     return models, said
 
 
-def _judged(stage: EvaluateStage, of: str | None, runs: int) -> Sequence[str]:
+def _judged(stage: JudgingStage, of: str | None, runs: int) -> Sequence[str]:
     return [of] if of else stage.of if runs == 1 else stage.of[-1:]
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from align.cli.arguments import add_recipe
+from align.recipe.capabilities import SamplingStage
 from align.recipe.load import load_document
 from align.recipe.schema import Recipe
-from align.recipe.stages import OnlineStage
 from align.report.table import text_table
 from align.simulate.advice import Split, best_split, smallest_sufficient, splits
 from align.simulate.inputs import UNITS, Inputs, gather, is_empirical, workload
@@ -125,7 +125,7 @@ class Report:
     def __init__(
         self,
         recipe: Recipe,
-        stage: OnlineStage,
+        stage: SamplingStage,
         inputs: Inputs,
         run: Measured | None,
         outcomes: Sequence[Outcome],

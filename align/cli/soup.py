@@ -18,10 +18,10 @@ from align.experiments.grid import simplex
 from align.experiments.runs import chosen, exams
 from align.experiments.sweep import child_of
 from align.hub import resolve_model_folder
+from align.recipe.capabilities import JudgingStage
 from align.recipe.engines import facts_of, those
 from align.recipe.load import load_recipe
 from align.recipe.schema import Recipe
-from align.recipe.stages import EvaluateStage
 from align.stages.manifest import require_artefact
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _soup(
 def _examine(
     arguments: argparse.Namespace,
     recipe: Recipe,
-    stage: EvaluateStage,
+    stage: JudgingStage,
     soups: Sequence[tuple[str, SoupReport]],
     out: Path,
 ) -> int:
@@ -139,7 +139,7 @@ def _examine(
     return exit_code(outcomes)
 
 
-def _recipe(recipe: Recipe, stage: EvaluateStage, name: str, report: SoupReport, out: Path) -> Recipe:
+def _recipe(recipe: Recipe, stage: JudgingStage, name: str, report: SoupReport, out: Path) -> Recipe:
     data = recipe.model_dump(mode="json", by_alias=True)
     model = {key: value for key, value in data["model"].items() if key not in ("config", "tokenizer", "revision")}
     exam = next(one for one in data["stages"] if one["id"] == stage.id)

@@ -16,9 +16,9 @@ from align.experiments.children import Child, Outcome, Slot, run_all
 from align.experiments.grid import Weights, parse_weights, simplex
 from align.experiments.runs import SWEEP, chosen, exams, online_stages
 from align.experiments.sweep import Planned, child_of, is_done, plan, take_over
+from align.recipe.capabilities import SamplingStage
 from align.recipe.load import load_document
 from align.recipe.schema import Recipe
-from align.recipe.stages import OnlineStage
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +66,7 @@ def _seeds(text: str) -> list[int]:
     return [whole(0)(word) for word in text.split(",")]
 
 
-def _vectors(arguments: argparse.Namespace, stage: OnlineStage, folder: Path) -> Sequence[Weights]:
+def _vectors(arguments: argparse.Namespace, stage: SamplingStage, folder: Path) -> Sequence[Weights]:
     """Weight vectors as asked for, over objectives that the stage's rewards give."""
     found = Findings(None)
     names = Rewards(folder).objectives(stage.rewards, stage.id, "rewards", found)

@@ -16,8 +16,8 @@ import numpy as np
 
 from align.errors import RunFolderError
 from align.objectives import combine
+from align.recipe.capabilities import SamplingStage
 from align.recipe.objectives import Objectives
-from align.recipe.stages import OnlineStage
 from align.stages.groups import TRUNCATED
 from align.stages.rollout_log import Rollouts, read_rollouts
 
@@ -62,7 +62,7 @@ class Rescored:
             yield index[self.trained[index]]
 
 
-def rescore(folder: Path, stage: OnlineStage, objectives: Objectives) -> Rescored:
+def rescore(folder: Path, stage: SamplingStage, objectives: Objectives) -> Rescored:
     """A stage's rollouts in `folder` under `objectives`. Raises RunFolderError where there are none, RecipeError for a
     weight of an objective that they do not have."""
     found = read_rollouts(folder)

@@ -10,10 +10,9 @@ from typing import TypeVar
 import numpy as np
 
 from align.errors import RunFolderError
-from align.recipe.capabilities import SamplingStage
+from align.recipe.capabilities import JudgingStage, SamplingStage, StageBase
 from align.recipe.load import load_recipe
 from align.recipe.schema import Recipe
-from align.recipe.stages import EvaluateStage, OnlineStage
 from align.stages.files import read_object, sha256_file
 from align.stages.rollout_log import read_rollouts, read_table
 from align.stages.runfolder import RECIPE, RUN
@@ -24,7 +23,7 @@ _ADD = (
     "add `{id: exam, kind: evaluate, of: [<stage>], data: <held-out>, rewards: [...]}` to the recipe and run it with "
     "--resume: finished stages are kept"
 )
-Stage = TypeVar("Stage", OnlineStage, EvaluateStage)
+Stage = TypeVar("Stage", bound=StageBase)
 
 
 def read_recipe(run: Path) -> Recipe:
@@ -41,13 +40,13 @@ def read_recipe(run: Path) -> Recipe:
     return load_recipe(run / RECIPE)
 
 
-def online_stages(recipe: Recipe) -> list[OnlineStage]:
-    return [stage for stage in recipe.stages if isinstance(stage, OnlineStage)]
+def online_stages(recipe: Recipe) -> list[SamplingStage]:
+    return [stage for stage in recipe.stages if isinstance(stage, SamplingStage)]
 
 
-def exams(recipe: Recipe) -> list[EvaluateStage]:
+def exams(recipe: Recipe) -> list[JudgingStage]:
     """The stages that have rewards judge completions."""
-    return [stage for stage in recipe.stages if isinstance(stage, EvaluateStage) and stage.rewards]
+    return [stage for stage in recipe.stages if isinstance(stage, JudgingStage) and stage.rewards]
 
 
 def chosen(stages: Sequence[Stage], stage_id: str | None, what: str, where: Path | str) -> Stage:
@@ -106,7 +105,7 @@ def is_finished(run: Path, stage_id: str) -> bool:
     return bool(entry.get("state") == "finished")
 
 
-def judged(run: Path, stage: EvaluateStage, of: str, label: str) -> Judged:
+def judged(run: Path, stage: JudgingStage, of: str, label: str) -> Judged:
     """The scores that `stage` of a run gave to what stage `of` made. Raises RunFolderError where it did not."""
     if of not in stage.of:
         raise RunFolderError(
@@ -142,7 +141,7 @@ def prompts_in(folder: Path) -> set[str]:
     return {text for file in files for text in read_table(file, columns=["prompt"])["prompt"].to_pylist()}
 
 
-def notes(run: Path, recipe: Recipe, stage: EvaluateStage) -> list[str]:
+def notes(run: Path, recipe: Recipe, stage: JudgingStage) -> list[str]:
     """What speaks against calling an exam held out: prompts or rewards of training."""
     found = []
     for trained in online_stages(recipe):

@@ -43,8 +43,8 @@ class LossConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Needs:
-    """What the step must have ready. record: kind of tree; head: names of HeadOutputs beside logps ("entropy",
-    "log_sum_sq"; what is not named is not computed);
+    """What the step must have ready. record: kind of tree; reference: log-probabilities under one;
+    head: names of HeadOutputs beside logps ("entropy", "log_sum_sq"; what is not named is not computed);
     scope "batch": the step first runs a no-grad pass over all microbatches and hands back `batch_stats`;
     ratio: the policy that the loss's importance ratio is to. "sampler": batch.behavior_logps; "proximal": that at the
     start of the batch, whose log-probabilities the loss is given; "none": it has no ratio, and is right only where a
@@ -67,7 +67,8 @@ class Needs:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that joins over microbatches and ranks: sum / count, the largest `sum`, or the `sum` of all."""
+    """A number that joins over microbatches and ranks, from sum f32[] and count f32[] of each: by `reduce`, sum / count
+    ("mean"), the largest sum ("max"), or the sum of all ("sum")."""
 
     sum: Tensor
     count: Tensor | float = 1.0
@@ -92,8 +93,14 @@ class Prepass:
 
 @dataclass
 class LossInputs:
-    """What a loss sees of one microbatch. reference_logps f32[N]: under the reference, where the loss needs one;
-    proximal_logps f32[N]: under the policy at the start of the batch, where `Needs.ratio` is "proximal"."""
+    """What a loss sees of one microbatch.
+
+    outputs: of the forward, with gradient. batch: the tokens that they are of. counts: of the whole update.
+    reference_logps f32[N]: under the reference, where the loss needs one; proximal_logps f32[N]: under the policy at
+        the start of the batch, where `Needs.ratio` is "proximal".
+    batch_stats: what the loss's own `batch_stats` answered, by name: numbers f32[], or values of all pairs of the
+        update f32[P]; {} where it has none.
+    """
 
     outputs: HeadOutputs
     batch: TokenBatch

@@ -13,7 +13,7 @@ Aggregation = Literal["token", "sequence", "constant", "sequence_sum"]
 
 
 def sequence_sums(values: Tensor, inputs: LossInputs, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of `values` f32[N] over each sequence's tokens under `mask`, and the number of those tokens; f32[S] both."""
+    """Sum of `values` f32[N] over each sequence's tokens under `mask` bool[N], and their number; f32[S] both."""
     batch = inputs.batch
     weights = mask.to(values.dtype)
     zeros = values.new_zeros(batch.sequences)
@@ -26,8 +26,9 @@ Unit = Literal["token", "sequence", "pair"]
 
 
 def weighted(terms: Tensor, inputs: LossInputs, unit: Unit) -> Tensor:
-    """`terms`, [N], [S] or [P], each times the weight that its data row has (column `weight`); a token has its
-    sequence's. Denominators stay counts: a row of weight 2 adds as much as two such rows in a batch of as many rows."""
+    """`terms`, by `unit` f32[N], f32[S] or f32[P], each times the weight that its data row has (column `weight`); a
+    token has its sequence's. Denominators stay counts: a row of weight 2 adds as much as two such rows in a batch of as
+    many rows."""
     columns = inputs.batch.columns
     weights = columns.get("pair/weight" if unit == "pair" else "sequence/weight")
     if weights is None:  # no row has another weight than 1
@@ -59,7 +60,7 @@ def share_of_loss(loss: Tensor) -> Metric:
 
 
 def aggregate(token_losses: Tensor, inputs: LossInputs, how: Aggregation, constant: int | None = None) -> Tensor:
-    """One number from per-token losses f32[N], with global denominators.
+    """One number f32[] from `token_losses` f32[N], with global denominators.
 
     token: sum / all scored tokens (DAPO, 2503.14476); sequence: mean over sequences of their token means (GRPO,
     2402.03300); constant: sum / (sequences * constant), Dr. GRPO's length-unbiased form (2503.20783); sequence_sum:

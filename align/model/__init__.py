@@ -6,7 +6,7 @@ In the order of reading:
     scratch.py, scratch_vision.py, measure.py, parts.py: models made new, and the parts of one
     adapters.py, adapter_fits.py, adapter_config.py, lora_targets.py, fresh.py, quantised.py, bitsandbytes_import.py:
         LoRA, its folders, four bits
-    policy_module.py: backbone and head: forward(TokenBatch) -> HeadOutputs
+    policy_module.py, backbone.py: backbone and head: forward(TokenBatch) -> HeadOutputs
     head.py, logits.py, output_embedding.py, tiles.py, last_layer.py: log-probabilities without logits
     score_head.py, scoring_class.py: a score head in place of it
     attention/: attention over them, a kernel a file

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +21,7 @@ from align.errors import ModelError
 from align.model import unshared
 from align.model.attention.interface import NAME
 from align.model.attention.plan import AttentionPlan, plan_attention
+from align.model.backbone import set_attention, takes_media, text_backbone
 from align.model.head import LogitTransform, fused_head
 from align.model.last_layer import LastLayer
 from align.model.logits import logit_transform
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from align.model.probe.verdict import Verdict
 
 MEDIA_CACHE = 1 << 30
+_OTHER_MODEL = "choose another model, one whose attention goes through transformers' AttentionInterface"
 
 
 class PolicyModule(nn.Module):
@@ -246,26 +248,3 @@ def _asked(batch: TokenBatch, scores: bool) -> tuple[Tensor, Tensor]:
     if not scores:
         return batch.predict_at, batch.sequence_ids
     return batch.score_at, torch.arange(len(batch.score_at), device=batch.score_at.device)
-
-
-_OTHER_MODEL = "choose another model, one whose attention goes through transformers' AttentionInterface"
-
-
-def text_backbone(model: Any) -> Any:
-    """The decoder that makes hidden states of text; of a model for images too, its language model."""
-    found = model.base_model if model.config.get_text_config() is model.config else model.get_decoder()
-    return model.model if found is model else found  # Llama 4's text calls itself its own base
-
-
-def takes_media(model: Any) -> bool:
-    """Whether the model has a tower beside its language model."""
-    return text_backbone(model) is not model.base_model and hasattr(model.base_model, "get_image_features")
-
-
-def set_attention(model: Any, name: str) -> None:
-    """Set the attention of the text layers; a vision tower keeps its own. A model that lets none be set keeps its."""
-    config = model.config
-    text = config.get_text_config()
-    key = next((key for key in config.sub_configs if getattr(config, key, None) is text), None)
-    with suppress(ValueError):
-        model.set_attn_implementation(name if key is None else {key: name})

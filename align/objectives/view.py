@@ -24,10 +24,12 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class View:
-    """R objectives at one step, all f64[R].
+    """R objectives at one step.
 
-    signs: 1 for a reward, -1 for a cost. weights: the recipe's at this step. sigma: the unit. means: running means
-    as rewards (a cost negated), in scores; NaN for an objective without a value so far. batch: the step's own means.
+    names: of the R. signs f64[R]: 1 for a reward, -1 for a cost. weights f64[R]: the recipe's at this step.
+    sigma f64[R]: the unit, the running standard deviation in scores (1 where `scale` is not std).
+    means f64[R]: running means as rewards (a cost negated), in scores; NaN for an objective without a value so far.
+    batch f64[R]: the step's own means, as those. config: the recipe's `objectives`.
     """
 
     names: Sequence[str]

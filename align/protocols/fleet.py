@@ -16,7 +16,8 @@ from align.protocols.trees import Medium
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How completions are drawn. Everything that changes the sampling distribution is listed here, and nothing else
-    may change it: trainer log-probabilities are computed at this temperature. temperature 0 is greedy."""
+    may change it: trainer log-probabilities are computed at this temperature. temperature 0 is greedy. max_tokens: of a
+    completion, its end included; stop: texts that end one; stop_token_ids: tokens that do, beside the model's own."""
 
     temperature: float = 1.0
     max_tokens: int = 512
@@ -31,8 +32,8 @@ class PromptItem:
     group_id: unique per stage and draw (epoch, row, repeat). seed: 63-bit hash of (run seed, stage id, group id).
     token_ids: i64[n]. messages: the prompt as role/content dicts (a plain-text prompt is one user message with
     role "text"). row: every column of the data row; `reference_answer` where an assistant turn was taken off.
-    media: what stands in `token_ids`, which hold all the tokens that stand for them. weight: the row's; what the
-    advantages of its completions are multiplied by.
+    origin: "file:line" of the row. media: what stands in `token_ids`, which hold all the tokens that stand for them.
+    weight: the row's; what the advantages of its completions are multiplied by.
     """
 
     group_id: int

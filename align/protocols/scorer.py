@@ -32,7 +32,8 @@ class ScoreTable:
     by metric name, for each metric that is a mean, of how many numbers. A metric without a count is a sum: over
     several tables of one step it adds up, where means are weighted by their counts. series: numbers of which a step
     reports <name>_mean, <name>_p50 and <name>_p95 (the seconds of each call to a reward). notes: by a name of what they
-    are about, lines for the user, of which a stage shows the first of each name.
+    are about, lines for the user, of which a stage shows the first of each name. infos: what rewards noted beside the
+    scores of each sample, () where none could.
     """
 
     objectives: tuple[str, ...]

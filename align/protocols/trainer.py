@@ -20,8 +20,8 @@ class Publication:
     """One version of the policy, ready for engines to load.
 
     version: the stage's step. kind: "adapter" (peft layout folder), "weights" (safetensors of whole parameters) or
-    "base" (nothing to load: the engine's own folder is the policy). digest: `digest_arrays` of what an engine must
-    hold after loading. rank: the adapter's LoRA rank.
+    "base" (nothing to load: the engine's own folder is the policy). path: of the folder. digest: `digest_arrays` of
+    what an engine must hold after loading. rank: the adapter's LoRA rank.
     """
 
     version: int

@@ -126,7 +126,8 @@ class Tree:
 
 @dataclass(frozen=True)
 class Counts:
-    """Global numbers over all ranks and microbatches of one update; what losses divide by."""
+    """Global numbers over all ranks and microbatches of one update; what losses divide by. tokens, nll_tokens: those in
+    `loss_mask` and `nll_mask`; sequences: those with a scored token or a label; pairs: trees of two branches."""
 
     tokens: int
     nll_tokens: int

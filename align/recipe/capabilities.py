@@ -279,6 +279,41 @@ class SamplingStage(TrainStage):
         return max(1, math.ceil((self.epochs or 1.0) * rows / self.batch.groups - 1e-9))
 
 
+class JudgingStage(StageBase):
+    """A stage that examines what others made (`of`): greedy completions scored by `rewards`; without rewards, the
+    metrics of `loss` on the training forward."""
+
+    makes_model = False
+    records = ("conversation", "pair", "unpaired")
+    kind: str
+    of: tuple[str, ...]
+    data: DataField
+    rewards: RewardField = ()
+    rollout: Rollout = Rollout(temperature=0.0)
+    loss: LossField = (LossTerm(name="sft"),)
+    packing: Packing = Packing()
+
+    @property
+    def losses(self) -> tuple[LossTerm, ...]:
+        return self.loss
+
+    @property
+    def datasets(self) -> dict[str, tuple[DataSource, ...]]:
+        return {"data": self.data}
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        return self.of
+
+    @property
+    def rewarded_by(self) -> tuple[Reward, ...]:
+        return self.rewards
+
+    @property
+    def engines(self) -> Rollout | None:
+        return self.rollout if self.rewards else None
+
+
 class FolderStage(StageBase):
     """A stage that writes one plain model folder. does: the word for it. for_others: what it writes is for programs
     that know nothing of this one, and has to load in them."""
@@ -286,3 +321,4 @@ class FolderStage(StageBase):
     makes_folder = True
     does: ClassVar[str]
     for_others: ClassVar[bool] = False
+    kind: str

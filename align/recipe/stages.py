@@ -11,19 +11,24 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from align.plugins import known_module
-from align.recipe.capabilities import Defaults, FolderStage, SamplingStage, ScoringStage, StageBase, TrainStage
-from align.recipe.inputs import DataField, DataSource
+from align.recipe.capabilities import (
+    Defaults,
+    FolderStage,
+    JudgingStage,
+    SamplingStage,
+    ScoringStage,
+    StageBase,
+    TrainStage,
+)
 from align.recipe.labels import Labels, Problem
 from align.recipe.objectives import Objectives
 from align.recipe.parts import (
     LossField,
     LossTerm,
-    Packing,
     PairBatch,
     PairObjectives,
     Reward,
     RewardField,
-    Rollout,
     SequenceBatch,
 )
 from align.recipe.strict import PositiveInt
@@ -141,38 +146,8 @@ class OnlineStage(SamplingStage):
     loss: LossField = (LossTerm(name="grpo"),)
 
 
-class EvaluateStage(StageBase):
-    """Greedy completions scored by `rewards`; without rewards, the metrics of `loss` on the training forward."""
-
-    makes_model = False
-    records = ("conversation", "pair", "unpaired")
+class EvaluateStage(JudgingStage):
     kind: Literal["evaluate"]
-    of: tuple[str, ...]
-    data: DataField
-    rewards: RewardField = ()
-    rollout: Rollout = Rollout(temperature=0.0)
-    loss: LossField = (LossTerm(name="sft"),)
-    packing: Packing = Packing()
-
-    @property
-    def losses(self) -> tuple[LossTerm, ...]:
-        return self.loss
-
-    @property
-    def datasets(self) -> dict[str, tuple[DataSource, ...]]:
-        return {"data": self.data}
-
-    @property
-    def judged(self) -> tuple[str, ...]:
-        return self.of
-
-    @property
-    def rewarded_by(self) -> tuple[Reward, ...]:
-        return self.rewards
-
-    @property
-    def engines(self) -> Rollout | None:
-        return self.rollout if self.rewards else None
 
 
 class MergeStage(FolderStage):

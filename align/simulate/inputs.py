@@ -9,9 +9,9 @@ from typing import Literal
 import numpy as np
 
 from align.errors import RunFolderError
+from align.recipe.capabilities import SamplingStage
 from align.recipe.engines import facts_of
 from align.recipe.schema import Recipe
-from align.recipe.stages import OnlineStage
 from align.recipe.support import publish_mode
 from align.simulate.lengths import Empirical, Lengths, LogNormal
 from align.simulate.measured import Measured, slots_of, trained_completions
@@ -54,7 +54,7 @@ class Input:
 Inputs = dict[str, Input]
 
 
-def gather(recipe: Recipe, stage: OnlineStage, flags: Mapping[str, float | None], run: Measured | None) -> Inputs:
+def gather(recipe: Recipe, stage: SamplingStage, flags: Mapping[str, float | None], run: Measured | None) -> Inputs:
     """Every number of `UNITS`, with its source. flags: by the same names, None where not given. A run's times of a turn
     are those of its own batch and trainer; they are taken in proportion to the recipe's.
 
@@ -92,7 +92,7 @@ def gather(recipe: Recipe, stage: OnlineStage, flags: Mapping[str, float | None]
 
 
 def _measured(
-    recipe: Recipe, stage: OnlineStage, run: Measured, slots: int, flags: Mapping[str, float | None]
+    recipe: Recipe, stage: SamplingStage, run: Measured, slots: int, flags: Mapping[str, float | None]
 ) -> dict[str, float]:
     """What the run says of the inputs."""
     tokens = np.maximum(1.0, np.concatenate(run.lengths))
@@ -117,7 +117,7 @@ def _measured(
     return known
 
 
-def workload(recipe: Recipe, stage: OnlineStage, inputs: Inputs, run: Measured | None) -> Workload:
+def workload(recipe: Recipe, stage: SamplingStage, inputs: Inputs, run: Measured | None) -> Workload:
     """The stage as the recipe sizes it, with these inputs. Raises RecipeError where they fit no engine, or what the
     recipe asks for cannot be published."""
     number = {name: one.value for name, one in inputs.items()}
@@ -148,7 +148,7 @@ def workload(recipe: Recipe, stage: OnlineStage, inputs: Inputs, run: Measured |
     )
 
 
-def publishing(recipe: Recipe, stage: OnlineStage) -> Publishing:
+def publishing(recipe: Recipe, stage: SamplingStage) -> Publishing:
     """What engines do while a version reaches them. One that samples whole batches stops between two, whatever it is
     sent."""
     adapter = publish_mode(adapter_of(recipe, stage), stage.rollout) == "adapter"
@@ -160,7 +160,7 @@ def is_empirical(inputs: Inputs) -> bool:
     return {inputs["length_mean"].source, inputs["length_sigma"].source} == {"run"}
 
 
-def _lengths(recipe: Recipe, stage: OnlineStage, inputs: Inputs, run: Measured | None) -> Lengths:
+def _lengths(recipe: Recipe, stage: SamplingStage, inputs: Inputs, run: Measured | None) -> Lengths:
     limit, size = stage.rollout.max_tokens, stage.batch.group_size
     if run is not None and is_empirical(inputs):
         return Empirical(run.lengths, limit, size, recipe.seed)

@@ -18,10 +18,10 @@ import numpy as np
 
 from align.errors import RunFolderError
 from align.jsonl import read_lines
+from align.recipe.capabilities import SamplingStage
 from align.recipe.engines import facts_of
 from align.recipe.load import load_recipe
 from align.recipe.schema import Recipe
-from align.recipe.stages import OnlineStage
 from align.stages.rollout_log import read_table
 
 WARM_UP = 2
@@ -91,9 +91,9 @@ def read_run(run: Path, stage_id: str | None = None) -> Measured:
     )
 
 
-def online_stage(recipe: Recipe, stage_id: str | None, where: str) -> OnlineStage:
+def online_stage(recipe: Recipe, stage_id: str | None, where: str) -> SamplingStage:
     """The recipe's online stage, or the one of that id. Raises RunFolderError with those that there are."""
-    found = {stage.id: stage for stage in recipe.stages if isinstance(stage, OnlineStage)}
+    found = {stage.id: stage for stage in recipe.stages if isinstance(stage, SamplingStage)}
     if stage_id is None and len(found) == 1:
         return next(iter(found.values()))
     if stage_id not in found:
@@ -103,12 +103,12 @@ def online_stage(recipe: Recipe, stage_id: str | None, where: str) -> OnlineStag
     return found[stage_id]
 
 
-def trained_completions(stage: OnlineStage) -> int:
+def trained_completions(stage: SamplingStage) -> int:
     """Completions that a turn's updates go over, each as often as they do."""
     return stage.batch.groups * stage.batch.group_size * stage.updates_per_batch
 
 
-def slots_of(stage: OnlineStage) -> int:
+def slots_of(stage: SamplingStage) -> int:
     """Sequences that an engine of the stage samples at once."""
     return facts_of(stage.rollout.name).slots_with(stage.rollout.engine)
 
@@ -159,7 +159,7 @@ def _lengths(folder: Path) -> dict[int, dict[int, np.ndarray]]:
 
 
 def _engine_costs(
-    stage: OnlineStage, turns: Mapping[int, Mapping[str, Any]], lengths: Mapping[int, Mapping[int, np.ndarray]]
+    stage: SamplingStage, turns: Mapping[int, Mapping[str, Any]], lengths: Mapping[int, Mapping[int, np.ndarray]]
 ) -> tuple[float, float, float]:
     """(fixed_s, per_sequence_s, prompt_s) by least squares over turns: see the module. A turn takes as long as its
     slowest engine, which is the slowest by the costs found so far: a few rounds settle it."""
@@ -180,7 +180,7 @@ def _engine_costs(
     return steps, tokens, prompts
 
 
-def _work(stage: OnlineStage, groups: Sequence[np.ndarray]) -> list[tuple[float, float, float]]:
+def _work(stage: SamplingStage, groups: Sequence[np.ndarray]) -> list[tuple[float, float, float]]:
     """Steps, tokens and prompts of each engine with a list of groups: dealt in turn, and sampled in whole batches or as
     slots become free."""
     slots, whole = slots_of(stage), facts_of(stage.rollout.name).whole_batches

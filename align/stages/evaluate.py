@@ -17,11 +17,12 @@ import numpy as np
 from align.errors import Interrupted
 from align.losses import Losses
 from align.protocols.trainer import Metrics, Publication
+from align.recipe.capabilities import JudgingStage
 from align.recipe.parts import Optim
-from align.recipe.stages import EvaluateStage
 from align.stages.backend import FleetJob, Needs, Start, TrainerJob, longest_prompt, most_media, pixel_limits
 from align.stages.context import Context, opened
 from align.stages.handover import adapter_of, weights_of
+from align.stages.jobs import sampling_of, scorer_job
 from align.stages.loop import StageResult
 from align.stages.margins import require_margins
 from align.stages.offline import eval_names
@@ -29,10 +30,10 @@ from align.stages.online import greedy_metrics
 from align.stages.reward_notes import NotedScorer
 from align.stages.rollout_log import RolloutLog
 from align.stages.row_weights import refuse_weights
-from align.stages.training import record_kind, sampling_of, scorer_job
+from align.stages.training import record_kind
 
 
-async def run_evaluate(context: Context, stage: EvaluateStage) -> StageResult:
+async def run_evaluate(context: Context, stage: JudgingStage) -> StageResult:
     """Metrics per evaluated stage go to summary.stages.<of>.metrics (those of `X@best` as "best/<metric>"); this
     stage's own are named "<of>/<metric>"."""
     begun = time.perf_counter()
@@ -61,7 +62,7 @@ async def run_evaluate(context: Context, stage: EvaluateStage) -> StageResult:
     )
 
 
-async def _by_rewards(context: Context, stage: EvaluateStage, name: str) -> Metrics:
+async def _by_rewards(context: Context, stage: JudgingStage, name: str) -> Metrics:
     weights = _weights(context, name)
     tokenizer = context.tokenizer(weights)
     prompts = await context.prompts(stage, stage.data, tokenizer)
@@ -124,7 +125,7 @@ async def _plain_folder(context: Context, weights: Start, merged: Path) -> Path:
     return merged
 
 
-async def _by_loss(context: Context, stage: EvaluateStage, name: str) -> Metrics:
+async def _by_loss(context: Context, stage: JudgingStage, name: str) -> Metrics:
     """The metrics of `stage.loss` over the data, on the forward that training uses."""
     weights = _weights(context, name)
     trees = await context.trees(stage, stage.data, record_kind(stage.loss), context.tokenizer(weights))

@@ -24,6 +24,7 @@ from align.recipe.capabilities import TrainStage
 from align.stages.backend import Needs
 from align.stages.context import Context, opened
 from align.stages.files import write_json
+from align.stages.jobs import scorer_job
 from align.stages.reward_notes import NotedScorer
 
 _CALL = 256  # pairs in one scoring call
@@ -114,8 +115,6 @@ async def _scores(context: Context, stage: TrainStage, groups: Sequence[Group]) 
             return PairScores(
                 tuple(data["names"].tolist()), tuple(data["kinds"].tolist()), data["scores"], data["dropped"]
             )
-    from align.stages.training import scorer_job  # which imports this module
-
     budget = ErrorBudget(0, 2 * len(groups))
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(context.backend.places(Needs(scorers=1)))

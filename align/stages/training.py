@@ -5,23 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Literal
 
 from align.data.order import BatchPlan
 from align.data.records import Kind
 from align.data.tokenizer import ChatTokenizer
 from align.losses import Losses
-from align.protocols.fleet import PromptItem, Sampling
 from align.protocols.trainer import Trainer
 from align.protocols.trees import Tree
-from align.recipe.capabilities import SamplingStage, StageBase, TrainStage
+from align.recipe.capabilities import SamplingStage, TrainStage
 from align.recipe.inputs import DataSource
-from align.recipe.parts import LossTerm, ReferencePath, Reward, Rollout
-from align.recipe.support import check_adapter, publish_mode
-from align.stages.backend import FleetJob, Needs, ScorerJob, Start, TrainerJob, longest_prompt, most_media, pixel_limits
+from align.recipe.parts import LossTerm
+from align.stages.backend import Start
 from align.stages.context import Context, opened
 from align.stages.groups import PromptCursor
 from align.stages.handover import start_of
+from align.stages.jobs import fleet_job, needs_of, reward_sets, sampling_of, scorer_job, trainer_job
 from align.stages.loop import Loop, StageResult, every_steps, latest_checkpoint
 from align.stages.margins import require_margins, with_margins
 from align.stages.metrics_file import METRICS, cut_metrics
@@ -40,50 +38,6 @@ def record_kind(losses: Sequence[LossTerm]) -> Kind:
     record = Losses.of(losses).records[0]
     assert record != "group", "losses on groups are for stages that sample them"
     return record
-
-
-def reference_of(stage: TrainStage) -> Literal["start", "base", "cached"] | ReferencePath | None:
-    """Where reference log-probabilities come from: as the recipe says, `start` where a loss needs one, else None."""
-    return (stage.reference or "start") if Losses.of(stage.loss).needs_reference else None
-
-
-def reward_sets(stage: StageBase) -> list[tuple[Reward, ...]]:
-    """The rewards of what a stage samples, and those of its evaluation where it names its own."""
-    if stage.engines is None:
-        return []
-    own = stage.eval.rewards if isinstance(stage, TrainStage) and stage.eval else ()
-    return [stage.rewarded_by, own] if own else [stage.rewarded_by]
-
-
-def needs_of(stage: StageBase) -> Needs:
-    """What a stage runs at the same time."""
-    return Needs(
-        trainer=stage.trains or (bool(stage.losses) and stage.engines is None),
-        reference=isinstance(stage, TrainStage) and isinstance(reference_of(stage), ReferencePath),
-        engines=stage.engines.workers if stage.engines else 0,
-        scorers=len(reward_sets(stage)),
-        files=stage.makes_folder,
-        overlap=isinstance(stage, SamplingStage) and stage.staleness > 0,
-    )
-
-
-def trainer_job(context: Context, stage: TrainStage, start: Start, total: int) -> TrainerJob:
-    check_adapter(start.config)
-    return TrainerJob(
-        stage_id=stage.id,
-        model=context.recipe.model,
-        start=start,
-        losses=stage.loss,
-        optim=stage.optim_for(start.config),
-        rates=stage.rates_for(start.config),
-        total=total,
-        packing=stage.packing,
-        seed=context.seed(stage.id),
-        reference=reference_of(stage),
-        rollout=stage.engines,
-        labels=stage.score_head,
-        chat=context.carried(start).files,
-    )
 
 
 def make_loop(context: Context, stage: TrainStage, start: Start, trainer: Trainer, total: int) -> Loop:
@@ -217,12 +171,6 @@ def finished(context: Context, start: Start, result: StageResult) -> StageResult
     return result
 
 
-def scorer_job(context: Context, stage: StageBase, rewards: tuple[Reward, ...], number: int = 0) -> ScorerJob:
-    logs = context.run.stage_folder(stage.id) / ("rewards" if number == 0 else "eval-rewards")
-    cache = context.run.path.parent / ".cache" / "rewards.sqlite"
-    return ScorerJob(stage.id, rewards, context.recipe_folder, context.recipe.seed, logs, number, cache)
-
-
 def online_plan(stage: SamplingStage, rows: int, seed: int) -> OnlinePlan:
     rollout = stage.rollout
     return OnlinePlan(
@@ -239,32 +187,4 @@ def online_plan(stage: SamplingStage, rows: int, seed: int) -> OnlinePlan:
         overdue=stage.overdue,
         refill=stage.dynamic_sampling.max_factor - 1 if stage.dynamic_sampling else 0.0,
         max_failed=stage.max_failed_prompts,
-    )
-
-
-def sampling_of(rollout: Rollout) -> Sampling:
-    return Sampling(
-        temperature=rollout.temperature,
-        max_tokens=rollout.max_tokens,
-        stop=rollout.stop,
-        stop_token_ids=rollout.stop_token_ids,
-    )
-
-
-def fleet_job(
-    context: Context, stage: SamplingStage, start: Start, prompts: list[PromptItem], end_ids: tuple[int, ...]
-) -> FleetJob:
-    return FleetJob(
-        stage_id=stage.id,
-        model=context.recipe.model,
-        base=start.base,
-        rollout=stage.rollout,
-        group_size=stage.batch.group_size,
-        adapter_rank=start.config.rank if publish_mode(start.config, stage.rollout) == "adapter" else 0,
-        longest_prompt=longest_prompt(prompts),
-        seed=context.recipe.seed,
-        versions=stage.staleness + 1,
-        end_ids=end_ids,
-        media=most_media(prompts),
-        pixels=pixel_limits(context.recipe.media),
     )

@@ -9,18 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from align.errors import CheckpointError
 from align.oserrors import naming
-
-if TYPE_CHECKING:
-    from align.train.strategy import Strategy
+from align.train.strategy import Strategy, moment_key
 
 PARAMETERS, OPTIMIZER, RANDOM, NUMBERS = (
     "parameters.safetensors",
@@ -28,21 +26,6 @@ PARAMETERS, OPTIMIZER, RANDOM, NUMBERS = (
     "random.safetensors",
     "trainer.json",
 )
-
-
-def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
-
-
-def moment_key(name: str, field: str) -> str:
-    """Of the moment `field` ("exp_avg", "exp_avg_sq", "step") of the parameter `name`, in a checkpoint."""
-    return f"{name}|{field}"
-
-
-def moment_of(key: str) -> tuple[str, str]:
-    """The parameter's name and the field that `moment_key` joined."""
-    name, _, field = key.rpartition("|")
-    return name, field
 
 
 def save_state(folder: Path, strategy: Strategy, numbers: dict[str, Any], random: Sequence[dict[str, Tensor]]) -> None:

@@ -18,13 +18,12 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from align.errors import Unsupported
 from align.model.shards import Shards, Whole
 from align.plugins import of_ours
 from align.recipe.sharding import STRATEGIES
-from align.train.state import moment_of, trainable
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -39,10 +38,27 @@ Moments = dict[str, Tensor]  # of one parameter: AdamW's `exp_avg` and `exp_avg_
 MakeOptimizer = Callable[[], torch.optim.Optimizer]  # over the module's parameters as they are when it is called
 
 
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, in the module's order."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def moment_key(name: str, field: str) -> str:
+    """Of the moment `field` ("exp_avg", "exp_avg_sq", "step") of the parameter `name`, in a checkpoint."""
+    return f"{name}|{field}"
+
+
+def moment_of(key: str) -> tuple[str, str]:
+    """The parameter's name and the field that `moment_key` joined."""
+    name, _, field = key.rpartition("|")
+    return name, field
+
+
 class Strategy(Protocol):
     """Every method is collective: all ranks call it, in one order.
 
-    shards: how to read parameters whole, for what is published and saved. optimizer: None where nothing is trained.
+    name: as in a recipe. shards: how to read parameters whole, for what is published and saved. optimizer: None where
+    nothing is trained.
     """
 
     name: str
@@ -58,7 +74,7 @@ class Strategy(Protocol):
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradients of this microbatch's share of the global loss. last: of this update."""
+        """Add the gradients of `loss` f32[], this microbatch's share of the global one. last: of this update."""
         ...
 
     def step(self, *, wanted: bool) -> float:
@@ -71,12 +87,14 @@ class Strategy(Protocol):
         ...
 
     def state(self) -> Iterator[tuple[str, Tensor, Moments]]:
-        """(name, parameter, moments) of all that is trained, whole and on the CPU; no moments before a first step."""
+        """(name, parameter, moments) of all that is trained, whole and on the CPU: a parameter shaped as the model has
+        it, in the dtype that it is trained in; no moments before a first step."""
         ...
 
     def load(self, parameters: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-        """Continue with what `state` gave, of whichever strategy and number of ranks: whole on every rank, moments by
-        `align.train.state.moment_key`. Tensors may be read from a file as they are asked for."""
+        """Continue with what `state` gave, of whichever strategy and number of ranks: `parameters` by name and
+        `moments` by `moment_key`, shaped as there, whole on every rank. Tensors may be read from a file as they are
+        asked for."""
         ...
 
     def close(self) -> None:

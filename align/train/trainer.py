@@ -39,8 +39,8 @@ from align.train.ranks import Ranks, random_stream
 from align.train.signal import Signal
 from align.train.sizes import described_sizes
 from align.train.spec import TrainerSpec
-from align.train.state import load_state, random_state, save_state, trainable
-from align.train.strategy import make_strategy
+from align.train.state import load_state, random_state, save_state
+from align.train.strategy import make_strategy, trainable
 from align.types import HeadOutputs, TokenBatch
 
 log = logging.getLogger(__name__)

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from align.model.policy_module import PolicyModule
 from align.model.shards import Shards
-from align.train.state import moment_key, trainable
-from align.train.strategy import MOMENTS, STEP, MakeOptimizer, Moments
+from align.train.strategy import MOMENTS, STEP, MakeOptimizer, Moments, moment_key, trainable
 from align.train.zero_engine import declare_reads, make_engine, refuse, stage_of, without_towers
 from align.types import HeadOutputs
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from align.errors import Unsupported
 from align.model.adapter_config import HEAD
-from align.model.policy_module import PolicyModule, text_backbone
+from align.model.backbone import text_backbone
+from align.model.policy_module import PolicyModule
 
 if TYPE_CHECKING:
     from align.recipe.sharding import Sharding

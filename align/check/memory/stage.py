@@ -16,8 +16,8 @@ from align.recipe.adapter import Adapter
 from align.recipe.capabilities import SamplingStage, TrainStage
 from align.recipe.engines import facts_of
 from align.recipe.schema import Recipe
+from align.stages.jobs import reference_of
 from align.stages.roles import Role
-from align.stages.training import reference_of
 
 
 def dtype_of(gpu: bool, *names: str) -> str:

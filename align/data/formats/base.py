@@ -56,8 +56,9 @@ def _always(row: Row) -> bool:
 class Layout:
     """One way to write one kind of record in columns.
 
-    formats: the names `format:` knows it by. required, optional: columns. read: makes the record. fits: whether a row
-    with these columns is of this layout (message lists with role/content and with from/value have the same columns).
+    name: for messages. formats: the names `format:` knows it by. kind: of record. required, optional: columns. read:
+    makes the record. fits: whether a row with these columns is of this layout (message lists with role/content and with
+    from/value have the same columns).
     """
 
     name: str

@@ -23,7 +23,8 @@ from torch import nn
 
 from align.errors import ModelError
 from align.model.attention.interface import kernels_for
-from align.model.policy_module import PolicyModule, text_backbone
+from align.model.backbone import text_backbone
+from align.model.policy_module import PolicyModule
 from align.model.probe.faults import Fault, errors, long_rows_fail, precision, structure
 from align.model.probe.give_back import class_names, exchange_again, give_back, given_back_words
 from align.model.probe.own import Own, backbone_path, measure

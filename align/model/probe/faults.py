@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from align.model.attention.interface import witnessed
-from align.model.policy_module import PolicyModule, text_backbone
+from align.model.backbone import text_backbone
+from align.model.policy_module import PolicyModule
 from align.model.probe.conditions import FAILURES
 from align.model.probe.float32 import first_layers, layers_of
 from align.model.probe.loud import Loud, loud_parting, loud_values

@@ -17,7 +17,8 @@ from align.data.microbatches import Budget, split_to_budget
 from align.data.packing import collate, global_counts, text_positions
 from align.losses import configure
 from align.losses.base import LossInputs
-from align.model.policy_module import PolicyModule, set_attention
+from align.model.backbone import set_attention
+from align.model.policy_module import PolicyModule
 from align.model.probe.choose import probe
 from align.protocols.trees import Tree
 from align.types import TokenBatch

@@ -15,10 +15,11 @@ from torch import Tensor
 from align.data.microbatches import Budget, split_to_budget
 from align.data.packing import PositionFn, collate, text_positions
 from align.model import adapters
+from align.model.backbone import set_attention
 from align.model.fused.exchange import fuse
 from align.model.load import load_model
 from align.model.media.places import positions_of, type_ids
-from align.model.policy_module import PolicyModule, set_attention
+from align.model.policy_module import PolicyModule
 from align.model.probe.choose import probe
 from align.protocols.trees import Medium, Tree
 from align.recipe.adapter import Adapter

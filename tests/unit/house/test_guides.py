@@ -3,15 +3,13 @@ figures are those of the entries that they link to, and tables name what there i
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import shlex
 import shutil
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
-from importlib import import_module
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -300,43 +298,6 @@ def test_proofs_and_benches_are_all_there_are() -> None:
     runnable = {path.stem for path in (ROOT / "tests" / "bench").glob("*.py") if '"__main__"' in path.read_text()}
     shown = set(re.findall(r"-m tests\.bench\.(\w+)", section("tests/README.md", "Benches")))
     assert shown >= runnable - {"vision"}
-
-
-def public() -> list[str]:
-    """Dotted names of what align/README.md lists; a name without a dot stands in the module of the one before it."""
-    found: list[str] = []
-    for cell in first_cells(section("align/README.md", "What is public")):
-        found.append(cell if "." in cell else f"{found[-1].rpartition('.')[0]}.{cell}")
-    return [name for name in found if not name.endswith(".name")]
-
-
-def test_what_is_public_is_there_and_says_what_it_is() -> None:
-    silent = [
-        part for name in public() for part, thing in _parts(name) if not inspect.getdoc(thing) or _generated(thing)
-    ]
-    assert not silent, f"no docstring: {', '.join(silent)}"
-
-
-def _parts(name: str) -> Iterator[tuple[str, Any]]:
-    """What a dotted name stands for; of a module its own classes and functions too, of each class its own methods."""
-    module, _, attribute = name.rpartition(".")
-    subject = getattr(import_module(module), attribute, None) or import_module(name)
-    yield name, subject
-    own = [subject]
-    if inspect.ismodule(subject):
-        own = [thing for thing in vars(subject).values() if getattr(thing, "__module__", None) == name]
-        routines = [thing for thing in own if inspect.isroutine(thing) and thing.__name__[0] != "_"]
-        yield from ((f"{name}.{thing.__name__}", thing) for thing in routines)
-    for thing in filter(inspect.isclass, own):
-        for part, method in vars(thing).items():
-            defined = inspect.isroutine(method) and thing.__qualname__ in getattr(method, "__qualname__", "")
-            if not part.startswith("_") and (defined or isinstance(method, property)):
-                yield f"{thing.__qualname__}.{part}", method
-
-
-def _generated(thing: Any) -> bool:
-    """Whether its docstring is the one that `dataclass` writes."""
-    return inspect.isclass(thing) and (thing.__doc__ or "").startswith(f"{thing.__name__}(")
 
 
 def test_hooks_before_a_commit_run_what_is_installed_and_fetch_nothing() -> None:

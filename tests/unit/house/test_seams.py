@@ -31,6 +31,8 @@ def test_no_more_files_than_before_name_the_things_of_a_kind(name: str) -> None:
         ("engine", "x = rollout.name == 'vllm'\n", (1, 2)),
         ("engine", "x = package == 'vllm'\n", (1, 1)),
         ("stage kind", "x = stage.kind not in ('merge', 'export')\n", (3, 3)),
+        ("stage kind", "from align.recipe.stages import Stage\n", (2, 2)),
+        ("stage kind", "from align.recipe.stages import OnlineStage, Stage\n", (3, 3)),
         ("verb", "verbs.add_parser('merge', help='')\n", (2, 2)),
     ],
 )

@@ -16,15 +16,12 @@ from align.stages.pipeline import RUNNERS
 ROOT = Path(__file__).resolve().parents[3]
 DRIVERS = ROOT / "align" / "stages" / "pipeline.py"
 GRAMMAR = ROOT / "align" / "recipe"
-# what is about one kind alone: studies over weights are of online stages, and look at exams; so is the simulator
-STUDIES = ("align/experiments", "align/simulate", "align/cli")
-STUDIED = ("OnlineStage", "EvaluateStage")
 KINDS = tuple(stage_models())
 CLASSES = tuple(model.__name__ for model in stage_models().values())
 STAGES = ("stage", "source", "trained")  # what a stage is called
 
 
-def questions(text: str, *, studies: bool = False) -> Iterator[tuple[int, str]]:
+def questions(text: str) -> Iterator[tuple[int, str]]:
     """Lines that ask a stage for its kind, or take one of any type; and what is wrong with each."""
     for node in ast.walk(ast.parse(text)):
         line = getattr(node, "lineno", 0)
@@ -40,7 +37,7 @@ def questions(text: str, *, studies: bool = False) -> Iterator[tuple[int, str]]:
             yield line, f"takes `{node.arg}: Any`"
         if isinstance(node, ast.Call) and _name(node.func) in ("isinstance", "getattr", "hasattr"):
             of_class = {_name(one) for one in ast.walk(node.args[1])} & set(CLASSES)
-            if _name(node.func) == "isinstance" and of_class - set(STUDIED if studies else ()):
+            if _name(node.func) == "isinstance" and of_class:
                 yield line, f"asks whether it is a {', '.join(of_class)}"
             if _name(node.func) != "isinstance" and _name(node.args[0]) in STAGES and _word(node.args[1]):
                 yield line, "asks which attributes a stage has"
@@ -81,8 +78,7 @@ def test_no_file_outside_the_grammar_and_the_table_of_drivers_asks_for_the_kind_
         if file == DRIVERS or file.is_relative_to(GRAMMAR):
             continue
         where, looked = file.relative_to(ROOT).as_posix(), looked + 1
-        studies = where.startswith(STUDIES)
-        found += [f"{where}:{line} {what}" for line, what in questions(file.read_text(), studies=studies)]
+        found += [f"{where}:{line} {what}" for line, what in questions(file.read_text())]
     assert looked > 300
     assert found == []
 

@@ -20,7 +20,7 @@ from align.recipe.inputs import Model
 from align.recipe.parts import LossTerm, Optim
 from align.train.ranks import Ranks
 from align.train.spec import TrainerSpec
-from align.train.state import trainable
+from align.train.strategy import trainable
 from align.train.trainer import PolicyTrainer
 from tests.unit.core.pictures import Workshop, open_workshop
 

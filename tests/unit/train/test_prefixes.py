@@ -10,7 +10,7 @@ import torch
 
 from align.protocols.trees import Segment, Tree
 from align.recipe.adapter import Adapter
-from align.train.state import trainable
+from align.train.strategy import trainable
 from align.train.trainer import PolicyTrainer
 from tests.unit.core.pictures import Workshop, open_workshop
 from tests.unit.core.trees import segment, unpaired

@@ -34,7 +34,8 @@ from align.stages.updates import carrying
 from align.train.metrics import MetricSums
 from align.train.ranks import Ranks
 from align.train.spec import TrainerSpec
-from align.train.state import random_state, trainable
+from align.train.state import random_state
+from align.train.strategy import trainable
 from align.train.trainer import PolicyTrainer
 from tests.unit.core.test_forward import make_model
 from tests.unit.core.trees import conversation, group, pair, unpaired

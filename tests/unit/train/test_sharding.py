@@ -20,8 +20,7 @@ from align.errors import NonFiniteError, RanksError, Unsupported
 from align.protocols.trainer import Publication
 from align.recipe.sharding import Sharding
 from align.train.ranks import Ranks
-from align.train.state import trainable
-from align.train.strategy import make_strategy
+from align.train.strategy import make_strategy, trainable
 from align.train.trainer import PolicyTrainer
 from tests.sharded import CASES, STRATEGIES, apart, on_ranks, spec_of, train, trees_of, write_bases
 

@@ -18,7 +18,7 @@ from align.recipe.adapter import Adapter
 from align.recipe.inputs import Model
 from align.recipe.parts import LossTerm, Optim
 from align.train.spec import TrainerSpec
-from align.train.state import trainable
+from align.train.strategy import trainable
 from align.train.trainer import PolicyTrainer
 from tests.unit.core.test_forward import make_model
 from tests.unit.core.trees import conversation, group, pair
