@@ -26,7 +26,7 @@ from align.data.template import ChatTemplate, Span
 from align.data.template_files import template_source
 from align.data.templates import NAMED
 from align.errors import ModelError
-from align.recipe.chat_files import read_settings
+from align.recipe.chat_files import declared_ends, read_settings
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """In the order in which AutoTokenizer gives ids to those that tokenizer.json lacks."""
@@ -260,8 +260,7 @@ def load_tokenizer(
         template = ChatTemplate(source, {**named, **(template_args or {})}, where=where)
     eos_ids: list[int] = []
     for place in dict.fromkeys((folder, files)):
-        eos = read_settings(place / "generation_config.json").get("eos_token_id")
-        eos_ids += [] if eos is None else eos if isinstance(eos, list) else [eos]
+        eos_ids += declared_ends(place)
     _require_tokens(backend, end_of_turn)
     return ChatTokenizer(
         backend,

@@ -377,7 +377,7 @@ def test_a_setting_of_another_peft_is_refused_where_it_is_on(base, tmp_path):
     for changes in ({"use_later": True}, {"later_config": {"a": 1}}, {"enable_lora": [True, False]}):
         with pytest.raises(Unsupported, match=f"the installed peft does not know \\({next(iter(changes))}: "):
             adapters.load_frozen(
-                model_of(base), edited(folder, use_later=False, later_config={}, **changes), use="merge"
+                model_of(base), edited(folder, **({"use_later": False, "later_config": {}} | changes)), use="merge"
             )
 
 
