@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from os.path import expanduser
 from pathlib import Path
 
 from align.errors import ModelError
@@ -22,7 +23,7 @@ def resolve_model_folder(path: str | Path, revision: str | None = None, *, weigh
     Raises ModelError: no such folder or repository, not downloadable (offline, gated), a revision for a folder.
     """
     text = str(path)
-    local = Path(text).expanduser()
+    local = Path(expanduser(text))
     if local.is_dir():
         if revision is not None:
             raise ModelError(

@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib.machinery import PathFinder
+from os.path import expanduser
 from pathlib import Path
 
 from align.packages import PACKAGES
@@ -30,7 +31,7 @@ def plugin_file(name: str, folder: Path) -> Path | None:
     head, colon, _ = name.rpartition(":")
     place = head if colon else name
     if place.endswith(".py"):
-        path = Path(place).expanduser()
+        path = Path(expanduser(place))
         path = path if path.is_absolute() else folder / path
         return path if path.is_file() else None
     if not colon or not all(part.isidentifier() for part in place.split(".")):

@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def _attribute(name: str, folder: Path | None) -> Any:
 
 def _from_file(place: str, folder: Path | None, name: str) -> Any:
     """A file under a module name of its own, so that it can neither hide nor become one of our packages."""
-    path = Path(place).expanduser()
+    path = Path(expanduser(place))
     path = (path if folder is None or path.is_absolute() else folder / path).resolve()
     if not path.is_file():
         remedy = "paths in a recipe start at its folder, in an override at the working directory"

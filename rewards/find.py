@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from os.path import expanduser
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -97,7 +98,7 @@ def _module(name: str, folder: Path, use: str) -> ModuleType:
 
 def _module_from_file(place: str, folder: Path, use: str) -> ModuleType:
     """A file is loaded under a name of its own, so that a user's rewards.py neither hides nor becomes our package."""
-    path = Path(place).expanduser()
+    path = Path(expanduser(place))
     path = (path if path.is_absolute() else folder / path).resolve()
     if not path.is_file():
         raise PluginError(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def open_model(recipe: Recipe, folder: Path) -> Iterator[ModelFacts]:
     if model.path is not None:
         found = resolve_model_folder(model.path, model.revision, weights=False)
         config = memory.read_config(found)
-        _refuse_without_weights(found, Path(model.path).expanduser().is_dir())
+        _refuse_without_weights(found, Path(expanduser(model.path)).is_dir())
         refuse_unsupported_media(config, found)
         refuse_media_settings(recipe, config)
         library = open_library(recipe, found)

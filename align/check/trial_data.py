@@ -13,6 +13,7 @@ from align.check.trial_media import TrialMedia, media_of_messages, with_files
 from align.data.audit import Refusal
 from align.data.formats import LAYOUTS
 from align.data.formats.base import choose
+from align.data.formats.written import Values
 from align.data.placing import place_media
 from align.data.readers import Row
 from align.data.records import Prompt, RowError
@@ -111,7 +112,7 @@ def _prompts(
     rows: Sequence[Row], trial: Trial, mapped: frozenset[str] = frozenset()
 ) -> list[tuple[tuple[dict[str, Any], ...], dict[str, Any]]]:
     """Per row the prompt's messages, and the reference answer where a run would take one off; ((), {}) without."""
-    values = [row.values for row in rows]
+    values = [Values.read(row.values) for row in rows]
     try:
         layout = choose(LAYOUTS, "prompt", values, where=str(trial.path), mapped=mapped)
     except DataError as error:
@@ -120,9 +121,9 @@ def _prompts(
         trial.notes.append(f"no prompt was found, so `messages` is empty (--columns prompt=...): {error.what}")
         return [((), {})] * len(rows)
     found: list[tuple[tuple[dict[str, Any], ...], dict[str, Any]]] = []
-    for row in rows:
+    for row, own in zip(rows, values, strict=True):
         try:
-            reading = Reading(row.values, columnar=row.columnar)
+            reading = Reading(own, columnar=row.columnar, written=own.written)
             record = place_media(layout.convert(reading), reading)
             assert isinstance(record, Prompt)
             messages = _messages(record, trial.media, row.folder)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from align.data.bounded import embedding_rows
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
 from align.errors import ModelError
-from align.recipe.chat_files import ChatFiles, carries_template, carries_tokenizer, read_settings
+from align.recipe.chat_files import ChatFiles, carries_template, carries_tokenizer, read_settings, unread_tokenizer
 
 Whose = Literal["adapter", "base"]
 RENAMED = 0.01  # share of the ids that may have other names: reserved tokens that were given a meaning
@@ -44,6 +44,13 @@ def carried(
     chat_template, template_args, end_of_turn: the recipe's, before anybody's. whose: take this one's, whatever differs.
     Raises ModelError where the two give ids other meanings, or the model has no embeddings for the adapter's ids.
     """
+    unread = [] if whose == "base" or adapter is None else unread_tokenizer(adapter)
+    notes = []
+    if adapter is not None and unread and set(unread) != {"tokenizer_config.json"}:
+        notes.append(
+            f"the adapter's tokenizer ({', '.join(unread)}) is not read, and the base's is taken: it has no "
+            "tokenizer.json (transformers writes one: AutoTokenizer.from_pretrained(folder).save_pretrained(folder))"
+        )
     adapter = None if whose == "base" or adapter is None or not _carries(adapter) else adapter
 
     def load(files: Path | None, template: str | None) -> ChatTokenizer:
@@ -54,9 +61,9 @@ def carried(
     if adapter is None:
         tokenizer = load(None, chat_template)
         own = tokenizer.template.source if tokenizer.template is not None and chat_template is not None else None
-        return Carried(tokenizer, ChatFiles(base, own, tokenizer.eos_ids))
+        return Carried(tokenizer, ChatFiles(base, own, tokenizer.eos_ids), tuple(notes))
     plain, theirs = load_tokenizer(base), load(adapter, chat_template)
-    notes = compare(plain, theirs, adapter, base, whose)
+    notes += compare(plain, theirs, adapter, base, whose)
     if chat_template is not None:
         before = load_tokenizer(base, files=adapter).template
         if before is not None and theirs.template is not None and before.source != theirs.template.source:

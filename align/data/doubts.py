@@ -7,19 +7,24 @@ begins with its whole prompt follows it: the model sees and learns the prompt a 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 from align.data.records import Record, RowError, messages_of, texts
 from align.data.tokenizer import ChatTokenizer
 
 _TURNS = tuple({"role": role, "content": "x"} for role in ("user", "assistant", "user"))
+_PRINTED = re.compile(r"\s*\[\s*\{'(role|from|content|value)': ['\"]")
 _SHORTEST = 16  # characters of a prompt that no completion repeats by chance
 
 
-def doubts(record: Record, tokenizer: ChatTokenizer) -> list[str]:
-    """A sentence for each doubt, as often as the record gives cause for it."""
+def doubts(record: Record, tokenizer: ChatTokenizer, written: Iterable[str] = ()) -> list[str]:
+    """A sentence for each doubt, as often as the record gives cause for it. written: columns that hold messages as JSON
+    text."""
     if isinstance(record.prompt, str):
-        return _repeats(record, record.prompt)
+        return [*_repeats(record, record.prompt), *_printed(record)]
     tokens = framing_tokens(tokenizer)
-    return [
+    return [f"`{name}` holds messages as JSON text, and is read as messages" for name in sorted(written)] + [
         f"texts of messages hold {token!r}, which the tokenizer reads as the token that frames turns: a turn ends or "
         "begins there"
         for message in messages_of(record)
@@ -36,6 +41,15 @@ def _repeats(record: Record, prompt: str) -> list[str]:
         f"the {name} begins with the whole prompt, which stands before it already"
         for name, text in texts(record)
         if name != "prompt" and isinstance(text, str) and text.lstrip().startswith(prompt.strip())
+    ]
+
+
+def _printed(record: Record) -> list[str]:
+    """Lists of messages as Python prints them, which is no JSON: pandas writes them so into a CSV."""
+    return [
+        f"the {name} is a list of messages as Python prints it, and is taken for the plain text that it is"
+        for name, text in texts(record)
+        if isinstance(text, str) and _PRINTED.match(text)
     ]
 
 

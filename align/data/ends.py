@@ -192,8 +192,9 @@ def _alike(one: str, other: str) -> str:
     return one[:at]
 
 
-def ending_notes(tokenizer: ChatTokenizer) -> list[str]:
-    """What a user should know of the ends that the model's own files do not declare, or the template does not write."""
+def ending_notes(tokenizer: ChatTokenizer, *, whole: bool = False) -> list[str]:
+    """What a user should know of the ends that the model's own files do not declare, or the template does not write.
+    whole: also of what the template's markers make of whole conversations."""
     if tokenizer.template is None:
         return []
     notes, end = [], tokenizer.ends.text
@@ -215,6 +216,29 @@ def ending_notes(tokenizer: ChatTokenizer) -> list[str]:
             "the chat template writes no end behind an answer, and the tokenizer names no EOS: nothing will stop a "
             "generation; name a token with `model.end_of_turn`, or a text with `rollout.stop`"
         )
+    return [*notes, *(_marker_notes(tokenizer) if whole else ())]
+
+
+def _marker_notes(tokenizer: ChatTokenizer) -> list[str]:
+    template = tokenizer.template
+    if template is None or not template.has_generation:
+        return []
+    look = _Looker(tokenizer, (), ())
+    said = [
+        ("user", "question-1"),
+        ("assistant", f"{_ANSWER}-1"),
+        ("user", "question-2"),
+        ("assistant", _ANSWER + "-2"),
+    ]
+    try:
+        text, spans = tokenizer.render_spans([look.message({"role": role, "content": text}) for role, text in said])
+    except RowError:  # a template with rules of its own for what is said to it
+        return []
+    learned = "\n".join(text[start:end] for start, end in spans)
+    markers = "the chat template's generation markers"
+    notes = [f"{markers} stand around what users say too: it is learned"] if "question-" in learned else []
+    if f"{_ANSWER}-2" in learned and f"{_ANSWER}-1" not in learned:
+        notes.append(f"{markers} stand around a conversation's last answer alone: those before it are not learned")
     return notes
 
 

@@ -6,6 +6,7 @@ without a word. Whether something is rendered is found out by rendering it other
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -17,6 +18,7 @@ from align.data.tokenizer import ChatTokenizer
 from align.data.turns import Given, rendered
 
 _THOUGHTS = "thoughts of an assistant turn (`reasoning_content`)"
+_THOUGHTS_IN_TEXT = "thoughts in the text of an assistant turn (before `</think>`)"
 _CALL_MARKS = (
     "<tool_call>", "<function_call>", "<functioncall>", "<function=", "[TOOL_CALLS]", "<|python_tag|>", "<|tool_call|>",
     "<|tool_calls_section_begin|>", "<｜tool▁calls▁begin｜>", "<start_function_call>",
@@ -72,6 +74,15 @@ class _Look:
         except RowError:
             return None
 
+    def holds(self, message: Message) -> bool:
+        """Whether all of a message's text stands in the render, white space aside."""
+        parts = [part for part in _parts(message) if part.strip() not in self.text]
+        return all(_compact(part) in self.compact for part in parts)
+
+    @cached_property
+    def compact(self) -> str:
+        return _compact(self.text)
+
     @cached_property
     def _as_it_is(self) -> str | None:
         return self.render({})
@@ -79,6 +90,15 @@ class _Look:
     def differs(self, changed: Mapping[int, Message]) -> bool:
         other = self.render(changed)
         return other is None or other != self._as_it_is
+
+
+def _parts(message: Message) -> list[str]:
+    content = (message.content,) if isinstance(message.content, str) else message.content
+    return [part for part in content if isinstance(part, str)]
+
+
+def _compact(text: str) -> str:
+    return re.sub(r"\s+", "", text)
 
 
 def _with(message: Message, key: str, value: Any) -> Message:
@@ -117,6 +137,10 @@ def _of_message(look: _Look, i: int, message: Message) -> list[str]:
                 f"the chat template leaves out message {i}, of role {message.role!r}: {_short(message.text)}; {_REMEDY}"
             )
         found.append("text beside a tool call")
+    elif message.role != "tool" and not look.holds(message):  # a tool's answer may be written as JSON text
+        answer = message.text.rpartition("</think>")[2]
+        thinks = message.role == "assistant" and answer != message.text and _compact(answer) in look.compact
+        found.append(_THOUGHTS_IN_TEXT if thinks else f"the text of {message.role!r} messages as it stands")
     thoughts = message.extra.get("reasoning_content")
     if thoughts and look.tokenizer.dialect.thoughts is None:
         found.append(_THOUGHTS)
@@ -134,13 +158,13 @@ def _calls_as_text(text: str, source: str) -> list[str]:
 
 def _loses_text(look: _Look, i: int, message: Message) -> bool:
     """Whether nothing of a message's content is rendered. Content that stands in the text counts as rendered once a
-    message of its role was seen to be: a short one may stand there by chance."""
+    message of its role, first or behind others, was seen to be: a short one may stand there by chance."""
     seen = look.tokenizer.roles_rendered
-    if message.role in seen and message.text.strip() in look.text:
+    if (message.role, not i) in seen and message.text.strip() in look.text:
         return False
     if not look.differs({i: replace(message, content=look.other)}):
         return True
-    seen.add(message.role)
+    seen.add((message.role, not i))
     return False
 
 

@@ -183,6 +183,7 @@ RECORDS: Mapping[Kind, type[Record]] = {
 }
 
 _TEXTS = ("prompt", "completion", "chosen", "rejected")
+_INSTRUCTING = ("system", "developer")
 
 
 def texts(record: Record) -> Iterator[tuple[str, Text]]:
@@ -216,6 +217,11 @@ def check(record: Record) -> None:
     if isinstance(record, Conversation):
         _check_prompt(record.prompt, may_be_empty=True)
         _check_completion(record.completion, "the completion")
+        if record.prompt and not isinstance(record.completion, str) and record.completion[0].role in _INSTRUCTING:
+            raise RowError(
+                f"the completion starts with a {record.completion[0].role} turn behind a prompt; a row is a prompt and "
+                "what follows it, or whole `messages`"
+            )
     elif isinstance(record, Pair):
         differs = context_differs(record)
         _check_prompt(record.prompt, may_be_empty=differs or record.implicit)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -125,6 +126,9 @@ def is_hub_id(path: str) -> bool:
 
 
 def _missing(path: Path) -> DataError:
+    if os.path.lexists(path):
+        what = "a link to nothing, or to itself" if path.is_symlink() else "no file and no folder (a pipe or a device)"
+        return DataError(f"this is {what}", where=path, remedy="write the rows to a file, and name that")
     names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1)
     if near:

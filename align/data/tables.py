@@ -17,6 +17,7 @@ from align.data.ends import ending_notes, last_said
 from align.data.formats import layouts_of
 from align.data.formats.base import Layout, candidates, choose, margin_of, refuse_stray, weight_of
 from align.data.formats.flags import refuse_token_masks
+from align.data.formats.written import Values
 from align.data.labels import Labelling, distribution
 from align.data.media.library import Library
 from align.data.media.shown import Shown
@@ -106,7 +107,7 @@ def _segment(tokens: Tokens, columns: dict[str, float]) -> Segment:
 @dataclass
 class _Row:
     """A row on its way: margin of a pair, None where it gives none; weight: of its terms in the loss; unread: columns
-    that nothing reads."""
+    that nothing reads; written: columns that hold messages as JSON text."""
 
     row: Row
     record: Record
@@ -114,6 +115,7 @@ class _Row:
     weight: float
     shown: Sequence[Shown] = ()
     unread: Sequence[str] = ()
+    written: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -145,7 +147,7 @@ class Tokeniser:
         table.answers = [] if self.answers else None
         if not rows:
             return table
-        named = apply_columns(rows, self.source)
+        named = [Values.read(values) for values in apply_columns(rows, self.source)]
         mapped = frozenset(self.source.columns)
         layouts, chosen = layouts_of(self.source.format)
         layout = choose(layouts, self.kind, named, where=opened.path, format=chosen, mapped=mapped)
@@ -187,13 +189,11 @@ class Tokeniser:
     def _refuse(self, row: Row, reason: RowError) -> None:
         self.report.refused.append(Refusal(row.origin, row.number, str(reason)))
 
-    def _encoded(
-        self, rows: Sequence[Row], named: Sequence[dict[str, Any]], layout: Layout
-    ) -> list[tuple[_Row, Encoded]]:
+    def _encoded(self, rows: Sequence[Row], named: Sequence[Values], layout: Layout) -> list[tuple[_Row, Encoded]]:
         """Convert, check and tokenise; rows that cannot be are added to the report."""
         good: list[_Row] = []
         for row, values in zip(rows, named, strict=True):
-            reading = Reading(values, columnar=row.columnar)
+            reading = Reading(values, columnar=row.columnar, written=values.written)
             try:
                 record, margin, weight = self._record(layout, values, reading)
             except RowError as e:
@@ -204,7 +204,7 @@ class Tokeniser:
                 continue
             to_rewards = self.kind == "prompt" or self.answers
             unread = () if to_rewards else unread_columns(row.values, reading, self.source.columns)
-            good.append(_Row(row, record, margin, weight, unread=unread))
+            good.append(_Row(row, record, margin, weight, unread=unread, written=values.written))
         drafts, drafted = [], []
         for one in self._shown(good):
             try:
@@ -219,7 +219,8 @@ class Tokeniser:
                 self._refuse(one.row, encoded)
             else:
                 said = [what for message in messages_of(one.record) for what in message.unread]
-                self.unread.add(one.row.origin, one.unread, said, d.left_out, doubts(one.record, self.tokenizer))
+                doubtful = doubts(one.record, self.tokenizer, one.written)
+                self.unread.add(one.row.origin, one.unread, said, d.left_out, doubtful)
                 out.append((one, encoded))
         return out
 
@@ -331,7 +332,7 @@ def _finish(table: Table, tokenizer: ChatTokenizer) -> None:
     if templated and tokenizer.template is not None and tokenizer.template.reads_clock:
         report.notes.append("the chat template prints today's date; fix it with `model.template_args`")
     if templated:
-        report.notes += ending_notes(tokenizer)
+        report.notes += ending_notes(tokenizer, whole=table.kind == "conversation")
     if table.kind not in ("prompt", "labelled") and tokenizer.eos_ids and not report.truncated:
         open_ended = sum(not _ends_with_eos(e, tokenizer) for e in table.encoded)
         if open_ended:

@@ -26,7 +26,7 @@ from align.data.template import ChatTemplate, Span
 from align.data.template_files import template_source
 from align.data.templates import NAMED
 from align.errors import ModelError
-from align.recipe.chat_files import read_settings
+from align.recipe.chat_files import declared_ends, read_settings
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """In the order in which AutoTokenizer gives ids to those that tokenizer.json lacks."""
@@ -66,7 +66,7 @@ class ChatTokenizer:
         added = backend.get_added_tokens_decoder()
         self.vocab_size = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
         self.special = frozenset(t.content for t in added.values() if t.special)
-        self.roles_rendered: set[str] = set()  # roles that the template was seen to render
+        self.roles_rendered: set[tuple[str, bool]] = set()  # (role, of the first message) that were seen to be rendered
         self.keys_rendered: dict[tuple[str, str], bool] = {}  # whether it was, by role and key of a message
         self.added = frozenset(t.content for t in added.values())
         self.framing: tuple[str, ...] | None = None  # `align.data.doubts` fills it in
@@ -178,7 +178,8 @@ class ChatTokenizer:
         """Whether the template reads a message's content as a list of parts only, and loses or refuses plain text."""
         for content, answer in (("the-question", False), ([{"type": "text", "text": "the-question"}], True)):
             try:
-                if "the-question" in self.render([{"role": "user", "content": content}]):
+                text = self.render([{"role": "user", "content": content}])
+                if "the-question" in text and "'type'" not in text:  # which is a list as Python prints it
                     return answer
             except RowError:
                 continue
@@ -245,8 +246,7 @@ def load_tokenizer(
     template = _template((files, own, folder), chat_template, {**named, **(template_args or {})})
     eos_ids: list[int] = []
     for place in dict.fromkeys((folder, files)):
-        eos = read_settings(place / "generation_config.json").get("eos_token_id")
-        eos_ids += [] if eos is None else eos if isinstance(eos, list) else [eos]
+        eos_ids += declared_ends(place)
     _require_tokens(backend, end_of_turn)
     return ChatTokenizer(
         backend,

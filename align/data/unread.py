@@ -3,7 +3,7 @@ for the report."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,24 +14,26 @@ class Reading(dict[str, Any]):
     """A row as layouts read it: it remembers its columns that were looked at.
 
     columnar: of a file of columns (Arrow, Parquet), whose structs have every field in every row: a null in one says
-    nothing, and goes. Where rows are JSON a null was written, and stays.
+    nothing, and goes. Where rows are JSON a null was written, and stays; so do those of columns that stood as JSON
+    text, `written`.
     """
 
-    def __init__(self, values: Mapping[str, Any], *, columnar: bool = False):
+    def __init__(self, values: Mapping[str, Any], *, columnar: bool = False, written: Collection[str] = ()):
         super().__init__(values)
         self.read: set[str] = set()
         self.columnar = columnar
+        self.written = written
 
     def __getitem__(self, name: str) -> Any:
         self.read.add(name)
-        return self._clean(super().__getitem__(name))
+        return self._clean(name, super().__getitem__(name))
 
     def get(self, name: str, default: Any = None) -> Any:
         self.read.add(name)
-        return self._clean(super().get(name, default))
+        return self._clean(name, super().get(name, default))
 
-    def _clean(self, value: Any) -> Any:
-        return without_nulls(value) if self.columnar else value
+    def _clean(self, name: str, value: Any) -> Any:
+        return without_nulls(value) if self.columnar and name not in self.written else value
 
 
 def without_nulls(value: Any) -> Any:

@@ -190,7 +190,7 @@ def plan_modules(
             modules[path] = (stored.get(weight, weight), None if bias is None else stored.get(bias, bias))
             continue
         weight = _in_source(source, stored, path, weight)
-        modules[path] = (weight, None if bias is None else _in_source(source, stored, path, bias))
+        modules[path] = (weight, None if bias is None else _bias_in_source(source, stored, path, bias))
     return modules, untied
 
 
@@ -204,6 +204,16 @@ def _in_source(source: Checkpoint, stored: dict[str, str], path: str, name: str)
             remedy="save the base once with model.save_pretrained(folder) in transformers",
         )
     return found
+
+
+def _bias_in_source(source: Checkpoint, stored: dict[str, str], path: str, name: str) -> str:
+    if stored.get(name, name) not in source.files:
+        raise Unsupported(
+            f"the adapter has a bias for {path!r} (lora_bias), and the base has none there that could hold it",
+            where=source.folder,
+            remedy="serve the adapter as it is, in peft",
+        )
+    return _in_source(source, stored, path, name)
 
 
 def bare_packed(model: Any) -> dict[str, Packed]:

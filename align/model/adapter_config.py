@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,47 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise ModelError(f"peft_type is {kind!r}; this engine knows LoRA adapters", where=file)
+    for key, (words, fits) in _VALUES.items():
+        bare = key == "target_modules" and config.get("target_parameters")  # which is refused by its own name
+        if key in config and not bare and not fits(config[key]):
+            raise ModelError(
+                f"`{key}` must be {words}, and is {config[key]!r:.80}",
+                where=file,
+                remedy="save the adapter again with peft, or correct the file",
+            )
     return config
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_flag(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _is_targets(value: Any) -> bool:
+    texts = value if isinstance(value, list) else [value]
+    return bool(texts) and all(isinstance(text, str) and text for text in texts)
+
+
+def _is_pattern(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or (isinstance(value, dict) and all(map(fits, value.values())))
+
+
+# peft takes whatever stands there: `"false"` for true, and nothing for a number until it divides by it
+_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "r": ("a whole number above 0", _is_rank),
+    "lora_alpha": ("a number", _is_number),
+    "target_modules": ("names of modules, or a pattern of them", _is_targets),
+    "rank_pattern": ("whole numbers above 0, by module", _is_pattern(_is_rank)),
+    "alpha_pattern": ("numbers by module", _is_pattern(_is_number)),
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), ("true or false", _is_flag)),
+}
 
 
 def weights_file(folder: Path) -> Path:
@@ -99,6 +141,24 @@ def refuse_beyond_lora(config: dict[str, Any], folder: Path, use: str, *, score_
             f"the adapter uses {', '.join(found)}",
             where=folder,
             remedy="merge it with peft (model.merge_and_unload()) and give the merged folder as `model.path`",
+        )
+
+
+def refuse_unknown(config: dict[str, Any], known: Iterable[str], folder: Path) -> None:
+    """Raise Unsupported for a setting of another version of peft that is switched on. known: those of the installed
+    one, which would drop others with a Python warning. A number alone is the measure of something that is not on."""
+    unknown = sorted(
+        key
+        for key in config.keys() - set(known)
+        if config[key] and (isinstance(config[key], bool) or not isinstance(config[key], int | float))
+    )
+    if unknown:
+        settings = ", ".join(f"{key}: {config[key]!r:.60}" for key in unknown)
+        raise Unsupported(
+            f"the adapter has settings that the installed peft does not know ({settings})",
+            where=Path(folder) / CONFIG,
+            remedy=f"it was saved by peft {config.get('peft_version') or 'of another version'}: merge it there "
+            "(model.merge_and_unload()), or take the setting out of the file if it means nothing",
         )
 
 

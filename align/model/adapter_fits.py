@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import ModelError
-from align.model.adapter_config import OWN_BASE, read_adapter_config, refuse_beyond_lora, scores
+from align.model.adapter_config import OWN_BASE, read_adapter_config, refuse_beyond_lora, refuse_unknown, scores
 from align.model.lora_targets import fresh_config, targeted_modules
 from align.model.quantised import quantised_layers
 from align.model.score_head import adapter_labels, has_score_head, model_labels
@@ -23,6 +23,7 @@ def config_of(model: Any, folder: Path, use: str) -> LoraConfig:
     from peft import LoraConfig
 
     stored = read_adapter_config(folder)
+    refuse_unknown(stored, LoraConfig.__dataclass_fields__, folder)
     refuse_beyond_lora(stored, folder, use, score_head=has_score_head(model))
     if has_score_head(model) and scores(stored) and not adapter_labels(folder).agrees_with(model_labels(model)):
         raise ModelError(

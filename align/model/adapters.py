@@ -179,6 +179,13 @@ def _without_base(peft: PeftModel, state: dict[str, torch.Tensor], file: Path) -
     own = dict(peft.get_base_model().named_parameters())
     kept = {}
     for key, tensor in state.items():
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            what = "numbers that are not finite" if tensor.is_floating_point() else f"whole numbers ({tensor.dtype})"
+            raise ModelError(
+                f"the adapter's {key} holds {what}",
+                where=file,
+                remedy="take an earlier checkpoint: nothing can be computed with it",
+            )
         if "lora_" in key or (key == PEFT_HEAD and has_score_head(peft.get_base_model())):
             kept[key] = tensor
             continue

@@ -57,7 +57,7 @@ class ChatFiles:
         """What the folders themselves say: the adapter's, as far as it says anything."""
         if adapter is None:
             return cls(base)
-        ends = tuple(_ends(read_settings(adapter / GENERATION)))
+        ends = tuple(declared_ends(adapter))
         if carries_tokenizer(adapter):
             template = None if carries_template(adapter) else templates_of(base)[0].get("default")
             return cls(adapter, template, ends)
@@ -98,7 +98,7 @@ def write_ends(folder: Path, end_ids: Iterable[int], base: Path) -> None:
         model = read_settings(base / "config.json")
         text = model.get("text_config") if isinstance(model.get("text_config"), dict) else {}
         config = {key: value for key in _IDS if (value := model.get(key, (text or {}).get(key))) is not None}
-    known = _ends(config)
+    known = _ends(config, file)
     ends = [*known, *sorted(set(end_ids) - set(known))]
     if not ends or (file.is_file() and ends == known):
         return
@@ -106,9 +106,29 @@ def write_ends(folder: Path, end_ids: Iterable[int], base: Path) -> None:
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _ends(config: dict[str, Any]) -> list[int]:
+def declared_ends(folder: Path) -> list[int]:
+    """Tokens that a folder's generation_config.json calls ends. Raises ModelError where those are no token ids."""
+    return _ends(read_settings(folder / GENERATION), folder / GENERATION)
+
+
+def _ends(config: dict[str, Any], file: Path) -> list[int]:
     found = config.get("eos_token_id")
-    return [] if found is None else list(found) if isinstance(found, list) else [found]
+    ids = [] if found is None else list(found) if isinstance(found, list) else [found]
+    if wrong := [i for i in ids if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 1 << 31]:
+        raise ModelError(
+            f"`eos_token_id` must be a token's number or a list of them, and holds {wrong[0]!r:.60}",
+            where=file,
+            remedy="copy the file again, or correct it",
+        )
+    return ids
+
+
+def unread_tokenizer(folder: Path) -> list[str]:
+    """The files of a tokenizer that is not read: it has no tokenizer.json, which alone is."""
+    if carries_tokenizer(folder):
+        return []
+    templates = (TEMPLATE, "chat_template.json", MORE_TEMPLATES)
+    return [name for name in TOKENIZER_FILES if name not in templates and (folder / name).is_file()]
 
 
 def templates_of(folder: Path) -> tuple[dict[str, str], str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def _plainly_a_file(value: str, kind: str) -> bool:
 
 
 def _join(value: str, base: Path) -> str:
-    return os.path.normpath(base / Path(value).expanduser())
+    return os.path.normpath(base / Path(expanduser(value)))
 
 
 def _places(data: dict[str, Any]) -> Iterator[tuple[Path_, str]]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterator, Mapping
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def _verdict(base: Path, kept: Mapping[str, Any], named: str) -> tuple[str, bool
         return _other(base, name, packed if ours is None else None, "its weights are others"), True
     if named in ("", "None"):
         return f"the adapter names no base: whether {base} is the one that it was trained on cannot be known", False
-    there = Path(named).expanduser()
+    there = Path(expanduser(named))
     if there.is_dir():
         if there.resolve() == base.resolve() or weights_digest(there) == digest:
             return None

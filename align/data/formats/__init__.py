@@ -6,6 +6,7 @@ from __future__ import annotations
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def file_of(format: str) -> Path | None:
         return None
     place = format if format.endswith(".py") else format.rpartition(":")[0]
     if place.endswith(".py"):
-        return Path(place).expanduser().absolute()
+        return Path(expanduser(place)).absolute()
     found = find_spec(place)
     return Path(found.origin) if found and found.origin else None
 

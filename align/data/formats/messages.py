@@ -203,7 +203,8 @@ class _Found:
         said = learnt(self.item)
         self.read |= FLAGS
         if role == "assistant":
-            if reasoning := self._reasoning():
+            reasoning = self._reasoning()
+            if reasoning and not _thought_in(content, reasoning):
                 extra["reasoning_content"] = reasoning
             if self.calls:
                 extra["tool_calls"] = self.calls
@@ -217,6 +218,17 @@ class _Found:
             self.read.add("name")
         more = {str(k): v for k, v in self.item.items() if k not in self.read and _filled(v)}
         return Message(role, content, extra, scored=said is not False, more=more, unread=self.unread)
+
+
+def _thought_in(content: Content, thoughts: str) -> bool:
+    """Whether the content begins with these thoughts, which would be rendered twice. Raises RowError for others."""
+    head, mark, _ = content.partition("</think>") if isinstance(content, str) else ("", "", "")
+    same = bool(mark) and head.strip().removeprefix("<think>").strip() == thoughts.strip()
+    if not same and mark and head.lstrip().startswith("<think>"):
+        raise RowError(
+            "a message has thoughts in its content, before `</think>`, and others beside it; keep one of them"
+        )
+    return same
 
 
 def _flag(item: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ _ARGUMENTS = ("arguments", "parameters", "args", "input", "kwargs", "tool_input"
 _IDS = ("id", "call_id", "tool_call_id", "toolUseId", "tool_use_id", "toolCallId")
 _SCHEMAS = ("parameters", "input_schema", "inputSchema", "parametersJsonSchema")
 _DECLARATIONS = ("functionDeclarations", "function_declarations", "tools", "functions")
+_JSON_TYPES = ("object", "array", "string", "number", "integer", "boolean")  # of parameters alone, without a function
 _NO_NAME = frozenset('{}[]()<>"\n')  # in what stands where a function's name is to stand, and is none
 
 
@@ -61,7 +62,7 @@ def _call(value: Any) -> tuple[dict[str, Any], list[str]]:
     if id_key is not None:
         call = {"id": value.get(id_key, inner.get(id_key)), **call}
     read = {"type", "index", "function", *_WRAPPERS, name_key, *given, id_key}
-    keys = {name for part in (value, inner) for name in part if name not in read}
+    keys = {name for part in (value, inner) for name in part if name not in read and part[name] is not None}
     return call, [f"tool call key {name!r}" for name in sorted(keys, key=str)]
 
 
@@ -149,7 +150,7 @@ def _schema(tool: Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(inner, dict):
         more = {} if specified is not None else tool
         return {"type": "function", **more, "function": _function(inner)}
-    if tool.get("type") not in (None, "function", "custom"):
+    if tool.get("type") not in (None, "function", "custom", *_JSON_TYPES):
         return tool
     if not isinstance(tool.get("name"), str):
         if "type" not in tool and not any(tool.values()):

@@ -60,7 +60,7 @@ def _without_prompt(prompt: Text, completion: Text) -> Text:
 
 def _conversation(row: Row) -> Conversation:
     prompt, completion = _joined(_prompt_text(row), _text(row, "completion"))
-    return Conversation(prompt, completion, tools_of(row), weight_of(row))
+    return Conversation(prompt, _without_prompt(prompt, completion), tools_of(row), weight_of(row))
 
 
 def _language(row: Row) -> Conversation:
@@ -98,7 +98,7 @@ def split_common(chosen: Text, rejected: Text) -> tuple[tuple[Message, ...], tup
 
 def _unpaired(row: Row) -> Unpaired:
     prompt, completion = _joined(_prompt_text(row), _text(row, "completion"))
-    return Unpaired(prompt, completion, label_of(row), tools_of(row), weight_of(row))
+    return Unpaired(prompt, _without_prompt(prompt, completion), label_of(row), tools_of(row), weight_of(row))
 
 
 def _prompt(row: Row) -> Prompt:
@@ -106,7 +106,7 @@ def _prompt(row: Row) -> Prompt:
     prompt = _prompt_text(row)
     if isinstance(prompt, str) and not isinstance(completion, str):
         prompt = _messages(prompt, "user")
-    return prompt_from(prompt, completion, tools_of(row))
+    return prompt_from(prompt, _without_prompt(prompt, completion), tools_of(row))
 
 
 _SYSTEM = frozenset({"system"})

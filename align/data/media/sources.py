@@ -13,6 +13,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ class Finder:
 
 def _resolved(home: Path, source: str) -> Path:
     try:
-        path = (home / Path(source).expanduser()).resolve()
+        path = (home / Path(expanduser(source))).resolve()
         path.lstat()
     except FileNotFoundError:
         return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,9 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from align.data.audit import Refusal
+from align.data.formats import layouts_of
 from align.data.readers import Row
 from align.data.sources import apply_columns, is_hub_id, open_source
-from align.errors import DataError
+from align.errors import DataError, ModelError, PluginError
+from align.hub import resolve_model_folder
 from tests.unit.data.build import source, write_jsonl
 
 ROWS = [{"q": "one", "a": "1"}, {"q": "two\u2028zwei", "a": "2"}]
@@ -195,3 +198,20 @@ def test_columns_rename_and_leave_the_rest(tmp_path: Path) -> None:
     assert named == [{"prompt": "q", "completion": "a", "level": 3}]
     with pytest.raises(DataError, match="no column 'frage'"):
         apply_columns(rows, source("x", columns={"prompt": "frage"}))
+
+
+def test_what_is_there_and_is_no_file_is_called_what_it_is(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    for name, what in (("pipe", "no file and no folder"), ("loop", "a link to nothing, or to itself")):
+        with pytest.raises(DataError, match=f"this is {what}"):
+            open_source(source(tmp_path / f"{name}.jsonl"))
+
+
+def test_the_home_of_nobody_is_a_place_where_nothing_is(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no such file"):
+        open_source(source("~no-such-user/rows.jsonl"), folder=tmp_path)
+    with pytest.raises(PluginError):
+        layouts_of("~no-such-user/mine.py:LAYOUT")
+    with pytest.raises(ModelError, match="no such folder"):
+        resolve_model_folder("~no-such-user/model")

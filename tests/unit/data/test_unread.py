@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from align.data.prepare import prepare
@@ -306,3 +309,114 @@ def test_documents_of_a_row_are_given_to_a_template_that_reads_them(tmp_path: Pa
     assert text(tokenizer, made.items[0].trunk).startswith("one|two|<|im_start|>user") and not notes(made)
     with pytest.raises(DataError, match="`documents` must be a list"):
         prepared(tmp_path, [row | {"documents": "one two"}], "conversation", tokenizer)
+
+
+# ------------------------------------------------------------------------------------------------- texts
+
+
+def of_each(body: str) -> str:
+    """A template that writes each message's header and end, and `body` between them."""
+    return UNMARKED_CHATML.replace("{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}", (
+        "{{ '<|im_start|>' + m['role'] + '\\n' }}" + body + "{{ '<|im_end|>\\n' }}"
+    ))  # fmt: skip
+
+
+def test_thoughts_in_the_text_that_a_template_cuts_off_are_counted(tmp_path: Path, folder: Path) -> None:
+    body = "{{ m.content.split('</think>')[-1] }}"
+    rows = [{"messages": turns("q", "<think>hm</think>a")}, {"messages": turns("q", "a")}]
+    made = prepared(tmp_path, rows, "conversation", load_tokenizer(folder, chat_template=of_each(body)))
+    assert notes(made) == [
+        "the chat template does not render: thoughts in the text of an assistant turn (before `</think>`) (once, at "
+        f"{tmp_path / 'data.jsonl'}:1)"
+    ]
+    kept = load_tokenizer(folder, chat_template="qwen3")
+    for answer_text in ("<think>hm</think>a", "<think>\nhm\n</think>\n\na", "hm</think>a"):
+        made = prepared(tmp_path, [{"messages": turns("q", answer_text)}], "conversation", kept)
+        assert not notes(made) and "hm" in scored(kept, made.items[0].trunk)
+
+
+@pytest.mark.parametrize(
+    "body", ["{{ m.content.split('.')[0] }}", "{{ m.content | e }}", "{{ (m.content | trim)[:2] }}"]
+)
+def test_a_text_that_a_template_changes_or_shortens_is_counted_by_role(tmp_path: Path, folder: Path, body: str) -> None:
+    tokenizer = load_tokenizer(folder, chat_template=of_each(body))
+    rows = [{"messages": turns("ok", "a < b. so")}, {"messages": turns("  ok\n", "a & b. so")}]
+    found = prepared(tmp_path, rows, "conversation", tokenizer).report.sources[0].unread
+    assert found == {
+        "not rendered: the text of 'assistant' messages as it stands": {
+            "count": 2,
+            "first": f"{tmp_path / 'data.jsonl'}:1",
+        }
+    }
+
+
+def test_thoughts_beside_a_text_that_has_them_already_stand_once(tmp_path: Path, qwen: ChatTokenizer) -> None:
+    rows = [{"messages": answer(content="<think>\nhm\n</think>\n\na", reasoning_content="hm")}]
+    made = prepared(tmp_path, rows, "conversation", qwen)
+    assert scored(qwen, made.items[0].trunk).count("hm") == 1 and not notes(made)
+    rows = [{"messages": answer(content="<think>hm</think>a", thinking="so")}]
+    with pytest.raises(DataError, match="thoughts in its content, before `</think>`, and others beside it"):
+        prepared(tmp_path, rows, "conversation", qwen)
+
+
+def test_a_second_system_turn_that_a_template_leaves_out_is_refused_though_its_words_stand_elsewhere(
+    tmp_path: Path, folder: Path
+) -> None:
+    first_alone = "{% if m.role != 'system' or loop.first %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endif %}"
+    tokenizer = load_tokenizer(folder, chat_template="{% for m in messages %}" + first_alone + "{% endfor %}")
+    again = {"role": "system", "content": "be kind"}
+    rows = [{"messages": [again, *turns("q", "a"), again, *turns("q", "a")]}]
+    with pytest.raises(DataError, match="leaves out message 3, of role 'system'"):
+        prepared(tmp_path, rows, "conversation", tokenizer)
+
+
+def test_a_completion_that_repeats_its_prompt_is_what_follows_it(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    prompt, last = [{"role": "system", "content": "s"}, ASK], {"role": "assistant", "content": "a"}
+    plain = prepared(tmp_path, [{"prompt": prompt, "completion": [last]}], "conversation", tokenizer).items[0].trunk
+    again = prepared(tmp_path, [{"prompt": prompt, "completion": [*prompt, last]}], "conversation", tokenizer)
+    assert again.items[0].trunk.token_ids.tolist() == plain.token_ids.tolist()
+    assert again.items[0].trunk.loss_mask.tolist() == plain.loss_mask.tolist()
+    row = {"prompt": prompt, "completion": [*prompt, last], "label": True}
+    assert scored(tokenizer, prepared(tmp_path, [row], "unpaired", tokenizer).items[0].branches[0]) == "a<|im_end|>"
+    made = prepared(tmp_path, [row], "prompt", tokenizer).items[0]
+    assert len(made.messages) == 2 and made.row["reference_answer"] == "a"
+    other = [{"prompt": [ASK], "completion": [prompt[0], ASK, last]}]
+    with pytest.raises(DataError, match="starts with a system turn behind a prompt"):
+        prepared(tmp_path, other, "conversation", tokenizer)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_messages_as_json_text_are_messages_whose_nulls_stay(tmp_path: Path, qwen: ChatTokenizer, suffix: str) -> None:
+    call = {"name": "f", "arguments": {"x": None}}
+    messages = json.dumps([ASK, {"role": "assistant", "content": None, "tool_calls": [call]}])
+    path = tmp_path / f"data.{suffix}"
+    if suffix == "csv":
+        with path.open("w", newline="") as f:
+            csv.writer(f).writerows([["messages"], [messages]])
+    elif suffix == "parquet":
+        pq.write_table(pa.table({"messages": [messages]}), path)
+    else:
+        write_jsonl(path, [{"messages": messages}])
+    made = prepare((source(path),), "conversation", qwen, seed=0)
+    assert '{"name": "f", "arguments": {"x": null}}' in scored(qwen, made.items[0].trunk)
+    assert notes(made)[0].startswith("`messages` holds messages as JSON text, and is read as messages: once")
+
+
+def test_text_that_only_looks_like_messages_stays_text_and_a_printed_list_is_named(
+    tmp_path: Path, tokenizer: ChatTokenizer
+) -> None:
+    for prompt in ('[{"city": "role"}]', '[{"role": "user"', "[1]", '{"from": 3}', "[]"):
+        made = prepared(tmp_path, [{"prompt": prompt, "completion": "a"}], "conversation", tokenizer)
+        assert text(tokenizer, made.items[0].trunk) == prompt + "a<|im_end|>" and len(notes(made)) == 1
+    made = prepared(tmp_path, [{"prompt": str([ASK]), "completion": "a"}], "conversation", tokenizer)
+    assert "the prompt is a list of messages as Python prints it" in notes(made)[0]
+
+
+def test_what_generation_markers_make_of_a_conversation_is_said(tmp_path: Path, folder: Path) -> None:
+    marked = "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+    last = "{% if loop.last %}" + marked + "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}"
+    for body, note in ((last, "around a conversation's last answer alone"), (marked, "around what users say too")):
+        template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}" + body + "{% endfor %}"
+        tokenizer = load_tokenizer(folder, chat_template=template)
+        made = prepared(tmp_path, [{"messages": turns("q", "a", "q", "b")}], "conversation", tokenizer)
+        assert [line for line in notes(made) if note in line], notes(made)

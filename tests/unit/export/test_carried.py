@@ -264,3 +264,23 @@ def test_files_without_a_recipe_say_what_they_can(base: Path, tmp_path: Path) ->
     (ours / "chat_template.jinja").write_text(THEIRS)
     assert ChatFiles.of(base, ours).template == THEIRS
     assert ChatFiles.of(base, with_tokenizer(ours, base)).tokenizer == ours
+
+
+@pytest.mark.parametrize("ids", ['"x"', "[-1]", "[2, null]", "true", "[1.0]", "[4294967296]"])
+def test_ends_that_are_no_token_ids_are_refused_with_their_file(base: Path, tmp_path: Path, ids: str) -> None:
+    shutil.copy(base / "tokenizer.json", tmp_path / "tokenizer.json")
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {ids}}}')
+    with pytest.raises(ModelError, match="`eos_token_id` must be a token's number") as error:
+        carried(base, tmp_path)
+    assert "generation_config.json" in str(error.value)
+
+
+def test_a_tokenizer_in_an_older_form_is_not_passed_over_in_silence(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert not carried(base, tmp_path).notes
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    note = "the adapter's tokenizer (tokenizer_config.json, tokenizer.model) is not read, and the base's is taken"
+    assert [line for line in carried(base, tmp_path).notes if line.startswith(note)]
+    (tmp_path / "chat_template.jinja").write_text(THEIRS)
+    assert [line for line in carried(base, tmp_path).notes if line.startswith(note)]
+    assert not [line for line in carried(base, tmp_path, whose="base").notes if line.startswith(note)]

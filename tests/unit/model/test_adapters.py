@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from align.errors import ModelError, Unsupported, UserError
@@ -337,3 +338,64 @@ def test_arrays_keep_their_bits():
 
     x = torch.tensor([1.0, -2.5], dtype=torch.bfloat16)
     assert as_array(x).dtype == np.uint16 and as_array(x).tolist() == [0x3F80, 0xC020]
+
+
+# -------------------------------------------------------------------------------------------- what others wrote
+
+
+def edited(folder: Path, **changes) -> Path:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_rslora": "false"},
+        {"use_dora": 1.5},
+        {"r": "4"},
+        {"r": 0},
+        {"r": True},
+        {"lora_alpha": None},
+        {"lora_alpha": float("nan")},
+        {"target_modules": None},
+        {"target_modules": []},
+        {"rank_pattern": {"q_proj": "2"}},
+        {"alpha_pattern": [8]},
+    ],
+)
+def test_a_setting_of_another_type_is_refused_by_name_and_not_taken_for_what_it_is_not(base, tmp_path, changes):
+    folder = edited(trained(base, tmp_path / "adapter"), **changes)
+    with pytest.raises(ModelError, match=f"`{next(iter(changes))}` must be"):
+        adapters.load_frozen(model_of(base), folder, use="merge")
+
+
+def test_a_setting_of_another_peft_is_refused_where_it_is_on(base, tmp_path):
+    folder = edited(trained(base, tmp_path / "adapter"), use_later=False, later_config={}, later_size=16, later=None)
+    adapters.load_frozen(model_of(base), folder, use="merge")
+    for changes in ({"use_later": True}, {"later_config": {"a": 1}}, {"enable_lora": [True, False]}):
+        with pytest.raises(Unsupported, match=f"the installed peft does not know \\({next(iter(changes))}: "):
+            adapters.load_frozen(
+                model_of(base), edited(folder, **({"use_later": False, "later_config": {}} | changes)), use="merge"
+            )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what"), [(float("nan"), "not finite"), (float("inf"), "not finite"), (None, "whole")]
+)
+def test_an_adapter_that_holds_no_numbers_is_refused_and_named(base, tmp_path, spoil, what):
+    folder = trained(base, tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = sorted(tensors)[0]
+    if spoil is None:
+        tensors[name] = tensors[name].to(torch.int8)
+    else:
+        tensors[name][0, 0] = spoil
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    for use in (adapters.attach, None):
+        with pytest.raises(ModelError, match=f"{re.escape(name)} holds .*{what}"):
+            if use is None:
+                adapters.load_frozen(model_of(base), folder, use="generate")
+            else:
+                use(model_of(base), None, folder, seed=0)

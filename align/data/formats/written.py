@@ -1,0 +1,47 @@
+"""Messages that a row holds as JSON text, as CSV files and tables of texts must: read as the messages they are.
+
+Text that is no such list stays text, whatever it looks like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from align.data.values import BadValue, Json
+
+_COLUMNS = (
+    "messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected", "rejected_messages",
+    "preferred_output", "non_preferred_output",
+)  # fmt: skip
+_ROLES = ("role", "from")
+
+
+class Values(dict[str, Any]):
+    """A row's values with such texts as lists (or one object) of messages. written: the names of those columns."""
+
+    written: frozenset[str] = frozenset()
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Values:
+        found = {name: value for name in _COLUMNS if (value := _messages(values.get(name))) is not None}
+        read = cls({**values, **found})
+        read.written = frozenset(found)
+        return read
+
+
+def _messages(value: Any) -> Any:
+    if not isinstance(value, str) or value[:1000].lstrip()[:1] not in ("[", "{"):
+        return None
+    if not any(f'"{name}"' in value for name in _ROLES):
+        return None
+    try:
+        read = Json().loads(value)
+    except BadValue:
+        return None
+    items = read if isinstance(read, list) else [read]
+    return read if items and all(isinstance(item, dict) and _says_who(item) for item in items) else None
+
+
+def _says_who(message: Mapping[str, Any]) -> bool:
+    return any(isinstance(message.get(name), str) for name in _ROLES)
