@@ -77,8 +77,8 @@ def check_adapters(recipe: Recipe, origin: Origin | None = None) -> None:
         raise RecipeError(
             f"stage {stage.id!r} continues the adapter of {name} under another configuration ({keys})",
             where=f"stages.{stage.id}.adapter",
-            remedy=f"put a merge stage {'between them' if stage.from_ else 'in front'}, or leave `adapter:` out to go on "
-            "with that one",
+            remedy=f"put a merge stage {'between them' if stage.from_ else 'in front'}, or leave `adapter:` out to go "
+            "on with that one",
         )
 
 

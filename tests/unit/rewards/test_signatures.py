@@ -104,7 +104,8 @@ def test_a_function_of_theirs_without_its_signature_is_refused_before_it_scores(
 
 def test_a_decorated_function_may_call_its_samples_completions(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "from rewards import reward\n@reward\ndef said(completions):\n    return [len(c.completion) for c in completions]\n"
+        "from rewards import reward\n\n@reward\n"
+        "def said(completions):\n    return [len(c.completion) for c in completions]\n"
     )
     with RewardPool([PluginSpec("mine.py:said")], tmp_path, 0) as pool:
         assert pool.score_sync(CHAT).scores == [[3.0], [2.0]]
