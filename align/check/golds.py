@@ -9,6 +9,7 @@ from align.actors.plugins import plugin_spec
 from align.errors import PluginError
 from align.protocols import PromptItem
 from align.recipe.parts import Reward
+from rewards.api import PluginError as RewardsPluginError
 from rewards.find import builtin_names, load
 
 
@@ -20,7 +21,10 @@ def golds_note(reward: Reward, folder: Path, prompts: Sequence[PromptItem]) -> s
     """
     if reward.signature != "align" or reward.use not in builtin_names() or not prompts:
         return None
-    plugin = load(plugin_spec(reward), folder)
+    try:
+        plugin = load(plugin_spec(reward), folder)
+    except RewardsPluginError:
+        return None  # of its arguments, which are told where rewards are described
     missing: list[tuple[str, str]] = []
     for prompt in prompts:
         try:

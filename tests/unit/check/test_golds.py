@@ -42,6 +42,10 @@ def test_an_answer_under_any_name_or_the_one_that_args_give_is_found() -> None:
     assert note("contains", {"prompt": "?"}, texts=["a"]) is None and note("length", {"prompt": "?"}, max=8) is None
 
 
+def test_wrong_arguments_are_left_to_the_check_of_rewards() -> None:
+    assert note("numeric", {"prompt": "?"}, tolerence=1) is None
+
+
 def test_a_plugin_of_the_users_is_not_asked_what_its_gold_is(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from rewards import reward\n\n@reward(gold=lambda row: row['answer'])\ndef mine(samples):\n    return []\n"
