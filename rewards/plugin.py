@@ -191,6 +191,13 @@ def _own_signature(function: Callable[..., Any], where: str) -> tuple[Callable[.
             where=where,
             remedy="write it as f(samples) or f(samples, ctx, *, option=default)",
         )
+    if not hasattr(function, "__reward__") and any(p.name == "completions" for p in found):
+        raise PluginError(
+            "its parameter `completions` is that of TRL's and ms-swift's reward functions; here a reward takes samples",
+            where=where,
+            remedy="say `signature: trl` or `signature: swift` beside `use` (`--signature` of `align rewards try`), or "
+            "decorate a function of samples with @reward",
+        )
     wants_ctx = any(p.name == "ctx" for p in found[1:])
     parameters, open_args = read_parameters(function, skip=(found[0].name, "ctx"))
 

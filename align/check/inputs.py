@@ -134,7 +134,7 @@ class DataFacts:
 
     whole: every row was read, so that `rows` is the epoch's size. longest, mean: tokens of a tree, or of a prompt.
     patches: of its images, for each token, on average; most_patches: of one tree's or prompt's.
-    trees: of rows that a loss learns from.
+    trees: of rows that a loss learns from. prompts: those that are sampled from, as many as were read.
     """
 
     report: DataReport | None = None
@@ -146,6 +146,7 @@ class DataFacts:
     most_patches: int = 0
     notes: list[str] = field(default_factory=list)
     trees: Sequence[Tree] = ()
+    prompts: Sequence[PromptItem] = ()
 
     def measure(self, items: Sequence[Tree | PromptItem]) -> None:
         """How many they are, and how large."""
@@ -208,6 +209,7 @@ def read_data(
     ]
     facts.report = prepared.report
     facts.trees = prepared.items if losses else ()
+    facts.prompts = prepared.items if kind == "prompt" else ()
     facts.whole = not any(cut) and len(here) == len(sources)
     facts.measure(prepared.items)
     return facts

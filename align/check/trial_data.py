@@ -70,12 +70,35 @@ def _rows(path: Path, columns: dict[str, str], limit: int | None) -> list[Row]:
 def _read_data(rows: Sequence[Row], trial: Trial, columns: dict[str, str]) -> None:
     # what is scored must not be read as the answer that the row knows
     prompts = _prompts([_without(row, trial.column) for row in rows], trial, frozenset(columns))
+    _note_answers(rows, trial, columns, prompts)
     for row, (messages, more) in zip(rows, prompts, strict=True):
         shown, values = media_of_messages(messages), {**light(row.values), **more}
         for sample, text in enumerate(_texts(row, trial.column)):
             own = Sample(text, messages, values, group_id=row.number, sample_id=sample, media=shown)
             trial.samples.append(own)
             trial.origins.append(row.origin)
+
+
+def _note_answers(
+    rows: Sequence[Row],
+    trial: Trial,
+    columns: dict[str, str],
+    prompts: Sequence[tuple[tuple[dict[str, Any], ...], dict[str, Any]]],
+) -> None:
+    """Say where the column that is scored is the answer that a stage keeps for its rewards: they miss it here."""
+    if any(more for _, more in prompts):
+        return
+    as_in_a_stage = replace(trial, notes=[])
+    try:
+        whole = _prompts(rows, as_in_a_stage, frozenset(columns))
+    except DataError:
+        return
+    if any(more for _, more in whole):
+        trial.notes.append(
+            f"column {trial.column!r} is these rows' answer: a stage takes it off and gives it to rewards as "
+            "row['reference_answer'], which is missing here, because it is what is scored. For a reward that compares "
+            "with it, add a column with the completions to try, or try it on a run's rollouts"
+        )
 
 
 def _without(row: Row, column: str) -> Row:

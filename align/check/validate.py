@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from align.check.findings import Findings
+from align.check.golds import golds_note
 from align.check.inputs import DataFacts, Rewards, check_reference, open_model, read_data
 from align.check.machine import Machine, check_fits, stage_roles
 from align.check.needed import check_model_packages, check_packages
@@ -118,9 +119,23 @@ def _check_stage(
             )
     if len(read) < len(stage.datasets):
         return
+    golds = {key: _golds(stage, key, facts, found, folder) for key, facts in read.items()}
     with found.gather(stage.id):
         planned = planner.stage(stage, read.get("data", DataFacts()))
         for key, facts in read.items():
             planned.lines += [f"{key}: {line.strip()}" for line in (facts.report.summary if facts.report else [])]
-            planned.lines += [f"{key}: {note}" for note in facts.notes]
+            planned.lines += [f"{key}: {note}" for note in [*facts.notes, *golds.get(key, [])]]
         plan.stages.append(planned)
+
+
+def _golds(stage: Stage, key: str, facts: DataFacts, found: Findings, folder: Path) -> list[str]:
+    """Notes of rewards that miss the answer in some of the rows they will judge."""
+    rewards, of = stage.rewarded_by, "rewards"
+    if key != "data" and isinstance(stage, SamplingStage) and stage.eval is not None and stage.eval.rewards:
+        rewards, of = stage.eval.rewards, "eval.rewards"
+    notes = []
+    for number, reward in enumerate(rewards):
+        with found.gather(stage.id, f"{of}.{number}"):
+            note = golds_note(reward, folder, facts.prompts)
+            notes += [f"note: {note}"] if note else []
+    return notes

@@ -146,19 +146,31 @@ async def _until_done(reporter: Reporter, run: RunFolder, watch: HeadWatch, star
         return await task
     except LostError as error:  # of an actor: perhaps the first to notice
         if (gone := watch.look()) is not None:
-            raise gone from error
+            raise _gone(gone, stop) from error
         raise
     except asyncio.CancelledError:
         if run.lock is not None and run.lock.lost is not None:
             raise run.lock.lost from None
         if watch.gone is not None:
-            raise watch.gone from None
+            raise _gone(watch.gone, stop) from None
         raise Interrupted(
             "stopped at once, without a new checkpoint", remedy="--resume continues from the last one"
         ) from None
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
+
+
+def _gone(error: LostError, stop: asyncio.Event) -> LostError:
+    """The loss of Ray's head; what ends every process of a job, the driver among them, is the usual cause of one that
+    comes while the run is stopping."""
+    if not stop.is_set():
+        return error
+    return LostError(
+        f"{error.what}, while the run was stopping: no new checkpoint was saved",
+        remedy="--resume continues from the last one; a signal that reaches all processes of a job ends Ray too: send "
+        f"SIGTERM to the driver alone (here process {os.getpid()}), early enough for a step to finish",
+    )
 
 
 def _as_interrupt(number: int, frame: FrameType | None) -> None:

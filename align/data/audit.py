@@ -13,6 +13,7 @@ from align.data.labels import describe as label_lines
 from align.errors import DataError
 
 _SHOWN = 10  # refused rows spelled out in an error or a summary; the JSON report has them all
+_PLACES = 3  # of rows refused for one reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,21 +242,31 @@ class DataReport:
 
 
 def describe(refused: Sequence[Refusal], shown: int = _SHOWN) -> list[str]:
-    """The first refusals, one line each, then the counts by reason where there are more."""
-    lines = [f"{r.origin}: {r.reason}" for r in refused[:shown]]
-    if len(refused) > shown:
-        counts = Counter(r.reason for r in refused).most_common(shown)
-        lines.append(f"{len(refused)} rows in all; most frequent: " + "; ".join(f"{n} x {why}" for why, n in counts))
+    """The refusals, one line each; where there are more, one line for each reason, with its count and first places."""
+    if len(refused) <= shown:
+        return [f"{r.origin}: {r.reason}" for r in refused]
+    places: dict[str, list[str]] = {}
+    for r in refused:
+        places.setdefault(r.reason, []).append(r.origin)
+    lines = []
+    for reason, origins in sorted(places.items(), key=lambda item: -len(item[1]))[:shown]:
+        if len(origins) == 1:
+            lines.append(f"{origins[0]}: {reason}")
+        else:
+            more = ", ..." if len(origins) > _PLACES else ""
+            lines.append(f"{len(origins)} rows ({', '.join(origins[:_PLACES])}{more}): {reason}")
+    if len(places) > shown:
+        lines.append(f"{len(refused)} rows in all, for {len(places)} reasons")
     return lines
 
 
 def refusal_error(report: SourceReport) -> DataError:
     """The error for `on_bad_row: error`: the first row's place and reason, then the others."""
     first, rest = report.refused[0], report.refused[1:]
-    more = "".join(f"\n  {line}" for line in describe(rest))
-    total = f" ({len(report.refused)} of {report.read} rows cannot be used)" if rest else ""
-    return DataError(
-        f"{first.reason}{total}{more}",
-        where=first.origin,
-        remedy="correct these rows, or set `on_bad_row: skip` on this source to leave them out and list them",
-    )
+    alike = all(r.reason == first.reason for r in rest)
+    total = f" ({len(report.refused)} of {report.read} rows cannot be used{', all for this' if alike else ''})"
+    more = "" if alike else "".join(f"\n  {line}" for line in describe(rest))
+    remedy = "correct these rows, or set `on_bad_row: skip` on this source to leave them out and list them"
+    if len(report.refused) == report.read > 1:  # to skip them would leave nothing
+        remedy = "correct these rows; where the reason is not in them, the recipe's template, layout or length is"
+    return DataError(f"{first.reason}{total if rest else ''}{more}", where=first.origin, remedy=remedy)

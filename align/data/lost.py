@@ -23,7 +23,10 @@ _CALL_MARKS = (
     "<tool_call>", "<function_call>", "<functioncall>", "<function=", "[TOOL_CALLS]", "<|python_tag|>", "<|tool_call|>",
     "<|tool_calls_section_begin|>", "<｜tool▁calls▁begin｜>", "<start_function_call>",
 )  # fmt: skip
-_REMEDY = "name a template that does with `model.chat_template`, or leave it out of the row"
+_REMEDY = (
+    "name a template that renders it with `model.chat_template` (ours: `qwen3` renders tools, calls and thoughts), or "
+    "leave it out of the row"
+)
 
 
 def left_out(

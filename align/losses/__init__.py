@@ -131,10 +131,13 @@ def load(name: str) -> ModuleType:
     module: ModuleType = resolve(name, group=__name__, package=__name__, hidden=_HELPERS)
     missing = [wanted for wanted in ("Config", "needs", "loss") if not hasattr(module, wanted)]
     if missing:
+        file, colon, _ = name.rpartition(":")
         raise PluginError(
             f"a loss exports Config, needs and loss; this has no {' and no '.join(missing)}",
             where=name,
-            remedy="align/losses/sft.py is a short example",
+            remedy=f"a loss is a file, not a function in one: name {file}, with all three in it"
+            if colon
+            else "align/losses/sft.py is a short example",
         )
     return module
 

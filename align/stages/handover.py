@@ -17,6 +17,9 @@ from align.recipe.stages import Stage
 from align.recipe.support import BASE_BESIDE_ADAPTER
 from align.stages.backend import Start
 
+# compared with `model.adapter` before it is loaded; its targets afterwards, which can be spelled in several ways
+_SHAPE = ("kind", "rank", "alpha", "dropout", "rslora", "quant")
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -64,14 +67,18 @@ def check_adapters(recipe: Recipe, origin: Origin | None = None) -> None:
             continue
         own = stage.adapter
         inherited, name = _inherited(recipe, stage, origin)
-        if inherited is None or inherited.kind == "full" or inherited == own:
+        if inherited is None or inherited.kind == "full":
             continue
         ours, theirs = own.model_dump(), inherited.model_dump()
-        keys = ", ".join(f"{k}: {theirs[k]!r} -> {ours[k]!r}" for k in ours if ours[k] != theirs[k])
+        compared = ours if stage.from_ else _SHAPE
+        keys = ", ".join(f"{k}: {theirs[k]!r} -> {ours[k]!r}" for k in compared if ours[k] != theirs[k])
+        if not keys:
+            continue
         raise RecipeError(
             f"stage {stage.id!r} continues the adapter of {name} under another configuration ({keys})",
             where=f"stages.{stage.id}.adapter",
-            remedy="put a merge stage between them, or leave `adapter:` out to go on with that one",
+            remedy=f"put a merge stage {'between them' if stage.from_ else 'in front'}, or leave `adapter:` out to go "
+            "on with that one",
         )
 
 
@@ -80,8 +87,8 @@ def _inherited(recipe: Recipe, stage: TrainStage, origin: Origin | None) -> tupl
     if stage.from_:
         source = recipe.stage(stage.from_.partition("@")[0])
         return (None if source.makes_folder else adapter_of(recipe, source, origin)), f"stage {source.id!r}"
-    if origin is None or origin.adapter is None or stage.adapter is None or stage.adapter.kind != "full":
-        return None, ""  # whoever loads an adapter compares it: the same targets can be spelled in several ways
+    if origin is None or origin.adapter is None:
+        return None, ""
     return adapter_in(origin.adapter), "model.adapter"
 
 

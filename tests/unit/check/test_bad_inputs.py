@@ -102,6 +102,11 @@ RECIPE = [
         changed("kind: preference", "kind: prefrence"),
     ),
     Case(
+        "a peer's name of a stage",
+        ("recipe.yaml:25", "`kind: orpo`", "is `kind: preference` with `loss: orpo`"),
+        changed("kind: preference", "kind: orpo"),
+    ),
+    Case(
         "a classify stage without labels",
         ("recipe.yaml:24", "give `labels: [names]`, or `num_labels`"),
         changed(
@@ -326,6 +331,12 @@ LOSSES = [
         changed("beta: 0.2", "beta: -1"),
     ),
     Case(
+        "a loss named as a function of its file",
+        ("focal.py:loss", "a loss is a file, not a function in one: name", "focal.py, with all three"),
+        lambda shop: shop.write("focal.py", "def loss(inputs, config):\n    return None\n"),
+        ("stages.sft.loss=focal.py:loss",),
+    ),
+    Case(
         "a loss on other records",
         ("override", "'dpo' learns from pairs", "kind: preference"),
         more=("stages.sft.loss=dpo",),
@@ -358,6 +369,19 @@ PLUGINS = [
         "an unknown argument of a reward",
         ("numeric", "tolerence"),
         changed("- numeric\n", "- {use: numeric, args: {tolerence: 1}}\n"),
+    ),
+    Case(
+        "a reward that compares, on rows without an answer",
+        ("prompts.jsonl:1", "numeric finds no answer in any of 3 rows", "it has: prompt", "recipe.yaml:37"),
+        lambda shop: (
+            shop.write("prompts.jsonl", [{"prompt": f"What is {n}+{n}?"} for n in range(3)]),
+            shop.change("data: {path: sft.jsonl}", "data: {path: prompts.jsonl}"),
+        ),
+    ),
+    Case(
+        "a reward of a peer's signature",
+        ("judge.py", "`completions`", "signature: trl", "recipe.yaml:38"),
+        lambda shop: shop.write("judge.py", "def brevity(completions, **kwargs):\n    return []\n"),
     ),
     Case(
         "a weight without an objective",

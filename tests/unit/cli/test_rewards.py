@@ -249,6 +249,18 @@ def test_failed_calls_are_told_and_the_scope_may_be_chosen(here: Path, capsys: p
     assert "errors: 3 of 6 samples failed" in said and "failed calls: 2 of 3" in said
 
 
+def test_an_answer_that_is_scored_is_said_to_be_missing_as_the_reference(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, more in (("plain", {}), ("tried", {"said": "it is 4"})):
+        rows = [{"instruction": "?", "input": "", "output": answer, **more} for answer in ("4", "5")]
+        (here / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, said = attempt(capsys, "try", "numeric", "--data", "plain.jsonl", "--completion", "output")
+    assert status == 1 and "column 'output' is these rows' answer" in said and "row['reference_answer']" in said
+    status, said = attempt(capsys, "try", "numeric", "--data", "tried.jsonl", "--completion", "said")
+    assert status == 0 and "these rows' answer" not in said and "tried.jsonl:1: numeric 1" in said, said
+
+
 def test_rollouts_whose_data_are_gone_are_tried_without_rows(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = rollouts(here, "/gone/rows.jsonl:1")
     status, said = attempt(

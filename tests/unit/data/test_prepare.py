@@ -40,13 +40,34 @@ def test_refused_rows_are_an_error_that_lists_them_with_line_and_reason(
     assert f"{path}:3: no assistant turn" in error.value.what and "on_bad_row: skip" in str(error.value)
 
 
+def test_a_reason_that_all_rows_share_is_said_once_and_no_remedy_leaves_no_row(
+    tmp_path: Path, tokenizer: ChatTokenizer
+) -> None:
+    with pytest.raises(DataError) as error:
+        prepared(tmp_path, [{"messages": turns("q", "")}] * 30, "conversation", tokenizer)
+    said = str(error.value)
+    assert "(30 of 30 rows cannot be used, all for this)" in said and said.count("completion is empty") == 1
+    assert "skip" not in said and "the recipe's template, layout or length" in said
+
+
+def test_many_refusals_are_listed_by_reason_the_most_frequent_first(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    rows = [GOOD, {"messages": turns("q")}, *[{"messages": turns("q", "")}] * 12]
+    with pytest.raises(DataError) as error:
+        prepared(tmp_path, rows, "conversation", tokenizer)
+    path = tmp_path / "data.jsonl"
+    lines = error.value.what.splitlines()
+    assert error.value.where == f"{path}:2" and "(13 of 14 rows cannot be used)" in lines[0]
+    assert len(lines) == 2 and f"12 rows ({path}:3, {path}:4, {path}:5, ...): " in lines[1]
+
+
 def test_skipped_rows_are_still_listed_one_by_one(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
     rows = [GOOD, *[{"messages": turns("q", "")}] * 30, GOOD]
     report = prepared(tmp_path, rows, "conversation", tokenizer, on_bad_row="skip").report
     assert (report.read, report.kept, len(report.refused)) == (32, 2, 30)
     listed = report.to_json()["sources"][0]["refused"]
     assert [r["row"] for r in listed] == list(range(1, 31)) and listed[0]["origin"].endswith("data.jsonl:2")
-    assert any("30 rows in all" in line for line in report.summary)
+    [line] = [line for line in report.summary if "30 rows (" in line]
+    assert "data.jsonl:2, " in line and "data.jsonl:4, ...): " in line
     json.dumps(report.to_json())
 
 

@@ -93,3 +93,19 @@ def test_arguments_that_nobody_takes_are_refused(tmp_path: Path) -> None:
         score(tmp_path, "ORM", CHAT, "swift", bogus=1)
     with pytest.raises(PluginError, match="bogus"):
         score(tmp_path, "trl_small", CHAT, "trl", bogus=1)
+
+
+@pytest.mark.parametrize("name", ["trl_reward", "trl_small", "swift_function"])
+def test_a_function_of_theirs_without_its_signature_is_refused_before_it_scores(tmp_path: Path, name: str) -> None:
+    with pytest.raises(PluginError, match="completions") as error:
+        score(tmp_path, name, CHAT, "align")
+    assert "signature: trl" in str(error.value.remedy)
+
+
+def test_a_decorated_function_may_call_its_samples_completions(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from rewards import reward\n\n@reward\n"
+        "def said(completions):\n    return [len(c.completion) for c in completions]\n"
+    )
+    with RewardPool([PluginSpec("mine.py:said")], tmp_path, 0) as pool:
+        assert pool.score_sync(CHAT).scores == [[3.0], [2.0]]

@@ -93,6 +93,17 @@ def test_a_foreign_adapter_is_continued_under_its_own_configuration(tmp_path: Pa
         check_adapters(recipe(sft(adapter={"kind": "full"})), origin)
 
 
+def test_an_adapter_of_another_shape_than_the_recipes_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    config = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["v_proj", "q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    same = {"kind": "lora", "rank": 8, "alpha": 16, "dropout": 0.05}
+    check_adapters(recipe(sft(adapter=same)), Origin(BASE, tmp_path))  # its targets are compared with the model at hand
+    for key, value in (("rank", 16), ("alpha", 8), ("dropout", 0.0), ("rslora", True), ("kind", "dora")):
+        with pytest.raises(RecipeError, match=rf"model\.adapter under another configuration \({key}: ") as caught:
+            check_adapters(recipe(sft(adapter={**same, key: value})), Origin(BASE, tmp_path))
+        assert "merge stage in front" in str(caught.value)
+
+
 def test_a_stage_without_from_starts_at_the_model_wherever_it_stands() -> None:
     r = recipe(sft(adapter=LORA), sft("other"))
     start = start_of(r, r.stages[1], Origin(BASE, None), {"sft": done(adapter="/run/sft/adapter")})
