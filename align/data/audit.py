@@ -114,8 +114,8 @@ def media_lines(media: Mapping[str, Any]) -> list[str]:
         lines.append(f"{total} row{'s' if total != 1 else ''} refused for their media")
     if media.get("cut"):
         lines.append(
-            f"{_counted(media['cut'])} went with what `truncate` cut off, the first at {media['first_cut']}: such rows are "
-            "trained on without"
+            f"{_counted(media['cut'])} went with what `truncate` cut off, the first at {media['first_cut']}: such rows "
+            "are trained on without"
         )
     return lines
 
