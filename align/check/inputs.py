@@ -33,7 +33,7 @@ from align.recipe.capabilities import StageBase, TrainStage
 from align.recipe.families import family_of
 from align.recipe.inputs import DataSource, Model
 from align.recipe.labels import Labels
-from align.recipe.model_folder import refuse_adapter_inside, refuse_untied_head
+from align.recipe.model_folder import refuse_adapter_inside, refuse_two_checkpoints, refuse_untied_head
 from align.recipe.parts import LossTerm, ReferencePath, Reward
 from align.recipe.schema import Recipe
 from align.recipe.trained_on import require_base
@@ -123,6 +123,7 @@ def _refuse_unsound_weights(folder: Path, local: bool) -> None:
             remedy="convert them once with model.save_pretrained(folder) in transformers",
         )
     refuse_adapter_inside(folder)
+    refuse_two_checkpoints(folder)
     refuse_untied_head(folder)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from align.errors import ModelError
-from align.recipe.model_folder import refuse_adapter_inside, untied_error
+from align.recipe.model_folder import refuse_adapter_inside, refuse_two_checkpoints, untied_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -164,6 +164,7 @@ def check_folder(folder: Path) -> None:
             remedy="convert them once with model.save_pretrained(folder) in transformers",
         )
     refuse_adapter_inside(folder)
+    refuse_two_checkpoints(folder)
 
 
 def _refuse_untied(folder: Path, model: Any) -> None:

@@ -1,7 +1,8 @@
 """What makes a model folder another model than it seems to be, found without torch.
 
 Folders that peft was merged in: the adapter may lie there still, and a head that it trained apart from the embedding
-may be stored beside it under a configuration that ties the two.
+may be stored beside it under a configuration that ties the two. Folders that were written twice: the weights of before
+may lie there still.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from align.errors import ModelError
 from align.recipe.chat_files import read_settings
 
+_SINGLE, _INDEX, _SHARDS = "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"
 _HEAD, _EMBEDDINGS = "lm_head.weight", ("embed_tokens.weight", "wte.weight")
 
 
@@ -30,6 +32,23 @@ def refuse_adapter_inside(folder: Path) -> None:
             where=folder,
             remedy="move adapter_config.json and adapter_model.safetensors to a folder of their own, and name that by "
             "`model.adapter` where the weights are without it",
+        )
+
+
+def refuse_two_checkpoints(folder: Path) -> None:
+    """Raise ModelError where whole weights lie beside others in parts: transformers reads the whole ones, engines those
+    of the index, or without one all of them."""
+    parts = sorted(path.name for path in folder.glob(_SHARDS))
+    named = read_settings(folder / _INDEX).get("weight_map")
+    if isinstance(named, dict):
+        parts = sorted({str(name) for name in named.values()})
+    if (folder / _SINGLE).is_file() and parts and _SINGLE not in parts:
+        raise ModelError(
+            f"the folder holds two sets of weights, {_SINGLE} and {parts[0]}"
+            + (f" with {len(parts) - 1} more" if len(parts) > 1 else "")
+            + ": transformers reads the one, and engines the other or both",
+            where=folder,
+            remedy=f"take out what is older (with the parts their {_INDEX})",
         )
 
 
