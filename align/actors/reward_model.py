@@ -6,16 +6,18 @@ It is a plugin like any other (deadline, batches, error policy, `processes`). It
 which the package `rewards` does not know; `align.plugins.REWARDS` is how its name finds it. Its processes compute with
 the threads and GPUs of their reward actor: `placement: {rewards: {threads: 4, gpus: 1}}`.
 
-A conversation is rendered by the checkpoint's chat template exactly as a stage of kind reward_model does, so that the
-token that is scored is the one that was trained; without a template, prompt and completion are the two texts of a
-classifier's input. A checkpoint that sees is shown the pictures of prompts (see reward_pictures.py).
+A conversation is rendered by the checkpoint's chat template exactly as a stage of kind reward_model does, with the
+tools and template arguments of its row, so that the token that is scored is the one that was trained. Without a
+template, a language model with one score reads prompt, completion and EOS, which was trained (here as in TRL and
+OpenRLHF); of any other classifier prompt and completion are the two texts of its input. A checkpoint that sees is shown
+the pictures of prompts (see reward_pictures.py).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -114,13 +116,21 @@ def _opened(path: str, revision: str | None, label: str | None, dtype: str, devi
     model = scoring_class(folder).from_pretrained(folder, dtype=dtype, use_safetensors=True)
     model.eval().to(chosen)
     chat = load_tokenizer(folder)
-    pairs = AutoTokenizer.from_pretrained(folder) if chat.template is None else None
+    plain = chat.template is not None or _ends_in_eos(model, chat)
+    pairs = None if plain else AutoTokenizer.from_pretrained(folder)
     return Opened(model, chat, pairs, column_of(folder, label), chosen)
+
+
+def _ends_in_eos(model: Any, chat: ChatTokenizer) -> bool:
+    """Whether it is a language model with one score, which stands on the EOS behind a completion: no classifier of
+    labels, no regression, and no encoder, whose head reads another token."""
+    config = model.config
+    return hasattr(model, "score") and config.num_labels == 1 and not config.problem_type and chat.eos_id is not None
 
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """A classifier and its tokenizers. pairs: transformers' own, where there is no chat template."""
+    """A classifier and its tokenizers. pairs: transformers' own, where two texts are its input."""
 
     model: Any
     chat: ChatTokenizer
@@ -141,8 +151,8 @@ class Opened:
         from align.data.encode import encode
         from align.data.render import draft
 
+        prompt = "\n\n".join(str(m["content"]) for m in sample.messages)
         if self.pairs is not None:
-            prompt = "\n\n".join(str(m["content"]) for m in sample.messages)
             given = (prompt, sample.completion) if prompt else (sample.completion,)
             return list(self.pairs(*given)["input_ids"])
         if any(isinstance(m["content"], list) for m in sample.messages):
@@ -151,6 +161,8 @@ class Opened:
                 remedy="train one from a vision-language model, or judge such prompts with a reward of your own: "
                 "`media` names the files that show them",
             )
+        if self.chat.template is None and prompt:
+            sample = replace(sample, messages=({"role": "text", "content": prompt},))
         [encoded] = encode([draft(record_of(sample), self.chat)], self.chat)
         if isinstance(encoded, Exception):
             raise encoded

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from align.actors.plugins import plugin_spec
 from align.errors import PluginError
-from align.protocols import PromptItem
+from align.protocols.fleet import PromptItem
 from align.recipe.parts import Reward
 from rewards.api import PluginError as RewardsPluginError
 from rewards.find import builtin_names, load

@@ -35,6 +35,7 @@ from align.recipe.capabilities import StageBase, TrainStage
 from align.recipe.families import family_of
 from align.recipe.inputs import DataSource, Model
 from align.recipe.labels import Labels
+from align.recipe.model_folder import refuse_adapter_inside, refuse_two_checkpoints, refuse_untied_head
 from align.recipe.parts import LossTerm, ReferencePath, Reward
 from align.recipe.schema import Recipe
 from align.recipe.trained_on import require_base
@@ -73,7 +74,7 @@ def open_model(recipe: Recipe, folder: Path) -> Iterator[ModelFacts]:
     if model.path is not None:
         found = resolve_model_folder(model.path, model.revision, weights=False)
         config = memory.read_config(found)
-        _refuse_without_weights(found, Path(expanduser(model.path)).is_dir())
+        _refuse_unsound_weights(found, Path(expanduser(model.path)).is_dir())
         refuse_unsupported_media(config, found)
         refuse_media_settings(recipe, config)
         library = open_library(recipe, found)
@@ -116,13 +117,16 @@ def check_reference(stage: StageBase) -> None:
             read_adapter_config(resolve_model_folder(reference.adapter))
 
 
-def _refuse_without_weights(folder: Path, local: bool) -> None:
+def _refuse_unsound_weights(folder: Path, local: bool) -> None:
     if local and not any(folder.glob("*.safetensors")):
         raise ModelError(
             "the folder has no weights in safetensors (pickled weights are never read)",
             where=folder,
             remedy="convert them once with model.save_pretrained(folder) in transformers",
         )
+    refuse_adapter_inside(folder)
+    refuse_two_checkpoints(folder)
+    refuse_untied_head(folder)
 
 
 # ------------------------------------------------------------------------------------------------- data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from align.check.needed import check_model_packages, check_packages
 from align.check.plan import Plan, Planner
 from align.check.rules import check_recipe
 from align.data.records import Kind
+from align.errors import RecipeError
 from align.losses import Losses
 from align.objectives.check import Known, problems
 from align.recipe.capabilities import SamplingStage
@@ -77,11 +79,14 @@ def validate(
 
 def _check_rewards(stage: Stage, rewards: Rewards, found: Findings) -> None:
     """Plugins can be loaded, their objectives have names of their own, and `objectives` can work with them."""
+    judged = None
     if isinstance(stage, SamplingStage) and stage.eval is not None and stage.eval.rewards:
-        rewards.objectives(stage.eval.rewards, stage.id, "eval.rewards", found)
+        judged = rewards.objectives(stage.eval.rewards, stage.id, "eval.rewards", found)
     if not stage.rewarded_by:
         return
     known, objectives = rewards.objectives(stage.rewarded_by, stage.id, "rewards", found), stage.weighed
+    if isinstance(stage, SamplingStage) and stage.eval is not None:
+        _check_best(stage, judged if stage.eval.rewards else known, found)
     if known is None or objectives is None:
         return
     penalty = stage.engines.truncated_penalty if stage.engines else None
@@ -93,6 +98,22 @@ def _check_rewards(stage: Stage, rewards: Rewards, found: Findings) -> None:
     with found.gather(stage.id, "objectives.combine"):  # a user's combiner is loaded
         for error in problems(objectives, known):
             found.add(error, stage.id)
+
+
+def _check_best(stage: SamplingStage, judged: Mapping[str, Known] | None, found: Findings) -> None:
+    """The best checkpoint by an objective is the one with the least of a cost, and the most of a reward."""
+    best = stage.save.best
+    objective = None if best is None else (judged or {}).get(best.metric.removeprefix("eval/"))
+    if best is None or objective is None:
+        return
+    wanted = "min" if objective.kind == "cost" else "max"
+    if best.mode != wanted:
+        error = RecipeError(
+            f"`save.best` would keep the worst checkpoint: {best.metric} is a {objective.kind}, and mode {best.mode}",
+            where="save.best.mode",
+            remedy=f"write `best: {{metric: {best.metric}, mode: {wanted}}}`",
+        )
+        found.add(error, stage.id)
 
 
 def _check_stage(

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from align.data.labels import describe as label_lines
 from align.errors import DataError
+
+if TYPE_CHECKING:
+    from align.data.media.shown import Shown
 
 _SHOWN = 10  # refused rows spelled out in an error or a summary; the JSON report has them all
 _PLACES = 3  # of rows refused for one reason
@@ -31,7 +34,8 @@ class MediaReport:
 
     distinct: different ones. tokens, patches: per medium, i64[media]; source_sizes, sizes: (width, height) before and
     after resizing. converted: how many different ones were palette, CMYK, 16-bit, alpha, EXIF or grey. refused: rows
-    that were refused for their media, by reason. processed: media that were not in the store yet.
+    that were refused for their media, by reason. cut: those that went with what `truncate` cut off kept rows, which no
+    other count has; first_cut: where the first stood. processed: media that were not in the store yet.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -42,6 +46,8 @@ class MediaReport:
     sizes: list[tuple[int, int]] = field(default_factory=list)
     converted: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
+    cut: Counter[str] = field(default_factory=Counter)
+    first_cut: str = ""
     processed: int = 0
     keys: set[str] = field(default_factory=set)
 
@@ -57,8 +63,19 @@ class MediaReport:
             self.distinct += 1
             self.converted.update(facts["converted"])
 
+    def add_row(self, media: Sequence[Shown], lost: Counter[str], origin: str) -> None:
+        """Count the media of a kept row. lost: how many of each key went with what was cut off it."""
+        left = Counter(lost)
+        for medium in media:
+            if left[medium.key] > 0:
+                left[medium.key] -= 1
+                self.cut[medium.kind] += 1
+                self.first_cut = self.first_cut or origin
+            else:
+                self.add(medium.kind, medium.key, medium.facts)
+
     def to_json(self) -> dict[str, Any]:
-        if not self.counts and not self.refused:
+        if not self.counts and not self.refused and not self.cut:
             return {}
         return {
             "counts": dict(self.counts),
@@ -70,6 +87,8 @@ class MediaReport:
             "sizes": _sizes(self.sizes),
             "converted": dict(self.converted),
             "refused": dict(self.refused),
+            "cut": dict(self.cut),
+            "first_cut": self.first_cut,
         }
 
 
@@ -83,7 +102,7 @@ def media_lines(media: Mapping[str, Any]) -> list[str]:
     """`MediaReport.to_json` for a person."""
     lines = []
     if media.get("counts"):
-        shown = ", ".join(f"{n} {kind}{'s' if n != 1 else ''}" for kind, n in media["counts"].items())
+        shown = _counted(media["counts"])
         tokens = media["tokens"]
         words = [f"media: {shown} ({media['distinct']} different)"]
         words.append(f"sizes {'/'.join(media['source_sizes'])} -> {'/'.join(media['sizes'])}")
@@ -94,7 +113,16 @@ def media_lines(media: Mapping[str, Any]) -> list[str]:
     if media.get("refused"):
         total = sum(media["refused"].values())
         lines.append(f"{total} row{'s' if total != 1 else ''} refused for their media")
+    if media.get("cut"):
+        lines.append(
+            f"{_counted(media['cut'])} went with what `truncate` cut off, the first at {media['first_cut']}: such rows "
+            "are trained on without"
+        )
     return lines
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {kind}{'s' if n != 1 else ''}" for kind, n in counts.items())
 
 
 @dataclass

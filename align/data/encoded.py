@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -37,6 +38,11 @@ class Encoded:
     @property
     def scored(self) -> int:
         return int(self.trunk.mask.sum() + sum(b.mask.sum() for b in self.branches))
+
+    @property
+    def shows(self) -> Counter[str]:
+        """How often each medium stands in it, by key."""
+        return Counter(medium.key for part in (self.trunk, *self.branches) for medium in part.media)
 
 
 def fit(

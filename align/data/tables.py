@@ -281,8 +281,8 @@ class Tokeniser:
         if table.answers is not None and isinstance(record, Pair):
             values = light(one.row.values)
             table.answers.append((seen_messages(record.prompt, fitted.trunk.media), values, texts))
+        self.media.add_row(one.shown, encoded.shows - fitted.shows, one.row.origin)
         for shown in one.shown:
-            self.media.add(shown.kind, shown.key, shown.facts)
             table.files.update(shown.files)
         return True
 

@@ -39,8 +39,9 @@ BEYOND_LORA: dict[str, tuple[str, str]] = {
     "monteclora_config": ("MonteCLoRA", "merge"),
     "megatron_config": ("Megatron layers", "merge"),
 }
-# initialisations that leave the base weights alone; PiSSA, OLoRA, CorDA and LoftQ rewrite them at load
-PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+# initialisations that leave the base weights alone; PiSSA, OLoRA, CorDA and LoftQ rewrite them at load. LoRA-GA rewrote
+# them by gradients that no file holds: not even peft finds its base again
+PLAIN_INITS, LOST_BASES = ("gaussian", "eva", "orthogonal", "mica"), ("lora_ga",)
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -134,6 +135,14 @@ def refuse_beyond_lora(config: dict[str, Any], folder: Path, use: str, *, score_
     if config.get("bias", "none") != "none":
         found.append(f"trained biases (bias: {config['bias']})")
     init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() in LOST_BASES:
+        raise Unsupported(
+            f"the adapter was initialised by {init}, which changed the base weights as it was made: it belongs on a "
+            "base that is in no file",
+            where=folder,
+            remedy="save it as plain LoRA where it was trained: model.save_pretrained(folder, "
+            "path_initial_model_for_weight_conversion=...) in peft",
+        )
     if isinstance(init, str) and init.lower() not in PLAIN_INITS:
         found.append(f"{init} initialisation, which changes the base weights as it is loaded")
     if found:

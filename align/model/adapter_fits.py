@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.errors import ModelError
-from align.model.adapter_config import OWN_BASE, read_adapter_config, refuse_beyond_lora, refuse_unknown, scores
+from align.model.adapter_config import (
+    OWN_BASE,
+    read_adapter_config,
+    recipe_adapter,
+    refuse_beyond_lora,
+    refuse_unknown,
+    scores,
+)
 from align.model.lora_targets import fresh_config, targeted_modules
 from align.model.quantised import quantised_layers
 from align.model.score_head import adapter_labels, has_score_head, model_labels
@@ -51,7 +58,10 @@ def config_of(model: Any, folder: Path, use: str) -> LoraConfig:
 
 
 def require_same(model: Any, adapter: Adapter, config: LoraConfig, folder: Path) -> None:
-    """What the recipe can say of an adapter must be what the folder's is; the rest is the folder's own business."""
+    """What the recipe can say of an adapter must be what the folder's is; the rest is the folder's own business: which
+    layers it is on, exclusions by a regular expression."""
+    if adapter == recipe_adapter(folder):  # every word is the folder's own, as where the recipe says nothing
+        return
     ours = fresh_config(model, adapter)
     packed = quantised_base(folder)
     if packed is not None and packed.quant != adapter.quant:

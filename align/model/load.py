@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from align.errors import ModelError
+from align.recipe.model_folder import refuse_adapter_inside, refuse_two_checkpoints, untied_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,6 +121,7 @@ def from_folder(
             where=folder,
             remedy="check that the folder is complete and of an architecture that this transformers version knows",
         ) from error
+    _refuse_untied(folder, model)
     if attention == "auto" and getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # transformers' sdpa leaves the cap out without a word
     return model, info
@@ -161,6 +163,18 @@ def check_folder(folder: Path) -> None:
             where=folder,
             remedy="convert them once with model.save_pretrained(folder) in transformers",
         )
+    refuse_adapter_inside(folder)
+    refuse_two_checkpoints(folder)
+
+
+def _refuse_untied(folder: Path, model: Any) -> None:
+    """Raise ModelError where weights that the configuration ties were stored as different ones: transformers computes
+    with both, and engines, which go by the configuration, with one of them."""
+    if not isinstance(kept := getattr(model, "all_tied_weights_keys", None), Mapping):
+        return
+    for name, other in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if name not in kept and other not in kept:
+            raise untied_error(folder, name, other)
 
 
 def require_complete(

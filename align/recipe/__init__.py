@@ -9,7 +9,7 @@ In the order of reading:
     load.py, document.py, overrides.py, paths.py, problems.py, grammar.py: from text to types, and errors in words
     peers.py, later.py: words of other trainers, and what is not offered
     capabilities.py, optimizers.py, engines.py, support.py, served.py, families.py: what goes together
-    adapter_folder.py, trained_on.py, chat_files.py: what trained folders say of themselves
+    adapter_folder.py, trained_on.py, chat_files.py, model_folder.py: what folders of weights say of themselves
     shipping.py: a recipe and its files, to be sent
 """
 

@@ -74,9 +74,23 @@ def _every(value: Any) -> Any:
 Every = Annotated[int | str, BeforeValidator(_every)]
 
 
+_LESS_IS_BETTER = frozenset({"mse", "mae", "kl", "truncated", "missing", "error_rate", "failed_calls"})
+
+
 class Best(Strict):
+    """`mode`: whether the largest or the smallest value of `metric` is the best. Where the recipe says nothing its name
+    does: losses, errors and shares of what went wrong are the better the smaller they are."""
+
     metric: str = "eval/accuracies"
     mode: Literal["max", "min"] = "max"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mode_of_the_name(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("mode") is not None or not isinstance(given.get("metric"), str):
+            return given
+        words = given["metric"].removeprefix("eval/").split("/")
+        return given | {"mode": "min" if words[0] == "loss" or words[-1] in _LESS_IS_BETTER else "max"}
 
 
 class Save(Strict):

@@ -60,6 +60,7 @@ _MEANS = {  # their word -> where ours stands
     "eval_on_start": "eval.at_start",
     "val_before_train": "eval.at_start",
     "metric_for_best_model": "save.best.metric",
+    "greater_is_better": "save.best.mode",
     "model_name_or_path": "model.path",
     "model_name": "model.path",
     "pretrain": "model.path",

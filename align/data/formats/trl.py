@@ -50,11 +50,15 @@ def _joined(prompt: Text, *completions: Text) -> tuple[Text, ...]:
 
 
 def _without_prompt(prompt: Text, completion: Text) -> Text:
-    """Some data sets repeat the prompt at the head of each completion (UltraFeedback's chosen and rejected)."""
-    if isinstance(prompt, tuple) and isinstance(completion, tuple) and len(completion) > len(prompt) > 0:
-        head = [(m.role, m.content) for m in completion[: len(prompt)]]
-        if head == [(m.role, m.content) for m in prompt]:
-            return completion[len(prompt) :]
+    """Some data sets repeat the prompt at the head of each completion (UltraFeedback's chosen and rejected), with or
+    without the system turn."""
+    if isinstance(prompt, str) or isinstance(completion, str):
+        return completion
+    asked = [(m.role, m.content) for m in prompt]
+    for repeated in (asked, asked[1:] if asked and asked[0][0] == "system" else []):
+        n = len(repeated)
+        if 0 < n < len(completion) and [(m.role, m.content) for m in completion[:n]] == repeated:
+            return completion[n:]
     return completion
 
 
@@ -98,7 +102,8 @@ def split_common(chosen: Text, rejected: Text) -> tuple[tuple[Message, ...], tup
 
 def _unpaired(row: Row) -> Unpaired:
     prompt, completion = _joined(_prompt_text(row), _text(row, "completion"))
-    return Unpaired(prompt, _without_prompt(prompt, completion), label_of(row), tools_of(row), weight_of(row))
+    completion = _without_prompt(prompt, completion)
+    return Unpaired(prompt, completion, label_of(row), tools_of(row), weight_of(row))
 
 
 def _prompt(row: Row) -> Prompt:

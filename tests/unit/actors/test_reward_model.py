@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from align.actors.plugins import plugin_spec
+from align.actors.reward_model import Opened, _opened
 from align.check.inputs import describe_reward
+from align.data.tokenizer import load_tokenizer
 from align.errors import PluginError
 from align.model import adapters
 from align.model.score_head import load_score_model
@@ -20,7 +22,7 @@ from align.recipe.parts import Reward
 from rewards import Sample
 from rewards.plugin import PluginSpec
 from rewards.pool import RewardPool
-from tests.tiny_models import write_tiny_qwen3
+from tests.tiny_models import write_byte_tokenizer, write_tiny_qwen3
 
 TURNS = [{"role": "user", "content": "What is 3+4?"}]
 SAMPLES = [
@@ -102,6 +104,38 @@ def test_of_several_labels_one_is_chosen_and_its_probability_is_the_score(classi
     for sample, [score] in zip(samples, result.scores, strict=True):
         ids = tokenizer("What is 3+4?", sample.completion)["input_ids"]
         assert score == pytest.approx(float(alone(classifier, ids).softmax(-1)[2]), abs=1e-5)
+
+
+def test_without_a_template_the_token_that_is_scored_is_the_eos_that_was_trained(
+    classifier: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
+
+    folder = write_tiny_qwen3(tmp_path / "rm")
+    torch.manual_seed(4)
+    Qwen3ForSequenceClassification(Qwen3Config.from_pretrained(folder, num_labels=1)).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = _opened(str(folder), None, None, "float32", "cpu")
+    samples = [Sample("7.", [{"role": "text", "content": "3+4="}]), Sample("7.", [{"role": "user", "content": "3+4="}])]
+    ids = [*tokenizer("3+4=7.", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert model.read(samples) == [ids, ids]
+    assert model.scores([ids]) == pytest.approx([float(alone(folder, ids))], abs=1e-5)
+    assert _opened(str(classifier), None, "toxic", "float32", "cpu").read(samples) == [ids[:-1], ids[:-1]]
+    _opened.cache_clear()
+
+
+def test_a_conversation_is_scored_with_the_tools_and_template_arguments_of_its_row(tmp_path: Path) -> None:
+    template = (
+        "{% for t in tools or [] %}<{{ t.function.name }}>{% endfor %}{{ mood }}"
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    write_byte_tokenizer(tmp_path)
+    chat = load_tokenizer(tmp_path, chat_template=template)
+    tool = {"type": "function", "function": {"name": "add", "description": "", "parameters": {"type": "object"}}}
+    row = {"tools": [tool], "chat_template_kwargs": {"mood": "kind "}}
+    [ids] = Opened(None, chat, None, 0, "cpu").read([Sample("7", TURNS, row=row)])
+    assert chat.decode(ids, False) == "<add>kind user:What is 3+4?<|im_end|>assistant:7<|im_end|>"
 
 
 def test_a_sequence_that_is_too_long_is_a_failure_of_its_own(pool: RewardPool) -> None:

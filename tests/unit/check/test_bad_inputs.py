@@ -453,6 +453,11 @@ MODEL = [
     Case(
         "path and config", ("recipe.yaml:4", "`path`", "`config`"), changed("  tokenizer:", "  path: a/b\n  tokenizer:")
     ),
+    Case(
+        "an adapter among a model's files",
+        ("recipe.yaml:4", "holds an adapter beside the model", "model.adapter"),
+        lambda shop: (model_with_adapter(shop), use_model(shop, "./merged")),
+    ),
     Case("a template that does not compile", ("template",), more=("model.chat_template={% for",)),
     Case(
         "a reference that is not there",
@@ -462,6 +467,12 @@ MODEL = [
 ]
 
 CASES = [*RECIPE, *OVERRIDES, *LOSSES, *PLUGINS, *DATA, *MODEL]
+
+
+def model_with_adapter(shop: Workshop) -> None:
+    (shop.folder / "merged").mkdir()
+    for name in ("config.json", "adapter_config.json", "model.safetensors"):
+        shop.write(f"merged/{name}", "{}")
 
 
 def use_model(shop: Workshop, path: str) -> None:

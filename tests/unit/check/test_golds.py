@@ -10,7 +10,7 @@ import pytest
 
 from align.check.golds import golds_note
 from align.errors import PluginError
-from align.protocols import PromptItem
+from align.protocols.fleet import PromptItem
 from align.recipe.parts import Reward
 
 

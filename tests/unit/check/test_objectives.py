@@ -71,3 +71,12 @@ def test_a_kl_inside_the_reward_is_refused_with_what_has_its_gradient(
 ) -> None:
     out = told(workshop, capsys, "{kl: 0.05}", 2)
     assert "recipe.yaml:39" in out and "not offered by this version" in out and "kl_estimator: w_k3" in out
+
+
+@pytest.mark.parametrize(("best", "status"), [("metric: eval/length", 2), ("metric: eval/length, mode: min", 0)])
+def test_the_best_checkpoint_by_a_cost_is_not_the_most_costly(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str], best: str, status: int
+) -> None:
+    more = ("stages.grpo.eval={data: sft.jsonl}", f"stages.grpo.save={{best: {{{best}}}}}")
+    out = told(workshop, capsys, LIMITED, status, *more)
+    assert ("would keep the worst checkpoint: eval/length is a cost" in out) == bool(status)

@@ -39,6 +39,26 @@ SHAREGPT = [{"from": "system", "value": "be kind"}, {"from": "human", "value": "
             {"prompt": "hi", "completion": "hello", "system": "be kind"},
             Conversation((Message("system", "be kind"), USER), (ANSWER,)),
         ),
+        (
+            "conversation",
+            {"prompt": turns("hi"), "completion": turns("hi", "hello")},
+            Conversation((USER,), (ANSWER,)),
+        ),
+        (
+            "conversation",
+            {"system": "be kind", "prompt": "hi", "completion": turns("hi", "hello")},
+            Conversation((Message("system", "be kind"), USER), (ANSWER,)),
+        ),
+        (
+            "unpaired",
+            {"prompt": "hi", "completion": turns("hi", "hello"), "label": True},
+            Unpaired((USER,), (ANSWER,), True),
+        ),
+        (
+            "pair",
+            {"system": "be kind", "prompt": "hi", "chosen": turns("hi", "hello"), "rejected": turns("hi", "go away")},
+            Pair((Message("system", "be kind"), USER), (ANSWER,), (BAD,)),
+        ),
         ("conversation", {"messages": turns("hi", "hello")}, Conversation((), (USER, ANSWER))),
         ("conversation", {"conversations": turns("hi", "hello")}, Conversation((), (USER, ANSWER))),
         ("conversation", {"messages": turns("hi", "hello"), "weight": 0.5}, Conversation((), (USER, ANSWER), (), 0.5)),

@@ -209,6 +209,24 @@ def test_media_count_in_max_length_and_are_never_cut(world: World) -> None:
         assert len(places) in (0, medium.length)
 
 
+@pytest.mark.parametrize("truncate", ["left", "right"])
+def test_a_picture_that_goes_with_what_is_cut_is_told(world: World, truncate: str) -> None:
+    said = ["<image>1?", "x", "2?", "y", "<image>3?", "z"]
+    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
+    row = {"messages": messages, "images": ["a.png", "c.png"]}
+    [whole] = world.prepare([row]).items
+    first, second = (medium.start + 1 for medium in whole.media)  # behind a picture's first token
+    length = len(whole.trunk) - first if truncate == "left" else second
+    made = world.prepare([row, {**asked("4?"), "images": []}], max_length=length, truncate=truncate)
+    [tree, _] = made.items
+    [kept] = tree.media
+    assert kept.key == whole.media[1 if truncate == "left" else 0].key
+    media = made.report.sources[0].media
+    assert media["counts"] == {"image": 1} and media["cut"] == {"image": 1} and media["first_cut"].endswith(":1")
+    assert any("1 image went with what `truncate` cut off" in line for line in made.report.summary)
+    assert not world.prepare([row]).report.sources[0].media["cut"]
+
+
 # ------------------------------------------------------------------------------------------------- the store
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from align.errors import ModelError, Unsupported, UserError
 from align.model import adapters
-from align.model.adapter_config import lora_rank, recipe_adapter
+from align.model.adapter_config import lora_rank, recipe_adapter, refuse_beyond_lora
 from align.model.load import load_model
 from align.protocols.trainer import digest_arrays
 from tests.unit.model.tiny import LLAMA, QWEN3, logits, lora, train_a_little, write_tiny
@@ -156,6 +156,34 @@ def test_an_adapter_made_by_plain_peft_is_taken_with_its_own_configuration(base,
     described = recipe_adapter(tmp_path / "adapter")
     assert (described.rank, described.alpha, described.targets) == (8, 4.0, ("down_proj", "lm_head", "q_proj"))
     adapters.attach(model_of(base), described, tmp_path / "adapter", seed=0)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+        {"target_modules": "all-linear", "exclude_modules": r".*layers\.0\..*"},
+        {"target_modules": r".*layers\.1\..*_proj"},
+    ],
+)
+def test_an_adapter_on_some_layers_alone_is_gone_on_with_as_it_is(base, tmp_path, where):
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=4, task_type="CAUSAL_LM", **where))
+    train_a_little(theirs.eval())
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = adapters.attach(model_of(base), recipe_adapter(tmp_path / "adapter"), tmp_path / "adapter", seed=0)
+    assert torch.allclose(logits(ours), logits(theirs), atol=1e-6)
+    trained_layers = {path.split(".")[2] for path, _ in adapters.lora_layers(ours)}
+    assert trained_layers == {"1"}
+
+
+@pytest.mark.parametrize("use", ["train", "merge"])
+def test_an_adapter_whose_base_is_in_no_file_is_refused(base, tmp_path, use):
+    folder = trained(base, tmp_path / "adapter")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": "lora_ga"}))
+    with pytest.raises(Unsupported, match="lora_ga, which changed the base weights") as caught:
+        refuse_beyond_lora(json.loads(file.read_text()), folder, use)
+    assert "path_initial_model_for_weight_conversion" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from align.errors import ModelError, UserError
+from align.export.checkpoint import open_checkpoint
 from align.model.folders import written_aside
 from align.model.load import load_model, resolve_dtype
 from align.model.scratch import write_base
+from align.recipe.model_folder import refuse_untied_head
 from tests.unit.model.tiny import LLAMA, QWEN3, logits, recipe_model, write_tiny, write_tokenizer
 
 
@@ -121,3 +123,53 @@ def test_a_folder_written_aside_is_complete_or_absent(tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["whole"]
     with pytest.raises(UserError, match="already exists"), written_aside(tmp_path / "out"):
         pass
+
+
+def test_an_adapter_among_the_files_of_a_model_is_refused_before_it_is_put_on_a_second_time(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = write_tiny(tmp_path / "base", LLAMA)
+    trained = get_peft_model(load_model(base, dtype=torch.float32), LoraConfig(r=2, target_modules=["q_proj"]))
+    trained.save_pretrained(tmp_path / "merged")
+    trained.merge_and_unload().save_pretrained(tmp_path / "merged")  # the usual place, and the wrong one
+    merged = tmp_path / "merged"
+    for refused in (lambda: load_model(merged, dtype=torch.float32), lambda: open_checkpoint(merged)):
+        with pytest.raises(ModelError, match="a second time where they were merged"):
+            refused()
+    (merged / "adapter_config.json").unlink()
+    load_model(merged, dtype=torch.float32)
+
+
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_path):
+    base = write_tiny(tmp_path / "base", QWEN3)
+    state = load_file(base / "model.safetensors")
+    embedding = state["model.embed_tokens.weight"]
+    for head, differs in ((embedding.clone(), False), (embedding + 0.01, True)):
+        save_file({**state, "lm_head.weight": head}, base / "model.safetensors", metadata={"format": "pt"})
+        if not differs:
+            refuse_untied_head(base)
+            assert load_model(base, dtype=torch.float32).lm_head.weight is not None
+            continue
+        for refused in (lambda: load_model(base, dtype=torch.float32), lambda: refuse_untied_head(base)):
+            with pytest.raises(ModelError, match=r"config\.json ties lm_head"):
+                refused()
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    refuse_untied_head(base)
+    assert torch.equal(load_model(base, dtype=torch.float32).lm_head.weight, embedding + 0.01)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_two_sets_of_weights_in_one_folder_are_refused(tmp_path, indexed):
+    base = write_tiny(tmp_path / "base", LLAMA)
+    state = load_file(base / "model.safetensors")
+    part = "model-00001-of-00001.safetensors"
+    save_file({name: 2 * tensor for name, tensor in state.items()}, base / part, metadata={"format": "pt"})
+    index = base / "model.safetensors.index.json"
+    if indexed:
+        index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(state, part)}))
+    for refused in (lambda: load_model(base, dtype=torch.float32), lambda: open_checkpoint(base)):
+        with pytest.raises(ModelError, match="holds two sets of weights"):
+            refused()
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(state, "model.safetensors")}))
+    load_model(base, dtype=torch.float32)  # an index may name the one file; what it does not name is read by nobody

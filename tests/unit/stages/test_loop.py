@@ -163,6 +163,32 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path: Path) -> None:
     assert json.loads((Path(result.artefacts["best_adapter"]) / "w.json").read_text()) != trainer.w
 
 
+def test_the_best_by_a_loss_is_the_least_without_a_word_about_it(tmp_path: Path) -> None:
+    loop, _, lines = make(tmp_path, total=12, save=Save(every=2, keep=1, best=Best(metric="eval/loss")))
+    asyncio.run(run(loop))
+    values = dict(lines.of("eval/loss"))
+    chosen = min(values, key=lambda step: values[step])
+    assert len(set(values.values())) > 1 and loop.state.best == (values[chosen], chosen)
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode"),
+    [
+        ("eval/loss", "min"),
+        ("eval/loss/nll", "min"),
+        ("eval/mse", "min"),
+        ("eval/policy/kl", "min"),
+        ("eval/accuracies", "max"),
+        ("eval/f1_macro", "max"),
+        ("eval/rewards/margins", "max"),
+        ("eval/weight_loss_advice", "max"),
+    ],
+)
+def test_the_name_of_a_metric_says_which_checkpoint_is_the_best_until_the_recipe_does(metric: str, mode: str) -> None:
+    assert Best.model_validate({"metric": metric}).mode == mode
+    assert Best.model_validate({"metric": metric, "mode": "max"}).mode == "max"
+
+
 def test_a_best_metric_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Path) -> None:
     loop, _, _ = make(tmp_path, save=Save(every=2, best=Best(metric="eval/acuracy")))
     with pytest.raises(RecipeError) as caught:
