@@ -45,12 +45,20 @@ def fresh_config(model: Any, adapter: Adapter) -> LoraConfig:
             )
     for word in adapter.exclude:
         _require_match(word, linear, "adapter.exclude")
+    targets = _resolve_targets(model, adapter.targets, linear)
+    if given := _adapts(targets, linear) & taken_for_experts(model):
+        names = ", ".join(sorted({name.rpartition(".")[2] for name in given}))
+        raise ModelError(
+            f"peft gives LoRA on {names} of this model to its stacked experts, which is not supported",
+            where="adapter.targets",
+            remedy="name other layers, or leave `targets` out: all-linear goes on what can be adapted",
+        )
     alpha = int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha
     return LoraConfig(
         r=adapter.rank,
         lora_alpha=alpha,
         lora_dropout=adapter.dropout,
-        target_modules=_resolve_targets(model, adapter.targets, linear),
+        target_modules=targets,
         exclude_modules=sorted(adapter.exclude) or None,
         bias="none",
         task_type="CAUSAL_LM",
@@ -119,6 +127,29 @@ def left_out(model: Any) -> set[str]:
     return found
 
 
+def taken_for_experts(model: Any) -> set[str]:
+    """Paths of linear layers whose names peft gives to stacked experts, as older transformers called those: asked to
+    adapt a dense layer or a shared expert of such a name, peft adapts the experts in its place."""
+    from peft import LoraConfig
+    from peft.utils import transformers_weight_conversion as conversion
+
+    convert = getattr(conversion, "convert_peft_config_for_transformers", None)
+    if convert is None:  # a peft without that rule
+        return set()
+
+    def taken(leaf: str) -> bool:
+        config = LoraConfig(target_modules=[leaf])
+        try:
+            convert(config, model, conversions=None)
+        except ValueError:  # without the name that it is joined with
+            return True
+        return leaf not in set(config.target_modules or ())
+
+    linear = linear_modules(model)
+    leaves = {leaf for leaf in {name.rpartition(".")[2] for name in linear} if taken(leaf)}
+    return {name for name in linear if name.rpartition(".")[2] in leaves}
+
+
 def target_notes(model: Any, adapter: Adapter) -> list[str]:
     """What `targets: all-linear` means for this model where that is not every linear layer."""
     if adapter.targets != "all-linear" or not adapter.parts("lora"):
@@ -133,6 +164,7 @@ def target_notes(model: Any, adapter: Adapter) -> list[str]:
     because = {
         "their weights are stacked in tensors, not linear layers (`adapter: {kind: full}` trains them)": stacked,
         "peft refuses it there, fused kernels of Mamba read their weights": left_out(model),
+        "peft gives LoRA of these names to the stacked experts": taken_for_experts(model),
         "what they return is not the product of a linear layer": others,
     }
     return [
@@ -145,7 +177,7 @@ def target_notes(model: Any, adapter: Adapter) -> list[str]:
 def _resolve_targets(model: Any, targets: str | tuple[str, ...], linear: list[str]) -> list[str] | str:
     """What peft is told. linear: the layers of the parts that get LoRA; no other is matched."""
     if targets == "all-linear":
-        return _short(model, set(linear) - {head_name(model)} - left_out(model))
+        return _short(model, set(linear) - {head_name(model)} - left_out(model) - taken_for_experts(model))
     if isinstance(targets, str) and not re.fullmatch(r"[\w.]+", targets):
         try:
             matched = {name for name in linear_modules(model) if re.fullmatch(targets, name)}
@@ -166,6 +198,13 @@ def _resolve_targets(model: Any, targets: str | tuple[str, ...], linear: list[st
     matched = {name for name in linear if any(_is_called(name, word) for word in words)}
     everywhere = {name for name in linear_modules(model) if any(_is_called(name, word) for word in words)}
     return sorted(words) if matched == everywhere else sorted(matched)
+
+
+def _adapts(targets: list[str] | str, linear: list[str]) -> set[str]:
+    """Paths of the layers that peft's `target_modules` name."""
+    if isinstance(targets, str):
+        return {name for name in linear if re.fullmatch(targets, name)}
+    return {name for name in linear if any(_is_called(name, word) for word in targets)}
 
 
 def _short(model: Any, wanted: set[str]) -> list[str]:
@@ -207,5 +246,5 @@ def is_targeted(config: LoraConfig, module: str) -> bool:
 def targeted_modules(model: Any, config: LoraConfig) -> set[str]:
     linear = linear_modules(model)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        return set(linear) - {head_name(model)} - left_out(model)
+        return set(linear) - {head_name(model)} - left_out(model) - taken_for_experts(model)
     return {name for name in linear if is_targeted(config, name)}

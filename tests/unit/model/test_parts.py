@@ -113,3 +113,28 @@ def test_all_linear_leaves_out_what_lora_cannot_be_put_on_and_says_so(name: str,
     peft = adapters.attach(model, Adapter(rank=4), None, seed=0)
     assert torch.isfinite(peft(input_ids=torch.arange(3, 20)[None], use_cache=False).logits).all()
     assert target_notes(architectures.make("llama"), Adapter(rank=4)) == []
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe", "qwen2_moe"])
+def test_an_adapter_for_a_model_of_experts_is_taken_up_again_by_us_and_by_peft(name: str, tmp_path: Path) -> None:
+    """peft put LoRA of a dense layer's names on the stacked experts, and the next stage refused the saved adapter."""
+    from peft import PeftModel
+
+    architectures.make(name).save_pretrained(tmp_path / "base")
+    base = load_model(tmp_path / "base", dtype=torch.float32)
+    peft = adapters.attach(base, Adapter(rank=4), None, seed=0)
+    with torch.no_grad():
+        for path, values in peft.named_parameters():
+            assert "lora_" not in path or ".experts." not in path
+            if "lora_B" in path:
+                values.normal_(0, 0.2)
+    ids = torch.arange(3, 30)[None]
+    wanted = peft(input_ids=ids, use_cache=False).logits
+    peft.save_pretrained(tmp_path / "adapter")
+    again = adapters.attach(load_model(tmp_path / "base", dtype=torch.float32), None, tmp_path / "adapter", seed=0)
+    plain = PeftModel.from_pretrained(load_model(tmp_path / "base", dtype=torch.float32), tmp_path / "adapter")
+    for one in (again, plain):
+        assert torch.equal(one(input_ids=ids, use_cache=False).logits, wanted)
+    if name == "deepseek_v3":
+        with pytest.raises(ModelError, match=r"peft gives LoRA on gate_proj, up_proj .* stacked experts"):
+            fresh_config(architectures.make(name), Adapter(rank=4, targets=("q_b_proj", "up_proj", "gate_proj")))
