@@ -184,6 +184,7 @@ RECORDS: Mapping[Kind, type[Record]] = {
 
 _TEXTS = ("prompt", "completion", "chosen", "rejected")
 _INSTRUCTING = ("system", "developer")
+_BEGUN = ("prefix", "partial")  # of a last turn that is to be gone on with: Mistral's, DeepSeek's; Kimi's, Qwen's
 
 
 def texts(record: Record) -> Iterator[tuple[str, Text]]:
@@ -291,7 +292,8 @@ def assistant(text: str) -> tuple[Message, ...]:
 
 
 def prompt_from(messages: Text, completion: Text = (), tools: tuple[Mapping[str, Any], ...] = ()) -> Prompt:
-    """A Prompt from a prompt and what may follow it: a final assistant turn becomes the reference answer.
+    """A Prompt from a prompt and what may follow it: a final assistant turn becomes the reference answer, unless it
+    says that it is begun (`prefix: true`, `partial: true`): then it is gone on with.
 
     Raises RowError where an assistant turn was all there was.
     """
@@ -302,6 +304,9 @@ def prompt_from(messages: Text, completion: Text = (), tools: tuple[Mapping[str,
         completion = assistant(completion) if completion else ()
     turns = messages + completion
     answer: str | None = None
+    if turns and turns[-1].role == "assistant" and any(turns[-1].more.get(key) is True for key in _BEGUN):
+        more = {key: value for key, value in turns[-1].more.items() if key not in _BEGUN}
+        return Prompt((*turns[:-1], replace(turns[-1], more=more)), None, tools)
     if turns and turns[-1].role == "assistant":
         answer, turns = turns[-1].answer, turns[:-1]
         if not turns:

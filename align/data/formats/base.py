@@ -74,6 +74,11 @@ class Layout:
         record = self.read(row)
         if not isinstance(record, RECORDS[self.kind]):
             raise RowError(f"the layout {self.name} is of a {self.kind}, and read a {type(record).__name__}")
+        if isinstance(record, Prompt) and record.reference_answer and row.get("continue_final_message") is True:
+            raise RowError(
+                "`continue_final_message` says that the last answer is only begun: say so in its message, with "
+                "`prefix: true`, or leave the column out to have it taken off as the reference answer"
+            )
         if arguments := arguments_of(row):
             record = replace(record, arguments=arguments)
         return replace(record, weight=weight_of(row)) if isinstance(record, Prompt) else record

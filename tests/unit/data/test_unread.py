@@ -420,3 +420,17 @@ def test_what_generation_markers_make_of_a_conversation_is_said(tmp_path: Path, 
         tokenizer = load_tokenizer(folder, chat_template=template)
         made = prepared(tmp_path, [{"messages": turns("q", "a", "q", "b")}], "conversation", tokenizer)
         assert [line for line in notes(made) if note in line], notes(made)
+
+
+def test_an_answer_that_is_begun_by_its_own_word_is_gone_on_with(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    begun = {"role": "assistant", "content": "so "}
+    for word in ("prefix", "partial"):
+        item = prepared(tmp_path, [{"messages": [ASK, begun | {word: True}]}], "prompt", tokenizer).items[0]
+        assert tokenizer.decode(item.token_ids, False).endswith("<|im_start|>assistant\nso ")
+        assert "reference_answer" not in item.row
+    for row in ({"messages": [ASK, begun | {"prefix": False}]}, {"messages": [ASK, begun]}):
+        item = prepared(tmp_path, [row], "prompt", tokenizer).items[0]
+        assert tokenizer.decode(item.token_ids, False).endswith("<|im_start|>assistant\n")
+        assert item.row["reference_answer"] == "so "
+    with pytest.raises(DataError, match="`continue_final_message` says that the last answer is only begun"):
+        prepared(tmp_path, [{"messages": [ASK, begun], "continue_final_message": True}], "prompt", tokenizer)
