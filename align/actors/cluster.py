@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,8 @@ def _in_groups_of_their_own() -> Iterator[None]:
     """Processes that Ray starts leave the driver's process group, and their workers with them: SIGTERM to the group, as
     of timeout(1) and of supervisors, asks the driver to end, which needs them for its checkpoint. They still die with
     the thread that started them."""
-
-    class Apart(services.ConsolePopen):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options, process_group=0)
-
-    before, services.ConsolePopen = services.ConsolePopen, Apart
+    before = services.ConsolePopen
+    services.ConsolePopen = partial(before, process_group=0)
     try:
         yield
     finally:
