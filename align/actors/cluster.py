@@ -16,13 +16,12 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants, services
+from ray._private import ray_constants
 from ray.exceptions import (
     NodeDiedError,
     ObjectLostError,
@@ -62,23 +61,6 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
 
 
-@contextmanager
-def _in_groups_of_their_own() -> Iterator[None]:
-    """Processes that Ray starts leave the driver's process group, and their workers with them: SIGTERM to the group, as
-    of timeout(1) and of supervisors, asks the driver to end, which needs them for its checkpoint. They still die with
-    the thread that started them."""
-
-    class Apart(services.ConsolePopen):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options, process_group=0)
-
-    before, services.ConsolePopen = services.ConsolePopen, Apart
-    try:
-        yield
-    finally:
-        services.ConsolePopen = before
-
-
 class Cluster:
     """A connection to Ray. `local` when it was started here and ends here; `folder` holds its sockets and logs."""
 
@@ -109,14 +91,13 @@ class Cluster:
         # what libraries leave in the temporary folder (vLLM's rendezvous files, when it is killed) goes with the run
         temporary = {"TMPDIR": str(self.folder), **_LOOPBACK} if self.local else {}
         try:
-            with _in_groups_of_their_own():
-                ray.init(
-                    address=address or "local",
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    runtime_env={"worker_process_setup_hook": packages.bind, "env_vars": temporary},
-                    **(own if self.local else {}),
-                )
+            ray.init(
+                address=address or "local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"worker_process_setup_hook": packages.bind, "env_vars": temporary},
+                **(own if self.local else {}),
+            )
         except Exception as error:  # where a node does not come up in time, Ray raises just that
             self._end()
             where = address or "this machine"

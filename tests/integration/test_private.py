@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import signal
 import stat
 import sys
 import time
@@ -99,18 +98,6 @@ def test_a_run_whose_head_dies_says_so_and_resumes(tmp_path: Path, part: str) ->
     assert os.listdir(tmp_path / "runs" / "head" / "sft" / "checkpoints")
     if part == "gcs_server":
         assert "continues from step" in run(recipe, "--resume", "--cores", "1")
-
-
-def test_a_signal_to_the_drivers_whole_group_saves_a_checkpoint_as_one_to_the_driver_does(tmp_path: Path) -> None:
-    write_data(tmp_path)
-    recipe = write_recipe(tmp_path, "group", [sft(steps=60, eval=None, save={"every": 60})])
-    folder = tmp_path / "runs" / "group"
-    with started(recipe, "--cores", "1") as process:  # it leads a group of its own, as below timeout(1)
-        wait_until(lambda: len(metrics(folder, "sft")) > 4, process, recipe.with_suffix(".log"))
-        os.killpg(process.pid, signal.SIGTERM)
-        code = process.wait(60)
-    assert code == 130, recipe.with_suffix(".log").read_text()
-    assert os.listdir(folder / "sft" / "checkpoints") == [f"step-{len(metrics(folder, 'sft')):06d}"]
 
 
 def test_what_rays_processes_and_libraries_say_goes_to_the_log_and_pythons_own_to_the_terminal(
