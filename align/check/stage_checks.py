@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from align.check.inputs import DataFacts, ModelFacts
 from align.check.machine import Machine
-from align.check.memory.sizes import FEED_FORWARD, Sizes
+from align.check.memory.sizes import FEED_FORWARD, Sizes, max_positions
 from align.errors import DataError, ModelError, PlacementError, RecipeError, Unsupported
 from align.recipe.adapter import Adapter
 from align.recipe.capabilities import FolderStage, JudgingStage, SamplingStage, TrainStage
@@ -97,7 +97,7 @@ class StageChecks:
         """Prompt and completion must fit the engine, which fits the model."""
         needed = facts.longest + rollout.max_tokens
         limit, key = rollout.max_model_len, "rollout.max_model_len"
-        positions = self.sizes.max_positions if self.sizes else None
+        positions = max_positions(self.model.config)
         if positions is not None and (limit is None or limit > positions):
             if limit is not None:
                 raise RecipeError(
@@ -117,7 +117,7 @@ class StageChecks:
             )
 
     def positions(self, facts: DataFacts) -> None:
-        positions = self.sizes.max_positions if self.sizes else None
+        positions = max_positions(self.model.config)
         lengths = facts.report.lengths if facts.report else None
         if positions is not None and lengths is not None and lengths.size and int(lengths.max()) > positions:
             raise DataError(

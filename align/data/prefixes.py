@@ -50,8 +50,8 @@ def share_prefixes(trees: Sequence[Tree], least: int = LEAST) -> list[Tree]:
     for depth, places in _divided([depth if depth >= least else 0 for depth in depths]):
         members = sorted(order[place] for place in places)
         alone -= set(members)
-        trunk = replace(_cut(flat[members[0]], 0, depth), columns={}, place=None)
-        branches = tuple(replace(_cut(flat[i], depth, len(flat[i])), place=(rows[i].id, 0)) for i in members)
+        trunk = replace(cut(flat[members[0]], 0, depth), columns={}, place=None)
+        branches = tuple(replace(cut(flat[i], depth, len(flat[i])), place=(rows[i].id, 0)) for i in members)
         joined.append(replace(rows[members[0]], trunk=trunk, branches=branches))
     return sorted([*joined, *(rows[i] for i in alone)], key=lambda tree: tree.id)
 
@@ -161,8 +161,10 @@ def _end_to_end(trunk: Segment, branch: Segment, name: str) -> np.ndarray | None
     )
 
 
-def _cut(segment: Segment, start: int, end: int) -> Segment:
-    """Tokens `start` to `end` of a segment; no cut is inside a medium, whose tokens are alike or are not as a whole."""
+def cut(segment: Segment, start: int, end: int) -> Segment:
+    """Tokens `start` to `end` of a segment. Shared beginnings never end inside a medium, whose tokens are alike or are
+    not as a whole; one that another cut goes through is left out, with what follows it."""
+    end = min([end, *(m.start for m in segment.media if m.start < end < m.start + m.length)])
     arrays = {name: getattr(segment, name) for name in ("token_ids", *FLAGS, *VALUES)}
     inside = [medium for medium in segment.media if start <= medium.start < end]
     return replace(

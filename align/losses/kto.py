@@ -11,7 +11,8 @@ microbatches; they exist only in the no-grad pass before the step (`auxiliary`).
 completion of its own, duplicate prompts included. A batch whose rows all have one prompt (or that is one row) has no
 such pair: its z is 0, the value at which z is bounded and begins (the policy is then the reference), and what
 apo_zero_unpaired has throughout; `policy/without_reference_point` is 1. Authors' and TRL's code pair a prompt with an
-answer to itself there, which estimates something else. z takes no weights: it is an estimate, not a term.
+answer to itself there, which estimates something else. z takes no weights: it is an estimate, not a term. A matched
+completion that does not fit the model's positions behind its new prompt ends where these do.
 
 Variant `apo_zero_unpaired` (2408.06266) has no reference point: 1 - s(beta rho), and s(beta rho).
 """

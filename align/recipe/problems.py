@@ -177,14 +177,12 @@ def _problem(detail: ErrorDetails, path: Path_, raw: Any, annotation: Any, docum
     return Problem(f"`{name}` {said}, got {_show(raw)}", where)
 
 
-# what peers call a stage -> its kind here, and its loss where that is not the kind's default
-_KINDS_OF_PEERS: dict[str, tuple[str, str]] = {
-    **dict.fromkeys(("grpo", "rloo", "rlhf", "rft"), ("online", "")),
-    "dpo": ("preference", ""),
-    **{name: ("preference", name) for name in ("kto", "orpo", "simpo", "cpo")},
-    **dict.fromkeys(("rm", "reward", "reward_modeling"), ("reward_model", "")),
-    **dict.fromkeys(("pt", "pretrain"), ("sft", "")),
-    **dict.fromkeys(("eval", "predict"), ("evaluate", "")),
+# what peers call a stage -> its kind here
+_KINDS_OF_PEERS: dict[str, str] = {
+    **dict.fromkeys(("grpo", "rloo", "rlhf", "rft"), "online"),
+    **dict.fromkeys(("rm", "reward", "reward_modeling"), "reward_model"),
+    **dict.fromkeys(("pt", "pretrain"), "sft"),
+    **dict.fromkeys(("eval", "predict"), "evaluate"),
 }
 
 
@@ -200,10 +198,10 @@ def _stage_kind(path: Path_, raw: Any, document: Document) -> Problem:
         return Problem(f"`kind: {given}`{called}: {later.what}", where, later.remedy, unsupported=True)
     peers = _KINDS_OF_PEERS.get(str(given).lower())
     if peers is not None:
-        remedy = f"`{given}` is `kind: {peers[0]}`" + (f" with `loss: {peers[1]}`" if peers[1] else "")
-        return Problem(f"`kind: {given}`{called} is no stage kind", where, remedy)
+        return Problem(f"`kind: {given}`{called} is no stage kind", where, f"`{given}` is `kind: {peers}`")
     near = difflib.get_close_matches(str(given), kinds, n=1)
     remedy = (f"did you mean `{near[0]}`? " if near else "") + "kinds: " + ", ".join(kinds)
+    remedy += "; a loss of pairs is named under `loss` of `kind: preference`"
     return Problem(f"`kind: {given}`{called} is no stage kind", where, remedy)
 
 

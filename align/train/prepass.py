@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from align.data.prefixes import cut
 from align.losses.base import Prepass
+from align.protocols.trees import Tree
 from align.types import HeadOutputs, TokenBatch
+
+
+def within(trees: Sequence[Tree], positions: int | None) -> list[Tree]:
+    """Trees that a loss made of several rows, with branches that end where the model's positions do. Each row fits by
+    itself, but not a long completion behind another row's long prompt: a table of positions ends there, and beyond its
+    context no model's values are worth an average."""
+    if positions is None:
+        return list(trees)
+    return [
+        replace(
+            tree, branches=tuple(cut(b, 0, min(len(b), max(1, positions - len(tree.trunk)))) for b in tree.branches)
+        )
+        for tree in trees
+    ]
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ from align.train.metrics import MetricSums, join_terms
 from align.train.numerics import numerics
 from align.train.optim import lr_multiplier, make_optimizer, set_rates
 from align.train.packer import Packer, work_of
-from align.train.prepass import run_prepass
+from align.train.prepass import run_prepass, within
 from align.train.ranks import Ranks, random_stream
 from align.train.signal import Signal
 from align.train.sizes import described_sizes
@@ -181,7 +181,10 @@ class PolicyTrainer:
                 stats.append({})
                 continue
             seen = loss.seen_before(trees)
-            assert seen is trees or self.spec.reference != "cached", "values of one tree are not those of another"
+            if seen is not trees:
+                assert self.spec.reference != "cached", "values of one tree are not those of another"
+                config = self.module.model.config.get_text_config()
+                seen = within(seen, getattr(config, "max_position_embeddings", None))
             stats.append(loss.batch_stats(self._prepass(seen, loss.needs) if seen else None))
         return stats
 

@@ -83,7 +83,6 @@ class Sizes:
     kv_width: int
     linear: Mapping[str, tuple[int, int]]
     tied: bool
-    max_positions: int | None
     others: int = 0
     qk_norm: bool = False
     experts: int = 1
@@ -185,10 +184,17 @@ def sizes_of(config: Mapping[str, Any], vocabulary: int | None = None) -> Sizes 
             **_feed_forward(text, hidden, intermediate),
         },
         tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", True))),
-        max_positions=text.get("max_position_embeddings"),
         qk_norm=str(text.get("model_type", config.get("model_type"))) in QK_NORMS,
         experts=_experts(text),
     )
+
+
+def max_positions(config: Mapping[str, Any]) -> int | None:
+    """How many positions a transformers configuration has, of whatever architecture; None where it sets no limit. Those
+    whose sizes nobody counts here may look positions up in a table (gpt2, opt): beyond its end training would fail."""
+    text: Mapping[str, Any] = config.get("text_config") or config
+    found = (text.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return next((n for n in found if isinstance(n, int) and n > 0), None)
 
 
 def _experts(text: Mapping[str, Any]) -> int:

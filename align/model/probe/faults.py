@@ -235,5 +235,8 @@ def _sees_neighbours(module: PolicyModule, own: Own, trace: Trace, part: Parting
 
 
 def _last_layer(model: Any) -> str | None:
-    paths = list(layers_of(text_backbone(model)))
+    backbone = text_backbone(model)
+    layers = getattr(backbone, "layers", None)  # as `LastLayer` finds it: Gemma 3n has lists behind its layers
+    paths = [f"layers.{len(layers) - 1}"] if isinstance(layers, nn.ModuleList) and len(layers) else []
+    paths = paths or list(layers_of(backbone))
     return f"{backbone_path(model)}{paths[-1]}" if paths else None

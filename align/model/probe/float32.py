@@ -20,7 +20,8 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """By path, the outermost modules that stand in lists: decoder layers, and those of a tower."""
+    """By path, the outermost modules that stand in lists: decoder layers, and those of a tower. What an adapter keeps
+    in lists of its own, on a projection outside of all layers (Gemma 4 has one), is none."""
     found: dict[str, nn.Module] = {}
 
     def walk(module: nn.Module, path: str, listed: bool) -> None:
@@ -30,7 +31,7 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
                 walk(child, inner, True)
             elif listed:
                 found[inner] = child
-            else:
+            elif not hasattr(child, "lora_A"):
                 walk(child, inner, False)
 
     walk(model, "", False)

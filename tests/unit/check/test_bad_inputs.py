@@ -103,7 +103,7 @@ RECIPE = [
     ),
     Case(
         "a peer's name of a stage",
-        ("recipe.yaml:25", "`kind: orpo`", "is `kind: preference` with `loss: orpo`"),
+        ("recipe.yaml:25", "`kind: orpo`", "named under `loss` of `kind: preference`"),
         changed("kind: preference", "kind: orpo"),
     ),
     Case(

@@ -8,15 +8,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from align.check.machine import Machine
 from align.check.memory.sizes import read_config, sizes_of
 from align.check.plan import Plan
+from align.check.stage_checks import StageChecks
 from align.check.validate import validate
 from align.cli.main import main
-from align.errors import PlacementError, UserError
+from align.errors import DataError, PlacementError, UserError
 from align.recipe.adapter import Adapter
 from align.recipe.load import load_document
 from tests.unit.check.workshop import Workshop, conversation
@@ -229,6 +233,23 @@ def test_adapter_parameters_are_counted_for_paths_and_expressions_as_for_names()
     assert sizes.adapter_parameters(Adapter(rank=2, targets=paths)) == 2 * one
     assert sizes.adapter_parameters(Adapter(rank=2, targets=("self_attn.q_proj",))) == 3 * one
     assert sizes.adapter_parameters(Adapter(rank=2, targets=r".*layers\.[01]\..*q_proj")) == 2 * one
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "gpt2", "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 97},
+        {"model_type": "opt", "max_position_embeddings": 64, "hidden_size": 16, "ffn_dim": 32, "vocab_size": 97},
+        {"model_type": "mpt", "max_seq_len": 64, "d_model": 16, "n_layers": 2, "n_heads": 2, "vocab_size": 97},
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_rows_are_held_to_the_positions_of_a_model_whose_memory_nobody_counts(config: dict[str, Any]) -> None:
+    assert sizes_of(config) is None
+    checks: Any = StageChecks(*(SimpleNamespace(config=config) for _ in range(3)), sizes=None)
+    with pytest.raises(DataError, match=r"1 rows are longer than the model's 64 positions .*70"):
+        checks.positions(SimpleNamespace(report=SimpleNamespace(lengths=np.array([10, 64, 70]))))
+    checks.positions(SimpleNamespace(report=SimpleNamespace(lengths=np.array([10, 64]))))
 
 
 def test_an_architecture_that_cannot_be_counted_is_said_so(workshop: Workshop) -> None:

@@ -13,6 +13,7 @@ from align.model.policy_module import PolicyModule
 from align.model.probe.choose import probe
 from align.recipe.adapter import Adapter
 from align.train.trainer import PolicyTrainer
+from tests.architectures import make
 from tests.unit.core.families import make_family
 from tests.unit.train.test_trainer import DORA, FULL, LORA, QLORA, make_spec, trees_for, weights
 
@@ -40,6 +41,15 @@ def test_a_stateful_model_is_trained_a_row_a_sequence_within_the_same_budget(ada
 def test_a_plain_model_is_described_as_shared(tmp_path: Path) -> None:
     described = PolicyTrainer(make_spec(saved("qwen3", tmp_path), "sft")).describe()
     assert (described["layout"], described["attention"]) == ("shared", "sdpa")
+
+
+@pytest.mark.parametrize("name", ["gemma3n_text", "gemma4_text"])
+def test_an_adapter_on_a_projection_outside_of_all_layers_costs_no_layout(name: str, tmp_path: Path) -> None:
+    """What peft keeps there in lists was taken for the last layer, and the last layer's trimmed tokens for a fault."""
+    make(name).save_pretrained(tmp_path)
+    trainer = PolicyTrainer(make_spec(tmp_path, "sft", LORA))
+    assert any("per_layer_model_projection.lora_A" in path for path, _ in trainer.module.named_parameters())
+    assert trainer.describe()["layout"] == "shared", trainer.forward()["slower"]
 
 
 @pytest.mark.parametrize("adapter", [LORA, QLORA, DORA, FULL], ids=["lora", "qlora", "dora", "full"])
