@@ -457,7 +457,7 @@ def test_the_previous_version_under_its_own_integer_id_is_refused(
 ) -> None:
     """vLLM keeps adapters by id: asked to load another under an id that it has, it serves the one it has."""
     with monkeypatch.context() as patched:
-        patched.setattr(serving, "_loaded", serving._adapter.lora_int_id - 1)
+        patched.setattr(serving._weights, "_loaded", serving._weights.adapter.lora_int_id - 1)
         refused(serving, replace(first, version=2), "holds an adapter with the id")
 
 
@@ -584,7 +584,7 @@ def merged(policy: Any, folder: Path, version: int) -> tuple[Publication, Any]:
 
 
 def test_an_engine_without_a_version_does_not_generate(whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole, "version", None)
+    monkeypatch.setattr(whole._weights, "version", None)
     with pytest.raises(EngineError, match="before a version"):
         generate(whole, prompts(1), 1, SAMPLING)
 
@@ -703,7 +703,8 @@ def test_whole_weights_in_flight_take_over_between_two_tokens_and_each_token_kno
     whole: Any, policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the change everything before it has been read again by the new weights: log-probabilities are theirs."""
-    monkeypatch.setattr(whole, "spec", replace(whole.spec, in_flight=True))
+    for part in (whole, whole._weights):
+        monkeypatch.setattr(part, "spec", replace(whole.spec, in_flight=True))
     models = {}
     publications = {}
     for version in (21, 22):
