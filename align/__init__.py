@@ -2,7 +2,7 @@
 
 In the order of reading:
 
-    errors.py, protocols.py, types.py: what everything else speaks: causes, what crosses processes, tensors
+    errors.py, protocols/, types.py: what everything else speaks: causes, what crosses processes, tensors
     plugins.py, plugin_modules.py: from a name in a recipe to code, ours or the user's
     recipe/, data/, model/, losses/, objectives/, train/, export/: the rooms of a datum
     stages/, simulate/, experiments/: the loop, the loop without its work, studies of several runs

@@ -18,7 +18,7 @@ from align.errors import RecipeError, Unsupported
 
 ENGINES: Mapping[str, str] = {
     "vllm": "rollout.vllm_facts:FACTS",
-    "transformers": "align.model.generate_facts:FACTS",
+    "transformers": "align.model.generate.facts:FACTS",
 }
 SHARE_OF_GPU = 0.9  # of its part of a GPU, what an engine takes unless it is told otherwise
 

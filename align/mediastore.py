@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from align.errors import DataError
-from align.protocols import Medium
+from align.protocols.trees import Medium
 
 TOKENS = "token_ids"
 VIEW_SUFFIX = {"image": ".png", "video": ".frames.safetensors", "audio": ".wav"}

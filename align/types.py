@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.protocols import Medium
+from align.protocols.trees import Medium
 
 
 @dataclass

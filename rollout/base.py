@@ -14,7 +14,9 @@ import numpy as np
 
 from align.engines import facts_of_ours
 from align.errors import DataError, EngineError, Unsupported
-from align.protocols import FailedPrompt, Group, Medium, PromptItem, Publication, Sampling
+from align.protocols.fleet import FailedPrompt, Group, PromptItem, Sampling
+from align.protocols.trainer import Publication
+from align.protocols.trees import Medium
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +74,14 @@ Answer = tuple[int, Group | FailedPrompt]
 class Engine(Protocol):
     """A model that generates, in this process, a step at a time. One thread uses it.
 
-    `version` is the version that new requests are sampled from, None before the first `publish`; `running` is how many
-    requests it holds unanswered. What an idle engine computes is a function of the requests that are added before its
-    next step: the same prompts, seeds and weights then give the same completions, bit for bit, on the same machine
-    with the same number of threads.
+    What an idle engine computes is a function of the requests that are added before its next step: the same prompts,
+    seeds and weights then give the same completions, bit for bit, on the same machine with the same number of threads.
     """
 
-    version: int | None
+    @property
+    def version(self) -> int | None:
+        """The version that new requests are sampled from; None before the first `publish`."""
+        ...
 
     @property
     def running(self) -> int:

@@ -1,6 +1,7 @@
 """Engines as one: groups are spread over them, versions reach all of them, and one that dies is started again.
 
-`RayFleet` implements `align.protocols.Fleet`, as `rollout.local_fleet.LocalFleet` does with one engine in this process.
+`RayFleet` implements `align.protocols.fleet.Fleet`, as `rollout.local_fleet.LocalFleet` does with one engine in this
+process.
 
 Errors are of two kinds. What a start of the engine may cure (a process that died or hangs, an exception that is not
 ours) costs a restart: the engine is killed, started in its place, brought to the newest version, and the groups that it
@@ -23,7 +24,8 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from align.errors import AlignError, EngineError, PlacementError
-from align.protocols import FailedPrompt, Group, Metrics, PromptItem, Publication, Sampling
+from align.protocols.fleet import FailedPrompt, Group, PromptItem, Sampling
+from align.protocols.trainer import Metrics, Publication
 from rollout.base import Answer, EngineSpec, Request, check_engine_options, check_sampling
 from rollout.ledger import Ledger, Routed
 from rollout.local_fleet import compare_digest, in_order
@@ -36,7 +38,7 @@ given up: 3 are bad luck, the fourth is a cause that stays."""
 
 
 class RayFleet:
-    """`workers` engines, each in an actor of its own. See `align.protocols.Fleet`; for one event loop.
+    """`workers` engines, each in an actor of its own. See `align.protocols.fleet.Fleet`; for one event loop.
 
     Actors are created here and start side by side; `ready` (or the first publish) waits for them. An engine that does
     not start the first time is an error; later ones are restarted, see `MAX_LOSSES`.
@@ -113,8 +115,8 @@ class RayFleet:
     # ------------------------------------------------------------------------------------------ what stages ask for
 
     async def publish(self, publication: Publication) -> Metrics:
-        """See `align.protocols.Fleet`; returns `{"time/publish": seconds}`. An engine that is being restarted loads
-        this version when it is up, and takes no group before.
+        """See `align.protocols.fleet.Fleet`; returns `{"time/publish": seconds}`. An engine that is being restarted
+        loads this version when it is up, and takes no group before.
 
         Raises:
             EngineError: an engine holds other weights than were published, or cannot be kept alive.
@@ -136,7 +138,7 @@ class RayFleet:
     async def stream(
         self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling
     ) -> AsyncIterator[Group | FailedPrompt]:
-        """See `align.protocols.Fleet`.
+        """See `align.protocols.fleet.Fleet`.
 
         Raises:
             EngineError: nothing was published yet, or engines cannot be kept alive. Unsupported: see `check_sampling`.
@@ -149,7 +151,7 @@ class RayFleet:
         return await in_order(self._drawn(prompts, group_size, sampling))
 
     async def probe(self, prompt: PromptItem, sampling: Sampling) -> list[Group]:
-        """See `align.protocols.Fleet`. One of an engine that is lost meanwhile is drawn by another."""
+        """See `align.protocols.fleet.Fleet`. One of an engine that is lost meanwhile is drawn by another."""
         prompts = [prompt] * len(self._ledger.serving)
         return [g async for _, g in self._drawn(prompts, 1, sampling, in_turn=True) if isinstance(g, Group)]
 

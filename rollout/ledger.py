@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from align.protocols import PromptItem
+from align.protocols.fleet import PromptItem
 from rollout.base import Request
 
 PREFIX_LENGTHS = (4096, 1024, 256, 64, 16)

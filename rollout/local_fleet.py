@@ -8,7 +8,8 @@ import time
 from collections.abc import AsyncIterator, Sequence
 
 from align.errors import EngineError
-from align.protocols import FailedPrompt, Group, Metrics, PromptItem, Publication, Sampling
+from align.protocols.fleet import FailedPrompt, Group, PromptItem, Sampling
+from align.protocols.trainer import Metrics, Publication
 from rollout.base import Answer, Engine, Request, require_group
 
 

@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from align.errors import AlignError, EngineError, EngineLostError
-from align.protocols import Publication
+from align.protocols.trainer import Publication
 from rollout.base import EngineSpec
 from rollout.stepping import Command, Report, first_line
 from rollout.worker import WATCH, EngineWorker, Home, worker_environment

@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from align.errors import AlignError
-from align.protocols import Completion, FailedPrompt, Group, Publication
+from align.protocols.fleet import Completion, FailedPrompt, Group
+from align.protocols.trainer import Publication
 from rollout.base import Engine, Request
 
 

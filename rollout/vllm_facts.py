@@ -16,7 +16,7 @@ CPU_KV_CACHE_BYTES = 1 << 30  # of its engines on a CPU, unless `rollout.engine.
 MAX_SEQUENCES = 256  # its own default on a GPU, ours on a CPU
 TOWER_OPTION = "enable_tower_connector_lora"  # vllm.config.lora: without it LoRA on towers and connectors is ignored
 ARGUMENTS_FILE = Path(__file__).with_name("engine_args.json")
-"""Names of vLLM's EngineArgs fields, written by `rollout.vllm.write_engine_arguments`."""
+"""Names of vLLM's EngineArgs fields, written by `rollout.vllm_version.write_engine_arguments`."""
 
 _OURS = "set it in the recipe instead"
 _DISTRIBUTION = "it changes what is sampled without changing the log-probabilities the trainer compares with"

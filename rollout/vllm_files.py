@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from align.errors import EngineError
-from align.protocols import Publication
+from align.protocols.trainer import Publication
 
 
 def tensor_shapes(files: Sequence[Path], publication: Publication) -> dict[str, tuple[int, ...]]:

@@ -1,7 +1,7 @@
 """What a vLLM model holds in memory, read back from the buffers that its kernels compute with.
 
 A digest of the file that was sent proves only that a file was sent. These functions name vLLM's internals (as
-`rollout.vllm` names its calls) but import nothing of it; both files change together when vLLM does.
+`rollout.vllm_version` names its calls) but import nothing of it; both files change together when vLLM does.
 
 An adapter lives in one slot of stacked, zero-padded buffers per module, query, key and value of an attention in the
 slices of one fused module, `lora_B` already multiplied by alpha / rank.

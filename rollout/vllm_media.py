@@ -21,7 +21,7 @@ import numpy as np
 
 from align.errors import EngineError, Unsupported
 from align.mediastore import pixel_bounds, processor_files, read_frames, view_path
-from align.protocols import Medium
+from align.protocols.trees import Medium
 
 PROBE_PIXELS = 56  # a side of the picture that probes; processors make it as large as they need
 

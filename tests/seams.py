@@ -68,7 +68,7 @@ KINDS = (
         "engine",
         {
             "vllm": ("rollout/vllm*.py",),
-            "transformers": ("align/model/generate.py", "align/model/generate_facts.py"),
+            "transformers": ("align/model/generate/*.py",),
         },
         attributes=("name", "engine"),
         rows=False,

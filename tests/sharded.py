@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.multiprocessing.spawn import start_processes
 
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from align.recipe.adapter import Adapter
 from align.recipe.inputs import Model
 from align.recipe.parts import LossTerm, Optim

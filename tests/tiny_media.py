@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from align.mediastore import TOKENS, read_tensors, tensors_path, view_path
-from align.protocols import Medium, PromptItem, group_seed
+from align.protocols.fleet import PromptItem, group_seed
+from align.protocols.trees import Medium
 from tests.tiny_vlms import FAMILIES
 
 

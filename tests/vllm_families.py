@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from align.model.adapters import attach, digest, lora_layers, merged_state, save
-from align.protocols import PromptItem, Publication, Sampling
+from align.protocols.fleet import PromptItem, Sampling
+from align.protocols.trainer import Publication
 from align.recipe.adapter import Adapter
 from align.train.policy import write_weights
 from rollout.base import EngineSpec, generate, make_engine

@@ -19,7 +19,8 @@ from align.actors.reference import ReferenceActor
 from align.actors.reward_actors import RayScorer
 from align.engines import SHARE_OF_GPU
 from align.hub import resolve_model_folder
-from align.protocols import Fleet, Scorer
+from align.protocols.fleet import Fleet
+from align.protocols.scorer import Scorer
 from align.recipe.adapter import Adapter
 from align.recipe.chat_files import ChatFiles
 from align.recipe.engines import facts_of

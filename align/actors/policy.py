@@ -18,7 +18,8 @@ import ray
 
 from align.actors.cluster import answer, die_with_parent
 from align.errors import RanksError
-from align.protocols import Metrics, Publication, Tree
+from align.protocols.trainer import Metrics, Publication
+from align.protocols.trees import Tree
 from align.recipe.parts import LossTerm
 from align.shared import require_shared, source_here
 from align.train.spec import TrainerSpec
@@ -99,7 +100,7 @@ class PolicyActor:
 
 
 class RayTrainer:
-    """`align.protocols.Trainer` over a `PolicyActor` for each rank."""
+    """`align.protocols.trainer.Trainer` over a `PolicyActor` for each rank."""
 
     def __init__(self, actors: Sequence[Any], stage_id: str, reference: Any = None, wire: str = "cpu"):
         """reference: an actor that lives and ends with these. wire: the device that sends gradients between ranks."""

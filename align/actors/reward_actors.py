@@ -28,7 +28,8 @@ from align import errors
 from align.actors.cluster import answer, die_with_parent
 from align.actors.plugins import align_errors
 from align.actors.scoring import LocalScorer, join_parts
-from align.protocols import ErrorBudget, Failure, Group, ScoreTable
+from align.protocols.fleet import Group
+from align.protocols.scorer import ErrorBudget, Failure, ScoreTable
 from align.recipe.parts import Reward
 from align.shared import require_shared, source_here
 from align.stages.roles import REWARD_CPUS

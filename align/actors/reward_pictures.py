@@ -22,7 +22,7 @@ from align.data.render import draft
 from align.data.tokenizer import load_tokenizer
 from align.errors import ModelError
 from align.losses.classify import log_probs
-from align.protocols import Segment, Tree
+from align.protocols.trees import Segment, Tree
 from align.recipe.inputs import Media
 from align.train.spec import scoring_spec
 from align.train.trainer import PolicyTrainer

@@ -13,7 +13,8 @@ import numpy as np
 import rewards
 from align.actors.plugins import align_errors, plugin_spec
 from align.mediastore import described
-from align.protocols import ErrorBudget, Failure, Group, ScoreTable
+from align.protocols.fleet import Group
+from align.protocols.scorer import ErrorBudget, Failure, ScoreTable
 from align.recipe.parts import Reward
 from align.stages.scoring import MetricTotals
 from rewards.api import FailedCall

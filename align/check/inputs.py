@@ -28,7 +28,8 @@ from align.model.adapter_config import read_adapter_config, refuse_beyond_lora
 from align.model.media.support import refuse_unsupported_media
 from align.objectives.check import Known
 from align.plugins import describe_in_child
-from align.protocols import PromptItem, Tree
+from align.protocols.fleet import PromptItem
+from align.protocols.trees import Tree
 from align.recipe.capabilities import StageBase, TrainStage
 from align.recipe.families import family_of
 from align.recipe.inputs import DataSource, Model

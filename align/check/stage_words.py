@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from align.check.memory import sizes as memory
 from align.data.order import BatchPlan
 from align.losses import Losses
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from align.recipe.adapter import Adapter
 from align.recipe.capabilities import SamplingStage, ScoringStage, TrainStage
 from align.recipe.parts import GroupBatch

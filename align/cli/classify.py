@@ -27,7 +27,7 @@ from align.errors import ModelError, UserError
 from align.hub import resolve_model_folder
 from align.losses.classify import derived, log_probs, measures
 from align.model.adapter_config import OWN_BASE, read_adapter_config, scores
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from align.recipe.inputs import DataSource, Media
 from align.recipe.labels import Labels
 from align.recipe.parts import Packing

@@ -25,7 +25,7 @@ from align.data.audit import Refusal, SourceReport
 from align.data.encoded import Encoded, Tokens
 from align.data.formats import file_of
 from align.plugin_modules import module_hashes
-from align.protocols import Medium
+from align.protocols.trees import Medium
 from align.recipe.inputs import DataSource
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from align.data.records import RowError
-from align.protocols import Medium
+from align.protocols.trees import Medium
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from align.errors import DataError
-from align.protocols import Counts, Medium, Segment, Tree
+from align.protocols.trees import Counts, Medium, Segment, Tree
 from align.types import TokenBatch
 
 # Positions i64[n], or i64[3, n] under M-RoPE, of a tree's trunk and of each of its branches

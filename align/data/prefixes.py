@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from align.protocols import Medium, Segment, Tree
+from align.protocols.trees import Medium, Segment, Tree
 
 LEAST = 8
 """Tokens that are worth a branch: below, one more segment costs attention what the shared tokens save."""

@@ -36,7 +36,7 @@ from align.data.sources import open_source
 from align.data.tables import Table, Tokeniser
 from align.data.tokenizer import ChatTokenizer
 from align.errors import DataError
-from align.protocols import Group
+from align.protocols.fleet import Group
 from align.recipe.inputs import DataSource
 from align.recipe.labels import Labels
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from align.data.records import Pair, RowError, Text
 from align.mediastore import described
-from align.protocols import Medium
+from align.protocols.trees import Medium
 
 _LONG_URI = 200  # characters of a data URI that go no further than the data
 _DATA_URI = re.compile(r"data:[\w.+*/-]*(?:;[\w.=-]+)*;base64,", re.IGNORECASE)  # and no text that begins so

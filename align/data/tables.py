@@ -40,7 +40,8 @@ from align.data.soundness import UNFORESEEN, refuse_endless, refuse_unusable, un
 from align.data.sources import Opened, apply_columns
 from align.data.tokenizer import ChatTokenizer
 from align.data.unread import Reading, Unread, unread_columns
-from align.protocols import Completion, Group, PromptItem, Segment, Tree
+from align.protocols.fleet import Completion, Group, PromptItem
+from align.protocols.trees import Segment, Tree
 from align.recipe.inputs import DataSource
 
 _CHUNK = 4096  # rows tokenised in one call

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from align.errors import ExportError
 from align.mediastore import processor_files, view_path
-from align.protocols import Medium
+from align.protocols.trees import Medium
 
 SIZE = (112, 84)  # small, and of no square: rows and columns must not be exchanged
 QUESTION = "What is in the picture?"

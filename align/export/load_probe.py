@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 
 from align.errors import AlignError, SetupError, Unsupported
-from align.protocols import Medium, Publication
+from align.protocols.trainer import Publication
+from align.protocols.trees import Medium
 
 
 def plain_logps(

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from align.errors import PluginError, RecipeError
 from align.losses.base import LossConfig, LossInputs, LossOutput, Needs, Nll, Prepass, Record
 from align.plugins import builtin_names, resolve
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from align.recipe.parts import LossTerm
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from align.protocols import Counts
+from align.protocols.trees import Counts
 
 __all__ = ["Counts", "LossConfig", "LossInputs", "LossOutput", "Metric", "Needs", "Nll", "Prepass", "Record"]
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from align.losses.base import LossConfig, LossInputs, LossOutput, Metric, Needs, Prepass
-from align.protocols import Tree
+from align.protocols.trees import Tree
 
 if TYPE_CHECKING:
     from torch import Tensor

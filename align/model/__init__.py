@@ -14,5 +14,5 @@ In the order of reading:
     media/: images in a row
     probe/: is a packed forward the model's own? and what if not
     unshared.py, dropout.py: models that cannot be packed, or not as they come
-    generate.py, generate_facts.py, reading.py: the transformers engine
+    generate/: the transformers engine
 """

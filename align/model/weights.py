@@ -19,7 +19,7 @@ from align.model.folders import copy_all_but_weights, written_aside
 from align.model.quantised import Packed, dense, linear_weight, quantised_layers
 from align.model.score_head import edit_score_config, has_score_head
 from align.model.shards import WHOLE, Shards
-from align.protocols import digest_arrays
+from align.protocols.trainer import digest_arrays
 from align.recipe.chat_files import ChatFiles
 
 MAX_SHARD = "5GB"
@@ -35,7 +35,7 @@ def as_array(tensor: Tensor) -> np.ndarray:
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """`protocols.digest_arrays` of tensors under their names."""
+    """`digest_arrays` of tensors under their names."""
     return digest_arrays({name: as_array(tensor) for name, tensor in tensors.items()})
 
 

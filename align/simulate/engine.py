@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from align.protocols import PromptItem
+from align.protocols.fleet import PromptItem
 from align.simulate.workload import EngineModel
 
 _ROUNDING = 1e-6  # tokens: what ends within so little ends at the same step

@@ -1,4 +1,5 @@
-"""Engines that only take time, as one: `align.protocols.Fleet` with the routing, publishing and restarts of a real one.
+"""Engines that only take time, as one: `align.protocols.fleet.Fleet` with the routing, publishing and restarts of a
+real one.
 
 Completions have one token, which says by which version they were sampled; how many tokens they stand for is known to
 `Lengths`. So what the loop does with a group costs the same however long its completions are.
@@ -14,7 +15,8 @@ from functools import lru_cache
 import numpy as np
 
 from align.errors import DataError
-from align.protocols import Completion, FailedPrompt, Group, Metrics, PromptItem, Publication, Sampling
+from align.protocols.fleet import Completion, FailedPrompt, Group, PromptItem, Sampling
+from align.protocols.trainer import Metrics, Publication
 from align.simulate.engine import Agenda, Engine, Job
 from align.simulate.workload import NEVER, Workload
 
@@ -56,8 +58,8 @@ class SimulatedFleet:
         return []
 
     async def publish(self, publication: Publication) -> Metrics:
-        """See `align.protocols.Fleet`. Adapters load while engines sample; those of whole batches load when theirs
-        ends. `drain` waits until they have no group, `in_flight` pauses them."""
+        """See `align.protocols.fleet.Fleet`. Adapters load while engines sample; those of whole batches load when
+        theirs ends. `drain` waits until they have no group, `in_flight` pauses them."""
         begun = self._loop.time()
         if self.work.publishing == "drain":
             self._behind = []

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from align.protocols import ErrorBudget, Group, Metrics, Publication, ScoreTable, Tree
+from align.protocols.fleet import Group
+from align.protocols.scorer import ErrorBudget, ScoreTable
+from align.protocols.trainer import Metrics, Publication
+from align.protocols.trees import Tree
 from align.simulate.workload import Workload
 
 _SEEDS = float(2**63)

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from align.protocols import Metrics, PromptItem, Sampling
+from align.protocols.fleet import PromptItem, Sampling
+from align.protocols.trainer import Metrics
 from align.recipe.objectives import Objectives
 from align.simulate.fleet import SimulatedFleet
 from align.simulate.parts import NoFolders, NoLog, SimulatedScorer, SimulatedTrainer

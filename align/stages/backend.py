@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from align.protocols import Fleet, PromptItem, Scorer, Trainer
+from align.protocols.fleet import Fleet, PromptItem
+from align.protocols.scorer import Scorer
+from align.protocols.trainer import Trainer
 from align.recipe.adapter import Adapter, Part, Rate
 from align.recipe.chat_files import ChatFiles
 from align.recipe.inputs import Media, Model

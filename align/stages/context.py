@@ -17,7 +17,9 @@ from align.data.prepare import Prepared, prepare
 from align.data.records import Kind
 from align.data.tokenizer import ChatTokenizer
 from align.errors import Interrupted
-from align.protocols import Group, PromptItem, Trainer, Tree, group_seed
+from align.protocols.fleet import Group, PromptItem, group_seed
+from align.protocols.trainer import Trainer
+from align.protocols.trees import Tree
 from align.recipe.capabilities import StageBase
 from align.recipe.inputs import DataSource, Model
 from align.recipe.schema import Recipe

@@ -16,7 +16,7 @@ import numpy as np
 
 from align.errors import Interrupted
 from align.losses import Losses
-from align.protocols import Metrics, Publication
+from align.protocols.trainer import Metrics, Publication
 from align.recipe.capabilities import JudgingStage
 from align.recipe.parts import Optim
 from align.stages.backend import FleetJob, Needs, Start, TrainerJob, longest_prompt, most_media, pixel_limits

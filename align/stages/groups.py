@@ -11,7 +11,10 @@ import numpy as np
 from align.data.order import epoch_order
 from align.errors import RecipeError
 from align.objectives import Grouped, before_whitening
-from align.protocols import Completion, Group, Metrics, PromptItem, ScoreTable, Segment, Tree, group_seed
+from align.protocols.fleet import Completion, Group, PromptItem, group_seed
+from align.protocols.scorer import ScoreTable
+from align.protocols.trainer import Metrics
+from align.protocols.trees import Segment, Tree
 from align.recipe.objectives import Objectives
 
 TRUNCATED = "truncated"  # the objective of `rollout.truncated: penalise`

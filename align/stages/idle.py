@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from align.protocols import Metrics
+from align.protocols.trainer import Metrics
 
 EVERY = 4  # a further line at 1, 4, 16, 64, ... such steps
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from align.losses import Losses
-from align.protocols import PromptItem, Sampling
+from align.protocols.fleet import PromptItem, Sampling
 from align.recipe.capabilities import SamplingStage, StageBase, TrainStage
 from align.recipe.parts import ReferencePath, Reward, Rollout
 from align.recipe.support import check_adapter, publish_mode

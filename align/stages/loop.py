@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from align.errors import Interrupted, RecipeError
-from align.protocols import Metrics, Trainer
+from align.protocols.trainer import Metrics, Trainer
 from align.recipe.parts import Best, Save
 from align.stages.checkpoint import (
     TRAINER,

@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from align.errors import DataError, RewardError
-from align.protocols import ErrorBudget, Group, Tree
+from align.protocols.fleet import Group
+from align.protocols.scorer import ErrorBudget
+from align.protocols.trees import Tree
 from align.recipe.capabilities import TrainStage
 from align.stages.backend import Needs
 from align.stages.context import Context, opened

@@ -15,7 +15,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from align.protocols import Fleet, Group, Metrics, PromptItem, Sampling, Trainer
+from align.protocols.fleet import Fleet, Group, PromptItem, Sampling
+from align.protocols.trainer import Metrics, Trainer
 from align.stages.groups import to_trees
 
 TOKENS = 4

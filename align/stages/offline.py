@@ -10,7 +10,8 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from align.data.order import BatchPlan
 from align.errors import DataError
-from align.protocols import Metrics, Trainer, Tree
+from align.protocols.trainer import Metrics, Trainer
+from align.protocols.trees import Tree
 
 EVAL_NAMES = {"loss/total": "eval/loss", "rewards/accuracies": "eval/accuracies"}
 

@@ -19,7 +19,10 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from align.objectives import combine
-from align.protocols import Fleet, Group, Metrics, PromptItem, Publication, Scorer, ScoreTable, Trainer, Tree
+from align.protocols.fleet import Fleet, Group, PromptItem
+from align.protocols.scorer import Scorer, ScoreTable
+from align.protocols.trainer import Metrics, Publication, Trainer
+from align.protocols.trees import Tree
 from align.recipe.objectives import Objectives
 from align.stages.background import Background
 from align.stages.buffer import check_age

@@ -28,7 +28,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from align.protocols import Segment, Trainer, Tree
+from align.protocols.trainer import Trainer
+from align.protocols.trees import Segment, Tree
 from align.stages.files import sha256_file, sync_folder
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from align.protocols import ErrorBudget, Group, Scorer, ScoreTable
+from align.protocols.fleet import Group
+from align.protocols.scorer import ErrorBudget, Scorer, ScoreTable
 
 _TOKENS = 5  # named in a note
 _STRIPPED = "/stripped"

@@ -19,7 +19,8 @@ import numpy as np
 from align.errors import RunFolderError
 from align.mediastore import described
 from align.oserrors import naming
-from align.protocols import Group, ScoreTable
+from align.protocols.fleet import Group
+from align.protocols.scorer import ScoreTable
 from align.stages.files import sync_folder
 from align.stages.manifest import require_rollouts
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from align.errors import DataError
 from align.losses import Losses
-from align.protocols import Group, Tree
+from align.protocols.fleet import Group
+from align.protocols.trees import Tree
 from align.recipe.parts import LossTerm
 
 

@@ -138,7 +138,7 @@ class RunFolder:
         self.write()
 
     def note_forward(self, stage_id: str, found: Mapping[str, Any]) -> None:
-        """How the stage's sequences are computed (`align.protocols.Trainer.forward`), in run.json and summary.json."""
+        """How the stage's sequences are computed (see `Trainer.forward`), in run.json and summary.json."""
         self.state["stages"].setdefault(stage_id, {"state": "running"})["forward"] = dict(found)
         self.write()
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from align.protocols import ErrorBudget, Group, Metrics, Scorer, ScoreTable
+from align.protocols.fleet import Group
+from align.protocols.scorer import ErrorBudget, Scorer, ScoreTable
+from align.protocols.trainer import Metrics
 from align.stages.background import Background
 
 CALLS = 4

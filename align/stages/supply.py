@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from align.errors import DataError, EngineError
-from align.protocols import ErrorBudget, FailedPrompt, Fleet, Group, Metrics, PromptItem, Sampling, Scorer, ScoreTable
+from align.protocols.fleet import FailedPrompt, Fleet, Group, PromptItem, Sampling
+from align.protocols.scorer import ErrorBudget, Scorer, ScoreTable
+from align.protocols.trainer import Metrics
 from align.stages.background import Background
 from align.stages.buffer import GroupBuffer, Overdue, Slot
 from align.stages.groups import PromptCursor

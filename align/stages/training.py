@@ -10,7 +10,8 @@ from align.data.order import BatchPlan
 from align.data.records import Kind
 from align.data.tokenizer import ChatTokenizer
 from align.losses import Losses
-from align.protocols import Trainer, Tree
+from align.protocols.trainer import Trainer
+from align.protocols.trees import Tree
 from align.recipe.capabilities import SamplingStage, TrainStage
 from align.recipe.inputs import DataSource
 from align.recipe.parts import LossTerm

@@ -15,7 +15,8 @@ import numpy as np
 
 from align.data.order import epoch_order
 from align.losses import Losses
-from align.protocols import Metrics, Segment, Trainer, Tree
+from align.protocols.trainer import Metrics, Trainer
+from align.protocols.trees import Segment, Tree
 from align.recipe.capabilities import SamplingStage
 
 _SUMMED = ("time/", "tokens/", "train/", "comm/")

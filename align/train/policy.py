@@ -28,7 +28,7 @@ from align.model.probe.own import measure
 from align.model.quantised import quantise
 from align.model.score_head import load_score_model
 from align.model.shards import Shards
-from align.protocols import Publication
+from align.protocols.trainer import Publication
 from align.recipe.adapter import Adapter, Part
 from align.recipe.adapter_folder import QuantisedBase, quantised_base
 from align.recipe.labels import Labels

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from align.data.packing import twins
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from align.types import HeadOutputs, TokenBatch
 
 NOISE = 1e-5  # of the pull: what rounding leaves of pulls that cancel is some 1e-7 of them in float32

@@ -18,27 +18,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align.data.microbatches import Microbatch, plan_ranks
-from align.data.packing import collate, global_counts, mark_nll, text_positions
-from align.data.prefixes import placed, share_prefixes
+from align.data.packing import global_counts, mark_nll
 from align.errors import NonFiniteError
 from align.losses import Losses
 from align.losses.base import LossInputs, Metric, Needs, Prepass
 from align.model.dropout import switch_off_own_dropout
-from align.model.media.places import positions_of
-from align.model.parts import numel, sizes, trained_parts
+from align.model.parts import trained_parts
 from align.model.policy_module import PolicyModule
 from align.model.probe.choose import probe
-from align.protocols import Counts, Publication, Tree
-from align.recipe.adapter import Rate
+from align.protocols.trainer import Publication
+from align.protocols.trees import Counts, Tree
 from align.train import policy
 from align.train.memory import keep_freed_memory
 from align.train.metrics import MetricSums, join_terms
 from align.train.numerics import numerics
 from align.train.optim import lr_multiplier, make_optimizer, set_rates
+from align.train.packer import Packer, work_of
 from align.train.prepass import run_prepass
 from align.train.ranks import Ranks, random_stream
 from align.train.signal import Signal
+from align.train.sizes import described_sizes
 from align.train.spec import TrainerSpec
 from align.train.state import load_state, random_state, save_state
 from align.train.strategy import make_strategy, trainable
@@ -50,7 +49,7 @@ MAX_BAD_STEPS = 3
 
 
 class PolicyTrainer:
-    """See `align.protocols.Trainer`, whose methods these are, synchronous.
+    """See `align.protocols.trainer.Trainer`, whose methods these are, synchronous.
 
     reference: log-probabilities f32[N] of a batch under a reference of its own, where `spec.reference` is "path".
     ranks: the processes that train this policy together. Each is given every call with the same arguments, answers
@@ -73,19 +72,25 @@ class PolicyTrainer:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.module: PolicyModule = self.policy.module
-        self.positions = positions_of(self.module.model, text_positions)
         if not {"conversation", "labelled"}.issuperset(self.losses.records):
             # Losses on ratios start at a ratio of 1 only without it; likelihoods alone may have it.
             switch_off_own_dropout(self.module)
         self.probe_difference = probe(self.module)
+        self.packer = Packer(
+            self.module,
+            self.losses,
+            self.ranks,
+            self.device,
+            max_tokens=spec.max_tokens,
+            max_patches=spec.max_patches,
+        )
         self._external_reference = reference
         self._bad_steps = 0
         trained = trainable(self.module)
         self.parameters, self.shapes = list(trained.values()), {name: p.shape for name, p in trained.items()}
         self.ranks.broadcast(self.parameters)
         random_stream(spec.seed, self.ranks.rank)
-        self.parts = trained_parts(self.module.model)
-        self._sizes = self._described_sizes()
+        self._sizes = described_sizes(spec, self.module, self.module.model)
         # last: from here on this rank may hold its part of the parameters only
         make = self._make_optimizer if spec.trainable else None
         self.strategy = make_strategy(spec.sharding, self.module, make, self.ranks, spec.optim.max_grad_norm)
@@ -93,10 +98,6 @@ class PolicyTrainer:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         return make_optimizer(trained_parts(self.module.model), self.spec.optim, self.spec.rates)
-
-    @property
-    def keep_together(self) -> bool:
-        return "pair" in self.losses.records
 
     def describe(self) -> dict[str, Any]:
         """Sizes and dtypes, for the run folder and the screen."""
@@ -112,7 +113,7 @@ class PolicyTrainer:
         }
 
     def forward(self) -> dict[str, Any]:
-        """See `align.protocols.Trainer.forward`."""
+        """See `align.protocols.trainer.Trainer.forward`."""
         verdict = self.module.verdict
         assert verdict is not None
         return {
@@ -122,26 +123,6 @@ class PolicyTrainer:
             "slower": list(verdict.why),
             "notes": list(verdict.notes),
         }
-
-    def _described_sizes(self) -> dict[str, Any]:
-        return {
-            "parameters": sum(numel(p) for p in self.module.parameters()),
-            "trained_parameters": sum(p.numel() for p in self.parameters),
-            "parts": self._described_parts(),
-        }
-
-    def _described_parts(self) -> dict[str, dict[str, Any]]:
-        """What is trained of each part of the model, and at which peak rates."""
-        modes, rates = self.spec.adapter_config.modes, self.spec.rates
-        usual = Rate(float(self.spec.optim.lr or 0.0), self.spec.optim.weight_decay)
-        found: dict[str, dict[str, Any]] = {}
-        for part, size in sizes(self.module.model).items():
-            own = self.parts.get(part, ())
-            found[part] = {"mode": modes[part] if own else "frozen", "parameters": size}
-            if own:
-                rate = rates.get(part, usual)
-                found[part] |= {"trained": sum(p.numel() for p in own), **rate._asdict()}
-        return found
 
     # ------------------------------------------------------------------------------------------ forward and update
 
@@ -153,14 +134,14 @@ class PolicyTrainer:
         self.module.train()
         trees = self._marked(trees)
         sums, seen, signal = MetricSums(), self.policy.patches(), Signal(trees)
-        batches = self._microbatches(trees)
+        batches = self.packer.microbatches(trees)
         counts = global_counts(trees)
         stats = self._batch_stats(trees)
         with self.strategy.update():
             for n, (batch, counted) in enumerate(batches):
                 loss = self._loss(batch, counts, sums if counted else MetricSums(), stats, signal)
                 self.strategy.backward(loss if counted else 0.0 * loss, last=n == len(batches) - 1)
-        sums.add(_work(batches))
+        sums.add(work_of(batches))
         if self.module.media is not None:
             sums.add({"tokens/patches": Metric(torch.tensor(float(self.policy.patches() - seen)), reduce="sum")})
         metrics = self._metrics(sums)
@@ -191,42 +172,6 @@ class PolicyTrainer:
         nll = self.losses.nll
         return list(trees) if nll == "none" else [mark_nll(tree, nll) for tree in trees]
 
-    @property
-    def shares_prefixes(self) -> bool:
-        """Whether rows that begin alike are computed as one tree: where a row is a sequence, and trunks are shared."""
-        of_one_sequence = {"conversation", "labelled", "unpaired"}
-        return self.module.layout == "shared" and of_one_sequence.issuperset(self.losses.records)
-
-    def _planned(self, trees: Sequence[Tree]) -> list[Microbatch]:
-        """This rank's share of the trees."""
-        if self.shares_prefixes:
-            trees = share_prefixes(trees)
-        planned = plan_ranks(
-            trees,
-            self._budget(trees),
-            keep_together=self.keep_together,
-            ranks=self.ranks.size,
-            max_patches=self.spec.max_patches,
-        )
-        return planned[self.ranks.rank]
-
-    def _packed(self, part: Microbatch) -> TokenBatch:
-        batch = collate(part.trees, self.positions)
-        batch.idle_media = part.idle_media
-        return batch.to(self.device)
-
-    def _microbatches(self, trees: Sequence[Tree]) -> list[tuple[TokenBatch, bool]]:
-        """This rank's share, packed, and whether each counts (see `align.data.microbatches.Microbatch`)."""
-        return [(self._packed(part), part.counted) for part in self._planned(trees)]
-
-    def _budget(self, trees: Sequence[Tree]) -> int:
-        """Packed tokens of a microbatch; so many fewer where trunks are repeated, that as many are computed."""
-        if self.module.layout == "shared":
-            return self.spec.max_tokens
-        repeated = sum(len(tree.trunk) * (len(tree.sequences) - 1) for tree in trees)
-        packed = sum(tree.tokens for tree in trees)
-        return max(1, self.spec.max_tokens * packed // max(1, packed + repeated))
-
     def _batch_stats(self, trees: Sequence[Tree]) -> list[dict[str, Tensor]]:
         """What each loss of scope "batch" makes of a pass over the update, or over trees of its own, before any
         gradient."""
@@ -242,7 +187,7 @@ class PolicyTrainer:
 
     def _prepass(self, trees: Sequence[Tree], needs: Needs) -> Prepass:
         return run_prepass(
-            self._microbatches(trees),
+            self.packer.microbatches(trees),
             partial(self._quiet, self.module, want=needs.head),
             self._reference_logps if needs.reference else lambda batch: None,
             self.ranks.gather,
@@ -313,7 +258,7 @@ class PolicyTrainer:
         trees = self._marked(trees)
         sums, counts = MetricSums(), global_counts(trees)
         stats = self._batch_stats(trees)
-        for batch, counted in self._microbatches(trees):
+        for batch, counted in self.packer.microbatches(trees):
             self._loss(batch, counts, sums if counted else MetricSums(), stats)
         return self._metrics(sums)
 
@@ -325,14 +270,14 @@ class PolicyTrainer:
         return self.spec.labels.called(metrics) if self.spec.labels else metrics
 
     def logps(self, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
-        """See `align.protocols.Trainer.logps`."""
+        """See `align.protocols.trainer.Trainer.logps`."""
 
         def of(batch: TokenBatch) -> list[np.ndarray]:
             logps = self._quiet(self.module, batch).logps.float().cpu().numpy()
             owner = batch.sequence_ids.cpu().numpy()
             return [logps[owner == s] for s in range(batch.sequences)]
 
-        return self._by_sequence(trees, of)
+        return self.packer.by_sequence(trees, of)
 
     def scores(self, trees: Sequence[Tree]) -> list[list[np.ndarray]]:
         """Per tree, per sequence: f32[K], what the score head says. Computed without dropout."""
@@ -342,22 +287,7 @@ class PolicyTrainer:
             assert scores is not None, "the model has no score head"
             return list(scores.float().cpu().numpy())
 
-        return self._by_sequence(trees, of)
-
-    def _by_sequence(
-        self, trees: Sequence[Tree], of: Callable[[TokenBatch], list[np.ndarray]]
-    ) -> list[list[np.ndarray]]:
-        """What `of` gives for each sequence of a batch, per tree, gathered from all ranks."""
-        assert len({tree.id for tree in trees}) == len(trees), "trees of one call have different ids"
-        found: dict[tuple[int, int] | None, np.ndarray] = {}
-        for part in self._planned([placed(tree) for tree in trees]):
-            values = of(self._packed(part))
-            if part.counted:
-                # by place: rows may be joined to one tree, and a group cut between its branches
-                places = [sequence.place for tree in part.trees for sequence in tree.sequences]
-                found |= dict(zip(places, values, strict=True))
-        found = {at: value for own in self.ranks.objects(found) for at, value in own.items()}
-        return [[found[tree.id, k] for k in range(len(tree.sequences))] for tree in trees]
+        return self.packer.by_sequence(trees, of)
 
     def numerics(self) -> dict[str, Any]:
         return numerics(self.spec, self.device)
@@ -394,10 +324,3 @@ class PolicyTrainer:
     def close(self) -> None:
         """Nothing outlives the process."""
         self.strategy.close()
-
-
-def _work(batches: Sequence[tuple[TokenBatch, bool]]) -> dict[str, Metric]:
-    """Tokens computed and microbatches, over all ranks; those that do not count are left out."""
-    sizes = [batch.token_ids.numel() for batch, counted in batches if counted]
-    found = {"tokens/trained": sum(sizes), "train/microbatches": len(sizes)}
-    return {name: Metric(torch.tensor(float(n), dtype=torch.float64), reduce="sum") for name, n in found.items()}

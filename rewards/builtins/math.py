@@ -3,7 +3,7 @@
 The answer is what follows the last marker (`\\boxed{}`, `####`, "the answer is"...), else the last $...$, else the last
 line. Numbers, fractions, roots, powers, functions, names, tuples, intervals, unions, sets (also a list with commas, in
 any order), a ± b and equations are compared by value: exactly where they are rational, else numerically, as
-`_expressions.py` says. Units in \\text{}, degrees, percent and currency signs do not count. What is no expression,
+`_values.py` says. Units in \\text{}, degrees, percent and currency signs do not count. What is no expression,
 such as a name in \\text{}, is compared as text. math-verify is not needed; a project that wants its rules writes a
 plugin of three lines.
 """
@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 from rewards.api import Objective, Sample, reward
 from rewards.builtins._answers import final_answer, gold, gold_text, several
-from rewards.builtins._expressions import NotMath, parse, same
+from rewards.builtins._expressions import NotMath, parse
+from rewards.builtins._values import same
 
 _MATH = re.compile(r"\$\$?([^$\n]+)\$\$?|\\\[(.+?)\\\]|\\\((.+?)\\\)")
 _TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox|operatorname)\s*\{([^{}]*)\}")

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from tests.bench import common, peer, work
 
 GOALS = {("demo", "float32"): 1.7, ("demo", "bfloat16"): 2.0, ("long", "float32"): 2.0, ("long", "bfloat16"): 2.0}

@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from align.protocols import PromptItem, Publication, Sampling, group_seed
+from align.protocols.fleet import PromptItem, Sampling, group_seed
+from align.protocols.trainer import Publication
 from rollout.base import EngineSpec, generate, make_engine
 from tests.bench.common import columns, write_result
 
@@ -61,7 +62,7 @@ def run_fleet(spec: EngineSpec, arguments: argparse.Namespace, serve: Callable[[
 
 def requests(arguments: argparse.Namespace, folder: str) -> list[tuple[dict[str, Any], Any]]:
     """vLLM's prompt and parameters of each group, as our engine makes them."""
-    from align.protocols import end_ids
+    from align.protocols.ends import end_ids
     from rollout.vllm import sampling_parameters
 
     ends = end_ids(Path(folder), None)
@@ -77,12 +78,12 @@ def run_async(spec: EngineSpec, arguments: argparse.Namespace, serve: Callable[[
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from rollout.vllm import _arguments
+    from rollout.vllm_start import engine_arguments
 
     with asyncio.Runner() as loop:
 
         async def started() -> Any:
-            return AsyncLLM.from_engine_args(AsyncEngineArgs(**_arguments(spec, 0)))
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(spec, 0)))
 
         engine = loop.run(started())
         numbers = iter(range(10**9))
@@ -102,9 +103,9 @@ def run_async(spec: EngineSpec, arguments: argparse.Namespace, serve: Callable[[
 
 
 def run_llm(spec: EngineSpec, arguments: argparse.Namespace, serve: Callable[[Callable[[], int]], None]) -> None:
-    from rollout import vllm as calls
+    from rollout.vllm_start import start, stop
 
-    llm = calls.start(spec, 0)
+    llm = start(spec, 0)
 
     def once() -> int:
         llm.reset_prefix_cache()
@@ -113,7 +114,7 @@ def run_llm(spec: EngineSpec, arguments: argparse.Namespace, serve: Callable[[Ca
         return sum(len(drawn.token_ids) for output in outputs for drawn in output.outputs)
 
     serve(once)
-    calls.stop(llm)
+    stop(llm)
 
 
 SIDES = {"fleet": run_fleet, "AsyncLLM": run_async, "LLM": run_llm}

@@ -34,7 +34,7 @@ def seconds(family: str, *, fused: bool) -> float:
     from align.model.fused.exchange import fuse
     from align.model.policy_module import PolicyModule
     from align.model.probe.choose import probe
-    from align.protocols import Segment, Tree
+    from align.protocols.trees import Segment, Tree
     from align.recipe.adapter import Adapter
     from tests.unit.core.families import make_family, mrope_positions
 

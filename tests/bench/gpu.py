@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from tests.bench import common, peer, work
 from tests.bench.grpo_update_against_trl import padded, with_sampler_logps
 

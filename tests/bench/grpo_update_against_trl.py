@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from tests.bench import common, peer, work
 
 GOAL = 4.0

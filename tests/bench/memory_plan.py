@@ -206,7 +206,7 @@ def conversations(tokens: int, vocabulary: int, length: int = 256) -> list[Any]:
     """Trees of random tokens, all but the first scored."""
     import numpy as np
 
-    from align.protocols import Segment, Tree
+    from align.protocols.trees import Segment, Tree
 
     rng = np.random.default_rng(0)
     mask = np.arange(length) > 0

@@ -19,18 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from align.protocols import (
-    Completion,
-    ErrorBudget,
-    FailedPrompt,
-    Group,
-    Metrics,
-    PromptItem,
-    Publication,
-    Sampling,
-    ScoreTable,
-    Tree,
-)
+from align.protocols.fleet import Completion, FailedPrompt, Group, PromptItem, Sampling
+from align.protocols.scorer import ErrorBudget, ScoreTable
+from align.protocols.trainer import Metrics, Publication
+from align.protocols.trees import Tree
 from align.recipe.objectives import Objectives
 from align.stages.groups import PromptCursor
 from align.stages.online import OnlinePlan, OnlineStage

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from align.protocols import Segment, Tree
+from align.protocols.trees import Segment, Tree
 from tests.bench import common
 from tests.bench.work import ALPHA, LR, RANK, draw_adapter
 

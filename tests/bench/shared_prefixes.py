@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from align.protocols import Segment, Tree
+from align.protocols.trees import Segment, Tree
 from tests.bench import common, work
 
 BEGINNINGS = (10, 40, 200)
@@ -39,22 +39,17 @@ def rows(beginning: int, vocabulary: int, seed: int = 0) -> list[Tree]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run and print; returns what is recorded."""
-    from align.train.trainer import PolicyTrainer
-
-    class Apart(PolicyTrainer):
-        shares_prefixes = False
-
     arguments = parse(argv)
     started = time.perf_counter()
     threads = common.use_threads(arguments.threads)
     shape = work.TOY if arguments.toy else work.BENCH
     with tempfile.TemporaryDirectory() as name:
         folder = work.write_model(shape, Path(name))
-        make = {"shared": PolicyTrainer, "apart": Apart}
         trainers = {
-            side: work.make_trainer(folder, {"name": "sft"}, dtype=arguments.dtype, device="cpu", kind=kind)
-            for side, kind in make.items()
+            side: work.make_trainer(folder, {"name": "sft"}, dtype=arguments.dtype, device="cpu")
+            for side in ("shared", "apart")
         }
+    trainers["apart"].packer.may_share = False
     for trainer in trainers.values():
         work.draw_adapter(trainer.module)
     print(f"{ROWS} rows, {shape.parameters / 1e6:.1f}M parameters, {arguments.dtype}, {threads} threads")

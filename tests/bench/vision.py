@@ -14,6 +14,7 @@ TRL's batches are made by its own collator in advance (what that takes is measur
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from align.mediastore import TOKENS, tensors_path
-from align.protocols import Medium, Segment, Tree
+from align.protocols.trees import Medium, Segment, Tree
 from tests.bench import work
 
 LANGUAGE = r"model\.language_model\..*_proj"
@@ -290,24 +291,20 @@ def padded_windows(trees: Sequence[Tree], batch: int, *, by_length: bool) -> lis
     return [rows[i : i + batch] for i in range(0, len(rows), batch)]
 
 
+def _padded(trees: Sequence[Tree], batch: int, by_length: bool) -> list[Any]:
+    from align.data.microbatches import Microbatch
+
+    return [Microbatch(rows) for rows in padded_windows(trees, batch, by_length=by_length)]
+
+
 class Padded:
     """Our trainer on padded batches: the same losses, optimizer, kernels and fused head; each sequence is a row padded
     to the longest of its batch, and runs with its prompt and its images through the model's own forward.
     """
 
     def __init__(self, folder: Path, loss: dict[str, Any], dtype: str, targets: str, reference: bool):
-        from align.train.trainer import PolicyTrainer
-
-        class PaddedTrainer(PolicyTrainer):
-            batch, by_length = 1, False
-
-            def _planned(self, trees: Sequence[Tree]) -> Any:
-                from align.data.microbatches import Microbatch
-
-                return [Microbatch(rows) for rows in padded_windows(trees, self.batch, by_length=self.by_length)]
-
         self.trainer: Any = work.make_trainer(
-            folder, loss, dtype=dtype, device="cpu", targets=targets, reference=reference, kind=PaddedTrainer
+            folder, loss, dtype=dtype, device="cpu", targets=targets, reference=reference
         )
         module: Any = self.trainer.module
         module.use("unshared", "sdpa")
@@ -320,7 +317,8 @@ class Padded:
         """(loss, gradient norm). setting: rows of a batch, and whether rows of a length stand together."""
         from align.model import unshared
 
-        self.trainer.batch, self.trainer.by_length = setting
+        batch, by_length = setting
+        self.trainer.packer.planned = functools.partial(_padded, batch=batch, by_length=by_length)
         usual, unshared.MAX_PADDING = unshared.MAX_PADDING, math.inf  # one block of rows, however long the longest
         try:
             found = self.trainer.step(trees, step=0, progress=0.0)

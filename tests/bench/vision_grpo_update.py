@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from align.protocols import Segment, Tree
+from align.protocols.trees import Segment, Tree
 from tests.bench import common, peer, vision, vision_report, work
 from tests.bench.grpo_update_against_trl import KL, with_sampler_logps
 

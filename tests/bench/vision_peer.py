@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from tests.bench import peer
 from tests.bench.vision import Question, opened, padded_windows
 

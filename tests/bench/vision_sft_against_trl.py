@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from align.data.prefixes import share_prefixes
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from tests.bench import common, peer, vision, vision_peer, vision_report, work
 
 CHECKED_ROWS = 12

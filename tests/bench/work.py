@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from align.protocols import Segment, Tree
+from align.protocols.trees import Segment, Tree
 
 if TYPE_CHECKING:
     from align.train.ranks import Ranks
@@ -225,7 +225,6 @@ def make_trainer(
     checkpointing: bool = False,
     targets: str = "all-linear",
     full: bool = False,
-    kind: type[PolicyTrainer] | None = None,
     ranks: Ranks | None = None,
     **more: Any,
 ) -> PolicyTrainer:
@@ -241,7 +240,7 @@ def make_trainer(
     adapter: dict[str, Any] = {"kind": "full"} if full else {"rank": RANK, "alpha": ALPHA, "targets": targets}
     if "visual" in targets:
         adapter["tune"] = {"vision": "lora"}
-    return (kind or PolicyTrainer)(
+    return PolicyTrainer(
         TrainerSpec(
             model=model,
             base=str(folder),
@@ -260,7 +259,7 @@ def make_trainer(
 
 def repack(trainer: PolicyTrainer, max_tokens: int) -> None:
     """Another token budget for the same trainer: it is how an update is computed and changes no result."""
-    trainer.spec = replace(trainer.spec, max_tokens=max_tokens)
+    trainer.packer.max_tokens = max_tokens
 
 
 def adapter_tensors(module: Any) -> dict[str, Any]:

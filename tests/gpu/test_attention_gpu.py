@@ -16,7 +16,7 @@ from align.model.attention.interface import KERNELS, packed_attention_forward
 from align.model.attention.plan import plan_attention
 from align.model.policy_module import PolicyModule
 from align.model.probe.choose import probe
-from align.protocols import Segment, Tree
+from align.protocols.trees import Segment, Tree
 from tests.unit.core.families import FAMILIES, STATEFUL, make_family, mrope_positions
 from tests.unit.core.test_attention import dense, visible
 from tests.unit.core.test_families import trees

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from align.model.adapters import attach
-from align.protocols import Group, Publication, Sampling
+from align.protocols.fleet import Group, Sampling
+from align.protocols.trainer import Publication
 from align.stages.publication import PublicationFolder
 from rollout.fleet import RayFleet
 from rollout.member import Limits

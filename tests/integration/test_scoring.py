@@ -16,7 +16,8 @@ from align.actors.places import Places
 from align.actors.reward_actors import RayScorer
 from align.actors.scoring import LocalScorer
 from align.errors import AlignError, PluginError, RewardError
-from align.protocols import Completion, ErrorBudget, Group, PromptItem, ScoreTable
+from align.protocols.fleet import Completion, Group, PromptItem
+from align.protocols.scorer import ErrorBudget, ScoreTable
 from align.recipe.parts import Reward
 from align.recipe.placement import Placement
 from align.stages.backend import Needs

@@ -19,7 +19,9 @@ import torch
 from align.errors import AlignError, DataError, EngineError, RecipeError, SetupError, Unsupported
 from align.export.soup import soup
 from align.model.adapters import attach, digest, merged_state, save, use_adapter, weights_digest
-from align.protocols import Completion, FailedPrompt, Group, PromptItem, Publication, Sampling, Tree, group_seed
+from align.protocols.fleet import Completion, FailedPrompt, Group, PromptItem, Sampling, group_seed
+from align.protocols.trainer import Publication
+from align.protocols.trees import Tree
 from align.recipe.adapter import Adapter
 from align.stages.monitor import Monitor
 from rollout.base import EngineSpec, Request, check_engine_options, generate, make_engine
@@ -128,13 +130,13 @@ def as_json(groups: Sequence[Group]) -> list[Any]:
 
 
 def test_the_installed_vllm_has_every_call_that_the_engine_makes() -> None:
-    from rollout.vllm import missing_calls
+    from rollout.vllm_version import missing_calls
 
-    assert missing_calls() == [], "the installed vLLM does not fit rollout/vllm.py; change that file and its docstring"
+    assert missing_calls() == [], "the installed vLLM does not fit rollout/vllm_version.py: change it and its docstring"
 
 
 def test_a_vllm_that_lacks_a_call_is_described_by_name() -> None:
-    from rollout.vllm import missing_calls
+    from rollout.vllm_version import missing_calls
 
     assert missing_calls({"vllm:LLM": "generate travel_in_time"}) == ["vllm:LLM has no 'travel_in_time'"]
     assert missing_calls({"vllm:LLMM": ""})[0].startswith("vllm:LLMM is gone")
@@ -143,28 +145,28 @@ def test_a_vllm_that_lacks_a_call_is_described_by_name() -> None:
 def test_an_engine_does_not_start_on_a_vllm_that_lacks_a_call(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rollout.vllm.missing_calls", lambda: ["vllm:LLM has no 'generate'"])
+    monkeypatch.setattr("rollout.vllm_version.missing_calls", lambda: ["vllm:LLM has no 'generate'"])
     with pytest.raises(SetupError, match="has no 'generate'"):
         make_engine(spec(model_folder))
 
 
 def test_every_call_in_the_list_is_in_the_docstring() -> None:
-    import rollout.vllm
+    from rollout import vllm_version
 
-    words = set(re.findall(r"\w+", rollout.vllm.__doc__ or ""))
-    for target, names in rollout.vllm.CALLS.items():
+    words = set(re.findall(r"\w+", vllm_version.__doc__ or ""))
+    for target, names in vllm_version.CALLS.items():
         assert target.rpartition(":")[2].partition(".")[0] in words, target
         if not target.endswith(("EngineArgs", "LLM.generate", "parse_fine_tuned_lora_name")):
             assert set(names.split()) <= words, target
 
 
 def test_the_shipped_list_of_engine_arguments_is_that_of_the_installed_vllm(tmp_path: Path) -> None:
-    from rollout.vllm import write_engine_arguments
     from rollout.vllm_facts import ARGUMENTS_FILE, REFUSED
+    from rollout.vllm_version import write_engine_arguments
 
     write_engine_arguments(tmp_path / "now.json")
     now = json.loads((tmp_path / "now.json").read_text())
-    assert json.loads(ARGUMENTS_FILE.read_text()) == now, "run rollout.vllm.write_engine_arguments()"
+    assert json.loads(ARGUMENTS_FILE.read_text()) == now, "run rollout.vllm_version.write_engine_arguments()"
     assert set(REFUSED) <= set(now["arguments"])
 
 
@@ -414,7 +416,7 @@ def without_adapter(add: Any) -> Any:
 def test_an_engine_that_holds_the_adapter_but_computes_with_the_base_is_caught(
     serving: Any, first: Publication, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving, "_probed", False)
+    monkeypatch.setattr(serving._weights, "_probed", False)
     with monkeypatch.context() as patched:
         patched.setattr("rollout.vllm.add_request", without_adapter(add_request))
         with pytest.raises(EngineError, match="adapter not applied"):
@@ -544,7 +546,7 @@ def test_an_adapter_wider_than_the_engine_or_missing_is_refused(
 
 
 def test_ranks_are_rounded_up_to_those_that_vllm_has_kernels_for() -> None:
-    from rollout.vllm import accepted_rank
+    from rollout.vllm_start import accepted_rank
 
     assert [accepted_rank(rank) for rank in (0, 1, 2, 12, 16, 17)] == [0, 1, 8, 16, 16, 32]
     with pytest.raises(Unsupported, match="not 1000"):
@@ -655,7 +657,7 @@ def test_a_head_that_computes_with_its_old_packed_copy_is_caught(
         policy.get_base_model().get_input_embeddings().weight.mul_(1.25)
     publication, _ = merged(policy, tmp_path / "v9", 9)
     with monkeypatch.context() as patched:
-        patched.setattr("rollout.vllm_engine.retie", lambda model, groups: None)
+        patched.setattr("rollout.vllm_weights.retie", lambda model, groups: None)
         with pytest.raises(EngineError, match="packed copy is older"):
             whole.publish(publication)
     assert whole.publish(publication) == publication.digest

@@ -17,7 +17,8 @@ from align.errors import EngineError, Unsupported
 from align.mediastore import view_path
 from align.model.media.places import positions_of
 from align.model.policy_module import PolicyModule
-from align.protocols import Group, PromptItem, Publication, Sampling
+from align.protocols.fleet import Group, PromptItem, Sampling
+from align.protocols.trainer import Publication
 from align.stages.groups import to_trees
 from rollout import vllm as calls
 from rollout.base import Request, generate
@@ -169,7 +170,7 @@ def test_a_tower_whose_adapter_does_nothing_is_caught_at_the_start(
         tower = {name for name in shapes if ".visual." in name}
         write_probe_adapter(folder, like, shapes, {*silent, *tower})
 
-    monkeypatch.setattr(engine, "_probed", False)
+    monkeypatch.setattr(engine._weights, "_probed", False)
     with monkeypatch.context() as patched:
         patched.setattr("rollout.vllm_probe.write_probe_adapter", tower_left_out)
         with pytest.raises(EngineError, match="not applied: one with large random weights on the tower of images"):

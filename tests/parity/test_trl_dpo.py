@@ -14,7 +14,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from align.data.packing import collate, global_counts, mark_nll
 from align.losses import configure
 from align.losses.base import LossInputs
-from align.protocols import Segment, Tree
+from align.protocols.trees import Segment, Tree
 from align.train.prepass import run_prepass
 from align.types import HeadOutputs
 from tests.parity.stand_in import padded, same, stand_in

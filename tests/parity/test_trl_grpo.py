@@ -20,7 +20,7 @@ from align.data.packing import collate, global_counts
 from align.losses import configure
 from align.losses.base import LossInputs, LossOutput, Prepass
 from align.losses.grpo import Config
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from align.recipe.peers import translate
 from align.recipe.stages import OnlineStage
 from align.types import HeadOutputs, TokenBatch

@@ -22,7 +22,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 from align.data.packing import collate, global_counts, mark_nll
 from align.losses import configure, kto, orpo
 from align.losses.base import LossInputs, LossOutput
-from align.protocols import Segment, Tree
+from align.protocols.trees import Segment, Tree
 from align.types import HeadOutputs, TokenBatch
 from tests.parity.stand_in import padded, same, stand_in
 from tests.unit.core.trees import conversation, pair, unpaired

@@ -38,7 +38,7 @@ from torch import Tensor
 from align.data.packing import collate
 from align.errors import AlignError
 from align.model.load import quiet
-from align.protocols import Segment, Tree
+from align.protocols.trees import Segment, Tree
 from align.recipe.adapter import Adapter
 from align.recipe.inputs import Model
 from align.recipe.parts import LossTerm, Optim
@@ -116,7 +116,7 @@ def gradient_gap(policy: PolicyTrainer, model: Any) -> float:
     """Largest difference between the trainer's gradients and those of the model's own forward, by a fixed random
     cotangent, relative to the largest."""
     policy.module.zero_grad()
-    ours = policy.module.eval()(collate(trees(), policy.positions)).logps
+    ours = policy.module.eval()(collate(trees(), policy.packer.positions)).logps
     cotangent = torch.randn(ours.numel(), generator=torch.Generator().manual_seed(0))
     (ours * cotangent).sum().backward()
     (alone(model) * cotangent).sum().backward()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from align.data.records import MediaKind, RowError
-from align.protocols import Medium
+from align.protocols.trees import Medium
 
 Span = tuple[int, int]
 

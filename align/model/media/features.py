@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from align.errors import ModelError
 from align.mediastore import read_tensors
-from align.protocols import Medium
+from align.protocols.trees import Medium
 
 TILED = 5  # dimensions of pixel values that have an axis of tiles: [images, tiles, C, H, W]
 USED = ("pooler_output", "deepstack_features")  # what the models' forwards read of a tower's output

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from align.mediastore import read_tensors
-from align.protocols import Medium, Segment, Tree
+from align.protocols.trees import Medium, Segment, Tree
 
 TYPES = {"image": 1, "video": 2, "audio": 3}  # transformers' mm_token_type_ids; 0 is text
 MOST_GRIDS = 1 << 16  # a few numbers each

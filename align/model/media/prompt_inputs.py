@@ -14,7 +14,7 @@ from align.errors import Unsupported
 from align.model.backbone import takes_media
 from align.model.media.features import MediaFeatures, Placed
 from align.model.media.places import MRope, slots_of, type_ids
-from align.protocols import Medium, Segment, Tree
+from align.protocols.trees import Medium, Segment, Tree
 
 Prompt = tuple[np.ndarray, Sequence[Medium]]
 """Token ids i64[n] with all tokens of the media, and the media."""

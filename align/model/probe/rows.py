@@ -19,7 +19,7 @@ from align.model.backbone import takes_media
 from align.model.load import quiet
 from align.model.media.places import Positions, placeholder, positions_of
 from align.model.unshared import sequences_of
-from align.protocols import Medium, Segment, Tree
+from align.protocols.trees import Medium, Segment, Tree
 from align.types import TokenBatch
 
 log = logging.getLogger(__name__)

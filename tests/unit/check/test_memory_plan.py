@@ -104,7 +104,7 @@ def test_activations_are_what_autograd_keeps(
     )
     subject = PolicyTrainer(spec)
     trees = conversations(2048, 97, length=512)
-    batch, _ = subject._microbatches(trees)[0]
+    batch, _ = subject.packer.microbatches(trees)[0]
     own = {parameter.untyped_storage().data_ptr() for parameter in subject.module.parameters()}
     kept: dict[int, torch.Tensor] = {}
 

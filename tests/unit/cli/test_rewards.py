@@ -14,7 +14,9 @@ import pytest
 from PIL import Image
 
 from align.cli.main import main
-from align.protocols import Completion, Group, Medium, PromptItem, ScoreTable
+from align.protocols.fleet import Completion, Group, PromptItem
+from align.protocols.scorer import ScoreTable
+from align.protocols.trees import Medium
 from align.stages.rollout_log import RolloutLog
 from rewards.find import builtin_names
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from align.protocols import Tree
+from align.protocols.trees import Tree
 
 BASE = {
     "vocab_size": 97,

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from align.mediastore import TOKENS, tensors_path
 from align.model.media.places import placeholder
-from align.protocols import Medium, Segment, Tree
+from align.protocols.trees import Medium, Segment, Tree
 
 NOT_MEDIA = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 SIZES = ((60, 80), (64, 40), (112, 60))  # of pictures, height and width: one, two and several tiles or grids

@@ -21,7 +21,7 @@ from align.model.attention.flex import BLOCK, flex_attention_over, touched_block
 from align.model.attention.interface import kernels_for, packed_attention_forward
 from align.model.attention.plan import AttentionPlan, plan_attention
 from align.model.policy_module import PolicyModule
-from align.protocols import Segment, Tree
+from align.protocols.trees import Segment, Tree
 from tests.unit.core.families import make_family
 from tests.unit.core.trees import conversation, group, pair
 

@@ -20,7 +20,7 @@ from align.losses.base import LossInputs
 from align.model.backbone import set_attention
 from align.model.policy_module import PolicyModule
 from align.model.probe.choose import probe
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from align.types import TokenBatch
 from tests.unit.core.families import FAMILIES, STATEFUL, make_family, mrope_positions
 from tests.unit.core.trees import conversation, group, pair

@@ -21,7 +21,7 @@ from align.model.load import load_model
 from align.model.media.places import positions_of, type_ids
 from align.model.policy_module import PolicyModule
 from align.model.probe.choose import probe
-from align.protocols import Medium, Tree
+from align.protocols.trees import Medium, Tree
 from align.recipe.adapter import Adapter
 from tests.tiny_vlms import FAMILIES
 from tests.unit.core.pictures import VIDEO_MARKS, Workshop, add_video, open_workshop

@@ -18,7 +18,7 @@ from align.losses.base import LossInputs
 from align.model.fused.exchange import fuse
 from align.model.policy_module import PolicyModule
 from align.model.probe.choose import probe
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from tests.unit.core.trees import conversation, group, pair, unpaired
 
 FAMILIES: dict[str, dict[str, Any]] = {

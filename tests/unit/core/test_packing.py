@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from align.data.microbatches import plan_microbatches, plan_ranks
 from align.data.packing import collate, global_counts
 from align.errors import DataError
-from align.protocols import Medium, Segment, Tree
+from align.protocols.trees import Medium, Segment, Tree
 from tests.unit.core.trees import conversation, group, pair
 
 

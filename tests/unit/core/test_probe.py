@@ -19,7 +19,7 @@ from align.model.attention.plan import AttentionPlan
 from align.model.policy_module import PolicyModule
 from align.model.probe.choose import probe
 from align.model.probe.rows import two_tree_batch
-from align.protocols import Medium
+from align.protocols.trees import Medium
 from tests import tiny_vlms
 from tests.architectures import make
 from tests.unit.core.families import BASE, make_family

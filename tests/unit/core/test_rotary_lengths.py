@@ -13,7 +13,7 @@ from align.data.packing import collate
 from align.model.policy_module import PolicyModule
 from align.model.probe.choose import probe
 from align.model.probe.rotary_lengths import lengths_of
-from align.protocols import Segment, Tree
+from align.protocols.trees import Segment, Tree
 from tests.unit.check.test_layout_notes import LONGROPE
 from tests.unit.core.families import BASE, make_family
 

@@ -9,7 +9,7 @@ import torch
 from align.data.packing import collate, mark_nll
 from align.model.policy_module import PolicyModule
 from align.model.unshared import MAX_PADDING, blocks_of, hidden_states, sequences_of
-from align.protocols import Segment, Tree
+from align.protocols.trees import Segment, Tree
 from tests.unit.core.families import make_family
 from tests.unit.core.trees import conversation, group, pair, unpaired
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from align.protocols import Segment, Tree
+from align.protocols.trees import Segment, Tree
 
 
 def segment(rng: np.random.Generator, n: int, *, scored: bool, vocabulary: int = 97, rollout: bool = False) -> Segment:

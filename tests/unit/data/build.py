@@ -9,7 +9,7 @@ from typing import Any
 
 from align.data.prepare import Prepared, prepare
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
-from align.protocols import Segment
+from align.protocols.trees import Segment
 from align.recipe.inputs import DataSource
 
 UNMARKED_CHATML = (

@@ -16,7 +16,7 @@ from align.data.prepare import prepare
 from align.data.tokenizer import load_tokenizer
 from align.errors import DataError, ModelError
 from align.mediastore import read_frames, tensors_path, view_path
-from align.protocols import Segment
+from align.protocols.trees import Segment
 from align.recipe.inputs import DataSource
 from tests.tiny_vlms import TEMPLATE
 from tests.unit.data.media_world import MakeVlm, World, chat, data_uri, encoded, picture, png, shown, write_rows

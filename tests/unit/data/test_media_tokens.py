@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from align.mediastore import read_tensors, view_path
-from align.protocols import Medium, Segment
+from align.protocols.trees import Medium, Segment
 from tests.tiny_vlms import FAMILIES
 from tests.unit.data.media_world import MakeVlm, World, chat, shown
 

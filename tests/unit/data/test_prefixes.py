@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from align.data.packing import global_counts
 from align.data.prefixes import LEAST, share_prefixes
-from align.protocols import Medium, Segment, Tree
+from align.protocols.trees import Medium, Segment, Tree
 
 Row = tuple[tuple[int, ...], tuple[bool, ...], tuple[tuple[str, int], ...], tuple[tuple[str, float], ...]]
 

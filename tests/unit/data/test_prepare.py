@@ -13,7 +13,8 @@ from align.data import prepare as module
 from align.data.prepare import mix, prepare
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
 from align.errors import DataError
-from align.protocols import PromptItem, Tree
+from align.protocols.fleet import PromptItem
+from align.protocols.trees import Tree
 from tests.unit.data.build import prepared, scored, source, text, turns, write_jsonl
 
 GOOD = {"messages": turns("q", "a")}

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from align.protocols import Completion, Group, PromptItem, ScoreTable
+from align.protocols.fleet import Completion, Group, PromptItem
+from align.protocols.scorer import ScoreTable
 from align.stages.files import write_json
 from align.stages.rollout_log import RolloutLog
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align.protocols import Medium, Segment, Tree
+from align.protocols.trees import Medium, Segment, Tree
 from tests.bench import vision, vision_grpo_update, vision_sft_against_trl, work
 
 pytestmark = pytest.mark.slow  # each runs a bench through, at a toy size

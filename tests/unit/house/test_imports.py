@@ -18,11 +18,10 @@ LIGHT = {
     "losses": ["align/losses"],
     "objectives": ["align/objectives"],
     "rewards": ["rewards"],
-    "engine protocol": ["rollout/base.py", "rollout/vllm_facts.py", "align/model/generate_facts.py"],
+    "engine protocol": ["rollout/base.py", "rollout/vllm_facts.py", "align/model/generate/facts.py"],
     "export formats": ["align/export/formats/__init__.py"],
-    "foundations": [
-        f"align/{name}.py" for name in ("describe", "engines", "errors", "protocols", "plugins", "hub", "torch_cpu")
-    ],
+    "foundations": [f"align/{name}.py" for name in ("describe", "engines", "errors", "plugins", "hub", "torch_cpu")]
+    + ["align/protocols"],
     "simulate": ["align/simulate", "align/cli/simulate.py"],
     "check": ["align/check"],
     "command": [f"align/cli/{name}.py" for name in ("main", "arguments", "check", "doctor")],

@@ -14,7 +14,7 @@ from align.errors import RecipeError
 from align.losses import configure
 from align.losses.base import LossInputs, LossOutput
 from align.losses.classify import derived
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from align.train.metrics import MetricSums
 from align.types import HeadOutputs
 from tests.unit.core.trees import conversation, labelled

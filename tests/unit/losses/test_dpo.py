@@ -17,7 +17,7 @@ from align.data.packing import collate, global_counts
 from align.losses import configure
 from align.losses.base import LossInputs, LossOutput, Prepass
 from align.losses.dpo_terms import PAIR_LOSSES, at_rank
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from align.train.prepass import run_prepass
 from align.types import HeadOutputs
 from tests.unit.core.trees import pair

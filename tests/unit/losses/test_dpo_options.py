@@ -15,7 +15,7 @@ from align.data.packing import collate
 from align.errors import RecipeError
 from align.losses import configure
 from align.losses.dpo import Config
-from align.protocols import Segment, Tree
+from align.protocols.trees import Segment, Tree
 from align.recipe.parts import LossTerm
 from align.recipe.peers import translate
 from align.train.trainer import PolicyTrainer

@@ -16,7 +16,7 @@ from align.data.packing import collate, global_counts
 from align.losses import configure
 from align.losses.base import LossInputs, LossOutput, Prepass
 from align.losses.grpo import derived
-from align.protocols import Counts, Segment, Tree
+from align.protocols.trees import Counts, Segment, Tree
 from align.train.metrics import MetricSums
 from align.types import HeadOutputs, TokenBatch
 from tests.unit.core.trees import group

@@ -18,7 +18,8 @@ from align.losses import configure
 from align.losses.base import LossInputs
 from align.losses.policy_terms import entropy_threshold, kl_terms
 from align.objectives import combine
-from align.protocols import Completion, Group, ScoreTable
+from align.protocols.fleet import Completion, Group
+from align.protocols.scorer import ScoreTable
 from align.recipe.objectives import Objectives
 from align.recipe.parts import Rollout
 from align.recipe.stages import OnlineStage

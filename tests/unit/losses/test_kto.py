@@ -13,7 +13,7 @@ import torch
 from align.data.packing import collate, global_counts
 from align.losses import configure, kto
 from align.losses.base import LossInputs, Prepass
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from align.train.trainer import PolicyTrainer
 from align.types import HeadOutputs
 from tests.unit.core.trees import unpaired

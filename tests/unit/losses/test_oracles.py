@@ -15,7 +15,7 @@ from align.data.packing import collate, global_counts, mark_nll
 from align.errors import PluginError, RecipeError
 from align.losses import configure, names
 from align.losses.base import LossInputs, LossOutput
-from align.protocols import Segment, Tree
+from align.protocols.trees import Segment, Tree
 from align.types import HeadOutputs, TokenBatch
 from tests.unit.core.trees import conversation, pair, unpaired
 

@@ -14,7 +14,7 @@ from align.data.packing import collate, global_counts
 from align.errors import RecipeError
 from align.losses import configure
 from align.losses.base import LossInputs, LossOutput
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from align.types import HeadOutputs
 from tests.unit.core.trees import pair
 

@@ -14,7 +14,7 @@ from align.data.packing import collate, global_counts, mark_nll
 from align.errors import DataError
 from align.losses import configure, names
 from align.losses.base import LossInputs
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from align.recipe.parts import LossTerm
 from align.stages.row_weights import refuse_weights
 from align.train.metrics import MetricSums
@@ -121,7 +121,7 @@ def test_an_update_on_weighted_rows_is_the_update_on_rows_written_as_often(base:
     for batch in (heavier, oftener):
         trainer, counts = PolicyTrainer(spec), global_counts(batch)
         stats = [{"z": torch.tensor(0.1)}] if loss == "kto" else [{}]
-        for packed, _ in trainer._microbatches(batch):
+        for packed, _ in trainer.packer.microbatches(batch):
             trainer._loss(packed, counts, MetricSums(), stats).backward()
         units = {"sft": counts.nll_tokens, "dpo": counts.pairs, "kto": counts.sequences}[loss]
         gradients.append(torch.cat([units * p.grad.flatten() for p in trainer.parameters if p.grad is not None]))

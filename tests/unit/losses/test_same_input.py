@@ -9,7 +9,7 @@ import pytest
 
 from align.data.prefixes import share_prefixes
 from align.losses import kto
-from align.protocols import Medium, Segment, Tree
+from align.protocols.trees import Medium, Segment, Tree
 from align.stages.reference_cache import tree_digest
 
 IDS = np.arange(3, 21)

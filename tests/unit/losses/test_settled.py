@@ -37,7 +37,9 @@ from align.losses.base import LossInputs, Prepass
 from align.losses.policy_terms import kl_terms
 from align.model.policy_module import PolicyModule
 from align.objectives import combine
-from align.protocols import Completion, Group, PromptItem, ScoreTable, Segment, Tree
+from align.protocols.fleet import Completion, Group, PromptItem
+from align.protocols.scorer import ScoreTable
+from align.protocols.trees import Segment, Tree
 from align.recipe.adapter import Adapter
 from align.recipe.objectives import Objectives
 from align.stages.groups import PromptCursor, penalise_truncated, to_trees, untrained

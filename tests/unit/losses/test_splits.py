@@ -16,7 +16,7 @@ from align.data.microbatches import plan_microbatches
 from align.data.packing import collate, global_counts, mark_nll
 from align.losses import configure, load, names
 from align.losses.base import LossInputs
-from align.protocols import Counts, Tree
+from align.protocols.trees import Counts, Tree
 from align.train.metrics import MetricSums
 from align.train.prepass import run_prepass
 from align.types import HeadOutputs, TokenBatch

@@ -14,7 +14,7 @@ from align.errors import ModelError, Unsupported, UserError
 from align.model import adapters
 from align.model.adapter_config import lora_rank, recipe_adapter
 from align.model.load import load_model
-from align.protocols import digest_arrays
+from align.protocols.trainer import digest_arrays
 from tests.unit.model.tiny import LLAMA, QWEN3, logits, lora, train_a_little, write_tiny
 
 

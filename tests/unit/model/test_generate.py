@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from align.errors import DataError, EngineError, Unsupported
 from align.model import adapters
-from align.model.generate import TransformersEngine
+from align.model.generate.engine import TransformersEngine
 from align.model.load import load_model
-from align.protocols import Completion, PromptItem, Publication, Sampling, end_ids
+from align.protocols.ends import end_ids
+from align.protocols.fleet import Completion, PromptItem, Sampling
+from align.protocols.trainer import Publication
 from align.train.policy import write_weights
 from rollout.base import Request, generate
 from tests.unit.model.tiny import LLAMA, QWEN3, logits, lora, train_a_little, write_tiny
@@ -132,15 +134,15 @@ def test_every_way_to_finish_is_named_and_the_token_that_finishes_is_kept(engine
     by_id = Sampling(1.0, max_tokens=30, stop_token_ids=(int(longest.token_ids[4]),))
     stopped = [c for g in generate(engine, items, 8, by_id) for c in g.completions if c.finish == "stop"]
     assert stopped and all(c.token_ids[-1] == by_id.stop_token_ids[0] for c in stopped)
-    engine._end_ids = end_ids(Path(engine.spec.folder), 2, by_id.stop_token_ids)  # as of a spec that names them
+    engine._sampler.end_ids = end_ids(Path(engine.spec.folder), 2, by_id.stop_token_ids)  # as of a spec that names them
     ended = [c for g in generate(engine, items, 8, Sampling(1.0, max_tokens=30)) for c in g.completions]
     assert {int(c.token_ids[-1]) for c in ended if c.finish == "eos"} == {2, by_id.stop_token_ids[0]}
-    engine._end_ids = end_ids(Path(engine.spec.folder), 2)
+    engine._sampler.end_ids = end_ids(Path(engine.spec.folder), 2)
     letters = [c for c in free if "e" in c.text]
     by_text = [c for g in generate(engine, items, 8, Sampling(1.0, max_tokens=30, stop=("e",))) for c in g.completions]
     stopped = [c for c in by_text if c.finish == "stop"]
     assert len(stopped) == len(letters)
-    assert all(c.text.count("e") >= 1 and "e" not in engine._decode(c.token_ids[:-1].tolist()) for c in stopped)
+    assert all(c.text.count("e") >= 1 and "e" not in engine._sampler.decode(c.token_ids[:-1].tolist()) for c in stopped)
 
 
 @pytest.fixture(scope="module")
@@ -170,11 +172,11 @@ def test_a_completion_is_had_as_it_was_generated_too_without_what_ends_it(markin
     assert {c.finish for c in drawn} == {"eos", "length"}
     for c in drawn:
         ids = c.token_ids.tolist()
-        marks = [i for i in ids if i in marking._end_ids or i % 4 == 3 or i < 3]
+        marks = [i for i in ids if i in marking._sampler.end_ids or i % 4 == 3 or i < 3]
         spoken = ids[:-1] if c.finish == "eos" else ids
-        assert c.text == marking._decode(ids) and "<mark" not in c.text
-        if set(marks) - marking._end_ids:
-            assert c.raw == marking._decode(spoken, skip_special=False) and "<|im_end|>" not in c.raw
+        assert c.text == marking._sampler.decode(ids) and "<mark" not in c.text
+        if set(marks) - marking._sampler.end_ids:
+            assert c.raw == marking._sampler.decode(spoken, skip_special=False) and "<|im_end|>" not in c.raw
         else:
             assert c.raw is None
     assert any(c.raw is not None and c.finish == "eos" for c in drawn)
@@ -220,7 +222,7 @@ def test_published_adapters_take_over_one_after_another_and_the_base_can_come_ba
         expected = logps.gather(-1, torch.as_tensor(ids[0])[1:, None])[:, 0].numpy()
         assert np.allclose(seen[-1], expected, atol=1e-5)
     assert all(np.abs(a - b).max() > 1e-3 for n, a in enumerate(seen) for b in seen[:n])
-    assert sum("lora_A" in name for name, _ in engine._model.named_parameters()) == 14
+    assert sum("lora_A" in name for name, _ in engine._weights.model.named_parameters()) == 14
     engine.publish(Publication(4, "base", "", ""))
     assert np.array_equal(engine.logps(ids)[0], base)
     group = generate(engine, [prompt(9, 12)], 2, Sampling(max_tokens=3))[0]

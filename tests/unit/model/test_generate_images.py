@@ -9,8 +9,8 @@ import pytest
 
 from align.errors import DataError, Unsupported
 from align.mediastore import tensors_path
-from align.model.generate import TransformersEngine
-from align.protocols import PromptItem, Sampling
+from align.model.generate.engine import TransformersEngine
+from align.protocols.fleet import PromptItem, Sampling
 from rollout.base import EngineSpec, generate
 from tests.tiny_media import forward_logps, holds_mark
 from tests.tiny_models import write_tiny_qwen3

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from align.errors import Unsupported
-from align.model.generate import TransformersEngine
+from align.model.generate.engine import TransformersEngine
+from align.model.generate.reading import find_reading
 from align.model.load import load_model
-from align.model.reading import find_reading
-from align.protocols import FailedPrompt, Sampling
+from align.protocols.fleet import FailedPrompt, Sampling
 from rollout.base import Request, generate
 from tests.unit.model.test_generate import BASE, Spec, by_hand, prompt
 from tests.unit.model.tiny import LLAMA, QWEN3, write_tiny
@@ -87,7 +87,7 @@ def test_attention_alone_reads_prompts_of_all_lengths_at_once(tmp_path: Path) ->
 def test_where_padding_leaks_into_rows_prompts_of_one_length_are_read_together(tmp_path: Path) -> None:
     """A model that is told of no mask, as layers with a state that ignore it."""
     engine = TransformersEngine(Spec(str(write_tiny(tmp_path / "model", QWEN3))))
-    model, own = engine._model, engine._model.forward
+    model, own = engine._weights.model, engine._weights.model.forward
     model.forward = lambda *args, attention_mask=None, **kwargs: own(*args, **kwargs)
     engine._reading = find_reading(model, "cpu")
     assert engine._reading == "equal"

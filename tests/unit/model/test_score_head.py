@@ -21,7 +21,7 @@ from align.model.policy_module import PolicyModule
 from align.model.probe.choose import probe
 from align.model.score_head import MEANING, WEIGHT, adapter_labels, folder_labels, load_score_model, model_labels
 from align.model.scoring_class import SEEING
-from align.protocols import Segment, Tree
+from align.protocols.trees import Segment, Tree
 from align.recipe.labels import Labels
 from tests.tiny_vlms import write_tiny_vlm
 from tests.unit.core.trees import conversation, pair

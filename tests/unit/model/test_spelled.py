@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from align.data.packing import collate, text_positions
-from align.model.generate import TransformersEngine
+from align.model.generate.engine import TransformersEngine
 from align.model.media.places import positions_of
 from align.model.media.prompt_inputs import prompt_inputs
 from align.model.policy_module import PolicyModule
-from align.protocols import Completion, Group
+from align.protocols.fleet import Completion, Group
 from align.stages.groups import to_trees
 from rollout.base import EngineSpec
 from tests.tiny_media import image_ids

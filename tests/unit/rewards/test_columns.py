@@ -14,7 +14,7 @@ import pytest
 from align.actors.scoring import samples_of
 from align.data.prepare import prepare
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
-from align.protocols import Completion, Group, PromptItem
+from align.protocols.fleet import Completion, Group, PromptItem
 from rewards.plugin import PluginSpec
 from rewards.pool import RewardPool
 from tests.unit.data.build import source

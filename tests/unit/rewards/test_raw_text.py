@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from align.actors.scoring import samples_of, score_table
-from align.protocols import Completion, Group, PromptItem, ScoreTable, texts_of
+from align.protocols.ends import texts_of
+from align.protocols.fleet import Completion, Group, PromptItem
+from align.protocols.scorer import ScoreTable
 from align.stages.reward_notes import NotedScorer
 from align.stages.rollout_log import RolloutLog
 from rewards import Sample

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from align.errors import EngineError, SetupError
-from align.protocols import Completion, FailedPrompt, Group, PromptItem, Publication, Sampling
+from align.protocols.fleet import Completion, FailedPrompt, Group, PromptItem, Sampling
+from align.protocols.trainer import Publication
 from rollout.base import Answer, EngineSpec, Request
 
 

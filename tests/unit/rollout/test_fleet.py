@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from align.errors import AlignError, DataError, EngineError, PlacementError, RecipeError, SetupError, Unsupported
-from align.protocols import FailedPrompt, Group, PromptItem, Publication, Sampling
+from align.protocols.fleet import FailedPrompt, Group, PromptItem, Sampling
+from align.protocols.trainer import Publication
 from rollout.base import EngineSpec, generate, make_engine
 from rollout.fleet import RayFleet
 from rollout.local_fleet import LocalFleet

@@ -13,7 +13,8 @@ import pytest
 from ray.exceptions import RaySystemError
 
 from align.errors import AlignError, EngineError
-from align.protocols import PromptItem, Publication, Sampling
+from align.protocols.fleet import PromptItem, Sampling
+from align.protocols.trainer import Publication
 from rollout import fleet as module
 from rollout.base import EngineSpec
 from rollout.fleet import RayFleet

@@ -9,7 +9,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align.protocols import Medium, PromptItem, Sampling
+from align.protocols.fleet import PromptItem, Sampling
+from align.protocols.trees import Medium
 from rollout.base import Request
 from rollout.ledger import Ledger, Routed
 

@@ -9,7 +9,8 @@ import pytest
 
 from align.cli.main import main
 from align.errors import RecipeError
-from align.protocols import PromptItem, Publication, Sampling
+from align.protocols.fleet import PromptItem, Sampling
+from align.protocols.trainer import Publication
 from align.recipe.adapter import Adapter
 from align.recipe.engines import facts_of
 from align.recipe.load import load_recipe
@@ -25,7 +26,7 @@ ENGINE = '''
 import numpy as np
 
 from align.engines import EngineFacts
-from align.protocols import Completion, Group
+from align.protocols.fleet import Completion, Group
 
 
 class Uniform:

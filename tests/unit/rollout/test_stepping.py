@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from align.errors import AlignError, EngineError, SetupError
-from align.protocols import PromptItem, Publication, Sampling
+from align.protocols.fleet import PromptItem, Sampling
+from align.protocols.trainer import Publication
 from rollout.base import EngineSpec, Request
 from rollout.stepping import Abandon, Refusal, Report, Stepper
 from tests.unit.rollout.stub_engine import StubEngine

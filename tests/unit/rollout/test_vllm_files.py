@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from align.errors import Unsupported
-from align.protocols import Medium
+from align.protocols.trees import Medium
 from rollout.vllm_files import unchanged, write_probe_adapter
 from rollout.vllm_media import check_extent, pixel_arguments
 

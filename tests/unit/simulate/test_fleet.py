@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from align.protocols import Group, PromptItem, Publication, Sampling
+from align.protocols.fleet import Group, PromptItem, Sampling
+from align.protocols.trainer import Publication
 from align.simulate.engine import Agenda, Engine, Job
 from align.simulate.fleet import SimulatedFleet
 from align.simulate.lengths import Empirical, LogNormal

@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from align.protocols import ErrorBudget, FailedPrompt, Group, Metrics, PromptItem, Sampling, ScoreTable, Tree
+from align.protocols.fleet import FailedPrompt, Group, PromptItem, Sampling
+from align.protocols.scorer import ErrorBudget, ScoreTable
+from align.protocols.trainer import Metrics
+from align.protocols.trees import Tree
 from align.recipe.objectives import Objectives
 from align.recipe.parts import Save
 from align.stages.groups import PromptCursor

@@ -10,20 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from align.protocols import (
-    Completion,
-    ErrorBudget,
-    FailedPrompt,
-    Group,
-    Metrics,
-    PromptItem,
-    Publication,
-    Sampling,
-    ScoreTable,
-    Segment,
-    Tree,
-    digest_arrays,
-)
+from align.protocols.fleet import Completion, FailedPrompt, Group, PromptItem, Sampling
+from align.protocols.scorer import ErrorBudget, ScoreTable
+from align.protocols.trainer import Metrics, Publication, digest_arrays
+from align.protocols.trees import Segment, Tree
 
 
 def tree(number: int, length: int = 4) -> Tree:

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from align.errors import DataError, EngineError, Interrupted, RewardError, StalenessError
-from align.protocols import Completion, Group, PromptItem
+from align.protocols.fleet import Completion, Group, PromptItem
 from align.stages.virtual_clock import run_virtually
 from tests.unit.stages.online_run import Run, SlowFleet, SlowScorer, SlowTrainer, log_normal
 from tests.unit.stages.plain import PlainFleet, PlainScorer, prompt

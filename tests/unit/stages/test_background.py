@@ -11,7 +11,8 @@ import pytest
 
 from align.data.media.pool import _Child
 from align.errors import LostError
-from align.protocols import ErrorBudget, Group, ScoreTable
+from align.protocols.fleet import Group
+from align.protocols.scorer import ErrorBudget, ScoreTable
 from align.stages.background import Background
 from align.stages.scoring import ScoringQueue
 from tests.unit.stages.plain import PlainFleet, prompt

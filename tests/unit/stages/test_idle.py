@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from align.protocols import Completion, Group, Metrics, PromptItem
+from align.protocols.fleet import Completion, Group, PromptItem
+from align.protocols.trainer import Metrics
 from align.recipe.parts import Save
 from align.report.table import stage_table
 from align.stages.idle import closing_lines, told, why_idle

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from align.actors.scoring import samples_of
-from align.protocols import Completion, Group, Medium, PromptItem, ScoreTable
+from align.protocols.fleet import Completion, Group, PromptItem
+from align.protocols.scorer import ScoreTable
+from align.protocols.trees import Medium
 from align.recipe.inputs import Media
 from align.stages.backend import most_media, pixel_limits
 from align.stages.groups import PromptCursor, to_trees

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from align.errors import EngineError
-from align.protocols import Group, PromptItem, Publication, Sampling
+from align.protocols.fleet import Group, PromptItem, Sampling
+from align.protocols.trainer import Publication
 from align.stages.monitor import tolerance
 from tests.unit.stages.online_run import Run, SlowFleet, SlowTrainer
 from tests.unit.stages.plain import PlainFleet

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from align.protocols import Group, ScoreTable
+from align.protocols.fleet import Group
+from align.protocols.scorer import ScoreTable
 from align.recipe.objectives import Objectives
 from align.stages.groups import carries_signal
 from tests.unit.stages.online_run import Run

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from align.protocols import Completion, Group, ScoreTable, group_seed
+from align.protocols.fleet import Completion, Group, group_seed
+from align.protocols.scorer import ScoreTable
 from align.stages.groups import group_metrics, to_trees, untrained
 from align.stages.online import greedy_metrics
 from tests.unit.stages.online_run import PROMPTS, Run

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from align.errors import AlignError, Interrupted, RunFolderError
-from align.protocols import Metrics, Publication
+from align.protocols.trainer import Metrics, Publication
 from align.recipe.chat_files import ChatFiles
 from align.recipe.inputs import Model
 from align.recipe.load import dump_recipe

@@ -18,7 +18,8 @@ import torch
 
 from align.data.packing import collate, mark_nll
 from align.errors import Interrupted
-from align.protocols import Medium, Metrics, Segment, Tree
+from align.protocols.trainer import Metrics
+from align.protocols.trees import Medium, Segment, Tree
 from align.recipe.adapter import Adapter
 from align.recipe.parts import Optim
 from align.recipe.schema import Recipe

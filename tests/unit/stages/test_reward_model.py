@@ -20,7 +20,7 @@ from align.data.scratch import train_tokenizer
 from align.errors import DataError, Interrupted
 from align.export.merge import merge
 from align.model import scratch
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from align.recipe.adapter import Adapter
 from align.recipe.chat_files import ChatFiles
 from align.recipe.inputs import Model

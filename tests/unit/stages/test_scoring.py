@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from align.protocols import Failure, Group, ScoreTable
+from align.protocols.fleet import Group
+from align.protocols.scorer import Failure, ScoreTable
 from align.stages.scoring import MetricTotals, join_tables, split_table
 from tests.unit.stages.plain import PlainFleet, prompt
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from align.protocols import Metrics, Segment, Tree
+from align.protocols.trainer import Metrics
+from align.protocols.trees import Segment, Tree
 from align.recipe.stages import OnlineStage
 from align.stages.updates import UpdatePlan, Updates, carrying, merged
 from tests.unit.stages.plain import PlainTrainer

@@ -61,7 +61,7 @@ def pairs(n: int = 4) -> list[Any]:
 
 def differences(subject: PolicyTrainer, other: Any = None) -> torch.Tensor:
     """Of the policy's log-probabilities and its reference's, f32[N]."""
-    [(batch, _)] = subject._microbatches(pairs())
+    [(batch, _)] = subject.packer.microbatches(pairs())
     own = subject._quiet(subject.module, batch).logps
     theirs = subject._reference_logps(batch) if other is None else other.batch_logps(batch)
     assert theirs is not None and own.abs().max() > 0

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import align
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from align.recipe.adapter import Adapter
 from align.recipe.inputs import Model
 from align.recipe.parts import LossTerm, Optim

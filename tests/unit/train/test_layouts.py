@@ -34,7 +34,7 @@ def test_a_stateful_model_is_trained_a_row_a_sequence_within_the_same_budget(ada
     assert trainer.step(trees, step=1, progress=0.1)["loss/total"] < first["loss/total"]
     repeated = sum(len(tree.trunk) for tree in trees)  # of two branches each, once more
     packed = sum(tree.tokens for tree in trees)
-    assert trainer._budget(trees) == 64 * packed // (packed + repeated)
+    assert trainer.packer.budget(trees) == 64 * packed // (packed + repeated)
 
 
 def test_a_plain_model_is_described_as_shared(tmp_path: Path) -> None:

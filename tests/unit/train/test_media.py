@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import start_processes
 
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from align.recipe.adapter import Adapter
 from align.recipe.inputs import Model
 from align.recipe.parts import LossTerm, Optim
@@ -145,7 +145,7 @@ def test_a_tower_that_learns_runs_in_every_pass_and_differs_from_the_references(
     # the reference stays where it was, tower and all: else the margin would be that of the language model alone
     with trainer.policy.reference() as reference:
         fresh = PolicyTrainer(make_spec(shop.folder, adapter))
-        batch = fresh._packed(fresh._planned(trees)[0])
+        batch = fresh.packer.packed(fresh.packer.planned(trees)[0])
         torch.testing.assert_close(reference(batch).logps, fresh.module(batch).logps, atol=1e-6, rtol=1e-6)
 
 

@@ -16,7 +16,7 @@ from align.export.merge import merge
 from align.export.soup import soup
 from align.model.load import load_model
 from align.model.parts import parts_of
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from align.recipe.adapter import Adapter, Rate
 from align.recipe.inputs import Model
 from align.recipe.parts import LossTerm, Optim

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from align.protocols import Segment, Tree
+from align.protocols.trees import Segment, Tree
 from align.recipe.adapter import Adapter
 from align.train.strategy import trainable
 from align.train.trainer import PolicyTrainer
@@ -49,19 +49,17 @@ def completions(shop: Workshop) -> list[Tree]:
 
 
 @pytest.mark.parametrize("loss", ["sft", "kto"])
-def test_rows_that_begin_alike_train_as_rows_apart(shop: Workshop, loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_begin_alike_train_as_rows_apart(shop: Workshop, loss: str) -> None:
     trees = (conversations if loss == "sft" else completions)(shop)
     spec = make_spec(shop.folder, TRAINED, loss, max_tokens=400, reference="start" if loss == "kto" else None)
     found = {}
     for shared in (True, False):
-        with monkeypatch.context() as patched:
-            if not shared:
-                patched.setattr(PolicyTrainer, "shares_prefixes", property(lambda self: False))
-            trainer = PolicyTrainer(spec)
-            metrics = [trainer.step(trees, step=n, progress=n / 10) for n in range(2)]
-            metrics.append(trainer.evaluate(trees))
-            weights = torch.cat([p.detach().flatten() for p in trainable(trainer.module).values()])
-            found[shared] = (metrics, weights)
+        trainer = PolicyTrainer(spec)
+        trainer.packer.may_share = shared
+        metrics = [trainer.step(trees, step=n, progress=n / 10) for n in range(2)]
+        metrics.append(trainer.evaluate(trees))
+        weights = torch.cat([p.detach().flatten() for p in trainable(trainer.module).values()])
+        found[shared] = (metrics, weights)
     (together, weights), (apart, others) = found[True], found[False]
     torch.testing.assert_close(weights, others, **ALIKE)
     for one, other in zip(together, apart, strict=True):
@@ -74,4 +72,4 @@ def test_rows_that_begin_alike_train_as_rows_apart(shop: Workshop, loss: str, mo
 
 def test_groups_of_one_completion_are_left_alone(shop: Workshop) -> None:
     trainer = PolicyTrainer(make_spec(shop.folder, TRAINED, "grpo", reference=None, trainable=False))
-    assert not trainer.shares_prefixes
+    assert not trainer.packer.shares_prefixes

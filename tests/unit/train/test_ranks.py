@@ -26,7 +26,7 @@ from torch.multiprocessing.spawn import start_processes
 from align.data.microbatches import assign, plan_microbatches, plan_ranks
 from align.errors import NonFiniteError, RanksError
 from align.losses.base import Metric
-from align.protocols import Segment, Tree
+from align.protocols.trees import Segment, Tree
 from align.recipe.adapter import Adapter
 from align.recipe.inputs import Model
 from align.recipe.parts import LossTerm, Optim

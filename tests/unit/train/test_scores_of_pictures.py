@@ -14,7 +14,7 @@ from align.model.media.places import positions_of, type_ids
 from align.model.policy_module import PolicyModule
 from align.model.probe.choose import probe
 from align.model.score_head import load_score_model
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from align.recipe.adapter import Adapter
 from align.recipe.inputs import Model
 from align.recipe.labels import Labels

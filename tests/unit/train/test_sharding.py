@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from align.errors import NonFiniteError, RanksError, Unsupported
-from align.protocols import Publication
+from align.protocols.trainer import Publication
 from align.recipe.sharding import Sharding
 from align.train.ranks import Ranks
 from align.train.strategy import make_strategy, trainable

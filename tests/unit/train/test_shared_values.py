@@ -12,7 +12,7 @@ import torch
 
 from align.data.packing import collate
 from align.data.prefixes import placed, share_prefixes
-from align.protocols import Segment, Tree
+from align.protocols.trees import Segment, Tree
 from align.train.prepass import run_prepass
 from align.train.spec import scoring_spec
 from align.train.trainer import PolicyTrainer
@@ -79,7 +79,7 @@ def test_values_of_rows_that_begin_alike_are_those_of_each_row_alone(
         spec = scoring_spec(base, None, dtype="float32", device="cpu", gpu=False)
     trainer = PolicyTrainer(replace(spec, max_tokens=max_tokens))
     trees = alike(kind)
-    assert trainer.shares_prefixes and len(share_prefixes(trees)) < len(trees)
+    assert trainer.packer.shares_prefixes and len(share_prefixes(trees)) < len(trees)
     together = asked(trainer, trees, what)
     for tree, own in zip(trees, together, strict=True):
         [alone] = asked(trainer, [tree], what)

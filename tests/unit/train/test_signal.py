@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from align.data.packing import collate, twins
-from align.protocols import Medium, Segment, Tree
+from align.protocols.trees import Medium, Segment, Tree
 from align.train.signal import Signal
 from align.train.trainer import PolicyTrainer
 from align.types import HeadOutputs

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from align.errors import NonFiniteError
-from align.protocols import Tree
+from align.protocols.trees import Tree
 from align.recipe.adapter import Adapter
 from align.recipe.inputs import Model
 from align.recipe.parts import LossTerm, Optim

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from align.protocols import Metrics, Tree
+from align.protocols.trainer import Metrics
+from align.protocols.trees import Tree
 from align.recipe.adapter import Adapter
 from align.recipe.inputs import Model
 from align.stages.updates import UpdatePlan, Updates, carrying

@@ -1,4 +1,4 @@
-"""What is known of the engine of transformers (`align.model.generate`) before it is imported."""
+"""What is known of the engine of transformers (`align.model.generate.engine`) before it is imported."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from align.engines import EngineFacts
 MAX_ROWS = 64  # completions computed at once: bounds the key-value cache
 
 FACTS = EngineFacts(
-    engine="align.model.generate:TransformersEngine",
+    engine="align.model.generate.engine:TransformersEngine",
     title="transformers",
     options=(),
     slots=MAX_ROWS,

@@ -1,0 +1,136 @@
+"""What stages ask of engines: the completions of prompts, by the newest version that was published."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from align.protocols.trainer import Metrics, Publication
+from align.protocols.trees import Medium
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How completions are drawn. Everything that changes the sampling distribution is listed here, and nothing else
+    may change it: trainer log-probabilities are computed at this temperature. temperature 0 is greedy. max_tokens: of a
+    completion, its end included; stop: texts that end one; stop_token_ids: tokens that do, beside the model's own."""
+
+    temperature: float = 1.0
+    max_tokens: int = 512
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptItem:
+    """A prompt drawn for generation.
+
+    group_id: unique per stage and draw (epoch, row, repeat). seed: 63-bit hash of (run seed, stage id, group id).
+    token_ids: i64[n]. messages: the prompt as role/content dicts (a plain-text prompt is one user message with
+    role "text"). row: every column of the data row; `reference_answer` where an assistant turn was taken off.
+    origin: "file:line" of the row. media: what stands in `token_ids`, which hold all the tokens that stand for them.
+    weight: the row's; what the advantages of its completions are multiplied by.
+    """
+
+    group_id: int
+    token_ids: np.ndarray
+    seed: int
+    messages: tuple[Mapping[str, Any], ...] = ()
+    row: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = ""
+    media: tuple[Medium, ...] = ()
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled completion.
+
+    token_ids: i64[n] exactly as sampled, the end-of-turn token included when there is one; logps: f32[n] under the
+    sampler at the sampling temperature; versions: i32[n]; text: decoded, special tokens removed, stop string kept;
+    finish: "eos", "stop", or "length" (truncated by max_tokens); raw: decoded with its special tokens, without those
+    that end it; None where it is the same as `text`.
+    """
+
+    token_ids: np.ndarray
+    logps: np.ndarray
+    versions: np.ndarray
+    text: str
+    finish: Literal["eos", "stop", "length"]
+    raw: str | None = None
+
+    @property
+    def truncated(self) -> bool:
+        """Whether `max_tokens` cut it off."""
+        return self.finish == "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The G completions of one prompt, drawn by one engine."""
+
+    prompt: PromptItem
+    completions: tuple[Completion, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FailedPrompt:
+    """A prompt that cannot be sampled (too long for the engine, ...): a fault of the data, not of an engine.
+
+    cause: one word or two, the same for all prompts that fail in this way; message: one sentence with the numbers.
+    """
+
+    prompt: PromptItem
+    cause: str
+    message: str
+
+
+def group_seed(run_seed: int, stage_id: str, group_id: int) -> int:
+    """63-bit seed of a group. Consecutive seeds would share random streams in vLLM (child i of n uses seed + i)."""
+    digest = hashlib.blake2b(f"{run_seed}|{stage_id}|{group_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class Fleet(Protocol):
+    """The engines, as one."""
+
+    async def publish(self, publication: Publication) -> Metrics:
+        """Returns when every live engine holds the version and its digest was compared. Requests that are running
+        finish on the version they began with (adapters), or are drained first (whole weights)."""
+        ...
+
+    def stream(
+        self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling
+    ) -> AsyncIterator[Group | FailedPrompt]:
+        """Every prompt exactly once, in the order in which groups finish.
+
+        The whole list is admitted at once, so that with one engine and nothing else running, which sequences are
+        computed together is a function of the list alone (bit-equal runs at staleness 0). Several streams may be open
+        at once. Engines that die are restarted, and the groups they held are reissued with the same ids and seeds on
+        the newest version; the caller sees it in `metrics` only. A stream that is cancelled or closed gives its
+        requests up.
+
+        Raises EngineError when engines cannot be kept alive.
+        """
+        ...
+
+    async def generate(self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> list[Group]:
+        """All of `stream`, in the order of prompts, for evaluation. Raises DataError for a prompt that fails."""
+        ...
+
+    async def probe(self, prompt: PromptItem, sampling: Sampling) -> list[Group]:
+        """One completion of `prompt` by every engine that serves now, beside whatever else it draws; none by an engine
+        that cannot draw it."""
+        ...
+
+    def metrics(self) -> Metrics:
+        """Counters since the last call, by flat name: "rollout/restarts", seconds lost, groups reissued, ..."""
+        ...
+
+    async def close(self) -> None:
+        """End the engines; closing twice is harmless."""
+        ...
