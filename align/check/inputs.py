@@ -146,6 +146,13 @@ class DataFacts:
     notes: list[str] = field(default_factory=list)
     trees: Sequence[Tree] = ()
 
+    def measure(self, items: Sequence[Tree | PromptItem]) -> None:
+        """How many they are, and how large."""
+        lengths = [_tokens(item) for item in items]
+        patches = [sum(medium.patches for medium in item.media) for item in items]
+        self.rows, self.longest, self.mean = len(items), max(lengths), sum(lengths) / len(lengths)
+        self.patches, self.most_patches = sum(patches) / sum(lengths), max(patches)
+
 
 def read_data(
     recipe: Recipe,
@@ -194,17 +201,14 @@ def read_data(
     if margins:
         (refuse_own_margins if answers else require_margins)(prepared.items)
     refuse_weights(prepared.items, losses)
-    lengths = [_tokens(item) for item in prepared.items]
     cut = [
         first is not None and (source.limit is None or source.limit > first) and report.read >= first
         for source, report in zip(here, prepared.report.sources, strict=True)
     ]
     facts.report = prepared.report
     facts.trees = prepared.items if losses else ()
-    facts.rows, facts.whole = len(prepared.items), not any(cut) and len(here) == len(sources)
-    facts.longest, facts.mean = max(lengths), sum(lengths) / len(lengths)
-    patches = [sum(medium.patches for medium in item.media) for item in prepared.items]
-    facts.patches, facts.most_patches = sum(patches) / sum(lengths), max(patches)
+    facts.whole = not any(cut) and len(here) == len(sources)
+    facts.measure(prepared.items)
     return facts
 
 

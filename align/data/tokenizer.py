@@ -234,29 +234,15 @@ def load_tokenizer(
     """
     folder, files = Path(folder), files or Path(folder)
     own = files if (files / "tokenizer.json").is_file() else folder
-    path = own / "tokenizer.json"
-    if not path.is_file():
-        raise ModelError("there is no tokenizer.json", where=folder, remedy=_without_tokenizer_json(folder))
-    try:
-        backend = Tokenizer.from_file(str(path))
-    except Exception as e:  # the Rust library raises bare Exception; anything it raises means this file is unreadable
-        raise ModelError(f"tokenizer.json cannot be read: {e}", where=path, remedy="copy the file again") from e
+    backend = _backend(own / "tokenizer.json", folder)
     config = read_settings(own / "tokenizer_config.json")
     model_config = read_settings(folder / "config.json")
-    backend.no_truncation()
-    backend.no_padding()
     # add_bos_token and add_eos_token of the config do not count beside a tokenizer.json: its post-processor decides
     chosen = class_of(config, model_config)
     rebuild(backend, chosen, config)
     named = _special_tokens(own, config, chosen.defaults if chosen else {})
     _add_tokens(backend, config, named)
-    source, where = None, ""
-    for place in dict.fromkeys((files, own, folder)):
-        if source is None:
-            source, where = template_source(place, chat_template)
-    template = None
-    if source is not None:
-        template = ChatTemplate(source, {**named, **(template_args or {})}, where=where)
+    template = _template((files, own, folder), chat_template, {**named, **(template_args or {})})
     eos_ids: list[int] = []
     for place in dict.fromkeys((folder, files)):
         eos = read_settings(place / "generation_config.json").get("eos_token_id")
@@ -271,6 +257,28 @@ def load_tokenizer(
         folder=folder,
         embedding_rows=embedding_rows(model_config),
     )
+
+
+def _backend(path: Path, folder: Path) -> Tokenizer:
+    """What tokenizer.json describes, without its padding and truncation."""
+    if not path.is_file():
+        raise ModelError("there is no tokenizer.json", where=folder, remedy=_without_tokenizer_json(folder))
+    try:
+        backend = Tokenizer.from_file(str(path))
+    except Exception as e:  # the Rust library raises bare Exception; anything it raises means this file is unreadable
+        raise ModelError(f"tokenizer.json cannot be read: {e}", where=path, remedy="copy the file again") from e
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _template(places: Sequence[Path], chosen: str | None, variables: Mapping[str, Any]) -> ChatTemplate | None:
+    """Of the first folder that has one."""
+    for place in dict.fromkeys(places):
+        source, where = template_source(place, chosen)
+        if source is not None:
+            return ChatTemplate(source, variables, where=where)
+    return None
 
 
 def _require_tokens(backend: Tokenizer, texts: Sequence[str]) -> None:

@@ -109,18 +109,7 @@ def merge(
     require_free(out, "merged model")
     source = open_checkpoint(base)
     notes = [] if adapter is None else require_base(base, adapter, anyway=other_base)
-    config = None if adapter is None else read_adapter_config(adapter)
-    brings_head = config is not None and scores(config)
-    labels = adapter_labels(adapter) if adapter is not None and brings_head else folder_labels(base)
-    scored = labels is not None
-    if adapter is not None and config is not None:
-        refuse_beyond_lora(config, adapter, "merge", score_head=scored)
-    if scored:
-        source = replace(source, files={k: v for k, v in source.files.items() if not k.startswith(LANGUAGE_HEAD)})
-    model: Any = _load(base, labels, trust_remote_code)
-    packed = None if adapter is None else quantised_base(adapter)
-    if packed is not None:  # the base that was trained on: the packed one
-        quantise(model, packed.quant, packed.parts, dtype=resolve_dtype(packed.dtype, "cpu"))
+    source, model = _loaded(source, adapter, trust_remote_code)
     tokens = random_tokens(model.config, seed)
     samples: list[Sample] = [*tokens, *image_samples(base, seed, trust_remote_code)]
     without = log_probabilities(model, samples)
@@ -137,7 +126,7 @@ def merge(
         copy_all_but_weights(base, aside)
         (chat or ChatFiles.of(base, adapter)).write(aside, base)
         edit_config(aside / "config.json", plan.dtype, untie=plan.untied)
-        if scored:
+        if has_score_head(model):
             edit_score_config(aside / "config.json", model)
         count = verify(source, aside, plan.dtype, replaced)
         replaced, peft, model = {}, None, None
@@ -148,6 +137,25 @@ def merge(
         report = _report(plan, proofs, notes, time.perf_counter() - started)
         (aside / REPORT).write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _loaded(source: Checkpoint, adapter: Path | None, trust_remote_code: bool) -> tuple[Checkpoint, Any]:
+    """The base's model as the adapter was trained on it, and its stored tensors less the head that a score head takes
+    the place of. Raises ModelError or Unsupported where base or adapter cannot be used."""
+    base = source.folder
+    config = None if adapter is None else read_adapter_config(adapter)
+    brings_head = config is not None and scores(config)
+    labels = adapter_labels(adapter) if adapter is not None and brings_head else folder_labels(base)
+    scored = labels is not None
+    if adapter is not None and config is not None:
+        refuse_beyond_lora(config, adapter, "merge", score_head=scored)
+    if scored:
+        source = replace(source, files={k: v for k, v in source.files.items() if not k.startswith(LANGUAGE_HEAD)})
+    model = _load(base, labels, trust_remote_code)
+    packed = None if adapter is None else quantised_base(adapter)
+    if packed is not None:  # the base that was trained on: the packed one
+        quantise(model, packed.quant, packed.parts, dtype=resolve_dtype(packed.dtype, "cpu"))
+    return source, model
 
 
 def _load(folder: Path, labels: Labels | None, trust_remote_code: bool) -> Any:

@@ -20,6 +20,9 @@ _ELSEWHERE = frozenset(
     {"path", "revision", "adapter", "config", "tokenizer", "chat_template", "template_args", "gradient_checkpointing"}
 )
 
+# What else decides which tokens are computed together, and how.
+_PACKING = ("data/microbatches.py", "data/packing.py", "data/prefixes.py", "protocols/trees.py", "types.py")
+
 
 def numerics(spec: TrainerSpec, device: torch.device) -> dict[str, Any]:
     """Plain JSON. A setting of the model that is new to this list counts. Packing, threads and seed do not: a fresh
@@ -41,7 +44,7 @@ def numerics(spec: TrainerSpec, device: torch.device) -> dict[str, Any]:
 def _code_version() -> str:
     """Hash of the source that packs and computes: whoever changes it need not remember to raise a number."""
     package = Path(__file__).resolve().parents[1]
-    files = [*package.glob("model/**/*.py"), *package.glob("train/**/*.py"), package / "data/packing.py"]
+    files = [*package.glob("model/**/*.py"), *package.glob("train/**/*.py"), *(package / name for name in _PACKING)]
     h = hashlib.sha256()
     for file in sorted(files):
         h.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())

@@ -39,6 +39,18 @@ EXPECTED = (
 )
 
 
+def start_ours(
+    arguments: argparse.Namespace, folder: Path, targets: str, checked: Sequence[Tree]
+) -> tuple[Any, tuple[float, float]]:
+    """Our trainer, and its loss and gradient norm on `checked`."""
+    trainer = work.make_trainer(
+        folder, {"name": "sft"}, dtype=arguments.dtype, device="cpu", targets=targets, reference=False
+    )
+    work.draw_adapter(trainer.module)
+    found = trainer.step(checked, step=0, progress=0.0)
+    return trainer, (found["loss/total"], found["optim/grad_norm"])
+
+
 def choose_ours(arguments: argparse.Namespace, trainer: Any, some: Sequence[Tree]) -> tuple[int, dict[str, float]]:
     def run(budget: int) -> None:
         work.repack(trainer, budget)
@@ -75,12 +87,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rows = vision.questions(arguments.share)
         trees = vision.as_trees(rows, vision.Pictures(folder))
         print(describe(trees, arguments, threads))
-        trainer = work.make_trainer(
-            folder, {"name": "sft"}, dtype=arguments.dtype, device="cpu", targets=targets, reference=False
-        )
-        work.draw_adapter(trainer.module)
-        found = trainer.step(trees[:CHECKED_ROWS], step=0, progress=0.0)
-        mine = (found["loss/total"], found["optim/grad_norm"])
+        trainer, mine = start_ours(arguments, folder, targets, trees[:CHECKED_ROWS])
         some = trees[: arguments.select_rows]
         budget, tried = choose_ours(arguments, trainer, some)
         place = common.place_for(arguments.toy)
@@ -107,11 +114,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             },
         )
         padded.close()
-    windows = {
-        "padded": vision.padded_windows(trees, arguments.padded_batch, by_length=False),
-        "padded, by length": vision.padded_windows(trees, length_batch, by_length=True),
-        "TRL": vision.padded_windows(trees, batch, by_length=True),
-    }
+    windows = windows_of(trees, arguments.padded_batch, length_batch, batch)
     settings = {
         "TRL": setting,
         "padded": f"batch {arguments.padded_batch}",
@@ -129,6 +132,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         tried=tried | more | others,
         started=started,
     )
+
+
+def windows_of(trees: Sequence[Tree], padded: int, by_length: int, peers: int) -> dict[str, list[list[Tree]]]:
+    """The batches of each padded side, by its batch size."""
+    return {
+        "padded": vision.padded_windows(trees, padded, by_length=False),
+        "padded, by length": vision.padded_windows(trees, by_length, by_length=True),
+        "TRL": vision.padded_windows(trees, peers, by_length=True),
+    }
 
 
 def work_of(

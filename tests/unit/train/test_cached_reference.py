@@ -222,8 +222,9 @@ def test_an_edit_of_any_file_that_packs_or_computes_has_another_key_in_subfolder
         shutil.copytree(package / room, tmp_path / room, ignore=shutil.ignore_patterns("__pycache__"))
         (tmp_path / room / "deeper").mkdir()
         (tmp_path / room / "deeper" / "kernel.py").write_text("SCALE = 1.0\n")
-    (tmp_path / "data").mkdir()
-    shutil.copy(package / "data" / "packing.py", tmp_path / "data")
+    for name in ("data/microbatches", "data/packing", "data/prefixes", "protocols/trees", "types"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(package / f"{name}.py", tmp_path / f"{name}.py")
     monkeypatch.setattr(numerics, "__file__", str(tmp_path / "train" / "numerics.py"))
     files = sorted(tmp_path.rglob("*.py"))
     found = [numerics._code_version.__wrapped__()]
