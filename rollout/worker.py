@@ -12,7 +12,7 @@ from pathlib import Path
 import ray
 
 from align.errors import EngineError
-from align.shared import require_shared
+from align.shared_files import require_shared
 from rollout.base import EngineSpec, make_engine, start_error
 from rollout.stepping import Command, Report, Stepper
 

@@ -30,9 +30,9 @@ from align.recipe.placement import Placement
 from align.recipe.support import publish_mode
 from align.stages import processes
 from align.stages.backend import FleetJob, Needs, ScorerJob, TrainerJob
-from align.stages.handover import adapter_in
 from align.stages.processes import ProcessId
 from align.stages.roles import Role, roles_of, scorer_names, trainer_names
+from align.stages.stage_start import adapter_in
 from align.train.spec import TrainerSpec, reference_spec
 from rollout.base import EngineSpec
 from rollout.fleet import RayFleet

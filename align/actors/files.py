@@ -9,7 +9,7 @@ from typing import Any
 from align.actors.cluster import die_with_parent
 from align.recipe.chat_files import ChatFiles
 from align.recipe.inputs import Model
-from align.shared import require_shared
+from align.shared_files import require_shared
 
 
 def write_base(token: Path, model: Model, folder: Path, seed: int) -> None:

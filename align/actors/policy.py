@@ -21,7 +21,7 @@ from align.errors import RanksError
 from align.protocols.trainer import Metrics, Publication
 from align.protocols.trees import Tree
 from align.recipe.parts import LossTerm
-from align.shared import require_shared, source_here
+from align.shared_files import require_shared, source_here
 from align.train.spec import TrainerSpec
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.actors.cluster import die_with_parent
-from align.shared import require_shared
+from align.shared_files import require_shared
 from align.train.spec import TrainerSpec
 
 if TYPE_CHECKING:

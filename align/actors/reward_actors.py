@@ -31,7 +31,7 @@ from align.actors.scoring import LocalScorer, join_parts
 from align.protocols.fleet import Group
 from align.protocols.scorer import ErrorBudget, Failure, ScoreTable
 from align.recipe.parts import Reward
-from align.shared import require_shared, source_here
+from align.shared_files import require_shared, source_here
 from align.stages.roles import REWARD_CPUS
 from rewards.budget import Budgets
 

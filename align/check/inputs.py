@@ -40,9 +40,9 @@ from align.recipe.parts import LossTerm, ReferencePath, Reward
 from align.recipe.schema import Recipe
 from align.recipe.trained_on import require_base
 from align.stages.context import carried_by, stage_seed
-from align.stages.handover import Origin
 from align.stages.margins import refuse_own_margins, require_margins
 from align.stages.row_weights import refuse_weights
+from align.stages.stage_start import Origin
 from rewards.api import PluginError as RewardsPluginError
 from rewards.naming import Named, objective_names
 

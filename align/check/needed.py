@@ -18,7 +18,7 @@ from align.recipe.families import family_of
 from align.recipe.optimizers import OPTIMIZERS
 from align.recipe.schema import Recipe
 from align.recipe.trained_on import quantisation_words
-from align.stages.handover import Origin, adapter_of
+from align.stages.stage_start import Origin, adapter_of
 
 # what transformers' loader of a quantised checkpoint imports, by `quant_method` (transformers.quantizers, 5.19)
 _QUANTISERS = {

@@ -34,9 +34,9 @@ from align.recipe.served import refuse_unserved
 from align.recipe.stages import Stage
 from align.recipe.support import publish_mode, reference_words
 from align.stages.context import stage_seed
-from align.stages.handover import adapter_of, trained_by
 from align.stages.jobs import reference_of
 from align.stages.roles import Role, sampling_threads
+from align.stages.stage_start import adapter_of, trained_by
 
 
 @dataclass

@@ -20,7 +20,7 @@ from align.recipe.problems import option_problems
 from align.recipe.schema import Recipe
 from align.recipe.stages import Stage, kinds_for
 from align.recipe.support import check_adapter, check_sharded, is_sound, publish_mode
-from align.stages.handover import adapter_of, check_adapters, trained_by
+from align.stages.stage_start import adapter_of, check_adapters, trained_by
 
 _SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "min_tokens")
 

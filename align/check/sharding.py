@@ -7,7 +7,7 @@ from align.errors import Unsupported
 from align.recipe.capabilities import TrainStage
 from align.recipe.schema import Recipe
 from align.recipe.support import is_sound
-from align.stages.handover import adapter_of
+from align.stages.stage_start import adapter_of
 
 WHERE = "placement.trainer.strategy"
 

@@ -22,7 +22,7 @@ from align.recipe.document import Document
 from align.recipe.schema import Recipe
 from align.recipe.stages import Stage
 from align.stages.groups import TRUNCATED, refuse_second_truncated, with_penalty
-from align.stages.handover import check_adapters
+from align.stages.stage_start import check_adapters
 from align.stages.training import record_kind
 
 

@@ -33,8 +33,8 @@ from align.recipe.labels import Labels
 from align.recipe.parts import Packing
 from align.recipe.trained_on import require_base
 from align.stages.files import write_text
-from align.stages.handover import adapter_in
 from align.stages.manifest import require_artefact
+from align.stages.stage_start import adapter_in
 
 if TYPE_CHECKING:
     from align.train.trainer import PolicyTrainer

@@ -26,7 +26,7 @@ from align.recipe.shipping import python_files
 from align.report.plots import write_report
 from align.report.progress import Reporter
 from align.report.quiet import quiet
-from align.shared import keep_sources
+from align.shared_files import keep_sources
 from align.stages import processes
 from align.stages.owned import sweep
 from align.stages.pipeline import run_pipeline

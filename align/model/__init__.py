@@ -13,6 +13,6 @@ In the order of reading:
     fused/: fewer passes over memory, where they are known
     media/: images in a row
     probe/: is a packed forward the model's own? and what if not
-    unshared.py, dropout.py: models that cannot be packed, or not as they come
+    padded.py, dropout.py: models that cannot be packed, or not as they come
     generate/: the transformers engine
 """

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from align.errors import ModelError
-from align.model import unshared
+from align.model import padded
 from align.model.attention.interface import NAME
 from align.model.attention.plan import AttentionPlan, plan_attention
 from align.model.backbone import set_attention, takes_media, text_backbone
@@ -26,8 +26,8 @@ from align.model.head import LogitTransform, fused_head
 from align.model.last_layer import LastLayer
 from align.model.logits import logit_transform
 from align.model.media.features import MediaFeatures, Placed
-from align.model.media.places import BOTH_WAYS, inside_media, runs, slots_of, type_ids
-from align.model.media.spelled import words_for_marks
+from align.model.media.placeholders import BOTH_WAYS, inside_media, runs, slots_of, type_ids
+from align.model.media.sampled_placeholders import words_for_marks
 from align.model.output_embedding import output_of
 from align.model.score_head import has_score_head, score
 from align.types import HeadOutputs, TokenBatch
@@ -51,7 +51,7 @@ class PolicyModule(nn.Module):
         attention: the recipe's word; which kernel and layout it comes to is for `align.model.probe` to find.
         media_cache: bytes of features of images to keep, where tower and projector are frozen.
 
-    layout: "shared" (packed trees, a trunk stands once), "unshared" (a sequence a row, by the model's own attention) or
+    layout: "shared" (packed trees, a trunk stands once), "padded" (a sequence a row, by the model's own attention) or
     "alone" (as that, and never two rows at once).
     attention: the kernel of the packed layout, or transformers' name of the model's own.
     untouched: what `align.model.probe.own.measure` took of the model before anything was exchanged, for the probe.
@@ -82,7 +82,7 @@ class PolicyModule(nn.Module):
         self.lengths: RotaryLengths | None = None
         self.use("shared", "sdpa")
 
-    def use(self, layout: Literal["shared", "unshared", "alone"], attention: str) -> None:
+    def use(self, layout: Literal["shared", "padded", "alone"], attention: str) -> None:
         """Compute in this layout from now on."""
         self.layout, self.attention = layout, attention
         set_attention(self.model, NAME if layout == "shared" else attention)
@@ -120,7 +120,7 @@ class PolicyModule(nn.Module):
 
     @contextmanager
     def _words_for_marks(self, batch: TokenBatch) -> Iterator[TokenBatch]:
-        """The batch to compute with: see `align.model.media.spelled`."""
+        """The batch to compute with: see `align.model.media.sampled_placeholders`."""
         if not batch.media:
             yield batch
             return
@@ -140,11 +140,11 @@ class PolicyModule(nn.Module):
         beyond = self.lengths is not None and self.lengths.reached_by(batch)
         if self.lengths is not None:  # one that grew with the batch before does not always shrink by itself
             self.lengths.forget()
-        if self.layout == "unshared" and not beyond:
-            return unshared.hidden_states(backbone, batch, at, self._inputs_of_rows(batch, types, placed))
+        if self.layout == "padded" and not beyond:
+            return padded.hidden_states(backbone, batch, at, self._inputs_of_rows(batch, types, placed))
         if self.layout != "shared" or beyond:
             inputs = self._inputs_of_rows(batch, types, placed)
-            return unshared.hidden_states(backbone, batch, at, self._one_by_one(inputs), one_by_one=owners)
+            return padded.hidden_states(backbone, batch, at, self._one_by_one(inputs), one_by_one=owners)
         if self.model.config.get_text_config()._attn_implementation != NAME:
             raise ModelError(f"{type(self.model).__name__} lets no attention be registered for it", remedy=_OTHER_MODEL)
         both_ways = self.model.config.model_type in BOTH_WAYS
@@ -172,10 +172,10 @@ class PolicyModule(nn.Module):
         hidden: Tensor = out.last_hidden_state.squeeze(0)
         return hidden.index_select(0, at)
 
-    def _one_by_one(self, inputs: unshared.Inputs) -> unshared.Inputs:
+    def _one_by_one(self, inputs: padded.Inputs) -> padded.Inputs:
         """The same, for blocks of one row: each has its own frequencies, and in the packed layout a plan."""
 
-        def of(batch: TokenBatch, block: unshared.Block) -> dict[str, Any]:
+        def of(batch: TokenBatch, block: padded.Block) -> dict[str, Any]:
             if self.lengths is not None:
                 self.lengths.forget()
             found = inputs(batch, block)
@@ -187,7 +187,7 @@ class PolicyModule(nn.Module):
         return of
 
     def _placed(self, batch: TokenBatch) -> tuple[np.ndarray, list[Placed]]:
-        """Types of the row's tokens i64[T] (`align.model.media.places.type_ids`), and its media with their slots."""
+        """Types of the row's tokens i64[T] (`align.model.media.placeholders.type_ids`), its media with their slots."""
         if batch.media and self.media is None:
             raise ModelError(f"{type(self.model).__name__} takes no images", remedy="choose a vision-language model")
         if not batch.media:
@@ -196,7 +196,7 @@ class PolicyModule(nn.Module):
         slots = slots_of(types, batch.media, batch.media_at)
         return types, [Placed(medium, n) for medium, n in zip(batch.media, slots, strict=True)]
 
-    def _inputs_of_rows(self, batch: TokenBatch, types: np.ndarray, placed: list[Placed]) -> unshared.Inputs:
+    def _inputs_of_rows(self, batch: TokenBatch, types: np.ndarray, placed: list[Placed]) -> padded.Inputs:
         """For a block of rows, what the backbone takes for it: its media, row by row, and the types of its tokens. A
         medium is computed once for all rows and blocks."""
         media = self.media
@@ -205,7 +205,7 @@ class PolicyModule(nn.Module):
         features = media.features(placed, batch.token_ids.device)
         known = inspect.signature(self.model.base_model.forward).parameters
 
-        def inputs(batch: TokenBatch, block: unshared.Block) -> dict[str, Any]:
+        def inputs(batch: TokenBatch, block: padded.Block) -> dict[str, Any]:
             within = [set(row[gap == 0].tolist()) for row, gap in zip(block.index, block.past, strict=True)]
             in_rows = [p for own in within for p, at in zip(placed, batch.media_at, strict=True) if at in own]
             rows = torch.as_tensor(types)[block.index].masked_fill(block.past > 0, 0).to(batch.token_ids.device)

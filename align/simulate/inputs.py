@@ -16,7 +16,7 @@ from align.recipe.support import publish_mode
 from align.simulate.lengths import Empirical, Lengths, LogNormal
 from align.simulate.measured import Measured, slots_of, trained_completions
 from align.simulate.workload import NEVER, EngineModel, Publishing, Workload
-from align.stages.handover import adapter_of
+from align.stages.stage_start import adapter_of
 
 Source = Literal["flag", "run", "recipe", "default"]
 

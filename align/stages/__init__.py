@@ -3,7 +3,7 @@
 In the order of reading:
 
     pipeline.py, context.py, backend.py: stages one after another, what each is given, and what they ask a backend for
-    training.py, jobs.py, handover.py, roles.py: a stage that trains: set up, by which jobs, from what, on how much
+    training.py, jobs.py, stage_start.py, roles.py: a stage that trains: set up, by which jobs, from what, on how much
         of a machine
     loop.py, offline.py, online.py, evaluate.py: the loop, and its kinds of turns
     buffer.py, supply.py, groups.py, scoring.py, updates.py, monitor.py: an online turn: sampled, scored, trained,

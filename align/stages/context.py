@@ -25,11 +25,11 @@ from align.recipe.inputs import DataSource, Model
 from align.recipe.schema import Recipe
 from align.stages.backend import Backend, Start
 from align.stages.files import write_json
-from align.stages.handover import Origin
 from align.stages.loop import Report
 from align.stages.media_inputs import note_media
 from align.stages.publication import PublicationFolder
 from align.stages.runfolder import RunFolder
+from align.stages.stage_start import Origin
 
 
 def stage_seed(run_seed: int, stage_id: str) -> int:

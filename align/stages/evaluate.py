@@ -21,7 +21,6 @@ from align.recipe.capabilities import JudgingStage
 from align.recipe.parts import Optim
 from align.stages.backend import FleetJob, Needs, Start, TrainerJob, longest_prompt, most_media, pixel_limits
 from align.stages.context import Context, opened
-from align.stages.handover import adapter_of, weights_of
 from align.stages.jobs import sampling_of, scorer_job
 from align.stages.loop import StageResult
 from align.stages.margins import require_margins
@@ -30,6 +29,7 @@ from align.stages.online import greedy_metrics
 from align.stages.reward_notes import NotedScorer
 from align.stages.rollout_log import RolloutLog
 from align.stages.row_weights import refuse_weights
+from align.stages.stage_start import adapter_of, weights_of
 from align.stages.training import record_kind
 
 

@@ -25,7 +25,6 @@ from align.stages.context import Context, stage_seed
 from align.stages.evaluate import run_evaluate
 from align.stages.files import remove_folder, remove_leftovers, written_aside
 from align.stages.fingerprint import fingerprint, texts_in
-from align.stages.handover import Origin, adapter_of, check_adapters, start_of, weights_of
 from align.stages.loop import Report, StageResult
 from align.stages.manifest import BASE, require_artefact, write_manifest
 from align.stages.manifest import NAME as MANIFEST
@@ -34,6 +33,7 @@ from align.stages.metrics_file import METRICS, cut_metrics, finite, last_line
 from align.stages.publication import PublicationFolder
 from align.stages.restarts import Restarts
 from align.stages.runfolder import RunFolder
+from align.stages.stage_start import Origin, adapter_of, check_adapters, start_of, weights_of
 from align.stages.training import run_offline, run_online
 
 

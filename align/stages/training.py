@@ -18,7 +18,6 @@ from align.recipe.parts import LossTerm
 from align.stages.backend import Start
 from align.stages.context import Context, opened
 from align.stages.groups import PromptCursor
-from align.stages.handover import start_of
 from align.stages.jobs import fleet_job, needs_of, reward_sets, sampling_of, scorer_job, trainer_job
 from align.stages.loop import Loop, StageResult, every_steps, latest_checkpoint
 from align.stages.margins import require_margins, with_margins
@@ -30,6 +29,7 @@ from align.stages.reference_cache import cached_reference
 from align.stages.reward_notes import NotedScorer
 from align.stages.rollout_log import RolloutLog
 from align.stages.row_weights import refuse_weights
+from align.stages.stage_start import start_of
 from align.stages.updates import UpdatePlan
 
 

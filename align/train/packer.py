@@ -12,7 +12,7 @@ from align.data.packing import collate, text_positions
 from align.data.prefixes import placed, share_prefixes
 from align.losses import Losses
 from align.losses.base import Metric
-from align.model.media.places import positions_of
+from align.model.media.placeholders import positions_of
 from align.model.policy_module import PolicyModule
 from align.protocols.trees import Tree
 from align.train.ranks import Ranks

@@ -78,7 +78,7 @@ def families(names: Sequence[str], work: Path) -> Iterator[Line]:
                     parameter.mul_(LOUDER if loud and parameter.ndim > 1 else 1.0)
             folder = work / f"{family}{'-loud' if loud else ''}"
             model.save_pretrained(folder)
-            expected = "unshared" if family in STATEFUL else "shared"
+            expected = "padded" if family in STATEFUL else "shared"
             for dtype in DTYPES:
                 yield load(folder.name, folder, dtype, "lora", expected)
 

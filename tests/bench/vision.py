@@ -307,7 +307,7 @@ class Padded:
             folder, loss, dtype=dtype, device="cpu", targets=targets, reference=reference
         )
         module: Any = self.trainer.module
-        module.use("unshared", "sdpa")
+        module.use("padded", "sdpa")
         module._inputs_of_rows = _pixels_of_rows
 
     def draw_adapter(self) -> None:
@@ -315,15 +315,15 @@ class Padded:
 
     def update(self, trees: Sequence[Tree], setting: tuple[int, bool]) -> tuple[float, float]:
         """(loss, gradient norm). setting: rows of a batch, and whether rows of a length stand together."""
-        from align.model import unshared
+        from align.model import padded
 
         batch, by_length = setting
         self.trainer.packer.planned = functools.partial(_padded, batch=batch, by_length=by_length)
-        usual, unshared.MAX_PADDING = unshared.MAX_PADDING, math.inf  # one block of rows, however long the longest
+        usual, padded.MAX_PADDING = padded.MAX_PADDING, math.inf  # one block of rows, however long the longest
         try:
             found = self.trainer.step(trees, step=0, progress=0.0)
         finally:
-            unshared.MAX_PADDING = usual
+            padded.MAX_PADDING = usual
         return found["loss/total"], found["optim/grad_norm"]
 
 

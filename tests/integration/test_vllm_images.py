@@ -15,7 +15,7 @@ import torch
 from align.data.packing import collate, text_positions
 from align.errors import EngineError, Unsupported
 from align.mediastore import view_path
-from align.model.media.places import positions_of
+from align.model.media.placeholders import positions_of
 from align.model.policy_module import PolicyModule
 from align.protocols.fleet import Group, PromptItem, Sampling
 from align.protocols.trainer import Publication

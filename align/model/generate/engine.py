@@ -22,9 +22,9 @@ from align.model.generate.reading import find_reading, longest_row, take_rows
 from align.model.generate.sampler import Row, Sampler, new_row
 from align.model.generate.weights import TransformersWeights
 from align.model.load import quiet, resolve_dtype
-from align.model.media.places import inside_media
+from align.model.media.placeholders import inside_media
 from align.model.media.prompt_inputs import prompt_inputs
-from align.model.media.spelled import words_for_marks
+from align.model.media.sampled_placeholders import words_for_marks
 from align.protocols.ends import end_ids
 from align.protocols.fleet import FailedPrompt, Group, PromptItem, Sampling
 from align.protocols.trainer import Publication

@@ -3,6 +3,6 @@
 In the order of reading:
 
     support.py: which models are trained with them
-    places.py, features.py: where they stand, and what the tower makes of them
-    prompt_inputs.py, spelled.py: in a batch of prompts, and marks that a policy wrote itself
+    placeholders.py, features.py: where they stand, and what the tower makes of them
+    prompt_inputs.py, sampled_placeholders.py: in a batch of prompts, and marks that a policy wrote itself
 """

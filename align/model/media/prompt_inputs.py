@@ -13,7 +13,7 @@ from torch import Tensor
 from align.errors import Unsupported
 from align.model.backbone import takes_media
 from align.model.media.features import MediaFeatures, Placed
-from align.model.media.places import MRope, slots_of, type_ids
+from align.model.media.placeholders import MRope, slots_of, type_ids
 from align.protocols.trees import Medium, Segment, Tree
 
 Prompt = tuple[np.ndarray, Sequence[Medium]]

@@ -1,7 +1,7 @@
 """Which models with a vision part are trained here, as their config.json says before anything is loaded. No torch.
 
 What is not refused here is for the probe at load to judge: any family that transformers knows as image-text-to-text,
-whose masks and positions are plain or described (`align.model.media.places`).
+whose masks and positions are plain or described (`align.model.media.placeholders`).
 """
 
 from __future__ import annotations

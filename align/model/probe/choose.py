@@ -1,7 +1,7 @@
 """The two-tree probe: which layout computes what the model's own forward computes. It decides, not a list of names.
 
 At load, two small random trees, one of them on a picture where the model takes images, are run through the packed
-forward, kernel by kernel, and where none agrees through the unshared one. What they are held against are the values of
+forward, kernel by kernel, and where none agrees through the padded one. What they are held against are the values of
 the untouched model (`align.model.probe.own`). Two questions are asked apart, since only one of them has noise in it:
 
 - Is it the same function? In float32, layer by layer with the model's real weights, module by module, to the rounding
@@ -88,8 +88,8 @@ def _candidates(module: PolicyModule) -> Iterator[tuple[Layout, str]]:
     dropout = module.trains_with_attention_dropout()
     for kernel in kernels_for(module.wanted_attention, weight.device, module.autocast or weight.dtype, dropout=dropout):
         yield "shared", kernel
-    yield "unshared", "sdpa"
-    yield "unshared", "eager"
+    yield "padded", "sdpa"
+    yield "padded", "eager"
     yield "alone", "eager"
 
 

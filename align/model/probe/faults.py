@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from align.model.attention.interface import witnessed
 from align.model.backbone import text_backbone
+from align.model.padded import sequences_of
 from align.model.policy_module import PolicyModule
 from align.model.probe.conditions import FAILURES
 from align.model.probe.float32 import first_layers, layers_of
@@ -21,7 +22,6 @@ from align.model.probe.own import Own, backbone_path, unit_scores
 from align.model.probe.rows import LONG, Alone, two_tree_batch
 from align.model.probe.trace import Parting, Trace, parting, traced
 from align.model.score_head import has_score_head
-from align.model.unshared import sequences_of
 from align.types import TokenBatch
 
 LOW_FACTOR = 8.0  # times the own forward's error in the trained dtype; routers and sinks make it heavy-tailed

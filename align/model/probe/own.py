@@ -24,7 +24,7 @@ from align.errors import ModelError, UserError
 from align.mediastore import read_tensors
 from align.model.backbone import set_attention, text_backbone
 from align.model.media.features import merged
-from align.model.media.places import type_ids
+from align.model.media.placeholders import type_ids
 from align.model.probe.conditions import FAILURES, small_windows, woken_adapters
 from align.model.probe.float32 import (
     NARROW,

@@ -17,8 +17,8 @@ from torch import Tensor
 from align.mediastore import processor_files, tensors_path
 from align.model.backbone import takes_media
 from align.model.load import quiet
-from align.model.media.places import Positions, placeholder, positions_of
-from align.model.unshared import sequences_of
+from align.model.media.placeholders import Positions, placeholder, positions_of
+from align.model.padded import sequences_of
 from align.protocols.trees import Medium, Segment, Tree
 from align.types import TokenBatch
 

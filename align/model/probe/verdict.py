@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Layout = Literal["shared", "unshared", "alone"]
+Layout = Literal["shared", "padded", "alone"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,6 @@ class Verdict:
     def words(self) -> str:
         return {
             "shared": f"packed, shared prompts once ({self.attention})",
-            "unshared": f"a sequence a row, shared prompts repeated ({self.attention} attention)",
+            "padded": f"a sequence a row, shared prompts repeated ({self.attention} attention)",
             "alone": f"one sequence at a time, shared prompts repeated ({self.attention} attention)",
         }[self.layout]

@@ -9,7 +9,7 @@ import pytest
 from align.actors.places import _parts, check_fits
 from align.errors import PlacementError, RunFolderError
 from align.recipe.placement import Placement
-from align.shared import keep_sources, require_shared, source_here
+from align.shared_files import keep_sources, require_shared, source_here
 from align.stages.backend import Needs
 from align.stages.roles import Role, roles_of
 

@@ -48,7 +48,7 @@ def test_the_probe_agrees_that_a_kind_carries_a_state(kind: str, options: dict[s
     assert "carry a state" in layout_notes(model.config.to_dict(), 10)[0]
     module = PolicyModule(model.eval())
     probe(module)
-    assert module.verdict is not None and module.layout == "unshared"
+    assert module.verdict is not None and module.layout == "padded"
     assert "carries a state from one sequence to the next" in module.verdict.why[0]
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from align.mediastore import TOKENS, tensors_path
-from align.model.media.places import placeholder
+from align.model.media.placeholders import placeholder
 from align.protocols.trees import Medium, Segment, Tree
 
 NOT_MEDIA = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")

@@ -124,14 +124,14 @@ def test_log_probs_and_gradients_are_those_of_one_plain_forward_a_sequence(famil
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_probe_finds_the_layout_and_remembers_it(family: str) -> None:
     module, _, _ = expected(family)
-    assert (module.layout, module.attention) == ("unshared" if family in STATEFUL else "shared", "sdpa")
+    assert (module.layout, module.attention) == ("padded" if family in STATEFUL else "shared", "sdpa")
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in STATEFUL])
 def test_a_row_a_sequence_serves_every_family(family: str) -> None:
     module, values, grads = expected(family)
     before = module.layout, module.attention
-    module.use("unshared", "eager")
+    module.use("padded", "eager")
     try:
         logps = [module(batch).logps for batch in batches_of(family, LAYOUTS["one row of all trees"], trees())]
         assert_same(module.model, logps, values, grads)

@@ -18,7 +18,7 @@ from align.model import adapters
 from align.model.backbone import set_attention
 from align.model.fused.exchange import fuse
 from align.model.load import load_model
-from align.model.media.places import positions_of, type_ids
+from align.model.media.placeholders import positions_of, type_ids
 from align.model.policy_module import PolicyModule
 from align.model.probe.choose import probe
 from align.protocols.trees import Medium, Tree
@@ -133,7 +133,7 @@ def test_log_probs_and_gradients_are_those_of_the_models_own_padded_forward(know
 
 def test_a_row_a_sequence_serves_too(known: Known) -> None:
     before = known.module.layout, known.module.attention
-    known.module.use("unshared", "eager")
+    known.module.use("padded", "eager")
     assert known.module.media is not None
     computed = known.module.media.computed
     try:

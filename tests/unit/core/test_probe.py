@@ -39,7 +39,7 @@ def test_a_layer_that_looks_one_token_back_gets_a_row_a_sequence_and_a_line_in_t
     module = hooked(make_family("qwen3"), lambda out: out + torch.nn.functional.pad(out, (0, 0, 1, 0))[:, :-1])
     with caplog.at_level(logging.INFO, logger="align.model.probe"):
         assert probe(module) < 1e-5
-    assert (module.layout, module.attention) == ("unshared", "sdpa")
+    assert (module.layout, module.attention) == ("padded", "sdpa")
     assert len(caplog.messages) == 1
     assert "a sequence a row" in caplog.text
     assert "model.layers.0.mlp is" in caplog.text and "carries a state from one sequence to the next" in caplog.text
@@ -80,7 +80,7 @@ def test_a_window_that_the_kernel_forgets_is_found_however_long_it_is(
     monkeypatch.setattr(interface, "sdpa_attention", lambda *a, **kw: whole(*a, **(kw | {"sliding_window": None})))
     module = PolicyModule(model)
     assert probe(module) < 1e-5
-    assert module.layout == "unshared"
+    assert module.layout == "padded"
     assert model.config.sliding_window == window
 
 
@@ -95,7 +95,7 @@ def test_wrong_positions_of_m_rope_are_found(monkeypatch: pytest.MonkeyPatch) ->
     text.rotary_emb.forward = of_the_row  # a branch no longer continues its trunk
     module = PolicyModule(model)
     assert probe(module) < 1e-5
-    assert module.layout == "unshared"
+    assert module.layout == "padded"
 
 
 def test_the_vision_tower_keeps_its_own_attention() -> None:
@@ -128,7 +128,7 @@ def test_a_forward_that_takes_no_plan_is_told_clearly_and_gets_a_row_a_sequence(
     monkey = model.forward
     model.forward = lambda input_ids, attention_mask=None, use_cache=False: _logits(model, input_ids, attention_mask)
     assert probe(module) < 1e-5
-    assert module.layout == "unshared"
+    assert module.layout == "padded"
     model.forward = monkey
 
 
@@ -143,7 +143,7 @@ def test_a_model_whose_attention_cannot_be_registered_gets_a_row_a_sequence() ->
     with pytest.raises(ModelError, match="lets no attention be registered"):
         module(collate(trees()))
     assert probe(module) < 1e-5
-    assert module.layout == "unshared"
+    assert module.layout == "padded"
 
 
 def test_a_model_that_fails_on_longer_rows_alone_is_refused_at_load() -> None:
@@ -177,7 +177,7 @@ def test_in_bfloat16_noise_passes_and_a_wrong_plan_does_not(how: str, monkeypatc
     plan_attention = policy_module.plan_attention
     monkeypatch.setattr(policy_module, "plan_attention", parentless)
     probe(module)
-    assert module.layout == "unshared"
+    assert module.layout == "padded"
 
 
 def test_a_reference_follows_its_policys_layout() -> None:
@@ -185,7 +185,7 @@ def test_a_reference_follows_its_policys_layout() -> None:
     probe(policy)
     reference.follow(policy)
     batch, _ = two_tree_batch(97, "cpu")
-    assert reference.layout == "unshared"
+    assert reference.layout == "padded"
     assert torch.equal(reference(batch).logps, policy(batch).logps)
 
 
@@ -207,7 +207,7 @@ def test_gradient_checkpointing_changes_neither_values_nor_gradients(family: str
     seen: list[int] = []
     module.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: seen.append(1))
     again, again_grads = run()
-    assert len(seen) == 2 or module.layout == "unshared"  # once forward, once again for backward
+    assert len(seen) == 2 or module.layout == "padded"  # once forward, once again for backward
     assert torch.equal(values, again)
     largest = max(g.abs().max() for g in grads)
     assert max((a - b).abs().max() for a, b in zip(grads, again_grads, strict=True)) / largest < 1e-6
@@ -224,7 +224,7 @@ def test_the_probe_sees_that_a_models_pictures_see_each_other_both_ways(
     monkeypatch.setattr(policy_module, "BOTH_WAYS", ())
     other = PolicyModule(shop.model)
     assert probe(other) < 1e-5
-    assert other.layout == "unshared"
+    assert other.layout == "padded"
     assert "model.language_model.layers.0.self_attn is" in caplog.text and "carries a state" not in caplog.text
 
 
@@ -246,5 +246,5 @@ def test_linear_attention_with_pictures_gets_a_row_a_sequence(tmp_path: Path, mo
     monkeypatch.setitem(tiny_vlms.FAMILIES, "qwen3_5", tiny_vlms.FAMILIES["qwen3_vl"])
     shop = open_workshop("qwen3_5", tmp_path, layer_types=["linear_attention", "full_attention"], **linear)
     module = PolicyModule(shop.model)
-    assert probe(module) < 1e-5 and module.layout == "unshared"
+    assert probe(module) < 1e-5 and module.layout == "padded"
     assert module.media is not None and module.media.computed > 0

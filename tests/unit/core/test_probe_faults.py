@@ -95,7 +95,7 @@ def test_a_models_own_state_gets_a_row_a_sequence_by_name(dtype: torch.dtype) ->
     model = loud("llama", dtype)
     carry(model)
     verdict = verdict_of(model)
-    assert verdict.layout == "unshared"
+    assert verdict.layout == "padded"
     assert "model.layers.3.mlp is" in verdict.why[0] and "carries a state" in verdict.why[0]
 
 
@@ -109,7 +109,7 @@ def test_a_fresh_hybrid_is_stateful_however_small_its_weights_are(dtype: torch.d
             for parameter in layer.parameters():
                 parameter.mul_(scale if parameter.ndim > 1 else 1.0)
     verdict = verdict_of(model.to(dtype))
-    assert verdict.layout == "unshared" and "model.layers.0.conv is" in verdict.why[0]
+    assert verdict.layout == "padded" and "model.layers.0.conv is" in verdict.why[0]
 
 
 class Clamped(nn.Module):
@@ -184,7 +184,7 @@ def test_a_clamp_that_packed_rows_alone_lose_costs_them_the_layout(
         return (FusedClamped.forward if packed else right)(self, x)
 
     verdict = verdict_of(model, lambda model: monkeypatch.setattr(Clamped, "forward", forward))
-    assert verdict.layout == "unshared" and "on large activations" in verdict.why[0]
+    assert verdict.layout == "padded" and "on large activations" in verdict.why[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -241,7 +241,7 @@ def test_a_wrong_view_of_the_packed_row_falls_back_by_name(
 
     monkeypatch.setattr(interface, "sdpa_attention", seen)
     verdict = verdict_of(loud(family, dtype))
-    assert verdict.layout == "unshared" and "model.layers.0.self_attn is" in verdict.why[0]
+    assert verdict.layout == "padded" and "model.layers.0.self_attn is" in verdict.why[0]
     assert not any("keep their own" in why for why in verdict.why)  # the exchanged rotation is not at fault
     assert ("sees its neighbours" in verdict.why[0]) == (fault in ("neighbours", "ahead"))
 

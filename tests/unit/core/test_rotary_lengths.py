@@ -63,7 +63,7 @@ def alone(kind: str, trees: list[Tree]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", ["shared", "unshared"])
+@pytest.mark.parametrize("layout", ["shared", "padded"])
 def test_each_sequence_has_its_own_frequencies(kind: str, layout: Any) -> None:
     module = PolicyModule(make(kind))
     probe(module)
@@ -82,7 +82,7 @@ def test_each_sequence_has_its_own_frequencies(kind: str, layout: Any) -> None:
 
 
 @pytest.mark.parametrize("limit", [16, 32])
-@pytest.mark.parametrize("layout", ["shared", "unshared"])
+@pytest.mark.parametrize("layout", ["shared", "padded"])
 def test_a_row_just_within_the_limit_is_not_rotated_as_the_longer_one_before_it(layout: Any, limit: int) -> None:
     """transformers' dynamic frequencies shrink again only below the original length: at it, they stay grown. A limit of
     16 is below the lengths of the probe itself."""

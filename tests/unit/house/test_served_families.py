@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from align.engines import ENGINES
-from align.model.media.places import BOTH_WAYS
+from align.model.media.placeholders import BOTH_WAYS
 from rollout.vllm_facts import FACTS
 from tests.guides import ROOT, first_cells, section
 from tests.tiny_vlms import FAMILIES

@@ -196,13 +196,13 @@ def test_the_closing_table_says_how_a_stage_was_computed_and_why_that_was_slower
 ) -> None:
     entry = {"steps": 3, "seconds": 6.0, "metrics": {}, "artefacts": {}}
     plain = {"layout": "shared", "attention": "sdpa", "words": "packed", "slower": [], "notes": []}
-    rows = {"layout": "unshared", "attention": "sdpa", "words": "a sequence a row", "notes": []}
+    rows = {"layout": "padded", "attention": "sdpa", "words": "a sequence a row", "notes": []}
     stages = {"sft": {**entry, "forward": plain}, "dpo": {**entry, "forward": rows | {"slower": ["m.conv is off"]}}}
     reporter = Reporter(tmp_path, recipe())
     reporter.closing_table({"stages": stages})
     reporter.close()
     out = capsys.readouterr().out
-    assert "shared (sdpa)" in out and "unshared (sdpa)" in out
+    assert "shared (sdpa)" in out and "padded (sdpa)" in out
     assert "dpo: slower than it could be: a sequence a row; m.conv is off" in out and "sft: slower" not in out
 
 

@@ -28,7 +28,7 @@ def test_a_stateful_model_is_trained_a_row_a_sequence_within_the_same_budget(ada
     spec = make_spec(saved("qwen3_5_text", tmp_path), "dpo", adapter, reference="start", max_tokens=64)
     trainer = PolicyTrainer(spec)
     described = trainer.describe()
-    assert (described["layout"], described["attention"]) == ("unshared", "sdpa")
+    assert (described["layout"], described["attention"]) == ("padded", "sdpa")
     trees = trees_for("dpo")
     first = trainer.step(trees, step=0, progress=0.0)
     assert first["loss/total"] == pytest.approx(0.6931472, abs=1e-5)  # the reference computes as the policy does

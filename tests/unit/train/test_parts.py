@@ -74,7 +74,7 @@ def update_on_an_image(trainer: PolicyTrainer, folder: Path, seed: int = 0) -> N
     model = trainer.module.model
     inputs = image_inputs(folder, seed)
     labels = torch.where(inputs["input_ids"] < 250, inputs["input_ids"], -100)
-    trainer.module.use("unshared", "sdpa")
+    trainer.module.use("padded", "sdpa")
     with torch.autocast("cpu", torch.bfloat16, enabled=trainer.module.autocast is not None):
         model(**inputs, labels=labels, use_cache=False).loss.backward()
     trainer.optimizer.step()
@@ -83,7 +83,7 @@ def update_on_an_image(trainer: PolicyTrainer, folder: Path, seed: int = 0) -> N
 
 def logits_of(trainer: PolicyTrainer, folder: Path) -> torch.Tensor:
     trainer.module.eval()
-    trainer.module.use("unshared", "sdpa")
+    trainer.module.use("padded", "sdpa")
     return image_logits(trainer.module.model, image_inputs(folder))
 
 

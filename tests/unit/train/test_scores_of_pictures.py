@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from align.data.packing import collate, text_positions
-from align.model.media.places import positions_of, type_ids
+from align.model.media.placeholders import positions_of, type_ids
 from align.model.policy_module import PolicyModule
 from align.model.probe.choose import probe
 from align.model.score_head import load_score_model

@@ -188,12 +188,12 @@ def test_engines_get_from_spread_weights_what_they_get_from_whole_ones(two: Any,
     assert theirs.kind == ours.kind and theirs.rank == ours.rank and len(theirs.digest) == len(ours.digest)
 
 
-@pytest.mark.parametrize("case", ["pictures-towers", "unshared"])
+@pytest.mark.parametrize("case", ["pictures-towers", "padded"])
 def test_zero3_refuses_what_ranks_do_not_run_in_step(folder: Path, case: str) -> None:
-    spec = spec_of(folder, CASES["sft" if case == "unshared" else case], Sharding(name="zero3"))
+    spec = spec_of(folder, CASES["sft" if case == "padded" else case], Sharding(name="zero3"))
     trainer = PolicyTrainer(replace(spec, sharding=Sharding()))
-    if case == "unshared":
-        trainer.module.use("unshared", "sdpa")
+    if case == "padded":
+        trainer.module.use("padded", "sdpa")
     with pytest.raises(Unsupported, match="zero3"):
         make_strategy(spec.sharding, trainer.module, trainer._make_optimizer, Ranks(), 1.0)
     assert trainable(trainer.module)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.model.media.places import TYPES, placeholder
+from align.model.media.placeholders import TYPES, placeholder
 
 
 def mark_ids(config: Any) -> list[int]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align.model.media.places import inside_media
+from align.model.media.placeholders import inside_media
 from align.types import TokenBatch
 
 MAX_PADDING = 0.25  # of a row's own length

@@ -10,7 +10,7 @@ import torch
 
 from align.data.packing import collate, text_positions
 from align.model.generate.engine import TransformersEngine
-from align.model.media.places import positions_of
+from align.model.media.placeholders import positions_of
 from align.model.media.prompt_inputs import prompt_inputs
 from align.model.policy_module import PolicyModule
 from align.protocols.fleet import Completion, Group
@@ -50,6 +50,6 @@ def test_an_images_token_in_a_completion_is_computed_as_engines_compute_it(name:
     batch = collate(trees, positions_of(model, text_positions))
     module = PolicyModule(model)
     np.testing.assert_allclose(module(batch).logps[:5], expected, atol=1e-5)
-    module.use("unshared", "eager")
+    module.use("padded", "eager")
     np.testing.assert_allclose(module(batch).logps[:5], expected, atol=1e-5)
     assert not model.get_input_embeddings()._forward_hooks

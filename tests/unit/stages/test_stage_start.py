@@ -9,7 +9,7 @@ import pytest
 from align.errors import RecipeError, RunFolderError
 from align.recipe.adapter import Adapter
 from align.recipe.schema import Recipe
-from align.stages.handover import Origin, adapter_of, check_adapters, start_of, weights_of
+from align.stages.stage_start import Origin, adapter_of, check_adapters, start_of, weights_of
 
 LORA = {"kind": "lora", "rank": 4}
 BASE = Path("/models/base")

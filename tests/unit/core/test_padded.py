@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from align.data.packing import collate, mark_nll
+from align.model.padded import MAX_PADDING, blocks_of, hidden_states, sequences_of
 from align.model.policy_module import PolicyModule
-from align.model.unshared import MAX_PADDING, blocks_of, hidden_states, sequences_of
 from align.protocols.trees import Segment, Tree
 from tests.unit.core.families import make_family
 from tests.unit.core.trees import conversation, group, pair, unpaired
@@ -53,7 +53,7 @@ def test_any_tokens_hidden_states_are_found_in_any_order(nll: str) -> None:
     backbone = module.model.base_model
     at = torch.randint(0, batch.token_ids.numel(), (50,), generator=torch.Generator().manual_seed(0))
     shared, logps = module._hidden(batch, at, torch.zeros_like(at)), module(batch).logps
-    module.use("unshared", "sdpa")
+    module.use("padded", "sdpa")
     torch.testing.assert_close(hidden_states(backbone, batch, at), shared, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(module(batch).logps, logps, atol=1e-5, rtol=1e-5)
     assert hidden_states(backbone, batch, at[:0]).shape == (0, 32)
