@@ -218,11 +218,15 @@ def examined(name: str) -> dict[str, Any]:
     process.start()
     there.close()
     try:
-        return dict(here.recv()) if here.poll(LIMIT_S) else {"verdict": "WRONG", "why": f"no answer in {LIMIT_S} s"}
+        if here.poll(LIMIT_S):
+            return dict(here.recv())
+        process.kill()
+        return {"verdict": "WRONG", "why": f"no answer in {LIMIT_S} s"}
     except EOFError:
         process.join()
         return {"verdict": "WRONG", "why": f"its process ended with {process.exitcode}"}
     finally:
+        process.join(10.0)  # it takes its folder away
         process.kill()
         process.join()
 
