@@ -261,12 +261,12 @@ EXCHANGED: dict[str, tuple[dict[str, int], set[str]]] = {
     "gemma2": ({"RMSNorm": 9, "Linear": 14, "Attention": 2}, {"Gemma2MLP"}),
     "gpt_oss": ({"RMSNorm": 5, "Linear": 8}, {"GptOssAttention"}),
     "qwen3_moe": ({"RMSNorm": 9, "Linear": 8, "Attention": 2}, set()),
-    "deepseek_v3": ({"RMSNorm": 9, "MLP": 2, "Linear": 10, "Attention": 2}, {"ParamWrapper"}),
+    "deepseek_v3": ({"RMSNorm": 9, "MLP": 2, "Linear": 10, "Attention": 2}, set()),
     "qwen2_5_vl": ({"RMSNorm": 8, "Linear": 14, "MLP": 2, "Attention": 2}, {"Qwen2_5_VLMLP"}),
     "qwen3_5_text": ({"RMSNorm": 7, "Linear": 15, "MLP": 2, "Attention": 1}, {"Qwen3_5RMSNormGated"}),
     "qwen3_next": (
         {"RMSNorm": 7, "Linear": 9, "MLP": 2, "Attention": 1},
-        {"ParamWrapper", "Qwen3NextRMSNormGated"},
+        {"Qwen3NextRMSNormGated"},
     ),
 }
 
