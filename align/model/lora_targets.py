@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,6 +110,11 @@ def _is_linear(module: nn.Module) -> bool:
     )
 
 
+def all_linear(model: Any) -> set[str]:
+    """Paths of the layers that `targets: all-linear` goes on."""
+    return set(linear_modules(model)) - {head_name(model)} - left_out(model) - taken_for_experts(model)
+
+
 def left_out(model: Any) -> set[str]:
     """Paths of linear layers that `all-linear` leaves out beside the output head: those on which peft refuses LoRA,
     since fused kernels of Mamba read their weights past the module."""
@@ -118,13 +124,15 @@ def left_out(model: Any) -> set[str]:
     refuses = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
     if refuses is None:  # a peft without that rule
         return set()
-    found = set()
-    for name in linear_modules(model):
+
+    def refused(leaf: str) -> bool:
         try:
-            refuses(LoraConfig(), model, name.rpartition(".")[2])
+            refuses(LoraConfig(), model, leaf)
         except ValueError:
-            found.add(name)
-    return found
+            return True
+        return False
+
+    return _called(model, refused)
 
 
 def taken_for_experts(model: Any) -> set[str]:
@@ -145,8 +153,13 @@ def taken_for_experts(model: Any) -> set[str]:
             return True
         return leaf not in set(config.target_modules or ())
 
+    return _called(model, taken)
+
+
+def _called(model: Any, wanted: Callable[[str], bool]) -> set[str]:
+    """Paths of linear layers by their last name, of which each is asked about once."""
     linear = linear_modules(model)
-    leaves = {leaf for leaf in {name.rpartition(".")[2] for name in linear} if taken(leaf)}
+    leaves = {leaf for leaf in {name.rpartition(".")[2] for name in linear} if wanted(leaf)}
     return {name for name in linear if name.rpartition(".")[2] in leaves}
 
 
@@ -177,7 +190,7 @@ def target_notes(model: Any, adapter: Adapter) -> list[str]:
 def _resolve_targets(model: Any, targets: str | tuple[str, ...], linear: list[str]) -> list[str] | str:
     """What peft is told. linear: the layers of the parts that get LoRA; no other is matched."""
     if targets == "all-linear":
-        return _short(model, set(linear) - {head_name(model)} - left_out(model) - taken_for_experts(model))
+        return _short(model, all_linear(model).intersection(linear))
     if isinstance(targets, str) and not re.fullmatch(r"[\w.]+", targets):
         try:
             matched = {name for name in linear_modules(model) if re.fullmatch(targets, name)}
@@ -244,7 +257,6 @@ def is_targeted(config: LoraConfig, module: str) -> bool:
 
 
 def targeted_modules(model: Any, config: LoraConfig) -> set[str]:
-    linear = linear_modules(model)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        return set(linear) - {head_name(model)} - left_out(model) - taken_for_experts(model)
-    return {name for name in linear if is_targeted(config, name)}
+        return all_linear(model)
+    return {name for name in linear_modules(model) if is_targeted(config, name)}

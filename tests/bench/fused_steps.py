@@ -151,7 +151,7 @@ def main() -> int:
         serve(asked.families[0], fused=asked.serve == "fused")
         return 0
     from tests.bench.common import write_result
-    from tests.prove.prove_same_numbers import unpacked
+    from tests.prove.entry import unpacked
 
     table, started = [], time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

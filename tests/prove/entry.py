@@ -1,12 +1,15 @@
-"""One dated entry per proof under results/: what was claimed, the command, the figures, versions and hardware."""
+"""One dated entry per proof under results/: what was claimed, the command, the figures, versions and hardware; and the
+files of another commit, to be compared with."""
 
 from __future__ import annotations
 
 import datetime
+import io
 import json
 import os
 import platform
 import subprocess
+import tarfile
 import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -63,6 +66,17 @@ def conclude(name: str, *, claim: str, command: str, figures: Mapping[str, Any],
     seconds = time.monotonic() - begun
     print(record(name, claim=claim, command=command, figures=figures, proved=proved, seconds=seconds))
     return 0 if proved else 1
+
+
+def unpacked(against: str, folder: Path) -> Path:
+    """A checkout as it is, or a commit's files in `folder`."""
+    if Path(against).is_dir():
+        return Path(against).resolve()
+    done = subprocess.run(["git", "archive", against], cwd=CHECKOUT, capture_output=True)
+    assert done.returncode == 0, f"--against {against}: neither a folder nor a commit: {done.stderr.decode()}"
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder.resolve()
 
 
 def _versions() -> dict[str, str]:

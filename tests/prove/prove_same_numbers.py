@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import os
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.prove.entry import CHECKOUT, record
+from tests.prove.entry import CHECKOUT, record, unpacked
 from tests.runs import dpo, grpo, rollouts, sft, timeless, write_data, write_jsonl, write_recipe
 
 LIMIT_S = 3600.0
@@ -120,17 +118,6 @@ def differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
         for name in names
         if name not in here or name not in there or repr(here[name]) != repr(there[name])
     ]
-
-
-def unpacked(against: str, folder: Path) -> Path:
-    """A checkout as it is, or a commit's files in `folder`."""
-    if Path(against).is_dir():
-        return Path(against).resolve()
-    done = subprocess.run(["git", "archive", against], cwd=CHECKOUT, capture_output=True)
-    assert done.returncode == 0, f"--against {against}: neither a folder nor a commit: {done.stderr.decode()}"
-    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-        archive.extractall(folder, filter="data")
-    return folder.resolve()
 
 
 def main(words: list[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from align.model.probe.conditions import FAILURES
 from align.model.probe.float32 import first_layers, layers_of
 from align.model.probe.loud import Loud, loud_parting, loud_values
 from align.model.probe.own import Own, backbone_path, unit_scores
-from align.model.probe.rows import LONG, Alone, two_tree_batch
+from align.model.probe.rows import LONG_TOKENS, Alone, long_batch
 from align.model.probe.trace import Parting, Trace, parting, traced
 from align.model.score_head import has_score_head
 from align.types import TokenBatch
@@ -127,17 +127,15 @@ def _longer(module: PolicyModule, own: Own) -> Fault | None:
 def long_rows_fail(module: PolicyModule) -> Fault | None:
     """An error in rows of some hundred tokens, in the trained dtype, outside training too: what computes in chunks, as
     recurrences do, has code that no short row reaches. Packed rows are held against the model's own at that length."""
-    model, config = module.model, module.model.config.get_text_config()
-    tokens = max(trunk + max(branches) for trunk, branches in LONG)
-    if tokens > (getattr(config, "max_position_embeddings", None) or tokens):
+    model, longer = module.model, long_batch(module.model)
+    if longer is None:
         return None
-    batch, _ = two_tree_batch(config.vocab_size, next(model.parameters()).device, seed=1, model=model, sizes=LONG)
     try:
-        module(batch, want=("scores",) if has_score_head(model) else ())
+        module(longer[0], want=("scores",) if has_score_head(model) else ())
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
-        return Fault(f"in rows of {tokens} tokens {_raised(model, error)}")
+        return Fault(f"in rows of {LONG_TOKENS} tokens {_raised(model, error)}")
     return None
 
 

@@ -37,7 +37,7 @@ from align.model.probe.float32 import (
 )
 from align.model.probe.loud import Loud, loud_values, sampled
 from align.model.probe.rotary_lengths import lengths_of
-from align.model.probe.rows import LONG, Alone, Picture, alone_batches, two_tree_batch
+from align.model.probe.rows import Alone, Picture, alone_batches, long_batch, two_tree_batch
 from align.model.probe.trace import Trace, apart, parting, traced
 from align.model.score_head import HEAD, has_score_head, score
 from align.types import TokenBatch
@@ -183,12 +183,11 @@ def _long(own: Own, model: Any) -> Long | None:
     """Values of sequences of some hundred tokens on a short model: layers that compress or cut what they have seen
     treat so few as `own.plain` as if they did not. None where the model has no list of layers, or fewer positions."""
     backbone, prefix = text_backbone(model), backbone_path(model)
-    layers, config = kinds_of(backbone), model.config.get_text_config()
-    tokens = max(trunk + max(branches) for trunk, branches in LONG)
-    if not layers or not tokens <= (getattr(config, "max_position_embeddings", None) or tokens):
+    layers = kinds_of(backbone)
+    longer = long_batch(model) if layers else None
+    if longer is None:
         return None
-    device = next(model.parameters()).device
-    batch, plain = two_tree_batch(config.vocab_size, device, seed=1, model=model, sizes=LONG)
+    batch, plain = longer
     traces: list[Trace] = []
     found = []
     try:

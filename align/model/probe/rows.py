@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 TREES = ((7, (5, 3)), (4, (6, 1)))  # tokens of a trunk and of its branches
 LONG = ((150, (140, 3)), (20, (9,)))  # beyond what layers compress or cut into blocks; on a few layers alone
+LONG_TOKENS = max(trunk + max(branches) for trunk, branches in LONG)
 PICTURE = 48  # pixels of a side, before the processor makes of it what it does
 TEXTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # of a processor, beside its media
 
@@ -71,6 +72,14 @@ def two_tree_batch(
         for tree in trees
         for b in tree.branches
     ]
+
+
+def long_batch(model: Any) -> tuple[TokenBatch, list[Alone]] | None:
+    """`two_tree_batch` of sequences of `LONG_TOKENS` at most; None where the model has fewer positions."""
+    config = model.config.get_text_config()
+    if (getattr(config, "max_position_embeddings", None) or LONG_TOKENS) < LONG_TOKENS:
+        return None
+    return two_tree_batch(config.vocab_size, next(model.parameters()).device, seed=1, model=model, sizes=LONG)
 
 
 def _text_positions(tree: Tree) -> Positions:
