@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from align.data.media.shelf import Shelf
 from align.data.records import MediaPart, RowError
 from align.mediastore import tensors_path
 from align.recipe.inputs import Media
-from tests.unit.data.media_world import MakeVlm, data_uri, picture, png
+from tests.unit.data.media_world import InProcess, MakeVlm, data_uri, picture, png
 
 NOW = 2_000_000_000.0
 
@@ -123,3 +125,26 @@ def test_a_child_that_hangs_costs_one_row_and_is_replaced_until_the_library_clos
     assert again.kind == "image" and len(children()) == 1, "it lives on behind the call that started it"
     library.close()
     assert not children()
+
+
+@pytest.mark.parametrize("change", ["processor_config.json", "patch_size", "max_pixels"])
+def test_whatever_changes_a_mediums_tensors_changes_the_stores_key(vlm: MakeVlm, tmp_path: Path, change: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(vlm("qwen2_5_vl"), folder)
+
+    def key(**media: Any) -> str:
+        library = Library(Media(**media), folder, tmp_path / "store", pool=InProcess(folder))
+        return library.fingerprint
+
+    before = key()
+    assert key() == before
+    if change == "max_pixels":
+        assert key(max_pixels=64 * 64) != before
+        return
+    path = folder / ("config.json" if change == "patch_size" else change)
+    settings = json.loads(path.read_text())
+    (settings["vision_config"] if change == "patch_size" else settings).update(
+        {"patch_size": 7} if change == "patch_size" else {"image_mean": [0.1, 0.2, 0.3]}
+    )
+    path.write_text(json.dumps(settings))
+    assert key() != before

@@ -113,6 +113,7 @@ def test_all_linear_leaves_out_what_lora_cannot_be_put_on_and_says_so(name: str,
     peft = adapters.attach(model, Adapter(rank=4), None, seed=0)
     assert torch.isfinite(peft(input_ids=torch.arange(3, 20)[None], use_cache=False).logits).all()
     assert target_notes(architectures.make("llama"), Adapter(rank=4)) == []
+    assert target_notes(model, Adapter(rank=4, targets=["q_proj"])) == [], "what is asked for by name is no surprise"
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe", "qwen2_moe"])

@@ -239,3 +239,15 @@ def test_the_package_gives_what_it_promises_and_loads_it_only_then() -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["False", "Recipe", "load_recipe"]
+
+
+@pytest.mark.parametrize("data", ["numbers{1}.jsonl", "part-{a,b}.json"])
+def test_a_data_file_with_braces_in_its_name_is_found_beside_the_recipe(tmp_path: Path, data: str) -> None:
+    recipe = load(tmp_path, MINIMAL.replace("data.jsonl", f"'{data}'"))
+    assert recipe.stages[0].data[0].path == str(tmp_path / data)
+
+
+def test_a_template_written_into_the_recipe_is_no_path_even_where_it_ends_like_one(tmp_path: Path) -> None:
+    written = "{{ messages }}.jinja"
+    recipe = load(tmp_path, MINIMAL, f"model.chat_template='{written}'")
+    assert recipe.model.chat_template == written
