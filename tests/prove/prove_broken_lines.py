@@ -4,9 +4,10 @@
 
 In a copy of the tree one expression is changed: a comparison turned, a condition negated, a number raised by one, a sum
 made a difference, a returned value lost, a call left out. Then the tests of its room run, without those marked slow,
-until the first one fails. A line says `caught` and by which test, or `SURVIVED` and what was changed: read those, since
-a change that no input can show is no fault of the tests. Some kinds of it are not made: a seed or a size above a
-hundred raised by one, None returned in place of None, output not flushed.
+until the first one fails; at last the slow ones of files named after the changed one. A line says `caught` and by which
+test, or `SURVIVED` and what was changed: read those, since a change that no input can show is no fault of the tests.
+Some kinds of it are not made: a seed or a size above a hundred raised by one, None returned in place of None, output
+not flushed.
 
 ALIGN_PROVE_ROOMS=losses,data   some of the rooms
 ALIGN_PROVE_SEED=1              other lines
@@ -27,6 +28,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pytest
 
 from tests.prove.entry import CHECKOUT, record
 
@@ -158,17 +161,24 @@ def nearest_first(tree: Path, path: str, tests: tuple[str, ...]) -> list[str]:
     return [str(file.relative_to(tree)) for file in sorted(files, key=distance)]
 
 
-def first_failure(tree: Path, tests: list[str]) -> str | None:
-    """Run a room's tests in `tree` until one fails; its name, or None when all pass."""
+def first_failure(tree: Path, path: str, tests: tuple[str, ...]) -> str | None:
+    """Run a room's tests in `tree` until one fails, and at last the slow ones of files named after the broken one; the
+    failed one's name, or None when all pass."""
+    files = nearest_first(tree, path, tests)
+    named = [file for file in files if Path(path).stem in Path(file).stem]
+    return _failed(tree, "not slow", files) or (_failed(tree, "slow", named) if named else None)
+
+
+def _failed(tree: Path, marked: str, files: list[str]) -> str | None:
     command = [
-        sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--timeout=300", *tests
+        sys.executable, "-m", "pytest", "-x", "-q", "-m", marked, "-p", "no:cacheprovider", "--timeout=300", *files
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     try:
         done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
         return f"no end in {LIMIT_S:.0f} s"
-    if done.returncode == 0:
+    if done.returncode in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
         return None
     said = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return said[0].partition(" - ")[0] if said else f"pytest ended with {done.returncode}"
@@ -180,7 +190,7 @@ def tried(tree: Path, one: Break, tests: tuple[str, ...], run: Callable[..., str
     before = path.read_bytes()
     path.write_bytes(before[: one.start] + one.text.encode() + before[one.end :])
     try:
-        return run(tree, nearest_first(tree, one.path, tests))
+        return run(tree, one.path, tests)
     finally:
         path.write_bytes(before)
 

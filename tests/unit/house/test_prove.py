@@ -75,9 +75,29 @@ def test_a_broken_line_is_one_change_that_its_tests_see_and_is_taken_back(tmp_pa
     found = prove_broken_lines.breaks(tmp_path, "one.py")
     seen: list[str] = []
     for one in found:
-        prove_broken_lines.tried(tmp_path, one, (), lambda tree, tests: seen.append((tree / "one.py").read_text()))
+        prove_broken_lines.tried(
+            tmp_path, one, (), lambda tree, path, tests: seen.append((tree / "one.py").read_text())
+        )
         compile(seen[-1], "one.py", "exec")
     assert len(set(seen)) == len(found) == 11 and source not in seen
     assert source == (tmp_path / "one.py").read_text()
     assert all("ValueError(a + 1)" in text for text in seen), "what an error says is left alone"
     assert all((prove_broken_lines.CHECKOUT / room).is_dir() for room in prove_broken_lines.ROOMS)
+
+
+def test_a_broken_line_is_looked_for_in_the_tests_of_its_name_first_and_slow_ones_count(tmp_path: Path) -> None:
+    (tmp_path / "align").mkdir()
+    (tmp_path / "align" / "ranks.py").write_text("BROKEN = True\n")
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    (tests / "test_a.py").write_text("def test_nothing():\n    pass\n")
+    (tests / "test_ranks.py").write_text("import pytest\n\n@pytest.mark.slow\ndef test_slow():\n    assert 0\n")
+    (tests / "test_z.py").write_text("from align import ranks\n\ndef test_other():\n    assert not ranks.BROKEN\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\ntimeout = 60\n")
+    nearest = prove_broken_lines.nearest_first(tmp_path, "align/ranks.py", ("tests",))
+    assert [Path(file).stem for file in nearest] == ["test_ranks", "test_z", "test_a"]
+    failed = prove_broken_lines.first_failure(tmp_path, "align/ranks.py", ("tests",))
+    assert failed == "FAILED tests/test_z.py::test_other"
+    (tests / "test_z.py").unlink()
+    failed = prove_broken_lines.first_failure(tmp_path, "align/ranks.py", ("tests",))
+    assert failed == "FAILED tests/test_ranks.py::test_slow"
