@@ -30,6 +30,7 @@ class EngineFacts:
     options: names of its own options (`rollout.engine`); None: any. refused: those that may not be set, and why.
     package, extra: the module that it imports, and what pip installs it by; None where align brings it.
     in_flight: whole weights may take over between two tokens of requests that run.
+    slow_adapters_on_cpu: its adapter kernels are several times slower than the base there.
     largest_rank: of an adapter that it serves. tower_option: without it LoRA outside the language model is ignored.
     without_adapters, language_adapters: model types that it serves no adapters on, or on the language model alone.
     reserves: the option that says how many bytes keys and values take, whatever comes; on a CPU `reserved_on_cpu` where
@@ -46,6 +47,7 @@ class EngineFacts:
     package: str | None = None
     extra: str | None = None
     in_flight: bool = False
+    slow_adapters_on_cpu: bool = False
     largest_rank: int | None = None
     tower_option: str | None = None
     without_adapters: tuple[str, ...] = ()

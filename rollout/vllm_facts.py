@@ -63,6 +63,7 @@ FACTS = EngineFacts(
     package="vllm",
     extra="align-rl[gpu]",
     in_flight=True,
+    slow_adapters_on_cpu=True,
     largest_rank=512,  # vllm.config.lora.MaxLoRARanks
     tower_option=TOWER_OPTION,
     without_adapters=("llava_onevision",),

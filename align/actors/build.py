@@ -226,6 +226,18 @@ class RayBackend:
             task = ray.remote(function).options(**self._now.at("files"), max_retries=0)
             return await answer(task.remote(self.token, *arguments), who)
 
+    def gpus(self) -> float:
+        return self.cluster.total("GPU")
+
+    async def multiplied(self, inner: int, outer: int) -> Mapping[str, float]:
+        async with self.places(Needs(files=True)):
+            threads = self._now.threads("files")
+            task = ray.remote(files.multiplied).options(**self._now.at("files"), max_retries=0)
+            found: Mapping[str, float] = await answer(
+                task.remote(self.token, inner, outer, threads), "measuring the machine"
+            )
+        return found
+
     async def write_base(self, model: Model, folder: Path, seed: int) -> None:
         await self._task(files.write_base, "writing the model from scratch", model, folder, seed)
 

@@ -12,8 +12,17 @@ from align.recipe.inputs import Model
 from align.shared_files import require_shared
 
 
+def multiplied(token: Path, inner: int, outer: int, threads: int) -> dict[str, float]:
+    """See `align.model.speed`. token: see `require_shared`, here and below."""
+    die_with_parent()
+    require_shared(token)
+    from align.model import speed
+
+    return speed.multiplied(inner, outer, threads)
+
+
 def write_base(token: Path, model: Model, folder: Path, seed: int) -> None:
-    """Config and weights of a model from scratch beside its tokenizer. token: see `require_shared`, here and below."""
+    """Config and weights of a model from scratch beside its tokenizer."""
     die_with_parent()
     require_shared(token)
     from align.model import scratch

@@ -81,7 +81,10 @@ class Planner:
         where = f"{model.path or 'from scratch'}" + (f" with the adapter {model.adapter}" if model.adapter else "")
         kind = self.model.config.get("model_type", "?")
         size = f", {memory.count(self.sizes.parameters)} parameters" if self.sizes else ""
-        return f"{where} ({kind}{size}, {self.model.tokenizer.vocab_size} tokens), attention {self.attention()}"
+        tokens = f"{self.model.tokenizer.vocab_size} tokens"
+        measured = model.dtype == "auto" and not self.machine.gpus
+        dtype = ", dtype auto (float32 or bfloat16: measured when the run begins)" if measured else ""
+        return f"{where} ({kind}{size}, {tokens}), attention {self.attention()}{dtype}"
 
     def attention(self) -> str:
         """The kernel that is meant; the probe at load may find that the model needs another."""

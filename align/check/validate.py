@@ -21,6 +21,7 @@ from align.recipe.capabilities import SamplingStage
 from align.recipe.document import Document
 from align.recipe.schema import Recipe
 from align.recipe.stages import Stage
+from align.stages.choices import merged
 from align.stages.groups import TRUNCATED, refuse_second_truncated, with_penalty
 from align.stages.stage_start import check_adapters
 from align.stages.training import record_kind
@@ -48,16 +49,19 @@ def validate(
     sound = check_recipe(recipe, found)
     check_packages(recipe, found, cluster=cluster)
     plan = Plan(recipe, machine or Machine.here())
+    planned = recipe
     rewards = Rewards(folder)
     with ExitStack() as stack:
         planner: Planner | None = None
         with found.gather(key="model"):
             model = stack.enter_context(open_model(recipe, folder))
-            planner = Planner(recipe, plan.machine, model)
+            if not plan.machine.gpus and not cluster:
+                planned = merged(recipe, model.origin)
+            planner = Planner(planned, plan.machine, model)
             plan.notes += [f"model.adapter: {note}" for note in model.notes]
             check_adapters(recipe, model.origin)
             check_model_packages(recipe, model.config, model.origin, found, cluster=cluster)
-        for stage in recipe.stages:
+        for stage in planned.stages:
             _check_rewards(stage, rewards, found)
             with found.gather(stage.id, "reference"):
                 check_reference(stage)

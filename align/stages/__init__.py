@@ -3,6 +3,7 @@
 In the order of reading:
 
     pipeline.py, context.py, backend.py: stages one after another, what each is given, and what they ask a backend for
+    choices.py: what `auto` means on the machine that a run began on
     training.py, jobs.py, stage_start.py, roles.py: a stage that trains: set up, by which jobs, from what, on how much
         of a machine
     loop.py, offline.py, online.py, evaluate.py: the loop, and its kinds of turns

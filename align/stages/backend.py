@@ -122,6 +122,14 @@ class Backend(Protocol):
 
     async def scorer(self, job: ScorerJob) -> Scorer: ...
 
+    def gpus(self) -> float:
+        """GPUs of the machines that the run is on, all together."""
+        ...
+
+    async def multiplied(self, inner: int, outer: int) -> Mapping[str, float]:
+        """GFLOP/s of a CPU in a linear layer of these sides, by dtype (see `align.model.speed`)."""
+        ...
+
     async def write_base(self, model: Model, folder: Path, seed: int) -> None:
         """Write config and weights of a model from scratch beside its tokenizer."""
         ...

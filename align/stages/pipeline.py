@@ -21,6 +21,7 @@ from align.recipe.schema import Recipe
 from align.recipe.stages import ExportStage, MergeStage, Stage
 from align.recipe.trained_on import require_base
 from align.stages.backend import Backend, Start
+from align.stages.choices import settle
 from align.stages.context import Context, stage_seed
 from align.stages.evaluate import run_evaluate
 from align.stages.files import remove_folder, remove_leftovers, written_aside
@@ -135,6 +136,7 @@ async def run_pipeline(
     run.compare(recipe, lambda stage: prints[stage.id])
     origin = await _origin(recipe, run, backend, report)
     check_adapters(recipe, origin)
+    recipe = await settle(recipe, run, origin, backend, report.message)
     restarts = Restarts(max_restarts, run, report.message)
     context = Context(recipe, run, backend, report, publications, recipe_folder, stop, origin)
     compared: set[Path] = set()

@@ -74,6 +74,12 @@ class PlainBackend:
         self.jobs.append(job)
         return PlainScorer(**{reward.name: lambda g, c: -float(len(c.token_ids)) for reward in job.rewards})
 
+    def gpus(self) -> float:
+        return 0
+
+    async def multiplied(self, inner: int, outer: int) -> Mapping[str, float]:
+        return {"float32": 100.0, "bfloat16": 1.0}
+
     async def write_base(self, model: Model, folder: Path, seed: int) -> None:
         assert (folder / "tokenizer.json").is_file()
         (folder / "config.json").write_text(json.dumps(model.config))
@@ -227,7 +233,7 @@ def test_each_stage_is_told_what_it_starts_from(recipe: Recipe) -> None:
     assert grpo.start.config.rank == 4 and grpo.reference is None, "GRPO without a KL term needs no reference"
     assert len({sft.seed, dpo.seed, grpo.seed}) == 3
     fleet = next(j for j in backend.jobs if isinstance(j, FleetJob) and j.stage_id == "grpo")
-    assert (fleet.base, fleet.adapter_rank, fleet.group_size) == (folder / "sft" / "model", 4, 2)
+    assert (fleet.base, fleet.adapter_rank, fleet.group_size) == (folder / "sft" / "model", 0, 2), "no GPU: merged"
     assert backend.merges[0] == (folder / "sft" / "model", folder / "grpo" / "adapter", folder / "merged" / "model")
     served = [j.base for j in backend.jobs if isinstance(j, FleetJob) and j.stage_id == "exam"]
     assert served == [folder / "exam" / ".merged-dpo", folder / "release" / "model"]

@@ -96,6 +96,12 @@ class LocalBackend(PlainBackend):
         self.prepare(trainer, job)
         return trainer
 
+    def gpus(self) -> float:
+        return 0
+
+    async def multiplied(self, inner: int, outer: int) -> Mapping[str, float]:
+        return {"float32": 100.0, "bfloat16": 1.0}
+
     async def write_base(self, model: Model, folder: Path, seed: int) -> None:
         scratch.write_base(model, folder, seed)
 
