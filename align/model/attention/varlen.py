@@ -64,8 +64,8 @@ def _cumulative(lengths: list[int], device: torch.device) -> Tensor:
 
 @cache
 def _wants_groups_named(kernel: Callable[..., Any]) -> bool:
-    """Whether this torch is to be told that heads share keys. Before 2.13 it is not, and its kernel takes fewer heads of
-    keys than of queries as they come."""
+    """Whether this torch is to be told that heads share keys. 2.11 is not, and its kernel takes fewer heads of keys as
+    they come."""
     return "enable_gqa" in inspect.signature(kernel).parameters
 
 

@@ -278,7 +278,7 @@ def test_auto_is_sdpa_on_a_cpu_and_flash_in_half_precision_on_a_gpu() -> None:
 
 
 def test_flash_attention_of_a_torch_that_is_not_told_of_groups_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch before 2.13 has no `enable_gqa`; its kernel takes fewer heads of keys as they come."""
+    """torch 2.11 has no `enable_gqa`; its kernel takes fewer heads of keys as they come."""
     told: list[dict[str, Any]] = []
 
     def older(*args: Any, scale: float | None = None, window_size: tuple[int, int] = (-1, -1)) -> Tensor:
