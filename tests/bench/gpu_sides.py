@@ -194,6 +194,12 @@ class Theirs(Side):
         found: tuple[float, float] = self.held[1].update(trees, batch)
         return found
 
+    def liger_layers(self, case: Case) -> int:
+        self.make(case, self.modes[0])
+        assert self.held is not None
+        found: int = self.held[1].liger_layers()
+        return found
+
     def settings(self, case: Case) -> Iterator[Setting]:
         trees = case.trees()
         items = len(trees) * (GROUP_SIZE if case.loss == "grpo" else 1)

@@ -178,6 +178,11 @@ class Peer:
         trainer.model_wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         trainer.model_wrapped.train()
 
+    def liger_layers(self) -> int:
+        """How many modules compute by liger's code."""
+        found = (getattr(module.forward, "__module__", "") for module in self.trainer.model.modules())
+        return sum(name.startswith("liger_kernel") for name in found)
+
     def draw_adapter(self) -> None:
         draw_adapter(self.trainer.model)
 

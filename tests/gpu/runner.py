@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib.util
 import json
 import os
 import signal
@@ -175,4 +176,5 @@ def environment(site: Path | None, work: Path) -> dict[str, str]:
 
 
 def installed(name: str, site: Path | None) -> bool:
-    return PathFinder.find_spec(name, [*([str(site)] if site else []), *sys.path]) is not None
+    carried = site is not None and PathFinder.find_spec(name, [str(site)]) is not None
+    return carried or importlib.util.find_spec(name) is not None
