@@ -44,11 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step in progress is ended too
     if arguments.toy:
         steps = [replace(step, limit=TOY_LIMIT * step.limit) for step in steps]
-    with tempfile.TemporaryDirectory(prefix="tests-gpu-", dir=roomy(arguments.toy)) as name:
-        work = Path(name)
+    with (
+        tempfile.TemporaryDirectory(prefix="tests-gpu-") as temporary,
+        tempfile.TemporaryDirectory(prefix="tests-gpu-models-", dir=roomy(arguments.toy)) as work,
+    ):
         site = None
         if arguments.wheels is not None:
-            site = work / "site"
+            site = Path(temporary) / "site"
             wheels.install(arguments.wheels, site)
         have = versions.installed(site)
         off = versions.warnings_of(have, versions.TOLD)
@@ -63,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         results = Results.new(arguments.out, about)
         left = arguments.minutes * 60 - (time.monotonic() - started)
-        passed = run_all(steps, results, seconds=left, work=work, toy=arguments.toy, site=site)
+        passed = run_all(
+            steps, results, seconds=left, work=Path(work), toy=arguments.toy, site=site, temporary=Path(temporary)
+        )
     print(table(results.steps))
     print(f"written: {results.path} and {results.log}")
     return 0 if passed else 1

@@ -99,9 +99,17 @@ class Results:
 
 
 def run_all(
-    steps: Sequence[Step], results: Results, *, seconds: float, work: Path, toy: bool, site: Path | None = None
+    steps: Sequence[Step],
+    results: Results,
+    *,
+    seconds: float,
+    work: Path,
+    toy: bool,
+    site: Path | None = None,
+    temporary: Path | None = None,
 ) -> bool:
-    """Run them in order until `seconds` are over; whether all passed. site: a folder of packages carried along."""
+    """Run them in order until `seconds` are over; whether all passed. site: a folder of packages carried along;
+    temporary: where the steps' temporary files go (compiled kernels: no folder that nothing may be run from)."""
     until = time.monotonic() + seconds
     for step in steps:
         missing = [name for name in step.needs if not installed(name, site)]
@@ -111,13 +119,16 @@ def run_all(
         elif left < LEAST:
             results.set(step, "not run: no time left", 0, None)
         else:
-            run_one(step, results, limit=min(step.limit, left), work=work, toy=toy, site=site)
+            variables = environment(site, temporary)
+            run_one(step, results, limit=min(step.limit, left), work=work, toy=toy, environment=variables)
         found = results.steps[step.name]
         print(f"{step.name}: {found['state']} ({found['seconds']:.0f} s)", flush=True)
     return results.passed
 
 
-def run_one(step: Step, results: Results, *, limit: float, work: Path, toy: bool, site: Path | None) -> None:
+def run_one(
+    step: Step, results: Results, *, limit: float, work: Path, toy: bool, environment: Mapping[str, str]
+) -> None:
     started = time.monotonic()
     begun_at = results.log.stat().st_size if results.log.exists() else 0
     found = work / f"{step.name}.json"
@@ -127,7 +138,7 @@ def run_one(step: Step, results: Results, *, limit: float, work: Path, toy: bool
     with results.log.open("a", encoding="utf-8") as log:
         print(f"\n=== {step.name}: {step.about} (at most {limit:.0f} s)", file=log, flush=True)
         child = subprocess.Popen(
-            [sys.executable, "-m", "tests.gpu.child", step.function], cwd=ROOT, env=environment(site, work),
+            [sys.executable, "-m", "tests.gpu.child", step.function], cwd=ROOT, env=environment,
             stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, text=True,
         )  # fmt: skip
         try:
@@ -162,16 +173,15 @@ def _read(found: Path) -> Any:
     return json.loads(found.read_text(encoding="utf-8")) if found.exists() else None
 
 
-def environment(site: Path | None, work: Path) -> dict[str, str]:
+def environment(site: Path | None, temporary: Path | None) -> dict[str, str]:
     before = [str(site)] if site else []
     path = [*before, str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path),
-        "TMPDIR": str(work),
+        **({"TMPDIR": str(temporary)} if temporary else {}),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
-        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     }
 
 

@@ -96,7 +96,7 @@ def varlen_attention(
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     if width % 8:  # the kernel takes multiples of 8; zeros change no score
         q, k, v = (F.pad(x, (0, 8 - width % 8)) for x in (q, k, v))
-    grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if _wants_groups_named(varlen_attn) else {}
+    grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _wants_groups_named(varlen_attn) else {}
     out = varlen_attn(
         q.contiguous(),
         keys.gather(k).contiguous(),
