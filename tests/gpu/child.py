@@ -1,4 +1,4 @@
-"""The process of one step: `python -m tests.gpu.child module:function`, its context as JSON on standard input."""
+"""The process of one step: `python -m tests.gpu.child module:function FILE`, its context as JSON in the file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Watched(Context):
 
 def main() -> int:
     module, _, name = sys.argv[1].partition(":")
-    told = json.load(sys.stdin)
+    told = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
     context = Watched(**{**told, "found": Path(told["found"]), "work": Path(told["work"])})
     getattr(importlib.import_module(module), name)(context)
     checks = getattr(context, "checks", {})

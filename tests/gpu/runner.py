@@ -134,21 +134,20 @@ def run_one(
     found = work / f"{step.name}.json"
     found.unlink(missing_ok=True)
     context = Context(found, work, toy, step.options, results.steps)
-    told = json.dumps({**asdict(context), "found": str(found), "work": str(work)})
+    told = work / f"{step.name}.context.json"
+    told.write_text(json.dumps({**asdict(context), "found": str(found), "work": str(work)}), encoding="utf-8")
     with results.log.open("a", encoding="utf-8") as log:
         print(f"\n=== {step.name}: {step.about} (at most {limit:.0f} s)", file=log, flush=True)
         child = subprocess.Popen(
-            [sys.executable, "-m", "tests.gpu.child", step.function], cwd=ROOT, env=environment,
-            stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, text=True,
+            [sys.executable, "-m", "tests.gpu.child", step.function, str(told)], cwd=ROOT, env=environment,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
-            assert child.stdin is not None
-            with contextlib.suppress(BrokenPipeError):
-                child.stdin.write(told)
-                child.stdin.close()
+            seen = 0
             while (in_time := time.monotonic() - started < limit) and not _over(child):
                 time.sleep(POLL)
-                if found.exists():
+                if found.exists() and (written := found.stat().st_mtime_ns) != seen:
+                    seen = written
                     results.set(step, "running", time.monotonic() - started, _read(found))
         finally:
             # before it is waited for, so that its number is still its own; what it started goes with it
@@ -164,7 +163,7 @@ def run_one(
             print("\n".join(f"  | {line}" for line in log.read().splitlines()[-12:]), flush=True)
 
 
-def _over(child: subprocess.Popen[str]) -> bool:
+def _over(child: subprocess.Popen[bytes]) -> bool:
     """Whether it has ended, without taking its number from it."""
     return os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 

@@ -34,7 +34,7 @@ STEPS = (
     Step("qlora-7b", "QLoRA of a 7B shape, its memory", "tests.gpu.updates:qlora", 90, needs=(*OURS, "bitsandbytes")),
     Step("profile", "where the slowest update's time goes", "tests.gpu.updates:profile", 60, needs=OURS),
     Step(
-        "tests", "tests/gpu under pytest", "tests.gpu.updates:own_tests", 300, needs=(*OURS, "pytest", "bitsandbytes")
+        "tests", "tests/gpu under pytest", "tests.gpu.updates:own_tests", 300, needs=(*OURS, "pytest")
     ),
 )
 TOY_LIMIT = 5.0
