@@ -33,9 +33,7 @@ STEPS = (
     _update("dpo", model="7b", lengths=[4096], limit=120),
     Step("qlora-7b", "QLoRA of a 7B shape, its memory", "tests.gpu.updates:qlora", 90, needs=(*OURS, "bitsandbytes")),
     Step("profile", "where the slowest update's time goes", "tests.gpu.updates:profile", 60, needs=OURS),
-    Step(
-        "tests", "tests/gpu under pytest", "tests.gpu.updates:own_tests", 300, needs=(*OURS, "pytest")
-    ),
+    Step("tests", "tests/gpu under pytest", "tests.gpu.updates:own_tests", 300, needs=(*OURS, "pytest")),
 )
 TOY_LIMIT = 5.0
 """How many times longer a step may take as a toy on a few cores: most of it starts interpreters."""
