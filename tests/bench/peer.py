@@ -99,7 +99,7 @@ def choose(
 
 def windows_of(trees: Sequence[Tree], batch: int) -> list[list[Tree]]:
     """Batches of one accumulation window, rows sorted by length."""
-    ordered = sorted(trees, key=lambda tree: len(tree.trunk) + max(map(len, tree.branches)))
+    ordered = sorted(trees, key=lambda tree: len(tree.trunk) + max(map(len, tree.branches), default=0))
     return [list(ordered[i : i + batch]) for i in range(0, len(ordered), batch)]
 
 
@@ -112,13 +112,22 @@ def usable(batches: Sequence[int], items: int) -> list[int]:
 class Peer:
     """A TRL trainer made ready as its `train` would, one update at a time.
 
-    targets: what LoRA is put on, as peft reads it."""
+    targets: what LoRA is put on, as peft reads it. liger: with liger's kernels for the layers, where TRL puts them."""
 
     trainer: Any
 
-    def __init__(self, folder: Path, mode: str, device: str, checkpointing: bool, targets: str = "all-linear"):
+    def __init__(
+        self,
+        folder: Path,
+        mode: str,
+        device: str,
+        checkpointing: bool,
+        targets: str = "all-linear",
+        liger: bool = False,
+    ):
         self.folder, self.mode, self.device = folder, mode, device
-        self.checkpointing, self.targets = checkpointing, targets
+        self.checkpointing, self.targets, self.liger = checkpointing, targets, liger
+        warnings.filterwarnings("ignore", message="`use_liger_kernel=True` is deprecated")
         warnings.filterwarnings("ignore", message="TRL currently supports vLLM")  # no engine runs here
 
     def _model(self) -> Any:
@@ -155,14 +164,24 @@ class Peer:
             "save_strategy": "no",
             "disable_tqdm": True,
             "dataloader_pin_memory": False,
+            "use_liger_kernel": self.liger,
         }
 
     def _prepare(self) -> None:
         """What `Trainer.train` does before its loop."""
         trainer = self.trainer
+        if self.liger:
+            from transformers.integrations.liger import apply_liger_kernel
+
+            apply_liger_kernel(trainer.model, trainer.args.liger_kernel_config)
         trainer.create_optimizer()
         trainer.model_wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         trainer.model_wrapped.train()
+
+    def liger_layers(self) -> int:
+        """How many modules compute by liger's code."""
+        found = (getattr(module.forward, "__module__", "") for module in self.trainer.model.modules())
+        return sum(name.startswith("liger_kernel") for name in found)
 
     def draw_adapter(self) -> None:
         draw_adapter(self.trainer.model)
@@ -184,9 +203,16 @@ class Peer:
 
 class Dpo(Peer):
     def __init__(
-        self, folder: Path, trees: Sequence[Tree], mode: str, *, device: str = "cpu", checkpointing: bool = False
+        self,
+        folder: Path,
+        trees: Sequence[Tree],
+        mode: str,
+        *,
+        device: str = "cpu",
+        checkpointing: bool = False,
+        liger: bool = False,
     ):
-        super().__init__(folder, mode, device, checkpointing)
+        super().__init__(folder, mode, device, checkpointing, liger=liger)
         from datasets import Dataset
         from transformers import AutoTokenizer
         from trl import DPOConfig, DPOTrainer
@@ -235,8 +261,9 @@ class Grpo(Peer):
         device: str = "cpu",
         checkpointing: bool = False,
         targets: str = "all-linear",
+        liger: bool = False,
     ):
-        super().__init__(folder, mode, device, checkpointing, targets)
+        super().__init__(folder, mode, device, checkpointing, targets, liger)
         from datasets import Dataset
         from transformers import AutoProcessor
         from trl import GRPOConfig, GRPOTrainer

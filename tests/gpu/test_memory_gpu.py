@@ -18,6 +18,7 @@ from align.recipe.adapter import Quant
 from tests.bench import common, memory_plan
 from tests.unit.model.tiny import LLAMA, logits, lora, write_tiny
 
+pytest.importorskip("bitsandbytes")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),

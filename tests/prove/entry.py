@@ -8,6 +8,7 @@ import io
 import json
 import os
 import platform
+import shutil
 import subprocess
 import tarfile
 import time
@@ -90,7 +91,9 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit that was proved, with + where the working tree differs from it."""
+    """The commit that was proved, with + where the working tree differs from it; "" in a tree without git."""
+    if shutil.which("git") is None:
+        return ""
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=CHECKOUT, capture_output=True, text=True).stdout.strip()
     changed = subprocess.run(
         ["git", "status", "--porcelain", "--", "align", "rewards", "rollout", "recipes"],

@@ -6,8 +6,11 @@ bottom-right, as flash attention aligns queries that are fewer than keys. Heads 
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -59,6 +62,13 @@ def _cumulative(lengths: list[int], device: torch.device) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
 
 
+@cache
+def _wants_groups_named(kernel: Callable[..., Any]) -> bool:
+    """Whether this torch is to be told that heads share keys. 2.11 is not, and its kernel takes fewer heads of keys as
+    they come."""
+    return "enable_gqa" in inspect.signature(kernel).parameters
+
+
 def varlen_attention(
     query: Tensor,
     key: Tensor,
@@ -86,6 +96,7 @@ def varlen_attention(
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     if width % 8:  # the kernel takes multiples of 8; zeros change no score
         q, k, v = (F.pad(x, (0, 8 - width % 8)) for x in (q, k, v))
+    grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if _wants_groups_named(varlen_attn) else {}
     out = varlen_attn(
         q.contiguous(),
         keys.gather(k).contiguous(),
@@ -97,7 +108,7 @@ def varlen_attention(
         scale=width**-0.5 if scaling is None else scaling,
         # the kernel's window counts the tokens before a query, ours the query too
         window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     assert isinstance(out, Tensor)
     return out[..., :width].unsqueeze(0)

@@ -275,3 +275,21 @@ def test_auto_is_sdpa_on_a_cpu_and_flash_in_half_precision_on_a_gpu() -> None:
     ):
         with pytest.raises(Unsupported, match=what):
             kernels_for(word, device, dtype)
+
+
+def test_flash_attention_of_a_torch_that_is_not_told_of_groups_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 has no `enable_gqa`; its kernel takes fewer heads of keys as they come."""
+    told: list[dict[str, Any]] = []
+
+    def older(*args: Any, scale: float | None = None, window_size: tuple[int, int] = (-1, -1)) -> Tensor:
+        told.append({"scale": scale, "window_size": window_size})
+        q, k, *_ = args
+        return plain_varlen(*args, scale=scale, window_size=window_size, enable_gqa=q.shape[1] != k.shape[1])
+
+    plan = plan_attention(collate(some_trees()), "varlen")
+    inputs = tensors(plan.segments[-1][1])
+    found = []
+    for kernel in (plain_varlen, older):
+        monkeypatch.setattr(varlen, "varlen_attn", kernel)
+        found.append(packed_attention_forward(torch.nn.Module(), *inputs, None, align_plan=plan)[0])
+    assert told and torch.equal(*found)

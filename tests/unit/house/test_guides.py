@@ -195,8 +195,10 @@ def assert_module_takes(module: str, words: list[str]) -> None:
     if module == "pytest":
         assert all((ROOT / word).exists() for word in words if not word.startswith("-"))
         return
-    assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), f"there is no module {module}"
-    flags = BENCH_FLAGS if module.startswith("tests.bench") else (ROOT / f"{module.replace('.', '/')}.py").read_text()
+    path = ROOT / module.replace(".", "/")
+    file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    assert file.is_file(), f"there is no module {module}"
+    flags = BENCH_FLAGS if module.startswith("tests.bench") else file.read_text()
     missing = [word for word in words if word.startswith("--") and f'"{word}"' not in flags]
     assert not missing or (module == "align.cli.doctor" and _parse(["doctor", *words]))
 
