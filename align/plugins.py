@@ -20,13 +20,15 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import sysconfig
+import traceback
+from collections.abc import Iterator, Sequence
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 import align
-from align.errors import PluginError
+from align.errors import AlignError, PluginError
 
 DESCRIBE_LIMIT_S = 30.0
 REWARDS = {"reward_model": "align.actors.reward_model:reward_model"}
@@ -135,10 +137,41 @@ def _append_to_path(folder: Path | None) -> None:
 
 
 def _imported(load: Any, name: str) -> Any:
-    try:
+    with users_code(name, "importing it failed"):
         return load()
-    except (Exception, SystemExit) as error:  # a user's module may raise anything
-        raise PluginError(f"importing it failed: {type(error).__name__}: {error}", where=name) from error
+
+
+@contextlib.contextmanager
+def users_code(name: str, doing: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Whatever the user's code of the plugin `name` raises inside, `sys.exit` included, is a PluginError that says so
+    and names the line. Our own errors pass, and what is in `passing`; so does want of memory: more of it is the remedy.
+    """
+    try:
+        yield
+    except PluginError as error:
+        raise PluginError(error.what, where=error.where or name, remedy=error.remedy) from error
+    except (AlignError, MemoryError, *passing):
+        raise
+    except (Exception, SystemExit) as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; it is not imported here
+            raise
+        words = (f"{type(error).__name__}: {error}").rstrip(": \n")
+        raise PluginError(f"{doing}: {words}", where=name, remedy=_remedy(error)) from error
+
+
+_NOT_USERS = ("<", str(Path(align.__file__).parent), *(sysconfig.get_path(k) for k in ("stdlib", "purelib", "platlib")))
+
+
+def _remedy(error: BaseException) -> str | None:
+    """Where to look: the innermost line that is the user's own."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_USERS)]
+    place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
+    if isinstance(error, SyntaxError) and error.filename:
+        place = f"{error.filename}:{error.lineno or 1}"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        at = f" (imported at {place})" if place else ""
+        return f"install {error.name!r}, or put it beside the plugin{at}"
+    return f"look at {place}" if place else None
 
 
 def is_users(name: str) -> bool:
