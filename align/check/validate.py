@@ -64,8 +64,10 @@ def validate(
             if stage.id not in sound:
                 continue
             if not cluster:
-                with found.gather():
-                    check_fits(stage_roles(recipe, stage, plan.machine), plan.machine)
+                with found.gather(stage.id):
+                    roles = stage_roles(recipe, stage, plan.machine)
+                    with found.gather():
+                        check_fits(roles, plan.machine)
             if planner is not None:
                 _check_stage(recipe, stage, planner, plan, found, folder, every_row)
                 if plan.stages and plan.stages[-1].id == stage.id:
