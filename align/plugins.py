@@ -155,20 +155,30 @@ def users_code(name: str, doing: str, passing: tuple[type[Exception], ...] = ())
     except (Exception, SystemExit) as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's; it is not imported here
             raise
-        words = (f"{type(error).__name__}: {error}").rstrip(": \n")
-        raise PluginError(f"{doing}: {words}", where=name, remedy=_remedy(error)) from error
+        raise PluginError(f"{doing}: {words_of(error)}", where=name, remedy=_remedy(error, name)) from error
 
 
 _NOT_USERS = ("<", str(Path(align.__file__).parent), *(sysconfig.get_path(k) for k in ("stdlib", "purelib", "platlib")))
 
 
-def _remedy(error: BaseException) -> str | None:
-    """Where to look: the innermost line that is the user's own."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_USERS)]
-    place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
+def words_of(error: BaseException) -> str:
+    """An exception's type and message."""
+    return f"{type(error).__name__}: {error}".rstrip(": \n")
+
+
+def place_of(error: BaseException) -> str | None:
+    """`file:line` of the innermost line that is the user's own; None where none is."""
     if isinstance(error, SyntaxError) and error.filename:
-        place = f"{error.filename}:{error.lineno or 1}"
+        return f"{error.filename}:{error.lineno or 1}"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_USERS)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
+
+
+def _remedy(error: BaseException, name: str) -> str | None:
+    place = place_of(error)
     if isinstance(error, ModuleNotFoundError) and error.name:
+        if place is None and name.startswith(error.name):  # the plugin itself
+            return f"install the package that has {error.name!r}, or put its folder on PYTHONPATH"
         at = f" (imported at {place})" if place else ""
         return f"install {error.name!r}, or put it beside the plugin{at}"
     return f"look at {place}" if place else None
