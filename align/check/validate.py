@@ -17,6 +17,7 @@ from align.data.records import Kind
 from align.errors import RecipeError
 from align.losses import Losses
 from align.objectives.check import Known, problems
+from align.objectives.trial import try_combiner
 from align.recipe.capabilities import SamplingStage
 from align.recipe.document import Document
 from align.recipe.schema import Recipe
@@ -98,8 +99,11 @@ def _check_rewards(stage: Stage, rewards: Rewards, found: Findings) -> None:
         known[TRUNCATED] = Known("cost", (0.0, 1.0))
         objectives = with_penalty(objectives, penalty)
     with found.gather(stage.id, "objectives.combine"):  # a user's combiner is loaded
-        for error in problems(objectives, known):
+        wrong = problems(objectives, known)
+        for error in wrong:
             found.add(error, stage.id)
+        if not wrong and isinstance(stage, SamplingStage):
+            try_combiner(objectives, known, min(stage.batch.groups, 4), stage.batch.group_size)
 
 
 def _check_best(stage: SamplingStage, judged: Mapping[str, Known] | None, found: Findings) -> None:
