@@ -150,10 +150,9 @@ def users_code(name: str, doing: str, passing: tuple[type[Exception], ...] = ())
         yield
     except PluginError as error:
         raise PluginError(error.what, where=error.where or name, remedy=error.remedy) from error
-    except (AlignError, MemoryError, *passing):
-        raise
     except (Exception, SystemExit) as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; it is not imported here
+        # torch's want of memory goes by its name: it is not imported here
+        if isinstance(error, (AlignError, MemoryError, *passing)) or type(error).__name__ == "OutOfMemoryError":
             raise
         raise PluginError(f"{doing}: {words_of(error)}", where=name, remedy=_remedy(error, name)) from error
 

@@ -49,7 +49,7 @@ class OwnPolicy:
 
     def advance(self, state: Mapping[str, Any], view: View) -> State:
         with users_code(self.name, "`advance` of the combiner failed"):
-            found = self._policy.advance(state, view)
+            found: Any = self._policy.advance(state, view)
         if not isinstance(found, dict):
             self._refuse(f"`advance` of the combiner answered {_short(found)}", "return the state, `{**state, ...}`")
         try:
@@ -59,7 +59,7 @@ class OwnPolicy:
                 f"`advance` of the combiner answered a state that a checkpoint cannot hold: {error}",
                 "keep numbers, texts, lists and maps in it: float(x), x.tolist()",
             )
-        return found
+        return dict(found)
 
     def weights(self, state: Mapping[str, Any], view: View) -> np.ndarray:
         with users_code(self.name, "`weights` of the combiner failed"):
