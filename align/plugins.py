@@ -7,6 +7,7 @@ prints while it is imported costs `align check` a message and nothing else.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import difflib
 import hashlib
@@ -118,6 +119,7 @@ def _from_file(place: str, folder: Path | None, name: str) -> Any:
     if alias in sys.modules:
         return sys.modules[alias]
     _append_to_path(path.parent)
+    _refuse_twins(path, name)
     spec = importlib.util.spec_from_file_location(alias, path)
     assert spec is not None and spec.loader is not None
     module, loader = importlib.util.module_from_spec(spec), spec.loader
@@ -134,6 +136,29 @@ def _append_to_path(folder: Path | None) -> None:
     """Sibling imports work, and nothing beside the recipe can hide an installed package: its folder goes last."""
     if folder is not None and str(folder) not in sys.path:
         sys.path.append(str(folder))
+        _APPENDED.append(folder)
+
+
+_APPENDED: list[Path] = []
+
+
+def _refuse_twins(path: Path, name: str) -> None:
+    """Of two modules with one name, each beside a plugin, Python would give both plugins the first, without a word."""
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError):  # whoever imports it says so
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            for module in {each.partition(".")[0] for each in names}:
+                own = [path.parent / f"{module}.py", path.parent / module]
+                others = [place / one.name for place in _APPENDED if place != path.parent for one in own]
+                loaded = getattr(sys.modules.get(module), "__file__", None)
+                twin = next((o for o in others if loaded and o in (Path(loaded), Path(loaded).parent)), None)
+                if twin is not None and any(one.exists() for one in own):
+                    raise PluginError(
+                        f"it imports {module!r}, which stands beside it, and {twin} has that name in this process",
+                        where=name,
+                        remedy="rename one of the two, or keep the plugins in one folder",
+                    )
 
 
 def _imported(load: Any, name: str) -> Any:

@@ -156,3 +156,14 @@ def test_a_reward_that_would_fail_at_every_call_is_refused(tmp_path: Path, conte
     with pytest.raises(PluginError) as caught:
         describe(path)
     assert words in caught.value.what
+
+
+def test_two_siblings_of_one_name_are_not_taken_for_one(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text("from twin_of_plugins import VALUE\n")
+        (tmp_path / folder / "twin_of_plugins.py").write_text(f"VALUE = {folder!r}\n")
+    assert find("mine.py:VALUE", tmp_path / "one") == "one"
+    with pytest.raises(PluginError, match=r"it imports 'twin_of_plugins', which stands beside it, and .*one/twin_of"):
+        find("mine.py:VALUE", tmp_path / "two")
+    assert find("mine.py:VALUE", tmp_path / "one") == "one"
