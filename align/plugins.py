@@ -7,6 +7,7 @@ prints while it is imported costs `align check` a message and nothing else.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import difflib
 import hashlib
@@ -20,13 +21,15 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import sysconfig
+import traceback
+from collections.abc import Iterator, Sequence
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 import align
-from align.errors import PluginError
+from align.errors import AlignError, PluginError
 
 DESCRIBE_LIMIT_S = 30.0
 REWARDS = {"reward_model": "align.actors.reward_model:reward_model"}
@@ -116,6 +119,7 @@ def _from_file(place: str, folder: Path | None, name: str) -> Any:
     if alias in sys.modules:
         return sys.modules[alias]
     _append_to_path(path.parent)
+    _refuse_twins(path, name)
     spec = importlib.util.spec_from_file_location(alias, path)
     assert spec is not None and spec.loader is not None
     module, loader = importlib.util.module_from_spec(spec), spec.loader
@@ -132,13 +136,76 @@ def _append_to_path(folder: Path | None) -> None:
     """Sibling imports work, and nothing beside the recipe can hide an installed package: its folder goes last."""
     if folder is not None and str(folder) not in sys.path:
         sys.path.append(str(folder))
+        _APPENDED.append(folder)
+
+
+_APPENDED: list[Path] = []
+
+
+def _refuse_twins(path: Path, name: str) -> None:
+    """Of two modules with one name, each beside a plugin, Python would give both plugins the first, without a word."""
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError):  # whoever imports it says so
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            for module in {each.partition(".")[0] for each in names}:
+                own = [path.parent / f"{module}.py", path.parent / module]
+                others = [place / one.name for place in _APPENDED if place != path.parent for one in own]
+                loaded = getattr(sys.modules.get(module), "__file__", None)
+                twin = next((o for o in others if loaded and o in (Path(loaded), Path(loaded).parent)), None)
+                if twin is not None and any(one.exists() for one in own):
+                    raise PluginError(
+                        f"it imports {module!r}, which stands beside it, and {twin} has that name in this process",
+                        where=name,
+                        remedy="rename one of the two, or keep the plugins in one folder",
+                    )
 
 
 def _imported(load: Any, name: str) -> Any:
-    try:
+    with users_code(name, "importing it failed"):
         return load()
-    except (Exception, SystemExit) as error:  # a user's module may raise anything
-        raise PluginError(f"importing it failed: {type(error).__name__}: {error}", where=name) from error
+
+
+@contextlib.contextmanager
+def users_code(name: str, doing: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Whatever the user's code of the plugin `name` raises inside, `sys.exit` included, is a PluginError that says so
+    and names the line. Our own errors pass, and what is in `passing`; so does want of memory: more of it is the remedy.
+    """
+    try:
+        yield
+    except PluginError as error:
+        raise PluginError(error.what, where=error.where or name, remedy=error.remedy) from error
+    except (Exception, SystemExit) as error:
+        # torch's want of memory goes by its name: it is not imported here
+        if isinstance(error, (AlignError, MemoryError, *passing)) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise PluginError(f"{doing}: {words_of(error)}", where=name, remedy=_remedy(error, name)) from error
+
+
+_NOT_USERS = ("<", str(Path(align.__file__).parent), *(sysconfig.get_path(k) for k in ("stdlib", "purelib", "platlib")))
+
+
+def words_of(error: BaseException) -> str:
+    """An exception's type and message."""
+    return f"{type(error).__name__}: {error}".rstrip(": \n")
+
+
+def place_of(error: BaseException) -> str | None:
+    """`file:line` of the innermost line that is the user's own; None where none is."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno or 1}"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_USERS)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
+
+
+def _remedy(error: BaseException, name: str) -> str | None:
+    place = place_of(error)
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        if place is None and name.startswith(error.name):  # the plugin itself
+            return f"install the package that has {error.name!r}, or put its folder on PYTHONPATH"
+        at = f" (imported at {place})" if place else ""
+        return f"install {error.name!r}, or put it beside the plugin{at}"
+    return f"look at {place}" if place else None
 
 
 def is_users(name: str) -> bool:

@@ -22,6 +22,7 @@ from rewards.signatures import adapt
 
 ENTRY_POINTS = "align.rewards"
 _OURS = ("rewards", "align", "rollout", "__main__")
+_HERE = os.path.dirname(__file__)
 _BUILTINS = Path(__file__).parent / "builtins"
 
 
@@ -50,6 +51,12 @@ def load(spec: PluginSpec, folder: str | Path, *, check: bool = True) -> Plugin:
     modules = _modules_beside(source, Path(folder))
     if spec.signature != "align":
         return replace(adapt(function, spec, source=source, sha256=digest), modules=modules)
+    if inspect.isasyncgenfunction(function):
+        raise PluginError(
+            "an `async def` that yields cannot be awaited",
+            where=spec.use,
+            remedy="gather the scores in a list, and return it",
+        )
     if inspect.isclass(function) or not callable(function):
         raise PluginError(
             f"a reward is a function, not {function!r}",
@@ -133,9 +140,12 @@ def _guard(load: Callable[[], Any], use: str) -> Any:
 def _import_remedy(error: BaseException) -> str:
     traceback = error.__traceback__
     place = "the plugin"
+    if isinstance(error, SyntaxError) and error.filename:
+        place, traceback = f"{error.filename}:{error.lineno or 1}", None
     while traceback is not None:
         code = traceback.tb_frame.f_code
-        if not code.co_filename.startswith("<frozen") and "importlib" not in code.co_filename:
+        ours = os.path.dirname(code.co_filename) == _HERE
+        if not ours and not code.co_filename.startswith("<") and "importlib" not in code.co_filename:
             place = f"{code.co_filename}:{traceback.tb_lineno}"
         traceback = traceback.tb_next
     if isinstance(error, ModuleNotFoundError):

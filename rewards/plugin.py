@@ -262,6 +262,11 @@ def check_args(plugin: Plugin, where: str) -> None:
             plugin.options.validate(**plugin.named(plugin.options.validate))
         except ValueError as error:
             raise PluginError(f"{plugin.name} refuses its arguments: {error}", where=where) from error
+        except PluginError:
+            raise
+        except Exception as error:  # the user's code may raise anything
+            said = f"{type(error).__name__}: {error}"
+            raise PluginError(f"`validate` of {plugin.name} failed: {said}", where=where) from error
 
 
 def fits(value: Any, hint: Any) -> bool:

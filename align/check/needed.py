@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 
 from align.check.findings import Findings
 from align.data.media.opening import takes_media
-from align.errors import SetupError
+from align.engines import EngineFacts
+from align.errors import PluginError, SetupError
 from align.recipe.capabilities import TrainStage
 from align.recipe.engines import facts_of, those
 from align.recipe.families import family_of
 from align.recipe.optimizers import OPTIMIZERS
 from align.recipe.schema import Recipe
+from align.recipe.stages import Stage
 from align.recipe.trained_on import quantisation_words
 from align.stages.stage_start import Origin, adapter_of
 
@@ -55,8 +57,7 @@ class Need(NamedTuple):
 def check_packages(recipe: Recipe, found: Findings, *, cluster: bool = False) -> None:
     """Add a SetupError for every package that the recipe itself asks for and that is not here. cluster: stages run on
     nodes with packages of their own."""
-    with found.gather():  # a user's engine is asked what it needs
-        _check(of_recipe(recipe, cluster), found)
+    _check(of_recipe(recipe, cluster), found)
 
 
 def check_model_packages(
@@ -96,7 +97,7 @@ def of_recipe(recipe: Recipe, cluster: bool = False) -> Iterator[Need]:
     if cluster:
         return
     for stage in recipe.stages:
-        engine = facts_of(stage.engines.name) if stage.engines is not None else None
+        engine = _engine_of(stage)
         if engine is not None and engine.package is not None:
             [plain, *_] = those(lambda one: one.package is None)
             instead = f"set `rollout.name: {plain}`"
@@ -112,6 +113,14 @@ def of_recipe(recipe: Recipe, cluster: bool = False) -> Iterator[Need]:
     strategy = recipe.placement.trainer.strategy.facts
     if strategy.package:
         yield Need(strategy.package, strategy.package, "placement.trainer.strategy", "leave it out")
+
+
+def _engine_of(stage: Stage) -> EngineFacts | None:
+    """None where there is none, or a user's does not load, which the rules of the recipe tell with its place."""
+    try:
+        return facts_of(stage.engines.name) if stage.engines is not None else None
+    except PluginError:
+        return None
 
 
 def of_model(recipe: Recipe, config: Mapping[str, Any], origin: Origin) -> Iterator[Need]:

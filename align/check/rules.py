@@ -120,12 +120,13 @@ def check_losses(stage: Stage, found: Findings) -> bool:
             if is_users(term.name):  # a child tries it first
                 asked_in_child("align.losses:described", term.name)
             options = load(term.name).Config
-            options(**term.options)
             chosen.append(configure(term.name, term.options))
         except PluginError as error:
             found.add(PluginError(error.what, where=f"{where}.name", remedy=error.remedy), stage.id)
-        except ValidationError as error:
-            for problem in option_problems(error, term.options, options, f"loss {term.name!r}"):
+        except RecipeError as error:
+            if not isinstance(error.__cause__, ValidationError):
+                raise
+            for problem in option_problems(error.__cause__, term.options, options, f"loss {term.name!r}"):
                 found.add(RecipeError(problem.what, where=f"{where}.{problem.where}", remedy=problem.remedy), stage.id)
     if len(chosen) == len(stage.losses):
         with found.gather(stage.id):

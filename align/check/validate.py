@@ -17,6 +17,7 @@ from align.data.records import Kind
 from align.errors import RecipeError
 from align.losses import Losses
 from align.objectives.check import Known, problems
+from align.objectives.trial import try_combiner
 from align.recipe.capabilities import SamplingStage
 from align.recipe.document import Document
 from align.recipe.schema import Recipe
@@ -68,8 +69,10 @@ def validate(
             if stage.id not in sound:
                 continue
             if not cluster:
-                with found.gather():
-                    check_fits(stage_roles(recipe, stage, plan.machine), plan.machine)
+                with found.gather(stage.id):
+                    roles = stage_roles(recipe, stage, plan.machine)
+                    with found.gather():
+                        check_fits(roles, plan.machine)
             if planner is not None:
                 _check_stage(recipe, stage, planner, plan, found, folder, every_row)
                 if plan.stages and plan.stages[-1].id == stage.id:
@@ -100,8 +103,11 @@ def _check_rewards(stage: Stage, rewards: Rewards, found: Findings) -> None:
         known[TRUNCATED] = Known("cost", (0.0, 1.0))
         objectives = with_penalty(objectives, penalty)
     with found.gather(stage.id, "objectives.combine"):  # a user's combiner is loaded
-        for error in problems(objectives, known):
+        wrong = problems(objectives, known)
+        for error in wrong:
             found.add(error, stage.id)
+        if not wrong and isinstance(stage, SamplingStage):
+            try_combiner(objectives, known, min(stage.batch.groups, 4), stage.batch.group_size)
 
 
 def _check_best(stage: SamplingStage, judged: Mapping[str, Known] | None, found: Findings) -> None:

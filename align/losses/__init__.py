@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -14,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from align.errors import PluginError, RecipeError
+from align.losses.answers import require_functions, require_needs, require_options, require_output
 from align.losses.base import LossConfig, LossInputs, LossOutput, Needs, Nll, Prepass, Record
-from align.plugins import builtin_names, resolve
+from align.plugins import builtin_names, resolve, users_code
 from align.protocols.trees import Tree
 from align.recipe.parts import LossTerm
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_HELPERS = ("base", "dpo_terms", "pairs", "policy_terms", "reduce")
+_HELPERS = ("answers", "base", "dpo_terms", "pairs", "policy_terms", "reduce")
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,17 @@ class Loss:
     weight: float = 1.0
 
     def __call__(self, inputs: LossInputs) -> LossOutput:
-        """Its value, without the weight, and its metrics."""
-        output: LossOutput = self.module.loss(inputs, self.config)
-        return output
+        """Its value, without the weight, and its metrics. Raises PluginError where a user's fails or gives others."""
+        with self._own("loss"):
+            output = self.module.loss(inputs, self.config)
+        return require_output(output, self.name)
 
     def seen_before(self, trees: Sequence[Tree]) -> Sequence[Tree]:
         """The trees that the pass without gradient goes over, before an update on `trees`."""
-        seen: Sequence[Tree] = self.module.auxiliary(trees, self.config) if hasattr(self.module, "auxiliary") else trees
+        if not hasattr(self.module, "auxiliary"):
+            return trees
+        with self._own("auxiliary"):
+            seen: Sequence[Tree] = self.module.auxiliary(trees, self.config)
         return seen
 
     @property
@@ -53,16 +59,28 @@ class Loss:
 
     def batch_stats(self, found: Prepass | None) -> dict[str, Tensor]:
         """What it takes from that pass."""
-        stats: dict[str, Tensor] = self.module.batch_stats(found, self.config)
+        with self._own("batch_stats"):
+            stats: dict[str, Tensor] = self.module.batch_stats(found, self.config)
         return stats
 
     def derived(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Joined metrics with what it computes from them."""
-        return self.module.derived(metrics) if hasattr(self.module, "derived") else dict(metrics)
+        if not hasattr(self.module, "derived"):
+            return dict(metrics)
+        with self._own("derived"):
+            found = dict(self.module.derived(metrics))
+        if "loss/total" not in found and "loss/total" in metrics:
+            remedy = "it answers all metrics that it was given, in place of those that it joins"
+            raise PluginError("`derived` left out loss/total", where=self.name, remedy=remedy)
+        return found
 
     def remarks(self) -> tuple[str, ...]:
         """What the plan says about its options."""
-        return self.module.remarks(self.config) if hasattr(self.module, "remarks") else ()
+        if not hasattr(self.module, "remarks"):
+            return ()
+        with self._own("remarks"):
+            said = self.module.remarks(self.config)
+            return (said,) if isinstance(said, str) else tuple(said)
 
     @property
     def may_lack(self) -> bool:
@@ -71,7 +89,21 @@ class Loss:
 
     def lacking(self, trees: Sequence[Tree]) -> str | None:
         """What an update over these trees does without."""
-        return self.module.lacking(trees, self.config) if self.may_lack else None
+        if not self.may_lack:
+            return None
+        with self._own("lacking"):
+            said: str | None = self.module.lacking(trees, self.config)
+        return said
+
+    def _own(self, function: str) -> AbstractContextManager[None]:
+        return _guarded(self.module, self.name, f"`{function}` of the loss failed")
+
+
+def _guarded(
+    module: ModuleType, name: str, doing: str, passing: tuple[type[Exception], ...] = ()
+) -> AbstractContextManager[None]:
+    """What a user's loss raises is told as the plugin's; of ours it is a bug of ours."""
+    return nullcontext() if module.__name__.startswith(f"{__name__}.") else users_code(name, doing, passing)
 
 
 class Losses:
@@ -139,6 +171,8 @@ def load(name: str) -> ModuleType:
             if colon
             else "align/losses/sft.py is a short example",
         )
+    require_options(module.Config, name)
+    require_functions(module, name)
     return module
 
 
@@ -151,9 +185,12 @@ def configure(name: str, options: Mapping[str, Any], weight: float = 1.0) -> Los
     """A loss with validated options. Raises PluginError or RecipeError."""
     module = load(name)
     try:
-        config = module.Config(**options)
+        with _guarded(module, name, "`Config` of the loss failed", (ValidationError,)):
+            config = module.Config(**options)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or name}: {e['msg']}" for e in error.errors())
         known = ", ".join(field.alias or key for key, field in module.Config.model_fields.items())
         raise RecipeError(f"options of loss {name!r}: {problems}", remedy=f"its options are: {known}") from error
-    return Loss(name, module, config, module.needs(config), weight)
+    with _guarded(module, name, "`needs` of the loss failed"):
+        needs = module.needs(config)
+    return Loss(name, module, config, require_needs(needs, module, name), weight)

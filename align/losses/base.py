@@ -18,16 +18,21 @@ place of the sums behind them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
+from align.errors import PluginError
 from align.protocols.trees import Counts
 
 __all__ = ["Counts", "LossConfig", "LossInputs", "LossOutput", "Metric", "Needs", "Nll", "Prepass", "Record"]
 
 Record = Literal["conversation", "pair", "unpaired", "labelled", "group"]
 Nll = Literal["none", "scored", "chosen", "prompt_and_chosen"]
+Scope = Literal["sequence", "pair", "batch"]
+Ratio = Literal["none", "sampler", "proximal"]
+HEAD = ("entropy", "log_sum_sq", "scores")
+"""What of HeadOutputs a loss may ask for beside logps."""
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,11 +63,27 @@ class Needs:
     record: Record
     reference: bool = False
     head: tuple[str, ...] = ()
-    scope: Literal["sequence", "pair", "batch"] = "sequence"
+    scope: Scope = "sequence"
     nll: Nll = "none"
-    ratio: Literal["none", "sampler", "proximal"] = "none"
+    ratio: Ratio = "none"
     margin: bool = False
     weights: bool = False
+
+    def __post_init__(self) -> None:
+        """A word that nothing here knows would have no effect. Raises PluginError."""
+        for key, words in (("record", Record), ("nll", Nll), ("scope", Scope), ("ratio", Ratio)):
+            _known(key, getattr(self, key), get_args(words))
+        if not isinstance(self.head, tuple):
+            raise PluginError(
+                f"`Needs.head` is a tuple of names, not {self.head!r}", remedy=f"names: {', '.join(HEAD)}"
+            )
+        for name in self.head:
+            _known("head", name, HEAD)
+
+
+def _known(key: str, value: object, words: tuple[str, ...]) -> None:
+    if value not in words:
+        raise PluginError(f"`Needs.{key}` is {value!r}, which means nothing here", remedy=f"use {' or '.join(words)}")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import numpy as np
 
 from align.errors import PluginError
 from align.objectives.groups import Grouped, centre, std
+from align.objectives.users import OwnAdvantages, OwnPolicy
 from align.objectives.view import WeightPolicy
 from align.plugins import asked_in_child, is_users, of_ours, resolve
 from align.recipe.objectives import COMBINERS, OPTIONS, Objectives
@@ -57,7 +58,10 @@ def described(name: str) -> dict[str, Any]:
 
 def _of_user(name: str) -> Combiner:
     found = resolve(name, group="align.objectives.combiners")
-    reads = tuple(getattr(found, "reads", ()))
+    reads, whiten = getattr(found, "reads", ()), getattr(found, "whiten", False)
+    if not isinstance(reads, tuple | list) or not isinstance(whiten, bool):
+        what = "`reads` of a combiner is a tuple of names, and `whiten` True or False"
+        raise PluginError(what, where=name, remedy=f"options that it may read: {', '.join(OPTIONS)}")
     if unknown := [option for option in reads if option not in OPTIONS]:
         raise PluginError(
             f"`reads` names {unknown[0]!r}, which is no option of a combiner",
@@ -65,12 +69,13 @@ def _of_user(name: str) -> Combiner:
             remedy=f"options: {', '.join(OPTIONS)}",
         )
     made = _made(found, name)
-    return Combiner(made.advantages, made.policy, reads, bool(getattr(found, "whiten", False)))
+    policy = None if made.policy is None else OwnPolicy(name, made.policy)
+    return Combiner(OwnAdvantages(name, made.advantages), policy, tuple(reads), whiten)
 
 
 def _made(found: Any, name: str) -> Combiner:
     policy = all(callable(getattr(found, part, None)) for part in ("advance", "weights", "metrics"))
-    if policy:
+    if policy and not isinstance(found, type):
         return Combiner(getattr(found, "advantages", linear), found)
     if not callable(found) or isinstance(found, type):
         raise PluginError(

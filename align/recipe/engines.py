@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from align.engines import ENGINES, EngineFacts, facts_of_ours
 from align.errors import PluginError
@@ -18,6 +21,11 @@ LIMIT_S = 180.0  # for the module of an engine, which may import torch and more
 def known_engine(name: str) -> str:
     """`name`; ValueError where it can be no engine's."""
     module, _, attribute = name.partition(":")
+    if module.endswith(".py"):
+        raise ValueError(
+            f"an engine is named package.module:Class, and {module!r} is a file: its processes import it by its name. "
+            "Put its folder on PYTHONPATH, and write the module without .py"
+        )
     if name in ENGINES or all(part.isidentifier() for part in (*module.split("."), attribute)):
         return name
     near = difflib.get_close_matches(name, ENGINES, n=1)
@@ -48,7 +56,40 @@ def described(name: str) -> dict[str, Any]:
             where=name,
             remedy="rollout/base.py says what an engine is, rollout/vllm_facts.py is an example of facts",
         )
+    _require_members(found, name)
+    try:
+        TypeAdapter(EngineFacts).validate_python(asdict(facts))
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"`facts.{'.'.join(map(str, first['loc']))}`: {first['msg'].lower()}, got {first['input']!r}"
+        raise PluginError(what, where=name, remedy="align/engines.py says what each of the facts is") from error
     return asdict(facts) | {"engine": name, "title": facts.title or name}
+
+
+MEMBERS = ("add", "step", "abandon", "accepts", "publish", "logps", "close")
+"""Methods of `rollout.base.Engine`, which this room does not know."""
+
+
+def _require_members(found: Any, name: str) -> None:
+    """A class has them all, and is made of a spec; a function that makes an engine may be anything."""
+    known = isinstance(found, type) and not hasattr(found, "__getattr__")
+    missing = [member for member in MEMBERS if known and not callable(getattr(found, member, None))]
+    if missing:
+        raise PluginError(
+            f"an engine has the methods {', '.join(MEMBERS)}; this has no {' and no '.join(missing)}",
+            where=name,
+            remedy="rollout/base.py says what each of them does",
+        )
+    try:
+        inspect.signature(found).bind("spec")
+    except ValueError:  # of C: it has no signature to look at
+        return
+    except TypeError as error:
+        raise PluginError(
+            f"an engine is made of an EngineSpec, and nothing else: {error}",
+            where=name,
+            remedy="write `def __init__(self, spec)`",
+        ) from error
 
 
 def those(which: Callable[[EngineFacts], Any]) -> list[str]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from align.data.packing import global_counts, mark_nll
 from align.errors import NonFiniteError
 from align.losses import Losses
+from align.losses.answers import require_gradient
 from align.losses.base import LossInputs, Metric, Needs, Prepass
 from align.model.dropout import switch_off_own_dropout
 from align.model.parts import trained_parts
@@ -218,6 +219,7 @@ class PolicyTrainer:
             result = loss(LossInputs(outputs, batch, counts, reference, proximal, own))
             total = total + loss.weight * result.loss
             join_terms(metrics, result.metrics, loss.name if len(self.losses) > 1 else "total")
+        require_gradient(total, " + ".join(loss.name for loss in self.losses))
         sums.add(metrics | {"loss/total": Metric(total.detach(), reduce="sum")})
         return total
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from align.data.formats.base import Layout
+from align.data.formats.users import guarded
 from align.errors import PluginError
 from align.plugins import asked_in_child, is_users, resolve
 
@@ -68,4 +69,4 @@ def _loaded(name: str) -> tuple[Layout, ...]:
             where=name,
             remedy="align/data/formats/alpaca.py is a short example",
         )
-    return layouts
+    return tuple(guarded(layout, name) for layout in layouts)

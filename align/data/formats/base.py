@@ -129,7 +129,9 @@ def choose(
             remedy="choose with `format:`, or name the columns with `columns:`",
         )
     of_kind = candidates(layouts, kind, format)
-    expected = "; ".join(x.describe() for x in of_kind) or f"format {format!r} has no layout for it"
+    offered = ", ".join(sorted({f"{x.name} (of a {x.kind})" for x in layouts}))
+    none = f"a layout of a {kind}; yours: {offered}" if format is None else f"format {format!r} has no layout for it"
+    expected = "; ".join(x.describe() for x in of_kind) or none
     raise DataError(
         f"no layout for {_stage_words(kind)} fits the columns found: {', '.join(sorted(found)) or 'none'}",
         where=where,

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from align.errors import PluginError
-from align.plugins import describe_in_child, resolve
+from align.plugins import asked_in_child, describe_in_child, resolve
 
 
 def find(name: str, folder: Path | None = None) -> object:
@@ -103,3 +103,67 @@ def test_a_plugin_that_dies_is_a_message(tmp_path: Path, code: str) -> None:
     path.write_text(code)
     with pytest.raises(PluginError, match=r"ended with status -?\d+ while it was loaded"):
         describe(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "remedy"),
+    [
+        ("x = 1\nraise RuntimeError('at import')\n", "look at {path}:2"),
+        ("def (:\n", "look at {path}:1"),
+        ("\nimport nowhere_at_all\n", "install 'nowhere_at_all', or put it beside the plugin (imported at {path}:2)"),
+    ],
+)
+def test_where_to_look_is_a_line_of_the_plugin(tmp_path: Path, content: str, remedy: str) -> None:
+    path = tmp_path / "here.py"
+    path.write_text(content)
+    with pytest.raises(PluginError) as caught:
+        find("here.py:f", tmp_path)
+    assert caught.value.remedy == remedy.format(path=path)
+    with pytest.raises(PluginError) as caught:
+        describe(path)
+    assert caught.value.remedy == remedy.format(path=path)
+
+
+def test_a_thread_keeps_no_reward_from_being_described_and_is_refused_where_it_would_keep_the_check(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "threads.py"
+    path.write_text(
+        "import threading, time\n"
+        "threading.Thread(target=time.sleep, args=(60,), name='watch').start()\n"
+        "def f(samples):\n    return [0.0]\n"
+        "MINE = f\n"
+    )
+    assert isinstance(describe(path, limit_s=20.0), dict)
+    with pytest.raises(PluginError, match="importing it started the thread 'watch'"):
+        asked_in_child("align.objectives.combiners:described", f"{path}:MINE", 20.0)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("async def f(samples):\n    yield 1\n", "an `async def` that yields cannot be awaited"),
+        (
+            "from rewards import reward\ndef mine():\n    raise KeyError('a')\n"
+            "@reward(validate=mine)\ndef f(samples):\n    return [0.0]\n",
+            "`validate` of f failed: KeyError: 'a'",
+        ),
+    ],
+)
+def test_a_reward_that_would_fail_at_every_call_is_refused(tmp_path: Path, content: str, words: str) -> None:
+    path = tmp_path / "refused.py"
+    path.write_text(content)
+    with pytest.raises(PluginError) as caught:
+        describe(path)
+    assert words in caught.value.what
+
+
+def test_two_siblings_of_one_name_are_not_taken_for_one(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text("from twin_of_plugins import VALUE\n")
+        (tmp_path / folder / "twin_of_plugins.py").write_text(f"VALUE = {folder!r}\n")
+    assert find("mine.py:VALUE", tmp_path / "one") == "one"
+    with pytest.raises(PluginError, match=r"it imports 'twin_of_plugins', which stands beside it, and .*one/twin_of"):
+        find("mine.py:VALUE", tmp_path / "two")
+    assert find("mine.py:VALUE", tmp_path / "one") == "one"

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from align.cli.main import main
-from align.errors import RecipeError
+from align.errors import PluginError, RecipeError
 from align.protocols.fleet import PromptItem, Sampling
 from align.protocols.trainer import Publication
+from align.recipe import engines
 from align.recipe.adapter import Adapter
 from align.recipe.engines import facts_of
 from align.recipe.load import load_recipe
 from align.recipe.parts import Rollout
 from align.recipe.support import publish_mode
 from align.simulate.measured import slots_of
-from rollout.base import EngineSpec, generate, make_engine
+from rollout.base import Engine, EngineSpec, generate, make_engine
 from tests.unit.check.workshop import Workshop, open_workshop
 
 ENGINE = '''
@@ -135,3 +137,64 @@ def test_it_is_started_by_its_name_and_samples(workshop: Workshop) -> None:
             assert completion.token_ids.shape == (5,) and completion.token_ids.max() < 7
             assert completion.logps == pytest.approx(np.full(5, -np.log(7)), rel=1e-6)
     assert engine.logps([np.arange(4)])[0].shape == (3,)
+
+
+MEMBERS = "".join(f"    def {member}(self, *given): ...\n" for member in engines.MEMBERS)
+
+
+def test_the_members_that_are_looked_for_are_those_of_the_interface() -> None:
+    own = {name for name, value in vars(Engine).items() if callable(value) and not name.startswith("_")}
+    assert own == set(engines.MEMBERS)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("class Mine:\n    def step(self): ...\n", "this has no add and no abandon"),
+        ("def Mine(): ...\n", "an engine is made of an EngineSpec, and nothing else"),
+        (f"class Mine:\n    def __init__(self, spec, more): ...\n{MEMBERS}", "an engine is made of an EngineSpec"),
+        (
+            f"class Mine:\n    def __init__(self, spec): ...\n    facts = EngineFacts(slots='ten')\n{MEMBERS}",
+            "`facts.slots`",
+        ),
+        (
+            f"class Mine:\n    def __init__(self, spec): ...\n    facts = EngineFacts(options='slots')\n{MEMBERS}",
+            "`facts.options`",
+        ),
+        (
+            f"class Mine:\n    def __init__(self, spec): ...\n    facts = EngineFacts(refused=['top_p'])\n{MEMBERS}",
+            "`facts.refused`",
+        ),
+    ],
+)
+def test_what_would_fail_when_the_stage_begins_fails_in_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, words: str
+) -> None:
+    name = f"engine_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    (tmp_path / f"{name}.py").write_text("from align.engines import EngineFacts\n\n" + text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(PluginError) as caught:
+        engines.described(f"{name}:Mine")
+    assert words in caught.value.what and caught.value.remedy
+
+
+def test_a_class_beyond_its_methods_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plain_engine.py").write_text(f"class Mine:\n    def __init__(self, spec): ...\n{MEMBERS}")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert engines.described("plain_engine:Mine")["title"] == "plain_engine:Mine"
+
+
+def test_a_file_is_no_engine(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    """The check would find it beside the recipe, and the engine's process would not."""
+    workshop.write("mine.py", "class Mine: ...\n")
+    workshop.change(NAME, "mine.py:Mine")
+    assert main(["check", "recipe.yaml"]) == 2
+    assert "an engine is named package.module:Class, and 'mine.py' is a file" in capsys.readouterr().err
+
+
+def test_an_engine_that_is_not_there_is_one_problem(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    workshop.change(NAME, "nowhere:Mine")
+    assert main(["check", "recipe.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert "problems" not in said and "recipe.yaml:40: the engine nowhere:Mine: importing it failed" in said
+    assert "PYTHONPATH" in said

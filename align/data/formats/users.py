@@ -1,0 +1,72 @@
+"""A user's layouts, which may be anything: looked at before a row is read, and each row's failure told as the row's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from align.data.formats.base import Layout, Row
+from align.data.records import RECORDS, Record, RowError, known_roles, messages_of
+from align.errors import PluginError
+from align.plugins import place_of, users_code, words_of
+
+
+def guarded(layout: Layout, name: str) -> Layout:
+    """The same layout. What its `read` raises is the row's, what its `fits` raises a PluginError. name: of the plugin.
+
+    Raises PluginError where a field is of another type, or names a kind that no stage reads.
+    """
+    _require_sound(layout, name)
+    return replace(layout, read=_reading(layout), fits=_fitting(layout.fits, layout.name, name))
+
+
+def _require_sound(layout: Layout, name: str) -> None:
+    where = f"the layout {layout.name!r}"
+    problems = [
+        (not isinstance(layout.name, str) or not layout.name, "a layout's `name` is a text", 'name it: name="mine"'),
+        (
+            layout.kind not in RECORDS,
+            f"{where} is of kind {layout.kind!r}, which no stage reads",
+            f"use {' or '.join(RECORDS)}",
+        ),
+        *(
+            (
+                not isinstance(columns, frozenset | set) or not all(isinstance(column, str) for column in columns),
+                f"`{key}` of {where} is {columns!r}, where a set of column names is needed",
+                f'write {key}=frozenset({{"column", ...}})',
+            )
+            for key, columns in (("required", layout.required), ("optional", layout.optional))
+        ),
+        *(
+            (not callable(function), f"`{key}` of {where} is no function", f"write {key}=a function of the row")
+            for key, function in (("read", layout.read), ("fits", layout.fits))
+        ),
+    ]
+    for wrong, what, remedy in problems:
+        if wrong:
+            raise PluginError(what, where=name, remedy=remedy)
+
+
+def _reading(layout: Layout) -> Callable[[Row], Record]:
+    def read(row: Row) -> Record:
+        try:
+            record = layout.read(row)
+        except (RowError, MemoryError):
+            raise
+        except (Exception, SystemExit) as error:
+            place = place_of(error)
+            said = f"`read` of the layout {layout.name} failed: {words_of(error)[:200]}"
+            raise RowError(f"{said} ({place})" if place else said) from error
+        if isinstance(record, RECORDS[layout.kind]):
+            known_roles(messages_of(record))
+        return record
+
+    return read
+
+
+def _fitting(fits: Callable[[Row], bool], layout: str, name: str) -> Callable[[Row], bool]:
+    def fitting(row: Row) -> bool:
+        with users_code(name, f"`fits` of the layout {layout} failed"):
+            return bool(fits(row))
+
+    return fitting
