@@ -22,6 +22,8 @@ from align.data.sources import apply_columns, open_source
 from align.data.unread import Reading
 from align.errors import DataError
 from align.recipe.inputs import DataSource
+from align.recipe.load import load_recipe
+from align.stages.runfolder import RECIPE, RUN
 from rewards.api import Sample
 
 _ROLLOUTS = {"step", "group_id", "sample", "origin", "prompt", "completion", "finish", "token_ids", "version"}
@@ -45,15 +47,27 @@ def read_trial(path: Path, column: str, columns: dict[str, str], limit: int | No
 
     aside: an empty folder for media that rows hold themselves; it must outlive the trial.
     """
-    rows = _rows(path, columns, limit)
+    path = _of_one_model(path)
+    rows = _rows(path, {}, limit)
     trial = Trial(path, column, TrialMedia(aside))
     if not rows:
         raise DataError("there are no rows", where=path)
     if all(row.values.keys() >= _ROLLOUTS for row in rows):
-        _read_rollouts(rows, trial)
+        _read_rollouts(rows, trial, columns)
     else:
-        _read_data(rows, trial, columns)
+        _read_data(_rows(path, columns, limit), trial, columns)
     return trial
+
+
+def _of_one_model(path: Path) -> Path:
+    """An evaluation has a folder of rollouts for each model that it examined: the only one, or a DataError."""
+    inner = sorted({file.parent for file in path.glob("*/step-*.parquet")}) if path.is_dir() else []
+    if not inner or any(path.glob("step-*.parquet")):
+        return path
+    if len(inner) > 1:
+        names = ", ".join(str(folder) for folder in inner)
+        raise DataError("these are the rollouts of several models", where=path, remedy=f"name one of {names}")
+    return inner[0]
 
 
 def _rows(path: Path, columns: dict[str, str], limit: int | None) -> list[Row]:
@@ -166,9 +180,10 @@ def _messages(prompt: Prompt, media: TrialMedia, folder: Path | None) -> tuple[d
 # ------------------------------------------------------------------------------------------------- a run's rollouts
 
 
-def _read_rollouts(rows: Sequence[Row], trial: Trial) -> None:
-    """Completions that a run sampled, with the data rows that they were sampled for, where those are still there."""
-    known = _origin_rows({row.values["origin"] for row in rows}, trial)
+def _read_rollouts(rows: Sequence[Row], trial: Trial, columns: dict[str, str]) -> None:
+    """Completions that a run sampled, with the data rows that they were sampled for, where those are still there.
+    columns: of those rows, in place of what the run's recipe says."""
+    known = _origin_rows({row.values["origin"] for row in rows}, trial, columns)
     for row in sorted(rows, key=lambda r: (r.values["step"], r.values["group_id"], r.values["sample"])):
         v = row.values
         messages, values = known.get(v["origin"], (({"role": "text", "content": v["prompt"]},), {}))
@@ -191,7 +206,9 @@ def _read_rollouts(rows: Sequence[Row], trial: Trial) -> None:
         trial.origins.append(f"{v['origin']} (step {v['step']}, group {v['group_id']}, sample {v['sample']})")
 
 
-def _origin_rows(origins: set[str], trial: Trial) -> dict[str, tuple[tuple[dict[str, Any], ...], dict[str, Any]]]:
+def _origin_rows(
+    origins: set[str], trial: Trial, columns: dict[str, str]
+) -> dict[str, tuple[tuple[dict[str, Any], ...], dict[str, Any]]]:
     """The data rows that rollouts name as `file:line` or `file row n`."""
     found: dict[str, tuple[tuple[dict[str, Any], ...], dict[str, Any]]] = {}
     files = {place["path"] for origin in sorted(origins) if (place := _PLACE.fullmatch(origin))}
@@ -199,7 +216,22 @@ def _origin_rows(origins: set[str], trial: Trial) -> dict[str, tuple[tuple[dict[
         if not Path(name).is_file():
             trial.notes.append(f"{name} is not there: its samples have no `row`, and their prompt is plain text")
             continue
-        rows = [row for row in _rows(Path(name), {}, None) if row.origin in origins]
-        for row, (messages, more) in zip(rows, _prompts(rows, trial), strict=True):
+        renamed = columns or _columns_of(Path(name), trial.path)
+        rows = [row for row in _rows(Path(name), renamed, None) if row.origin in origins]
+        for row, (messages, more) in zip(rows, _prompts(rows, trial, frozenset(renamed)), strict=True):
             found[row.origin] = (messages, {**light(row.values), **more})
     return found
+
+
+def _columns_of(file: Path, rollouts: Path) -> dict[str, str]:
+    """What the recipe of the run that wrote `rollouts` says of the columns of a data file; the stage's own word first.
+    {} for rollouts that stand alone."""
+    folders = list(rollouts.absolute().parents)
+    run = next((folder for folder in folders if (folder / RECIPE).is_file() and (folder / RUN).is_file()), None)
+    if run is None:
+        return {}
+    stages = sorted(load_recipe(run / RECIPE).stages, key=lambda stage: run / stage.id not in folders)
+    sources = [source for stage in stages for several in stage.datasets.values() for source in several]
+    named = (source for source in sources if {file, *file.parents} & {Path(source.path), Path(source.path).resolve()})
+    source = next(named, None)
+    return dict(source.columns) if source is not None else {}

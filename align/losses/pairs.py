@@ -13,7 +13,8 @@ from align.losses.reduce import mean, sequence_sums, weighted
 
 @dataclass(frozen=True)
 class PairSums:
-    """Per pair f32[P]: sums of `values` over the scored tokens of each side, and the sides' lengths."""
+    """Of P pairs. chosen f32[P], rejected f32[P]: sums of `values` over the scored tokens of a side; chosen_length f32[P],
+    rejected_length f32[P]: how many those are."""
 
     chosen: Tensor
     rejected: Tensor
@@ -22,6 +23,7 @@ class PairSums:
 
     @property
     def means(self) -> tuple[Tensor, Tensor]:
+        """The mean over the scored tokens of the chosen sides f32[P] and of the rejected ones f32[P]."""
         return self.chosen / self.chosen_length.clamp(min=1), self.rejected / self.rejected_length.clamp(min=1)
 
 
@@ -38,17 +40,18 @@ def sigmoid(z: Tensor, smoothing: float = 0.0) -> Tensor:
 
 
 def hinge(z: Tensor) -> Tensor:
-    """max(0, 1 - z): SLiC, 2309.06657."""
+    """max(0, 1 - z) f32[P] of margins z f32[P]: SLiC, 2309.06657."""
     return (1 - z).clamp(min=0)
 
 
 def squared(delta: Tensor, beta: float) -> Tensor:
-    """(delta - 1 / (2 beta))^2: IPO, 2310.12036 eq. 17."""
+    """(delta - 1 / (2 beta))^2 f32[P] of log-ratio differences delta f32[P]: IPO, 2310.12036 eq. 17."""
     return (delta - 1 / (2 * beta)) ** 2
 
 
 def side_metrics(reward_chosen: Tensor, reward_rejected: Tensor, logps: PairSums) -> dict[str, Metric]:
-    """The metrics that every pair loss reports under the same names; rewards are implicit ones, f32[P]."""
+    """The metrics that every pair loss reports under the same names. reward_chosen f32[P], reward_rejected f32[P]:
+    implicit rewards, detached."""
     return {
         "rewards/chosen": mean(reward_chosen),
         "rewards/rejected": mean(reward_rejected),

@@ -202,7 +202,7 @@ def test_what_cannot_be_tried_is_refused_with_its_reason(
     assert status == 2 and message in said
 
 
-def rollouts(here: Path, origin: str, media: tuple[Medium, ...] = ()) -> Path:
+def rollouts(here: Path, origin: str, media: tuple[Medium, ...] = (), name: str = "rollouts") -> Path:
     message = {"role": "user", "content": "2+2?"}
     prompt = PromptItem(70, np.arange(3), 0, (message,), {}, origin, media)
 
@@ -212,11 +212,11 @@ def rollouts(here: Path, origin: str, media: tuple[Medium, ...] = ()) -> Path:
 
     group = Group(prompt, (said("it is 4", "eos", "it is <answer>4</answer>"), said("it is", "length")))
     table = ScoreTable(("right",), np.zeros((2, 1), np.float32), ("reward",))
-    log = RolloutLog(here / "rollouts")
+    log = RolloutLog(here / name)
     log.cut_back(0)
     log.add(1, [group], ["user: 2+2?"], table, np.zeros(2, np.float32), np.ones(2, bool))
     log.close_file()
-    return here / "rollouts"
+    return here / name
 
 
 def test_a_runs_rollouts_are_tried_with_the_rows_they_came_from(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,3 +313,44 @@ def test_the_verb_brings_no_torch_ray_or_vllm(here: Path) -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], cwd=here, check=True, capture_output=True)
+
+
+def test_rollouts_of_a_run_are_read_by_the_columns_of_its_recipe(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rows were read without the recipe's mapping: no gold, no reference answer, and no way to say it."""
+    rows = [{"frage": f"{n}+{n}?", "antwort": str(2 * n)} for n in (2, 3)]
+    (here / "fragen.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = here / "runs" / "faq"
+    folder = rollouts(run / "exam", f"{here}/fragen.jsonl:1", name="rollouts/sft")
+    recipe = f"""
+name: faq
+output: {here}/runs
+model: {{path: owner/name}}
+stages:
+  - {{id: sft, kind: sft, data: {{path: {here}/fragen.jsonl, columns: {{query: frage, response: antwort}}}}}}
+  - id: exam
+    kind: evaluate
+    of: [sft]
+    rewards: [numeric]
+    data: {{path: {here}/fragen.jsonl, columns: {{query: frage, response: antwort}}}}
+"""
+    words = ["try", "numeric", "--completion", "completion", "--data"]
+    status, said = attempt(capsys, *words, str(folder), "--columns", "query=frage", "response=antwort")
+    assert status == 0 and "numeric 1" in said and "gold: best on 1 of 1" in said, "rollouts that stand alone"
+    (run / "recipe.yaml").write_text(recipe)
+    (run / "run.json").write_text("{}")
+    status, said = attempt(capsys, *words, str(folder))
+    assert status == 0 and "numeric 1" in said and "gold: best on 1 of 1" in said, said
+
+
+def test_rollouts_of_an_evaluation_are_those_of_its_only_model_or_one_is_asked_for(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rollouts(here, f"{here}/rows.jsonl:1", name="rollouts/sft")
+    words = ["try", "mine.py:right", "--data", "rollouts", "--completion", "completion"]
+    status, said = attempt(capsys, *words)
+    assert status == 0 and "(step 1, group 70, sample 0): right 1" in said
+    rollouts(here, f"{here}/rows.jsonl:1", name="rollouts/grpo")
+    status, said = attempt(capsys, *words)
+    assert status == 2 and "several models" in said and "rollouts/grpo, rollouts/sft" in said
