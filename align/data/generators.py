@@ -56,7 +56,11 @@ def run(
     file, function = Path(match["file"]), match["function"]
     file = file if folder is None else folder / file
     if not file.is_file():
-        raise PluginError("there is no such generator file", where=file, remedy="check the path; in a recipe it starts at the recipe's folder")
+        raise PluginError(
+            "there is no such generator file",
+            where=file,
+            remedy="check the path; in a recipe it starts at the recipe's folder",
+        )
     if cache is None:
         return _run_child(file, function, source.options, limit, timeout_s)
     name = f"{file.stem}-{function}-{_key(file, function, source.options, limit)}"

@@ -13,7 +13,7 @@ from align.losses.reduce import mean, sequence_sums, weighted
 
 @dataclass(frozen=True)
 class PairSums:
-    """Of P pairs. chosen f32[P], rejected f32[P]: sums of `values` over the scored tokens of a side; chosen_length f32[P],
+    """Of P pairs. chosen f32[P], rejected f32[P]: sums of `values` over a side's scored tokens; chosen_length f32[P],
     rejected_length f32[P]: how many those are."""
 
     chosen: Tensor
