@@ -251,3 +251,15 @@ def test_a_template_written_into_the_recipe_is_no_path_even_where_it_ends_like_o
     written = "{{ messages }}.jinja"
     recipe = load(tmp_path, MINIMAL, f"model.chat_template='{written}'")
     assert recipe.model.chat_template == written
+
+
+@pytest.mark.parametrize(
+    ("every", "taken"), [("1000000000", True), ("1000000001", False), ("100%", True), ("101%", False), ("0", False)]
+)
+def test_how_often_to_save_is_steps_or_a_share_of_the_stage(tmp_path: Path, every: str, taken: bool) -> None:
+    override = f"stages.sft.save.every={every}"
+    if taken:
+        assert str(load(tmp_path, MINIMAL, override).stages[0].save.every) == every
+        return
+    with pytest.raises(RecipeError, match=r"percentage"):
+        load(tmp_path, MINIMAL, override)
