@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
+from align.actors import reward_actors
 from align.actors.cluster import answer
+from align.actors.reward_actors import RayScorer
 from align.actors.scoring import join_parts
 from align.errors import AlignError, DataError, LostError
-from align.protocols.scorer import ScoreTable
+from align.protocols.scorer import ErrorBudget, ScoreTable
 
 
 def ask(found: BaseException | Any) -> Any:
@@ -77,3 +80,35 @@ def test_means_are_weighted_by_their_counts_and_one_that_a_part_lacks_adds_nothi
     other, without = table(2, metrics={"m": 5.0, "sum": 1.0}, counts={"m": 1.0}), table(3)
     joined = join_parts([group(2), group(1), group(1)], [[0], [1], [2]], [one, other, without])
     assert joined.metrics == {"m": 2.0, "sum": 3.0} and joined.counts == {"m": 4.0}
+
+
+class Judge:
+    """A reward actor that scores every completion 1, and keeps the budgets that it was given."""
+
+    def __init__(self) -> None:
+        self.budgets: list[ErrorBudget | None] = []
+        self.score = SimpleNamespace(remote=self._score)
+
+    def _score(self, groups: Any, budget: ErrorBudget | None) -> Any:
+        self.budgets.append(budget)
+        future: Future[Any] = Future()
+        future.set_result(table(*[1.0] * sum(len(one.completions) for one in groups)))
+        return SimpleNamespace(future=lambda: future)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_several_actors_share_one_error_budget_and_a_single_one_keeps_its_own(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_, **__: Judge()))
+    monkeypatch.setattr(reward_actors.ray, "remote", lambda _: made)
+    scorer = RayScorer((), tmp_path, seed=0, placements=({},) * count)
+    for _ in range(2):
+        scores = asyncio.run(scorer.score([group(3), group(2)]))
+        assert scores.scores[:, 0].tolist() == [1.0] * 5
+    budgets = [judge.budgets for judge in scorer.actors]
+    if count == 1:
+        assert budgets == [[None, None]]
+        return
+    assert budgets[0] == budgets[1] and [budget.samples for budget in budgets[0]] == [5, 5]
+    assert budgets[0][0].id != budgets[0][1].id, "each step has its own"
