@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from align.check.findings import Findings
@@ -14,7 +14,7 @@ from align.check.needed import check_model_packages, check_packages
 from align.check.plan import Plan, Planner
 from align.check.rules import check_recipe
 from align.data.records import Kind
-from align.errors import RecipeError
+from align.errors import PluginError, RecipeError
 from align.losses import Losses
 from align.objectives.check import Known, problems
 from align.objectives.trial import try_combiner
@@ -57,7 +57,8 @@ def validate(
         with found.gather(key="model"):
             model = stack.enter_context(open_model(recipe, folder))
             if not plan.machine.gpus and not cluster:
-                planned = merged(recipe, model.origin)
+                with suppress(PluginError):  # an engine that does not load has been told of, by the rules
+                    planned = merged(recipe, model.origin)
             planner = Planner(planned, plan.machine, model)
             plan.notes += [f"model.adapter: {note}" for note in model.notes]
             check_adapters(recipe, model.origin)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -178,6 +179,7 @@ def test_heads_of_odd_width_and_without_parents_go_through_varlen(monkeypatch: p
 def test_under_autocast_flash_attention_gets_half_precision_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[torch.dtype] = set()
 
+    @wraps(plain_varlen)
     def spying(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         seen.add(query.dtype)
         return plain_varlen(query, *args, **kwargs)
