@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import json
 import os
 import pkgutil
@@ -183,6 +184,16 @@ def users_code(name: str, doing: str, passing: tuple[type[Exception], ...] = ())
 
 
 _NOT_USERS = ("<", str(Path(align.__file__).parent), *(sysconfig.get_path(k) for k in ("stdlib", "purelib", "platlib")))
+
+
+def require_call(function: Any, takes: Sequence[str], *, said: str, where: str, remedy: str) -> None:
+    """PluginError, `said` and why, where a user's function cannot be called with as many arguments as `takes` names."""
+    try:
+        inspect.signature(function).bind(*takes)
+    except ValueError:  # of C: it has no signature to look at
+        return
+    except TypeError as error:
+        raise PluginError(f"{said}: {error}", where=where, remedy=remedy) from error
 
 
 def words_of(error: BaseException) -> str:

@@ -230,12 +230,10 @@ class RayBackend:
         return self.cluster.total("GPU")
 
     async def multiplied(self, inner: int, outer: int) -> Mapping[str, float]:
-        async with self.places(Needs(files=True)):
-            threads = self._now.threads("files")
-            task = ray.remote(files.multiplied).options(**self._now.at("files"), max_retries=0)
-            found: Mapping[str, float] = await answer(
-                task.remote(self.token, inner, outer, threads), "measuring the machine"
-            )
+        [role] = self.roles(Needs(files=True))
+        found: Mapping[str, float] = await self._task(
+            files.multiplied, "measuring the machine", inner, outer, role.threads
+        )
         return found
 
     async def write_base(self, model: Model, folder: Path, seed: int) -> None:

@@ -48,14 +48,14 @@ def read_trial(path: Path, column: str, columns: dict[str, str], limit: int | No
     aside: an empty folder for media that rows hold themselves; it must outlive the trial.
     """
     path = _of_one_model(path)
-    rows = _rows(path, {}, limit)
+    rows = _rows(path, limit)
     trial = Trial(path, column, TrialMedia(aside))
     if not rows:
         raise DataError("there are no rows", where=path)
     if all(row.values.keys() >= _ROLLOUTS for row in rows):
         _read_rollouts(rows, trial, columns)
     else:
-        _read_data(_rows(path, columns, limit), trial, columns)
+        _read_data(_named(rows, path, columns), trial, columns)
     return trial
 
 
@@ -70,14 +70,17 @@ def _of_one_model(path: Path) -> Path:
     return inner[0]
 
 
-def _rows(path: Path, columns: dict[str, str], limit: int | None) -> list[Row]:
-    source = DataSource(path=str(path.absolute()), columns=columns)
-    items = list(open_source(source).rows(limit))
+def _rows(path: Path, limit: int | None) -> list[Row]:
+    items = list(open_source(DataSource(path=str(path.absolute()))).rows(limit))
     refused = next((item for item in items if isinstance(item, Refusal)), None)
     if refused is not None:
         raise DataError(refused.reason, where=refused.origin)
-    rows = [item for item in items if isinstance(item, Row)]
-    named = apply_columns(rows, source)
+    return [item for item in items if isinstance(item, Row)]
+
+
+def _named(rows: Sequence[Row], path: Path, columns: dict[str, str]) -> list[Row]:
+    """The rows under our names."""
+    named = apply_columns(rows, DataSource(path=str(path.absolute()), columns=columns))
     return [replace(row, values=values) for values, row in zip(named, rows, strict=True)]
 
 
@@ -217,7 +220,7 @@ def _origin_rows(
             trial.notes.append(f"{name} is not there: its samples have no `row`, and their prompt is plain text")
             continue
         renamed = columns or _columns_of(Path(name), trial.path)
-        rows = [row for row in _rows(Path(name), renamed, None) if row.origin in origins]
+        rows = [row for row in _named(_rows(Path(name), None), Path(name), renamed) if row.origin in origins]
         for row, (messages, more) in zip(rows, _prompts(rows, trial, frozenset(renamed)), strict=True):
             found[row.origin] = (messages, {**light(row.values), **more})
     return found

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from align.errors import PluginError
 from align.losses.base import LossConfig, LossOutput, Metric, Needs
+from align.plugins import require_call
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,16 +47,13 @@ def require_functions(module: Any, name: str) -> None:
                 where=name,
                 remedy=f"write `def {function}({', '.join(takes)})`, which returns its answer",
             )
-        try:
-            inspect.signature(found).bind(*takes)
-        except ValueError:  # of C: it has no signature to look at
-            continue
-        except TypeError as error:
-            raise PluginError(
-                f"`{function}` of a loss cannot be called with {' and '.join(takes)}: {error}",
-                where=name,
-                remedy=f"write `def {function}({', '.join(takes)})`",
-            ) from error
+        require_call(
+            found,
+            takes,
+            said=f"`{function}` of a loss cannot be called with {' and '.join(takes)}",
+            where=name,
+            remedy=f"write `def {function}({', '.join(takes)})`",
+        )
 
 
 def require_needs(found: Any, module: Any, name: str) -> Needs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import lru_cache
@@ -13,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from align.engines import ENGINES, EngineFacts, facts_of_ours
 from align.errors import PluginError
-from align.plugins import asked_in_child, resolve
+from align.plugins import asked_in_child, require_call, resolve
 
 LIMIT_S = 180.0  # for the module of an engine, which may import torch and more
 
@@ -80,16 +79,13 @@ def _require_members(found: Any, name: str) -> None:
             where=name,
             remedy="rollout/base.py says what each of them does",
         )
-    try:
-        inspect.signature(found).bind("spec")
-    except ValueError:  # of C: it has no signature to look at
-        return
-    except TypeError as error:
-        raise PluginError(
-            f"an engine is made of an EngineSpec, and nothing else: {error}",
-            where=name,
-            remedy="write `def __init__(self, spec)`",
-        ) from error
+    require_call(
+        found,
+        ("spec",),
+        said="an engine is made of an EngineSpec, and nothing else",
+        where=name,
+        remedy="write `def __init__(self, spec)`",
+    )
 
 
 def those(which: Callable[[EngineFacts], Any]) -> list[str]:

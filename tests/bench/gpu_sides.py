@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import gc
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ Setting = tuple[str, Callable[[], tuple[float, float]], work.Layout]
 """Its name; an update, which returns loss and gradient norm; what it computes."""
 
 
-class Side:
+class Side(ABC):
     """One side's trainer for one loss. `settings` makes it ready for each setting in turn."""
 
     name: str
@@ -92,12 +93,12 @@ class Side:
         self.folder, self.device = folder, device
         self.checkpointing = False
 
-    def settings(self, case: Case) -> Iterator[Setting]:
-        raise NotImplementedError
+    @abstractmethod
+    def settings(self, case: Case) -> Iterator[Setting]: ...
 
+    @abstractmethod
     def forget(self) -> None:
         """Let go of the trainer."""
-        raise NotImplementedError
 
     def measure(self, case: Case) -> dict[str, Any]:
         """The fastest setting that fits: setting, loss and norm of the first update, seconds, bytes, FLOP; and what was
