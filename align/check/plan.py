@@ -28,7 +28,7 @@ from align.check.trained import Measured, table_lines
 from align.data.media.opening import takes_media
 from align.data.order import BatchPlan
 from align.model.scoring_class import SEEING, nobody_elses
-from align.recipe.capabilities import FolderStage, JudgingStage, SamplingStage, StageBase, TrainStage
+from align.recipe.capabilities import BEFORE_ANY, FolderStage, JudgingStage, SamplingStage, StageBase, TrainStage
 from align.recipe.schema import Recipe
 from align.recipe.served import refuse_unserved
 from align.recipe.stages import Stage
@@ -36,7 +36,7 @@ from align.recipe.support import publish_mode, reference_words
 from align.stages.context import stage_seed
 from align.stages.jobs import reference_of
 from align.stages.roles import Role, sampling_threads
-from align.stages.stage_start import adapter_of, trained_by
+from align.stages.stage_start import adapter_of, model_adapter, trained_by
 
 
 @dataclass
@@ -155,7 +155,9 @@ class Planner:
 
     def _evaluation(self, stage: JudgingStage, facts: DataFacts) -> StagePlan:
         plan = StagePlan(stage.id, stage.kind, len(stage.of), self.roles(stage))
-        judged = [adapter_of(self.recipe, trained_by(self.recipe, name), self.model.origin) for name in stage.of]
+        origin = self.model.origin
+        judged = [adapter_of(self.recipe, trained_by(self.recipe, name), origin) for name in stage.judged]
+        judged += [model_adapter(origin)] if BEFORE_ANY in stage.of else []
         if stage.rewards and any(adapter.kind != "full" for adapter in judged):
             self.checks.quantised(stage, None)  # the adapter is merged for the engine
         how = f"greedy completions from {stage.rollout.name}" if stage.rewards else "loss metrics"

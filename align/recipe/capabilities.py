@@ -32,7 +32,8 @@ from align.recipe.parts import (
 )
 from align.recipe.strict import Fraction, PositiveInt, Strict
 
-RUNS_OWN = frozenset({"base", "logs", "shared", "sources", "sweep", "tensorboard", "wandb"})
+BEFORE_ANY = "base"  # in `of`: the model before any stage; no stage has this id
+RUNS_OWN = frozenset({BEFORE_ANY, "logs", "shared", "sources", "sweep", "tensorboard", "wandb"})
 """What a run keeps in its folder beside its stages."""
 
 
@@ -81,7 +82,7 @@ class StageBase(Strict):
 
     @property
     def judged(self) -> tuple[str, ...]:
-        """The stages, or bests of them (`X@best`), that it evaluates."""
+        """The stages, or bests of them (`X@best`), that it evaluates; the model before any stage is none."""
         return ()
 
     @property
@@ -280,8 +281,8 @@ class SamplingStage(TrainStage):
 
 
 class JudgingStage(StageBase):
-    """A stage that examines what others made (`of`): greedy completions scored by `rewards`; without rewards, the
-    metrics of `loss` on the training forward."""
+    """A stage that examines what others made (`of`; `base` is the model before any stage): greedy completions scored by
+    `rewards`; without rewards, the metrics of `loss` on the training forward."""
 
     makes_model = False
     records = ("conversation", "pair", "unpaired")
@@ -303,7 +304,7 @@ class JudgingStage(StageBase):
 
     @property
     def judged(self) -> tuple[str, ...]:
-        return self.of
+        return tuple(name for name in self.of if name != BEFORE_ANY)
 
     @property
     def rewarded_by(self) -> tuple[Reward, ...]:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from align.recipe.schema import Recipe
 from align.report.logs import open_logs
 from align.report.screen import cut, real, screen_again, shown
-from align.report.table import artefact_lines, forward_lines, stage_table
+from align.report.table import artefact_lines, exam_tables, forward_lines, stage_table
 
 PLAIN_INTERVAL_S = 10.0
 WINDOW = 20
@@ -229,6 +229,8 @@ class Reporter:
         """The table of all stages, from the content of summary.json, and where what they made lies."""
         self._display.close()
         self._console.print(stage_table(summary))
+        for table in exam_tables(summary):
+            self._console.print(table)
         for line in [*forward_lines(summary), *artefact_lines(summary)]:
             self.message(line)
 

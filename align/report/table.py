@@ -34,9 +34,11 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
     "seconds": _field("seconds", ",.0f"),
     "tokens/s": _field("tokens_per_second", ",.0f"),
     "loss": _metric("loss/total", ".3f"),
-    "accuracy": _metric("accuracy", ".3f"),
-    "mean length": _metric("mean_length", ".1f"),
 }
+
+
+EXAM_COLUMNS = {"mean length": ("mean_length", ".1f"), "loss": ("eval/loss", ".4f")}
+CI95 = "/ci95"  # of a metric's name: half the width of its 95 % interval
 
 
 def stage_table(summary: Mapping[str, Any]) -> Table:
@@ -50,6 +52,34 @@ def stage_table(summary: Mapping[str, Any]) -> Table:
         table.add_column(title, justify="right", no_wrap=True)
     for row, stage in enumerate(stages):
         table.add_row(stage, *(column[row] or "" for column in shown.values()))
+    return table
+
+
+def exam_tables(summary: Mapping[str, Any]) -> list[Table]:
+    """One for each evaluate stage: a row for each of what it judged, what is known with its 95 % interval first."""
+    return [_exam(name, entry) for name, entry in summary["stages"].items() if entry.get("of")]
+
+
+def _exam(name: str, entry: Mapping[str, Any]) -> Table:
+    judged: Sequence[str] = entry["of"]
+    metrics: Mapping[str, float] = entry.get("metrics", {})
+    found = {
+        of: {key[len(of) + 1 :]: value for key, value in metrics.items() if key.startswith(f"{of}/")} for of in judged
+    }
+    sure = [key.removesuffix(CI95) for of in judged for key in found[of] if key.endswith(CI95)]
+    table = Table()
+    table.add_column(name, no_wrap=True)
+    cells: dict[str, list[str]] = {
+        title: [f"{found[of][title]:.3f} ±{found[of][title + CI95]:.3f}" if title in found[of] else "" for of in judged]
+        for title in dict.fromkeys(sure)
+    }
+    for title, (key, form) in EXAM_COLUMNS.items():
+        if any(key in found[of] for of in judged):
+            cells[title] = [format(found[of][key], form) if key in found[of] else "" for of in judged]
+    for title in cells:
+        table.add_column(title.removeprefix("eval/"), justify="right", no_wrap=True)
+    for row, of in enumerate(judged):
+        table.add_row(of, *(column[row] for column in cells.values()))
     return table
 
 

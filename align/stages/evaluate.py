@@ -17,8 +17,9 @@ import numpy as np
 from align.errors import Interrupted
 from align.losses import Losses
 from align.protocols.trainer import Metrics, Publication
-from align.recipe.capabilities import JudgingStage
+from align.recipe.capabilities import BEFORE_ANY, JudgingStage
 from align.recipe.parts import Optim
+from align.stages import intervals
 from align.stages.backend import FleetJob, Needs, Start, TrainerJob, longest_prompt, most_media, pixel_limits
 from align.stages.context import Context, opened
 from align.stages.jobs import sampling_of, scorer_job
@@ -29,22 +30,24 @@ from align.stages.online import greedy_metrics
 from align.stages.reward_notes import NotedScorer
 from align.stages.rollout_log import RolloutLog
 from align.stages.row_weights import refuse_weights
-from align.stages.stage_start import adapter_of, weights_of
+from align.stages.stage_start import judged_start
 from align.stages.training import record_kind
 
 
 async def run_evaluate(context: Context, stage: JudgingStage) -> StageResult:
-    """Metrics per evaluated stage go to summary.stages.<of>.metrics (those of `X@best` as "best/<metric>"); this
-    stage's own are named "<of>/<metric>"."""
+    """Metrics per evaluated stage go to summary.stages.<of>.metrics (those of `X@best` as "best/<metric>", those of the
+    model before any stage nowhere); this stage's own are named "<of>/<metric>"."""
     begun = time.perf_counter()
     context.report.stage_started(stage.id, len(stage.of), stage.kind)
     one = _by_rewards if stage.rewards else _by_loss
+    context.run.summarise(stage.id, {"of": list(stage.of)})
     collected: Metrics = {}
     for number, name in enumerate(stage.of, start=1):
         metrics = await one(context, stage, name)
-        judged, _, which = name.partition("@")
-        named = {f"{which}/{key}": value for key, value in metrics.items()} if which else metrics
-        context.run.summarise(judged, {"metrics": named})
+        if name != BEFORE_ANY:
+            judged, _, which = name.partition("@")
+            named = {f"{which}/{key}": value for key, value in metrics.items()} if which else metrics
+            context.run.summarise(judged, {"metrics": named})
         collected |= {f"{name}/{key}": value for key, value in metrics.items()}
         context.report.step(stage.id, number, {f"{name}/{key}": value for key, value in metrics.items()})
         if context.stop.is_set() and number < len(stage.of):
@@ -63,7 +66,7 @@ async def run_evaluate(context: Context, stage: JudgingStage) -> StageResult:
 
 
 async def _by_rewards(context: Context, stage: JudgingStage, name: str) -> Metrics:
-    weights = _weights(context, name)
+    weights = judged_start(context.recipe, name, context.origin, context.run.finished())
     tokenizer = context.tokenizer(weights)
     prompts = await context.prompts(stage, stage.data, tokenizer)
     folder = context.run.stage_folder(stage.id)
@@ -100,13 +103,7 @@ async def _by_rewards(context: Context, stage: JudgingStage, name: str) -> Metri
     unknown = np.full(len(groups), np.nan, dtype=np.float32)
     log.add(0, groups, texts, table, unknown, np.zeros(len(groups), dtype=bool))
     log.close_file()
-    return greedy_metrics(groups, table)
-
-
-def _weights(context: Context, name: str) -> Start:
-    stage_id, _, which = name.partition("@")
-    config = adapter_of(context.recipe, context.recipe.stage(stage_id), context.origin)
-    return weights_of(context.recipe, stage_id, which, context.run.finished(), config)
+    return greedy_metrics(groups, table) | intervals.of_scores(table)
 
 
 async def _plain_folder(context: Context, weights: Start, merged: Path) -> Path:
@@ -127,7 +124,7 @@ async def _plain_folder(context: Context, weights: Start, merged: Path) -> Path:
 
 async def _by_loss(context: Context, stage: JudgingStage, name: str) -> Metrics:
     """The metrics of `stage.loss` over the data, on the forward that training uses."""
-    weights = _weights(context, name)
+    weights = judged_start(context.recipe, name, context.origin, context.run.finished())
     trees = await context.trees(stage, stage.data, record_kind(stage.loss), context.tokenizer(weights))
     if Losses.of(stage.loss).needs_margin:
         require_margins(trees)
@@ -148,4 +145,5 @@ async def _by_loss(context: Context, stage: JudgingStage, name: str) -> Metrics:
         [trainer] = await opened(stack, context.backend.trainer(job))
         context.record()
         await context.note_forward(stage.id, trainer)
-        return eval_names(await trainer.evaluate(trees))
+        metrics = eval_names(await trainer.evaluate(trees))
+        return metrics | intervals.of_losses(metrics, len(trees))

@@ -16,6 +16,7 @@ from typing import Any
 from align.data.scratch import train_tokenizer
 from align.export.formats import OWN
 from align.hub import resolve_model_folder
+from align.recipe.capabilities import JudgingStage
 from align.recipe.families import family_of
 from align.recipe.schema import Recipe
 from align.recipe.stages import ExportStage, MergeStage, Stage
@@ -34,7 +35,7 @@ from align.stages.metrics_file import METRICS, cut_metrics, finite, last_line
 from align.stages.publication import PublicationFolder
 from align.stages.restarts import Restarts
 from align.stages.runfolder import RunFolder
-from align.stages.stage_start import Origin, adapter_of, check_adapters, start_of, weights_of
+from align.stages.stage_start import Origin, check_adapters, judged_start, start_of
 from align.stages.training import run_offline, run_online
 
 
@@ -158,13 +159,8 @@ async def run_pipeline(
 def _used(context: Context, stage: Stage) -> set[Path]:
     """The folders that a stage starts from or judges, and those that its settings name (a reference, a judge)."""
     done = context.run.finished()
-    if not stage.makes_model:
-        names = [name.partition("@") for name in stage.judged]
-        configs = [adapter_of(context.recipe, context.recipe.stage(name), context.origin) for name, _, _ in names]
-        starts = [
-            weights_of(context.recipe, name, which, done, config)
-            for (name, _, which), config in zip(names, configs, strict=True)
-        ]
+    if isinstance(stage, JudgingStage):
+        starts = [judged_start(context.recipe, name, context.origin, done) for name in stage.of]
     else:
         starts = [start_of(context.recipe, stage, context.origin, done)]
     named = {Path(text) for text in texts_in(stage.model_dump(mode="json")) if text.startswith("/")}

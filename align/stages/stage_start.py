@@ -11,7 +11,7 @@ from typing import Any
 from align.errors import ModelError, RecipeError, RunFolderError
 from align.recipe.adapter import Adapter
 from align.recipe.adapter_folder import described, quantised_base
-from align.recipe.capabilities import StageBase, TrainStage
+from align.recipe.capabilities import BEFORE_ANY, StageBase, TrainStage
 from align.recipe.schema import Recipe
 from align.recipe.stages import Stage
 from align.recipe.support import BASE_BESIDE_ADAPTER
@@ -123,3 +123,17 @@ def weights_of(recipe: Recipe, name: str, which: str, done: Mapping[str, Mapping
     adapter = Path(artefacts[f"{prefix}adapter"])
     own = adapter / BASE_BESIDE_ADAPTER
     return Start(own if own.is_dir() else Path(entry["start"]["base"]), adapter, config)
+
+
+def judged_start(recipe: Recipe, name: str, origin: Origin, done: Mapping[str, Mapping[str, Any]]) -> Start:
+    """Folders of what an evaluate stage names in `of`: a finished stage, its best (`X@best`), or the model as it was
+    before any stage (`base`)."""
+    if name == BEFORE_ANY:
+        return Start(origin.base, origin.adapter, model_adapter(origin))
+    stage_id, _, which = name.partition("@")
+    return weights_of(recipe, stage_id, which, done, adapter_of(recipe, recipe.stage(stage_id), origin))
+
+
+def model_adapter(origin: Origin) -> Adapter:
+    """The configuration of the adapter that the recipe starts from; whole weights where there is none."""
+    return adapter_in(origin.adapter) if origin.adapter is not None else Adapter(kind="full")

@@ -25,15 +25,18 @@ GOALS = {("demo", "float32"): 1.7, ("demo", "bfloat16"): 2.0, ("long", "float32"
 CHECKED_ROWS = 4
 
 
-def data_and_model(arguments: argparse.Namespace, folder: Path) -> tuple[work.Shape, list[Tree]]:
-    shape = work.TOY if arguments.toy else work.BENCH
-    if arguments.shape == "demo":
-        trees = work.demo_pairs(folder, arguments.rows or 48, vocabulary=shape.vocabulary)
-    else:
+def data_and_model(arguments: argparse.Namespace, folder: Path) -> tuple[work.Shape, str, list[Tree]]:
+    """The model's shape, what a result's name says of it, and the pairs."""
+    if arguments.shape == "demo" and arguments.model is None:
+        vocabulary = (work.TOY if arguments.toy else work.BENCH).vocabulary
+        trees = work.demo_pairs(folder, arguments.rows or 48, vocabulary=vocabulary)  # writes the model's tokenizer
+    shape, name = work.model_for(arguments, folder)
+    if arguments.shape == "demo" and arguments.model is not None:
+        trees = work.demo_pairs(folder, arguments.rows or 16, vocabulary=shape.vocabulary)
+    elif arguments.shape == "long":
         prompt, completion = (48, 8) if arguments.toy else (1024, 128)
         trees = work.random_trees(arguments.rows or 16, prompt, completion, vocabulary=shape.vocabulary)
-    work.write_model(shape, folder)
-    return shape, trees
+    return shape, name, trees
 
 
 def choose(
@@ -64,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     threads = common.use_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shape, trees = data_and_model(arguments, folder)
+        shape, of_model, trees = data_and_model(arguments, folder)
         arguments.batches = peer.usable(arguments.batches, len(trees)) or [1]
         print(f"{len(trees)} pairs, {shape.parameters / 1e6:.1f}M parameters, {arguments.dtype}, {threads} threads")
         print(peer.HEAD_NOTE)
@@ -81,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         common.Side("TRL", setting, rounds.seconds["TRL"], work.update_flop(shape, padded), units),
     ]
     return common.report(
-        f"dpo-against-trl-{arguments.shape}-{arguments.dtype}",
+        f"dpo-against-trl{of_model}-{arguments.shape}-{arguments.dtype}",
         sides,
         rounds,
         goal=GOALS[arguments.shape, arguments.dtype],
@@ -96,7 +99,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--shape", choices=("demo", "long"), default="demo")
-    parser.add_argument("--rows", type=int, help="default: 48 of demo, 16 of long")
+    parser.add_argument("--model", type=Path, help="the folder of a pretrained model (default: random weights)")
+    parser.add_argument("--rows", type=int, help="default: 48 of demo (16 with --model), 16 of long")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--select-rows", type=int, default=12, help="rows that settings are chosen on")
     parser.add_argument("--batches", type=common.integers, default=[1, 2, 8], help="TRL's")

@@ -73,17 +73,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parse(argv)
     started = time.perf_counter()
     threads = common.use_threads(arguments.threads)
-    shape, prompt, completion = (work.TOY, 32, 8) if arguments.toy else (work.BENCH, 512, 128)
+    prompt, completion = (32, 8) if arguments.toy else (512, 128)
     size = arguments.group_size
-    trees = work.random_trees(
-        arguments.groups, prompt, completion, vocabulary=shape.vocabulary, branches=size, rollout=True
-    )
     arguments.batches = peer.usable(arguments.batches, arguments.groups * size) or [1]
     print(f"{arguments.groups} groups of {size}, prompt {prompt}, completion {completion}, KL {KL}")
-    print(f"{shape.parameters / 1e6:.1f}M parameters, {arguments.dtype}, {threads} threads; generation left out")
-    print(peer.HEAD_NOTE)
     with tempfile.TemporaryDirectory() as name:
-        folder = work.write_model(shape, Path(name))
+        folder = Path(name)
+        shape, of_model = work.model_for(arguments, folder)
+        print(f"{shape.parameters / 1e6:.1f}M parameters, {arguments.dtype}, {threads} threads; generation left out")
+        print(peer.HEAD_NOTE)
+        trees = work.random_trees(
+            arguments.groups, prompt, completion, vocabulary=shape.vocabulary, branches=size, rollout=True
+        )
         loss = {"name": "grpo", "kl": KL}
         trainer = work.make_trainer(folder, loss, dtype=arguments.dtype, device="cpu")
         budget, theirs, setting, batch, tried, trees = choose(arguments, trainer, folder, trees)
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for side in ("ours", "TRL")
     ]
     return common.report(
-        f"grpo-update-against-trl-{arguments.dtype}",
+        f"grpo-update-against-trl{of_model}-{arguments.dtype}",
         sides,
         rounds,
         goal=GOAL,
@@ -112,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--model", type=Path, help="the folder of a pretrained model (default: random weights)")
     parser.add_argument("--groups", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)

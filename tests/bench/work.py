@@ -8,6 +8,7 @@ backward) is not counted: it lowers its share of the peak.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -57,6 +58,23 @@ class Shape:
 
 BENCH = Shape(hidden=384, intermediate=1152, layers=8, heads=6, kv_heads=2, head_dim=64, vocabulary=8192)  # 17M
 TOY = Shape(hidden=64, intermediate=128, layers=2, heads=2, kv_heads=1, head_dim=32, vocabulary=512)
+
+
+def shape_of(folder: Path) -> Shape:
+    """The shape of a Llama- or Qwen-like model's folder."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    heads = config["num_attention_heads"]
+    return Shape(
+        hidden=config["hidden_size"],
+        intermediate=config["intermediate_size"],
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        kv_heads=config["num_key_value_heads"],
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        vocabulary=config["vocab_size"],
+        tied=config["tie_word_embeddings"],
+        family=config["model_type"],
+    )
 
 
 @dataclass(frozen=True)
@@ -150,6 +168,18 @@ def write_model(shape: Shape, folder: Path, *, dtype: str = "float32", seed: int
     return folder
 
 
+def model_for(arguments: Any, folder: Path) -> tuple[Shape, str]:
+    """The model of `--model`, its files linked into `folder`, or one of random weights written there; its shape, and
+    what a result's name says of it."""
+    if arguments.model is None:
+        shape = TOY if arguments.toy else BENCH
+        write_model(shape, folder)
+        return shape, ""
+    for file in arguments.model.resolve().iterdir():
+        (folder / file.name).symlink_to(file)
+    return shape_of(folder), f"-{arguments.model.resolve().name}"
+
+
 def shared_data() -> Path:
     folder = Path(os.environ.get("ALIGN_SHARED_DATA", CHECKOUT.parent / "shared" / "data"))
     if not folder.is_dir():
@@ -158,21 +188,37 @@ def shared_data() -> Path:
 
 
 def demo_pairs(folder: Path, rows: int, *, vocabulary: int, max_length: int = 1024) -> list[Tree]:
-    """The first `rows` pairs of lf_dpo_en_demo.json whose prompt and longer completion fit `max_length`, tokenised by a
-    byte-level BPE trained on that file, which is written into `folder`."""
+    """The first `rows` pairs of lf_dpo_en_demo.json whose prompt and longer completion fit `max_length`, tokenised by
+    the tokenizer of `folder`, or by a byte-level BPE that is trained on that file and written there."""
     from align.data.prepare import prepare
     from align.data.scratch import train_tokenizer
     from align.data.tokenizer import load_tokenizer
     from align.recipe.inputs import DataSource, TokenizerFromScratch
 
     path = str(shared_data() / "text" / "preference_paired" / "lf_dpo_en_demo.json")
-    train_tokenizer(TokenizerFromScratch.model_validate({"train_on": path, "vocab_size": vocabulary}), folder)
+    if not (folder / "tokenizer.json").exists():
+        train_tokenizer(TokenizerFromScratch.model_validate({"train_on": path, "vocab_size": vocabulary}), folder)
     found = prepare([DataSource(path=path, on_bad_row="skip")], "pair", load_tokenizer(folder), seed=0).items
     trees = [tree for tree in found if len(tree.trunk) + max(map(len, tree.branches)) <= max_length]
     if len(trees) < rows:
         raise SystemExit(f"error: {path} has {len(trees)} pairs that fit {max_length} tokens, {rows} are asked for")
     return [
         replace(tree, id=i, branches=tuple(map(_scored_part, tree.branches))) for i, tree in enumerate(trees[:rows])
+    ]
+
+
+def as_conversations(pairs: Sequence[Tree]) -> list[Tree]:
+    """Prompt and chosen answer of each pair as one row, the answer scored."""
+    return [
+        replace(
+            tree,
+            trunk=Segment(
+                np.concatenate([tree.trunk.token_ids, tree.branches[0].token_ids]),
+                np.concatenate([np.zeros(len(tree.trunk), dtype=bool), tree.branches[0].loss_mask]),
+            ),
+            branches=(),
+        )
+        for tree in pairs
     ]
 
 

@@ -1,0 +1,96 @@
+"""One SFT update, ours against TRL's SFTTrainer: the same ids, model, adapter and optimizer.
+
+    python -m tests.bench.sft_against_trl [--model models/smollm2] [--dtype float32|bfloat16] [--repeats 3]
+
+Prompts and chosen answers of lf_dpo_en_demo.json as conversations, the answers scored. Our rows are packed; TRL's are
+padded batches of rows sorted by length: its `packing` and `padding_free` want FlashAttention, which no CPU has. Both
+sides choose their setting on a few rows, loss and gradient norm are compared first, then they run in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.bench import common, peer, peer_text, work
+
+GOAL = 2.0
+CHECKED_ROWS = 4
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run and print; returns what is recorded."""
+    arguments = parse(argv)
+    started = time.perf_counter()
+    threads = common.use_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if arguments.model is None:
+            vocabulary = (work.TOY if arguments.toy else work.BENCH).vocabulary
+            pairs = work.demo_pairs(folder, arguments.rows, vocabulary=vocabulary)
+        shape, of_model = work.model_for(arguments, folder)
+        if arguments.model is not None:
+            pairs = work.demo_pairs(folder, arguments.rows, vocabulary=shape.vocabulary)
+        trees = work.as_conversations(pairs)
+        arguments.batches = peer.usable(arguments.batches, len(trees)) or [1]
+        lengths = sorted(len(tree.trunk) for tree in trees)
+        print(f"{len(trees)} rows of {lengths[0]} to {lengths[-1]} tokens, {sum(lengths)} in all")
+        print(f"{shape.parameters / 1e6:.1f}M parameters, {arguments.dtype}, {threads} threads")
+        print(peer.HEAD_NOTE)
+        trainer = work.make_trainer(folder, {"name": "sft"}, dtype=arguments.dtype, device="cpu", reference=False)
+        work.draw_adapter(trainer.module)
+        some, checked = trees[: arguments.select_rows], trees[:CHECKED_ROWS]
+        found = trainer.step(checked, step=0, progress=0.0)  # warms up as well
+        mine = (found["loss/total"], found["optim/grad_norm"])
+
+        def ours(budget: int) -> None:
+            work.repack(trainer, budget)
+            trainer.step(some, step=0, progress=0.0)
+
+        budget, tried = common.fastest(arguments.max_tokens, ours, "ours, max_tokens")
+        make = functools.partial(
+            common.place_for(arguments.toy), peer_text.Sft, folder, trees[:1], device="cpu", checkpointing=False
+        )
+        theirs, setting, batch, more = peer.choose(arguments, make, mine, checked, some)
+        work.repack(trainer, budget)
+        rounds = peer.in_turn(trainer, theirs, trees, batch, arguments)
+    packed = work.packed_layout(trees, budget, keep_together=False)
+    padded = work.padded_layout(peer.windows_of(trees, batch), compact_head=False)
+    units = {"rows": len(trees), "tokens": sum(lengths)}
+    sides = [
+        common.Side(side, words, rounds.seconds[side], work.update_flop(shape, layout, reference=False), units)
+        for side, words, layout in (("ours", f"max_tokens {budget}", packed), ("TRL", setting, padded))
+    ]
+    return common.report(
+        f"sft-against-trl{of_model}-{arguments.dtype}",
+        sides,
+        rounds,
+        goal=GOAL,
+        about={"rows": len(trees), "dtype": arguments.dtype, "note": peer.HEAD_NOTE},
+        tried=tried | more,
+        started=started,
+        record=not arguments.toy,
+    )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--model", type=Path, help="the folder of a pretrained model (default: random weights)")
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--select-rows", type=int, default=8, help="rows that settings are chosen on")
+    parser.add_argument("--batches", type=common.integers, default=[1, 2, 8], help="TRL's")
+    parser.add_argument("--max-tokens", type=common.integers, default=[1024, 2048, 4096])
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--toy", action="store_true", help="a tiny model; nothing is recorded")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
