@@ -34,7 +34,7 @@ MODULES = [
     "traceback", "types", "unicodedata", "unittest", "urllib.parse", "urllib.request", "uuid", "warnings", "wave",
     "weakref", "xml.etree.ElementTree", "zipfile", "zlib", "builtins",
 ]  # fmt: skip
-SENTENCE = re.compile(r"[A-Z][a-z]+ [^`*{}<>|\[\]\\]{15,160}\.")  # a paragraph in words; no signature, no table
+SENTENCE = re.compile(r"[A-Z][a-z]+ [^`*{}<>|\[\]\\]{15,90}\.")  # a paragraph in words; no signature, no table
 HELD_OUT_SHARE = 10  # one function in ten is held out
 
 QUESTIONS = (
@@ -43,7 +43,6 @@ QUESTIONS = (
     "What is {name} for?",
 )
 ENDINGS = ("That is all.", "I hope this helps.", "Is there anything else?")
-MENTIONS = ("documentation", "standard library", "in short")
 BESIDE = Path(__file__).parent
 
 Row = dict[str, Any]
@@ -61,20 +60,13 @@ class Instruction:
     kwargs: Row = field(default_factory=dict)
 
 
-def _instructions(name: str, rng: random.Random) -> list[Instruction]:
+def _instructions(rng: random.Random, name: str) -> list[Instruction]:
     """One of every kind, in the order in which they can be obeyed one after another."""
-    ending, mention = rng.choice(ENDINGS), rng.choice(MENTIONS)
+    ending = rng.choice(ENDINGS)
     return [
-        Instruction("detectable_format:json_format", "all", 'Answer in JSON, with the keys "name" and "text".',
-                    lambda text: json.dumps({"name": name, "text": text})),
         Instruction("detectable_format:number_highlighted_sections", "body",
                     "Highlight at least one part of your answer like *this*.",
                     lambda text: f"*{name}*: {text}", {"num_highlights": 1}),
-        Instruction("detectable_format:number_bullet_lists", "all",
-                    "Your answer must be a list of exactly 2 bullet points, like: * This is a point.",
-                    lambda text: f"* The name is {name}.\n* {text}", {"num_bullets": 2}),
-        Instruction("keywords:existence", "start", f'Include the words "{mention}" in your answer.',
-                    lambda text: f"{mention[0].upper()}{mention[1:]}: {text}", {"keywords": [mention]}),
         Instruction("detectable_content:postscript", "end", "Add a postscript at the end that starts with P.S.",
                     lambda text: f"{text}\n\nP.S. See also its module.", {"postscript_marker": "P.S."}),
         Instruction("startend:end_checker", "end", f'Finish your answer with exactly this phrase: "{ending}"',
@@ -84,7 +76,6 @@ def _instructions(name: str, rng: random.Random) -> list[Instruction]:
                     lambda text: f"<<{name}>>\n{text}"),
         Instruction("change_case:english_lowercase", "case", "Write in lowercase letters only, without any capitals.",
                     str.lower),
-        Instruction("change_case:english_capital", "case", "Write in capital letters only.", str.upper),
         Instruction("startend:quotation", "quotes", "Wrap your whole answer in double quotation marks.",
                     lambda text: f'"{text}"'),
     ]  # fmt: skip
@@ -102,9 +93,8 @@ def pairs(*, rows: int = 400, seed: int = 0, held_out: bool = False) -> Iterator
     """Preferences {prompt, chosen, rejected}: the sentence that obeys the instruction over the same sentence that obeys
     none, or another one. held_out: of functions that no training data show."""
     for name, text, rng in _drawn("pairs", rows, seed, held_out=held_out):
-        asked, other = rng.sample(_instructions(name, rng), 2)
-        alone = asked.place in (other.place, "all")  # a text in quotation marks is JSON, too
-        wrong = text if alone or rng.random() < 0.5 else other.follow(text)
+        asked, other = rng.sample(_instructions(rng, name), 2)
+        wrong = text if asked.place == other.place or rng.random() < 0.5 else other.follow(text)
         yield {
             "prompt": _question(name, [asked], rng),
             "chosen": [_turn(asked.follow(text))],
@@ -158,11 +148,11 @@ def _drawn(purpose: str, rows: int, seed: int, *, held_out: bool) -> Iterator[tu
 
 def _asked(name: str, rng: random.Random, count: int) -> list[Instruction]:
     """`count` instructions that can be obeyed together, in that order."""
-    every = _instructions(name, rng)
+    every = _instructions(rng, name)
     while True:
         chosen = sorted(rng.sample(range(len(every)), count))
         places = {every[at].place for at in chosen}
-        if len(places) == count and (count == 1 or "all" not in places):
+        if len(places) == count:
             return [every[at] for at in chosen]
 
 
