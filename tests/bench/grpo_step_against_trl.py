@@ -3,8 +3,8 @@
     python -m tests.bench.grpo_step_against_trl --model models/smollm2 [--steps 4] [--groups 8] [--max-tokens 48]
 
 The prompts are those of recipes/real.yaml, the reward is `ifeval` on both sides, the adapter LoRA of rank 16, no KL (as
-both have it by default). Ours is an `align run` with vLLM; TRL generates by itself, in the process and on the threads it
-has: vLLM has no server mode that TRL could use on a CPU. TRL's batch is the best of those tried with one step each.
+both have it by default). Ours is an `align run` with vLLM; TRL generates by itself, in the process and on the threads
+it has: vLLM has no server mode that TRL could use on a CPU. TRL's batch is the best of those tried with a step each.
 Each side samples for itself, so the work is equal on average only: seconds a step are given with the tokens generated,
 and the ratio is that of seconds per generated token. The first step of each side is left out; it warms up.
 """
