@@ -1,4 +1,4 @@
-"""A rank that is killed costs a resume, which changes no bit. Apart from other tests of clusters, for it takes minutes."""
+"""A rank that is killed costs a resume, which changes no bit. Apart from other tests of clusters: it takes minutes."""
 
 from __future__ import annotations
 
