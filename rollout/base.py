@@ -203,12 +203,22 @@ def make_engine(spec: EngineSpec) -> Engine:
         RecipeError: no engine of that name, or an option it does not have.
         SetupError: the engine's package is not installed.
     """
-    path = spec.name if ":" in spec.name else facts_of_ours(spec.name).engine
     check_engine_options(spec.name, spec.engine)
-    module_name, _, attribute = path.partition(":")
-    factory = getattr(importlib.import_module(module_name), attribute)
-    engine: Engine = factory(spec)
+    engine: Engine = _factory(spec.name)(spec)
     return engine
+
+
+def load_libraries(name: str) -> None:
+    """Import what an engine of that name is made of, where its class has a `load_libraries` that does."""
+    load = getattr(_factory(name), "load_libraries", None)
+    if load is not None:
+        load()
+
+
+def _factory(name: str) -> Any:
+    path = name if ":" in name else facts_of_ours(name).engine
+    module_name, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module_name), attribute)
 
 
 def check_engine_options(name: str, options: Mapping[str, Any]) -> None:

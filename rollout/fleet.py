@@ -17,6 +17,7 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -51,6 +52,7 @@ class RayFleet:
             bundles is None; anywhere in the cluster when placement_group is None). A restart stays in its bundle.
         limits: after how many seconds an engine counts as lost.
         token: a file of the run folder that an engine's node must see.
+        ready: an `engine_actor` that the first worker starts in, the first time; it is this fleet's from then on.
 
     Raises:
         RecipeError: an engine option that the engine does not have (before any actor is created).
@@ -67,6 +69,7 @@ class RayFleet:
         bundles: Sequence[int] | None = None,
         limits: Limits | None = None,
         token: Path | None = None,
+        ready: Any = None,
     ):
         if workers < 1 or (bundles is not None and len(bundles) != workers):
             raise PlacementError(
@@ -83,7 +86,8 @@ class RayFleet:
                     placement_group=placement_group,
                     placement_group_bundle_index=-1 if bundles is None else bundles[index],
                 )
-            self._members.append(Member(index, spec, options, limits or Limits(), token))
+            own = ready if index == 0 else None
+            self._members.append(Member(index, spec, options, limits or Limits(), token, own))
         self._ledger = Ledger(workers)
         self._tickets = itertools.count()
         self._queues: dict[int, asyncio.Queue[Answer | AlignError]] = {}  # by ticket: the stream that asked for it

@@ -20,7 +20,7 @@ from align.errors import AlignError, EngineError, EngineLostError
 from align.protocols.trainer import Publication
 from rollout.base import EngineSpec
 from rollout.stepping import Command, Report, first_line
-from rollout.worker import WATCH, EngineWorker, Home, worker_environment
+from rollout.worker import WATCH, Home, engine_actor
 
 POLL_S = 1.0
 
@@ -51,11 +51,18 @@ class Member:
     """Worker `index` of a fleet. Whoever drives it calls `launch`, `started`, then `poll` until one raises `Lost`.
 
     loads: by version, a future of the digest for each `load` that is not answered; None when the engine was lost.
-    starts: that succeeded; losses: in a row, without a finished group between them.
+    ready: an actor to start in the first time. starts: that succeeded; losses: in a row, without a finished group
+    between them.
     """
 
     def __init__(
-        self, index: int, spec: EngineSpec, options: Mapping[str, Any], limits: Limits, token: Path | None = None
+        self,
+        index: int,
+        spec: EngineSpec,
+        options: Mapping[str, Any],
+        limits: Limits,
+        token: Path | None = None,
+        ready: Any = None,
     ):
         self.place = f"rollout worker {index}"
         self.index, self.limits = index, limits
@@ -65,15 +72,14 @@ class Member:
         self.loads: dict[int, asyncio.Future[str | None]] = {}
         self._spec, self._options, self._token = spec, dict(options), token
         self._actor: Any = None
+        self._ready = ready
         self._home: Home | None = None
         self._progress, self._progressed_at = -1, 0.0
 
     def launch(self) -> None:
-        """Make the actor and start its engine; returns at once."""
-        environment = {"env_vars": worker_environment(self._spec)}
-        actor: Any = ray.remote(concurrency_groups={WATCH: 1})(EngineWorker)
-        actor = actor.options(max_restarts=0, runtime_env=environment, **self._options)
-        self._actor = actor.remote()
+        """Make the actor, unless one is ready, and start its engine; returns at once."""
+        ready, self._ready = self._ready, None
+        self._actor = ready or engine_actor(self._spec.threads, **self._options)
         self._homed = self._actor.home.remote()
         self._starting = self._actor.start.remote(self._spec, self._token)
 

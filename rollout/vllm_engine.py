@@ -69,6 +69,11 @@ class VllmEngine:
         self._end_ids = end_ids(Path(spec.folder), self._tokenizer.eos_token_id, spec.end_ids)
         self._special = special_tokens(self._tokenizer)
 
+    @staticmethod
+    def load_libraries() -> None:
+        """Ahead of a start: importing vLLM takes longer than all that follows."""
+        require_vllm()
+
     @property
     def version(self) -> int | None:
         return self._weights.version

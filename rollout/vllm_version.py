@@ -44,6 +44,7 @@ from pathlib import Path
 from typing import Any
 
 from align.errors import SetupError
+from align.packages import quick_imports
 from rollout.vllm_facts import ARGUMENTS_FILE
 
 ENVIRONMENT: Mapping[str, str] = {
@@ -90,7 +91,8 @@ def missing_calls(calls: Mapping[str, str] = CALLS) -> list[str]:
         module_name, _, path = target.partition(":")
         found: Any
         try:
-            found = importlib.import_module(module_name)
+            with quick_imports():
+                found = importlib.import_module(module_name)
             for part in path.split("."):
                 found = getattr(found, part)
         except (ImportError, AttributeError) as error:
@@ -126,7 +128,7 @@ def write_engine_arguments(path: Path = ARGUMENTS_FILE) -> None:
 
 def import_vllm() -> None:
     try:
-        with environment(), without_warnings():
+        with quick_imports(), environment(), without_warnings():
             import vllm
             import vllm.v1.sample.sampler  # noqa: F401  (where dynamo's decorator stands)
     except ImportError as error:

@@ -8,28 +8,28 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 
 from align.errors import EngineError
 from align.shared_files import require_shared
-from rollout.base import EngineSpec, make_engine, start_error
+from rollout.base import EngineSpec, load_libraries, make_engine, start_error
 from rollout.stepping import Command, Report, Stepper
 
 WATCH = "watch"
 _PR_SET_PDEATHSIG = 1
 
 
-def worker_environment(spec: EngineSpec) -> dict[str, str]:
+def worker_environment(threads: int) -> dict[str, str]:
     """Variables that torch and OpenMP read when they are loaded, for `runtime_env={"env_vars": ...}` of the actor.
 
     Waiting is passive: trainer, engine and reference share the cores and take turns, and threads that spin while
     another actor computes would take its cores away. Ray would set OMP_NUM_THREADS to the actor's reserved CPUs.
     """
-    threads = str(spec.threads)
     return {
-        "OMP_NUM_THREADS": threads,
-        "MKL_NUM_THREADS": threads,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "TOKENIZERS_PARALLELISM": "false",
@@ -70,6 +70,10 @@ class EngineWorker:
         die_with_parent()
         self._stepper: Stepper | None = None
 
+    def load(self, name: str) -> None:
+        """Import what the engine of this name is made of, ahead of `start`."""
+        load_libraries(name)
+
     def home(self) -> Home:
         return Home(ray.get_runtime_context().get_node_id(), os.getpid())
 
@@ -98,3 +102,10 @@ class EngineWorker:
         if self._stepper is None:
             raise EngineError("the engine was used before it started")
         return self._stepper
+
+
+def engine_actor(threads: int, **options: Any) -> Any:
+    """The handle of a new actor under these options of Ray; `threads` compute in it."""
+    actor: Any = ray.remote(concurrency_groups={WATCH: 1})(EngineWorker)
+    environment = {"env_vars": worker_environment(threads)}
+    return actor.options(max_restarts=0, runtime_env=environment, **options).remote()

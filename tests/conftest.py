@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from align.packages import quick_imports
 from tests.ray_local import local_ray
 
 # Before any library reads them: tests use no network, one thread each, and report nothing to anybody.
@@ -28,6 +29,14 @@ for _name, _value in {
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 LAST_CHILD_S = 15.0
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collecting imports torch, transformers and TRL: see `quick_imports`."""
+    with quick_imports():
+        return (yield)
+
 
 ENDS_WITH_PARENT = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 """Children that Python itself keeps until its end."""

@@ -13,10 +13,11 @@ import ray
 
 from align.actors import files
 from align.actors.cluster import Cluster, answer
-from align.actors.places import Places
+from align.actors.places import Places, environment_of
 from align.actors.policy import PolicyActor, RayTrainer
 from align.actors.reference import ReferenceActor
 from align.actors.reward_actors import RayScorer
+from align.actors.spare import Spare
 from align.engines import SHARE_OF_GPU
 from align.hub import resolve_model_folder
 from align.protocols.fleet import Fleet
@@ -37,6 +38,7 @@ from align.train.spec import TrainerSpec, reference_spec
 from rollout.base import EngineSpec
 from rollout.fleet import RayFleet
 from rollout.member import Limits
+from rollout.worker import engine_actor
 
 
 class RayBackend:
@@ -57,6 +59,7 @@ class RayBackend:
         self.cluster, self.placement, self.token, self.sampling = cluster, placement, token, sampling
         self._threads = dict(threads)
         self._places: Places | None = None
+        self._spare_trainer, self._spare_engine = Spare(), Spare()
         self._held: set[Needs] = set()  # what the cluster had room for: if it has not, a node was lost
 
     # ------------------------------------------------------------------------------------------------- placement
@@ -98,13 +101,29 @@ class RayBackend:
 
     # ------------------------------------------------------------------------------------------------- actors
 
+    def expect(self, needs: Needs, engine: str | None = None) -> None:
+        if not self._can_spare:
+            return
+        roles = {role.name: role for role in self.roles(needs)}
+        if trainer := roles.get("trainer"):
+            environment = environment_of(trainer)
+            self._spare_trainer.expect(environment, lambda: _loading_trainer(environment))
+        if engine is not None and (role := roles.get("rollout-0")):
+            threads = role.threads
+            self._spare_engine.expect((engine, threads), lambda: _loading_engine(engine, threads))
+
+    @property
+    def _can_spare(self) -> bool:
+        return self.cluster.local and not self.gpus() and self.placement.trainer.ranks == 1
+
     async def trainer(self, job: TrainerJob) -> RayTrainer:
         spec = self._trainer_spec(job)
         reference = None
         if isinstance(job.reference, ReferencePath):
             reference = await self._reference(job, job.reference, spec)
         names = trainer_names(self.placement.trainer.ranks)
-        actors = [ray.remote(PolicyActor).options(**self._now.at(name)).remote() for name in names]
+        spare = self._spare_trainer.take(environment_of(self._now.roles[names[0]]))
+        actors = [spare] if spare else [ray.remote(PolicyActor).options(**self._now.at(n)).remote() for n in names]
         # NCCL wants a GPU for each rank; ranks that share one send their gradients through the CPU
         wire = "cuda" if self._now.roles["trainer"].gpus >= 1 else "cpu"
         trainer = RayTrainer(actors, job.stage_id, reference, wire)
@@ -192,6 +211,7 @@ class RayBackend:
             bundles=bundles,
             limits=Limits(place=self.replacement_s, heartbeat=rollout.heartbeat_s, request=rollout.request_timeout_s),
             token=self.token,
+            ready=self._spare_engine.take((rollout.name, role.threads)),
         )
         try:
             await fleet.ready()
@@ -231,9 +251,11 @@ class RayBackend:
 
     async def multiplied(self, inner: int, outer: int) -> Mapping[str, float]:
         [role] = self.roles(Needs(files=True))
-        found: Mapping[str, float] = await self._task(
-            files.multiplied, "measuring the machine", inner, outer, role.threads
-        )
+        who, sides = "measuring the machine", (inner, outer, role.threads)
+        if (spare := self._spare_trainer.actor) is not None:  # it loads torch anyway
+            found: Mapping[str, float] = await answer(spare.multiplied.remote(*sides), who)
+        else:
+            found = await self._task(files.multiplied, who, *sides)
         return found
 
     async def write_base(self, model: Model, folder: Path, seed: int) -> None:
@@ -250,7 +272,21 @@ class RayBackend:
         return report
 
     async def close(self) -> None:
+        self._spare_trainer.close()
+        self._spare_engine.close()
         self.cluster.close()
+
+
+def _loading_trainer(environment: dict[str, Any]) -> Any:
+    actor: Any = ray.remote(PolicyActor).options(num_cpus=0, runtime_env=environment).remote()
+    actor.load.remote()  # what fails here fails again, with words, when the trainer starts
+    return actor
+
+
+def _loading_engine(name: str, threads: int) -> Any:
+    actor = engine_actor(threads, num_cpus=0)
+    actor.load.remote(name)
+    return actor
 
 
 def engine_dtype(model: Model, rollout: Rollout | None, gpu: bool) -> str:

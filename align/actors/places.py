@@ -72,7 +72,7 @@ class Places:
             "num_cpus": role.cpus,
             "num_gpus": role.gpus,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number),
-            "runtime_env": {"env_vars": {**memory.ENVIRONMENT, **thread_environment(role.threads)}},
+            "runtime_env": environment_of(role),
         }
 
     def group_of(self, names: Sequence[str]) -> tuple[PlacementGroup, list[int]]:
@@ -86,6 +86,11 @@ class Places:
 
     def release(self) -> None:
         _release(self.reserved)
+
+
+def environment_of(role: Role) -> dict[str, Any]:
+    """The runtime environment of a role's actor."""
+    return {"env_vars": {**memory.ENVIRONMENT, **thread_environment(role.threads)}}
 
 
 def _release(reserved: Iterable[Reserved]) -> None:

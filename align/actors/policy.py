@@ -18,6 +18,7 @@ import ray
 
 from align.actors.cluster import answer, die_with_parent
 from align.errors import RanksError
+from align.packages import quick_imports
 from align.protocols.trainer import Metrics, Publication
 from align.protocols.trees import Tree
 from align.recipe.parts import LossTerm
@@ -44,6 +45,14 @@ class Seat:
     wire: str
 
 
+def load_libraries() -> None:
+    """Import what a trainer is made of."""
+    with quick_imports():
+        import peft  # noqa: F401
+
+        import align.train.trainer  # noqa: F401
+
+
 def _found_here(term: LossTerm, token: Path) -> LossTerm:
     """A loss of the user's, where this node has its source."""
     return term.model_copy(update={"name": source_here(term.name, token.parent)})
@@ -57,6 +66,16 @@ class PolicyActor:
 
     def __init__(self) -> None:
         die_with_parent()
+
+    def load(self) -> None:
+        """Import what a trainer is made of, ahead of `start`."""
+        load_libraries()
+
+    def multiplied(self, inner: int, outer: int, threads: int) -> dict[str, float]:
+        """See `align.model.speed`."""
+        from align.model import speed
+
+        return speed.multiplied(inner, outer, threads)
 
     def host(self, size: int) -> tuple[str, int]:
         """Open the store at which `size` ranks meet; its address. It listens there alone: torch's own socket would on
@@ -74,6 +93,7 @@ class PolicyActor:
     def start(self, spec: TrainerSpec, token: Path, reference: Any = None, seat: Seat | None = None) -> None:
         """token: see `require_shared`; reference: handle of a `ReferenceActor`, then given every packed batch."""
         require_shared(token, spec.base, spec.adapter)
+        load_libraries()
         spec = replace(spec, losses=tuple(_found_here(term, token) for term in spec.losses))
         from align.train.ranks import Ranks
         from align.train.trainer import PolicyTrainer

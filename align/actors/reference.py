@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.actors.cluster import die_with_parent
+from align.actors.policy import load_libraries
 from align.shared_files import require_shared
 from align.train.spec import TrainerSpec
 
@@ -24,6 +25,7 @@ class ReferenceActor:
     def start(self, spec: TrainerSpec, token: Path) -> None:
         """token: see `require_shared`."""
         require_shared(token, spec.base, spec.adapter)
+        load_libraries()
         from align.train.trainer import PolicyTrainer
 
         assert not spec.trainable, "a reference has no optimizer"

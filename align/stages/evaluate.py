@@ -65,6 +65,11 @@ async def run_evaluate(context: Context, stage: JudgingStage) -> StageResult:
     )
 
 
+def judging_needs(stage: JudgingStage) -> Needs:
+    """What an evaluate stage runs at the same time, for each that it judges."""
+    return Needs(engines=stage.rollout.workers, scorers=1) if stage.rewards else Needs(trainer=True)
+
+
 async def _by_rewards(context: Context, stage: JudgingStage, name: str) -> Metrics:
     weights = judged_start(context.recipe, name, context.origin, context.run.finished())
     tokenizer = context.tokenizer(weights)
@@ -88,9 +93,10 @@ async def _by_rewards(context: Context, stage: JudgingStage, name: str) -> Metri
             pixels=pixel_limits(context.recipe.media),
         )
         judges = scorer_job(context, stage, stage.rewards)
-        needs = Needs(engines=stage.rollout.workers, scorers=1)
-        await stack.enter_async_context(context.backend.places(needs))
+        await stack.enter_async_context(context.backend.places(judging_needs(stage)))
         fleet, judge = await opened(stack, context.backend.fleet(job), context.backend.scorer(judges))
+        if name != stage.of[-1]:
+            context.backend.expect(judging_needs(stage), stage.rollout.name)  # of the next
         scorer = NotedScorer(judge, f"{stage.id} of {name}", tokenizer.special, context.report.message)
         context.record()
         await fleet.publish(Publication(version=0, kind="base", path=str(served), digest=""))
@@ -141,8 +147,10 @@ async def _by_loss(context: Context, stage: JudgingStage, name: str) -> Metrics:
         trainable=False,
     )
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(context.backend.places(Needs(trainer=True)))
+        await stack.enter_async_context(context.backend.places(judging_needs(stage)))
         [trainer] = await opened(stack, context.backend.trainer(job))
+        if name != stage.of[-1]:
+            context.backend.expect(judging_needs(stage))  # of the next
         context.record()
         await context.note_forward(stage.id, trainer)
         metrics = eval_names(await trainer.evaluate(trees))

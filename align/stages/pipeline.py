@@ -16,7 +16,7 @@ from typing import Any
 from align.data.scratch import train_tokenizer
 from align.export.formats import OWN
 from align.hub import resolve_model_folder
-from align.recipe.capabilities import JudgingStage
+from align.recipe.capabilities import JudgingStage, TrainStage
 from align.recipe.families import family_of
 from align.recipe.schema import Recipe
 from align.recipe.stages import ExportStage, MergeStage, Stage
@@ -24,9 +24,10 @@ from align.recipe.trained_on import require_base
 from align.stages.backend import Backend, Start
 from align.stages.choices import settle
 from align.stages.context import Context, stage_seed
-from align.stages.evaluate import run_evaluate
+from align.stages.evaluate import judging_needs, run_evaluate
 from align.stages.files import remove_folder, remove_leftovers, written_aside
 from align.stages.fingerprint import fingerprint, texts_in
+from align.stages.jobs import needs_of
 from align.stages.loop import Report, StageResult
 from align.stages.manifest import BASE, require_artefact, write_manifest
 from align.stages.manifest import NAME as MANIFEST
@@ -137,6 +138,8 @@ async def run_pipeline(
     run.compare(recipe, lambda stage: prints[stage.id])
     origin = await _origin(recipe, run, backend, report)
     check_adapters(recipe, origin)
+    if (following := next((s for s in recipe.stages if s.id not in run.finished()), None)) is not None:
+        _expect(following, backend)
     recipe = await settle(recipe, run, origin, backend, report.message)
     restarts = Restarts(max_restarts, run, report.message)
     context = Context(recipe, run, backend, report, publications, recipe_folder, stop, origin)
@@ -156,6 +159,15 @@ async def run_pipeline(
     return run.summary()
 
 
+def _expect(stage: Stage, backend: Backend) -> None:
+    """Let the processes of a stage load their libraries while its rows are read."""
+    engine = stage.engines.name if stage.engines else None
+    if isinstance(stage, TrainStage):
+        backend.expect(needs_of(stage), engine)
+    elif isinstance(stage, JudgingStage):
+        backend.expect(judging_needs(stage), engine)
+
+
 def _used(context: Context, stage: Stage) -> set[Path]:
     """The folders that a stage starts from or judges, and those that its settings name (a reference, a judge)."""
     done = context.run.finished()
@@ -172,6 +184,7 @@ async def _run_stage(context: Context, stage: Stage, mark: Mapping[str, Any], re
     run.stage_folder(stage.id).mkdir(parents=True, exist_ok=True)
     run.clean(stage.id)
     run.begin(stage.id, mark, _start_json(context, stage))
+    _expect(stage, context.backend)
 
     async def attempt() -> StageResult:
         if not stage.trains:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import socket
 import subprocess
 import sys
@@ -27,7 +26,6 @@ from tests.runs import (
     run_any,
     sft,
     started,
-    timeless,
     wait_until,
     weights,
     write_data,
@@ -97,26 +95,6 @@ def two() -> Iterator[tuple[Nodes, Any]]:
     """Node A, which trains, and node B, which trains too, samples and scores."""
     with nodes(1, train=1, home=1) as cluster:
         yield cluster, cluster.add(1, train=1, sample=2)
-
-
-def test_a_lost_rank_ends_in_a_resume_that_is_bit_equal(two: tuple[Nodes, Any], tmp_path: Path) -> None:
-    cluster, b = two
-    write_data(tmp_path)
-    placement = {"trainer": {"ranks": 2, "cpus": 0.5, "threads": 1, "resources": {"train": 1}}}
-    stages = [sft(steps=10, save={"every": 3})]
-    run(write_recipe(tmp_path, "whole", stages, placement=placement), "--address", cluster.address)
-    recipe, folder = write_recipe(tmp_path, "lost", stages, placement=placement), tmp_path / "runs" / "lost"
-    with started(recipe, "--address", cluster.address) as process:
-        wait_until(lambda: len(metrics(folder, "sft")) >= 6, process, recipe.with_suffix(".log"))
-        [rank] = cluster.workers(b, "ray::PolicyActor")
-        rank.send_signal(signal.SIGKILL)
-        assert process.wait(120) == 0, recipe.with_suffix(".log").read_text()
-    whole = tmp_path / "runs" / "whole"
-    assert timeless(whole, "sft") == timeless(folder, "sft")
-    assert weights(whole, "sft") == weights(folder, "sft")
-    [noted] = json.loads((folder / "run.json").read_text())["restarts"]
-    assert noted["stage"] == "sft" and noted["step"] >= 5 and noted["cause"].startswith("rank ")
-    assert json.loads((folder / "summary.json").read_text())["stages"]["sft"]["restarts"] == 1
 
 
 def test_engines_and_rewards_of_a_lost_node_start_again_on_a_new_one(two: tuple[Nodes, Any], tmp_path: Path) -> None:

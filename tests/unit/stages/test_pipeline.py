@@ -74,6 +74,8 @@ class PlainBackend:
         self.jobs.append(job)
         return PlainScorer(**{reward.name: lambda g, c: -float(len(c.token_ids)) for reward in job.rewards})
 
+    def expect(self, needs: Needs, engine: str | None = None) -> None: ...
+
     def gpus(self) -> float:
         return 0
 

@@ -26,7 +26,7 @@ from align.recipe.chat_files import ChatFiles
 from align.recipe.inputs import Model
 from align.recipe.parts import LossTerm, Optim
 from align.recipe.schema import Recipe
-from align.stages.backend import TrainerJob
+from align.stages.backend import Needs, TrainerJob
 from align.train.spec import TrainerSpec
 from align.train.strategy import trainable
 from align.train.trainer import PolicyTrainer
@@ -95,6 +95,8 @@ class LocalBackend(PlainBackend):
         )
         self.prepare(trainer, job)
         return trainer
+
+    def expect(self, needs: Needs, engine: str | None = None) -> None: ...
 
     def gpus(self) -> float:
         return 0
