@@ -37,7 +37,7 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
 }
 
 
-EXAM_COLUMNS = {"mean length": ("mean_length", ".1f"), "loss": ("eval/loss", ".4f")}
+EXAM_COLUMNS = {"length": ("mean_length", ".1f"), "loss": ("eval/loss", ".4f")}
 CI95 = "/ci95"  # of a metric's name: half the width of its 95 % interval
 
 
@@ -70,14 +70,14 @@ def _exam(name: str, entry: Mapping[str, Any]) -> Table:
     table = Table()
     table.add_column(name, no_wrap=True)
     cells: dict[str, list[str]] = {
-        title: [f"{found[of][title]:.3f} ±{found[of][title + CI95]:.3f}" if title in found[of] else "" for of in judged]
+        title: [f"{found[of][title]:.3f}±{found[of][title + CI95]:.2f}" if title in found[of] else "" for of in judged]
         for title in dict.fromkeys(sure)
     }
     for title, (key, form) in EXAM_COLUMNS.items():
         if any(key in found[of] for of in judged):
             cells[title] = [format(found[of][key], form) if key in found[of] else "" for of in judged]
     for title in cells:
-        table.add_column(title.removeprefix("eval/"), justify="right", no_wrap=True)
+        table.add_column(title.removeprefix("eval/"), justify="right", overflow="fold")
     for row, of in enumerate(judged):
         table.add_row(of, *(column[row] for column in cells.values()))
     return table

@@ -149,7 +149,7 @@ def test_nothing_of_the_run_is_left_behind(story: Path) -> None:
 def test_the_closing_table_shows_every_judged_stage(story: Path) -> None:
     text = (story.parents[1] / "story.log").read_text()
     table = text[text.rindex("stage") :]
-    assert "accuracy" in table and "mean length" in table and "release" in table
+    assert "correct" in table and "length" in table and "release" in table
     assert "Traceback" not in text
 
 

@@ -13,7 +13,7 @@ def drawn(summary: dict[str, object]) -> list[str]:
     texts = []
     for table in exam_tables(summary):
         out = io.StringIO()
-        Console(file=out, width=100).print(table)
+        Console(file=out, width=80).print(table)
         texts.append(out.getvalue())
     return texts
 
@@ -33,12 +33,21 @@ def test_an_exam_shows_each_judged_model_with_intervals_and_several_are_kept_apa
     }
     exam, neutral = drawn(summary)
     assert "exam" in exam and "sft@best" in exam
-    assert "0.250 ±0.050" in exam and "0.750 ±0.040" in exam
-    assert "mean length" in exam and "31.0" in exam and "7.2" in exam
-    assert "0.600 ±0.080" in neutral and "accuracies" in neutral and "2.5000" in neutral
+    assert "0.250±0.05" in exam and "0.750±0.04" in exam
+    assert "length" in exam and "31.0" in exam and "7.2" in exam
+    assert "0.600±0.08" in neutral and "accuracies" in neutral and "2.5000" in neutral
 
 
 def test_what_was_not_judged_yet_is_an_empty_cell() -> None:
     [exam] = drawn({"stages": {"exam": {"of": ["sft", "dpo"], "metrics": {"sft/right": 1.0, "sft/right/ci95": 0.1}}}})
     row = next(line for line in exam.splitlines() if "dpo" in line)
     assert "±" not in row
+
+
+def test_five_columns_fit_a_terminal_of_80() -> None:
+    names = ("follows", "overlap", "elsewhere", "knows")
+    metrics = {f"release/{name}{end}": 0.8421 for name in names for end in ("", "/ci95")} | {
+        "release/mean_length": 19.6
+    }
+    [exam] = drawn({"stages": {"exam": {"of": ["release"], "metrics": metrics}}})
+    assert exam.count("0.842±0.84") == 4 and "release" in exam and "elsewhere" in exam and "…" not in exam
