@@ -63,6 +63,12 @@ def resolve(
     raise _unknown(name, group, ours, sorted(points))
 
 
+def entry_point_target(name: str, group: str) -> str:
+    """`package.module:attr` of an entry point, attr empty where it is the module; any other name as it is."""
+    point = next(iter(importlib.metadata.entry_points(group=group, name=name)), None)
+    return name if point is None else f"{point.module}:{point.attr}"
+
+
 def known_module(name: str, package: str, kind: str) -> str:
     """`name`; ValueError where it is no module of our `package`, one for each `kind` of thing."""
     ours = builtin_names(package)

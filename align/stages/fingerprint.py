@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from align.plugin_modules import module_hashes
+from align.plugin_modules import installed_hashes, module_hashes
+from align.plugins import entry_point_target
 from align.recipe.inputs import DataSource
 from align.recipe.schema import Recipe
 from align.recipe.stages import Stage
@@ -17,12 +18,12 @@ _LONGEST = 4096  # characters of a path
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 
 
-LATER = ("modules", "named")  # keys that versions before did not write: nothing to compare with
+LATER = ("modules", "named", "installed")  # keys that versions before did not write: nothing to compare with
 
 
 def fingerprint(recipe: Recipe, stage: Stage, plugins: Mapping[str, str], folder: Path | None = None) -> dict[str, Any]:
-    """The stage's resolved recipe part, the model, seed and media, hashes of its data, plugins, their modules, and of
-    model files and others that it names.
+    """The stage's resolved recipe part, the model, seed and media, hashes of its data, plugins, their modules, the
+    installed packages that these lie in, and of model files and others that it names.
 
     plugins: reward name to source hash. folder: the recipe's, where plugins are looked for. Where and how fast it runs
     (placement, report) is no part of it.
@@ -34,6 +35,7 @@ def fingerprint(recipe: Recipe, stage: Stage, plugins: Mapping[str, str], folder
     for reward in part.get("rewards", ()):
         for pace in ("processes", "rate"):  # when scores come: they are the same
             reward.pop(pace, None)
+    code = sorted(_code(recipe, stage))
     return {
         "stage": part,
         "model": recipe.model.model_dump(mode="json"),
@@ -42,7 +44,8 @@ def fingerprint(recipe: Recipe, stage: Stage, plugins: Mapping[str, str], folder
         "data": {source.path: _content(source) for source in _sources(recipe, stage)},
         "plugins": {name: plugins[name] for name in sorted(reward_names(stage))},
         "files": _model_files(recipe),
-        "modules": module_hashes(sorted(_code(recipe, stage)), folder) if folder is not None else {},
+        "modules": module_hashes(code, folder) if folder is not None else {},
+        "installed": installed_hashes(code, folder) if folder is not None else {},
         "named": _named_files(part, recipe),
     }
 
@@ -64,12 +67,13 @@ def reward_names(stage: Stage) -> list[str]:
 
 def _code(recipe: Recipe, stage: Stage) -> set[str]:
     """Everything that the stage takes from files of Python: rewards, losses, generators of data and their formats, the
-    combiner of its objectives, an engine."""
-    losses = {term.name for term in stage.losses}
+    combiner of its objectives, an engine. Entry points by what they stand for."""
+    rewards = {entry_point_target(name, "align.rewards") for name in reward_names(stage)}
+    losses = {entry_point_target(term.name, "align.losses") for term in stage.losses}
     data = {name for source in _sources(recipe, stage) for name in (source.path, source.format) if name}
     combiners = {stage.weighed.combine} if stage.weighed is not None else set()
     engines = {stage.engines.name} if stage.engines is not None else set()
-    return {*reward_names(stage), *losses, *data, *combiners, *engines}
+    return {*rewards, *losses, *data, *combiners, *engines}
 
 
 def _named_files(part: Any, recipe: Recipe) -> dict[str, str]:
