@@ -4,10 +4,12 @@ They are found in the source, without running it: every import statement, wherev
 and `__import__` with a name written out, and texts that name a Python file (`run_path`, `spec_from_file_location`,
 `open`). A module counts where it lies in the plugin's folder or the recipe's, the two that imports of plugins are
 looked for in after what is installed, or, where a file speaks of `sys.path`, in a folder that it names or the one
-above it; of a package there, every Python file does. Other files that a plugin reads while it runs are not known.
+above it; of a package there, every Python file does.
 
-Of what is installed, the package that a plugin itself lies in counts (`installed_hashes`), and one that a plugin's files
-import from elsewhere than site-packages: it is being worked on, on PYTHONPATH or installed as editable.
+Of what is installed, the package that a plugin itself lies in counts (`installed_hashes`), and one that its files
+import from elsewhere than site-packages: it is being worked on, on PYTHONPATH or installed as editable. Of other files
+that a plugin reads while it runs, those count that its source or its options name (`read_hashes`), and only where
+that is asked for: of generators of data.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from os.path import expanduser
 from pathlib import Path
+from typing import Any
 
 from align.packages import PACKAGES
 
@@ -91,6 +94,34 @@ def installed_hashes(names: Iterable[str], folder: Path) -> dict[str, str]:
     return {shown: hashlib.sha256(files_of[shown].read_bytes()).hexdigest() for shown in sorted(files_of)}
 
 
+def read_hashes(name: str, folder: Path, options: Iterable[str] = ()) -> dict[str, str]:
+    """SHA-256 of the files, Python aside, that the source of a plugin or of its modules names, or one of these texts,
+    by path: as they stand, or from the plugin's folder or the recipe's."""
+    found: set[Path] = set()
+    given = list(options)
+    for file in modules_of(name, folder):
+        texts = [*_texts(_parsed(file)), *given]
+        found.update(_placed(texts, file, [_absolute(folder)], Path.is_file))
+    return {str(path): _digest(path) for path in sorted(found) if path.suffix != ".py"}
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every string in a value of plain JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(inner)
+
+
 def _top_of(name: str) -> str | None:
     """The package of `pkg.mod:attr`; None of a file, and of one of ours."""
     place, colon, _ = name.rpartition(":")
@@ -132,7 +163,7 @@ def _absolute(path: Path) -> Path:
 def _imported(file: Path, roots: list[Path]) -> Iterator[Path]:
     """Files of the modules that one file names."""
     tree = _parsed(file)
-    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    texts = _texts(tree)
     yield from _placed(texts, file, roots, Path.is_file, ".py")
     if any(_searched(node) for node in ast.walk(tree)):
         more = [*_placed(texts, file, roots, Path.is_dir), file.parent.parent]
@@ -161,6 +192,10 @@ def _tops(tree: ast.Module) -> list[str]:
         elif isinstance(node, ast.Call):
             names += _named(node)
     return list(dict.fromkeys(name.partition(".")[0] for name in names))
+
+
+def _texts(tree: ast.Module) -> set[str]:
+    return {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
 def _searched(node: ast.AST) -> bool:

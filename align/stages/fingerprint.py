@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from align.plugin_modules import installed_hashes, module_hashes
+from align.data.generators import files_read, is_generator
+from align.plugin_modules import installed_hashes, module_hashes, texts_in
 from align.plugins import entry_point_target
 from align.recipe.inputs import DataSource
 from align.recipe.schema import Recipe
@@ -18,7 +19,7 @@ _LONGEST = 4096  # characters of a path
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 
 
-LATER = ("modules", "named", "installed")  # keys that versions before did not write: nothing to compare with
+LATER = ("modules", "named", "installed", "read")  # keys that versions before did not write: nothing to compare with
 
 
 def fingerprint(recipe: Recipe, stage: Stage, plugins: Mapping[str, str], folder: Path | None = None) -> dict[str, Any]:
@@ -47,6 +48,7 @@ def fingerprint(recipe: Recipe, stage: Stage, plugins: Mapping[str, str], folder
         "modules": module_hashes(code, folder) if folder is not None else {},
         "installed": installed_hashes(code, folder) if folder is not None else {},
         "named": _named_files(part, recipe),
+        "read": _read_files(recipe, stage),
     }
 
 
@@ -76,6 +78,15 @@ def _code(recipe: Recipe, stage: Stage) -> set[str]:
     return {*rewards, *losses, *data, *combiners, *engines}
 
 
+def _read_files(recipe: Recipe, stage: Stage) -> dict[str, str]:
+    """What the generators of its data read, as far as they name it: the rows depend on it."""
+    found: dict[str, str] = {}
+    for source in _sources(recipe, stage):
+        if is_generator(source.path):
+            found |= files_read(Path(source.path.rpartition(":")[0]), source.options)
+    return found
+
+
 def _named_files(part: Any, recipe: Recipe) -> dict[str, str]:
     """Other files and model folders that the stage's settings name (a reference, arguments of a reward), and the chat
     template where it is a file."""
@@ -95,15 +106,6 @@ def _named_files(part: Any, recipe: Recipe) -> dict[str, str]:
         except OSError:  # no path at all
             continue
     return found
-
-
-def texts_in(value: Any) -> Iterator[str]:
-    """Every string in a value of plain JSON."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from texts_in(inner)
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

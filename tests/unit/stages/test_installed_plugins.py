@@ -40,7 +40,7 @@ def recipe(folder: Path, use: str, loss: str) -> Recipe:
         {"id": "grpo", "kind": "online", "data": data, "steps": 4, "rewards": [{"use": use}]},
     ]
     return Recipe.model_validate(
-        {"name": "run", "output": str(folder / "runs"), "model": {"path": str(folder)}, "stages": stages}
+        {"name": "run", "output": str(folder / "runs"), "model": {"path": str(folder / "model")}, "stages": stages}
     )
 
 
@@ -80,7 +80,8 @@ def test_the_same_package_installed_elsewhere_is_the_same(tmp_path: Path, monkey
             here.syspath_prepend(str(tmp_path / place))
             found.append(installed_hashes(["acme_align.focal:loss"], tmp_path))
     assert found[0] == found[1]
-    assert list(found[0]) == [f"acme_align/{name}" for name in ("__init__.py", "focal.py", "scale.py", "scores/tidy.py")]
+    names = ("__init__.py", "focal.py", "scale.py", "scores/tidy.py")
+    assert list(found[0]) == [f"acme_align/{name}" for name in names]
 
 
 def test_a_library_on_pythonpath_that_a_plugin_imports_counts_and_a_released_one_does_not(
@@ -111,3 +112,16 @@ def test_rows_tokenised_by_a_layout_are_read_anew_where_its_package_changed(
     assert cache.key("data", "tokenizer", "conversation", source, None) == key
     write(tmp_path / "site", {"acme_align/scale.py": "SCALE = 2\n"})
     assert cache.key("data", "tokenizer", "conversation", source, None) != key
+
+
+def test_a_run_is_not_resumed_where_a_file_that_its_generator_reads_changed(tmp_path: Path) -> None:
+    write(tmp_path, {"raw.csv": "1\n", "made.py": "def rows():\n    yield from open('raw.csv')\n", "other.csv": "1\n"})
+    r = recipe(tmp_path, "numeric", "sft")
+    made = {"path": f"{tmp_path}/made.py:rows"}
+    stage = r.stages[0].model_copy(update={"data": (DataSource(**made),)})
+    before = fingerprint(r, stage, {}, tmp_path)
+    write(tmp_path, {"other.csv": "2\n"})
+    assert changes(before, fingerprint(r, stage, {}, tmp_path)) == []
+    write(tmp_path, {"raw.csv": "2\n"})
+    [said] = changes(before, fingerprint(r, stage, {}, tmp_path))
+    assert said.startswith(f"read.{tmp_path}/raw.csv: ")
