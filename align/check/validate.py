@@ -7,7 +7,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from align.check.findings import Findings
-from align.check.golds import golds_note
+from align.check.golds import golds_note, require_columns
 from align.check.inputs import DataFacts, Rewards, check_reference, open_model, read_data
 from align.check.machine import Machine, check_fits, stage_roles
 from align.check.needed import check_model_packages, check_packages
@@ -75,7 +75,7 @@ def validate(
                     with found.gather():
                         check_fits(roles, plan.machine)
             if planner is not None:
-                _check_stage(recipe, stage, planner, plan, found, folder, every_row)
+                _check_stage(recipe, stage, planner, plan, found, folder, rewards, every_row)
                 if plan.stages and plan.stages[-1].id == stage.id:
                     plan.stages[-1].lines += rewards.lines(stage.rewarded_by)
         if planner is not None:
@@ -128,7 +128,14 @@ def _check_best(stage: SamplingStage, judged: Mapping[str, Known] | None, found:
 
 
 def _check_stage(
-    recipe: Recipe, stage: Stage, planner: Planner, plan: Plan, found: Findings, folder: Path, every_row: bool
+    recipe: Recipe,
+    stage: Stage,
+    planner: Planner,
+    plan: Plan,
+    found: Findings,
+    folder: Path,
+    known: Rewards,
+    every_row: bool,
 ) -> None:
     """Read a stage's data, then plan it; what fails is kept in `found`."""
     read: dict[str, DataFacts] = {}
@@ -151,7 +158,7 @@ def _check_stage(
             )
     if len(read) < len(stage.datasets):
         return
-    golds = {key: _golds(stage, key, facts, found, folder) for key, facts in read.items()}
+    golds = {key: _golds(stage, key, facts, found, folder, known) for key, facts in read.items()}
     with found.gather(stage.id):
         planned = planner.stage(stage, read.get("data", DataFacts()))
         for key, facts in read.items():
@@ -160,14 +167,16 @@ def _check_stage(
         plan.stages.append(planned)
 
 
-def _golds(stage: Stage, key: str, facts: DataFacts, found: Findings, folder: Path) -> list[str]:
-    """Notes of rewards that miss the answer in some of the rows they will judge."""
+def _golds(stage: Stage, key: str, facts: DataFacts, found: Findings, folder: Path, known: Rewards) -> list[str]:
+    """Notes of rewards that miss the answer in some of the rows they will judge; those that could not be called are
+    refused."""
     rewards, of = stage.rewarded_by, "rewards"
     if key != "data" and isinstance(stage, SamplingStage) and stage.eval is not None and stage.eval.rewards:
         rewards, of = stage.eval.rewards, "eval.rewards"
     notes = []
     for number, reward in enumerate(rewards):
         with found.gather(stage.id, f"{of}.{number}"):
+            require_columns(known.known(reward), facts.prompts)
             note = golds_note(reward, folder, facts.prompts)
             notes += [f"note: {note}"] if note else []
     return notes
