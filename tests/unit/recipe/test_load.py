@@ -179,6 +179,15 @@ def test_a_key_of_another_place_is_answered_with_its_place(tmp_path: Path) -> No
         ("vllm_is_truncated_threshold", "`loss.correction.floor` and `cap`"),
         ("rollout_importance_sampling_mode", "{level: sequence, mode: mask}"),
         ("max_epochs", "`updates_per_batch` of an online stage"),
+        ("base_model", "`base_model` is `model.path`"),
+        ("datasets", "`data` of a stage"),
+        ("micro_batch_size", "global"),
+        ("plugins", "`loss: {name: file.py}`"),
+        ("val_set_size", "`eval: {data: ...}`"),
+        ("overwrite_output_dir", "`align run --resume`"),
+        ("data.prompt_key", "`data: {path: ..., columns: {ours: theirs}}`"),
+        ("max_async_level", "`max_async_level` is `staleness`"),
+        ("weight", "`objectives: {weights: {name: 2.0}}`"),
     ],
 )
 def test_words_of_peers_are_answered_with_ours(word: str, answer: str) -> None:
