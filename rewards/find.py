@@ -134,9 +134,8 @@ def _module_from_file(place: str, folder: Path, use: str) -> ModuleType:
     path = Path(expanduser(place))
     path = (path if path.is_absolute() else folder / path).resolve()
     if not path.is_file():
-        raise PluginError(
-            f"there is no file {path}", where=use, remedy="paths in a recipe start at the recipe's folder"
-        )
+        remedy = "paths in a recipe start at its folder, in an override at the working directory"
+        raise PluginError(f"there is no file {path}", where=use, remedy=remedy)
     append_path(path.parent)
     name = f"reward_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)

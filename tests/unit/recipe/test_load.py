@@ -86,6 +86,18 @@ def test_paths_of_a_recipe_start_at_its_folder_and_paths_of_an_override_where_on
     assert [s.path for s in recipe.stages[1].data] == [str(tmp_path / "a.jsonl"), f"{here}/gen.py:rows", "owner/set"]
 
 
+@pytest.mark.parametrize("key", ["output", "model.path", "stages.sft.data"])
+def test_a_variable_of_the_shell_in_a_path_is_refused_and_a_folder_of_that_name_is_not(
+    tmp_path: Path, key: str
+) -> None:
+    """It would name a folder that is really called $HOME."""
+    said = refusal(tmp_path, MINIMAL, f"{key}=${{HOME}}/things")
+    assert "has ${HOME} in it, and a recipe knows no variables of the shell" in said
+    (tmp_path / "$HOME").mkdir()
+    (tmp_path / "$HOME" / "things").write_text("")
+    load(tmp_path, MINIMAL, f"{key}={tmp_path}/$HOME/things")
+
+
 def test_a_model_is_a_folder_where_there_is_one_and_a_hub_id_otherwise(tmp_path: Path) -> None:
     assert load(tmp_path, MINIMAL).model.path == "owner/name"
     (tmp_path / "owner" / "name").mkdir(parents=True)
