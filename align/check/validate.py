@@ -16,8 +16,10 @@ from align.check.rules import check_recipe
 from align.data.records import Kind
 from align.errors import PluginError, RecipeError
 from align.losses import Losses
+from align.losses import names as loss_names
 from align.objectives.check import Known, problems
 from align.objectives.trial import try_combiner
+from align.plugins import REWARDS, shadowed
 from align.recipe.capabilities import SamplingStage
 from align.recipe.document import Document
 from align.recipe.schema import Recipe
@@ -26,6 +28,7 @@ from align.stages.choices import merged
 from align.stages.groups import TRUNCATED, refuse_second_truncated, with_penalty
 from align.stages.stage_start import check_adapters
 from align.stages.training import record_kind
+from rewards.find import builtin_names
 
 
 def validate(
@@ -82,7 +85,17 @@ def validate(
             plan.model, plan.sampling = planner.model_line(), planner.sampling
     found.raise_any()
     plan.plugins = dict(rewards.sources)
+    plan.notes += _shadowed(recipe)
     return plan
+
+
+def _shadowed(recipe: Recipe) -> list[str]:
+    """Notes of names that an installed package has as well as we: ours are taken."""
+    rewards = {
+        (reward.use, "align.rewards", (*builtin_names(), *REWARDS)) for s in recipe.stages for reward in s.every_reward
+    }
+    losses = {(term.name, "align.losses", loss_names()) for stage in recipe.stages for term in stage.losses}
+    return [note for one in sorted(rewards | losses) if (note := shadowed(*one)) is not None]
 
 
 def _check_rewards(stage: Stage, rewards: Rewards, found: Findings) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from align.data.generators import files_read, is_generator
+from align.losses import names as loss_names
 from align.plugin_modules import installed_hashes, module_hashes, texts_in
-from align.plugins import entry_point_target
+from align.plugins import REWARDS, builtin_names, entry_point_target
 from align.recipe.inputs import DataSource
 from align.recipe.schema import Recipe
 from align.recipe.stages import Stage
@@ -70,8 +71,9 @@ def reward_names(stage: Stage) -> list[str]:
 def _code(recipe: Recipe, stage: Stage) -> set[str]:
     """Everything that the stage takes from files of Python: rewards, losses, generators of data and their formats, the
     combiner of its objectives, an engine. Entry points by what they stand for."""
-    rewards = {entry_point_target(name, "align.rewards") for name in reward_names(stage)}
-    losses = {entry_point_target(term.name, "align.losses") for term in stage.losses}
+    ours = (*builtin_names("rewards.builtins"), *REWARDS)
+    rewards = {entry_point_target(name, "align.rewards", ours) for name in reward_names(stage)}
+    losses = {entry_point_target(term.name, "align.losses", loss_names()) for term in stage.losses}
     data = {name for source in _sources(recipe, stage) for name in (source.path, source.format) if name}
     combiners = {stage.weighed.combine} if stage.weighed is not None else set()
     engines = {stage.engines.name} if stage.engines is not None else set()

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
+from align import losses
+from align.check.validate import _shadowed
 from align.data import cache
-from align.errors import RunFolderError
+from align.errors import PluginError, RunFolderError
 from align.plugin_modules import installed_hashes
+from align.plugins import shadowed
 from align.recipe.inputs import DataSource
 from align.recipe.schema import Recipe
 from align.stages.fingerprint import changes, fingerprint
@@ -125,3 +128,29 @@ def test_a_run_is_not_resumed_where_a_file_that_its_generator_reads_changed(tmp_
     write(tmp_path, {"raw.csv": "2\n"})
     [said] = changes(before, fingerprint(r, stage, {}, tmp_path))
     assert said.startswith(f"read.{tmp_path}/raw.csv: ")
+
+
+def test_a_name_of_ours_that_a_package_offers_too_is_ours_and_that_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = "[align.rewards]\nnumeric = acme_align.scores.tidy:tidy\n[align.losses]\nsft = acme_align.focal\n"
+    write(tmp_path / "site", FILES | {"acme_align-1.0.dist-info/entry_points.txt": points})
+    assert shadowed("sft", "align.losses", ("sft",)) is None
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    said = "numeric is ours; for that of acme-align write its module, acme_align.scores.tidy:tidy"
+    assert shadowed("numeric", "align.rewards", ("numeric",)) == said
+    assert shadowed("mine.py:numeric", "align.rewards", ("numeric",)) is None
+    r = recipe(tmp_path, "numeric", "sft")
+    assert all(fingerprint(r, stage, {"numeric": ""}, tmp_path)["installed"] == {} for stage in r.stages)
+    assert _shadowed(r) == [said, said.replace("numeric", "sft").replace("scores.tidy:tidy", "focal")]
+
+
+def test_a_loss_that_two_packages_offer_is_refused_with_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("acme_one", "acme_two"):
+        points = f"[align.losses]\nacme_focal = {name}.focal\n"
+        files = {"-1.0.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"}
+        files |= {"-1.0.dist-info/entry_points.txt": points, "/focal.py": "", "/__init__.py": ""}
+        write(tmp_path, {f"{name}{file}": text for file, text in files.items()})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(PluginError, match=r"acme_one\.focal of acme_one and acme_two\.focal of acme_two"):
+        losses.load("acme_focal")
