@@ -37,6 +37,14 @@ def absolutise(document: Document) -> None:
 
 def _is_name(document: Document, path: Path_, value: str) -> bool:
     """Whether a file system could have it; otherwise that is a problem of the document."""
+    if "://" in value and path[-1] != "output":
+        hub = re.match(r"hf://(?:datasets/)?([^/]+/[^/]+)", value) or re.match(
+            r"https://huggingface\.co/(?:datasets/)?([^/]+/[^/?#]+)", value
+        )
+        what = f"`{document.called(path)}` is an address, and none is fetched"
+        remedy = f"write the hub id, {hub[1]}" if hub else "download it, and name the file or folder; or give a hub id"
+        document.problems.append(Problem(what, document.where(path), remedy))
+        return False
     variable = re.search(r"\$\{?[A-Za-z_]\w*\}?", value)
     if variable is not None and not os.path.lexists(_join(value, document.base_of(path))):
         what = f"`{document.called(path)}` has {variable[0]} in it, and a recipe knows no variables of the shell"

@@ -98,6 +98,28 @@ def test_a_variable_of_the_shell_in_a_path_is_refused_and_a_folder_of_that_name_
     load(tmp_path, MINIMAL, f"{key}={tmp_path}/$HOME/things")
 
 
+@pytest.mark.parametrize(
+    "address, remedy",
+    [
+        ("https://example.org/rows.jsonl", "download it"),
+        ("s3://bucket/rows.jsonl", "download it"),
+        ("hf://datasets/owner/rows/train.jsonl", "write the hub id, owner/rows"),
+        ("https://huggingface.co/datasets/owner/rows", "write the hub id, owner/rows"),
+    ],
+)
+def test_an_address_is_no_path(tmp_path: Path, address: str, remedy: str) -> None:
+    """It was looked for as a file below the recipe's folder."""
+    for key in ("stages.sft.data", "model.path"):
+        said = refusal(tmp_path, MINIMAL, f"{key}={address}")
+        assert f"`{key}` is an address, and none is fetched" in said and remedy in said
+
+
+def test_a_stage_that_cannot_stand_where_it_does_is_told_with_its_line(tmp_path: Path) -> None:
+    second = "  - {id: more, kind: sft, data: data.jsonl}\n"
+    assert refusal(tmp_path, MINIMAL + second.replace("kind", "from: nowhere, kind")).startswith("recipe.yaml:5: ")
+    assert refusal(tmp_path, MINIMAL + second.replace("more", "sft")).startswith("recipe.yaml:5: two stages")
+
+
 def test_a_model_is_a_folder_where_there_is_one_and_a_hub_id_otherwise(tmp_path: Path) -> None:
     assert load(tmp_path, MINIMAL).model.path == "owner/name"
     (tmp_path / "owner" / "name").mkdir(parents=True)
