@@ -57,10 +57,37 @@ def resolve(
     ours = builtin_names(package, hidden) if package else ()
     if name in ours:
         return importlib.import_module(f"{package}.{name}")
-    points = {point.name: point for point in importlib.metadata.entry_points(group=group)}
-    if name in points:
-        return _imported(points[name].load, name)
-    raise _unknown(name, group, ours, sorted(points))
+    if (point := _entry_point(name, group)) is not None:
+        return _imported(point.load, f"{name}, the entry point {point.value} of {_owner(point)}")
+    raise _unknown(name, group, ours, sorted({each.name for each in importlib.metadata.entry_points(group=group)}))
+
+
+def _entry_point(name: str, group: str) -> importlib.metadata.EntryPoint | None:
+    """What an installed package offers under this name. PluginError where two offer different things."""
+    points = {point.value: point for point in importlib.metadata.entry_points(group=group, name=name)}
+    if len(points) > 1:
+        each = " and ".join(f"{value} of {_owner(point)}" for value, point in points.items())
+        remedy = "write one of them as package.module:name"
+        raise PluginError(f"installed packages offer two things called {name!r}: {each}", where=name, remedy=remedy)
+    return next(iter(points.values()), None)
+
+
+def _owner(point: importlib.metadata.EntryPoint) -> str:
+    return str(point.dist.name) if point.dist else "a package"
+
+
+def entry_point_target(name: str, group: str, ours: Sequence[str]) -> str:
+    """`package.module:attr` of an entry point, attr empty where it is the module; any other name as it is."""
+    point = _entry_point(name, group) if name not in ours else None
+    return name if point is None else f"{point.module}:{point.attr}"
+
+
+def shadowed(name: str, group: str, ours: Sequence[str]) -> str | None:
+    """What is to be said of a name of ours that an installed package offers too."""
+    points = list(importlib.metadata.entry_points(group=group, name=name)) if name in ours else []
+    if not points:
+        return None
+    return f"{name} is ours; for that of {_owner(points[0])} write its module, {points[0].value}"
 
 
 def known_module(name: str, package: str, kind: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib
 import importlib.metadata
@@ -9,8 +10,11 @@ import importlib.util
 import inspect
 import os
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from os.path import expanduser
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +35,19 @@ def builtin_names() -> tuple[str, ...]:
     return tuple(sorted(p.stem for p in _BUILTINS.glob("*.py") if not p.stem.startswith("_")))
 
 
+def _entry_point(name: str) -> importlib.metadata.EntryPoint | None:
+    """The plugin that an installed package offers under this name. PluginError where two offer different ones."""
+    points = {point.value: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name)}
+    if len(points) > 1:
+        each = " and ".join(f"{p.value} of {p.dist.name if p.dist else '?'}" for p in points.values())
+        raise PluginError(
+            f"installed packages offer two rewards called {name!r}: {each}",
+            where=name,
+            remedy="write one of them as package.module:function",
+        )
+    return next(iter(points.values()), None)
+
+
 def installed() -> dict[str, importlib.metadata.EntryPoint]:
     """Plugins of other packages, by the name of their entry point."""
     return {p.name: p for p in importlib.metadata.entry_points(group=ENTRY_POINTS)}
@@ -48,7 +65,7 @@ def load(spec: PluginSpec, folder: str | Path, *, check: bool = True) -> Plugin:
     """
     function = find(spec.use, Path(folder))
     source, digest = _origin(function)
-    modules = _modules_beside(source, Path(folder))
+    modules = _modules_beside(source, Path(folder), str(_written(function).__module__).partition(".")[0])
     if spec.signature != "align":
         return replace(adapt(function, spec, source=source, sha256=digest), modules=modules)
     if inspect.isasyncgenfunction(function):
@@ -68,6 +85,13 @@ def load(spec: PluginSpec, folder: str | Path, *, check: bool = True) -> Plugin:
 
 def find(use: str, folder: Path) -> Any:
     """The object that `use` names."""
+    if use.endswith(".py"):
+        offered = _functions(_module_from_file(use, folder, use))
+        raise PluginError(
+            "a reward is a function, and this names a whole file",
+            where=use,
+            remedy=f"write {use}:NAME; functions there: {offered or 'none'}",
+        )
     if ":" not in use:
         return _by_name(use)
     place, _, attribute = use.rpartition(":")
@@ -86,14 +110,16 @@ def _by_name(use: str) -> Any:
     ours = builtin_names()
     if use in ours:
         return getattr(importlib.import_module(f"rewards.builtins.{use}"), use)
+    if (point := _entry_point(use)) is not None:
+        return _guard(point.load, f"{use}, the entry point {point.value} of {point.dist.name if point.dist else '?'}")
     points = installed()
-    if use in points:
-        return _guard(points[use].load, use)
+    near = difflib.get_close_matches(use, [*ours, *points], n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
     more = f"; installed: {', '.join(sorted(points))}" if points else ""
     raise PluginError(
         f"there is no reward called {use!r}",
         where=use,
-        remedy=f"ours: {', '.join(ours)}{more}; or your own as file.py:function or package.module:function",
+        remedy=f"{hint}ours: {', '.join(ours)}{more}; or your own as file.py:function or package.module:function",
     )
 
 
@@ -108,9 +134,8 @@ def _module_from_file(place: str, folder: Path, use: str) -> ModuleType:
     path = Path(expanduser(place))
     path = (path if path.is_absolute() else folder / path).resolve()
     if not path.is_file():
-        raise PluginError(
-            f"there is no file {path}", where=use, remedy="paths in a recipe start at the recipe's folder"
-        )
+        remedy = "paths in a recipe start at its folder, in an override at the working directory"
+        raise PluginError(f"there is no file {path}", where=use, remedy=remedy)
     append_path(path.parent)
     name = f"reward_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -138,19 +163,28 @@ def _guard(load: Callable[[], Any], use: str) -> Any:
 
 
 def _import_remedy(error: BaseException) -> str:
-    traceback = error.__traceback__
-    place = "the plugin"
-    if isinstance(error, SyntaxError) and error.filename:
-        place, traceback = f"{error.filename}:{error.lineno or 1}", None
-    while traceback is not None:
-        code = traceback.tb_frame.f_code
-        ours = os.path.dirname(code.co_filename) == _HERE
-        if not ours and not code.co_filename.startswith("<") and "importlib" not in code.co_filename:
-            place = f"{code.co_filename}:{traceback.tb_lineno}"
-        traceback = traceback.tb_next
+    place = _place_of(error)
     if isinstance(error, ModuleNotFoundError):
-        return f"install {error.name!r}, or put it beside the plugin (imported at {place})"
-    return f"look at {place}"
+        at = f" (imported at {place})" if place else ""
+        return f"install {error.name!r}, or put it beside the plugin{at}"
+    if isinstance(error, SystemExit):
+        return f"keep what only a script does under `if __name__ == '__main__':` (at {place or 'the plugin'})"
+    return f"look at {place or 'the plugin'}"
+
+
+def _place_of(error: BaseException) -> str | None:
+    """`file:line` of the innermost line of the user's, else of an installed package; None where there is neither."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno or 1}"
+    ours = ("<", _HERE + os.sep, sysconfig.get_path("stdlib") + os.sep)
+    kept = (sysconfig.get_path("purelib") + os.sep, sysconfig.get_path("platlib") + os.sep)
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [
+        (f.filename.startswith(kept), f"{f.filename}:{f.lineno}")
+        for f in frames
+        if f.filename.startswith(kept) or not f.filename.startswith(ours)
+    ]
+    return next((place for is_kept in (False, True) for kind, place in reversed(places) if kind == is_kept), None)
 
 
 def _functions(module: ModuleType) -> str:
@@ -158,11 +192,19 @@ def _functions(module: ModuleType) -> str:
     return ", ".join(own)
 
 
+def _written(function: Any) -> Any:
+    """The function or class that somebody wrote, of what was made of it: a partial, a method, an instance."""
+    while isinstance(function, partial) or inspect.ismethod(function):
+        function = function.func if isinstance(function, partial) else function.__func__
+    if inspect.isfunction(function):
+        return inspect.unwrap(function)
+    return function if inspect.isclass(function) or inspect.isbuiltin(function) else type(function)
+
+
 def _origin(function: Any) -> tuple[str | None, str | None]:
     """The file that defines a plugin and the SHA-256 of its bytes."""
-    target = function if inspect.isfunction(function) or inspect.isclass(function) else type(function)
     try:
-        file = inspect.getsourcefile(inspect.unwrap(target) if inspect.isfunction(target) else target)
+        file = inspect.getsourcefile(_written(function))
     except TypeError:  # a builtin or C function has no source
         file = None
     if file is None or not Path(file).is_file():
@@ -170,9 +212,10 @@ def _origin(function: Any) -> tuple[str | None, str | None]:
     return file, hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
-def _modules_beside(source: str | None, folder: Path) -> dict[str, str]:
-    """SHA-256 of every module that was imported from the plugin's folder or the recipe's, its own file aside, by its
-    name. One that is imported only when a function runs is not among them."""
+def _modules_beside(source: str | None, folder: Path, package: str) -> dict[str, str]:
+    """SHA-256 of every module that was imported from the plugin's folder or the recipe's, or of its own package where
+    that is installed, its own file aside, by its name. One that is imported only when a function runs is not among
+    them."""
     roots = {os.path.abspath(folder)} | ({os.path.dirname(os.path.abspath(source))} if source else set())
     found = {}
     for name, module in sorted(sys.modules.items()):
@@ -181,6 +224,8 @@ def _modules_beside(source: str | None, folder: Path) -> dict[str, str]:
             continue
         path = os.path.abspath(file)
         installed = "site-packages" in path or "dist-packages" in path
-        if not installed and any(path.startswith(f"{root}{os.sep}") for root in roots) and os.path.isfile(path):
+        beside = not installed and any(path.startswith(f"{root}{os.sep}") for root in roots)
+        own = name.partition(".")[0] == package and package not in sys.stdlib_module_names
+        if (beside or own) and os.path.isfile(path):
             found[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return found

@@ -55,7 +55,7 @@ class Plugin:
     """`call(samples, ctx, **args)` returns one result per sample (awaitable if `is_async`).
 
     open_args: it takes any argument by name. source, sha256: its file and the hash of it; modules: hashes of those
-    beside it that it imports, by name.
+    beside it that it imports, by name. columns: of the rows, those that it cannot be called without.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Plugin:
     sha256: str | None = None
     doc: str = ""
     modules: Mapping[str, str] = field(default_factory=dict)
+    columns: tuple[str, ...] = ()
 
     @property
     def scope(self) -> Scope:
@@ -117,6 +118,7 @@ class Plugin:
             "source": self.source,
             "sha256": self.sha256,
             "modules": dict(self.modules),
+            "columns": list(self.columns),
         }
 
 
@@ -182,6 +184,9 @@ def _resolve_options(options: Options, spec: PluginSpec) -> Options:
     return replace(options, **{k: v for k, v in spec.options.items() if v is not None})
 
 
+_THEIRS = {"verl": {"solution_str", "ground_truth"}, "OpenRLHF": {"queries", "prompts", "labels"}}
+
+
 def _own_signature(function: Callable[..., Any], where: str) -> tuple[Callable[..., Any], tuple[Parameter, ...], bool]:
     """How `f(samples, [ctx,] **args)` is called, and which arguments it takes."""
     found = list(inspect.signature(function).parameters.values())
@@ -191,7 +196,17 @@ def _own_signature(function: Callable[..., Any], where: str) -> tuple[Callable[.
             where=where,
             remedy="write it as f(samples) or f(samples, ctx, *, option=default)",
         )
-    if not hasattr(function, "__reward__") and any(p.name == "completions" for p in found):
+    names = {p.name for p in found}
+    peer = next((peer for peer, theirs in _THEIRS.items() if theirs <= names), None)
+    if not hasattr(function, "__reward__") and peer is not None:
+        theirs = ", ".join(p.name for p in found)
+        raise PluginError(
+            f"its parameters ({theirs}) are those of {peer}'s reward functions; here a reward takes samples",
+            where=where,
+            remedy="write one that calls it: `@reward`, `def mine(samples): return [theirs(..., s.completion, "
+            's.row["ground_truth"]) for s in samples]`',
+        )
+    if not hasattr(function, "__reward__") and "completions" in names:
         raise PluginError(
             "its parameter `completions` is that of TRL's and ms-swift's reward functions; here a reward takes samples",
             where=where,

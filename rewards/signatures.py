@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rewards.api import Context, PluginError, Sample
@@ -41,10 +42,14 @@ def adapt(function: Any, spec: PluginSpec, *, source: str | None, sha256: str | 
             given = {k: v for k, v in given.items() if k in accepted}
         return target(*first, **given)
 
+    given_by_us = build((), Context(plugin="", run_seed=0, args={}, deadline=0.0, samples=0))
+    asked, _ = read_parameters(target, skip=(*given_by_us, *fixed))
+    if spec.signature == "swift":  # the completions come first, whatever they are called
+        asked = asked[next(iter(inspect.signature(target).parameters), "") not in given_by_us :]
     parameters, open_args = read_parameters(function, skip=("self",))
     if not made:  # a parameter of the function may be a column of the data: only its name can be checked
         parameters = tuple(p for p in parameters if p.name in spec.args)
-    return make_plugin(
+    plugin = make_plugin(
         function,
         spec,
         call=call,
@@ -54,6 +59,7 @@ def adapt(function: Any, spec: PluginSpec, *, source: str | None, sha256: str | 
         source=source,
         sha256=sha256,
     )
+    return replace(plugin, columns=tuple(p.name for p in asked if p.required))
 
 
 def _instance(kind: Callable[..., Any], spec: PluginSpec) -> Any:

@@ -1,9 +1,10 @@
-"""Whether rows hold the answers that our rewards compare completions with. No torch."""
+"""Whether rows hold the answers that our rewards compare with, and the columns that others take. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from align.actors.plugins import plugin_spec
 from align.errors import PluginError
@@ -11,6 +12,22 @@ from align.protocols.fleet import PromptItem
 from align.recipe.parts import Reward
 from rewards.api import PluginError as RewardsPluginError
 from rewards.find import builtin_names, load
+
+
+def require_columns(described: Mapping[str, Any] | None, prompts: Sequence[PromptItem]) -> None:
+    """Raise PluginError where a reward is to be called with a column that no row has: every call would fail.
+
+    described: what `rewards.describe` answers; None where it could not be described, which has been told.
+    """
+    known = {name for prompt in prompts for name in prompt.row}
+    missing = [name for name in (described or {}).get("columns", ()) if name not in known]
+    if missing and prompts and described is not None:
+        raise PluginError(
+            f"{described['name']} takes {missing[0]!r}, and none of {len(prompts)} rows has a column of that name",
+            where=prompts[0].origin,
+            remedy=f"rows have: {', '.join(sorted(known)) or 'none'}; rename that column or the parameter, or give "
+            "it in `args:`",
+        )
 
 
 def golds_note(reward: Reward, folder: Path, prompts: Sequence[PromptItem]) -> str | None:

@@ -271,8 +271,12 @@ class Rewards:
 
     def lines(self, rewards: tuple[Reward, ...]) -> list[str]:
         """How each reward that could be described will run, as the recipe and its own decorator say together."""
-        known = [self._known.get(reward.model_dump_json()) for reward in rewards]
+        known = [self.known(reward) for reward in rewards]
         return [_reward_words(described) for described in known if described is not None]
+
+    def known(self, reward: Reward) -> dict[str, Any] | None:
+        """What the reward said of itself; None where it could not be described, or was not asked."""
+        return self._known.get(reward.model_dump_json())
 
     def _describe(self, reward: Reward) -> dict[str, Any]:
         asked = reward.model_dump_json()

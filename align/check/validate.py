@@ -7,7 +7,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from align.check.findings import Findings
-from align.check.golds import golds_note
+from align.check.golds import golds_note, require_columns
 from align.check.inputs import DataFacts, Rewards, check_reference, open_model, read_data
 from align.check.machine import Machine, check_fits, stage_roles
 from align.check.needed import check_model_packages, check_packages
@@ -16,8 +16,10 @@ from align.check.rules import check_recipe
 from align.data.records import Kind
 from align.errors import PluginError, RecipeError
 from align.losses import Losses
+from align.losses import names as loss_names
 from align.objectives.check import Known, problems
 from align.objectives.trial import try_combiner
+from align.plugins import REWARDS, shadowed
 from align.recipe.capabilities import SamplingStage
 from align.recipe.document import Document
 from align.recipe.schema import Recipe
@@ -26,6 +28,7 @@ from align.stages.choices import merged
 from align.stages.groups import TRUNCATED, refuse_second_truncated, with_penalty
 from align.stages.stage_start import check_adapters
 from align.stages.training import record_kind
+from rewards.find import builtin_names
 
 
 def validate(
@@ -75,14 +78,24 @@ def validate(
                     with found.gather():
                         check_fits(roles, plan.machine)
             if planner is not None:
-                _check_stage(recipe, stage, planner, plan, found, folder, every_row)
+                _check_stage(recipe, stage, planner, plan, found, folder, rewards, every_row)
                 if plan.stages and plan.stages[-1].id == stage.id:
                     plan.stages[-1].lines += rewards.lines(stage.rewarded_by)
         if planner is not None:
             plan.model, plan.sampling = planner.model_line(), planner.sampling
     found.raise_any()
     plan.plugins = dict(rewards.sources)
+    plan.notes += _shadowed(recipe)
     return plan
+
+
+def _shadowed(recipe: Recipe) -> list[str]:
+    """Notes of names that an installed package has as well as we: ours are taken."""
+    rewards = {
+        (reward.use, "align.rewards", (*builtin_names(), *REWARDS)) for s in recipe.stages for reward in s.every_reward
+    }
+    losses = {(term.name, "align.losses", loss_names()) for stage in recipe.stages for term in stage.losses}
+    return [note for one in sorted(rewards | losses) if (note := shadowed(*one)) is not None]
 
 
 def _check_rewards(stage: Stage, rewards: Rewards, found: Findings) -> None:
@@ -128,7 +141,14 @@ def _check_best(stage: SamplingStage, judged: Mapping[str, Known] | None, found:
 
 
 def _check_stage(
-    recipe: Recipe, stage: Stage, planner: Planner, plan: Plan, found: Findings, folder: Path, every_row: bool
+    recipe: Recipe,
+    stage: Stage,
+    planner: Planner,
+    plan: Plan,
+    found: Findings,
+    folder: Path,
+    known: Rewards,
+    every_row: bool,
 ) -> None:
     """Read a stage's data, then plan it; what fails is kept in `found`."""
     read: dict[str, DataFacts] = {}
@@ -151,7 +171,7 @@ def _check_stage(
             )
     if len(read) < len(stage.datasets):
         return
-    golds = {key: _golds(stage, key, facts, found, folder) for key, facts in read.items()}
+    golds = {key: _golds(stage, key, facts, found, folder, known) for key, facts in read.items()}
     with found.gather(stage.id):
         planned = planner.stage(stage, read.get("data", DataFacts()))
         for key, facts in read.items():
@@ -160,14 +180,16 @@ def _check_stage(
         plan.stages.append(planned)
 
 
-def _golds(stage: Stage, key: str, facts: DataFacts, found: Findings, folder: Path) -> list[str]:
-    """Notes of rewards that miss the answer in some of the rows they will judge."""
+def _golds(stage: Stage, key: str, facts: DataFacts, found: Findings, folder: Path, known: Rewards) -> list[str]:
+    """Notes of rewards that miss the answer in some of the rows they will judge; those that could not be called are
+    refused."""
     rewards, of = stage.rewarded_by, "rewards"
     if key != "data" and isinstance(stage, SamplingStage) and stage.eval is not None and stage.eval.rewards:
         rewards, of = stage.eval.rewards, "eval.rewards"
     notes = []
     for number, reward in enumerate(rewards):
         with found.gather(stage.id, f"{of}.{number}"):
+            require_columns(known.known(reward), facts.prompts)
             note = golds_note(reward, folder, facts.prompts)
             notes += [f"note: {note}"] if note else []
     return notes

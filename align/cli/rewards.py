@@ -18,13 +18,13 @@ from align.actors.plugins import align_errors
 from align.check.scratch import scratch
 from align.check.trial_data import Trial, read_trial
 from align.cli.arguments import add_debug
-from align.plugins import REWARDS, describe_in_child
+from align.plugins import REWARDS, describe_in_child, shadowed
 from align.recipe.document import parse_value
 from rewards import trial
 from rewards.api import PluginError, Sample
 from rewards.budget import allowed_failures
 from rewards.describe import describe
-from rewards.find import builtin_names, installed
+from rewards.find import ENTRY_POINTS, builtin_names, installed
 from rewards.plugin import PluginSpec
 from rewards.pool import PoolResult, RewardPool
 
@@ -85,7 +85,8 @@ def _listed() -> list[str]:
             out += _entry(found, f"  (installed: {found['source']})")
         except errors.PluginError as error:
             out += [name, f"    does not load: {error.what}"]
-    return out
+    said = (shadowed(name, ENTRY_POINTS, sorted(ours)) for name in sorted(set(installed()) & set(ours)))
+    return out + [f"note: {note}" for note in said if note is not None]
 
 
 def _entry(described: dict[str, Any], whence: str) -> list[str]:

@@ -33,7 +33,7 @@ from align.stages.pipeline import run_pipeline
 from align.stages.publication import PublicationFolder
 from align.stages.reaper import Reaper
 from align.stages.restarts import MAX_RESTARTS
-from align.stages.runfolder import RUN, RunFolder
+from align.stages.runfolder import RUN, RunFolder, require_known
 
 if TYPE_CHECKING:
     from align.actors.head import HeadWatch
@@ -61,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
     quiet()
     signal.signal(signal.SIGTERM, _as_interrupt)
     recipe, document = load_document(arguments.recipe, arguments.overrides)
+    if arguments.from_stage is not None:  # before anything is made
+        require_known(recipe, arguments.from_stage)
     folder = Path(os.path.abspath(arguments.plugins or Path(arguments.recipe).parent))
     machine = Machine.here(arguments.cores)
     plan = validate(recipe, folder, document=document, machine=machine, cluster=arguments.address is not None)
@@ -89,6 +91,8 @@ def _run(plan: Plan, run: RunFolder, reporter: Reporter, arguments: argparse.Nam
         sweep(run.path, say=reporter.message)
         stack.enter_context(Reaper(run.path / RUN))
         reporter.message(f"run folder: {run.path}")
+        if run.is_new and (arguments.resume or arguments.from_stage is not None):
+            reporter.message("there was no run in it to go on with: this one begins with the first stage")
         if run.lock is not None and run.lock.note:
             reporter.message(run.lock.note)
         if arguments.address is not None:

@@ -16,6 +16,7 @@ from align.errors import RecipeError
 from align.recipe.load import load_document
 from align.recipe.shipping import RECIPE, pack
 from align.report.quiet import quiet
+from align.stages.runfolder import require_known
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     quiet()
     recipe, _ = load_document(arguments.recipe, arguments.overrides)
     folder = Path(os.path.abspath(arguments.recipe)).parent
+    if arguments.from_stage is not None:
+        require_known(recipe, arguments.from_stage)
     _require_output(Path(arguments.recipe), arguments.overrides)
     from align.actors.jobs import Jobs
 

@@ -24,7 +24,7 @@ import tokenizers
 from align.data.audit import Refusal, SourceReport
 from align.data.encoded import Encoded, Tokens
 from align.data.formats import file_of
-from align.plugin_modules import module_hashes
+from align.plugin_modules import installed_hashes, module_hashes
 from align.protocols.trees import Medium
 from align.recipe.inputs import DataSource
 
@@ -43,7 +43,7 @@ def key(
     options = source.model_dump(mode="json", exclude={"weight", "limit"})
     parts = [digest, fingerprint, kind, options, limit, _code_version(), tokenizers.__version__]
     if source.format is not None and (file := file_of(source.format)) is not None:
-        parts.append(module_hashes([str(file)], file.parent))
+        parts += [module_hashes([str(file)], file.parent), installed_hashes([source.format, str(file)], file.parent)]
     if library is not None:
         media = library.settings.model_dump(mode="json", exclude={"workers", "timeout_s", "cache_gb"})
         parts += [library.fingerprint, media]

@@ -1,7 +1,8 @@
 """Generated data: `file.py:function`, called with `options` in a child process that has a time limit.
 
 The function yields rows (dicts that JSON can hold). In a cache folder they are kept in a file that is named after the
-generator's source, its options and the Python files beside it, so an unchanged generator runs once.
+generator's source, its options, the Python files beside it and that it imports, and the files that source or options
+name, so an unchanged generator runs once. What it reads unnamed (the network, every file of a folder) is not known.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import align
 from align.errors import DataError, PluginError
+from align.plugin_modules import installed_hashes, module_hashes, read_hashes, texts_in
 from align.recipe.inputs import DataSource
 
 TIMEOUT_S = 600.0
@@ -105,11 +107,18 @@ def _content(rows: bytes) -> str:
 
 
 def _key(file: Path, function: str, options: dict[str, Any], limit: int | None) -> str:
-    """Hash of the call and of every Python file beside the generator, for it may import them."""
-    h = hashlib.sha256(json.dumps([file.name, function, options, limit], sort_keys=True).encode())
+    """Hash of the call, of every Python file beside the generator, for it may import them, and of what it names."""
+    name, folder = str(file.absolute()), file.absolute().parent
+    parts = [module_hashes([name], folder), installed_hashes([name], folder), files_read(file, options)]
+    h = hashlib.sha256(json.dumps([file.name, function, options, limit, *parts], sort_keys=True).encode())
     for sibling in sorted(file.parent.glob("*.py")):
         h.update(sibling.name.encode() + b"\0" + sibling.read_bytes())
     return h.hexdigest()[:16]
+
+
+def files_read(file: Path, options: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of the files that a generator's source or options name, by path."""
+    return read_hashes(str(file.absolute()), file.absolute().parent, texts_in(options))
 
 
 def _run_child(file: Path, function: str, options: dict[str, Any], limit: int | None, timeout_s: float) -> bytes:

@@ -170,7 +170,13 @@ def _check_options(source: DataSource, kind: Kind) -> None:
             "Use `overlong_prompts: filter` to leave long ones out",
         )
     fields = fields_of(layouts_of(source.format)[0])
-    for name in source.columns:
+    for name, theirs in source.columns.items():
+        if name not in fields and theirs in fields:
+            raise DataError(
+                f"`columns: {{{name}: {theirs}}}` is the wrong way round: it maps our field to your column",
+                where=source.path,
+                remedy=f"write `columns: {{{theirs}: {name}}}`",
+            )
         if name not in fields:
             near = difflib.get_close_matches(name, fields, n=1)
             raise DataError(

@@ -65,6 +65,7 @@ def read_file(path: Path) -> Iterator[Item]:
     """Rows of one file. Raises DataError where the file cannot be read at all, or from some line on."""
     suffix = suffix_of(path)
     try:
+        _refuse_pointer(path)
         if suffix in (".parquet", ".arrow", ".feather"):
             yield from _read_arrow(path, suffix)
         elif suffix in (".csv", ".tsv"):
@@ -93,7 +94,9 @@ def json_row(text: bytes | str, origin: str) -> Item:
 def _object(value: Any, origin: str) -> Item:
     if isinstance(value, dict):
         return Row(value, origin, 0)
-    return Refusal(origin, 0, f"a row must be a JSON object, got {kind_of(value)}")
+    several = isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
+    hint = " of objects: a file that is one list is named .json, and .jsonl has an object a line" if several else ""
+    return Refusal(origin, 0, f"a row must be a JSON object, got {kind_of(value)}{hint}")
 
 
 # ------------------------------------------------------------------------------------------------- bytes of a file
@@ -106,6 +109,20 @@ def _open(path: Path) -> IO[bytes]:
 def _bytes(path: Path) -> bytes:
     with _open(path) as f:
         return f.read()
+
+
+def _refuse_pointer(path: Path) -> None:
+    with path.open("rb") as f:
+        head = f.read(len(_POINTER))
+    if head == _POINTER:
+        raise DataError(
+            "a pointer of Git LFS, in place of the file itself",
+            where=path,
+            remedy="fetch it where it was cloned (`git lfs pull`), or name the data set by its hub id",
+        )
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def _refuse_utf16(head: bytes, path: Path) -> None:
@@ -226,6 +243,14 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[Item]:
         why = f"the first line is no CSV: {header}" if header else "the file is empty"
         raise DataError(why, where=f"{path}:1" if header else path, remedy="the first line must name the columns")
     _refuse_twice(header, f"{path}:1")
+    words = re.fullmatch(r"\w+([;\t|,])\w+(?:\1\w+)*", header[0]) if len(header) == 1 else None
+    if words is not None:
+        other = words[1]
+        raise DataError(
+            f"its columns are divided by {other!r}, where {suffix_of(path)} has {delimiter!r}: {header[0]}",
+            where=f"{path}:1",
+            remedy="write it with tabs as .tsv, or with commas as .csv" if other != "\t" else "name it .tsv",
+        )
     line = reader.line_num + 1
     while (cells := _next(reader)) is not None:
         origin, line = f"{path}:{line}", reader.line_num + 1

@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from align.recipe.document import Document, Path_, Problem, UnusableValue, parse_value
-from align.recipe.grammar import stage_models
+from align.recipe.grammar import keys_of, stage_models
+from align.recipe.schema import Recipe
 
 _SHORTHAND = {"data": "path", "loss": "name", "train_on": "path", "rewards": "use"}  # text or map; one or a list
 
@@ -52,6 +53,9 @@ def _apply_one(document: Document, text: str, cwd: Path) -> None:
     except yaml.YAMLError as error:
         said = error.problem if isinstance(error, yaml.MarkedYAMLError) else error
         raise _Wrong(f"the value is not valid YAML: {said}", "put it in quotes") from None
+    first, stages = key.partition(".")[0], document.data.get("stages")
+    if first not in keys_of(Recipe) and isinstance(stages, list) and first in _names(stages, ("stages",)):
+        raise _Wrong(f"`{first}` is a stage", f"write stages.{shortened(text)}")
     node, path = _walk(document, key.split("."), text)
     last: str | int = key.split(".")[-1]
     if isinstance(node, list):

@@ -8,6 +8,7 @@ absolute even where it is missing, so that the error names the place that was lo
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from os.path import expanduser
 from pathlib import Path
@@ -36,6 +37,20 @@ def absolutise(document: Document) -> None:
 
 def _is_name(document: Document, path: Path_, value: str) -> bool:
     """Whether a file system could have it; otherwise that is a problem of the document."""
+    if "://" in value and path[-1] != "output":
+        hub = re.match(r"hf://(?:datasets/)?([^/]+/[^/]+)", value) or re.match(
+            r"https://huggingface\.co/(?:datasets/)?([^/]+/[^/?#]+)", value
+        )
+        what = f"`{document.called(path)}` is an address, and none is fetched"
+        remedy = f"write the hub id, {hub[1]}" if hub else "download it, and name the file or folder; or give a hub id"
+        document.problems.append(Problem(what, document.where(path), remedy))
+        return False
+    variable = re.search(r"\$\{?[A-Za-z_]\w*\}?", value)
+    if variable is not None and not os.path.lexists(_join(value, document.base_of(path))):
+        what = f"`{document.called(path)}` has {variable[0]} in it, and a recipe knows no variables of the shell"
+        remedy = "write the path, or give it as an override, where the shell puts the value in"
+        document.problems.append(Problem(what, document.where(path), remedy))
+        return False
     longest = max(len(os.fsencode(part)) for part in value.split("/"))
     if longest <= _LONGEST_NAME and len(os.fsencode(value)) <= _LONGEST_PATH:
         return True

@@ -1,4 +1,4 @@
-"""The words of TRL, ms-swift, LLaMA-Factory, OpenRLHF and verl, answered with ours.
+"""The words of TRL, ms-swift, LLaMA-Factory, OpenRLHF, verl, axolotl and prime-rl, answered with ours.
 
 Someone who knows one of these writes its keys first. A key that is unknown to us but known here is answered with one
 sentence. Keys are compared in lower case, `-` as `_`; a dotted word of verl also by its last two and its last part.
@@ -79,6 +79,14 @@ _MEANS = {  # their word -> where ours stands
     "temperature": "rollout.temperature",
     "ref_model": "reference",
     "ref_model_path": "reference: {path: ...}",
+    # axolotl, prime-rl
+    "base_model": "model.path",
+    "sequence_len": "data.max_length",
+    "lora_target_modules": "adapter.targets",
+    "peft_use_rslora": "adapter.rslora",
+    "rl_beta": "loss.beta",
+    "rollouts_per_example": "batch.group_size",
+    "max_async_level": "staleness",
     # ms-swift
     "train_type": "adapter.kind",
     "tuner_type": "adapter.kind",
@@ -156,7 +164,25 @@ _ESTIMATOR = (
     "reinforce_plus_plus_baseline {scale: none, whiten: true}; gdpo {combine: decoupled}; gae, remax are not offered"
 )
 _PARALLEL = "parallelism is not offered by this version: `placement: {trainer: {strategy: zero3}}` spreads the weights"
+_RESUME = "no key: `align run --resume` goes on with a run; to build on other weights, `from:` or `model.adapter`"
+_SPLIT = "not offered: rows are not split off; name held-out ones, `eval: {data: ...}`"
+_COLUMN = "names of columns stand in `data`: `data: {path: ..., columns: {ours: theirs}}`"
+_CACHE = "not needed: tokenised rows are kept, and made again where data, template or code changed"
+_PLUGIN = (
+    "your own code is named where it is used: `loss: {name: file.py}`, `rewards: [{use: file.py:function}]`, "
+    "`data: {path: ..., format: file.py:NAME}`"
+)
 _SENTENCES = {  # their word -> the whole answer, where a key alone would mislead
+    **dict.fromkeys(("resume_from_checkpoint", "auto_resume_from_checkpoints", "overwrite_output_dir"), _RESUME),
+    **dict.fromkeys(("val_set_size", "val_size", "split_dataset_ratio"), _SPLIT),
+    **dict.fromkeys(("input_key", "label_key", "prompt_key", "field_messages", "message_property_mappings"), _COLUMN),
+    **dict.fromkeys(("plugins", "custom_register_path", "reward_model_plugin", "custom_cls"), _PLUGIN),
+    "datasets": "`datasets` is `data` of a stage, a list of `{path: ..., format: ...}`",
+    "micro_batch_size": "not needed: `batch` is global; memory is bounded by `packing.max_tokens`",
+    "sample_packing": "not needed: batches are always packed, and packed sequences never see each other",
+    **dict.fromkeys(("dataset_prepared_path", "overwrite_cache"), _CACHE),
+    "rl": "`rl` is a stage: `kind: preference` or `kind: online`, with `loss: {name: ...}`",
+    "weight": "weights of rewards stand beside them, `objectives: {weights: {name: 2.0}}`; of rows, in their column",
     "per_device_train_batch_size": "`batch` is global: `batch.sequences`, `batch.pairs` or `batch.groups`; "
     "memory is bounded by `packing.max_tokens`",
     "per_device_eval_batch_size": "not needed: evaluation is packed up to `packing.max_tokens`",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -165,7 +166,7 @@ def _problem(detail: ErrorDetails, path: Path_, raw: Any, annotation: Any, docum
         )
     if kind in ("value_error", "assertion_error"):
         said = detail["msg"].partition(", ")[2]
-        return Problem(f"`{name}`: {said}" if name else said, where)
+        return Problem(f"`{name}`: {said}" if name else said, where if name else _stage_place(said, document))
     if kind == "too_short":
         return Problem(f"`{name}` is empty", where, "it needs at least one entry")
     if kind.endswith(_WRONG_TYPE):
@@ -175,6 +176,14 @@ def _problem(detail: ErrorDetails, path: Path_, raw: Any, annotation: Any, docum
         return Problem(f"`{name}`: expected {grammar.words(annotation)}, got {_show(raw)}", where, remedy)
     said = detail["msg"].replace("Input should be", "must be")
     return Problem(f"`{name}` {said}, got {_show(raw)}", where)
+
+
+def _stage_place(said: str, document: Document) -> str:
+    """Where the stage stands that a sentence about several begins with; the last of that id."""
+    named, stages = re.search("stages? (?:have the id )?'([^']*)'", said), document.data.get("stages")
+    ids = [stage.get("id") if isinstance(stage, dict) else None for stage in stages] if isinstance(stages, list) else []
+    at = [i for i, name in enumerate(ids) if named is not None and name == named[1]]
+    return document.where(("stages", at[-1]) if at else ())
 
 
 # what peers call a stage -> its kind here

@@ -7,7 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from align.plugin_modules import module_hashes
+from align.data.generators import files_read, is_generator
+from align.losses import names as loss_names
+from align.plugin_modules import installed_hashes, module_hashes, texts_in
+from align.plugins import REWARDS, builtin_names, entry_point_target
 from align.recipe.inputs import DataSource
 from align.recipe.schema import Recipe
 from align.recipe.stages import Stage
@@ -17,12 +20,12 @@ _LONGEST = 4096  # characters of a path
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 
 
-LATER = ("modules", "named")  # keys that versions before did not write: nothing to compare with
+LATER = ("modules", "named", "installed", "read")  # keys that versions before did not write: nothing to compare with
 
 
 def fingerprint(recipe: Recipe, stage: Stage, plugins: Mapping[str, str], folder: Path | None = None) -> dict[str, Any]:
-    """The stage's resolved recipe part, the model, seed and media, hashes of its data, plugins, their modules, and of
-    model files and others that it names.
+    """The stage's resolved recipe part, the model, seed and media, hashes of its data, plugins, their modules, the
+    installed packages that these lie in, and of model files and others that it names.
 
     plugins: reward name to source hash. folder: the recipe's, where plugins are looked for. Where and how fast it runs
     (placement, report) is no part of it.
@@ -34,6 +37,7 @@ def fingerprint(recipe: Recipe, stage: Stage, plugins: Mapping[str, str], folder
     for reward in part.get("rewards", ()):
         for pace in ("processes", "rate"):  # when scores come: they are the same
             reward.pop(pace, None)
+    code = sorted(_code(recipe, stage))
     return {
         "stage": part,
         "model": recipe.model.model_dump(mode="json"),
@@ -42,8 +46,10 @@ def fingerprint(recipe: Recipe, stage: Stage, plugins: Mapping[str, str], folder
         "data": {source.path: _content(source) for source in _sources(recipe, stage)},
         "plugins": {name: plugins[name] for name in sorted(reward_names(stage))},
         "files": _model_files(recipe),
-        "modules": module_hashes(sorted(_code(recipe, stage)), folder) if folder is not None else {},
+        "modules": module_hashes(code, folder) if folder is not None else {},
+        "installed": installed_hashes(code, folder) if folder is not None else {},
         "named": _named_files(part, recipe),
+        "read": _read_files(recipe, stage),
     }
 
 
@@ -64,12 +70,23 @@ def reward_names(stage: Stage) -> list[str]:
 
 def _code(recipe: Recipe, stage: Stage) -> set[str]:
     """Everything that the stage takes from files of Python: rewards, losses, generators of data and their formats, the
-    combiner of its objectives, an engine."""
-    losses = {term.name for term in stage.losses}
+    combiner of its objectives, an engine. Entry points by what they stand for."""
+    ours = (*builtin_names("rewards.builtins"), *REWARDS)
+    rewards = {entry_point_target(name, "align.rewards", ours) for name in reward_names(stage)}
+    losses = {entry_point_target(term.name, "align.losses", loss_names()) for term in stage.losses}
     data = {name for source in _sources(recipe, stage) for name in (source.path, source.format) if name}
     combiners = {stage.weighed.combine} if stage.weighed is not None else set()
     engines = {stage.engines.name} if stage.engines is not None else set()
-    return {*reward_names(stage), *losses, *data, *combiners, *engines}
+    return {*rewards, *losses, *data, *combiners, *engines}
+
+
+def _read_files(recipe: Recipe, stage: Stage) -> dict[str, str]:
+    """What the generators of its data read, as far as they name it: the rows depend on it."""
+    found: dict[str, str] = {}
+    for source in _sources(recipe, stage):
+        if is_generator(source.path):
+            found |= files_read(Path(source.path.rpartition(":")[0]), source.options)
+    return found
 
 
 def _named_files(part: Any, recipe: Recipe) -> dict[str, str]:
@@ -91,15 +108,6 @@ def _named_files(part: Any, recipe: Recipe) -> dict[str, str]:
         except OSError:  # no path at all
             continue
     return found
-
-
-def texts_in(value: Any) -> Iterator[str]:
-    """Every string in a value of plain JSON."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from texts_in(inner)
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 from align.data.scratch import train_tokenizer
 from align.export.formats import OWN
 from align.hub import resolve_model_folder
+from align.plugin_modules import texts_in
 from align.recipe.capabilities import JudgingStage, TrainStage
 from align.recipe.families import family_of
 from align.recipe.schema import Recipe
@@ -26,7 +27,7 @@ from align.stages.choices import settle
 from align.stages.context import Context, stage_seed
 from align.stages.evaluate import judging_needs, run_evaluate
 from align.stages.files import remove_folder, remove_leftovers, written_aside
-from align.stages.fingerprint import fingerprint, texts_in
+from align.stages.fingerprint import fingerprint
 from align.stages.jobs import needs_of
 from align.stages.loop import Report, StageResult
 from align.stages.manifest import BASE, require_artefact, write_manifest

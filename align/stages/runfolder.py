@@ -112,6 +112,11 @@ class RunFolder:
         processes.end(process for process in listed if process.pid != os.getpid())
 
     @property
+    def is_new(self) -> bool:
+        """Whether no start before this one left anything here."""
+        return self.state["starts"] == 1
+
+    @property
     def token(self) -> Path:
         """A file that every node of a cluster must see: the run folder is then a shared path."""
         return self.path / RUN
@@ -205,11 +210,7 @@ class RunFolder:
 
     def restart_from(self, recipe: Recipe, stage_id: str) -> list[str]:
         """Set stage `stage_id` and every later one aside as `<stage>.old-N`; returns the new names."""
-        ids = [stage.id for stage in recipe.stages]
-        if stage_id not in ids:
-            raise RunFolderError(
-                f"there is no stage {stage_id!r}", where="--from-stage", remedy=f"choose one of: {', '.join(ids)}"
-            )
+        ids = require_known(recipe, stage_id)
         moved = []
         for name in ids[ids.index(stage_id) :]:
             self.state["stages"].pop(name, None)
@@ -264,6 +265,16 @@ class RunFolder:
         """Remove what a kill left half-written in a stage's folder."""
         if self.stage_folder(stage_id).is_dir():
             remove_leftovers(self.stage_folder(stage_id))
+
+
+def require_known(recipe: Recipe, stage_id: str) -> list[str]:
+    """Ids of the recipe's stages. Raises RunFolderError where `stage_id` is none of them."""
+    ids = [stage.id for stage in recipe.stages]
+    if stage_id not in ids:
+        raise RunFolderError(
+            f"there is no stage {stage_id!r}", where="--from-stage", remedy=f"choose one of: {', '.join(ids)}"
+        )
+    return ids
 
 
 def _refuse(path: Path, name: str, resume: bool, *, held: bool = False) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from align.check.golds import golds_note
+from align.check.golds import golds_note, require_columns
 from align.errors import PluginError
 from align.protocols.fleet import PromptItem
 from align.recipe.parts import Reward
@@ -51,3 +51,13 @@ def test_a_plugin_of_the_users_is_not_asked_what_its_gold_is(tmp_path: Path) -> 
         "from rewards import reward\n\n@reward(gold=lambda row: row['answer'])\ndef mine(samples):\n    return []\n"
     )
     assert note("mine.py:mine", {"prompt": "?"}, folder=tmp_path) is None
+
+
+def test_a_column_that_no_row_has_is_refused_and_one_that_some_have_is_not() -> None:
+    described = {"name": "acc", "columns": ["solution"]}
+    require_columns(described, prompts({"level": 1}, {"solution": "4"}))
+    require_columns(described, [])
+    require_columns(None, prompts({"level": 1}))
+    with pytest.raises(PluginError, match="acc takes 'solution', and none of 2 rows has a column") as error:
+        require_columns(described, prompts({"level": 1}, {"reference_answer": "4"}))
+    assert "rows have: level, reference_answer" in str(error.value.remedy)

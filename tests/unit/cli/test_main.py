@@ -78,6 +78,15 @@ def test_help_and_version_are_no_mistakes(capsys: pytest.CaptureFixture[str]) ->
         assert verb in out
 
 
+def test_python_m_align_is_the_command(tmp_path: Path) -> None:
+    """Where the folder of scripts is not on the path, whatever lies in the working directory."""
+    (tmp_path / "rewards.py").write_text("raise SystemExit('the wrong file')\n")
+    command = [sys.executable, "-m", "align", "check", "nowhere.yaml"]
+    environment = {"PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 2 and "nowhere.yaml: no such recipe" in done.stderr
+
+
 def test_every_module_of_the_command_is_a_verb_that_says_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     told = " ".join(capsys.readouterr().out.split())

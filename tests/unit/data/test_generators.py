@@ -68,6 +68,36 @@ def test_rows_are_made_once_and_kept_by_content(plugin: Path, tmp_path: Path) ->
     assert len(list(cache.iterdir())) == 2
 
 
+@pytest.mark.parametrize("changed", ["raw.csv", "more/given.txt", "tables/deep/read.py", "lab/lab.py"])
+def test_rows_are_made_again_where_what_the_generator_names_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    """A file that its source or its options name, a package beside it, a library that is being worked on."""
+    texts = {"raw.csv": "a", "more/given.txt": "b", "tables/deep/read.py": "C = 'c'\n", "lab/lab.py": "D = 'd'\n"}
+    texts |= {"tables/__init__.py": "", "tables/deep/__init__.py": "", "unread.csv": ""}
+    texts["made.py"] = (
+        "from pathlib import Path\nimport lab\nfrom tables.deep import read\nHERE = Path(__file__).parent\n"
+        "def rows(given):\n"
+        "    yield {'prompt': (HERE / 'raw.csv').read_text() + (HERE / given).read_text() + read.C + lab.D}\n"
+    )
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "lab"), prepend=":")
+    monkeypatch.syspath_prepend(str(tmp_path / "lab"))
+
+    def rows() -> list[str]:
+        given = source(f"{tmp_path}/made.py:rows", options={"given": "more/given.txt"})
+        return [row.values["prompt"] for row in open_source(given, cache=tmp_path / "cache").rows()]
+
+    assert rows() == ["abcd"]
+    (tmp_path / "unread.csv").write_text("another\n")
+    assert rows() == ["abcd"] and len(list((tmp_path / "cache").iterdir())) == 1
+    letter = "abcd"[["raw.csv", "more/given.txt", "tables/deep/read.py", "lab/lab.py"].index(changed)]
+    (tmp_path / changed).write_text(texts[changed].replace(letter, "changed"))
+    assert rows() == ["abcd".replace(letter, "changed")]
+
+
 def test_a_limit_stops_the_generator(plugin: Path) -> None:
     rows = list(open_source(source(f"{plugin}:rows", options={"count": 10**12}), limit=2).rows())
     assert len(rows) == 2

@@ -157,6 +157,13 @@ def test_an_unknown_field_in_columns_names_the_nearest(tmp_path: Path, tokenizer
     assert "did you mean 'prompt'?" in str(error.value)
 
 
+def test_columns_mapped_the_wrong_way_round_are_turned(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    """ms-swift and datasets rename theirs to ours."""
+    with pytest.raises(DataError, match=r"`columns: \{question: prompt\}` is the wrong way round") as error:
+        prepared(tmp_path, [GOOD], "conversation", tokenizer, columns={"question": "prompt"})
+    assert error.value.remedy == "write `columns: {prompt: question}`"
+
+
 def test_an_end_of_turn_that_the_template_lacks_is_put_there_and_said(tmp_path: Path, folder: Path) -> None:
     open_ended = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}" + (
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"

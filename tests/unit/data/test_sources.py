@@ -215,3 +215,29 @@ def test_the_home_of_nobody_is_a_place_where_nothing_is(tmp_path: Path) -> None:
         layouts_of("~no-such-user/mine.py:LAYOUT")
     with pytest.raises(ModelError, match="no such folder"):
         resolve_model_folder("~no-such-user/model")
+
+
+@pytest.mark.parametrize("name, mark", [("rows.csv", ";"), ("rows.csv", "\t"), ("rows.csv", "|"), ("rows.tsv", ",")])
+def test_columns_that_another_mark_divides_are_refused_by_it(tmp_path: Path, name: str, mark: str) -> None:
+    """Read as one column they fit no layout, and the message would be about layouts."""
+    (tmp_path / name).write_text(f"prompt{mark}completion\na{mark}b\n")
+    with pytest.raises(DataError, match="its columns are divided by") as error:
+        list(open_source(source(f"{tmp_path}/{name}")).rows())
+    assert repr(mark) in error.value.what and error.value.where == f"{tmp_path}/{name}:1"
+    (tmp_path / name).write_text("the text, as it is\na\n" if name == "rows.tsv" else "text; or none\na\n")
+    assert len(list(open_source(source(f"{tmp_path}/{name}")).rows())) == 1
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.csv"])
+def test_a_pointer_of_git_lfs_is_no_data(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n")
+    with pytest.raises(DataError, match="a pointer of Git LFS") as error:
+        list(open_source(source(f"{tmp_path}/{name}")).rows())
+    assert "git lfs pull" in str(error.value.remedy)
+
+
+def test_a_list_in_a_file_of_lines_is_told_where_lists_go(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('[{"prompt": "a", "completion": "b"}]\n')
+    [refusal] = open_source(source(f"{tmp_path}/rows.jsonl")).rows()
+    assert isinstance(refusal, Refusal)
+    assert "got a list of objects: a file that is one list is named .json" in refusal.reason

@@ -86,6 +86,40 @@ def test_paths_of_a_recipe_start_at_its_folder_and_paths_of_an_override_where_on
     assert [s.path for s in recipe.stages[1].data] == [str(tmp_path / "a.jsonl"), f"{here}/gen.py:rows", "owner/set"]
 
 
+@pytest.mark.parametrize("key", ["output", "model.path", "stages.sft.data"])
+def test_a_variable_of_the_shell_in_a_path_is_refused_and_a_folder_of_that_name_is_not(
+    tmp_path: Path, key: str
+) -> None:
+    """It would name a folder that is really called $HOME."""
+    said = refusal(tmp_path, MINIMAL, f"{key}=${{HOME}}/things")
+    assert "has ${HOME} in it, and a recipe knows no variables of the shell" in said
+    (tmp_path / "$HOME").mkdir()
+    (tmp_path / "$HOME" / "things").write_text("")
+    load(tmp_path, MINIMAL, f"{key}={tmp_path}/$HOME/things")
+
+
+@pytest.mark.parametrize(
+    "address, remedy",
+    [
+        ("https://example.org/rows.jsonl", "download it"),
+        ("s3://bucket/rows.jsonl", "download it"),
+        ("hf://datasets/owner/rows/train.jsonl", "write the hub id, owner/rows"),
+        ("https://huggingface.co/datasets/owner/rows", "write the hub id, owner/rows"),
+    ],
+)
+def test_an_address_is_no_path(tmp_path: Path, address: str, remedy: str) -> None:
+    """It was looked for as a file below the recipe's folder."""
+    for key in ("stages.sft.data", "model.path"):
+        said = refusal(tmp_path, MINIMAL, f"{key}={address}")
+        assert f"`{key}` is an address, and none is fetched" in said and remedy in said
+
+
+def test_a_stage_that_cannot_stand_where_it_does_is_told_with_its_line(tmp_path: Path) -> None:
+    second = "  - {id: more, kind: sft, data: data.jsonl}\n"
+    assert refusal(tmp_path, MINIMAL + second.replace("kind", "from: nowhere, kind")).startswith("recipe.yaml:5: ")
+    assert refusal(tmp_path, MINIMAL + second.replace("more", "sft")).startswith("recipe.yaml:5: two stages")
+
+
 def test_a_model_is_a_folder_where_there_is_one_and_a_hub_id_otherwise(tmp_path: Path) -> None:
     assert load(tmp_path, MINIMAL).model.path == "owner/name"
     (tmp_path / "owner" / "name").mkdir(parents=True)
@@ -179,6 +213,15 @@ def test_a_key_of_another_place_is_answered_with_its_place(tmp_path: Path) -> No
         ("vllm_is_truncated_threshold", "`loss.correction.floor` and `cap`"),
         ("rollout_importance_sampling_mode", "{level: sequence, mode: mask}"),
         ("max_epochs", "`updates_per_batch` of an online stage"),
+        ("base_model", "`base_model` is `model.path`"),
+        ("datasets", "`data` of a stage"),
+        ("micro_batch_size", "global"),
+        ("plugins", "`loss: {name: file.py}`"),
+        ("val_set_size", "`eval: {data: ...}`"),
+        ("overwrite_output_dir", "`align run --resume`"),
+        ("data.prompt_key", "`data: {path: ..., columns: {ours: theirs}}`"),
+        ("max_async_level", "`max_async_level` is `staleness`"),
+        ("weight", "`objectives: {weights: {name: 2.0}}`"),
     ],
 )
 def test_words_of_peers_are_answered_with_ours(word: str, answer: str) -> None:

@@ -67,6 +67,7 @@ def test_a_later_override_wins(load: Any) -> None:
     ("override", "says"),
     [
         ("stages.gpro.steps=1", ("no 'gpro'", "did you mean 'grpo'", "sft, dpo, grpo")),
+        ("sft.optim.lr=1", ("`sft` is a stage", "write stages.sft.optim.lr=1")),
         ("stages.grpo.rewards.helpfull.batch=1", ("no 'helpfull'", "numeric, helpful, polite")),
         ("stages.sft.optm.lr=1", ("unknown key `optm`", "did you mean `optim`")),
         ("stages.sft.optim.lr=fast", ("expected a number", "'fast'")),

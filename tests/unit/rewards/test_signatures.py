@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rewards import PluginError, Sample
+from rewards.find import load
 from rewards.plugin import PluginSpec
 from rewards.pool import PoolResult, RewardPool
 
@@ -109,3 +111,42 @@ def test_a_decorated_function_may_call_its_samples_completions(tmp_path: Path) -
     )
     with RewardPool([PluginSpec("mine.py:said")], tmp_path, 0) as pool:
         assert pool.score_sync(CHAT).scores == [[3.0], [2.0]]
+
+
+@pytest.mark.parametrize(
+    "peer, parameters",
+    [("verl", "data_source, solution_str, ground_truth, extra_info=None"), ("OpenRLHF", "queries, prompts, labels")],
+)
+def test_a_function_of_verl_or_openrlhf_is_refused_with_what_to_write(
+    tmp_path: Path, peer: str, parameters: str
+) -> None:
+    (tmp_path / "mine.py").write_text(f"def theirs({parameters}):\n    return 1.0\n")
+    with pytest.raises(PluginError, match=f"those of {peer}'s reward functions") as error:
+        load(PluginSpec("mine.py:theirs"), tmp_path)
+    assert "[theirs(..., s.completion," in str(error.value.remedy)
+
+
+@pytest.mark.parametrize(
+    "signature, name, wants",
+    [
+        ("trl", "plain", ["solution"]),
+        ("trl", "part", []),
+        ("trl", "given", ["level"]),
+        ("trl", "Made", ["key"]),
+        ("swift", "Made", ["key"]),
+        ("swift", "renamed", ["solution"]),
+    ],
+)
+def test_the_columns_that_a_function_of_theirs_cannot_do_without_are_known(
+    tmp_path: Path, signature: Any, name: str, wants: list[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from functools import partial\n"
+        "def plain(prompts, completions, solution, level=1, **kwargs): ...\n"
+        "part = partial(plain, solution=['a'])\n"
+        "def given(completions, level, weight): ...\n"
+        "def renamed(texts, solution): ...\n"
+        "class Made:\n    def __init__(self, k=1): ...\n    def __call__(self, completions, key): ...\n"
+    )
+    args = {"weight": 2} if name == "given" else {}
+    assert load(PluginSpec(f"mine.py:{name}", args=args, signature=signature), tmp_path).describe()["columns"] == wants

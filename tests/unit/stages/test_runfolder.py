@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from align.errors import RunFolderError
+from align.recipe.load import dump_recipe
 from align.recipe.schema import Recipe
 from align.stages import processes
 from align.stages.files import read_json, sha256_file, write_json
@@ -17,7 +18,7 @@ from align.stages.fingerprint import differences, fingerprint
 from align.stages.media_inputs import note_media
 from align.stages.metrics_file import cut_metrics
 from align.stages.processes import ProcessId
-from align.stages.runfolder import RunFolder
+from align.stages.runfolder import RunFolder, require_known
 
 
 def recipe(folder: Path, **changes: Any) -> Recipe:
@@ -368,3 +369,27 @@ def test_a_run_of_a_version_that_hashed_no_modules_resumes(tmp_path: Path) -> No
         for key in ("modules", "named"):
             entry["fingerprint"].pop(key)
     compare(run, r)
+
+
+def test_a_start_that_found_no_run_is_told_from_one_that_goes_on(tmp_path: Path) -> None:
+    """`--resume` of a misspelt name begins anew: the command says so."""
+    r = recipe(tmp_path)
+    first = opened(r, resume=True)
+    assert first.is_new
+    first.ended()
+    again = opened(r, resume=True)
+    assert not again.is_new
+    again.ended()
+
+
+def test_a_stage_to_start_from_that_is_none_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
+    """Else the next start would be told that the run folder exists."""
+    from align.cli.main import main
+
+    written = tmp_path / "run.yaml"
+    written.write_text(dump_recipe(recipe(tmp_path)))
+    with pytest.raises(RunFolderError, match="no stage 'nope'"):
+        require_known(recipe(tmp_path), "nope")
+    for verb in (["run"], ["submit", "--address", "http://127.0.0.1:1"]):
+        assert main([verb[0], str(written), *verb[1:], "--from-stage", "nope"]) == 2
+    assert not (tmp_path / "runs").exists()
