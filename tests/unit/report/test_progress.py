@@ -174,7 +174,7 @@ def test_the_closing_table_names_every_stage_its_figures_and_what_it_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     entry = {"steps": 300, "seconds": 61.2, "tokens": 9, "tokens_per_second": 12345.0}
-    figures = {"accuracy": 0.51234, "mean_length": 7.25}
+    figures = {"loss/total": 0.51234}
     summary = {
         "stages": {
             "sft": {**entry, "metrics": figures, "artefacts": {"model": "runs/demo/sft/model"}},
@@ -186,9 +186,9 @@ def test_the_closing_table_names_every_stage_its_figures_and_what_it_made(
     reporter.close()
     out = capsys.readouterr().out
     row = next(line for line in out.splitlines() if "sft " in line)
-    assert [cell.strip() for cell in row.strip("│ ").split("│")] == ["sft", "300", "61", "12,345", "0.512", "7.2"]
+    assert [cell.strip() for cell in row.strip("│ ").split("│")] == ["sft", "300", "61", "12,345", "0.512"]
     assert "release" in out and "sft: model in runs/demo/sft/model" in out
-    assert "loss" not in out and "layout" not in out
+    assert "without training" not in out and "layout" not in out
 
 
 def test_the_closing_table_says_how_a_stage_was_computed_and_why_that_was_slower(
