@@ -246,20 +246,25 @@ class RayBackend:
             task = ray.remote(function).options(**self._now.at("files"), max_retries=0)
             return await answer(task.remote(self.token, *arguments), who)
 
+    async def _first_task(self, function: Any, who: str, *arguments: Any) -> Any:
+        """By the trainer's process that is loading, where there is one: else torch would be loaded twice."""
+        spare = self._spare_trainer.actor
+        if spare is None:
+            return await self._task(function, who, *arguments)
+        return await answer(spare.do.remote(function, self.token, *arguments), who)
+
     def gpus(self) -> float:
         return self.cluster.total("GPU")
 
     async def multiplied(self, inner: int, outer: int) -> Mapping[str, float]:
         [role] = self.roles(Needs(files=True))
-        who, sides = "measuring the machine", (inner, outer, role.threads)
-        if (spare := self._spare_trainer.actor) is not None:  # it loads torch anyway
-            found: Mapping[str, float] = await answer(spare.multiplied.remote(*sides), who)
-        else:
-            found = await self._task(files.multiplied, who, *sides)
+        found: Mapping[str, float] = await self._first_task(
+            files.multiplied, "measuring the machine", inner, outer, role.threads
+        )
         return found
 
     async def write_base(self, model: Model, folder: Path, seed: int) -> None:
-        await self._task(files.write_base, "writing the model from scratch", model, folder, seed)
+        await self._first_task(files.write_base, "writing the model from scratch", model, folder, seed)
 
     async def merge(
         self, base: Path, adapter: Path, out: Path, *, dtype: str, seed: int, chat: ChatFiles

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,11 +71,9 @@ class PolicyActor:
         """Import what a trainer is made of, ahead of `start`."""
         load_libraries()
 
-    def multiplied(self, inner: int, outer: int, threads: int) -> dict[str, float]:
-        """See `align.model.speed`."""
-        from align.model import speed
-
-        return speed.multiplied(inner, outer, threads)
+    def do(self, task: Callable[..., Any], *arguments: Any) -> Any:
+        """What a task of `align.actors.files` answers: before `start`, of a process that loads its libraries anyway."""
+        return task(*arguments)
 
     def host(self, size: int) -> tuple[str, int]:
         """Open the store at which `size` ranks meet; its address. It listens there alone: torch's own socket would on

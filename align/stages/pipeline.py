@@ -137,10 +137,10 @@ async def run_pipeline(
     run.record(backend.processes(), backend.threads())
     prints = {stage.id: fingerprint(recipe, stage, plugins, recipe_folder) for stage in recipe.stages}
     run.compare(recipe, lambda stage: prints[stage.id])
-    origin = await _origin(recipe, run, backend, report)
-    check_adapters(recipe, origin)
     if (following := next((s for s in recipe.stages if s.id not in run.finished()), None)) is not None:
         _expect(following, backend)
+    origin = await _origin(recipe, run, backend, report)
+    check_adapters(recipe, origin)
     recipe = await settle(recipe, run, origin, backend, report.message)
     restarts = Restarts(max_restarts, run, report.message)
     context = Context(recipe, run, backend, report, publications, recipe_folder, stop, origin)
