@@ -6,6 +6,7 @@ does `python -m`: whoever imports ours first, and checks, is safe from then on.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import sys
@@ -43,5 +44,7 @@ def quick_imports() -> Iterator[None]:
     try:
         yield
         gc.freeze()
+        atexit.unregister(gc.unfreeze)
+        atexit.register(gc.unfreeze)  # libraries that count their objects at the end find them collected, as always
     finally:
         gc.enable()
