@@ -17,6 +17,8 @@ from rewards.plugin import PluginSpec
 from rewards.pool import PoolResult, RewardPool
 from rewards.team import Gate
 
+pytestmark = pytest.mark.slow
+
 PLUGINS = """
 import asyncio, os, time
 from pathlib import Path

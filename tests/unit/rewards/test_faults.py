@@ -15,6 +15,8 @@ from rewards import RewardError, Sample
 from rewards.plugin import PluginSpec
 from rewards.pool import PoolResult, RewardPool
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 TOLERANT = {"retries": 0, "max_error_rate": 1.0}
 

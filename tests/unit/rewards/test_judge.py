@@ -19,6 +19,8 @@ from rewards.plugin import PluginSpec
 from rewards.pool import PoolResult, RewardPool
 from tests.unit.rewards.judge_server import Answer, endpoint, says
 
+pytestmark = pytest.mark.slow
+
 TOLERANT = {"max_error_rate": 1.0, "retries": 0, "timeout_s": 5.0}
 
 

@@ -17,6 +17,8 @@ from rewards import PluginError, Sample, wire
 from rewards.plugin import PluginSpec
 from rewards.pool import PoolResult, RewardPool
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 BOUND = 60.0  # seconds, on a busy machine: far less than for ever
 WAYS = [

@@ -30,7 +30,7 @@ SAMPLING = Sampling(max_tokens=5)
 VERSION = Publication(3, "adapter", "somewhere", "the digest")
 QUICK = Limits(place=60, start=60, heartbeat=60, request=60, close=0.5)
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 
 def spec(**engine: Any) -> EngineSpec:
