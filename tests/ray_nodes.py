@@ -123,3 +123,10 @@ def nodes(cpus: float = 1, **resources: float) -> Iterator[Nodes]:
     finally:
         cluster.close()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def two_nodes() -> Iterator[tuple[Nodes, Any]]:
+    """Node A, which trains, and node B, which trains too, samples and scores: the cluster, and B."""
+    with nodes(1, train=1, home=1) as cluster:
+        yield cluster, cluster.add(1, train=1, sample=2)

@@ -228,8 +228,9 @@ def weights(run_folder: Path, stage: str) -> dict[str, str]:
     return {str(p.relative_to(run_folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
 
 
-def rollouts(run_folder: Path, stage: str) -> list[dict[str, Any]]:
+def rollouts(run_folder: Path, stage: str, of: str = "") -> list[dict[str, Any]]:
+    """Of an online stage, or of what an evaluate stage judged (`of`)."""
     import pyarrow.parquet
 
-    files = sorted((run_folder / stage / "rollouts").glob("*.parquet"))
+    files = sorted((run_folder / stage / "rollouts" / of).glob("*.parquet"))
     return [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]

@@ -14,7 +14,7 @@ import ray
 from align.actors import files
 from align.actors.cluster import Cluster, answer
 from align.actors.places import Places, environment_of
-from align.actors.policy import PolicyActor, RayTrainer
+from align.actors.policy import PolicyActor, RayTrainer, load_libraries
 from align.actors.reference import ReferenceActor
 from align.actors.reward_actors import RayScorer
 from align.actors.spare import Spare
@@ -284,7 +284,7 @@ class RayBackend:
 
 def _loading_trainer(environment: dict[str, Any]) -> Any:
     actor: Any = ray.remote(PolicyActor).options(num_cpus=0, runtime_env=environment).remote()
-    actor.load.remote()  # what fails here fails again, with words, when the trainer starts
+    actor.do.remote(load_libraries)  # what fails here fails again, with words, when the trainer starts
     return actor
 
 

@@ -67,12 +67,8 @@ class PolicyActor:
     def __init__(self) -> None:
         die_with_parent()
 
-    def load(self) -> None:
-        """Import what a trainer is made of, ahead of `start`."""
-        load_libraries()
-
     def do(self, task: Callable[..., Any], *arguments: Any) -> Any:
-        """What a task of `align.actors.files` answers: before `start`, of a process that loads its libraries anyway."""
+        """What a function answers that needs torch or loads it, before `start`: `load_libraries`, a task of `files`."""
         return task(*arguments)
 
     def host(self, size: int) -> tuple[str, int]:

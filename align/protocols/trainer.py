@@ -13,6 +13,8 @@ import numpy as np
 from align.protocols.trees import Tree
 
 Metrics = dict[str, float]
+CI95 = "/ci95"
+"""Ends the name of half the width of a metric's 95 % interval."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+from align.protocols.trainer import CI95
+
 
 def _metric(name: str, form: str) -> Callable[[Mapping[str, Any]], str | None]:
     def cell(entry: Mapping[str, Any]) -> str | None:
@@ -38,7 +40,6 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
 
 
 EXAM_COLUMNS = {"length": ("mean_length", ".1f"), "loss": ("eval/loss", ".4f")}
-CI95 = "/ci95"  # of a metric's name: half the width of its 95 % interval
 
 
 def stage_table(summary: Mapping[str, Any]) -> Table:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from align.protocols.scorer import ScoreTable
-from align.protocols.trainer import Metrics
+from align.protocols.trainer import CI95, Metrics
 
 Z = 1.959964  # of a normal distribution, two-sided
-SUFFIX = "/ci95"
 _SHARES = ("eval/accuracies", "eval/accuracy")
 
 
@@ -34,9 +33,9 @@ def of_scores(table: ScoreTable) -> Metrics:
     """`<objective>/ci95` over one completion a prompt; missing scores are left out, as they are of the mean."""
     columns = ((name, table.scores[:, k]) for k, name in enumerate(table.objectives))
     known = ((name, column[np.isfinite(column)]) for name, column in columns)
-    return {name + SUFFIX: half_width(scores) for name, scores in known if len(scores)}
+    return {name + CI95: half_width(scores) for name, scores in known if len(scores)}
 
 
 def of_losses(metrics: Metrics, rows: int) -> Metrics:
     """`<metric>/ci95` of what is a share of rows among the metrics of an evaluation over `rows` pairs or labels."""
-    return {name + SUFFIX: share_half_width(metrics[name], rows) for name in _SHARES if name in metrics}
+    return {name + CI95: share_half_width(metrics[name], rows) for name in _SHARES if name in metrics}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from align.protocols.trees import Tree
-from tests.bench import common, peer, work
+from tests.bench import common, peer, peer_text, work
 
 GOALS = {("demo", "float32"): 1.7, ("demo", "bfloat16"): 2.0, ("long", "float32"): 2.0, ("long", "bfloat16"): 2.0}
 CHECKED_ROWS = 4
@@ -39,27 +39,6 @@ def data_and_model(arguments: argparse.Namespace, folder: Path) -> tuple[work.Sh
     return shape, name, trees
 
 
-def choose(
-    arguments: argparse.Namespace, trainer: Any, folder: Path, trees: list[Tree]
-) -> tuple[int, common.Apart, str, int, dict[str, Any]]:
-    """(our token budget, TRL's trainer, its setting, its batch size, what was tried), each the fastest on the first
-    rows."""
-    some = trees[: arguments.select_rows]
-    checked = trees[:CHECKED_ROWS]
-    work.draw_adapter(trainer.module)
-    found = trainer.step(checked, step=0, progress=0.0)  # warms up as well
-    mine = (found["loss/total"], found["optim/grad_norm"])
-
-    def ours(budget: int) -> None:
-        work.repack(trainer, budget)
-        trainer.step(some, step=0, progress=0.0)
-
-    budget, tried = common.fastest(arguments.max_tokens, ours, "ours, max_tokens")
-    make = functools.partial(common.place_for(arguments.toy), peer.Dpo, folder, trees[:1])
-    theirs, setting, batch, more = peer.choose(arguments, make, mine, checked, some)
-    return budget, theirs, setting, batch, tried | more
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run and print; returns what is recorded."""
     arguments = parse(argv)
@@ -73,19 +52,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print(peer.HEAD_NOTE)
         loss = {"name": "dpo", "beta": 0.1}
         trainer = work.make_trainer(folder, loss, dtype=arguments.dtype, device="cpu")
-        budget, theirs, setting, batch, tried = choose(arguments, trainer, folder, trees)
-        work.repack(trainer, budget)
+        work.draw_adapter(trainer.module)
+        make = functools.partial(common.place_for(arguments.toy), peer_text.Dpo, folder, trees[:1])
+        some = trees[: arguments.select_rows]
+        budget, theirs, setting, batch, tried = peer.both(arguments, trainer, make, trees[:CHECKED_ROWS], some)
         rounds = peer.in_turn(trainer, theirs, trees, batch, arguments)
         packed = work.packed_layout(trees, budget, keep_together=True)
         padded = work.padded_layout(peer.windows_of(trees, batch), compact_head=False)
     units = {"pairs": len(trees)}
-    sides = [
-        common.Side("ours", f"max_tokens {budget}", rounds.seconds["ours"], work.update_flop(shape, packed), units),
-        common.Side("TRL", setting, rounds.seconds["TRL"], work.update_flop(shape, padded), units),
-    ]
+    settings = {"ours": (f"max_tokens {budget}", packed), "TRL": (setting, padded)}
     return common.report(
         f"dpo-against-trl{of_model}-{arguments.shape}-{arguments.dtype}",
-        sides,
+        peer.sides(shape, rounds, settings, units),
         rounds,
         goal=GOALS[arguments.shape, arguments.dtype],
         about={"shape": arguments.shape, "dtype": arguments.dtype, "note": peer.HEAD_NOTE},

@@ -187,7 +187,7 @@ class Theirs(Side):
             options |= {"group_size": GROUP_SIZE, "max_completion": case.length // 4, "kl": KL}
             self.held = mode, peer.Grpo(self.folder, mode, **options)
         else:
-            kind: Any = peer.Dpo if case.loss == "dpo" else peer_text.Sft
+            kind: Any = peer_text.Dpo if case.loss == "dpo" else peer_text.Sft
             self.held = mode, kind(self.folder, case.trees(), mode, **options)
 
     def update(self, trees: list[Tree], batch: int) -> tuple[float, float]:

@@ -70,12 +70,11 @@ def theirs(model: str, dtype: str, shape: tuple[int, int, int], steps: int, batc
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     from rewards import Sample
     from rewards.builtins.ifeval import ifeval
 
-    groups, size, longest = shape
     found: list[dict[str, float]] = []
     generated = [0]
 
@@ -98,30 +97,12 @@ def theirs(model: str, dtype: str, shape: tuple[int, int, int], steps: int, batc
             found.append({"seconds": time.perf_counter() - self.begun, "tokens": float(generated[0])})
             generated[0] = 0
 
-    rows = list(generators.load("documented").prompts(rows=groups * (steps + 1)))
+    rows = list(generators.load("documented").prompts(rows=shape[0] * (steps + 1)))
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, MODES[dtype][0])),
             reward_funcs=[reward],
-            args=GRPOConfig(
-                output_dir=folder,
-                per_device_train_batch_size=batch,
-                gradient_accumulation_steps=groups * size // batch,
-                num_generations=size,
-                max_completion_length=longest,
-                max_steps=steps + 1,
-                learning_rate=work.LR,
-                lr_scheduler_type="constant",
-                temperature=1.0,
-                loss_type="dapo",
-                use_cpu=True,
-                bf16=MODES[dtype][1],
-                report_to="none",
-                save_strategy="no",
-                disable_tqdm=True,
-                gradient_checkpointing=False,
-                dataloader_pin_memory=False,
-            ),
+            args=_arguments(folder, dtype, shape, steps, batch),
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(model),
             peft_config=LoraConfig(
@@ -131,6 +112,31 @@ def theirs(model: str, dtype: str, shape: tuple[int, int, int], steps: int, batc
         )
         trainer.train()
     return found
+
+
+def _arguments(folder: str, dtype: str, shape: tuple[int, int, int], steps: int, batch: int) -> Any:
+    from trl import GRPOConfig
+
+    groups, size, longest = shape
+    return GRPOConfig(
+        output_dir=folder,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=groups * size // batch,
+        num_generations=size,
+        max_completion_length=longest,
+        max_steps=steps + 1,
+        learning_rate=work.LR,
+        lr_scheduler_type="constant",
+        temperature=1.0,
+        loss_type="dapo",
+        use_cpu=True,
+        bf16=MODES[dtype][1],
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+    )
 
 
 def per_token(steps: Sequence[dict[str, float]]) -> list[float]:

@@ -40,28 +40,6 @@ def with_sampler_logps(trainer: Any, trees: Sequence[Tree]) -> list[Tree]:
     ]
 
 
-def choose(
-    arguments: argparse.Namespace, trainer: Any, folder: Path, trees: list[Tree]
-) -> tuple[int, common.Apart, str, int, dict[str, float], list[Tree]]:
-    """(our token budget, TRL's trainer, its setting, its batch size, what was tried, the trees with sampler
-    log-probabilities)."""
-    work.draw_adapter(trainer.module)
-    trees = with_sampler_logps(trainer, trees)
-    some = trees[: arguments.select_groups]
-    found = trainer.step(trees[:1], step=0, progress=0.0)
-    mine = (found["loss/total"], found["optim/grad_norm"])
-
-    def ours(budget: int) -> None:
-        work.repack(trainer, budget)
-        trainer.step(some, step=0, progress=0.0)
-
-    budget, tried = common.fastest(arguments.max_tokens, ours, "ours, max_tokens")
-    options = {"group_size": arguments.group_size, "max_completion": len(trees[0].branches[0]), "kl": KL}
-    make = functools.partial(common.place_for(arguments.toy), peer.Grpo, folder, **options)
-    theirs, setting, batch, more = peer.choose(arguments, make, mine, trees[:1], some)
-    return budget, theirs, setting, batch, tried | more, trees
-
-
 def padded(trees: Sequence[Tree], batch: int, *, compact: bool = False) -> work.Layout:
     """Of TRL's batches: a row per completion."""
     rows = [replace(tree, branches=(branch,)) for tree in trees for branch in tree.branches]
@@ -87,20 +65,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
         loss = {"name": "grpo", "kl": KL}
         trainer = work.make_trainer(folder, loss, dtype=arguments.dtype, device="cpu")
-        budget, theirs, setting, batch, tried, trees = choose(arguments, trainer, folder, trees)
-        work.repack(trainer, budget)
+        work.draw_adapter(trainer.module)
+        trees = with_sampler_logps(trainer, trees)
+        options = {"group_size": size, "max_completion": completion, "kl": KL}
+        make = functools.partial(common.place_for(arguments.toy), peer.Grpo, folder, **options)
+        some = trees[: arguments.select_groups]
+        budget, theirs, setting, batch, tried = peer.both(arguments, trainer, make, trees[:1], some)
         rounds = peer.in_turn(trainer, theirs, trees, batch, arguments)
     packed = work.packed_layout(trees, budget, keep_together=False)
     units = {"completions": arguments.groups * size}
-    layouts = {"ours": packed, "TRL": padded(trees, batch)}
-    settings = {"ours": f"max_tokens {budget}", "TRL": setting}
-    sides = [
-        common.Side(side, settings[side], rounds.seconds[side], work.update_flop(shape, layouts[side]), units)
-        for side in ("ours", "TRL")
-    ]
+    settings = {"ours": (f"max_tokens {budget}", packed), "TRL": (setting, padded(trees, batch))}
     return common.report(
         f"grpo-update-against-trl{of_model}-{arguments.dtype}",
-        sides,
+        peer.sides(shape, rounds, settings, units),
         rounds,
         goal=GOAL,
         about={"groups": arguments.groups, "group_size": size, "dtype": arguments.dtype, "note": peer.HEAD_NOTE},

@@ -19,7 +19,7 @@ from typing import Any
 
 from align.protocols.trees import Segment, Tree
 from tests.bench import common
-from tests.bench.work import ALPHA, LR, RANK, draw_adapter
+from tests.bench.work import ALPHA, LR, RANK, Layout, Shape, draw_adapter, repack, update_flop
 
 HEAD_NOTE = "TRL's head compacts to scored positions only on CUDA (trl/trainer/utils.py, add_fused_lm_head: compact)"
 MEDIA = ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")  # what TRL hands on of Qwen's images
@@ -95,6 +95,39 @@ def choose(
         best = (seconds[str(batch)], theirs, f"{mode}, batch {batch}", batch)
     assert best is not None
     return *best[1:], tried
+
+
+def both(
+    arguments: Any, trainer: Any, make: Callable[[str], common.Apart], checked: Sequence[Tree], some: Sequence[Tree]
+) -> tuple[int, common.Apart, str, int, dict[str, float]]:
+    """Our token budget, TRL's trainer, its setting, its batch size, and what was tried: the fastest on `some` of those
+    that compute the same on `checked`, which warms ours up as well."""
+    found = trainer.step(checked, step=0, progress=0.0)
+    mine = (found["loss/total"], found["optim/grad_norm"])
+
+    def ours(budget: int) -> None:
+        repack(trainer, budget)
+        trainer.step(some, step=0, progress=0.0)
+
+    budget, tried = common.fastest(arguments.max_tokens, ours, "ours, max_tokens")
+    theirs, setting, batch, more = choose(arguments, make, mine, checked, some)
+    repack(trainer, budget)
+    return budget, theirs, setting, batch, tried | more
+
+
+def sides(
+    shape: Shape,
+    rounds: common.Rounds,
+    settings: Mapping[str, tuple[str, Layout]],
+    units: Any,
+    *,
+    reference: bool = True,
+) -> list[common.Side]:
+    """Of each side by name: its setting in words, its seconds, and the work that its layout makes of an update."""
+    return [
+        common.Side(side, words, rounds.seconds[side], update_flop(shape, layout, reference=reference), units)
+        for side, (words, layout) in settings.items()
+    ]
 
 
 def windows_of(trees: Sequence[Tree], batch: int) -> list[list[Tree]]:
@@ -199,51 +232,6 @@ class Peer:
         trainer.optimizer.step()
         trainer.model_wrapped.zero_grad()
         return float(loss), float(norm)
-
-
-class Dpo(Peer):
-    def __init__(
-        self,
-        folder: Path,
-        trees: Sequence[Tree],
-        mode: str,
-        *,
-        device: str = "cpu",
-        checkpointing: bool = False,
-        liger: bool = False,
-    ):
-        super().__init__(folder, mode, device, checkpointing, liger=liger)
-        from datasets import Dataset
-        from transformers import AutoTokenizer
-        from trl import DPOConfig, DPOTrainer
-
-        class Given(DPOTrainer):
-            def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-                return dataset  # the ids are given
-
-        self.trainer = Given(
-            model=self._model(),
-            args=DPOConfig(**self._arguments(), per_device_train_batch_size=1, beta=0.1, max_length=None),
-            train_dataset=Dataset.from_list([as_row(tree) for tree in trees[:1]]),
-            processing_class=AutoTokenizer.from_pretrained(self.folder),
-            peft_config=self._lora(),
-        )
-        self._prepare()
-
-    def update(self, trees: Sequence[Tree], batch: int) -> tuple[float, float]:
-        rows = [[as_row(tree) for tree in window] for window in windows_of(trees, batch)]
-        collate = self.trainer.data_collator
-        return self._window([lambda window=window: collate(window) for window in rows])
-
-
-def as_row(tree: Tree) -> dict[str, list[int]]:
-    """A pair as DPOTrainer's collator wants it."""
-    chosen, rejected = tree.branches
-    return {
-        "prompt_ids": tree.trunk.token_ids.tolist(),
-        "chosen_ids": chosen.token_ids.tolist(),
-        "rejected_ids": rejected.token_ids.tolist(),
-    }
 
 
 class Grpo(Peer):

@@ -44,35 +44,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print(peer.HEAD_NOTE)
         trainer = work.make_trainer(folder, {"name": "sft"}, dtype=arguments.dtype, device="cpu", reference=False)
         work.draw_adapter(trainer.module)
-        some, checked = trees[: arguments.select_rows], trees[:CHECKED_ROWS]
-        found = trainer.step(checked, step=0, progress=0.0)  # warms up as well
-        mine = (found["loss/total"], found["optim/grad_norm"])
-
-        def ours(budget: int) -> None:
-            work.repack(trainer, budget)
-            trainer.step(some, step=0, progress=0.0)
-
-        budget, tried = common.fastest(arguments.max_tokens, ours, "ours, max_tokens")
         make = functools.partial(
             common.place_for(arguments.toy), peer_text.Sft, folder, trees[:1], device="cpu", checkpointing=False
         )
-        theirs, setting, batch, more = peer.choose(arguments, make, mine, checked, some)
-        work.repack(trainer, budget)
+        some = trees[: arguments.select_rows]
+        budget, theirs, setting, batch, tried = peer.both(arguments, trainer, make, trees[:CHECKED_ROWS], some)
         rounds = peer.in_turn(trainer, theirs, trees, batch, arguments)
     packed = work.packed_layout(trees, budget, keep_together=False)
     padded = work.padded_layout(peer.windows_of(trees, batch), compact_head=False)
     units = {"rows": len(trees), "tokens": sum(lengths)}
-    sides = [
-        common.Side(side, words, rounds.seconds[side], work.update_flop(shape, layout, reference=False), units)
-        for side, words, layout in (("ours", f"max_tokens {budget}", packed), ("TRL", setting, padded))
-    ]
+    settings = {"ours": (f"max_tokens {budget}", packed), "TRL": (setting, padded)}
     return common.report(
         f"sft-against-trl{of_model}-{arguments.dtype}",
-        sides,
+        peer.sides(shape, rounds, settings, units, reference=False),
         rounds,
         goal=GOAL,
         about={"rows": len(trees), "dtype": arguments.dtype, "note": peer.HEAD_NOTE},
-        tried=tried | more,
+        tried=tried,
         started=started,
         record=not arguments.toy,
     )

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.ray_local import local_ray
-from tests.ray_nodes import Nodes, nodes
+from tests.ray_nodes import Nodes, nodes, two_nodes
 from tests.runs import (
     dpo,
     grpo,
@@ -92,9 +92,8 @@ def test_an_address_where_no_cluster_is_says_so(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[tuple[Nodes, Any]]:
-    """Node A, which trains, and node B, which trains too, samples and scores."""
-    with nodes(1, train=1, home=1) as cluster:
-        yield cluster, cluster.add(1, train=1, sample=2)
+    with two_nodes() as found:
+        yield found
 
 
 def test_engines_and_rewards_of_a_lost_node_start_again_on_a_new_one(two: tuple[Nodes, Any], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.ray_nodes import Nodes, nodes
+from tests.ray_nodes import Nodes, two_nodes
 from tests.runs import metrics, run, sft, started, timeless, wait_until, weights, write_data, write_recipe
 
 pytestmark = pytest.mark.slow
@@ -18,9 +18,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def two() -> Iterator[tuple[Nodes, Any]]:
-    """Two nodes that train."""
-    with nodes(1, train=1, home=1) as cluster:
-        yield cluster, cluster.add(1, train=1, sample=2)
+    with two_nodes() as found:
+        yield found
 
 
 def test_a_lost_rank_ends_in_a_resume_that_is_bit_equal(two: tuple[Nodes, Any], tmp_path: Path) -> None:

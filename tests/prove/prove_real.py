@@ -49,7 +49,7 @@ def moved(folder: Path) -> tuple[float, float]:
     """The mean change of the held-out reward from dpo to grpo, prompt by prompt, and its standard error."""
     rewards = []
     for stage in ("dpo", "grpo"):
-        rows = rollouts(folder, f"exam/rollouts/{stage}", "")
+        rows = rollouts(folder, "exam", stage)
         asked = {row["origin"]: row for row in rows if row["objective/follows"] is not None}
         rewards.append({at: sum(w * row[f"objective/{k}"] for k, w in WEIGHTS.items()) for at, row in asked.items()})
     assert rewards[0].keys() == rewards[1].keys()
@@ -66,9 +66,15 @@ def preferences(stages: dict[str, Any]) -> tuple[float, float]:
     return after - before, math.hypot(*errors)
 
 
-def judged(folder: Path, seconds: float) -> dict[str, Any]:
+def seconds_of(folder: Path) -> float:
+    """From the first stage's begin to the last one's end."""
+    entries = json.loads((folder / "run.json").read_text(encoding="utf-8"))["stages"].values()
+    return float(max(entry["ended"] for entry in entries) - min(entry["begun"] for entry in entries))
+
+
+def judged(folder: Path) -> dict[str, Any]:
     """The figures of one run, with the checks that all must hold."""
-    stages = stages_of(folder)
+    stages, seconds = stages_of(folder), seconds_of(folder)
     exam, neutral = stages["exam"]["metrics"], stages["neutral"]["metrics"]
     change, error = moved(folder)
     liked, doubt = preferences(stages)
@@ -102,13 +108,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as aside:
         output = Path(os.environ.get("ALIGN_PROVE_RUNS", aside)).resolve()
         for seed in SEEDS:
-            started = time.time()
-            folder = run_real(seed, output)
-            seconds = time.time() - started
-            if seconds < 60:  # it was there: its own files say how long it took
-                times = [path.stat().st_mtime for path in (folder / "run.json", folder / "recipe.yaml")]
-                seconds = times[0] - times[1]
-            figures[f"seed {seed}"] = judged(folder, seconds)
+            figures[f"seed {seed}"] = judged(run_real(seed, output))
             print(json.dumps(figures[f"seed {seed}"], indent=1), flush=True)
     return conclude(
         "real",

@@ -208,6 +208,21 @@ def test_a_recipe_runs_from_scratch_to_its_evaluation(recipe: Recipe) -> None:
     assert all(trainer.calls[-1] == "close" for trainer in backend.trainers)
 
 
+def test_an_exam_judges_the_model_before_any_stage_too_which_is_no_stage_of_the_summary(recipe: Recipe) -> None:
+    losses = recipe.stages[-1].model_copy(update={"of": ("base", "sft")})
+    exam = recipe.stages[-2].model_copy(update={"of": ("base", "sft")})
+    backend = PlainBackend()
+    summary, _ = start(recipe.model_copy(update={"stages": (recipe.stages[0], exam, losses)}), backend)
+    stages = summary["stages"]
+    assert list(stages) == ["sft", "exam", "losses"]
+    assert stages["exam"]["of"] == ["base", "sft"]
+    for key in ("short", "short/ci95", "mean_length"):
+        assert {f"base/{key}", f"sft/{key}"} <= stages["exam"]["metrics"].keys()
+    assert {"base/eval/loss", "sft/eval/loss"} <= stages["losses"]["metrics"].keys()
+    served = [job.base for job in backend.jobs if isinstance(job, FleetJob)]
+    assert served == [recipe.run_folder / "base", recipe.run_folder / "sft" / "model"]
+
+
 def test_what_makes_a_stage_slower_is_said_when_it_starts_and_recorded(recipe: Recipe) -> None:
     backend = PlainBackend()
 
