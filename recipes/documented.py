@@ -4,6 +4,9 @@ The texts are real and on every machine: the first paragraphs of some two thousa
 authors. What is generated is the question and, in it, an instruction on the form of the answer that a program can
 verify, of IFEval's kinds (2311.07911) and with its names, so that the reward `ifeval` judges it. Which functions are
 held out depends on their names alone. Another minor version of Python documents a few other functions.
+
+A model that is only taught these forgets how to answer anything else, so a share of the rows that train (`general`)
+asks what general.jsonl asks and answers; the exam's general questions are others.
 """
 
 from __future__ import annotations
@@ -81,33 +84,39 @@ def _instructions(rng: random.Random, name: str) -> list[Instruction]:
     ]  # fmt: skip
 
 
-def sft(*, rows: int = 1000, seed: int = 0, careless: float = 0.5) -> Iterator[Row]:
-    """Demonstrations {messages}: the documentation's sentence. careless: how often the instruction is forgotten."""
-    for name, text, rng in _drawn("sft", rows, seed, held_out=False):
-        [asked] = _asked(name, rng, 1)
-        reply = text if rng.random() < careless else asked.follow(text)
-        yield {"messages": [*_question(name, [asked], rng), _turn(reply)]}
+def sft(*, rows: int = 1000, seed: int = 0, careless: float = 0.5, general: float = 0.0) -> Iterator[Row]:
+    """Demonstrations {messages}: the documentation's sentence. careless: how often the instruction is forgotten.
+    general: the share of other questions, half of which have no instruction."""
+    for subject, rng in _drawn("sft", rows, seed, general=general):
+        asked = _asked(subject.name, rng, 1)
+        if subject.general and rng.random() < 0.5:
+            asked = []
+        reply = subject.text if rng.random() < careless else _followed(asked, subject.text)
+        yield {"messages": [*_question(subject, asked, rng), _turn(reply)]}
 
 
-def pairs(*, rows: int = 400, seed: int = 0, held_out: bool = False) -> Iterator[Row]:
+def pairs(*, rows: int = 400, seed: int = 0, held_out: bool = False, general: float = 0.0) -> Iterator[Row]:
     """Preferences {prompt, chosen, rejected}: the sentence that obeys the instruction over the same sentence that obeys
-    none, or another one. held_out: of functions that no training data show."""
-    for name, text, rng in _drawn("pairs", rows, seed, held_out=held_out):
-        asked, other = rng.sample(_instructions(rng, name), 2)
-        wrong = text if asked.place == other.place or rng.random() < 0.5 else other.follow(text)
+    none, or another one. held_out: of functions that no training data show. general: the share of other questions."""
+    for subject, rng in _drawn("pairs", rows, seed, held_out=held_out, general=general):
+        asked, other = rng.sample(_instructions(rng, subject.name), 2)
+        plain = asked.place == other.place or rng.random() < 0.5
         yield {
-            "prompt": _question(name, [asked], rng),
-            "chosen": [_turn(asked.follow(text))],
-            "rejected": [_turn(wrong)],
+            "prompt": _question(subject, [asked], rng),
+            "chosen": [_turn(asked.follow(subject.text))],
+            "rejected": [_turn(subject.text if plain else other.follow(subject.text))],
         }
 
 
-def prompts(*, rows: int = 400, seed: int = 0, held_out: bool = False, part: str = "docs") -> Iterator[Row]:
+def prompts(
+    *, rows: int = 400, seed: int = 0, held_out: bool = False, part: str = "docs", general: float = 0.0
+) -> Iterator[Row]:
     """Questions {prompt, answer, instruction_id_list, kwargs, part}: half of them with two instructions at once, which
-    no demonstration has. The answer is the documentation's sentence."""
-    for name, text, rng in _drawn(f"prompts/{held_out}", rows, seed, held_out=held_out):
-        asked = _asked(name, rng, rng.choice((1, 2)))
-        yield {"prompt": _question(name, asked, rng), "answer": text, "part": part, **_verifiable(asked)}
+    no demonstration has. The answer is the documentation's sentence. general: the share of other questions."""
+    for subject, rng in _drawn(f"prompts/{held_out}", rows, seed, held_out=held_out, general=general):
+        asked = _asked(subject.name, rng, rng.choice((1, 2)))
+        question = _question(subject, asked, rng)
+        yield {"prompt": question, "answer": subject.text, "part": part, **_verifiable(asked)}
 
 
 def elsewhere(*, rows: int = 100, file: str = "") -> Iterator[Row]:
@@ -134,16 +143,46 @@ def questions() -> Iterator[Row]:
         yield {"prompt": [_turn(row["question"], "user")], "answer": row["answer"], "part": "question"}
 
 
-def _drawn(purpose: str, rows: int, seed: int, *, held_out: bool) -> Iterator[tuple[str, str, random.Random]]:
-    """`rows` documented names of one split in random order, each with its sentence and a generator of its own; each
-    comes once before any comes again."""
+@dataclass(frozen=True)
+class Subject:
+    """What is asked about: its name, the answer, and the question in each of its wordings."""
+
+    name: str
+    text: str
+    wordings: tuple[str, ...]
+    general: bool = False
+
+
+def _drawn(
+    purpose: str, rows: int, seed: int, *, held_out: bool = False, general: float = 0.0
+) -> Iterator[tuple[Subject, random.Random]]:
+    """`rows` subjects in random order, each with a generator of its own: documented names of one split, and general
+    questions as `general` of all; of either, each comes once before any comes again."""
     rng = random.Random(f"{purpose}/{seed}")
-    split = [name for name in documented() if _held_out(name) == held_out]
-    while rows > 0:
-        rng.shuffle(split)
-        for name in split[:rows]:
-            yield name, documented()[name], random.Random(rng.random())
-        rows -= len(split)
+    asked = round(rows * general)
+    names = [
+        Subject(name, text, tuple(wording.format(name=name) for wording in QUESTIONS))
+        for name, text in documented().items()
+        if _held_out(name) == held_out
+    ]
+    found = [*_dealt(names, rows - asked, rng), *_dealt(_general() if asked else [], asked, rng)]
+    if asked:
+        rng.shuffle(found)
+    for subject in found:
+        yield subject, random.Random(rng.random())
+
+
+def _dealt(subjects: list[Subject], count: int, rng: random.Random) -> Iterator[Subject]:
+    while count > 0:
+        rng.shuffle(subjects)
+        yield from subjects[:count]
+        count -= len(subjects)
+
+
+def _general() -> list[Subject]:
+    lines = (BESIDE / "general.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [Subject(row["topic"], row["answer"], (row["question"],), general=True) for row in rows]
 
 
 def _asked(name: str, rng: random.Random, count: int) -> list[Instruction]:
@@ -156,8 +195,14 @@ def _asked(name: str, rng: random.Random, count: int) -> list[Instruction]:
             return [every[at] for at in chosen]
 
 
-def _question(name: str, asked: list[Instruction], rng: random.Random) -> list[Row]:
-    text = " ".join([rng.choice(QUESTIONS).format(name=name), *(one.words for one in asked)])
+def _followed(asked: list[Instruction], text: str) -> str:
+    for one in asked:
+        text = one.follow(text)
+    return text
+
+
+def _question(subject: Subject, asked: list[Instruction], rng: random.Random) -> list[Row]:
+    text = " ".join([rng.choice(subject.wordings), *(one.words for one in asked)])
     return [_turn(text, "user")]
 
 

@@ -43,10 +43,12 @@ SHAPES = ((2048, 2048, 2048), (4096, 384, 1152), (4096, 1152, 384), (1024, 384, 
 
 @dataclass
 class Rounds:
-    """seconds: by side, one per round; peaks: FLOP/s of the fastest matmul before each round and after the last."""
+    """seconds: by side, one per round; peaks: FLOP/s of the fastest matmul before each round and after the last;
+    memory: by side, the peak of the resident bytes of its process during an update."""
 
     seconds: dict[str, list[float]]
     peaks: list[float] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
 
     @property
     def peak(self) -> float:
@@ -313,6 +315,8 @@ def report(
     ratios = {side: rounds.ratio("ours", side) for side in rounds.seconds if side != "ours"}
     print(table(sides, rounds.peak))
     print(f"matmul peak in this run: {rounds.peak / 1e9:.0f} GFLOP/s")
+    if rounds.memory:
+        print("peak resident: " + ", ".join(f"{side} {size / 1e9:.2f} GB" for side, size in rounds.memory.items()))
     for side, ratio in ratios.items():
         print(f"ours is {describe_ratio(ratio)} than {side}" + (f"; goal {goals[side]}x" if side in goals else ""))
     figures = {
@@ -322,6 +326,7 @@ def report(
         "matmul_peak_gflop_per_s": [round(peak / 1e9, 1) for peak in rounds.peaks],
         "sides": {side.name: side.figures(rounds.peak) for side in sides},
         "seconds": rounds.seconds,
+        "peak_resident_gb": {side: round(size / 1e9, 3) for side, size in rounds.memory.items()},
         "seconds_of_settings_on_the_first_rows": tried,
     }
     if record:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from align.protocols.trees import Segment, Tree
-from tests.bench import common, peer, peer_text, work
+from tests.bench import common, peer, peer_grpo, peer_text, work
 from tests.bench.grpo_update_against_trl import padded, with_sampler_logps
 
 MODELS = {
@@ -185,7 +185,7 @@ class Theirs(Side):
         options: dict[str, Any] = {"device": self.device, "checkpointing": self.checkpointing, "liger": self.liger}
         if case.loss == "grpo":
             options |= {"group_size": GROUP_SIZE, "max_completion": case.length // 4, "kl": KL}
-            self.held = mode, peer.Grpo(self.folder, mode, **options)
+            self.held = mode, peer_grpo.Grpo(self.folder, mode, **options)
         else:
             kind: Any = peer_text.Dpo if case.loss == "dpo" else peer_text.Sft
             self.held = mode, kind(self.folder, case.trees(), mode, **options)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from align.protocols.trees import Tree
-from tests.bench import common, peer, work
+from tests.bench import common, peer, peer_grpo, work
 
 GOAL = 4.0
 KL = 0.04
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         work.draw_adapter(trainer.module)
         trees = with_sampler_logps(trainer, trees)
         options = {"group_size": size, "max_completion": completion, "kl": KL}
-        make = functools.partial(common.place_for(arguments.toy), peer.Grpo, folder, **options)
+        make = functools.partial(common.place_for(arguments.toy), peer_grpo.Grpo, folder, **options)
         some = trees[: arguments.select_groups]
         budget, theirs, setting, batch, tried = peer.both(arguments, trainer, make, trees[:1], some)
         rounds = peer.in_turn(trainer, theirs, trees, batch, arguments)

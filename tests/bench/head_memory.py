@@ -12,28 +12,16 @@ head, at a tenth of the tokens and times ten.
 from __future__ import annotations
 
 import argparse
-import re
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tests.bench import common
+from tests.bench.resident import reset_peak, resident_peak
 
 LIMITS_GB = {"frozen head": 0.2, "trainable head": 0.75}
 SMALLER = 10
 """The plain computation is measured at this fraction of the tokens."""
-
-
-def resident_peak() -> int:
-    """Bytes: the largest resident memory of this process since the last `reset_peak`."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def measure(case: str, tokens: int, vocabulary: int, hidden: int, threads: int | None) -> tuple[int, float]:

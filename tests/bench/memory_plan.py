@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench import common
-from tests.bench.head_memory import reset_peak, resident_peak
+from tests.bench.resident import reset_peak, resident_peak
 
 LIMIT, GPU_GOAL_GB = 0.15, 9.0
 GPU_CASES = ("qlora, checkpointing", "lora, checkpointing")

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from align.protocols.trees import Segment, Tree
-from tests.bench import common, peer, vision, vision_report, work
+from tests.bench import common, peer, peer_grpo, vision, vision_report, work
 from tests.bench.grpo_update_against_trl import KL, with_sampler_logps
 
 CACHE_MB = 1024
@@ -89,7 +89,7 @@ def choose(
     settings = [(batch, False) for batch in arguments.batches]
     best, more = common.fastest(settings, functools.partial(padded.call, "update", some), "padded")
     options = {"group_size": arguments.group_size, "max_completion": len(trees[0].branches[0]), "kl": KL}
-    make = functools.partial(common.place_for(arguments.toy), peer.Grpo, folder, **options, targets=targets)
+    make = functools.partial(common.place_for(arguments.toy), peer_grpo.Grpo, folder, **options, targets=targets)
     theirs, setting, batch, others = peer.choose(arguments, make, mine, some, some)
     tried |= {f"padded {key}": value for key, value in more.items()} | others
     return budget, padded, best[0], theirs, setting, batch, tried

@@ -222,6 +222,18 @@ def as_conversations(pairs: Sequence[Tree]) -> list[Tree]:
     ]
 
 
+def documented_rows(folder: Path, rows: int) -> list[Tree]:
+    """The first `rows` demonstrations of recipes/real.yaml, the answer scored."""
+    from align.data.prepare import prepare
+    from align.data.tokenizer import load_tokenizer
+    from align.recipe.inputs import DataSource
+    from tests import generators
+
+    path = f"{generators.RECIPES / 'documented.py'}:sft"
+    source = DataSource.model_validate({"path": path, "options": {"rows": rows, "general": 0.25}})
+    return list(prepare([source], "conversation", load_tokenizer(folder), seed=0).items)
+
+
 def _scored_part(branch: Segment) -> Segment:
     """Without the unscored tail (what a template writes after the end of a turn): TRL scores whole completions."""
     end = int(np.flatnonzero(branch.loss_mask)[-1]) + 1

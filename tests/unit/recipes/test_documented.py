@@ -55,12 +55,10 @@ def followed(rows: list[dict[str, Any]], replies: list[str]) -> list[float]:
 
 def test_instructions_that_are_asked_for_together_can_be_obeyed_together(documented: ModuleType) -> None:
     rows, replies = [], []
-    for name, text, rng in documented._drawn("test", EVERY_ROW, 0, held_out=False):
-        asked, reply = documented._asked(name, rng, rng.choice((1, 2))), text
-        for one in asked:
-            reply = one.follow(reply)
+    for subject, rng in documented._drawn("test", EVERY_ROW, 0, general=0.25):
+        asked = documented._asked(subject.name, rng, rng.choice((1, 2)))
         rows.append(documented._verifiable(asked))
-        replies.append(reply)
+        replies.append(documented._followed(asked, subject.text))
     kinds = {kind for row in rows for kind in row["instruction_id_list"]}
     assert len(kinds) == 6
     scores = followed(rows, replies)
@@ -89,6 +87,21 @@ def test_careless_demonstrations_are_the_bare_sentence(documented: ModuleType) -
         return sum(reply in sentences for reply in replies) / len(replies)
 
     assert bare(1.0) == 1.0 and bare(0.5) == pytest.approx(0.5, abs=0.05) and bare(0.0) == 0.0
+
+
+def test_a_share_of_what_trains_asks_about_other_things_than_the_exam_does(documented: ModuleType) -> None:
+    asked = {row["prompt"][0]["content"] for row in documented.questions()}
+    known = {wording for subject in documented._general() for wording in subject.wordings}
+    assert len(known) >= 100 and known.isdisjoint(asked)
+    for rows in (
+        [row["messages"][:1] for row in documented.sft(rows=400, general=0.25)],
+        [row["prompt"] for row in documented.pairs(rows=400, general=0.25)],
+        [row["prompt"] for row in documented.prompts(rows=400, general=0.25)],
+    ):
+        texts = [turns[0]["content"] for turns in rows]
+        assert sum(any(text.startswith(wording) for wording in known) for text in texts) == 100
+    for seed in range(10):
+        assert all(row["chosen"] != row["rejected"] for row in documented.pairs(rows=400, seed=seed, general=0.5))
 
 
 def test_ifevals_own_prompts_take_the_place_of_ours(documented: ModuleType, tmp_path: Path) -> None:
