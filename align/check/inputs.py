@@ -14,6 +14,7 @@ from align.actors.plugins import plugin_spec
 from align.check.findings import Findings
 from align.check.memory import sizes as memory
 from align.check.scratch import scratch
+from align.check.shown_rows import shown_rows
 from align.data.audit import DataReport
 from align.data.media.library import Library
 from align.data.media.opening import open_library, refuse_media_settings, takes_media
@@ -138,7 +139,8 @@ class DataFacts:
 
     whole: every row was read, so that `rows` is the epoch's size. longest, mean: tokens of a tree, or of a prompt.
     patches: of its images, for each token, on average; most_patches: of one tree's or prompt's.
-    trees: of rows that a loss learns from. prompts: those that are sampled from, as many as were read.
+    shown: rows as the model sees them, in lines. trees: of rows that a loss learns from. prompts: those that are
+    sampled from, as many as were read.
     """
 
     report: DataReport | None = None
@@ -149,6 +151,7 @@ class DataFacts:
     patches: float = 0.0
     most_patches: int = 0
     notes: list[str] = field(default_factory=list)
+    shown: list[str] = field(default_factory=list)
     trees: Sequence[Tree] = ()
     prompts: Sequence[PromptItem] = ()
 
@@ -173,11 +176,13 @@ def read_data(
     margins: bool = False,
     labels: Labels | None = None,
     losses: Sequence[LossTerm] = (),
+    show: int = 0,
 ) -> DataFacts:
     """The first rows of each source (all with `every_row`) through tokenizer and template. Raises DataError.
 
     answers: rewards will judge the pairs. margins: every pair must have one, from them or from its row. labels: of
-    labelled rows. losses: that learn from the rows; they must take the rows' weights.
+    labelled rows. losses: that learn from the rows; they must take the rows' weights. show: how many rows of each
+    source are shown (0: one of each whose columns were guessed).
 
     A hub data set is opened with every row only: the library that reads it brings torch.
     """
@@ -212,6 +217,7 @@ def read_data(
         for source, report in zip(here, prepared.report.sources, strict=True)
     ]
     facts.report = prepared.report
+    facts.shown = shown_rows(prepared.items, prepared.report, model.tokenizer, show)
     facts.trees = prepared.items if losses else ()
     facts.prompts = prepared.items if kind == "prompt" else ()
     facts.whole = not any(cut) and len(here) == len(sources)

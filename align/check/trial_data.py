@@ -12,13 +12,13 @@ from typing import Any
 from align.check.trial_media import TrialMedia, media_of_messages, with_files
 from align.data.audit import Refusal
 from align.data.formats import LAYOUTS
-from align.data.formats.base import choose
+from align.data.formats.guess import choose
 from align.data.formats.written import Values
 from align.data.placing import place_media
 from align.data.readers import Row
 from align.data.records import Prompt, RowError
 from align.data.seen import light
-from align.data.sources import apply_columns, open_source
+from align.data.sources import apply_columns, open_source, renamed
 from align.data.unread import Reading
 from align.errors import DataError
 from align.recipe.inputs import DataSource
@@ -154,12 +154,15 @@ def _prompts(
     """Per row the prompt's messages, and the reference answer where a run would take one off; ((), {}) without."""
     values = [Values.read(row.values) for row in rows]
     try:
-        layout = choose(LAYOUTS, "prompt", values, where=str(trial.path), mapped=mapped)
+        layout, guess = choose(LAYOUTS, "prompt", values, where=str(trial.path), mapped=mapped)
     except DataError as error:
         if mapped:
             raise
         trial.notes.append(f"no prompt was found, so `messages` is empty (--columns prompt=...): {error.what}")
         return [((), {})] * len(rows)
+    if guess is not None:
+        trial.notes.append(f"prompts are read as {guess.words}")
+        values = [Values.read(one) for one in renamed(values, guess.columns, str(trial.path))]
     found: list[tuple[tuple[dict[str, Any], ...], dict[str, Any]]] = []
     for row, own in zip(rows, values, strict=True):
         try:

@@ -39,12 +39,14 @@ def validate(
     every_row: bool = False,
     machine: Machine | None = None,
     cluster: bool = False,
+    show: int = 0,
 ) -> Plan:
     """Check everything that can be known before anything starts, and plan the run.
 
     Args:
         folder: the recipe's, where plugins are looked for. document: gives errors their lines.
         every_row: read all data, not only the first 1,000 rows of each source.
+        show: how many rows of each source are shown as the model sees them (0: one of each whose columns were guessed).
         machine: to plan for (default: this one). cluster: the run joins a cluster, whose size is not known here.
 
     Raises UserError: the only problem in its own class, or one error that lists all of them.
@@ -78,7 +80,7 @@ def validate(
                     with found.gather():
                         check_fits(roles, plan.machine)
             if planner is not None:
-                _check_stage(recipe, stage, planner, plan, found, folder, rewards, every_row)
+                _check_stage(recipe, stage, planner, plan, found, folder, rewards, every_row, show)
                 if plan.stages and plan.stages[-1].id == stage.id:
                     plan.stages[-1].lines += rewards.lines(stage.rewarded_by)
         if planner is not None:
@@ -149,6 +151,7 @@ def _check_stage(
     folder: Path,
     known: Rewards,
     every_row: bool,
+    show: int,
 ) -> None:
     """Read a stage's data, then plan it; what fails is kept in `found`."""
     read: dict[str, DataFacts] = {}
@@ -168,6 +171,7 @@ def _check_stage(
                 margins=not sampled and Losses.of(stage.losses).needs_margin,
                 labels=stage.score_head if kind == "labelled" else None,
                 losses=() if sampled else stage.losses,
+                show=show,
             )
     if len(read) < len(stage.datasets):
         return
@@ -177,6 +181,7 @@ def _check_stage(
         for key, facts in read.items():
             planned.lines += [f"{key}: {line.strip()}" for line in (facts.report.summary if facts.report else [])]
             planned.lines += [f"{key}: {note}" for note in [*facts.notes, *golds.get(key, [])]]
+            planned.lines += [line if line.startswith("  ") else f"{key}: {line}" for line in facts.shown]
         plan.stages.append(planned)
 
 

@@ -29,6 +29,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--suite", action="store_true", help="try on it what runs do: packing, adapters, merge, engines"
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="with --suite: run the model's own code")
+    parser.add_argument(
+        "--show", type=int, default=0, metavar="N", help="print N rows of each source as the model sees them"
+    )
     parser.add_argument("--data", action="store_true", help="read every row, not only the first 1,000 of each source")
 
 
@@ -50,7 +53,9 @@ def _recipe(arguments: argparse.Namespace) -> int:
     recipe, document = load_document(arguments.recipe, arguments.overrides)
     folder = Path(arguments.recipe).absolute().parent
     custom = recipe.placement.custom
-    plan = validate(recipe, folder, document=document, every_row=arguments.data, cluster=bool(custom))
+    plan = validate(
+        recipe, folder, document=document, every_row=arguments.data, cluster=bool(custom), show=arguments.show
+    )
     if custom:
         plan.notes.append(f"placement asks for {', '.join(custom)}: for a cluster (`align run --address`), not checked")
     if not custom:
@@ -66,9 +71,7 @@ def _suite(arguments: argparse.Namespace) -> int:
     """Print a line for each check; 0 where none failed, 1 else. Raises ModelError where the folder is none."""
     folder = resolve_model_folder(arguments.model)
     from align.export.suite import run_suite  # torch: only once the folder is there
-    from align.report.quiet import quiet
 
-    quiet()
     failed = 0
     print(f"{folder}\n")
     with scratch() as work:

@@ -129,7 +129,8 @@ def _counted(counts: Mapping[str, int]) -> str:
 class SourceReport:
     """One source of rows.
 
-    read = kept + refused + filtered + weightless. used: items of an epoch drawn from it (differs from kept where
+    guessed: whether the layout's columns have other names here, which nobody mapped. read = kept + refused + filtered +
+    weightless. used: items of an epoch drawn from it (differs from kept where
     sources have weights). truncated: rows cut to max_length. filtered: prompts left out by `overlong_prompts: filter`.
     reference_answers: final assistant turns taken off prompts. lengths i64[kept]: tokens of each kept row's longest
     sequence; scored i64[kept]: its scored tokens. media: `MediaReport.to_json`, {} where rows have none.
@@ -141,6 +142,7 @@ class SourceReport:
 
     path: str
     layout: str = ""
+    guessed: bool = False
     read: int = 0
     kept: int = 0
     used: int = 0

@@ -179,7 +179,8 @@ _BLANK = re.compile(r"[\s,]*")
 
 
 def _read_json(path: Path) -> Iterator[Item]:
-    """An array of objects, or objects one after another. The line is where an object begins."""
+    """An array of objects, objects one after another, or one object that holds the array of rows beside facts about it
+    ({"version": 1, "data": [...]}). The line is where an object begins."""
     text = _text(path)
     blank = _BLANK.match(text)
     start = blank.end() if blank else 0
@@ -190,6 +191,7 @@ def _read_json(path: Path) -> Iterator[Item]:
         return
     array = text[start] == "["
     json, position, line, counted = Json(), start + array, 1, 0
+    first = f"{path}:{1 + text.count(chr(10), 0, start)}"
     while True:
         blank = _BLANK.match(text, position)
         position = blank.end() if blank else position
@@ -206,14 +208,28 @@ def _read_json(path: Path) -> Iterator[Item]:
             position = end_of_value(text, position)
             yield Refusal(origin, 0, str(e))
             continue
+        if origin == first and not array and not text[position:].strip() and (name := _wrapped(value)) is not None:
+            yield from (_object(row, f"{path} {name}[{n}]") for n, row in enumerate(value[name]))
+            return
         yield _object(value, origin)
+
+
+def _wrapped(value: Any) -> str | None:
+    """The name under which an object holds rows, and nothing else that is a list or an object; None of a row."""
+    held = [name for name, one in value.items() if isinstance(one, list | dict)] if isinstance(value, dict) else []
+    rows = value[held[0]] if len(held) == 1 and held[0] in _WRAPPERS else None
+    return held[0] if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows) else None
+
+
+_WRAPPERS = ("data", "rows", "examples", "samples", "instances", "train", "test", "validation", "dataset", "questions")
 
 
 def _is_lines(text: str, start: int) -> bool:
     """Whether the first object is alone in its line: then each line is a row of its own, as in .jsonl."""
     end = text.find("\n", start)
     try:
-        return isinstance(Json().loads(text[start : len(text) if end < 0 else end]), dict)
+        value = Json().loads(text[start : len(text) if end < 0 else end])
+        return isinstance(value, dict) and (_wrapped(value) is None or bool(end > 0 and text[end:].strip()))
     except BadValue as e:
         return e.line is None
 

@@ -1,7 +1,8 @@
 """Where rows come from: files, folders, hub data sets and generators, as rows that remember file and line.
 
 file        .jsonl .json (an array, or JSON lines in spite of the name) .csv .tsv .parquet .arrow, also with .gz
-folder      all such files in it, in order of name; `split` chooses a subfolder or the files of that name
+folder      all such files in it, in order of name; `split` chooses a subfolder or the files of that name, or an
+            entry of its dataset_info.json (LLaMA-Factory, ms-swift)
 hub id      `owner/name`, read with `datasets`; `options` are passed on (`name`, `revision`, `data_files`)
 generator   `file.py:function`, called with `options` in a child process that has a time limit
 """
@@ -13,7 +14,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from align.data import generators
 from align.data.audit import Refusal
 from align.data.generator_child import REFUSED
 from align.data.readers import SUFFIXES, Item, Row, json_row, read_file, suffix_of
+from align.data.registries import Entry, entry_of
 from align.data.values import problem_of
 from align.errors import DataError, SetupError
 from align.recipe.inputs import DataSource
@@ -33,13 +35,15 @@ _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 @dataclass(frozen=True)
 class Opened:
-    """A source that was found: how to read it, and the hash of what it holds. folder: of a generator's file."""
+    """A source that was found: how to read it, and the hash of what it holds. folder: of a generator's file. entry:
+    what a folder says of these files."""
 
     path: str
     files: tuple[Path, ...] = ()
     generated: bytes | None = None  # JSON lines
     hub: Any = None  # a datasets.Dataset
     folder: Path | None = None
+    entry: Entry | None = None
 
     def digest(self) -> str:
         """SHA-256 of the bytes (files), or of the data set's fingerprint (hub)."""
@@ -49,6 +53,8 @@ class Opened:
             with file.open("rb") as f:
                 h.update(hashlib.file_digest(f, "sha256").digest())
         h.update(self.generated or b"")
+        if self.entry is not None:
+            h.update(json.dumps(self.entry.said, sort_keys=True).encode())
         if self.hub is not None:
             h.update(self.hub._fingerprint.encode())
         return h.hexdigest()
@@ -61,6 +67,8 @@ class Opened:
             items = self._generated(self.generated)
         else:
             items = (_beside(item, file) for file in self.files for item in read_file(file))
+            if self.entry is not None and (rewrite := self.entry.rewrite) is not None:
+                items = (replace(x, values=rewrite(x.values)) if isinstance(x, Row) else x for x in items)
         for number, item in enumerate(islice(items, limit)):
             yield replace(item, row=number) if isinstance(item, Refusal) else replace(item, number=number)
 
@@ -104,6 +112,10 @@ def open_source(
             where=path,
             remedy="only generators (file.py:function) and hub data sets take options; leave them out",
         )
+    if path.is_dir() and (entry := entry_of(path, source.split)) is not None:
+        for file in entry.files:
+            suffix_of(file)
+        return Opened(source.path, entry.files, entry=entry)
     if path.is_dir():
         return Opened(source.path, _folder_files(path, source.split))
     if path.is_file():
@@ -206,20 +218,36 @@ def _undecoded(data: Any) -> Any:
 
 
 def apply_columns(rows: Sequence[Row], source: DataSource) -> list[dict[str, Any]]:
-    """The rows under our names: `columns: {prompt: question}` renames question to prompt. Raises DataError."""
-    if not source.columns:
-        return [row.values for row in rows]
-    found = {name for row in rows for name in row.values}
-    for ours, theirs in source.columns.items():
-        if rows and theirs not in found:
+    """The rows under our names (see `renamed`). Raises DataError."""
+    return renamed([row.values for row in rows], source.columns, source.path)
+
+
+def value_at(row: Mapping[str, Any], path: str) -> Any:
+    """The value of a column, or of a field below it where the column's name has no dot; None where there is none."""
+    if path in row:
+        return row[path]
+    value: Any = row
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def renamed(rows: Sequence[dict[str, Any]], columns: Mapping[str, str], where: str) -> list[dict[str, Any]]:
+    """Rows under our names: `columns: {prompt: question}` renames question to prompt, and `{answer: reward_model.gold}`
+    is what stands under `gold` of the object `reward_model`. Raises DataError."""
+    if not columns:
+        return list(rows)
+    found = {name for row in rows for name in row}
+    for ours, theirs in columns.items():
+        if rows and theirs not in found and all(value_at(row, theirs) is None for row in rows):
             raise DataError(
                 f"`columns: {{{ours}: {theirs}}}`: there is no column {theirs!r} (found: {', '.join(sorted(found))})",
-                where=source.path,
+                where=where,
                 remedy="name a column that is there",
             )
-    taken = set(source.columns.values()) | set(source.columns)
+    taken = set(columns.values()) | set(columns)
     return [
-        {ours: row.values.get(theirs) for ours, theirs in source.columns.items()}
-        | {name: value for name, value in row.values.items() if name not in taken}
+        {ours: value_at(row, theirs) for ours, theirs in columns.items()}
+        | {name: value for name, value in row.items() if name not in taken}
         for row in rows
     ]

@@ -14,9 +14,10 @@ from align.data.doubts import doubts
 from align.data.encode import encode
 from align.data.encoded import Encoded, Tokens, fit
 from align.data.ends import ending_notes, last_said
-from align.data.formats import layouts_of
-from align.data.formats.base import Layout, candidates, choose, margin_of, refuse_stray, weight_of
+from align.data.formats import fields_of, layouts_of
+from align.data.formats.base import Layout, candidates, margin_of, refuse_stray, weight_of
 from align.data.formats.flags import refuse_token_masks
+from align.data.formats.guess import choose
 from align.data.formats.written import Values
 from align.data.labels import Labelling, distribution
 from align.data.media.library import Library
@@ -38,7 +39,7 @@ from align.data.records import (
 from align.data.render import draft
 from align.data.seen import Messages, answer_texts, light, seen_messages
 from align.data.soundness import UNFORESEEN, refuse_endless, refuse_unusable, unforeseen
-from align.data.sources import Opened, apply_columns
+from align.data.sources import Opened, renamed, value_at
 from align.data.tokenizer import ChatTokenizer
 from align.data.unread import Reading, Unread, unread_columns
 from align.protocols.fleet import Completion, Group, PromptItem
@@ -147,12 +148,7 @@ class Tokeniser:
         table.answers = [] if self.answers else None
         if not rows:
             return table
-        named = [Values.read(values) for values in apply_columns(rows, self.source)]
-        mapped = frozenset(self.source.columns)
-        layouts, chosen = layouts_of(self.source.format)
-        layout = choose(layouts, self.kind, named, where=opened.path, format=chosen, mapped=mapped)
-        self.layouts = candidates(layouts, self.kind, chosen, mapped)
-        report.layout = layout.name
+        layout, named = self._laid_out(rows, opened)
         known = 0 if self.library is None else self.library.processed
         columns: list[tuple[float, bool, float]] = []
         self.labels: list[list[float]] = []
@@ -181,6 +177,25 @@ class Tokeniser:
         _finish(table, self.tokenizer)
         return table
 
+    def _laid_out(self, rows: Sequence[Row], opened: Opened) -> tuple[Layout, list[Values]]:
+        """The layout of these rows, and their values under our names: those that `columns:` gives, or the folder that
+        they are from, or a guess."""
+        path, entry = opened.path, opened.entry
+        mapped = {**entry.columns, **self.source.columns} if entry else self.source.columns
+        named = [Values.read(values) for values in renamed([row.values for row in rows], mapped, path)]
+        layouts, format = layouts_of(self.source.format or (entry.format if entry else None))
+        names = frozenset(mapped) & fields_of(layouts)
+        layout, guess = choose(layouts, self.kind, named, where=path, format=format, mapped=names)
+        self.columns = dict(mapped)
+        self.for_rewards = {ours: theirs for ours, theirs in mapped.items() if ours not in names}
+        if guess is not None:
+            named = [Values.read(values) for values in renamed(named, guess.columns, path)]
+            self.columns |= {ours: mapped.get(theirs, theirs) for ours, theirs in guess.columns.items()}
+            names = names | frozenset(guess.columns)
+        self.layouts = candidates(layouts, self.kind, format, names & layout.columns)
+        self.report.layout, self.report.guessed = guess.words if guess else layout.name, guess is not None
+        return layout, named
+
     @property
     def _answers_every_row(self) -> bool:
         """`align classify` judges rows whatever their weight; a stage leaves those of weight 0 out."""
@@ -203,7 +218,7 @@ class Tokeniser:
                 self.report.note_weightless(row.origin)
                 continue
             to_rewards = self.kind == "prompt" or self.answers
-            unread = () if to_rewards else unread_columns(row.values, reading, self.source.columns)
+            unread = () if to_rewards else unread_columns(row.values, reading, self.columns)
             good.append(_Row(row, record, margin, weight, unread=unread, written=values.written))
         drafts, drafted = [], []
         for one in self._shown(good):
@@ -274,6 +289,7 @@ class Tokeniser:
         table.origins.append(one.row.origin)
         if table.rows is not None and isinstance(record, Prompt):
             values = light(one.row.values)
+            values |= {ours: value_at(values, theirs) for ours, theirs in self.for_rewards.items()}
             if record.reference_answer is not None:
                 values["reference_answer"] = record.reference_answer
                 self.report.reference_answers += 1

@@ -47,7 +47,7 @@ def unread_columns(row: Mapping[str, Any], reading: Reading, columns: Mapping[st
     """Columns of a file's row that hold something and that nothing looked at. columns: our names to the file's."""
     ours: dict[str, list[str]] = {}
     for our, theirs in columns.items():
-        ours.setdefault(theirs, []).append(our)
+        ours.setdefault(theirs if theirs in row else theirs.partition(".")[0], []).append(our)
     found = []
     for name, value in row.items():
         names = ours.get(name, [] if name in columns else [name])

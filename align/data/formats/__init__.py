@@ -15,7 +15,7 @@ from align.data.formats.users import guarded
 from align.errors import PluginError
 from align.plugins import asked_in_child, is_users, resolve
 
-_FAMILIES = ("trl", "openai", "sharegpt", "alpaca", "swift", "labelled")
+_FAMILIES = ("trl", "openai", "sharegpt", "alpaca", "swift", "ranked", "labelled")
 
 LAYOUTS: tuple[Layout, ...] = tuple(
     layout for family in _FAMILIES for layout in import_module(f"{__name__}.{family}").LAYOUTS

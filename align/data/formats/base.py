@@ -58,7 +58,7 @@ class Layout:
 
     name: for messages. formats: the names `format:` knows it by. kind: of record. required, optional: columns. read:
     makes the record. fits: whether a row with these columns is of this layout (message lists with role/content and with
-    from/value have the same columns).
+    from/value have the same columns). gives_way: to any other that fits.
     """
 
     name: str
@@ -68,6 +68,7 @@ class Layout:
     read: Callable[[Row], Record]
     optional: frozenset[str] = frozenset()
     fits: Callable[[Row], bool] = _always
+    gives_way: bool = False
 
     def convert(self, row: Row) -> Record:
         """The row's record, with what any layout may say. Raises RowError."""
@@ -94,10 +95,10 @@ class Layout:
         return f"{self.name}: {', '.join(sorted(self.required))}{optional}"
 
 
-_SAMPLE = 1000  # rows that are asked for their layout: as many as `align check` reads
+SAMPLE = 1000  # rows that are asked for their layout: as many as `align check` reads
 
 
-def choose(
+def fitting(
     layouts: Sequence[Layout],
     kind: Kind,
     rows: Sequence[Row],
@@ -105,10 +106,10 @@ def choose(
     where: str,
     format: str | None = None,
     mapped: frozenset[str] = frozenset(),
-) -> Layout:
+) -> Layout | None:
     """The one layout of `kind` that most of these rows have. The first thousand are asked, all where none of them fits.
 
-    mapped: fields named by `columns:`; the layout must use all of them. Raises DataError where none or several fit.
+    mapped: fields named by `columns:`; the layout must use all of them. Raises DataError where several fit.
     """
     known = sorted({name for layout in layouts for name in layout.formats})
     if format is not None and format not in known:
@@ -119,21 +120,31 @@ def choose(
             remedy=f"did you mean {near[0]!r}?" if near else "leave `format:` out to have it detected",
         )
     of_kind = candidates(layouts, kind, format, mapped)
-    found = {name for row in rows for name, value in row.items() if value is not None}
-    if best := _most_common(of_kind, rows[:_SAMPLE]) or _most_common(of_kind, rows[_SAMPLE:]):
-        if len(best) == 1:
-            return best[0]
+    best = _most_common(of_kind, rows[:SAMPLE]) or _most_common(of_kind, rows[SAMPLE:])
+    if len(best) > 1:
+        names = ", ".join(sorted(_found(rows)))
         raise DataError(
-            f"several layouts fit the columns {', '.join(sorted(found))}: {'; '.join(x.describe() for x in best)}",
+            f"several layouts fit the columns {names}: {'; '.join(x.describe() for x in best)}",
             where=where,
             remedy="choose with `format:`, or name the columns with `columns:`",
         )
+    return best[0] if best else None
+
+
+def _found(rows: Sequence[Row]) -> set[str]:
+    return {name for row in rows for name, value in row.items() if value is not None}
+
+
+def none_fits(
+    layouts: Sequence[Layout], kind: Kind, rows: Sequence[Row], *, where: str, format: str | None = None
+) -> DataError:
+    """What to say where no layout fits."""
     of_kind = candidates(layouts, kind, format)
     offered = ", ".join(sorted({f"{x.name} (of a {x.kind})" for x in layouts}))
     none = f"a layout of a {kind}; yours: {offered}" if format is None else f"format {format!r} has no layout for it"
     expected = "; ".join(x.describe() for x in of_kind) or none
-    raise DataError(
-        f"no layout for {_stage_words(kind)} fits the columns found: {', '.join(sorted(found)) or 'none'}",
+    return DataError(
+        f"no layout for {_stage_words(kind)} fits the columns found: {', '.join(sorted(_found(rows))) or 'none'}",
         where=where,
         remedy=f"expected one of: {expected}. Map yours with `columns: {{our_field: your_column}}`",
     )
@@ -165,6 +176,7 @@ def own_layouts(layouts: Sequence[Layout], row: Row) -> list[Layout]:
     """The layouts that fit one row and are not part of another that does; none where no layout fits it."""
     found = {name for name, value in row.items() if value is not None}
     fitting = [x for x in layouts if x.required <= found and x.fits(row)]
+    fitting = [x for x in fitting if not x.gives_way] or fitting
     return [x for x in fitting if not any(x.required < other.required for other in fitting)]
 
 

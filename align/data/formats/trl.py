@@ -118,7 +118,7 @@ _SYSTEM = frozenset({"system"})
 
 LAYOUTS = (
     Layout("trl", ("trl",), "conversation", frozenset({"prompt", "completion"}), _conversation, _SYSTEM),
-    Layout("trl text", ("trl", "text"), "conversation", frozenset({"text"}), _language),
+    Layout("trl text", ("trl", "text"), "conversation", frozenset({"text"}), _language, gives_way=True),
     Layout("trl", ("trl",), "pair", frozenset({"prompt", "chosen", "rejected"}), _pair, _SYSTEM),
     Layout("trl implicit prompt", ("trl",), "pair", frozenset({"chosen", "rejected"}), _implicit_pair, _SYSTEM),
     Layout("trl", ("trl",), "unpaired", frozenset({"prompt", "completion", "label"}), _unpaired, _SYSTEM),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from align.data.formats import LAYOUTS
-from align.data.formats.base import choose
+from align.data.formats.guess import choose
 from align.data.records import Conversation, Kind, Message, Pair, Prompt, RowError, Unpaired, check
 from align.errors import DataError
 from tests.unit.data.build import turns
@@ -16,7 +16,9 @@ USER, ANSWER, BAD = Message("user", "hi"), Message("assistant", "hello"), Messag
 
 
 def record(kind: Kind, row: dict[str, Any], **options: Any) -> Any:
-    made = choose(LAYOUTS, kind, [row], where="data.jsonl", **options).convert(row)
+    layout, guess = choose(LAYOUTS, kind, [row], where="data.jsonl", **options)
+    assert guess is None
+    made = layout.convert(row)
     check(made)
     return made
 

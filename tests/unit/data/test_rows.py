@@ -170,7 +170,6 @@ def test_a_generators_row_that_is_no_json_is_refused_alone(tmp_path: Path, token
         ({"messages": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}, "another layout"),
         ({"prompt": "p", "completion": "c"}, "no `messages`"),
         ({"messages": turns("x", "y"), "prompt": "p", "completion": "c"}, "another layout"),
-        ({"messages": turns("x", "y"), "text": "z"}, "another layout"),
         ({}, "no `messages`"),
     ],
 )

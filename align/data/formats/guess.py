@@ -1,0 +1,298 @@
+"""Other people's names for our columns, where no layout fits the names that are there.
+
+A guess is a `columns:` mapping that nobody had to write. It is made only where one meaning is possible: of every role
+(question, answer, better and worse side, label, ...) exactly one column is there, and no column is left over that the
+model would have to see to answer (a context, choices). It is told with the report, and two meanings are refused with
+both. Text under a guessed name is a turn of a chat, so the template applies.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from align.data.formats.base import MEDIA, SAMPLE, Layout, Row, fitting, none_fits
+from align.data.formats.messages import are_messages
+from align.data.formats.ranked import RANKS, SCORES
+from align.data.records import Kind
+from align.errors import DataError
+
+Columns = Mapping[str, str]
+"""Our field -> their column."""
+
+QUESTIONS = (
+    "query", "question", "problem", "prompt", "instruction", "input", "inputs", "user", "human", "user_prompt",
+    "user_input", "user_message", "user_query",
+)  # fmt: skip
+ANSWERS = (
+    "response", "answer", "solution", "output", "completion", "target", "targets", "reply", "assistant", "gpt", "bot",
+    "assistant_response", "assistant_message", "model_response", "model_answer", "final_answer",
+)  # fmt: skip
+TURNS = (
+    "messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns", "trajectory", "traj", "items",
+    "trace", "chat_messages",
+)  # fmt: skip
+SIDES = (
+    ("chosen", "rejected"), ("chosen_response", "rejected_response"), ("chosen_answer", "rejected_answer"),
+    ("chosen_messages", "rejected_messages"), ("chosen_conversation", "rejected_conversation"),
+    ("response_chosen", "response_rejected"), ("response_j", "response_k"), ("response_w", "response_l"),
+    ("answer_w", "answer_l"), ("completion_w", "completion_l"), ("output_w", "output_l"), ("y_w", "y_l"),
+    ("win", "lose"), ("winner", "loser"), ("preferred", "dispreferred"), ("preferred", "rejected"),
+    ("preferred_response", "dispreferred_response"), ("better", "worse"), ("better_response", "worse_response"),
+    ("accepted", "rejected"), ("good", "bad"), ("positive", "negative"),
+)  # fmt: skip
+_ANSWER_WORDS = ("output", "response", "answer", "completion", "candidate", "reply", "generation")
+FIRST_AND_SECOND = {
+    ("answer_1", "answer_2"): tuple((f"{w}_{a}", f"{w}_{b}") for w in _ANSWER_WORDS for a, b in ("12", "ab")),
+    ("answer_0", "answer_1"): tuple((f"{w}_0", f"{w}_1") for w in _ANSWER_WORDS),
+}
+VERDICTS = ("preference", "preferred", "winner", "better", "choice", "verdict", "human_preference")
+LISTS = ("responses", "answers", "completions", "candidates", "outputs", "generations")
+LABELS = ("label", "kto_tag", "is_desirable", "desirable", "is_preferred", "is_chosen", "is_good", "thumbs_up", "liked")
+TEXTS = ("text", "sentence", "review", "content", "comment", "tweet", "utterance", "document", "message", "prompt")
+TEXT_PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("text1", "text2"))
+CLASSES = ("label", "labels", "class", "category", "sentiment", "intent", "emotion", "topic", "target", "tag")
+SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction")
+MEDIA_NAMES = {
+    "images": (
+        "image_path", "image_paths", "image_url", "image_urls", "image_file", "img", "img_path", "picture", "photo",
+    ),
+    "videos": ("video_path", "video_paths", "video_url", "video_file"),
+    "audios": ("audio_path", "audio_paths", "audio_url", "audio_file", "sound", "wav", "speech"),
+}  # fmt: skip
+NEEDED = frozenset({
+    "context", "contexts", "passage", "passages", "document", "documents", "article", "paragraph", "background",
+    "premise", "hypothesis", "choices", "options", "story", "table", "evidence", "facts", "history", "input", "inputs",
+    "choice_a", "option_a", "a", "b", "c", "d", "schema", "code", "image_description", "starter_code",
+})  # fmt: skip
+"""What an answer depends on: never left out of a guess unsaid."""
+
+
+@dataclass(frozen=True)
+class Guess:
+    """layout: that reads the rows under `columns`; words: for a person."""
+
+    layout: Layout
+    columns: Columns
+
+    @property
+    def words(self) -> str:
+        named = ", ".join(f"{ours} = {theirs}" for ours, theirs in self.columns.items() if ours != theirs)
+        return f"{self.layout.name}; guessed: {named}"
+
+    def describe(self) -> str:
+        return "`columns: {" + ", ".join(f"{ours}: {theirs}" for ours, theirs in self.columns.items()) + "}`"
+
+
+class Unguessed(Exception):
+    """Why there is no guess, in words, with a remedy."""
+
+    def __init__(self, what: str, remedy: str):
+        super().__init__(what)
+        self.what, self.remedy = what, remedy
+
+
+def choose(
+    layouts: Sequence[Layout],
+    kind: Kind,
+    rows: Sequence[Row],
+    *,
+    where: str,
+    format: str | None = None,
+    mapped: frozenset[str] = frozenset(),
+) -> tuple[Layout, Guess | None]:
+    """The layout that most of these rows have; and the guess under which they have it, where their own names fit none
+    or leave out what the guess reads as well.
+
+    mapped: fields named by `columns:`; the layout must use all of them. Raises DataError where none or several fit.
+    """
+    layout = fitting(layouts, kind, rows, where=where, format=format, mapped=mapped)
+    if layout is not None and (mapped or format is not None):
+        return layout, None
+    allowed = [x for x in layouts if format is None or format in x.formats]
+    try:
+        found = guess(allowed, kind, rows[:SAMPLE])
+    except Unguessed as why:
+        if layout is not None and not layout.gives_way:
+            return layout, None
+        raise DataError(why.what, where=where, remedy=why.remedy) from None
+    if found is not None and not mapped <= {*found.columns.values(), *found.layout.columns}:
+        found = None
+    if layout is not None:
+        read = set(found.columns.values()) if found is not None else set()
+        more = layout.required <= read and not read <= layout.columns
+        return (found.layout, found) if found is not None and more else (layout, None)
+    if found is None:
+        raise none_fits(layouts, kind, rows, where=where, format=format)
+    return found.layout, found
+
+
+def guess(layouts: Sequence[Layout], kind: Kind, rows: Sequence[Row]) -> Guess | None:
+    """The one meaning that the columns of these rows can have; None where they have none that is known. layouts: that
+    may be used. Raises Unguessed where they have several, or where a column would be left out that matters."""
+    shown, common = _examples(rows)
+    named = _by_name(shown)
+    found: list[Guess] = []
+    for columns in _meanings(kind, named, shown):
+        extra = _beside_it(named, shown, columns)
+        layout = next((x for x in layouts if x.kind == kind and _takes(x, columns, shown, common)), None)
+        if layout is not None:
+            found.append(Guess(layout, {**columns, **extra}))
+    found = [one for one in found if not any(_within(one, other) for other in found)]
+    if len(found) > 1:
+        several = " or ".join(one.describe() for one in found[:3])
+        raise Unguessed(f"the columns can be read in several ways: {several}", "write the one that is meant")
+    if not found:
+        return None
+    [one] = found
+    used = set(one.columns.values())
+    left = [name for name in shown if _plain(name) in NEEDED and name not in used]
+    if left:
+        raise Unguessed(
+            f"{one.describe()} fits, but would leave out {', '.join(f'`{name}`' for name in left)}, which the answer "
+            "may depend on",
+            "write that mapping to leave it out; a generator (file.py:function) puts both into one text",
+        )
+    return one
+
+
+# ------------------------------------------------------------------------------------------------- what is there
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s-]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip())).lower()
+
+
+def _examples(rows: Sequence[Row]) -> tuple[dict[str, Any], set[str]]:
+    """The first value of each column that holds something, and the columns that do in most rows."""
+    shown: dict[str, Any] = {}
+    filled: Counter[str] = Counter()
+    for row in rows:
+        for name, value in row.items():
+            if value is not None and value != "" and value != []:
+                shown.setdefault(name, value)
+                filled[name] += 1
+    return shown, {name for name, count in filled.items() if 2 * count > len(rows)}
+
+
+def _by_name(shown: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Their columns by plain name; several where names differ in case alone."""
+    named: dict[str, list[str]] = {}
+    for name in shown:
+        named.setdefault(_plain(name), []).append(name)
+    return named
+
+
+def _of(named: Mapping[str, list[str]], names: Sequence[str]) -> list[str]:
+    return [theirs for name in names for theirs in named.get(name, ())]
+
+
+# ------------------------------------------------------------------------------------------------- what it may mean
+
+
+def _meanings(kind: Kind, named: Mapping[str, list[str]], shown: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """Every way to give the roles of a kind to the columns that are there."""
+    questions, answers = _of(named, QUESTIONS), _of(named, ANSWERS)
+    if any(name in MEDIA for name in named) or answers or kind != "prompt":
+        questions += _of(named, ("text",))
+    if kind == "conversation":
+        yield from _with_answers(questions, answers, named)
+        yield from ({"messages": turns} for turns in _of(named, TURNS))
+    elif kind == "pair":
+        yield from _pairs(questions, named)
+    elif kind == "unpaired":
+        labels = _of(named, LABELS)
+        for columns in _with_answers(questions, answers, named):
+            yield from ({**columns, "label": label} for label in labels if label not in columns.values())
+        yield from ({"messages": turns, "label": label} for turns, label in product(_of(named, TURNS), labels))
+    elif kind == "prompt":
+        yield from ({"query": question} for question in questions)
+        yield from ({"messages": turns} for turns in _of(named, TURNS))
+    else:
+        yield from _labelled(named)
+
+
+def _with_answers(
+    questions: Sequence[str], answers: Sequence[str], named: Mapping[str, list[str]]
+) -> Iterator[dict[str, str]]:
+    for question, answer in product(questions, answers):
+        yield {"query": question, "response": answer}
+        if _plain(question) == "instruction":
+            more = _of(named, ("input", "context"))
+            yield from ({"instruction": question, "input": one, "output": answer} for one in more)
+
+
+def _pairs(questions: Sequence[str], named: Mapping[str, list[str]]) -> Iterator[dict[str, str]]:
+    sides = [two for pair in SIDES for two in product(*(named.get(name, ()) for name in pair))]
+    for question, (better, worse) in product(questions, sides):
+        yield {"query": question, "response": better, "rejected_response": worse}
+        if _plain(question) == "instruction":
+            more = _of(named, ("input", "context"))
+            yield from ({"instruction": question, "input": one, "chosen": better, "rejected": worse} for one in more)
+    yield from ({"chosen": better, "rejected": worse} for better, worse in sides)
+    yield from ({"prompt": t, "chosen": b, "rejected": w} for t, (b, w) in product(_of(named, TURNS), sides))
+    for ours, pairs in FIRST_AND_SECOND.items():
+        two = [both for pair in pairs for both in product(*(named.get(name, ()) for name in pair))]
+        for question, (first, second), verdict in product(questions, two, _of(named, VERDICTS)):
+            yield {"query": question, ours[0]: first, ours[1]: second, "preference": verdict}
+    for question, answers in product(questions, _of(named, LISTS)):
+        yield {"query": question, "responses": answers}
+        for numbers, names in (("ranks", RANKS), ("scores", SCORES)):
+            yield from ({"query": question, "responses": answers, numbers: one} for one in _of(named, names))
+
+
+def _labelled(named: Mapping[str, list[str]]) -> Iterator[dict[str, str]]:
+    labels = _of(named, CLASSES)
+    for text, label in product(_of(named, TEXTS), labels):
+        yield {"text": text, "label": label}
+    for pair in TEXT_PAIRS:
+        for first, second, label in product(*(named.get(name, ()) for name in pair), labels):
+            yield {"text": first, "text_pair": second, "label": label}
+
+
+# ------------------------------------------------------------------------------------------------- what may be read
+
+
+_TURN_FIELDS = ("messages", "chosen", "rejected")
+
+
+def _takes(layout: Layout, columns: Columns, shown: Mapping[str, Any], common: Collection[str]) -> bool:
+    """Whether a layout reads exactly these fields, from values of this kind. common: columns that most rows have."""
+    if not layout.required <= columns.keys() <= layout.columns:
+        return False
+    if not all(columns[ours] in common for ours in layout.required):
+        return False
+    row = {ours: shown[theirs] for ours, theirs in columns.items()}
+    if not layout.fits(row):
+        return False
+    if "query" in columns or "instruction" in columns:
+        texts = {ours for ours in columns if ours not in ("label", "preference", "responses", "ranks", "scores")}
+        return all(isinstance(row[ours], str) for ours in texts)
+    lists = [ours for ours in columns if ours in ("messages", "prompt", "chosen", "rejected")]
+    if "prompt" in columns or ("chosen" in columns and "query" not in columns):
+        return all(are_messages(row[ours]) or isinstance(row[ours], str) for ours in lists) and any(
+            are_messages(row[ours]) for ours in lists
+        )
+    return True
+
+
+def _beside_it(named: Mapping[str, list[str]], shown: Mapping[str, Any], columns: Columns) -> dict[str, str]:
+    """A system text and media under other names."""
+    extra: dict[str, str] = {}
+    systems = [name for name in _of(named, SYSTEMS) if isinstance(shown[name], str)]
+    if len(systems) == 1:
+        extra["system"] = systems[0]
+    for ours, names in MEDIA_NAMES.items():
+        given = [name for name in _of(named, names) if name not in columns.values()]
+        if len(given) == 1 and not any(MEDIA[known] == MEDIA[ours] for known in named if known in MEDIA):
+            extra[ours] = given[0]
+    return extra
+
+
+def _within(one: Guess, other: Guess) -> bool:
+    """Whether all that one guess reads is read by the other, and more."""
+    return set(one.columns.values()) < set(other.columns.values())
