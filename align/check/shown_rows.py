@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -25,15 +25,16 @@ def shown_rows(
     for source in report.sources:
         wanted = min(count or int(source.guessed), source.used)
         for item in items[begin : begin + wanted]:
-            lines += [f"as the model sees {item.origin}, scored tokens in {BEGIN}{END}:", *_row(item, tokenizer)]
+            lines += [f"as the model sees {item.origin}, scored tokens in {BEGIN}{END}:", *shown_row(item, tokenizer)]
         begin += source.used
     return lines
 
 
-def _row(item: Tree | PromptItem, tokenizer: ChatTokenizer) -> Iterable[str]:
+def shown_row(item: Tree | PromptItem, tokenizer: ChatTokenizer) -> list[str]:
+    """Its text in lines; of a pair also its sides."""
     if isinstance(item, PromptItem):
         return _block(tokenizer.decode(item.token_ids.tolist(), skip_special_tokens=False))
-    lines = list(_block(_marked(item.trunk, tokenizer)))
+    lines = _block(_marked(item.trunk, tokenizer))
     names = ("chosen", "rejected") if len(item.branches) == 2 else ("completion",) * len(item.branches)
     for name, branch in zip(names, item.branches, strict=True):
         lines += [f"  {name}:", *_block(_marked(branch, tokenizer))]

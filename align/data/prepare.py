@@ -33,7 +33,7 @@ from align.data.media.library import Library
 from align.data.order import epoch_order
 from align.data.records import Kind
 from align.data.sources import open_source
-from align.data.tables import Table, Tokeniser
+from align.data.tables import Kept, Table, Tokeniser
 from align.data.tokenizer import ChatTokenizer
 from align.errors import DataError
 from align.protocols.fleet import Group
@@ -45,11 +45,13 @@ from align.recipe.labels import Labels
 class Prepared:
     """items: Trees (ids 0..n-1), or PromptItems for kind "prompt" (group_id = number, seed 0: the stage draws both).
     groups: where `answers` were asked for, each pair as a group of two completions, chosen first.
-    files: SHA-256 of every file that a medium was read from, by path."""
+    records: where they were asked for, every kept row as it was read. files: SHA-256 of every file that a medium was
+    read from, by path."""
 
     items: list[Any]
     report: DataReport
     groups: list[Group] = field(default_factory=list)
+    records: list[Kept] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
 
 
@@ -67,6 +69,7 @@ def prepare(
     media: Library | None = None,
     labels: Labels | None = None,
     unlabelled: bool = False,
+    records: bool = False,
 ) -> Prepared:
     """Read, convert, check, tokenise and mix the rows of a stage.
 
@@ -78,13 +81,14 @@ def prepare(
         media: of a model that takes images; its media stay in the store until it is closed. None: rows with media are
             refused.
         labels: of labelled rows, what their labels may be; unlabelled: a row may have none.
+        records: hand on the rows as they were read, too; no cache keeps them.
     Raises DataError where a source cannot be read or, unless it says `on_bad_row: skip`, has rows that cannot be used.
     """
     assert kind == "pair" or not answers, "only pairs have answers to judge"
     assert (kind == "labelled") == (labels is not None), "labelled rows have labels, and others none"
     labelling = Labelling(labels, unlabelled) if labels else None
     tokenisers = [
-        Tokeniser(_with_max_length(s, max_length), kind, tokenizer, media, answers, labelling) for s in sources
+        Tokeniser(_with_max_length(s, max_length), kind, tokenizer, media, answers, labelling, records) for s in sources
     ]
     tables = [_prepare_source(t, cache, first, folder) for t in tokenisers]
     for table, source in zip(tables, sources, strict=True):
@@ -99,7 +103,8 @@ def prepare(
         groups += [table.group(int(row), len(items) + i) for i, row in enumerate(rows if answers else ())]
         items += [table.item(int(row), len(items) + i, weighted) for i, row in enumerate(rows)]
     files = {path: sha for table in tables for path, sha in table.files.items()}
-    return Prepared(items, DataReport(kind, [t.report for t in tables]), groups, files)
+    read = [record for table in tables for record in table.records]
+    return Prepared(items, DataReport(kind, [t.report for t in tables]), groups, read, files)
 
 
 def _nothing_left(report: SourceReport, path: str) -> DataError:
@@ -142,7 +147,7 @@ def _prepare_source(tokeniser: Tokeniser, cache: Path | None, first: int | None,
     limit = min(limits) if limits else None
     opened = open_source(source, folder=folder, cache=cache, limit=limit)
     path = None
-    if cache is not None and kind != "prompt" and not tokeniser.answers:
+    if cache is not None and kind != "prompt" and not (tokeniser.answers or tokeniser.records):
         read_as = f"{kind} {tokeniser.labelling or ''}"
         key = store.key(opened.digest(), tokeniser.tokenizer.fingerprint, read_as, source, limit, library)
         path = cache / f"{key}.npz"

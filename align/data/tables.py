@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,12 +50,23 @@ from align.recipe.inputs import DataSource
 _CHUNK = 4096  # rows tokenised in one call
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A usable row as it was read. folder: where its media are looked for."""
+
+    origin: str
+    record: Record
+    margin: float | None
+    values: dict[str, Any]
+    folder: Path | None
+
+
 @dataclass
 class Table:
     """Usable rows of one source, tokenised. rows: for prompts, (messages, values) of each; answers: of pairs that
     rewards are to judge, the same and both completions' texts; weights f32[kept]; margins f32[kept], NaN where a row
-    gives none. files: SHA-256 of every file that a medium was read from, by path. labels f32[kept, C]: of labelled
-    rows, the values of `label_columns`, NaN where a row gives none."""
+    gives none. records: of the kept rows, where they are asked for. files: SHA-256 of every file that a medium was read
+    from, by path. labels f32[kept, C]: of labelled rows, the values of `label_columns`, NaN where a row gives none."""
 
     kind: Kind
     report: SourceReport
@@ -66,6 +78,7 @@ class Table:
     rows: list[tuple[Messages, dict[str, Any]]] | None = None
     answers: list[tuple[Messages, dict[str, Any], tuple[str, str]]] | None = None
     files: dict[str, str] = field(default_factory=dict)
+    records: list[Kept] = field(default_factory=list)
     labels: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     label_columns: tuple[str, ...] = ()
 
@@ -121,8 +134,8 @@ class _Row:
 
 @dataclass
 class Tokeniser:
-    """How the rows of one source become a table. library: of a model that takes media; answers: see `prepare`;
-    labelling: of labelled rows."""
+    """How the rows of one source become a table. library: of a model that takes media; answers, records: see
+    `prepare`; labelling: of labelled rows."""
 
     source: DataSource
     kind: Kind
@@ -130,6 +143,7 @@ class Tokeniser:
     library: Library | None = None
     answers: bool = False
     labelling: Labelling | None = None
+    records: bool = False
 
     @property
     def label_columns(self) -> tuple[str, ...]:
@@ -297,6 +311,9 @@ class Tokeniser:
         if table.answers is not None and isinstance(record, Pair):
             values = light(one.row.values)
             table.answers.append((seen_messages(record.prompt, fitted.trunk.media), values, texts))
+        if self.records:
+            row = one.row
+            table.records.append(Kept(row.origin, record, one.margin, row.values, row.folder))
         self.media.add_row(one.shown, encoded.shows - fitted.shows, one.row.origin)
         for shown in one.shown:
             table.files.update(shown.files)
