@@ -28,7 +28,7 @@ from align.data.media.opening import takes_media
 from align.data.own_layout import row_of
 from align.data.prepare import Prepared, prepare
 from align.data.records import Kind, MediaPart, Message, Record, Text, texts, with_texts
-from align.data.tables import Kept
+from align.data.table import Kept
 from align.data.tokenizer import ChatTokenizer
 from align.errors import DataError, UserError
 from align.hub import resolve_model_folder

@@ -2,11 +2,14 @@
 
 In the order of reading:
 
-    prepare.py, tables.py: the one entry, and the rows of one source on their way through it
-    sources.py, readers.py, values.py, bounded.py: files, hub data sets, and what no row may hold
+    prepare.py, tables.py, table.py: the one entry, the rows of one source on their way through it, and at its end
+    sources.py, registries.py, readers.py, file_bytes.py, values.py, bounded.py: files, folders that say how they are
+        read, hub data sets, and what no row may hold
+    laid_out.py, kinds.py, own_layout.py: which layout rows have, which stages could read them, and rows in our own
     generators.py, generator_child.py: data made by a function, in a child process
     records.py, formats/: what a row becomes, and the layouts that it may have
     audit.py, unread.py, doubts.py, lost.py: the report: refused, not read, hardly meant, not rendered
+    likeness.py: texts that are the same, or nearly
     tokenizer.py, carried.py, backends.py, scratch.py: tokenizers: of a folder, of an adapter, of transformers'
         classes, new
     template.py, template_files.py, templates/, sandbox.py, dialect.py: chat templates, their limits and their habits

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from align.data.media.library import Library
-    from align.data.tables import Table
+    from align.data.table import Table
 
 
 def key(
@@ -111,7 +111,7 @@ def _digest(name: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
 def load(path: Path, kind: Any, library: Library | None = None) -> Table | None:
     """The cached table, or None where there is none, it is not what was written (which is said), a medium's file
     changed, or the media store has lost one: it is then made again."""
-    from align.data.tables import Table
+    from align.data.table import Table
 
     try:
         with np.load(path, allow_pickle=False) as data:

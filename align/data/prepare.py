@@ -33,7 +33,8 @@ from align.data.media.library import Library
 from align.data.order import epoch_order
 from align.data.records import Kind
 from align.data.sources import open_source
-from align.data.tables import Kept, Table, Tokeniser
+from align.data.table import Kept, Table
+from align.data.tables import Tokeniser
 from align.data.tokenizer import ChatTokenizer
 from align.errors import DataError
 from align.protocols.fleet import Group

@@ -16,21 +16,16 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from align.data.audit import Refusal
+from align.data.file_bytes import open_bytes, refuse_pointer, refuse_utf16, whole_bytes, whole_text
 from align.data.values import BadValue, Json, end_of_value, kind_of, problem_of
 from align.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
 LONGEST_LINE = 256 << 20  # bytes of one row; images in it count
 _BATCH = 256  # rows of a Parquet file that are Python objects at once, before they are rows
-_BOMS = (
-    (b"\xff\xfe\x00\x00", "UTF-32"),
-    (b"\x00\x00\xfe\xff", "UTF-32"),
-    (b"\xff\xfe", "UTF-16"),
-    (b"\xfe\xff", "UTF-16"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +60,7 @@ def read_file(path: Path) -> Iterator[Item]:
     """Rows of one file. Raises DataError where the file cannot be read at all, or from some line on."""
     suffix = suffix_of(path)
     try:
-        _refuse_pointer(path)
+        refuse_pointer(path)
         if suffix in (".parquet", ".arrow", ".feather"):
             yield from _read_arrow(path, suffix)
         elif suffix in (".csv", ".tsv"):
@@ -99,56 +94,13 @@ def _object(value: Any, origin: str) -> Item:
     return Refusal(origin, 0, f"a row must be a JSON object, got {kind_of(value)}{hint}")
 
 
-# ------------------------------------------------------------------------------------------------- bytes of a file
-
-
-def _open(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path, "rb")) if path.name.endswith(".gz") else path.open("rb")
-
-
-def _bytes(path: Path) -> bytes:
-    with _open(path) as f:
-        return f.read()
-
-
-def _refuse_pointer(path: Path) -> None:
-    with path.open("rb") as f:
-        head = f.read(len(_POINTER))
-    if head == _POINTER:
-        raise DataError(
-            "a pointer of Git LFS, in place of the file itself",
-            where=path,
-            remedy="fetch it where it was cloned (`git lfs pull`), or name the data set by its hub id",
-        )
-
-
-_POINTER = b"version https://git-lfs.github.com/spec/"
-
-
-def _refuse_utf16(head: bytes, path: Path) -> None:
-    name = next((name for bom, name in _BOMS if head.startswith(bom)), None)
-    if name is not None:
-        raise DataError(
-            f"the file is {name} text, and must be UTF-8",
-            where=f"{path}:1",
-            remedy=f"convert it: iconv -f {name} -t UTF-8 {path.name} > converted{path.suffix}",
-        )
-
-
-def _text(path: Path) -> str:
-    """The whole file as text. Bytes that are no UTF-8 become lone surrogates, by which their rows are found."""
-    data = _bytes(path)
-    _refuse_utf16(data[:4], path)
-    return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", errors="surrogateescape")
-
-
 # ------------------------------------------------------------------------------------------------- JSON
 
 
 def _read_jsonl(path: Path) -> Iterator[Item]:
     # Only b"\n" ends a line: JSON may hold U+2028 and other line separators of Unicode inside a string.
     line = 0
-    with _open(path) as f:
+    with open_bytes(path) as f:
         while True:
             line += 1
             try:
@@ -160,7 +112,7 @@ def _read_jsonl(path: Path) -> Iterator[Item]:
             if not raw:
                 return
             if line == 1:
-                _refuse_utf16(raw[:4], path)
+                refuse_utf16(raw[:4], path)
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
             if not whole:
                 yield Refusal(f"{path}:{line}", 0, f"the line is longer than {LONGEST_LINE >> 20} MiB")
@@ -181,7 +133,7 @@ _BLANK = re.compile(r"[\s,]*")
 def _read_json(path: Path) -> Iterator[Item]:
     """An array of objects, objects one after another, or one object that holds the array of rows beside facts about it
     ({"version": 1, "data": [...]}). The line is where an object begins."""
-    text = _text(path)
+    text = whole_text(path)
     blank = _BLANK.match(text)
     start = blank.end() if blank else 0
     if text[start : start + 1] not in ("[", "{"):
@@ -253,7 +205,7 @@ def _end_of_json(text: str, position: int, array: bool, where: str) -> None:
 def _read_csv(path: Path, delimiter: str) -> Iterator[Item]:
     """Cells are text, whatever they look like; empty cells are missing."""
     csv.field_size_limit(min(sys.maxsize, LONGEST_LINE))  # the library's own is 128 KiB, less than a long text
-    reader = csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(whole_text(path), newline=""), delimiter=delimiter, strict=True)
     header = _next(reader)
     if not header or isinstance(header, csv.Error):
         why = f"the first line is no CSV: {header}" if header else "the file is empty"
@@ -305,7 +257,7 @@ def _read_arrow(path: Path, suffix: str) -> Iterator[Item]:
 
     number = 0
     try:
-        data = pa.BufferReader(_bytes(path)) if path.name.endswith(".gz") else pa.memory_map(str(path))
+        data = pa.BufferReader(whole_bytes(path)) if path.name.endswith(".gz") else pa.memory_map(str(path))
         if suffix == ".parquet":
             batches: Iterator[pa.RecordBatch] = pq.ParquetFile(data).iter_batches(batch_size=_BATCH)
         else:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,13 @@ from align.data.audit import MediaReport, Refusal, SourceReport
 from align.data.beginnings import with_beginning
 from align.data.doubts import doubts
 from align.data.encode import encode
-from align.data.encoded import Encoded, Tokens, fit
+from align.data.encoded import Encoded, fit
 from align.data.ends import ending_notes, last_said
-from align.data.formats import fields_of, layouts_of
-from align.data.formats.base import Layout, candidates, margin_of, refuse_stray, weight_of
+from align.data.formats.base import margin_of, refuse_stray, weight_of
 from align.data.formats.flags import refuse_token_masks
-from align.data.formats.guess import choose
 from align.data.formats.written import Values
 from align.data.labels import Labelling, distribution
+from align.data.laid_out import lay_out
 from align.data.media.library import Library
 from align.data.media.shown import Shown
 from align.data.placing import place_media
@@ -38,81 +36,15 @@ from align.data.records import (
     messages_of,
 )
 from align.data.render import draft
-from align.data.seen import Messages, answer_texts, light, seen_messages
+from align.data.seen import answer_texts, light, seen_messages
 from align.data.soundness import UNFORESEEN, refuse_endless, refuse_unusable, unforeseen
-from align.data.sources import Opened, renamed, value_at
+from align.data.sources import Opened, value_at
+from align.data.table import Kept, Table
 from align.data.tokenizer import ChatTokenizer
 from align.data.unread import Reading, Unread, unread_columns
-from align.protocols.fleet import Completion, Group, PromptItem
-from align.protocols.trees import Segment, Tree
 from align.recipe.inputs import DataSource
 
 _CHUNK = 4096  # rows tokenised in one call
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A usable row as it was read. folder: where its media are looked for."""
-
-    origin: str
-    record: Record
-    margin: float | None
-    values: dict[str, Any]
-    folder: Path | None
-
-
-@dataclass
-class Table:
-    """Usable rows of one source, tokenised. rows: for prompts, (messages, values) of each; answers: of pairs that
-    rewards are to judge, the same and both completions' texts; weights f32[kept]; margins f32[kept], NaN where a row
-    gives none. records: of the kept rows, where they are asked for. files: SHA-256 of every file that a medium was read
-    from, by path. labels f32[kept, C]: of labelled rows, the values of `label_columns`, NaN where a row gives none."""
-
-    kind: Kind
-    report: SourceReport
-    encoded: list[Encoded]
-    origins: list[str]
-    weights: np.ndarray
-    desirable: np.ndarray
-    margins: np.ndarray
-    rows: list[tuple[Messages, dict[str, Any]]] | None = None
-    answers: list[tuple[Messages, dict[str, Any], tuple[str, str]]] | None = None
-    files: dict[str, str] = field(default_factory=dict)
-    records: list[Kept] = field(default_factory=list)
-    labels: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
-    label_columns: tuple[str, ...] = ()
-
-    def group(self, row: int, number: int) -> Group:
-        """A pair as what a reward sees: its prompt, and two completions that nobody sampled."""
-        assert self.answers is not None
-        e, (messages, values, texts) = self.encoded[row], self.answers[row]
-        none = np.zeros(0, np.float32)
-        sides = zip(e.branches, texts, strict=True)
-        completions = [Completion(side.ids, none, none.astype(np.int32), text, "eos") for side, text in sides]
-        return Group(self._prompt(row, number, messages, values), tuple(completions))
-
-    def item(self, row: int, number: int, weighted: bool) -> Tree | PromptItem:
-        e = self.encoded[row]
-        if self.rows is not None:
-            return self._prompt(row, number, *self.rows[row])
-        columns: dict[str, float] = {"weight": float(self.weights[row])} if weighted else {}
-        if self.kind == "unpaired":
-            columns["desirable"] = float(self.desirable[row])
-        if self.kind == "labelled" and not np.isnan(self.labels[row]).any():
-            columns |= dict(zip(self.label_columns, self.labels[row].tolist(), strict=True))
-        trunk = _segment(e.trunk, {} if e.branches else columns)
-        pair = columns if self.kind == "pair" else {}
-        if self.kind == "pair" and not np.isnan(self.margins[row]):
-            pair = columns | {"margin": float(self.margins[row])}
-        return Tree(number, trunk, tuple(_segment(b, columns) for b in e.branches), pair, self.origins[row])
-
-    def _prompt(self, row: int, number: int, messages: Messages, values: dict[str, Any]) -> PromptItem:
-        trunk, weight = self.encoded[row].trunk, float(self.weights[row])
-        return PromptItem(number, trunk.ids, 0, messages, values, self.origins[row], trunk.media, weight)
-
-
-def _segment(tokens: Tokens, columns: dict[str, float]) -> Segment:
-    return Segment(tokens.ids, tokens.mask, columns=columns, media=tokens.media)
 
 
 # ------------------------------------------------------------------------------------------------- rows to tables
@@ -162,13 +94,14 @@ class Tokeniser:
         table.answers = [] if self.answers else None
         if not rows:
             return table
-        layout, named = self._laid_out(rows, opened)
+        self.laid = lay_out(self.source, self.kind, opened, [row.values for row in rows])
+        report.layout, report.guessed = self.laid.words, self.laid.guessed
         known = 0 if self.library is None else self.library.processed
         columns: list[tuple[float, bool, float]] = []
         self.labels: list[list[float]] = []
         for start in range(0, len(rows), _CHUNK):
             chunk = slice(start, start + _CHUNK)
-            for one, encoded in self._encoded(rows[chunk], named[chunk], layout):
+            for one, encoded in self._encoded(rows[chunk], self.laid.values[chunk]):
                 try:
                     fitted = self._keep(table, one, encoded)
                 except (RowError, *UNFORESEEN) as e:
@@ -191,25 +124,6 @@ class Tokeniser:
         _finish(table, self.tokenizer)
         return table
 
-    def _laid_out(self, rows: Sequence[Row], opened: Opened) -> tuple[Layout, list[Values]]:
-        """The layout of these rows, and their values under our names: those that `columns:` gives, or the folder that
-        they are from, or a guess."""
-        path, entry = opened.path, opened.entry
-        mapped = {**entry.columns, **self.source.columns} if entry else self.source.columns
-        named = [Values.read(values) for values in renamed([row.values for row in rows], mapped, path)]
-        layouts, format = layouts_of(self.source.format or (entry.format if entry else None))
-        names = frozenset(mapped) & fields_of(layouts)
-        layout, guess = choose(layouts, self.kind, named, where=path, format=format, mapped=names)
-        self.columns = dict(mapped)
-        self.for_rewards = {ours: theirs for ours, theirs in mapped.items() if ours not in names}
-        if guess is not None:
-            named = [Values.read(values) for values in renamed(named, guess.columns, path)]
-            self.columns |= {ours: mapped.get(theirs, theirs) for ours, theirs in guess.columns.items()}
-            names = names | frozenset(guess.columns)
-        self.layouts = candidates(layouts, self.kind, format, names & layout.columns)
-        self.report.layout, self.report.guessed = guess.words if guess else layout.name, guess is not None
-        return layout, named
-
     @property
     def _answers_every_row(self) -> bool:
         """`align classify` judges rows whatever their weight; a stage leaves those of weight 0 out."""
@@ -218,13 +132,13 @@ class Tokeniser:
     def _refuse(self, row: Row, reason: RowError) -> None:
         self.report.refused.append(Refusal(row.origin, row.number, str(reason)))
 
-    def _encoded(self, rows: Sequence[Row], named: Sequence[Values], layout: Layout) -> list[tuple[_Row, Encoded]]:
+    def _encoded(self, rows: Sequence[Row], named: Sequence[Values]) -> list[tuple[_Row, Encoded]]:
         """Convert, check and tokenise; rows that cannot be are added to the report."""
         good: list[_Row] = []
         for row, values in zip(rows, named, strict=True):
             reading = Reading(values, columnar=row.columnar, written=values.written)
             try:
-                record, margin, weight = self._record(layout, values, reading)
+                record, margin, weight = self._record(values, reading)
             except RowError as e:
                 self._refuse(row, e)
                 continue
@@ -232,7 +146,7 @@ class Tokeniser:
                 self.report.note_weightless(row.origin)
                 continue
             to_rewards = self.kind == "prompt" or self.answers
-            unread = () if to_rewards else unread_columns(row.values, reading, self.columns)
+            unread = () if to_rewards else unread_columns(row.values, reading, self.laid.columns)
             good.append(_Row(row, record, margin, weight, unread=unread, written=values.written))
         drafts, drafted = [], []
         for one in self._shown(good):
@@ -253,11 +167,12 @@ class Tokeniser:
                 out.append((one, encoded))
         return out
 
-    def _record(self, layout: Layout, values: dict[str, Any], reading: Reading) -> tuple[Record, float | None, float]:
+    def _record(self, values: dict[str, Any], reading: Reading) -> tuple[Record, float | None, float]:
         """A row's record, a pair's margin, and the row's weight; a row of weight 0 is left out by the caller, whatever
         else is wrong with it. Raises RowError, whatever the row holds."""
+        layout = self.laid.layout
         try:
-            refuse_stray(layout, self.layouts, values)
+            refuse_stray(layout, self.laid.others, values)
             if self.kind in ("conversation", "pair", "unpaired"):
                 refuse_token_masks(values)
             weight = weight_of(reading)
@@ -303,7 +218,7 @@ class Tokeniser:
         table.origins.append(one.row.origin)
         if table.rows is not None and isinstance(record, Prompt):
             values = light(one.row.values)
-            values |= {ours: value_at(values, theirs) for ours, theirs in self.for_rewards.items()}
+            values |= {ours: value_at(values, theirs) for ours, theirs in self.laid.for_rewards.items()}
             if record.reference_answer is not None:
                 values["reference_answer"] = record.reference_answer
                 self.report.reference_answers += 1

@@ -103,10 +103,27 @@ def test_prompts_come_from_parquet_structs_and_from_benchmarks(shared_data: Path
     assert prepare((gz,), "prompt", tokenizer, seed=0).items[0].row["entry_point"] == "has_close_elements"
 
 
+def test_questions_and_answers_need_no_mapping(shared_data: Path, tokenizer: ChatTokenizer) -> None:
+    """GSM8K's lines, and BIG-bench Hard's list inside one object."""
+    for name, columns, count in (
+        ("gsm8k/test.jsonl", ("question", "answer"), 1319),
+        ("bbh/word_sorting.json", ("input", "target"), 250),
+    ):
+        path = shared_data / "text" / name
+        made = prepare((source(path),), "conversation", tokenizer, seed=0)
+        assert made.report.kept == count and made.report.sources[0].guessed
+        first = json.loads(path.read_text().splitlines()[0]) if path.suffix == ".jsonl" else None
+        row = first or json.loads(path.read_text())["examples"][0]
+        asked, answered = (row[name] for name in columns)
+        assert text(tokenizer, made.items[0].trunk) == (
+            f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n{answered}<|im_end|>\n"
+        )
+        assert scored(tokenizer, made.items[0].trunk) == f"{answered}<|im_end|>"
+
+
 def test_files_of_no_layout_are_refused_with_their_columns(shared_data: Path, tokenizer: ChatTokenizer) -> None:
     for name, found in [
         ("prompts/mt_bench_question.jsonl", "category, question_id, reference, turns"),
-        ("bbh/boolean_expressions.json", "canary, examples"),
         ("tools/bfcl_simple_python.json", "function, id, question"),
     ]:
         with pytest.raises(DataError, match=f"columns found: {found}"):

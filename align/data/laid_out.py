@@ -1,0 +1,48 @@
+"""The layout that a source's rows have, and their values under our names: as the recipe maps them, as the folder says
+that they are from, or as a guess."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from align.data.formats import fields_of, layouts_of
+from align.data.formats.base import Layout, candidates
+from align.data.formats.guess import choose
+from align.data.formats.written import Values
+from align.data.records import Kind
+from align.data.sources import Opened, renamed
+from align.recipe.inputs import DataSource
+
+
+@dataclass(frozen=True)
+class LaidOut:
+    """layout: of most rows; others: those that it was chosen among. values: of each row, under our names. columns: our
+    field -> theirs; for_rewards: those of them that no layout reads. words: for the report."""
+
+    layout: Layout
+    others: Sequence[Layout]
+    values: Sequence[Values]
+    columns: Mapping[str, str]
+    for_rewards: Mapping[str, str]
+    words: str
+    guessed: bool
+
+
+def lay_out(source: DataSource, kind: Kind, opened: Opened, rows: Sequence[dict[str, Any]]) -> LaidOut:
+    """Raises DataError where no layout of this kind fits, or several, or where a column that is mapped is not there."""
+    entry = opened.entry
+    columns = {**entry.columns, **source.columns} if entry else dict(source.columns)
+    values = [Values.read(row) for row in renamed(rows, columns, opened.path)]
+    layouts, format = layouts_of(source.format or (entry.format if entry else None))
+    names = frozenset(columns) & fields_of(layouts)
+    for_rewards = {ours: theirs for ours, theirs in columns.items() if ours not in names}
+    layout, guess = choose(layouts, kind, values, where=opened.path, format=format, mapped=names)
+    if guess is not None:
+        values = [Values.read(row) for row in renamed(values, guess.columns, opened.path)]
+        names |= guess.columns.keys()
+        columns |= {ours: columns.get(theirs, theirs) for ours, theirs in guess.columns.items()}
+    others = candidates(layouts, kind, format, names & layout.columns)
+    words = guess.words if guess else layout.name
+    return LaidOut(layout, others, values, columns, for_rewards, words, guess is not None)
