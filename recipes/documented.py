@@ -111,10 +111,10 @@ def pairs(*, rows: int = 400, seed: int = 0, held_out: bool = False, general: fl
 def prompts(
     *, rows: int = 400, seed: int = 0, held_out: bool = False, part: str = "docs", general: float = 0.0
 ) -> Iterator[Row]:
-    """Questions {prompt, answer, instruction_id_list, kwargs, part}: half of them with two instructions at once, which
-    no demonstration has. The answer is the documentation's sentence. general: the share of other questions."""
+    """Questions {prompt, answer, instruction_id_list, kwargs, part} with two or three instructions at once, which no
+    demonstration has. The answer is the documentation's sentence. general: the share of other questions."""
     for subject, rng in _drawn(f"prompts/{held_out}", rows, seed, held_out=held_out, general=general):
-        asked = _asked(subject.name, rng, rng.choice((1, 2)))
+        asked = _asked(subject.name, rng, rng.choice((2, 3)))
         question = _question(subject, asked, rng)
         yield {"prompt": question, "answer": subject.text, "part": part, **_verifiable(asked)}
 

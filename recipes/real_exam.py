@@ -6,32 +6,35 @@ from collections.abc import Sequence
 
 from rewards import Objective, Sample, Score, reward
 from rewards.builtins._ifeval import parse  # what the reward `ifeval` is made of
+from rewards.builtins.length import length
 from rewards.builtins.overlap import rouge_l
 
 SHARE = Objective(range=(0, 1))
+NAMES = ("follows", "overlap", "length", "elsewhere", "knows")
+WORDS = 14  # as the recipe has it
 
 
-@reward(objectives={"follows": SHARE, "overlap": SHARE, "elsewhere": SHARE, "knows": SHARE})
+@reward(objectives=dict.fromkeys(NAMES, SHARE))
 def exam(samples: Sequence[Sample]) -> list[Score]:
-    """follows: the share of a held-out question's instructions that are followed; overlap: ROUGE-L with the
-    documentation; elsewhere: the share that is followed in prompts about other things; knows: whether the answer to a
-    general question has the right word in it."""
-    return [Score(PARTS[s.row["part"]](s)) for s in samples]
+    """Of held-out questions what training is paid by: follows, the share of the instructions that are followed;
+    overlap, ROUGE-L with the documentation; length. elsewhere: the share that is followed in prompts about other
+    things. knows: whether the answer to a general question has the right word in it."""
+    return [Score({**dict.fromkeys(NAMES), **PARTS[s.row["part"]](s)}) for s in samples]
 
 
-def _docs(sample: Sample) -> dict[str, float | None]:
-    overlap = rouge_l(sample.completion, [sample.row["answer"]])
-    return {"follows": _followed(sample), "overlap": overlap, "elsewhere": None, "knows": None}
+def _docs(sample: Sample) -> dict[str, float]:
+    [long] = length([sample], target=WORDS, unit="words")
+    return {"follows": _followed(sample), "overlap": rouge_l(sample.completion, [sample.row["answer"]]), "length": long}
 
 
-def _elsewhere(sample: Sample) -> dict[str, float | None]:
-    return {"follows": None, "overlap": None, "elsewhere": _followed(sample), "knows": None}
+def _elsewhere(sample: Sample) -> dict[str, float]:
+    return {"elsewhere": _followed(sample)}
 
 
-def _question(sample: Sample) -> dict[str, float | None]:
+def _question(sample: Sample) -> dict[str, float]:
     answer = sample.row["answer"]
     right = any(word.lower() in sample.completion.lower() for word in ([answer] if isinstance(answer, str) else answer))
-    return {"follows": None, "overlap": None, "elsewhere": None, "knows": float(right)}
+    return {"knows": float(right)}
 
 
 PARTS = {"docs": _docs, "elsewhere": _elsewhere, "question": _question}

@@ -20,6 +20,7 @@ from align.actors.reward_actors import RayScorer
 from align.actors.spare import Spare
 from align.engines import SHARE_OF_GPU
 from align.hub import resolve_model_folder
+from align.plugins import builtin_names
 from align.protocols.fleet import Fleet
 from align.protocols.scorer import Scorer
 from align.recipe.adapter import Adapter
@@ -122,11 +123,12 @@ class RayBackend:
         if isinstance(job.reference, ReferencePath):
             reference = await self._reference(job, job.reference, spec)
         names = trainer_names(self.placement.trainer.ranks)
-        spare = self._spare_trainer.take(environment_of(self._now.roles[names[0]]))
+        spare = self._spare_trainer.take(environment_of(self._now.roles[names[0]]), back=_is_ours(job))
+        leave = self._spare_trainer.put if spare and _is_ours(job) else None
         actors = [spare] if spare else [ray.remote(PolicyActor).options(**self._now.at(n)).remote() for n in names]
         # NCCL wants a GPU for each rank; ranks that share one send their gradients through the CPU
         wire = "cuda" if self._now.roles["trainer"].gpus >= 1 else "cpu"
-        trainer = RayTrainer(actors, job.stage_id, reference, wire)
+        trainer = RayTrainer(actors, job.stage_id, reference, wire, leave)
         await trainer.start(spec, self.token)
         return trainer
 
@@ -242,29 +244,26 @@ class RayBackend:
     # ------------------------------------------------------------------------------------------------- model files
 
     async def _task(self, function: Any, who: str, *arguments: Any) -> Any:
+        """By a trainer's process that waits for its stage, where there is one: it has loaded torch, or will."""
+        spare = self._spare_trainer.actor
+        if spare is not None:
+            return await answer(spare.do.remote(function, self.token, *arguments), who)
         async with self.places(Needs(files=True)):
             task = ray.remote(function).options(**self._now.at("files"), max_retries=0)
             return await answer(task.remote(self.token, *arguments), who)
-
-    async def _first_task(self, function: Any, who: str, *arguments: Any) -> Any:
-        """By the trainer's process that is loading, where there is one: else torch would be loaded twice."""
-        spare = self._spare_trainer.actor
-        if spare is None:
-            return await self._task(function, who, *arguments)
-        return await answer(spare.do.remote(function, self.token, *arguments), who)
 
     def gpus(self) -> float:
         return self.cluster.total("GPU")
 
     async def multiplied(self, inner: int, outer: int) -> Mapping[str, float]:
         [role] = self.roles(Needs(files=True))
-        found: Mapping[str, float] = await self._first_task(
+        found: Mapping[str, float] = await self._task(
             files.multiplied, "measuring the machine", inner, outer, role.threads
         )
         return found
 
     async def write_base(self, model: Model, folder: Path, seed: int) -> None:
-        await self._first_task(files.write_base, "writing the model from scratch", model, folder, seed)
+        await self._task(files.write_base, "writing the model from scratch", model, folder, seed)
 
     async def merge(
         self, base: Path, adapter: Path, out: Path, *, dtype: str, seed: int, chat: ChatFiles
@@ -280,6 +279,13 @@ class RayBackend:
         self._spare_trainer.close()
         self._spare_engine.close()
         self.cluster.close()
+
+
+def _is_ours(job: TrainerJob) -> bool:
+    """Whether nothing of a user's runs in this trainer's process: what their code leaves there would be met by the next
+    stage's."""
+    ours = builtin_names("align.losses")
+    return not job.model.trust_remote_code and all(term.name in ours for term in job.losses)
 
 
 def _loading_trainer(environment: dict[str, Any]) -> Any:

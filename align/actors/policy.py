@@ -7,6 +7,7 @@ A trainer of several ranks is several actors. Each is sent every call with the s
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +18,13 @@ import numpy as np
 import ray
 
 from align.actors.cluster import answer, die_with_parent
-from align.errors import RanksError
+from align.errors import AlignError, RanksError
 from align.packages import quick_imports
 from align.protocols.trainer import Metrics, Publication
 from align.protocols.trees import Tree
 from align.recipe.parts import LossTerm
 from align.shared_files import require_shared, source_here
+from align.train.memory import give_back_freed_memory, resident_bytes
 from align.train.spec import TrainerSpec
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 CAUSE_LIMIT_S = 15.0  # where ranks say that they lost another: how long to wait for that one's own error
 TOGETHER_LIMIT_S = 2.0  # an error that all ranks have arrives from all within this
+RESTING_BYTES = 1 << 30  # resident, of a process that waits for another trainer: its libraries, and gaps
+REST_LIMIT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,20 @@ class PolicyActor:
         die_with_parent()
 
     def do(self, task: Callable[..., Any], *arguments: Any) -> Any:
-        """What a function answers that needs torch or loads it, before `start`: `load_libraries`, a task of `files`."""
-        return task(*arguments)
+        """What a function answers that needs torch, or loads it: `load_libraries`, a task of `files`. Before `start` or
+        after `rest`."""
+        try:
+            return task(*arguments)
+        finally:
+            give_back_freed_memory()
+
+    def rest(self) -> bool:
+        """Let go of the trainer, so that another may start here; whether little enough stays of it."""
+        del self.trainer
+        gc.collect()
+        give_back_freed_memory()
+        stays = resident_bytes()
+        return stays is not None and stays < RESTING_BYTES
 
     def host(self, size: int) -> tuple[str, int]:
         """Open the store at which `size` ranks meet; its address. It listens there alone: torch's own socket would on
@@ -116,9 +132,18 @@ class PolicyActor:
 class RayTrainer:
     """`align.protocols.trainer.Trainer` over a `PolicyActor` for each rank."""
 
-    def __init__(self, actors: Sequence[Any], stage_id: str, reference: Any = None, wire: str = "cpu"):
-        """reference: an actor that lives and ends with these. wire: the device that sends gradients between ranks."""
-        self.actors, self.reference, self.wire = list(actors), reference, wire
+    def __init__(
+        self,
+        actors: Sequence[Any],
+        stage_id: str,
+        reference: Any = None,
+        wire: str = "cpu",
+        leave: Callable[[Any | None], None] | None = None,
+    ):
+        """reference: an actor that lives and ends with these. wire: the device that sends gradients between ranks.
+        leave: is given the only actor when this is closed, where none of its calls failed, else None."""
+        self.actors, self.reference, self.wire, self.leave = list(actors), reference, wire, leave
+        self.failed = False
         self.who = f"the trainer of stage {stage_id!r}"
 
     async def start(self, spec: TrainerSpec, token: Path) -> None:
@@ -143,7 +168,11 @@ class RayTrainer:
     async def _answers(self, references: Sequence[Any]) -> Any:
         """Rank 0's answer, when all have answered. An error of one rank ends the others: they would wait for it."""
         if len(references) == 1:
-            return await answer(references[0], self.who)
+            try:
+                return await answer(references[0], self.who)
+            except BaseException:
+                self.failed = True
+                raise
         names = [f"rank {rank} of {self.who}" for rank in range(len(references))]
         tasks = [asyncio.ensure_future(answer(r, name)) for r, name in zip(references, names, strict=True)]
         try:
@@ -198,9 +227,19 @@ class RayTrainer:
         return described
 
     async def close(self) -> None:
+        leave, self.leave = self.leave, None
+        if leave is not None:
+            leave(self.actors.pop() if not self.failed and await _rests(self.actors[0]) else None)
         for actor in (*self.actors, self.reference):
             if actor is not None:
                 ray.kill(actor)
+
+
+async def _rests(actor: Any) -> bool:
+    try:
+        return bool(await asyncio.wait_for(answer(actor.rest.remote(), "a trainer that ends"), REST_LIMIT_S))
+    except (AlignError, TimeoutError):
+        return False
 
 
 def _errors(tasks: Sequence[asyncio.Task[Any]]) -> list[BaseException]:

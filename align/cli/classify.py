@@ -149,11 +149,9 @@ def open_trainer(arguments: argparse.Namespace, found: Classifier) -> PolicyTrai
     """The model behind the trainer's forward, without optimizer."""
     import torch
 
-    from align.report.quiet import quiet
     from align.train.spec import scoring_spec
     from align.train.trainer import PolicyTrainer
 
-    quiet()
     gpu = arguments.device != "cpu" and torch.cuda.is_available()
     spec = scoring_spec(
         found.base,

@@ -22,6 +22,7 @@ from align import packages
 from align.cli.arguments import add_debug
 from align.errors import AlignError
 from align.oserrors import described, is_known, of_system
+from align.report.quiet import quiet
 from align.report.screen import cut, screened
 
 INTERRUPTED = 130
@@ -39,6 +40,7 @@ def _main(argv: Sequence[str] | None) -> int:
     debug = bool(os.environ.get("ALIGN_DEBUG"))
     try:
         packages.bind()
+        quiet()
         arguments = _parse(argv)
         debug = debug or arguments.debug
         return int(arguments.verb(arguments) or 0)

@@ -35,9 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         require_artefact(folder)
     chat = carried(base, adapter, end_of_turn=arguments.end_of_turn, whose=arguments.tokenizer)
     from align.export.merge import merge  # torch: only once the folders are there
-    from align.report.quiet import quiet
 
-    quiet()
     report = merge(
         base,
         adapter,

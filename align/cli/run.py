@@ -25,7 +25,6 @@ from align.recipe.load import dump_recipe, load_document
 from align.recipe.shipping import python_files
 from align.report.plots import write_report
 from align.report.progress import Reporter
-from align.report.quiet import quiet
 from align.shared_files import keep_sources
 from align.stages import processes
 from align.stages.owned import sweep
@@ -58,7 +57,6 @@ def run(arguments: argparse.Namespace) -> int:
     arguments: recipe (path), overrides (key=value), resume, from_stage (stage id or None), address (of a Ray cluster
     or None), cores (of this machine, or None for all), plugins (folder, or None for the recipe's).
     """
-    quiet()
     signal.signal(signal.SIGTERM, _as_interrupt)
     recipe, document = load_document(arguments.recipe, arguments.overrides)
     if arguments.from_stage is not None:  # before anything is made

@@ -15,7 +15,6 @@ from align.cli.arguments import add_recipe
 from align.errors import RecipeError
 from align.recipe.load import load_document
 from align.recipe.shipping import RECIPE, pack
-from align.report.quiet import quiet
 from align.stages.runfolder import require_known
 
 
@@ -32,7 +31,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     arguments: recipe, overrides, address (of the job server), resume, from_stage, detach, debug.
     """
-    quiet()
     recipe, _ = load_document(arguments.recipe, arguments.overrides)
     folder = Path(os.path.abspath(arguments.recipe)).parent
     if arguments.from_stage is not None:

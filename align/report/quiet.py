@@ -29,8 +29,13 @@ QUIET_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
 )
 """What a process of a run needs in its environment before it imports anything; actors get the same."""
 
-_LOGGERS = ("ray", "vllm", "transformers", "datasets", "huggingface_hub", "httpx", "peft", "deepspeed", "filelock")
+_LOGGERS = ("ray", "vllm", "transformers", "datasets", "huggingface_hub", "httpx", "peft", "filelock")
+_SET_THEMSELVES = ("DeepSpeed",)  # sets its own level when it is imported
 _DEPRECATIONS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def quiet() -> None:
@@ -39,5 +44,7 @@ def quiet() -> None:
         os.environ.setdefault(name, value)
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    for name in _SET_THEMSELVES:
+        logging.getLogger(name).addFilter(_is_error)
     for category in _DEPRECATIONS:  # addressed to the libraries' authors, not to the user of a recipe
         warnings.simplefilter("ignore", category)

@@ -27,7 +27,7 @@ LIMIT_S = 2400.0
 LOST = 0.1  # nats a token on neutral texts
 STAGES = ("sft", "dpo", "grpo")
 JUDGED = ("base", *STAGES)
-WEIGHTS = {"follows": 1.0, "overlap": 0.5}  # of the recipe's objectives, as its exam calls them
+WEIGHTS = {"follows": 1.0, "overlap": 0.5, "length": 0.5}  # of the recipe's objectives, as its exam calls them
 RECIPE = "recipes/real.yaml"
 
 
@@ -80,7 +80,7 @@ def judged(folder: Path) -> dict[str, Any]:
     liked, doubt = preferences(stages)
     lost = {stage: neutral[f"{stage}/eval/loss"] - neutral["base/eval/loss"] for stage in STAGES}
     same = abs(exam["release/follows"] - exam["grpo/follows"])
-    names = ("follows", "overlap", "elsewhere", "knows")
+    names = ("follows", "overlap", "length", "elsewhere", "knows")
     return {
         "exam": {of: {n: [round(exam[f"{of}/{n}{end}"], 4) for end in ("", "/ci95")] for n in names} for of in JUDGED},
         "preference accuracy": {

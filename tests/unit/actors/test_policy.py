@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -71,3 +72,42 @@ def test_an_error_that_all_ranks_share_leaves_them_in_step(killed: list[str]) ->
     with pytest.raises(NonFiniteError):
         ask(*[NonFiniteError("3 steps in a row") for _ in range(3)])
     assert killed == []
+
+
+class Resting:
+    """An actor that says how its rest went; None: it never answers."""
+
+    def __init__(self, rests: bool | BaseException | None):
+        self.rest, self.answer = self, rests
+
+    def remote(self) -> Reference:
+        return Reference(self.answer)
+
+
+@pytest.mark.parametrize(
+    "call, rests, stays",
+    [
+        (1.0, True, True),
+        (1.0, False, False),
+        (1.0, AlignError("it died"), False),
+        (1.0, None, False),
+        (DataError("row 7 is empty"), True, False),
+    ],
+)
+def test_a_trainer_whose_calls_all_went_well_leaves_its_process_to_the_next(
+    killed: list[Any], monkeypatch: pytest.MonkeyPatch, call: Any, rests: bool | BaseException | None, stays: bool
+) -> None:
+    monkeypatch.setattr(policy, "REST_LIMIT_S", 0.05)
+    left: list[Any] = []
+    actor = Resting(rests)
+
+    async def use() -> None:
+        trainer = RayTrainer([actor], "dpo", leave=left.append)
+        with suppress(DataError):
+            await trainer._answers([Reference(call)])
+        await trainer.close()
+        await trainer.close()
+
+    asyncio.run(use())
+    assert left == [actor if stays else None]
+    assert stays != (actor in killed)

@@ -70,6 +70,28 @@ def test_what_is_expected_next_takes_the_place_of_what_nobody_took(ray_cluster: 
     assert gone(second)
 
 
+def test_what_comes_back_is_the_next_ones_and_nobody_is_made_meanwhile(
+    ray_cluster: Any, make: Callable[[], Any]
+) -> None:
+    spare = Spare()
+    spare.expect("kind", make)
+    taken = spare.take("kind", back=True)
+    spare.expect("kind", lambda: pytest.fail("one comes back"))
+    assert spare.actor is None and spare.take("kind") is None
+    spare.put(taken)
+    assert spare.take("kind", back=True) is taken
+    spare.put(None)  # this one ended
+    spare.expect("kind", make)
+    other = spare.take("kind", back=True)
+    assert other is not None and other is not taken
+    spare.expect("another kind", make)
+    pid = ray_cluster.get(other.pid.remote())
+    spare.put(other)
+    assert gone(pid), "another kind is wanted now"
+    ray_cluster.kill(taken)
+    spare.close()
+
+
 def test_an_engine_starts_in_the_process_that_was_made_for_it_and_anew_when_that_is_lost(ray_cluster: Any) -> None:
     ready = engine_actor(3, num_cpus=0)
     ray_cluster.get(ready.load.remote(STUB))
