@@ -223,14 +223,25 @@ def optional_text(row: Row, column: str) -> str:
 
 
 def label_of(row: Row, column: str = "label") -> bool:
-    """A label that must be a boolean (of a CSV, its word): 0/1, "good"/"bad" and scores are other people's
-    conventions."""
+    """A label that must be a boolean, or a word that can mean nothing else. Numbers are refused: of a score, 0 is as
+    often the middle as the worst."""
     value = row.get(column)
     if isinstance(value, str):
-        value = {"true": True, "false": False}.get(value.strip().lower(), value)
+        value = _VERDICTS.get(re.sub(r"[\s-]+", "_", value.strip().lower()), value)
     if not isinstance(value, bool):
-        raise RowError(f"`{column}` must be true or false, got {_shown(value)}")
+        raise RowError(f"`{column}` must be true or false, or words such as good or bad, got {_shown(value)}")
     return value
+
+
+_VERDICTS = {
+    word: good
+    for pair in (
+        ("true", "false"), ("yes", "no"), ("good", "bad"), ("desirable", "undesirable"), ("chosen", "rejected"),
+        ("accepted", "rejected"), ("preferred", "dispreferred"), ("thumbs_up", "thumbs_down"), ("like", "dislike"),
+        ("upvote", "downvote"),
+    )
+    for word, good in zip(pair, (True, False), strict=True)
+}  # fmt: skip
 
 
 def margin_of(row: Row) -> float | None:

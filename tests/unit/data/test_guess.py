@@ -135,6 +135,15 @@ def test_a_verdict_that_prefers_none_is_refused(
     assert words in caught.value.what and caught.value.where == f"{path}:1"
 
 
+@pytest.mark.parametrize(
+    ("word", "good"),
+    [("good", True), ("Thumbs down", False), ("dislike", False), ("YES", True), ("undesirable", False)],
+)
+def test_a_label_may_be_a_word_that_can_mean_nothing_else(word: str, good: bool) -> None:
+    record = read({"prompt": "Q", "completion": "A", "label": word}, "unpaired")
+    assert isinstance(record, Unpaired) and record.desirable is good
+
+
 def test_labels_of_single_answers_prompts_and_texts() -> None:
     record = read({"question": "Q", "answer": "A", "is_desirable": False}, "unpaired")
     assert isinstance(record, Unpaired) and said(record) == TURNS and record.desirable is False
