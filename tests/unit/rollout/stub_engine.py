@@ -16,6 +16,15 @@ from align.protocols.trainer import Publication
 from rollout.base import Answer, EngineSpec, Request
 
 
+def first(flag: str) -> bool:
+    """Whether this is the first engine, of all that may ask at the same moment, to come by this flag."""
+    try:
+        Path(flag).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 class StubEngine:
     """Options: start "fails", start_s; per_step: groups that a step finishes (all); step_s; drain: whether a version
     waits for running requests. Rows: do, and once: a file that is made when it was done, so that it is done once."""
@@ -50,10 +59,8 @@ class StubEngine:
 
     def _misbehave(self, item: PromptItem) -> None:
         once = item.row.get("once")
-        if once is not None:
-            if Path(once).exists():
-                return
-            Path(once).touch()
+        if once is not None and not first(once):
+            return
         match item.row.get("do"):
             case "hang":
                 time.sleep(60)
@@ -92,8 +99,7 @@ class StubEngine:
                 raise EngineError("adapter not applied")
             case ("slow", _, seconds):
                 time.sleep(float(seconds))
-            case ("die", _, flag) if not Path(flag).exists():
-                Path(flag).touch()
+            case ("die", _, flag) if first(flag):
                 os._exit(9)
         self.version = publication.version
         return publication.digest
