@@ -20,7 +20,7 @@ from align.actors.reward_actors import RayScorer
 from align.actors.spare import Spare
 from align.engines import SHARE_OF_GPU
 from align.hub import resolve_model_folder
-from align.plugins import builtin_names
+from align.losses import names as loss_names
 from align.protocols.fleet import Fleet
 from align.protocols.scorer import Scorer
 from align.recipe.adapter import Adapter
@@ -123,8 +123,9 @@ class RayBackend:
         if isinstance(job.reference, ReferencePath):
             reference = await self._reference(job, job.reference, spec)
         names = trainer_names(self.placement.trainer.ranks)
-        spare = self._spare_trainer.take(environment_of(self._now.roles[names[0]]), back=_is_ours(job))
-        leave = self._spare_trainer.put if spare and _is_ours(job) else None
+        again = _is_ours(job)
+        spare = self._spare_trainer.take(environment_of(self._now.roles[names[0]]), back=again)
+        leave = self._spare_trainer.put if spare and again else None
         actors = [spare] if spare else [ray.remote(PolicyActor).options(**self._now.at(n)).remote() for n in names]
         # NCCL wants a GPU for each rank; ranks that share one send their gradients through the CPU
         wire = "cuda" if self._now.roles["trainer"].gpus >= 1 else "cpu"
@@ -284,8 +285,7 @@ class RayBackend:
 def _is_ours(job: TrainerJob) -> bool:
     """Whether nothing of a user's runs in this trainer's process: what their code leaves there would be met by the next
     stage's."""
-    ours = builtin_names("align.losses")
-    return not job.model.trust_remote_code and all(term.name in ours for term in job.losses)
+    return not job.model.trust_remote_code and all(term.name in loss_names() for term in job.losses)
 
 
 def _loading_trainer(environment: dict[str, Any]) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 from align.check.trial_media import TrialMedia, media_of_messages, with_files
 from align.data.audit import Refusal
 from align.data.formats import LAYOUTS
-from align.data.formats.guess import choose
+from align.data.formats.choosing import choose
 from align.data.formats.written import Values
 from align.data.placing import place_media
 from align.data.readers import Row

@@ -1,9 +1,11 @@
-"""Arguments that several verbs take. Nothing but argparse."""
+"""Arguments that several verbs take. Nothing but argparse and errors."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+
+from align.errors import UserError
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +33,14 @@ def add_parallel(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="runs at once, each on 1/N of the machine (default: 1)",
     )
+
+
+def columns_of(said: str, such_as: str) -> dict[str, str]:
+    """Our columns to the data's, of `--columns ours=theirs,ours=theirs`. Raises UserError."""
+    pairs = [pair.partition("=") for pair in said.split(",") if pair]
+    if any(not (ours and theirs) for ours, _, theirs in pairs):
+        raise UserError(f"{said!r} names no columns", where="--columns", remedy=f"write {such_as}")
+    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
 
 
 def whole(least: int) -> Callable[[str], int]:

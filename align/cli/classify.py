@@ -19,6 +19,7 @@ import numpy as np
 
 from align.check.memory.sizes import read_config
 from align.check.scratch import scratch
+from align.cli.arguments import columns_of
 from align.data.carried import carried
 from align.data.media.library import Library
 from align.data.media.opening import takes_media
@@ -125,13 +126,10 @@ def _read(
     arguments: argparse.Namespace, found: Classifier, config: Mapping[str, Any], library: Library | None
 ) -> tuple[list[Tree], list[str]]:
     """The rows as trees, and the data report's lines."""
-    pairs = [pair.partition("=") for pair in arguments.columns.split(",") if pair]
-    if any(not (ours and theirs) for ours, _, theirs in pairs):
-        raise UserError(f"{arguments.columns!r} names no columns", where="--columns", remedy="write text=review")
     positions = config.get("text_config", config).get("max_position_embeddings")
     source = DataSource(
         path=arguments.data,
-        columns={ours.strip(): theirs.strip() for ours, _, theirs in pairs},
+        columns=columns_of(arguments.columns, "text=review"),
         format=arguments.format,
         limit=arguments.limit,
         max_length=arguments.max_length or positions,

@@ -19,7 +19,7 @@ import numpy as np
 from align.check.memory.sizes import read_config
 from align.check.scratch import scratch
 from align.check.shown_rows import shown_row
-from align.cli.arguments import whole
+from align.cli.arguments import columns_of, whole
 from align.data.carried import carried
 from align.data.kinds import STAGES, kinds_of
 from align.data.likeness import THRESHOLD, nearly_same, same
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = resolve_model_folder(arguments.model, weights=False)
     source = DataSource(
         path=arguments.data,
-        columns=_columns(arguments.columns),
+        columns=columns_of(arguments.columns, "query=question,response=reply"),
         format=arguments.format,
         split=arguments.split,
         limit=arguments.limit,
@@ -85,13 +85,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.write:
         _write(prepared.records, Path(arguments.write))
     return 0
-
-
-def _columns(said: str) -> dict[str, str]:
-    pairs = [pair.partition("=") for pair in said.split(",") if pair]
-    if any(not (ours and theirs) for ours, _, theirs in pairs):
-        raise UserError(f"{said!r} names no columns", where="--columns", remedy="write query=question,response=reply")
-    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
 
 
 def _kind(source: DataSource, stage: str | None) -> Kind:
@@ -138,13 +131,21 @@ def _doubles(records: Sequence[Kept]) -> None:
     whole = [_said(one.record) for one in records]
     groups = same(whole)
     told = [" = ".join(records[at].origin for at in group[:_SHOWN]) for group in groups[:_SHOWN]]
-    print(_counted(sum(len(group) - 1 for group in groups), "row says what an earlier one says", told))
+    print(
+        _counted(
+            sum(len(group) - 1 for group in groups),
+            "row says what an earlier one says",
+            "rows say what an earlier one says",
+            told,
+        )
+    )
     near = nearly_same(whole)
     told = [f"{records[a].origin} ~ {records[b].origin} ({likeness:.0%})" for a, b, likeness in near[:_SHOWN]]
-    print(_counted(len(near), f"row is nearly an earlier one (at least {THRESHOLD:.0%} of its runs of words)", told))
+    nearly = f"nearly an earlier one (at least {THRESHOLD:.0%} of its runs of words)"
+    print(_counted(len(near), f"row is {nearly}", f"rows are {nearly}", told))
     asked = same([_asked(one.record) for one in records])
     again = sum(len(group) - 1 for group in asked)
-    print(_counted(again, "row asks what an earlier one asks", []))
+    print(_counted(again, "row asks what an earlier one asks", "rows ask what an earlier one asks"))
 
 
 def _known(records: Sequence[Kept], exam: DataSource, tokenizer: ChatTokenizer) -> None:
@@ -161,21 +162,14 @@ def _known(records: Sequence[Kept], exam: DataSource, tokenizer: ChatTokenizer) 
     near = [(a, b, likeness) for a, b, likeness in nearly_same(there, here) if a not in seen]
     told = [f"{asked[a].origin} = {records[b].origin}" for a, b in dict(reversed(pairs)).items()][:_SHOWN]
     print(f"{exam.path}: {len(asked)} prompts")
-    print("  " + _counted(len(seen), "prompt of the exam is in the data", told))
+    print("  " + _counted(len(seen), "prompt of the exam is in the data", "prompts of the exam are in the data", told))
     told = [f"{asked[a].origin} ~ {records[b].origin} ({likeness:.0%})" for a, b, likeness in near[:_SHOWN]]
-    print("  " + _counted(len(near), "prompt of the exam is nearly in the data", told))
+    words = "prompt of the exam is nearly in the data", "prompts of the exam are nearly in the data"
+    print("  " + _counted(len(near), *words, told))
 
 
-def _counted(count: int, words: str, told: Sequence[str]) -> str:
-    noun, _, verb = words.partition(" ")
-    several = {"says": "say", "is": "are", "asks": "ask"}
-    if count != 1:
-        noun += "s"
-        head, _, rest = verb.partition(" ")
-        while head not in several and rest:
-            noun, head, rest = f"{noun} {head}", rest.partition(" ")[0], rest.partition(" ")[2]
-        verb = f"{several.get(head, head)} {rest}"
-    return f"{count or 'no'} {noun} {verb}" + (f": {'; '.join(told)}" if told else "")
+def _counted(count: int, one: str, several: str, told: Sequence[str] = ()) -> str:
+    return f"{count or 'no'} {one if count == 1 else several}" + (f": {'; '.join(told)}" if told else "")
 
 
 def _said(record: Record) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 
-from align.data.formats.base import SAMPLE
+from align.data.formats.choosing import SAMPLE
 from align.data.laid_out import lay_out
 from align.data.readers import Row
 from align.data.records import Kind

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from align.data.formats import fields_of, layouts_of
-from align.data.formats.base import Layout, candidates
-from align.data.formats.guess import choose
+from align.data.formats.base import Layout
+from align.data.formats.choosing import candidates, choose
 from align.data.formats.written import Values
 from align.data.records import Kind
 from align.data.sources import Opened, renamed

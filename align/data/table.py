@@ -23,7 +23,6 @@ class Kept:
     origin: str
     record: Record
     margin: float | None
-    values: dict[str, Any]
     folder: Path | None
 
 

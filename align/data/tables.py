@@ -14,7 +14,8 @@ from align.data.doubts import doubts
 from align.data.encode import encode
 from align.data.encoded import Encoded, fit
 from align.data.ends import ending_notes, last_said
-from align.data.formats.base import margin_of, refuse_stray, weight_of
+from align.data.formats.base import margin_of, weight_of
+from align.data.formats.choosing import refuse_stray
 from align.data.formats.flags import refuse_token_masks
 from align.data.formats.written import Values
 from align.data.labels import Labelling, distribution
@@ -228,7 +229,7 @@ class Tokeniser:
             table.answers.append((seen_messages(record.prompt, fitted.trunk.media), values, texts))
         if self.records:
             row = one.row
-            table.records.append(Kept(row.origin, record, one.margin, row.values, row.folder))
+            table.records.append(Kept(row.origin, record, one.margin, row.folder))
         self.media.add_row(one.shown, encoded.shows - fitted.shows, one.row.origin)
         for shown in one.shown:
             table.files.update(shown.files)

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from align.data.formats.base import MEDIA, SAMPLE, Layout, Row, fitting, none_fits
+from align.data.formats.base import MEDIA, Layout, Row
 from align.data.formats.messages import are_messages
 from align.data.formats.ranked import RANKS, SCORES
 from align.data.records import Kind
-from align.errors import DataError
 
 Columns = Mapping[str, str]
 """Our field -> their column."""
@@ -94,41 +93,6 @@ class Unguessed(Exception):
     def __init__(self, what: str, remedy: str):
         super().__init__(what)
         self.what, self.remedy = what, remedy
-
-
-def choose(
-    layouts: Sequence[Layout],
-    kind: Kind,
-    rows: Sequence[Row],
-    *,
-    where: str,
-    format: str | None = None,
-    mapped: frozenset[str] = frozenset(),
-) -> tuple[Layout, Guess | None]:
-    """The layout that most of these rows have; and the guess under which they have it, where their own names fit none
-    or leave out what the guess reads as well.
-
-    mapped: fields named by `columns:`; the layout must use all of them. Raises DataError where none or several fit.
-    """
-    layout = fitting(layouts, kind, rows, where=where, format=format, mapped=mapped)
-    if layout is not None and (mapped or format is not None):
-        return layout, None
-    allowed = [x for x in layouts if format is None or format in x.formats]
-    try:
-        found = guess(allowed, kind, rows[:SAMPLE])
-    except Unguessed as why:
-        if layout is not None and not layout.gives_way:
-            return layout, None
-        raise DataError(why.what, where=where, remedy=why.remedy) from None
-    if found is not None and not mapped <= {*found.columns.values(), *found.layout.columns}:
-        found = None
-    if layout is not None:
-        read = set(found.columns.values()) if found is not None else set()
-        more = layout.required <= read and not read <= layout.columns
-        return (found.layout, found) if found is not None and more else (layout, None)
-    if found is None:
-        raise none_fits(layouts, kind, rows, where=where, format=format)
-    return found.layout, found
 
 
 def guess(layouts: Sequence[Layout], kind: Kind, rows: Sequence[Row]) -> Guess | None:
@@ -255,9 +219,6 @@ def _labelled(named: Mapping[str, list[str]]) -> Iterator[dict[str, str]]:
 
 
 # ------------------------------------------------------------------------------------------------- what may be read
-
-
-_TURN_FIELDS = ("messages", "chosen", "rejected")
 
 
 def _takes(layout: Layout, columns: Columns, shown: Mapping[str, Any], common: Collection[str]) -> bool:

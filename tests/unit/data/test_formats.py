@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from align.data.formats import LAYOUTS
-from align.data.formats.guess import choose
+from align.data.formats.choosing import choose
 from align.data.records import Conversation, Kind, Message, Pair, Prompt, RowError, Unpaired, check
 from align.errors import DataError
 from tests.unit.data.build import turns

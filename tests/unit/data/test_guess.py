@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from align.data.formats import LAYOUTS
-from align.data.formats.guess import ANSWERS, NEEDED, QUESTIONS, SIDES, choose
+from align.data.formats.choosing import choose
+from align.data.formats.guess import ANSWERS, NEEDED, QUESTIONS, SIDES
 from align.data.prepare import prepare
 from align.data.records import Conversation, Kind, Labelled, Pair, Prompt, Record, Unpaired, messages_of
 from align.data.sources import renamed

@@ -8,7 +8,7 @@ import pytest
 
 from align.cli.main import main
 from align.data.formats import described, layouts_of
-from align.data.formats.guess import choose
+from align.data.formats.choosing import choose
 from align.data.records import RowError
 from align.errors import DataError, PluginError
 from tests.unit.check.workshop import open_workshop

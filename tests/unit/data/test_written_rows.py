@@ -11,7 +11,7 @@ import pytest
 
 from align.cli.main import main
 from align.data.formats import LAYOUTS
-from align.data.formats.guess import choose
+from align.data.formats.choosing import choose
 from align.data.own_layout import row_of
 from align.data.records import Kind
 from align.data.sources import renamed
