@@ -21,7 +21,8 @@ from align.data.media.opening import open_library, refuse_media_settings, takes_
 from align.data.prepare import prepare
 from align.data.records import Kind
 from align.data.scratch import train_tokenizer
-from align.data.sources import is_hub_id
+from align.data.sources import is_hub_id, open_source
+from align.data.streams import streamable
 from align.data.tokenizer import ChatTokenizer
 from align.errors import ModelError, PluginError
 from align.hub import resolve_model_folder
@@ -34,7 +35,7 @@ from align.protocols.fleet import PromptItem
 from align.protocols.trees import Tree
 from align.recipe.capabilities import StageBase, TrainStage
 from align.recipe.families import family_of
-from align.recipe.inputs import DataSource, Model
+from align.recipe.inputs import DataSource, Exhausted, Model
 from align.recipe.labels import Labels
 from align.recipe.model_folder import refuse_adapter_inside, refuse_two_checkpoints, refuse_untied_head
 from align.recipe.parts import LossTerm, ReferencePath, Reward
@@ -177,14 +178,17 @@ def read_data(
     labels: Labels | None = None,
     losses: Sequence[LossTerm] = (),
     show: int = 0,
+    exhausted: Exhausted | None = None,
 ) -> DataFacts:
     """The first rows of each source (all with `every_row`) through tokenizer and template. Raises DataError.
 
     answers: rewards will judge the pairs. margins: every pair must have one, from them or from its row. labels: of
     labelled rows. losses: that learn from the rows; they must take the rows' weights. show: how many rows of each
-    source are shown (0: one of each whose columns were guessed).
+    source are shown (0: one of each whose columns were guessed). exhausted: how long an epoch of sources with weights
+    is.
 
-    A hub data set is opened with every row only: the library that reads it brings torch.
+    A hub data set is opened with every row only: the library that reads it brings torch. Of a stream never more than
+    its first rows are read.
     """
     here = tuple(s for s in sources if every_row or not _on_hub(s, folder))
     facts = DataFacts()
@@ -196,33 +200,50 @@ def read_data(
         return facts
     if not here:
         return facts
-    first = None if every_row else FIRST_ROWS
-    seed = stage_seed(recipe.seed, seed_of)
+    streams = _streams(here, folder)
+    facts.notes += streams
+    first = FIRST_ROWS if streams or not every_row else None
     prepared = prepare(
         here,
         kind,
         model.tokenizer,
-        seed=seed,
+        seed=stage_seed(recipe.seed, seed_of),
         first=first,
         folder=folder,
         answers=answers,
         media=model.media,
         labels=labels,
+        exhausted=exhausted,
     )
     if margins:
         (refuse_own_margins if answers else require_margins)(prepared.items)
     refuse_weights(prepared.items, losses)
-    cut = [
-        first is not None and (source.limit is None or source.limit > first) and report.read >= first
-        for source, report in zip(here, prepared.report.sources, strict=True)
-    ]
     facts.report = prepared.report
     facts.shown = shown_rows(prepared.items, prepared.report, model.tokenizer, show)
     facts.trees = prepared.items if losses else ()
     facts.prompts = prepared.items if kind == "prompt" else ()
-    facts.whole = not any(cut) and len(here) == len(sources)
+    facts.whole = not streams and len(here) == len(sources) and not _cut(here, prepared.report, first)
     facts.measure(prepared.items)
     return facts
+
+
+def _cut(sources: Sequence[DataSource], report: DataReport, first: int | None) -> bool:
+    """Whether one of the sources has, or may have, more rows than the `first` that were read of it."""
+    read = zip(sources, report.sources, strict=True)
+    return first is not None and any((s.limit is None or s.limit > first) and r.read >= first for s, r in read)
+
+
+def _streams(sources: Sequence[DataSource], folder: Path) -> list[str]:
+    """What is said of those that are streams. Raises DataError for one that cannot be."""
+    said = []
+    for source in sources:
+        if source.stream:
+            streamable(open_source(source, folder=folder))
+            said.append(
+                f"{source.path}: a stream, read {source.rows_at_once} rows at a time, these in random order; where it "
+                "ends it begins again. Above are its first rows"
+            )
+    return said
 
 
 def _has_processor(tokenizer: ChatTokenizer) -> bool:

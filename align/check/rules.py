@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from align.check.findings import Findings
 from align.check.sharding import check_sharding
+from align.check.streaming import check_streams
 from align.errors import PluginError, RecipeError, Unsupported
 from align.losses import Loss, Losses, configure, load
 from align.plugins import asked_in_child, is_users
@@ -30,6 +31,7 @@ def check_recipe(recipe: Recipe, found: Findings) -> set[str]:
     sound: set[str] = set()
     _check_whole(recipe, found)
     check_sharding(recipe, found)
+    check_streams(recipe, found)
     with found.gather():
         check_adapters(recipe)  # again with the adapter that the recipe starts from, once its folder is known
     for stage in recipe.stages:

@@ -15,8 +15,8 @@ from align.data.formats import LAYOUTS
 from align.data.formats.choosing import choose
 from align.data.formats.written import Values
 from align.data.placing import place_media
-from align.data.readers import Row
 from align.data.records import Prompt, RowError
+from align.data.rows import Row
 from align.data.seen import light
 from align.data.sources import apply_columns, open_source, renamed
 from align.data.unread import Reading

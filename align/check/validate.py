@@ -25,6 +25,7 @@ from align.recipe.document import Document
 from align.recipe.schema import Recipe
 from align.recipe.stages import Stage
 from align.stages.choices import merged
+from align.stages.context import mix_of
 from align.stages.groups import TRUNCATED, refuse_second_truncated, with_penalty
 from align.stages.stage_start import check_adapters
 from align.stages.training import record_kind
@@ -172,6 +173,7 @@ def _check_stage(
                 labels=stage.score_head if kind == "labelled" else None,
                 losses=() if sampled else stage.losses,
                 show=show,
+                exhausted=mix_of(stage, key),
             )
     if len(read) < len(stage.datasets):
         return

@@ -3,8 +3,8 @@
 In the order of reading:
 
     prepare.py, tables.py, table.py: the one entry, the rows of one source on their way through it, and at its end
-    sources.py, registries.py, readers.py, file_bytes.py, values.py, bounded.py: files, folders that say how they are
-        read, hub data sets, and what no row may hold
+    sources.py, registries.py, readers.py, columnar.py, rows.py, file_bytes.py, values.py, bounded.py: files, folders
+        that say how they are read, hub data sets, and what no row may hold
     laid_out.py, kinds.py, own_layout.py: which layout rows have, which stages could read them, and rows in our own
     generators.py, generator_child.py: data made by a function, in a child process
     records.py, formats/: what a row becomes, and the layouts that it may have
@@ -17,5 +17,6 @@ In the order of reading:
     encode.py: text to ids and masks
     encoded.py, soundness.py, cache.py: tokenised rows: cut, looked at, kept by content
     media/, placing.py: images and videos, and where they stand
+    mixing.py, streams.py: an epoch of several sources; rows that are read as they are trained on
     order.py, prefixes.py, microbatches.py, packing.py: which rows a step sees, and how they are computed
 """

@@ -174,6 +174,17 @@ class SourceReport:
             self.weighted, self.first_weighted = int(other.size), origins[int(other[0])]
             self.weights = float(weights[other].min()), float(weights[other].max())
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many rows were read, and what became of them."""
+        return {
+            "read": self.read,
+            "kept": self.kept,
+            "refused": len(self.refused),
+            "truncated": self.truncated,
+            "weightless": self.weightless,
+        }
+
     def to_json(self) -> dict[str, Any]:
         out = {k: v for k, v in self.__dict__.items() if k not in ("lengths", "scored", "refused")}
         out["notes"] = list(self.notes)

@@ -7,8 +7,8 @@ from contextlib import suppress
 
 from align.data.formats.choosing import SAMPLE
 from align.data.laid_out import lay_out
-from align.data.readers import Row
 from align.data.records import Kind
+from align.data.rows import Row
 from align.data.sources import open_source
 from align.errors import DataError
 from align.recipe.inputs import DataSource

@@ -1,10 +1,6 @@
 """The one entry: sources of rows in, tokenised trees or prompts and a report out.
 
-Sources without `weight` are laid end to end. With weights (all sources must have one) they are shares of an epoch: an
-epoch has as many items as all sources have usable rows together, N, and source i gets the part w_i / sum(w) of N (in
-whole rows, by largest remainder). A source that has more rows than its share gives the first of a permutation drawn
-from (seed, its place in the list), the same in every epoch; one that has fewer gives all of them as often as it takes,
-and the first of the permutation once more.
+Sources are laid end to end, or mixed by their weights (`align.data.mixing`).
 
 Tokenised data are cached by content: bytes of the data, tokenizer and template, options and the code of this package.
 Prompts are not cached, because their rows must be read for the rewards anyway.
@@ -23,14 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from align.data import cache as store
 from align.data.audit import DataReport, SourceReport, refusal_error
 from align.data.formats import fields_of, layouts_of
 from align.data.labels import Labelling
 from align.data.media.library import Library
-from align.data.order import epoch_order
+from align.data.mixing import mix
 from align.data.records import Kind
 from align.data.sources import open_source
 from align.data.table import Kept, Table
@@ -38,7 +32,7 @@ from align.data.tables import Tokeniser
 from align.data.tokenizer import ChatTokenizer
 from align.errors import DataError
 from align.protocols.fleet import Group
-from align.recipe.inputs import DataSource
+from align.recipe.inputs import DataSource, Exhausted
 from align.recipe.labels import Labels
 
 
@@ -71,6 +65,7 @@ def prepare(
     labels: Labels | None = None,
     unlabelled: bool = False,
     records: bool = False,
+    exhausted: Exhausted | None = None,
 ) -> Prepared:
     """Read, convert, check, tokenise and mix the rows of a stage.
 
@@ -83,6 +78,7 @@ def prepare(
             refused.
         labels: of labelled rows, what their labels may be; unlabelled: a row may have none.
         records: hand on the rows as they were read, too; no cache keeps them.
+        exhausted: of sources with weights, how long an epoch is.
     Raises DataError where a source cannot be read or, unless it says `on_bad_row: skip`, has rows that cannot be used.
     """
     assert kind == "pair" or not answers, "only pairs have answers to judge"
@@ -95,7 +91,7 @@ def prepare(
     for table, source in zip(tables, sources, strict=True):
         if not table.report.kept:
             raise _nothing_left(table.report, source.path)
-    drawn = mix([t.report.kept for t in tables], [s.weight for s in sources], seed)
+    drawn = mix([t.report.kept for t in tables], [s.weight for s in sources], seed, exhausted)
     weighted = any((t.weights != 1.0).any() for t in tables)
     items: list[Any] = []
     groups: list[Group] = []
@@ -115,35 +111,12 @@ def _nothing_left(report: SourceReport, path: str) -> DataError:
     return DataError(f"none of {report.read} rows can be used", where=path, remedy=remedy)
 
 
-def mix(kept: Sequence[int], weights: Sequence[float | None], seed: int) -> list[np.ndarray]:
-    """Rows i64[n_i] that each source gives to an epoch (see the module's docstring). Raises DataError."""
-    given = [w for w in weights if w is not None]
-    if not given:
-        return [np.arange(n) for n in kept]
-    if len(given) != len(kept):
-        raise DataError(
-            f"{len(given)} of {len(kept)} sources have a `weight`",
-            where="data",
-            remedy="weights are shares of an epoch: give all sources one, or none",
-        )
-    exact = np.array(given) / sum(given) * sum(kept)
-    counts = np.floor(exact).astype(np.int64)
-    by_remainder = np.argsort(counts - exact, kind="stable")
-    counts[by_remainder[: sum(kept) - int(counts.sum())]] += 1
-    drawn = []
-    for i, (n, count) in enumerate(zip(kept, counts, strict=True)):
-        times, rest = divmod(int(count), n)
-        once_more = np.sort(epoch_order(n, seed, i)[:rest])
-        drawn.append(np.concatenate([np.tile(np.arange(n), times), once_more]))
-    return drawn
-
-
 # ------------------------------------------------------------------------------------------------- one source
 
 
 def _prepare_source(tokeniser: Tokeniser, cache: Path | None, first: int | None, folder: Path | None) -> Table:
     source, kind, library = tokeniser.source, tokeniser.kind, tokeniser.library
-    _check_options(source, kind)
+    check_options(source, kind)
     limits = [n for n in (source.limit, first) if n is not None]
     limit = min(limits) if limits else None
     opened = open_source(source, folder=folder, cache=cache, limit=limit)
@@ -167,7 +140,8 @@ def _with_max_length(source: DataSource, max_length: int | None) -> DataSource:
     return source if source.max_length is not None else source.model_copy(update={"max_length": max_length})
 
 
-def _check_options(source: DataSource, kind: Kind) -> None:
+def check_options(source: DataSource, kind: Kind) -> None:
+    """Raise DataError for options of a source that mean nothing for this kind of row."""
     if kind == "prompt" and source.truncate != "error":
         raise DataError(
             f"`truncate: {source.truncate}` on prompts",

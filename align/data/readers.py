@@ -14,34 +14,22 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from align.data.audit import Refusal
-from align.data.file_bytes import open_bytes, refuse_pointer, refuse_utf16, whole_bytes, whole_text
+from align.data.columnar import SUFFIXES as COLUMNAR
+from align.data.columnar import read_arrow
+from align.data.file_bytes import open_bytes, refuse_pointer, refuse_utf16, whole_text
+from align.data.rows import Item, Row, refuse_twice
 from align.data.values import BadValue, Json, end_of_value, kind_of, problem_of
 from align.errors import DataError
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", *COLUMNAR)
+STREAMED = (".jsonl", ".ndjson", *COLUMNAR)  # kinds that can be read from any place on
 LONGEST_LINE = 256 << 20  # bytes of one row; images in it count
-_BATCH = 256  # rows of a Parquet file that are Python objects at once, before they are rows
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row. origin: "file:line", or "file row n" (from 0) where a file has no lines. number: in its source. folder:
-    that of its file, to which paths in it are relative; None where rows come from no file. columnar: it was stored in
-    columns, so that nulls in its structs may stand for fields that it never had."""
-
-    values: dict[str, Any]
-    origin: str
-    number: int
-    folder: Path | None = field(default=None, compare=False)
-    columnar: bool = field(default=False, compare=False)
-
-
-Item = Row | Refusal  # what cannot be a row is a refusal with its place; reading goes on
 
 
 def suffix_of(path: Path) -> str:
@@ -59,16 +47,44 @@ def suffix_of(path: Path) -> str:
 def read_file(path: Path) -> Iterator[Item]:
     """Rows of one file. Raises DataError where the file cannot be read at all, or from some line on."""
     suffix = suffix_of(path)
-    try:
-        refuse_pointer(path)
-        if suffix in (".parquet", ".arrow", ".feather"):
-            yield from _read_arrow(path, suffix)
+    with _told(path):
+        if suffix in COLUMNAR:
+            yield from (item for item, _ in read_arrow(path, suffix))
         elif suffix in (".csv", ".tsv"):
             yield from _read_csv(path, "\t" if suffix == ".tsv" else ",")
         elif suffix == ".json":
             yield from _read_json(path)
         else:
             yield from _read_jsonl(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where reading a file goes on. offset: bytes of its text that were read, or rows of one of columns; line: the
+    number of the next line, of text."""
+
+    offset: int = 0
+    line: int = 1
+
+
+def read_from(path: Path, place: Place) -> Iterator[tuple[Item, Place]]:
+    """Rows of a file of JSON lines or columns from `place` on, each with where the next begins. Raises DataError."""
+    suffix = suffix_of(path)
+    assert suffix in STREAMED, "files of other kinds are read as a whole"
+    with _told(path):
+        if suffix in COLUMNAR:
+            for item, row in read_arrow(path, suffix, place.offset):
+                yield item, Place(row + 1)
+        else:
+            yield from _lines(path, place)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What makes a file unreadable, or the rest of it, as a DataError."""
+    try:
+        refuse_pointer(path)
+        yield
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise DataError(f"the gzip file is damaged: {e}", where=path, remedy="copy the file again") from e
     except OSError as e:
@@ -98,9 +114,14 @@ def _object(value: Any, origin: str) -> Item:
 
 
 def _read_jsonl(path: Path) -> Iterator[Item]:
+    return (item for item, _ in _lines(path, Place()))
+
+
+def _lines(path: Path, place: Place) -> Iterator[tuple[Item, Place]]:
     # Only b"\n" ends a line: JSON may hold U+2028 and other line separators of Unicode inside a string.
-    line = 0
+    line = place.line - 1
     with open_bytes(path) as f:
+        f.seek(place.offset)
         while True:
             line += 1
             try:
@@ -115,9 +136,12 @@ def _read_jsonl(path: Path) -> Iterator[Item]:
                 refuse_utf16(raw[:4], path)
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
             if not whole:
-                yield Refusal(f"{path}:{line}", 0, f"the line is longer than {LONGEST_LINE >> 20} MiB")
+                item: Item = Refusal(f"{path}:{line}", 0, f"the line is longer than {LONGEST_LINE >> 20} MiB")
             elif raw.strip():
-                yield json_row(raw, f"{path}:{line}")
+                item = json_row(raw, f"{path}:{line}")
+            else:
+                continue
+            yield item, Place(f.tell(), line + 1)
 
 
 def _skip_line(f: IO[bytes]) -> bool:
@@ -210,7 +234,7 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[Item]:
     if not header or isinstance(header, csv.Error):
         why = f"the first line is no CSV: {header}" if header else "the file is empty"
         raise DataError(why, where=f"{path}:1" if header else path, remedy="the first line must name the columns")
-    _refuse_twice(header, f"{path}:1")
+    refuse_twice(header, f"{path}:1")
     words = re.fullmatch(r"\w+([;\t|,])\w+(?:\1\w+)*", header[0]) if len(header) == 1 else None
     if words is not None:
         other = words[1]
@@ -238,69 +262,3 @@ def _next(reader: Any) -> list[str] | csv.Error | None:
         return next(reader, None)
     except csv.Error as e:
         return e
-
-
-def _refuse_twice(names: list[str], where: str | Path) -> None:
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise DataError(
-            f"two columns are called {twice!r}, and one would hide the other", where=where, remedy="rename one of them"
-        )
-
-
-# ------------------------------------------------------------------------------------------------- Arrow
-
-
-def _read_arrow(path: Path, suffix: str) -> Iterator[Item]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        data = pa.BufferReader(whole_bytes(path)) if path.name.endswith(".gz") else pa.memory_map(str(path))
-        if suffix == ".parquet":
-            batches: Iterator[pa.RecordBatch] = pq.ParquetFile(data).iter_batches(batch_size=_BATCH)
-        else:
-            batches = _ipc_batches(data)
-        for batch in batches:
-            if not number:
-                _refuse_twice(batch.schema.names, path)
-            for start in range(0, batch.num_rows, _BATCH):
-                yield from _arrow_rows(batch.slice(start, _BATCH), path, number)
-                number += min(_BATCH, batch.num_rows - start)
-    except (pa.ArrowException, OSError, EOFError, zlib.error) as e:
-        place = f" behind row {number - 1}" if number else ""
-        said = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise DataError(
-            f"not a readable {suffix} file{place}: {said}", where=path, remedy="copy or write the file again"
-        ) from e
-
-
-def _arrow_rows(batch: Any, path: Path, first: int) -> Iterator[Item]:
-    """Rows of a batch; a value that Python cannot hold (no UTF-8, a date beyond its years) is a refusal."""
-    try:
-        found: list[Any] = batch.to_pylist()
-    except (ValueError, TypeError, ArithmeticError) as e:
-        if batch.num_rows == 1:
-            what = "not UTF-8 text" if isinstance(e, UnicodeDecodeError) else "a value that cannot be read"
-            yield Refusal(f"{path} row {first}", 0, f"{what}: {e}")
-            return
-        for i in range(batch.num_rows):
-            yield from _arrow_rows(batch.slice(i, 1), path, first + i)
-        return
-    for i, values in enumerate(found):
-        yield Row(values, f"{path} row {first + i}", 0, columnar=True)
-
-
-def _ipc_batches(data: Any) -> Iterator[Any]:
-    """`datasets` writes the stream format, Feather and pyarrow the file format, under the same suffix."""
-    import pyarrow as pa
-
-    try:
-        reader = pa.ipc.open_file(data)
-    except pa.ArrowInvalid:
-        data.seek(0)
-        yield from pa.ipc.open_stream(data)
-        return
-    for i in range(reader.num_record_batches):
-        yield reader.get_batch(i)

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from align.data.readers import Row
+from align.data.rows import Row
 from align.data.sources import apply_columns, open_source
 from align.data.templates import chatml
 from align.errors import DataError

@@ -23,8 +23,9 @@ from typing import Any
 from align.data import generators
 from align.data.audit import Refusal
 from align.data.generator_child import REFUSED
-from align.data.readers import SUFFIXES, Item, Row, json_row, read_file, suffix_of
+from align.data.readers import SUFFIXES, json_row, read_file, suffix_of
 from align.data.registries import Entry, entry_of
+from align.data.rows import Item, Row
 from align.data.values import problem_of
 from align.errors import DataError, SetupError
 from align.recipe.inputs import DataSource
@@ -66,11 +67,16 @@ class Opened:
         elif self.generated is not None:
             items = self._generated(self.generated)
         else:
-            items = (_beside(item, file) for file in self.files for item in read_file(file))
-            if self.entry is not None and (rewrite := self.entry.rewrite) is not None:
-                items = (replace(x, values=rewrite(x.values)) if isinstance(x, Row) else x for x in items)
+            items = (self.item(item, file) for file in self.files for item in read_file(file))
         for number, item in enumerate(islice(items, limit)):
             yield replace(item, row=number) if isinstance(item, Refusal) else replace(item, number=number)
+
+    def item(self, item: Item, file: Path) -> Item:
+        """An item of one of the files: beside it lie its media, and what the folder says of it is applied."""
+        if not isinstance(item, Row):
+            return item
+        rewrite = self.entry.rewrite if self.entry is not None else None
+        return replace(item, folder=file.parent, values=item.values if rewrite is None else rewrite(item.values))
 
     def _numbered(self, rows: Iterable[Any]) -> Iterator[Item]:
         for n, values in enumerate(rows):
@@ -88,10 +94,6 @@ class Opened:
                 continue
             item = json_row(line, origin)
             yield replace(item, folder=self.folder) if isinstance(item, Row) else item
-
-
-def _beside(item: Item, file: Path) -> Item:
-    return replace(item, folder=file.parent) if isinstance(item, Row) else item
 
 
 def open_source(
@@ -245,6 +247,13 @@ def renamed(rows: Sequence[dict[str, Any]], columns: Mapping[str, str], where: s
                 where=where,
                 remedy="name a column that is there",
             )
+    return under_our_names(rows, columns)
+
+
+def under_our_names(rows: Sequence[dict[str, Any]], columns: Mapping[str, str]) -> list[dict[str, Any]]:
+    """`renamed`, of rows of which some, or all, may lack a column that is mapped."""
+    if not columns:
+        return list(rows)
     taken = set(columns.values()) | set(columns)
     return [
         {ours: value_at(row, theirs) for ours, theirs in columns.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,10 @@ from align.data.formats.choosing import refuse_stray
 from align.data.formats.flags import refuse_token_masks
 from align.data.formats.written import Values
 from align.data.labels import Labelling, distribution
-from align.data.laid_out import lay_out
+from align.data.laid_out import LaidOut, lay_out
 from align.data.media.library import Library
 from align.data.media.shown import Shown
 from align.data.placing import place_media
-from align.data.readers import Row
 from align.data.records import (
     Kind,
     Labelled,
@@ -37,6 +36,7 @@ from align.data.records import (
     messages_of,
 )
 from align.data.render import draft
+from align.data.rows import Item, Row
 from align.data.seen import answer_texts, light, seen_messages
 from align.data.soundness import UNFORESEEN, refuse_endless, refuse_unusable, unforeseen
 from align.data.sources import Opened, value_at
@@ -85,6 +85,12 @@ class Tokeniser:
     def table(self, opened: Opened, limit: int | None) -> Table:
         """Read, convert, check and tokenise. Rows that cannot be used are in the table's report."""
         items = list(opened.rows(limit))
+        return self.of(opened, items, lambda rows: lay_out(self.source, self.kind, opened, rows))
+
+    def of(
+        self, opened: Opened, items: Sequence[Item], laid_out: Callable[[Sequence[dict[str, Any]]], LaidOut]
+    ) -> Table:
+        """Items of a source as a table. laid_out: how the values of its rows are read."""
         self.report = report = SourceReport(opened.path, read=len(items))
         self.media = MediaReport()
         self.unread = Unread()
@@ -95,7 +101,7 @@ class Tokeniser:
         table.answers = [] if self.answers else None
         if not rows:
             return table
-        self.laid = lay_out(self.source, self.kind, opened, [row.values for row in rows])
+        self.laid = laid_out([row.values for row in rows])
         report.layout, report.guessed = self.laid.words, self.laid.guessed
         known = 0 if self.library is None else self.library.processed
         columns: list[tuple[float, bool, float]] = []

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 from pydantic import Field, field_validator, model_validator
 
 from align.recipe.adapter import Adapter, Part, Rate
-from align.recipe.inputs import DataField, DataSource
+from align.recipe.inputs import DataField, DataSource, Mix
 from align.recipe.labels import Labels
 from align.recipe.objectives import Objectives
 from align.recipe.parts import (
@@ -124,6 +124,7 @@ class TrainStage(StageBase):
 
     adapter: Adapter | None = None
     data: DataField
+    mix: Mix | None = None
     packing: Packing = Packing()
     optim: Optim = Optim()
     epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
@@ -140,6 +141,19 @@ class TrainStage(StageBase):
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give `epochs` or `steps`, not both")
         return self
+
+    @model_validator(mode="after")
+    def _mixes_by_weights(self) -> TrainStage:
+        if self.mix is not None and not all(source.weight for source in self.data):
+            raise ValueError(
+                "`mix` says how long an epoch of weighted sources is: give all of `data` a `weight`, or leave it out"
+            )
+        return self
+
+    @property
+    def streams(self) -> bool:
+        """Whether its rows are read as it goes."""
+        return any(source.stream for source in self.data)
 
     @property
     def losses(self) -> tuple[LossTerm, ...]:

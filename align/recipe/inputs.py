@@ -8,6 +8,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from align.recipe.strict import LargeInt, PositiveInt, Strict
 
+SHUFFLE_BUFFER = 2048  # rows: tokenised in a second or two, and many times a batch
+
 
 class TokenizerFromScratch(Strict):
     """A byte-level BPE trained on the text of `train_on`, with our ChatML template."""
@@ -55,10 +57,23 @@ class Model(Strict):
         return self
 
 
+Exhausted = Literal["first", "all"]
+
+
+class Mix(Strict):
+    """How long an epoch of sources with weights is: until the first of them has given all its rows, or until all have
+    (`align.data.mixing`). Without it, as long as all rows together."""
+
+    exhausted: Exhausted
+
+
 class DataSource(Strict):
     """One source of rows. `path`: file, folder, hub id, or `file.py:function` (a generator of rows, called with
     `options` in a child process). `columns` maps our field to theirs. `format`: the layout of its rows by name, or
-    one's own, `file.py:name` (`align.data.formats`)."""
+    one's own, `file.py:name` (`align.data.formats`).
+
+    stream: rows are read as they are trained on, never all at once, for files larger than memory
+    (`align.data.streams`); shuffle_buffer: so many rows of it are read at a time and drawn in random order."""
 
     path: str
     columns: dict[str, str] = Field(default_factory=dict)
@@ -71,6 +86,19 @@ class DataSource(Strict):
     on_bad_row: Literal["error", "skip"] = "error"
     overlong_prompts: Literal["error", "filter"] = "error"
     options: dict[str, Any] = Field(default_factory=dict)
+    stream: bool = False
+    shuffle_buffer: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _a_buffer_of_a_stream(self) -> DataSource:
+        if self.shuffle_buffer is not None and not self.stream:
+            raise ValueError("`shuffle_buffer` is of a stream (`stream: true`); other rows are shuffled as a whole")
+        return self
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a stream that are read at a time."""
+        return self.shuffle_buffer or SHUFFLE_BUFFER
 
 
 def _sources(value: Any) -> Any:

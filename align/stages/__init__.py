@@ -6,7 +6,8 @@ In the order of reading:
     choices.py: what `auto` means on the machine that a run began on
     training.py, jobs.py, stage_start.py, roles.py: a stage that trains: set up, by which jobs, from what, on how much
         of a machine
-    loop.py, offline.py, online.py, evaluate.py, intervals.py: the loop, its kinds of turns, how sure an exam is
+    loop.py, offline.py, streamed.py, online.py, evaluate.py, intervals.py: the loop, its kinds of turns, how sure an
+        exam is
     buffer.py, supply.py, groups.py, scoring.py, updates.py, monitor.py: an online turn: sampled, scored, trained,
         compared
     margins.py, row_weights.py, reference_cache.py, reward_notes.py, idle.py: what is known beforehand, what is said

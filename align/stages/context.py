@@ -20,8 +20,8 @@ from align.errors import Interrupted
 from align.protocols.fleet import Group, PromptItem, group_seed
 from align.protocols.trainer import Trainer
 from align.protocols.trees import Tree
-from align.recipe.capabilities import StageBase
-from align.recipe.inputs import DataSource, Model
+from align.recipe.capabilities import StageBase, TrainStage
+from align.recipe.inputs import DataSource, Exhausted, Model
 from align.recipe.schema import Recipe
 from align.stages.backend import Backend, Start
 from align.stages.files import write_json
@@ -149,6 +149,7 @@ class Context:
             answers=answers,
             labels=stage.score_head if kind == "labelled" else None,
             media=self.library(tokenizer.folder),
+            exhausted=mix_of(stage, name),
         )
         folder = self.run.stage_folder(stage.id)
         folder.mkdir(parents=True, exist_ok=True)
@@ -182,6 +183,11 @@ class Context:
         return [
             replace(item, group_id=row, seed=group_seed(self.recipe.seed, label, row)) for row, item in enumerate(items)
         ]
+
+
+def mix_of(stage: StageBase, name: str) -> Exhausted | None:
+    """How long an epoch of the stage's `data` is; other rows are not mixed."""
+    return stage.mix.exhausted if isinstance(stage, TrainStage) and stage.mix and name == "data" else None
 
 
 async def opened(stack: AsyncExitStack, *makers: Awaitable[Any]) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -138,18 +139,34 @@ def _sources(recipe: Recipe, stage: Stage) -> Iterator[DataSource]:
 
 
 def _content(source: DataSource) -> str:
-    """Hash of a local file or folder; of a `file.py:function`, the file's; of a hub id, nothing to hash here."""
+    """Hash of a local file or folder (of a stream, of its files' ends); of a `file.py:function`, the file's; of a hub
+    id, nothing to hash here."""
+    hashed = _ends if source.stream else sha256_file
     path = Path(source.path)
     if not path.exists():
         path = Path(source.path.rpartition(":")[0] or source.path)
     if path.is_file():
-        return sha256_file(path)
+        return hashed(path)
     if path.is_dir():
         digest = hashlib.sha256()
         for file in tree_files(path):
-            digest.update(f"{file.relative_to(path)}|{sha256_file(file)}|".encode())
+            digest.update(f"{file.relative_to(path)}|{hashed(file)}|".encode())
         return digest.hexdigest()
     return "hub"
+
+
+def _ends(path: Path) -> str:
+    """Size, and hash of the first and last part: to read all of a stream's files would take longer than to begin."""
+    with path.open("rb") as f:
+        size = f.seek(0, os.SEEK_END)
+        digest = hashlib.sha256(f"{size}|".encode())
+        for start in (0, max(0, size - _END)):
+            f.seek(start)
+            digest.update(f.read(_END))
+    return digest.hexdigest()
+
+
+_END = 1 << 20  # bytes
 
 
 def _model_files(recipe: Recipe) -> dict[str, str]:

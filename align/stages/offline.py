@@ -1,14 +1,18 @@
-"""SFT, preference, reward model and classification stages: batches of prepared trees in a fixed order, one update each.
+"""SFT, preference, reward model and classification stages: one update for each batch of trees.
 
-Turn k's batch is arithmetic of (seed, k): no iterator state exists, so a resumed stage draws what an undisturbed one
-would have drawn.
+Of prepared trees turn k's batch is arithmetic of (seed, k): no iterator state exists, so a resumed stage draws what an
+undisturbed one would have drawn. Of streams the next batch follows from a cursor, which every checkpoint keeps.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from align.data.order import BatchPlan
+from align.data.streams import Streams
 from align.errors import DataError
 from align.protocols.trainer import Metrics, Trainer
 from align.protocols.trees import Tree
@@ -16,12 +20,49 @@ from align.protocols.trees import Tree
 EVAL_NAMES = {"loss/total": "eval/loss", "rewards/accuracies": "eval/accuracies"}
 
 
-def offline_turn(trainer: Trainer, trees: Sequence[Tree], order: BatchPlan) -> Callable[[int], Awaitable[Metrics]]:
-    """The coroutine that performs turn k: one update over its batch, in order of tree id."""
+class Batches(Protocol):
+    """What a stage trains on. total: its steps."""
+
+    @property
+    def total(self) -> int: ...
+
+    async def of(self, step: int) -> list[Tree]:
+        """The batch of step `step` (from 0); they are asked for in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class PreparedBatches:
+    """Batches of rows that are all there; each in order of tree id."""
+
+    trees: Sequence[Tree]
+    order: BatchPlan
+
+    @property
+    def total(self) -> int:
+        return self.order.total
+
+    async def of(self, step: int) -> list[Tree]:
+        return sorted((self.trees[row] for row in self.order.batch(step)), key=lambda tree: tree.id)
+
+
+@dataclass(frozen=True)
+class StreamedBatches:
+    """Batches of `size` rows as streams give them."""
+
+    streams: Streams
+    size: int
+    total: int
+
+    async def of(self, step: int) -> list[Tree]:
+        return await asyncio.to_thread(self.streams.take, self.size)
+
+
+def offline_turn(trainer: Trainer, batches: Batches) -> Callable[[int], Awaitable[Metrics]]:
+    """The coroutine that performs turn k: one update over its batch."""
 
     async def turn(step: int) -> Metrics:
-        batch = sorted((trees[row] for row in order.batch(step)), key=lambda tree: tree.id)
-        return await trainer.step(batch, step=step, progress=step / order.total)
+        return await trainer.step(await batches.of(step), step=step, progress=step / batches.total)
 
     return turn
 

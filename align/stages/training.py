@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from align.data.order import BatchPlan
@@ -23,13 +25,21 @@ from align.stages.loop import Loop, StageResult, every_steps, latest_checkpoint
 from align.stages.margins import require_margins, with_margins
 from align.stages.metrics_file import METRICS, cut_metrics
 from align.stages.monitor import Monitor, tolerance
-from align.stages.offline import offline_evaluation, offline_turn, refuse_padding_at_end
+from align.stages.offline import (
+    Batches,
+    PreparedBatches,
+    StreamedBatches,
+    offline_evaluation,
+    offline_turn,
+    refuse_padding_at_end,
+)
 from align.stages.online import OnlinePlan, OnlineStage
 from align.stages.reference_cache import cached_reference
 from align.stages.reward_notes import NotedScorer
 from align.stages.rollout_log import RolloutLog
 from align.stages.row_weights import refuse_weights
 from align.stages.stage_start import start_of
+from align.stages.streamed import CURSOR, noted, open_streams
 from align.stages.updates import UpdatePlan
 
 
@@ -71,28 +81,44 @@ async def run_offline(context: Context, stage: TrainStage) -> StageResult:
     start = start_of(context.recipe, stage, context.origin, context.run.finished())
     tokenizer = context.tokenizer(start)
     kind = record_kind(stage.loss)
-    trees = await _rows(context, stage, stage.data, kind, tokenizer)
-    held = await _rows(context, stage, stage.eval.data, kind, tokenizer, "eval") if stage.eval else []
-    if Losses.of(stage.loss).needs_margin:
-        require_margins([*trees, *held])
-    refuse_weights([*trees, *held], stage.loss)
-    if stage.score_head is not None:
-        refuse_padding_at_end([*trees, *held], tokenizer.pad_id)
-    order = BatchPlan.of(stage, len(trees), context.seed(stage.id))
-    job = trainer_job(context, stage, start, order.total)
-    context.raise_if_stopped(stage.id)
+    check = partial(require_usable, stage, tokenizer)
     async with AsyncExitStack() as stack:
+        if stage.streams:
+            streams = await open_streams(context, stage, kind, tokenizer, stack, check)
+            batches: Batches = StreamedBatches(streams, stage.batch.rows, stage.steps or 0)
+        else:
+            trees = await _rows(context, stage, stage.data, kind, tokenizer)
+            check(trees)
+            batches = PreparedBatches(trees, BatchPlan.of(stage, len(trees), context.seed(stage.id)))
+        held = await _rows(context, stage, stage.eval.data, kind, tokenizer, "eval") if stage.eval else []
+        check(held)
+        job = trainer_job(context, stage, start, batches.total)
+        context.raise_if_stopped(stage.id)
         await stack.enter_async_context(context.backend.places(needs_of(stage)))
         [trainer] = await opened(stack, context.backend.trainer(job))
         context.record()
         await context.note_forward(stage.id, trainer)
-        if job.reference == "cached":
-            trees, held = await cached_reference(context, stage, start, trainer, trees, held)
-        loop = make_loop(context, stage, start, trainer, order.total)
+        if job.reference == "cached" and isinstance(batches, PreparedBatches):
+            trees, held = await cached_reference(context, stage, start, trainer, list(batches.trees), held)
+            batches = replace(batches, trees=trees)
+        loop = make_loop(context, stage, start, trainer, batches.total)
         if held:
             loop.evaluate = offline_evaluation(trainer, held)
+        if isinstance(batches, StreamedBatches):
+            loop.extra = lambda: noted(context, stage, streams)
         await resumed(context, loop)
-        return finished(context, start, await loop.run(offline_turn(trainer, trees, order)))
+        if isinstance(batches, StreamedBatches) and loop.state.extra:
+            streams.restore(loop.state.extra[CURSOR])
+        return finished(context, start, await loop.run(offline_turn(trainer, batches)))
+
+
+def require_usable(stage: TrainStage, tokenizer: ChatTokenizer, trees: Sequence[Tree]) -> None:
+    """Raise DataError for a tree that the stage's loss or head could not use as its row says."""
+    if Losses.of(stage.loss).needs_margin:
+        require_margins(trees)
+    refuse_weights(trees, stage.loss)
+    if stage.score_head is not None:
+        refuse_padding_at_end(trees, tokenizer.pad_id)
 
 
 async def _rows(

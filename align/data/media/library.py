@@ -154,6 +154,12 @@ class Library:
         self.shelf.hold(wanted)
         return all(self.shelf.facts(key) is not None for key in wanted)
 
+    def retain(self, keys: set[str]) -> None:
+        """Give up every medium but these; what was used longest ago leaves a store that is beyond its bound."""
+        self.shelf.retain(keys)
+        self._known = {key: known for key, known in self._known.items() if key in keys}
+        self.shelf.prune(self.settings.cache_gb * 1e9, time.time())
+
     def unchanged(self, files: Sequence[tuple[str, str]]) -> bool:
         """Whether these files still hold what they held."""
         try:

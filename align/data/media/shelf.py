@@ -71,6 +71,17 @@ class Shelf:
         self._lease.flush()
         self._held.update(new)
 
+    def retain(self, keys: set[str]) -> None:
+        """Give up all but these."""
+        if self._lease is None or self._held <= keys:
+            return
+        old, self._held = self._lease, self._held & keys
+        self._lease = _locked(self.folder / _LEASES)  # before the old one goes: what is kept is on one at any time
+        self._lease.write("".join(f"{key}\n" for key in sorted(self._held)))
+        self._lease.flush()
+        os.unlink(old.name)
+        old.close()
+
     def close(self) -> None:
         if self._lease is not None:
             os.unlink(self._lease.name)

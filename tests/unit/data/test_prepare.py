@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from align.data import prepare as module
-from align.data.prepare import mix, prepare
+from align.data.mixing import mix
+from align.data.prepare import prepare
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
 from align.errors import DataError
 from align.protocols.fleet import PromptItem
@@ -208,6 +209,24 @@ def test_shares_add_up_to_the_rows_there_are() -> None:
         assert all(abs(len(d) - e) < 1 for d, e in zip(drawn, exact, strict=True))
     with pytest.raises(DataError, match="1 of 2 sources have a `weight`"):
         mix([1, 1], [None, 1.0], seed=0)
+
+
+def test_an_epoch_ends_with_the_first_source_or_with_all() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        kept = [int(n) for n in rng.integers(1, 40, size=rng.integers(1, 5))]
+        weights = [float(w) for w in rng.choice([0.1, 0.5, 1.0, 1.5, 3.0], size=len(kept))]
+        share = np.array(weights) / sum(weights)
+        first, every = ([len(d) for d in mix(kept, weights, seed=2, exhausted=how)] for how in ("first", "all"))
+        assert all(count <= n for count, n in zip(first, kept, strict=True)), "none is given twice"
+        assert any(count == n for count, n in zip(first, kept, strict=True)), "one has given all"
+        assert all(count >= n for count, n in zip(every, kept, strict=True)), "none is left out"
+        assert any(count == n for count, n in zip(every, kept, strict=True)), "not longer than that"
+        for counts in (first, every):
+            length = {"first": min, "all": max}["first" if counts is first else "all"](kept / share)
+            assert np.abs(np.array(counts) - share * length).max() < 1 + 1e-6
+    [one, two] = mix([3, 3], [2.0, 1.0], seed=0, exhausted="all")
+    assert sorted(one) == [0, 0, 1, 1, 2, 2] and sorted(two) == [0, 1, 2], "the lighter decides, at equal size"
 
 
 # ------------------------------------------------------------------------------------------------- cache

@@ -14,7 +14,7 @@ import pytest
 
 from align.data import readers
 from align.data.prepare import prepare
-from align.data.readers import Row
+from align.data.rows import Row
 from align.data.scratch import train_tokenizer
 from align.data.sources import open_source
 from align.data.tokenizer import ChatTokenizer

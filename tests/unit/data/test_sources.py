@@ -15,7 +15,7 @@ import pytest
 
 from align.data.audit import Refusal
 from align.data.formats import layouts_of
-from align.data.readers import Row
+from align.data.rows import Row
 from align.data.sources import apply_columns, is_hub_id, open_source
 from align.errors import DataError, ModelError, PluginError
 from align.hub import resolve_model_folder

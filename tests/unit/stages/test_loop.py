@@ -12,7 +12,7 @@ from align.errors import Interrupted, RecipeError
 from align.recipe.parts import Best, Save
 from align.stages.checkpoint import list_checkpoints
 from align.stages.loop import Loop, StageResult, every_steps, latest_checkpoint
-from align.stages.offline import offline_evaluation, offline_turn
+from align.stages.offline import PreparedBatches, offline_evaluation, offline_turn
 from tests.unit.stages.plain import Lines, PlainTrainer, tree
 
 TREES = [tree(n) for n in range(7)]
@@ -38,7 +38,9 @@ def make(folder: Path, total: int = 10, **settings) -> tuple[Loop, PlainTrainer,
 
 async def run(loop: Loop) -> StageResult:
     await loop.restore(latest_checkpoint(loop.folder, loop.report))
-    return await loop.run(offline_turn(loop.trainer, TREES, BatchPlan(rows=7, size=3, seed=5, steps=loop.total)))
+    return await loop.run(
+        offline_turn(loop.trainer, PreparedBatches(TREES, BatchPlan(rows=7, size=3, seed=5, steps=loop.total)))
+    )
 
 
 @pytest.mark.parametrize(
