@@ -8,6 +8,6 @@ In the order of reading:
     stages/, simulate/, experiments/: the loop, the loop without its work, studies of several runs
     engines.py, describe.py: what an engine says of itself, what a plugin says in a child
     actors/, report/, check/, cli/, __main__.py: Ray, what is shown, what is asked before a run, the command line
-    hub.py, mediastore.py, shared_files.py: where models, processed media and a cluster's files lie
+    hub.py, gguf.py, mediastore.py, shared_files.py: where models, processed media and a cluster's files lie
     jsonl.py, oserrors.py, packages.py, torch_cpu.py: files, the system, our names, a CPU build of torch
 """

@@ -6,6 +6,7 @@ import os
 from os.path import expanduser
 from pathlib import Path
 
+from align import gguf
 from align.errors import ModelError
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -16,22 +17,27 @@ def resolve_model_folder(path: str | Path, revision: str | None = None, *, weigh
     """The folder that holds a model or a peft adapter.
 
     Args:
-        path: a local folder, or a hub id (`owner/name`), which is downloaded into huggingface_hub's cache.
+        path: a local folder; a GGUF file, which becomes one (`align.gguf`); or a hub id (`owner/name`), which is
+            downloaded into huggingface_hub's cache.
         revision: branch, tag or commit of a hub id; a local folder has none.
         weights: also the weight files; without them only configuration and tokenizer travel.
 
-    Raises ModelError: no such folder or repository, not downloadable (offline, gated), a revision for a folder.
+    Raises ModelError: a file that cannot be read, no such folder or repository, not downloadable (offline, gated), a
+    revision for a folder.
     """
     text = str(path)
     local = Path(expanduser(text))
+    if local.exists() and revision is not None:
+        what = "folder" if local.is_dir() else "file"
+        raise ModelError(
+            f"`revision: {revision}` was given, and this is a local {what}", where=local, remedy="leave it out"
+        )
     if local.is_dir():
-        if revision is not None:
-            raise ModelError(
-                f"`revision: {revision}` was given, and this is a local folder", where=local, remedy="leave it out"
-            )
         return local.absolute()
+    if local.is_file() and local.suffix == gguf.SUFFIX:
+        return gguf.folder_of(local)
     if local.exists():
-        raise ModelError("this is a file; a model is a folder with config.json", where=local)
+        raise ModelError("this is a file; a model is a folder with config.json, or a .gguf file", where=local)
     if not looks_like_hub_id(text):
         raise ModelError("no such folder", where=local, remedy="check the path; a hub id is owner/name")
     return _snapshot(text, revision, weights)

@@ -156,8 +156,7 @@ def require_group(answer: Group | FailedPrompt) -> Group:
     raise DataError(
         answer.message,
         where=prompt.origin or f"group {prompt.group_id}",
-        remedy="raise rollout.max_model_len, lower rollout.max_tokens, or set data.max_length with "
-        "overlong_prompts: filter",
+        remedy="raise rollout.max_model_len, lower rollout.max_tokens, or set data.max_length with `too_long: drop`",
     )
 
 

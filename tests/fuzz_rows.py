@@ -244,7 +244,7 @@ def _read(
     path: Path, kind: str, rng: random.Random, tokenizers: Sequence[ChatTokenizer], good: Sequence[int], found: Found
 ) -> None:
     limit = rng.choice((None, None, 40, 8))
-    cut = {} if kind == "prompt" or limit is None else {"truncate": rng.choice(("error", "right", "left"))}
+    cut = {} if kind == "prompt" or limit is None else {"too_long": rng.choice(("error", "right", "left", "drop"))}
     source = DataSource(path=str(path), on_bad_row="skip", max_length=limit, **cut)
     labels = rng.choice(LABELS) if kind == "labelled" else None
     try:

@@ -112,8 +112,7 @@ class StageChecks:
                 f"the longest prompt ({facts.longest} tokens) and `rollout.max_tokens: {rollout.max_tokens}` need "
                 f"{needed} tokens, more than {key} ({limit})",
                 where="rollout.max_tokens",
-                remedy=f"lower `rollout.max_tokens`, {raises}or set `max_length` and `overlong_prompts: filter` on "
-                "the data",
+                remedy=f"lower `rollout.max_tokens`, {raises}or set `max_length` and `too_long: drop` on the data",
             )
 
     def positions(self, facts: DataFacts) -> None:
@@ -124,7 +123,7 @@ class StageChecks:
                 f"{int((lengths > positions).sum())} rows are longer than the model's {positions} positions "
                 f"(the longest has {int(lengths.max())} tokens)",
                 where="data",
-                remedy=f"set `max_length: {positions}` with `truncate: right`, or leave these rows out",
+                remedy=f"set `max_length: {positions}` with `too_long: right` or `drop`",
             )
 
     def head(self, stage: TrainStage) -> None:

@@ -60,7 +60,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="read so many rows")
     parser.add_argument("--max-length", type=int, metavar="N", help="in tokens (default: the model's positions)")
     parser.add_argument(
-        "--truncate", default="error", choices=("error", "right", "left"), help="what becomes of longer rows"
+        "--too-long", default="error", choices=("error", "right", "left", "drop"), help="what becomes of longer rows"
     )
     parser.add_argument("--on-bad-row", default="error", choices=("error", "skip"), help="rows that cannot be used")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="computed at once; changes no result")
@@ -133,7 +133,7 @@ def _read(
         format=arguments.format,
         limit=arguments.limit,
         max_length=arguments.max_length or positions,
-        truncate=arguments.truncate,
+        too_long=arguments.too_long,
         on_bad_row=arguments.on_bad_row,
     )
     chat = carried(found.base, found.adapter, chat_template=arguments.chat_template)

@@ -9,7 +9,7 @@ In the order of reading:
     generators.py, generator_child.py: data made by a function, in a child process
     records.py, formats/: what a row becomes, and the layouts that it may have
     audit.py, unread.py, doubts.py, lost.py: the report: refused, not read, hardly meant, not rendered
-    likeness.py: texts that are the same, or nearly
+    thinking.py, likeness.py: thoughts that stay or go; texts that are the same, or nearly
     tokenizer.py, carried.py, backends.py, scratch.py: tokenizers: of a folder, of an adapter, of transformers'
         classes, new
     template.py, template_files.py, templates/, sandbox.py, dialect.py: chat templates, their limits and their habits

@@ -34,7 +34,7 @@ class MediaReport:
 
     distinct: different ones. tokens, patches: per medium, i64[media]; source_sizes, sizes: (width, height) before and
     after resizing. converted: how many different ones were palette, CMYK, 16-bit, alpha, EXIF or grey. refused: rows
-    that were refused for their media, by reason. cut: those that went with what `truncate` cut off kept rows, which no
+    that were refused for their media, by reason. cut: those that went with what `too_long` cut off kept rows, which no
     other count has; first_cut: where the first stood. processed: media that were not in the store yet.
     """
 
@@ -115,7 +115,7 @@ def media_lines(media: Mapping[str, Any]) -> list[str]:
         lines.append(f"{total} row{'s' if total != 1 else ''} refused for their media")
     if media.get("cut"):
         lines.append(
-            f"{_counted(media['cut'])} went with what `truncate` cut off, the first at {media['first_cut']}: such rows "
+            f"{_counted(media['cut'])} went with what `too_long` cut off, the first at {media['first_cut']}: such rows "
             "are trained on without"
         )
     return lines
@@ -129,9 +129,10 @@ def _counted(counts: Mapping[str, int]) -> str:
 class SourceReport:
     """One source of rows.
 
-    guessed: whether the layout's columns have other names here, which nobody mapped. read = kept + refused + filtered +
-    weightless. used: items of an epoch drawn from it (differs from kept where
-    sources have weights). truncated: rows cut to max_length. filtered: prompts left out by `overlong_prompts: filter`.
+    guessed: whether the layout's columns have other names here, which nobody mapped. split: rows made several for their
+    length, `parts` of them all in all, each of which counts as kept. read = kept - (parts - split) + refused + filtered
+    + weightless. used: items of an epoch drawn from it (differs from kept where sources have weights). truncated: rows
+    cut to max_length; filtered: rows left out for their length.
     reference_answers: final assistant turns taken off prompts. lengths i64[kept]: tokens of each kept row's longest
     sequence; scored i64[kept]: its scored tokens. media: `MediaReport.to_json`, {} where rows have none.
     weightless: rows of weight 0, which are left out; first_weightless: where the first stands. weighted and
@@ -148,6 +149,8 @@ class SourceReport:
     used: int = 0
     truncated: int = 0
     filtered: int = 0
+    split: int = 0
+    parts: int = 0
     reference_answers: int = 0
     plain_text: int = 0
     weightless: int = 0
@@ -182,6 +185,8 @@ class SourceReport:
             "kept": self.kept,
             "refused": len(self.refused),
             "truncated": self.truncated,
+            "filtered": self.filtered,
+            "split": self.split,
             "weightless": self.weightless,
         }
 
@@ -264,7 +269,8 @@ class DataReport:
             counts += [f"{s.used} used in an epoch"] if s.used != s.kept else []
             counts += [f"{len(s.refused)} refused"] if s.refused else []
             counts += [f"{s.truncated} truncated"] if s.truncated else []
-            counts += [f"{s.filtered} overlong prompts filtered"] if s.filtered else []
+            counts += [f"{s.filtered} too long and left out"] if s.filtered else []
+            counts += [f"{s.split} of them in {s.parts} parts, being too long"] if s.split else []
             counts += [f"{s.weightless} of weight 0 left out (the first: {s.first_weightless})"] if s.weightless else []
             counts += [f"{s.reference_answers} reference answers taken off"] if s.reference_answers else []
             counts += (

@@ -45,34 +45,52 @@ class Encoded:
         return Counter(medium.key for part in (self.trunk, *self.branches) for medium in part.media)
 
 
-def fit(
-    encoded: Encoded, max_length: int | None, truncate: str, bos_id: int | None, *, scored: bool = True
-) -> tuple[Encoded, bool]:
-    """(the record within max_length, whether it was cut).
+def cut(encoded: Encoded, max_length: int, side: str, bos_id: int | None, *, scored: bool = True) -> Encoded:
+    """A record of more tokens within max_length.
 
-    truncate "error" refuses; "right" keeps the beginning, of a pair the whole prompt; "left" keeps the end, of a pair
-    the whole completions, and a leading BOS. A medium stays whole or goes with what is cut. Raises RowError where
-    nothing is left to score, or (not `scored`: the whole is) nothing at all.
+    side "right" keeps the beginning, of a pair the whole prompt; "left" keeps the end, of a pair the whole completions,
+    and a leading BOS. A medium stays whole or goes with what is cut. Raises RowError where nothing is left to score, or
+    (not `scored`: the whole is) nothing at all.
     """
-    if max_length is None or encoded.length <= max_length:
-        return encoded, False
-    if truncate == "error":
-        raise RowError(f"{encoded.length} tokens, more than max_length {max_length} (`truncate: right` or `left` cuts)")
     if not encoded.branches:
-        cut = Encoded(_cut_tokens(encoded.trunk, max_length, truncate, bos_id))
-    elif truncate == "right":
+        short = Encoded(_cut_tokens(encoded.trunk, max_length, side, bos_id))
+    elif side == "right":
         room = max_length - len(encoded.trunk)
         if room < 1:
             raise RowError(f"the prompt alone has {len(encoded.trunk)} tokens, max_length is {max_length}")
-        cut = Encoded(encoded.trunk, [_cut_tokens(b, room, truncate, bos_id) for b in encoded.branches])
+        short = Encoded(encoded.trunk, [_cut_tokens(b, room, side, bos_id) for b in encoded.branches])
     else:
         room = max_length - max(len(b) for b in encoded.branches)
         if room < 1:
             raise RowError(f"a completion alone has {max_length - room} tokens, max_length is {max_length}")
-        cut = Encoded(_cut_tokens(encoded.trunk, room, truncate, bos_id), encoded.branches)
-    if not all(part.mask.any() if scored else len(part) for part in cut.branches or [cut.trunk]):
+        short = Encoded(_cut_tokens(encoded.trunk, room, side, bos_id), encoded.branches)
+    if not all(part.mask.any() if scored else len(part) for part in short.branches or [short.trunk]):
         raise RowError(f"{encoded.length} tokens; cut to max_length {max_length} nothing is left to score")
-    return cut, True
+    return short
+
+
+def split(encoded: Encoded, max_length: int) -> list[Encoded]:
+    """A record without branches as parts of at most max_length tokens, those in which something is scored.
+
+    Each begins with the last token of the one before, which is not scored there again: every scored token stays scored
+    once, but one behind a medium that ends a part. A medium stays whole. Raises RowError for one that is longer.
+    """
+    tokens, parts, start = encoded.trunk, list[Encoded](), 0
+    while start < len(tokens):
+        end = min(start + max_length, len(tokens))
+        end = min([end, *(m.start for m in tokens.media if m.start < end < m.start + m.length)])
+        if end <= start + (start > 0 and end < len(tokens)):
+            raise RowError(f"a medium of it alone has more tokens than max_length {max_length}")
+        held = tuple(replace(m, start=m.start - start) for m in tokens.media if start <= m.start < end)
+        part = Tokens(tokens.ids[start:end], tokens.mask[start:end].copy(), held)
+        part.mask[:1] = False  # nothing predicts a sequence's first token
+        if part.mask.any():
+            parts.append(Encoded(part))
+        shown = any(m.start < end <= m.start + m.length for m in tokens.media)
+        start = end if end == len(tokens) or shown else end - 1
+    if not parts:
+        raise RowError("no token is scored")
+    return parts
 
 
 def _cut_tokens(tokens: Tokens, n: int, side: str, bos_id: int | None) -> Tokens:

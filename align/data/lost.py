@@ -17,8 +17,8 @@ from align.data.records import Message, RowError
 from align.data.tokenizer import ChatTokenizer
 from align.data.turns import Given, rendered
 
-_THOUGHTS = "thoughts of an assistant turn (`reasoning_content`)"
-_THOUGHTS_IN_TEXT = "thoughts in the text of an assistant turn (before `</think>`)"
+THOUGHTS = "thoughts of an assistant turn (`reasoning_content`)"
+THOUGHTS_IN_TEXT = "thoughts in the text of an assistant turn (before `</think>`)"
 _CALL_MARKS = (
     "<tool_call>", "<function_call>", "<functioncall>", "<function=", "[TOOL_CALLS]", "<|python_tag|>", "<|tool_call|>",
     "<|tool_calls_section_begin|>", "<｜tool▁calls▁begin｜>", "<start_function_call>",
@@ -143,12 +143,12 @@ def _of_message(look: _Look, i: int, message: Message) -> list[str]:
     elif message.role != "tool" and not look.holds(message):  # a tool's answer may be written as JSON text
         answer = message.text.rpartition("</think>")[2]
         thinks = message.role == "assistant" and answer != message.text and _compact(answer) in look.compact
-        found.append(_THOUGHTS_IN_TEXT if thinks else f"the text of {message.role!r} messages as it stands")
+        found.append(THOUGHTS_IN_TEXT if thinks else f"the text of {message.role!r} messages as it stands")
     thoughts = message.extra.get("reasoning_content")
     if thoughts and look.tokenizer.dialect.thoughts is None:
-        found.append(_THOUGHTS)
+        found.append(THOUGHTS)
     elif thoughts and thoughts.strip() not in look.text:
-        found += [] if look.differs({i: _with(message, "reasoning_content", look.other)}) else [_THOUGHTS]
+        found += [] if look.differs({i: _with(message, "reasoning_content", look.other)}) else [THOUGHTS]
     if message.role == "assistant":
         found += _calls_as_text(message.text, look.template.source)
     return found

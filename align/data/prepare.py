@@ -142,12 +142,25 @@ def _with_max_length(source: DataSource, max_length: int | None) -> DataSource:
 
 def check_options(source: DataSource, kind: Kind) -> None:
     """Raise DataError for options of a source that mean nothing for this kind of row."""
-    if kind == "prompt" and source.truncate != "error":
+    how = source.too_long
+    if kind == "prompt" and how in ("left", "right", "split"):
         raise DataError(
-            f"`truncate: {source.truncate}` on prompts",
+            f"`too_long: {how}` on prompts",
             where=source.path,
-            remedy="prompts of an online stage are never cut: a cut prompt is another question. "
-            "Use `overlong_prompts: filter` to leave long ones out",
+            remedy="prompts that are sampled from are never cut: a cut prompt is another question. "
+            "Use `too_long: drop` to leave long ones out",
+        )
+    if how == "split" and kind != "conversation":
+        raise DataError(
+            f"`too_long: split` on rows of kind {kind}",
+            where=source.path,
+            remedy="a part of an answer cannot be judged as the whole was: use right, left or drop",
+        )
+    if how != "error" and source.max_length is None:
+        raise DataError(
+            f"`too_long: {how}` without `max_length`: no row is too long",
+            where=source.path,
+            remedy="give the source a `max_length`, in tokens, or leave it out",
         )
     fields = fields_of(layouts_of(source.format)[0])
     for name, theirs in source.columns.items():

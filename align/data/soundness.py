@@ -36,6 +36,16 @@ def refuse_endless(record: Record, tokenizer: ChatTokenizer, most_tokens: int | 
             raise RowError(f"{length} characters are at least {least} tokens, more than max_length {most_tokens}")
 
 
+def too_long(encoded: Encoded, kind: Kind, max_length: int) -> RowError:
+    """What is said of a row that is neither cut nor left out."""
+    if kind == "prompt":
+        what, ways = f"the prompt has {encoded.length} tokens", "`too_long: drop` leaves such prompts out"
+    else:
+        what, ways = f"{encoded.length} tokens", "`too_long: right` or `left` cuts, `drop` leaves such rows out"
+        ways += ", `split` makes several of one" if kind == "conversation" else ""
+    return RowError(f"{what}, more than max_length {max_length} ({ways})")
+
+
 def refuse_unusable(encoded: Encoded, kind: Kind, tokenizer: ChatTokenizer, cut: bool, max_length: int | None) -> None:
     """Raise RowError for a row that its model or its loss cannot use, as it is after `cut` to `max_length`."""
     for part in chain([encoded.trunk], encoded.branches):

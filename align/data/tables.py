@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from align.data.audit import MediaReport, Refusal, SourceReport
 from align.data.beginnings import with_beginning
 from align.data.doubts import doubts
 from align.data.encode import encode
-from align.data.encoded import Encoded, fit
+from align.data.encoded import Encoded, cut, split
 from align.data.ends import ending_notes, last_said
 from align.data.formats.base import margin_of, weight_of
 from align.data.formats.choosing import refuse_stray
@@ -38,9 +39,10 @@ from align.data.records import (
 from align.data.render import draft
 from align.data.rows import Item, Row
 from align.data.seen import answer_texts, light, seen_messages
-from align.data.soundness import UNFORESEEN, refuse_endless, refuse_unusable, unforeseen
+from align.data.soundness import UNFORESEEN, refuse_endless, refuse_unusable, too_long, unforeseen
 from align.data.sources import Opened, value_at
 from align.data.table import Kept, Table
+from align.data.thinking import Thoughts
 from align.data.tokenizer import ChatTokenizer
 from align.data.unread import Reading, Unread, unread_columns
 from align.recipe.inputs import DataSource
@@ -94,6 +96,7 @@ class Tokeniser:
         self.report = report = SourceReport(opened.path, read=len(items))
         self.media = MediaReport()
         self.unread = Unread()
+        self.thoughts = Thoughts(self.source.thinking) if self.source.thinking else None
         report.refused += [i for i in items if isinstance(i, Refusal)]
         rows = [i for i in items if isinstance(i, Row)]
         none = np.zeros(0, np.float32)
@@ -110,13 +113,12 @@ class Tokeniser:
             chunk = slice(start, start + _CHUNK)
             for one, encoded in self._encoded(rows[chunk], self.laid.values[chunk]):
                 try:
-                    fitted = self._keep(table, one, encoded)
+                    kept = self._keep(table, one, encoded)
                 except (RowError, *UNFORESEEN) as e:
                     self._refuse(one.row, e if isinstance(e, RowError) else unforeseen(e))
                     continue
-                if fitted:
-                    margin = float("nan") if one.margin is None else one.margin
-                    columns.append((one.weight, getattr(one.record, "desirable", True), margin))
+                margin = float("nan") if one.margin is None else one.margin
+                columns += [(one.weight, getattr(one.record, "desirable", True), margin)] * kept
         table.weights = np.array([c[0] for c in columns], np.float32)
         table.desirable = np.array([c[1] for c in columns], bool)
         table.margins = np.array([c[2] for c in columns], np.float32)
@@ -127,7 +129,7 @@ class Tokeniser:
         self.media.processed = 0 if self.library is None else self.library.processed - known
         report.media = self.media.to_json()
         report.unread = self.unread.to_json()
-        report.notes += self.unread.notes()
+        report.notes += self.unread.notes() + (self.thoughts.notes() if self.thoughts else [])
         _finish(table, self.tokenizer)
         return table
 
@@ -158,7 +160,10 @@ class Tokeniser:
         drafts, drafted = [], []
         for one in self._shown(good):
             try:
-                drafts.append(draft(one.record, self.tokenizer, one.shown, self.library))
+                drawn = draft(one.record, self.tokenizer, one.shown, self.library)
+                if self.thoughts is not None:
+                    self.thoughts.require(drawn.left_out)
+                drafts.append(drawn)
             except (RowError, *UNFORESEEN) as e:
                 self._refuse(one.row, e if isinstance(e, RowError) else unforeseen(e))
                 continue
@@ -184,10 +189,11 @@ class Tokeniser:
                 refuse_token_masks(values)
             weight = weight_of(reading)
             record = place_media(with_beginning(layout.convert(reading), self.tokenizer), reading)
+            record = record if self.thoughts is None else self.thoughts.of(record)
             if weight or self._answers_every_row:
                 check(record)
-                cuts = self.source.truncate != "error" or self.source.overlong_prompts == "filter"
-                refuse_endless(record, self.tokenizer, None if cuts else self.source.max_length)
+                refused = self.source.too_long == "error"
+                refuse_endless(record, self.tokenizer, self.source.max_length if refused else None)
             return record, margin_of(reading) if layout.kind == "pair" else None, weight
         except UNFORESEEN as e:
             raise unforeseen(e) from e
@@ -211,18 +217,20 @@ class Tokeniser:
                 one.shown = shown
         return [one for one in rows if id(one) not in refused]
 
-    def _keep(self, table: Table, one: _Row, encoded: Encoded) -> bool:
-        """Add a row to the table; False for a prompt that is filtered. Raises RowError."""
+    def _keep(self, table: Table, one: _Row, encoded: Encoded) -> int:
+        """Add a row to the table; how many it became there, 0 of one that is left out. Raises RowError."""
         record = one.record
         texts = answer_texts(record) if self.answers and isinstance(record, Pair) else ("", "")
         labels = self.labelling.values(record.label) if self.labelling and isinstance(record, Labelled) else []
-        fitted = self._fit(encoded)
-        if fitted is None:
-            return False
+        parts = self._fit(encoded)
+        if not parts:
+            return 0
+        fitted = parts[0]
         self.report.plain_text += isinstance(record.prompt, str)
         self.labels.append(labels)
-        table.encoded.append(fitted)
-        table.origins.append(one.row.origin)
+        table.encoded += parts
+        named = [f"{one.row.origin}, part {n} of {len(parts)}" for n in range(1, len(parts) + 1)]
+        table.origins += named if len(parts) > 1 else [one.row.origin]
         if table.rows is not None and isinstance(record, Prompt):
             values = light(one.row.values)
             values |= {ours: value_at(values, theirs) for ours, theirs in self.laid.for_rewards.items()}
@@ -236,29 +244,33 @@ class Tokeniser:
         if self.records:
             row = one.row
             table.records.append(Kept(row.origin, record, one.margin, row.folder))
-        self.media.add_row(one.shown, encoded.shows - fitted.shows, one.row.origin)
-        for shown in one.shown:
-            table.files.update(shown.files)
-        return True
+        shown = sum((part.shows for part in parts), start=Counter[str]())
+        self.media.add_row(one.shown, encoded.shows - shown, one.row.origin)
+        for medium in one.shown:
+            table.files.update(medium.files)
+        return len(parts)
 
-    def _fit(self, encoded: Encoded) -> Encoded | None:
-        """The record within max_length; None for a prompt that is filtered. Counts in the report. Raises RowError."""
-        limit = self.source.max_length
-        if self.kind == "prompt":
-            if limit is None or encoded.length <= limit:
-                refuse_unusable(encoded, self.kind, self.tokenizer, False, limit)
-                return encoded
-            if self.source.overlong_prompts == "filter":
-                self.report.filtered += 1
-                return None
-            raise RowError(
-                f"the prompt has {encoded.length} tokens, more than max_length {limit} "
-                "(`overlong_prompts: filter` leaves such prompts out)"
-            )
-        cut_from = self.source.truncate, self.tokenizer.bos_id
-        fitted, cut = fit(encoded, limit, *cut_from, scored=self.kind != "labelled")
-        refuse_unusable(fitted, self.kind, self.tokenizer, cut, limit)
-        self.report.truncated += cut
+    def _fit(self, encoded: Encoded) -> list[Encoded]:
+        """The record within max_length: itself, cut, or in parts; none where it is left out. Counts in the report.
+        Raises RowError."""
+        limit, how = self.source.max_length, self.source.too_long
+        if limit is None or encoded.length <= limit:
+            fitted = [encoded]
+        elif how == "error":
+            raise too_long(encoded, self.kind, limit)
+        elif how == "drop":
+            self.report.filtered += 1
+            return []
+        elif how == "split":
+            fitted = split(encoded, limit)
+        else:
+            fitted = [cut(encoded, limit, how, self.tokenizer.bos_id, scored=self.kind != "labelled")]
+        for part in fitted:
+            refuse_unusable(part, self.kind, self.tokenizer, part is not encoded, limit)
+        if fitted[0] is not encoded:
+            self.report.truncated += how != "split"
+            self.report.split += how == "split"
+            self.report.parts += len(fitted) if how == "split" else 0
         return fitted
 
 

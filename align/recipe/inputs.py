@@ -58,6 +58,7 @@ class Model(Strict):
 
 
 Exhausted = Literal["first", "all"]
+Thinking = Literal["keep", "last", "none"]
 
 
 class Mix(Strict):
@@ -72,6 +73,9 @@ class DataSource(Strict):
     `options` in a child process). `columns` maps our field to theirs. `format`: the layout of its rows by name, or
     one's own, `file.py:name` (`align.data.formats`).
 
+    too_long: what becomes of a row of more than `max_length` tokens: it is an error, it is left out, its beginning
+    (left) or end (right) is cut off, or (of sft) it becomes several rows.
+    thinking: which turns keep their thoughts (`align.data.thinking`); by default the chat template decides.
     stream: rows are read as they are trained on, never all at once, for files larger than memory
     (`align.data.streams`); shuffle_buffer: so many rows of it are read at a time and drawn in random order."""
 
@@ -82,12 +86,18 @@ class DataSource(Strict):
     limit: PositiveInt | None = None
     weight: Annotated[float, Field(gt=0)] | None = None
     max_length: PositiveInt | None = None
-    truncate: Literal["error", "right", "left"] = "error"
+    too_long: Literal["error", "drop", "left", "right", "split"] = "error"
     on_bad_row: Literal["error", "skip"] = "error"
-    overlong_prompts: Literal["error", "filter"] = "error"
+    thinking: Thinking | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     stream: bool = False
     shuffle_buffer: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _longer_than_what(self) -> DataSource:
+        if self.max_length is not None and self.max_length < 2 and self.too_long == "split":
+            raise ValueError("`too_long: split` makes parts of `max_length` tokens, and needs two at least")
+        return self
 
     @model_validator(mode="after")
     def _a_buffer_of_a_stream(self) -> DataSource:

@@ -23,6 +23,8 @@ _KEYS: dict[tuple[str, str], Later] = {
         "when advantages are made already",
         "use `loss: {name: grpo, kl: ..., kl_estimator: w_k3}`, whose gradient is the reverse KL's, token by token",
     ),
+    ("data", "truncate"): Later("it is called `too_long` now", "write `too_long: right` or `left`"),
+    ("data", "overlong_prompts"): Later("it is called `too_long` now", "write `too_long: drop` for `filter`"),
     ("batch", "tokens"): Later(_NOT_YET, "`batch` counts examples; `packing.max_tokens` bounds memory"),
 }
 

@@ -112,7 +112,7 @@ _MEANS = {  # their word -> where ours stands
     "dataset": "data.path",
     "train_files": "data.path",
     "val_split": "data.split",
-    "truncation_strategy": "data.truncate",
+    "truncation_strategy": "data.too_long",
     "report_to": "report",
     # LLaMA-Factory
     "finetuning_type": "adapter.kind",

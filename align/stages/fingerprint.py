@@ -175,6 +175,8 @@ def _model_files(recipe: Recipe) -> dict[str, str]:
     for name in (recipe.model.path, recipe.model.adapter):
         if name and Path(name).is_dir():
             found |= _folder_files(Path(name))
+        elif name and Path(name).is_file():
+            found[name] = f"{Path(name).stat().st_size} bytes"
     return found
 
 

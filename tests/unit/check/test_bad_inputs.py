@@ -419,10 +419,10 @@ DATA = [
     Case("columns: that name no column", ("pairs.jsonl", "best"), more=("stages.dpo.data.columns={chosen: best}",)),
     Case("an empty file", ("pairs.jsonl", "no rows"), lambda shop: shop.write("pairs.jsonl", "")),
     Case("an unknown format", ("pairs.jsonl", "trll"), more=("stages.dpo.data.format=trll",)),
-    Case("longer than max_length", ("sft.jsonl:1", "max_length", "truncate"), more=("stages.sft.data.max_length=5",)),
+    Case("longer than max_length", ("sft.jsonl:1", "max_length", "too_long"), more=("stages.sft.data.max_length=5",)),
     Case(
         "a prompt longer than max_length",
-        ("sft.jsonl:1", "max_length", "overlong_prompts"),
+        ("sft.jsonl:1", "max_length", "too_long"),
         more=("stages.grpo.data.max_length=5",),
     ),
     Case("a limit of nothing", ("`stages.grpo.data.limit`", "greater than 0"), more=("stages.grpo.data.limit=0",)),

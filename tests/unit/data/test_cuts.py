@@ -12,10 +12,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from align.data.beginnings import common_beginning
 from align.data.bounded import encode_bounded
+from align.data.prepare import prepare
 from align.data.records import RowError
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
 from align.errors import DataError
-from tests.unit.data.build import UNMARKED_CHATML, prepared, scored, text, turns, with_template
+from tests.unit.data.build import UNMARKED_CHATML, prepared, scored, source, text, turns, with_template, write_jsonl
 
 READS_FIRST = "{% if messages[0]['role'] == 'system' %}{% endif %}" + UNMARKED_CHATML
 WITH_SYSTEM = (  # Qwen 2.5's: a system turn of its own where there is none
@@ -177,14 +178,14 @@ def pairs(*ends: tuple[str, str]) -> list[dict[str, Any]]:
     return [{"prompt": "q", "chosen": f" {'y' * 60}{a}", "rejected": f" {'y' * 60}{b}"} for a, b in ends]
 
 
-@pytest.mark.parametrize("truncate", ["right", "left"])
+@pytest.mark.parametrize("too_long", ["right", "left"])
 def test_a_pair_that_differs_only_behind_the_cut_is_refused_as_equal(
-    tmp_path: Path, tokenizer: ChatTokenizer, truncate: str
+    tmp_path: Path, tokenizer: ChatTokenizer, too_long: str
 ) -> None:
     rows = pairs(("A", "B"), ("A", "B"))
     rows[1]["chosen"] = " quite another"
-    options: dict[str, Any] = {"truncate": truncate, "max_length": 20, "on_bad_row": "skip"}
-    if truncate == "left":  # which cuts the prompt alone: both completions fit
+    options: dict[str, Any] = {"too_long": too_long, "max_length": 20, "on_bad_row": "skip"}
+    if too_long == "left":  # which cuts the prompt alone: both completions fit
         rows = [{"prompt": "q " * 60, "chosen": " y", "rejected": " y "}, {**rows[1], "prompt": "q", "rejected": " no"}]
         rows[0]["rejected"] = " y"
     made = prepared(tmp_path, rows, "pair", tokenizer, **options)
@@ -211,7 +212,7 @@ def test_a_row_of_which_nothing_is_scored_after_the_cut_is_refused(
     tmp_path: Path, tokenizer: ChatTokenizer, row: dict[str, str], kind: str
 ) -> None:
     with pytest.raises(DataError, match="nothing is left to score"):
-        prepared(tmp_path, [row], kind, tokenizer, truncate="right", max_length=1)
+        prepared(tmp_path, [row], kind, tokenizer, too_long="right", max_length=1)
 
 
 def test_a_template_that_marks_no_turn_leaves_nothing_to_learn(tmp_path: Path, folder: Path) -> None:
@@ -284,3 +285,62 @@ def test_a_row_that_cannot_fit_is_refused_before_it_is_tokenised(
     made = prepared(tmp_path, rows, "conversation", tokenizer, on_bad_row="skip", max_length=1000)
     assert made.report.kept == 1 and "3000001 characters are at least" in made.report.refused[0].reason
     assert max(seen) < 1000
+
+
+def test_rows_that_are_split_have_every_scored_token_once(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    words = [f"w{n}" for n in range(200)]
+    talk = turns("q " * 30, " ".join(words[:90]), "more?", " ".join(words[90:]))
+    for row in ({"messages": talk}, {"text": " ".join(words)}):
+        path = write_jsonl(tmp_path / "data.jsonl", [row])
+        [whole] = prepare((source(path),), "conversation", tokenizer, seed=0).items
+        for limit in (2, 3, 17, 64, len(whole.trunk) - 1, len(whole.trunk)):
+            one = source(path, max_length=limit, too_long="split")
+            made = prepare((one,), "conversation", tokenizer, seed=0)
+            scored_ids = [i for t in made.items for i in t.trunk.token_ids[t.trunk.loss_mask].tolist()]
+            assert scored_ids == whole.trunk.token_ids[whole.trunk.loss_mask].tolist()
+            assert all(len(t.trunk) <= limit and not t.trunk.loss_mask[0] for t in made.items)
+            [report] = made.report.sources
+            if limit < len(whole.trunk):
+                assert report.split == 1 and report.parts == report.kept == len(made.items)
+                of = len(made.items)
+                assert made.items[-1].origin == (f"{path}:1, part {of} of {of}" if of > 1 else f"{path}:1")
+                assert f"1 of them in {report.parts} parts, being too long" in made.report.summary[0]
+            else:
+                assert report.split == 0 and made.items[0].origin == f"{path}:1"
+
+
+def test_what_is_too_long_is_left_out_of_every_kind_and_counted(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    long = "long " * 50
+    rows: dict[str, list[dict[str, Any]]] = {
+        "conversation": [{"messages": turns("q", "a")}, {"messages": turns("q", long)}],
+        "pair": [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": long, "rejected": "b"}],
+        "unpaired": [
+            {"prompt": "q", "completion": "a", "label": True},
+            {"prompt": long, "completion": "a", "label": True},
+        ],
+        "prompt": [{"prompt": "q"}, {"prompt": long}],
+    }
+    for kind, content in rows.items():
+        made = prepared(tmp_path, content, kind, tokenizer, max_length=40, too_long="drop")
+        assert len(made.items) == 1 and made.report.filtered == 1 and not made.report.refused
+        assert "1 too long and left out" in made.report.summary[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "options", "words"),
+    [
+        (
+            "pair",
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            {"too_long": "split", "max_length": 9},
+            "of kind pair",
+        ),
+        ("prompt", {"prompt": "q"}, {"too_long": "split", "max_length": 9}, "on prompts"),
+        ("conversation", {"text": "q"}, {"too_long": "right"}, "without `max_length`"),
+    ],
+)
+def test_a_way_that_means_nothing_is_refused(
+    tmp_path: Path, tokenizer: ChatTokenizer, kind: str, row: dict[str, Any], options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(DataError, match=words):
+        prepared(tmp_path, [row], kind, tokenizer, **options)

@@ -142,7 +142,7 @@ def test_a_long_text_is_cut_on_the_side_that_the_source_says(
 ) -> None:
     rows = [{"text": "The quick brown fox jumps over the lazy dog.", "label": 0}]
     [whole] = read(tmp_path, rows, tokenizer).items
-    cut = read(tmp_path, rows, tokenizer, max_length=3, truncate=side)
+    cut = read(tmp_path, rows, tokenizer, max_length=3, too_long=side)
     assert np.array_equal(cut.items[0].trunk.token_ids, whole.trunk.token_ids[kept])
     assert cut.report.truncated == 1
     with pytest.raises(DataError, match="more than max_length 3"):

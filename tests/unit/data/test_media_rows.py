@@ -201,7 +201,7 @@ def test_media_count_in_max_length_and_are_never_cut(world: World) -> None:
         world.prepare([row], max_length=n - 1)
     pad = load_tokenizer(world.model).token_id("<|image_pad|>")
     for length in range(6, n, 3):
-        [tree] = world.prepare([row], max_length=length, truncate="left").items
+        [tree] = world.prepare([row], max_length=length, too_long="left").items
         assert len(tree.trunk) <= length
         assert tree.trunk.token_ids.tolist() == whole.trunk.token_ids[-len(tree.trunk) :].tolist()
         places = np.flatnonzero(tree.trunk.token_ids == pad).tolist()
@@ -209,21 +209,21 @@ def test_media_count_in_max_length_and_are_never_cut(world: World) -> None:
         assert len(places) in (0, medium.length)
 
 
-@pytest.mark.parametrize("truncate", ["left", "right"])
-def test_a_picture_that_goes_with_what_is_cut_is_told(world: World, truncate: str) -> None:
+@pytest.mark.parametrize("too_long", ["left", "right"])
+def test_a_picture_that_goes_with_what_is_cut_is_told(world: World, too_long: str) -> None:
     said = ["<image>1?", "x", "2?", "y", "<image>3?", "z"]
     messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
     row = {"messages": messages, "images": ["a.png", "c.png"]}
     [whole] = world.prepare([row]).items
     first, second = (medium.start + 1 for medium in whole.media)  # behind a picture's first token
-    length = len(whole.trunk) - first if truncate == "left" else second
-    made = world.prepare([row, {**asked("4?"), "images": []}], max_length=length, truncate=truncate)
+    length = len(whole.trunk) - first if too_long == "left" else second
+    made = world.prepare([row, {**asked("4?"), "images": []}], max_length=length, too_long=too_long)
     [tree, _] = made.items
     [kept] = tree.media
-    assert kept.key == whole.media[1 if truncate == "left" else 0].key
+    assert kept.key == whole.media[1 if too_long == "left" else 0].key
     media = made.report.sources[0].media
     assert media["counts"] == {"image": 1} and media["cut"] == {"image": 1} and media["first_cut"].endswith(":1")
-    assert any("1 image went with what `truncate` cut off" in line for line in made.report.summary)
+    assert any("1 image went with what `too_long` cut off" in line for line in made.report.summary)
     assert not world.prepare([row]).report.sources[0].media["cut"]
 
 

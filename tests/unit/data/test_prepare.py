@@ -90,11 +90,11 @@ def test_lengths_and_cuts_are_reported(tmp_path: Path, tokenizer: ChatTokenizer)
     with pytest.raises(DataError, match="more than max_length 40") as error:
         prepared(tmp_path, rows, "conversation", tokenizer, max_length=40)
     assert error.value.where == f"{tmp_path}/data.jsonl:3"
-    report = prepared(tmp_path, rows, "conversation", tokenizer, max_length=40, truncate="right").report
+    report = prepared(tmp_path, rows, "conversation", tokenizer, max_length=40, too_long="right").report
     lengths = report.to_json()["tokens"]
     assert report.truncated == 1 and lengths["max"] == 40 and lengths["min"] < lengths["median"] < 40
     path = tmp_path / "data.jsonl"
-    assert prepare((source(path, truncate="left"),), "conversation", tokenizer, seed=0, max_length=40).report.truncated
+    assert prepare((source(path, too_long="left"),), "conversation", tokenizer, seed=0, max_length=40).report.truncated
     made = prepare((source(path, max_length=500),), "conversation", tokenizer, seed=0, max_length=40)
     assert made.report.truncated == 0, "a source's own max_length counts before the stage's"
 
@@ -123,12 +123,12 @@ def test_a_text_prompt_is_one_message_of_role_text(tmp_path: Path, tokenizer: Ch
 
 def test_overlong_prompts_are_an_error_or_filtered_and_counted(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
     rows = [{"prompt": "short"}, {"prompt": "long " * 50}]
-    with pytest.raises(DataError, match="overlong_prompts: filter"):
+    with pytest.raises(DataError, match="too_long: drop"):
         prepared(tmp_path, rows, "prompt", tokenizer, max_length=20)
-    made = prepared(tmp_path, rows, "prompt", tokenizer, max_length=20, overlong_prompts="filter")
+    made = prepared(tmp_path, rows, "prompt", tokenizer, max_length=20, too_long="drop")
     assert (len(made.items), made.report.filtered, made.report.refused) == (1, 1, ())
-    with pytest.raises(DataError, match="`truncate: left` on prompts"):
-        prepared(tmp_path, rows, "prompt", tokenizer, max_length=20, truncate="left")
+    with pytest.raises(DataError, match="`too_long: left` on prompts"):
+        prepared(tmp_path, rows, "prompt", tokenizer, max_length=20, too_long="left")
 
 
 def test_labels_and_weights_become_columns_of_sequences(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
