@@ -13,7 +13,7 @@ import io
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,9 @@ from align.data.rows import Item, Row, refuse_twice
 from align.data.values import BadValue, Json, end_of_value, kind_of, problem_of
 from align.errors import DataError
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", *COLUMNAR)
-STREAMED = (".jsonl", ".ndjson", *COLUMNAR)  # kinds that can be read from any place on
+TEXT = ".txt"
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", *COLUMNAR, TEXT)
+STREAMED = (".jsonl", ".ndjson", *COLUMNAR, TEXT)  # kinds that can be read from any place on
 LONGEST_LINE = 256 << 20  # bytes of one row; images in it count
 
 
@@ -54,6 +55,8 @@ def read_file(path: Path) -> Iterator[Item]:
             yield from _read_csv(path, "\t" if suffix == ".tsv" else ",")
         elif suffix == ".json":
             yield from _read_json(path)
+        elif suffix == TEXT:
+            yield from (item for item, _ in _lines(path, Place(), _text_row))
         else:
             yield from _read_jsonl(path)
 
@@ -76,7 +79,7 @@ def read_from(path: Path, place: Place) -> Iterator[tuple[Item, Place]]:
             for item, row in read_arrow(path, suffix, place.offset):
                 yield item, Place(row + 1)
         else:
-            yield from _lines(path, place)
+            yield from _lines(path, place, _text_row if suffix == TEXT else json_row)
 
 
 @contextmanager
@@ -102,6 +105,14 @@ def json_row(text: bytes | str, origin: str) -> Item:
         return Refusal(origin, 0, str(e))
 
 
+def _text_row(text: bytes, origin: str) -> Item:
+    """A line of plain text as a row with the column `text`."""
+    try:
+        return Row({"text": text.decode("utf-8").rstrip("\r\n")}, origin, 0)
+    except UnicodeDecodeError as e:
+        return Refusal(origin, 0, f"not UTF-8 text: {e.reason} at byte {e.start} of the line")
+
+
 def _object(value: Any, origin: str) -> Item:
     if isinstance(value, dict):
         return Row(value, origin, 0)
@@ -117,7 +128,7 @@ def _read_jsonl(path: Path) -> Iterator[Item]:
     return (item for item, _ in _lines(path, Place()))
 
 
-def _lines(path: Path, place: Place) -> Iterator[tuple[Item, Place]]:
+def _lines(path: Path, place: Place, row_of: Callable[[bytes, str], Item] = json_row) -> Iterator[tuple[Item, Place]]:
     # Only b"\n" ends a line: JSON may hold U+2028 and other line separators of Unicode inside a string.
     line = place.line - 1
     with open_bytes(path) as f:
@@ -138,7 +149,7 @@ def _lines(path: Path, place: Place) -> Iterator[tuple[Item, Place]]:
             if not whole:
                 item: Item = Refusal(f"{path}:{line}", 0, f"the line is longer than {LONGEST_LINE >> 20} MiB")
             elif raw.strip():
-                item = json_row(raw, f"{path}:{line}")
+                item = row_of(raw, f"{path}:{line}")
             else:
                 continue
             yield item, Place(f.tell(), line + 1)

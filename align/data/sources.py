@@ -1,6 +1,7 @@
 """Where rows come from: files, folders, hub data sets and generators, as rows that remember file and line.
 
-file        .jsonl .json (an array, or JSON lines in spite of the name) .csv .tsv .parquet .arrow, also with .gz
+file        .jsonl .json (an array, or JSON lines in spite of the name) .csv .tsv .parquet .arrow, also with .gz; .txt,
+            of which every line is a row's `text`
 folder      all such files in it, in order of name; `split` chooses a subfolder or the files of that name, or an
             entry of its dataset_info.json (LLaMA-Factory, ms-swift)
 hub id      `owner/name`, read with `datasets`; `options` are passed on (`name`, `revision`, `data_files`)
@@ -14,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -22,8 +23,10 @@ from typing import Any
 
 from align.data import generators
 from align.data.audit import Refusal
+from align.data.formats import row_function
 from align.data.generator_child import REFUSED
-from align.data.readers import SUFFIXES, json_row, read_file, suffix_of
+from align.data.readers import SUFFIXES, TEXT, json_row, read_file, suffix_of
+from align.data.records import RowError
 from align.data.registries import Entry, entry_of
 from align.data.rows import Item, Row
 from align.data.values import problem_of
@@ -37,7 +40,7 @@ _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 @dataclass(frozen=True)
 class Opened:
     """A source that was found: how to read it, and the hash of what it holds. folder: of a generator's file. entry:
-    what a folder says of these files."""
+    what a folder says of these files. row_of: a user's function of each row."""
 
     path: str
     files: tuple[Path, ...] = ()
@@ -45,6 +48,7 @@ class Opened:
     hub: Any = None  # a datasets.Dataset
     folder: Path | None = None
     entry: Entry | None = None
+    row_of: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
 
     def digest(self) -> str:
         """SHA-256 of the bytes (files), or of the data set's fingerprint (hub)."""
@@ -69,7 +73,7 @@ class Opened:
         else:
             items = (self.item(item, file) for file in self.files for item in read_file(file))
         for number, item in enumerate(islice(items, limit)):
-            yield replace(item, row=number) if isinstance(item, Refusal) else replace(item, number=number)
+            yield self.numbered(item, number)
 
     def item(self, item: Item, file: Path) -> Item:
         """An item of one of the files: beside it lie its media, and what the folder says of it is applied."""
@@ -77,6 +81,16 @@ class Opened:
             return item
         rewrite = self.entry.rewrite if self.entry is not None else None
         return replace(item, folder=file.parent, values=item.values if rewrite is None else rewrite(item.values))
+
+    def numbered(self, item: Item, number: int) -> Item:
+        """An item with its number in the source, its row as the user's function makes it."""
+        if isinstance(item, Refusal):
+            return replace(item, row=number)
+        try:
+            values = item.values if self.row_of is None else dict(self.row_of(item.values))
+        except RowError as error:
+            return Refusal(item.origin, number, str(error))
+        return replace(item, number=number, values=values)
 
     def _numbered(self, rows: Iterable[Any]) -> Iterator[Item]:
         for n, values in enumerate(rows):
@@ -102,8 +116,12 @@ def open_source(
     """Find a source without reading its rows (a generator is run, up to `limit` rows).
 
     folder: what relative paths are relative to. cache: where generated rows are kept, if anywhere.
-    Raises DataError where nothing is found.
+    Raises DataError where nothing is found, PluginError where `format:` is a user's and cannot be loaded.
     """
+    return replace(_found(source, folder, cache, limit), row_of=row_function(source.format))
+
+
+def _found(source: DataSource, folder: Path | None, cache: Path | None, limit: int | None) -> Opened:
     if generators.is_generator(source.path):
         rows = generators.run(source, folder=folder, cache=cache, limit=limit)
         return Opened(source.path, generated=rows, folder=generators.folder_of(source.path, folder))
@@ -179,9 +197,11 @@ def _folder_files(folder: Path, split: str | None) -> tuple[Path, ...]:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    """Files in order of name, without the .json files that `datasets` writes beside its .arrow files."""
+    """Files in order of name, without the .json files that `datasets` writes beside its .arrow files, and without text
+    where others are: that is a licence or a note."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name.removesuffix(".gz").endswith(SUFFIXES))
-    return [p for p in files if p.name not in ("state.json", "dataset_info.json", "dataset_dict.json")]
+    files = [p for p in files if p.name not in ("state.json", "dataset_info.json", "dataset_dict.json")]
+    return [p for p in files if suffix_of(p) != TEXT] or files
 
 
 def _split_of(file: Path) -> str:

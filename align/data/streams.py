@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from align.data.audit import DataReport, Refusal, SourceReport, describe, refusal_error
+from align.data.audit import DataReport, SourceReport, describe, refusal_error
 from align.data.formats.choosing import SAMPLE
 from align.data.laid_out import lay_out
 from align.data.mixing import some_weights
@@ -97,8 +97,8 @@ class Stream:
         place, number = begin.place, begin.row
         for at, file in enumerate(self.opened.files[begin.file :], begin.file):
             for item, after in read_from(file, place):
-                item = self.opened.item(item, file)
-                yield _numbered(item, number), replace(begin, file=at, place=after, row=number + 1)
+                item = self.opened.numbered(self.opened.item(item, file), number)
+                yield item, replace(begin, file=at, place=after, row=number + 1)
                 number += 1
                 if number == self.source.limit:
                     return
@@ -116,10 +116,6 @@ class Stream:
             raise refusal_error(table.report)
         order = epoch_order(table.report.kept, self.seed, begin.block) if table.report.kept else np.zeros(0, np.int64)
         return Block(table, order, replace(after, block=begin.block + 1))
-
-
-def _numbered(item: Item, number: int) -> Item:
-    return replace(item, row=number) if isinstance(item, Refusal) else replace(item, number=number)
 
 
 class _Drawn:

@@ -1,21 +1,24 @@
 """Data layouts, one file per family. A new format is a new file with `LAYOUTS`, named here, or the user's own: `format:
-PATH:NAME` or `package.module:NAME`, where NAME is a `Layout` or several of them (PATH alone: its `LAYOUTS`)."""
+PATH:NAME` or `package.module:NAME`, where NAME is a `Layout` or several of them (PATH alone: its `LAYOUTS`), or a
+function of a row that returns it in a layout of ours."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import isfunction
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
-from align.data.formats.base import Layout
-from align.data.formats.users import guarded
+from align.data.formats.base import Layout, Row
+from align.data.formats.users import guarded, guarded_rows
 from align.errors import PluginError
 from align.plugins import asked_in_child, is_users, resolve
 
-_FAMILIES = ("trl", "openai", "sharegpt", "alpaca", "swift", "ranked", "labelled")
+_FAMILIES = ("trl", "openai", "sharegpt", "alpaca", "swift", "spoken", "ranked", "labelled")
 
 LAYOUTS: tuple[Layout, ...] = tuple(
     layout for family in _FAMILIES for layout in import_module(f"{__name__}.{family}").LAYOUTS
@@ -33,7 +36,12 @@ def layouts_of(format: str | None) -> tuple[tuple[Layout, ...], str | None]:
     Raises PluginError where the user's cannot be loaded, or is none."""
     if format is None or not is_users(format):
         return LAYOUTS, format
-    return _of_user(format), None
+    return _of_user(format)[0] or LAYOUTS, None
+
+
+def row_function(format: str | None) -> Callable[[Row], Row] | None:
+    """What a user's function makes of each row before its layout is looked for, where `format:` names one."""
+    return None if format is None or not is_users(format) else _of_user(format)[1]
 
 
 def file_of(format: str) -> Path | None:
@@ -48,25 +56,28 @@ def file_of(format: str) -> Path | None:
 
 
 @lru_cache
-def _of_user(name: str) -> tuple[Layout, ...]:
+def _of_user(name: str) -> tuple[tuple[Layout, ...], Callable[[Row], Row] | None]:
+    """Layouts, or else a function of rows."""
     asked_in_child(f"{__name__}:described", name)
     return _loaded(name)
 
 
 def described(name: str) -> dict[str, Any]:
     """A user's layouts in words. It runs user code."""
-    return {"layouts": [layout.describe() for layout in _loaded(name)]}
+    return {"layouts": [layout.describe() for layout in _loaded(name)[0]]}
 
 
-def _loaded(name: str) -> tuple[Layout, ...]:
+def _loaded(name: str) -> tuple[tuple[Layout, ...], Callable[[Row], Row] | None]:
     found = resolve(name, group=__name__)
     if name.endswith(".py"):
         found = getattr(found, "LAYOUTS", None)
+    if isfunction(found):
+        return (), guarded_rows(found, name)
     layouts = tuple(found) if isinstance(found, list | tuple) else (found,)
     if not layouts or not all(isinstance(layout, Layout) for layout in layouts):
         raise PluginError(
-            f"a format is a Layout or a list of them; this is {type(found).__name__}",
+            f"a format is a Layout, a list of them, or a function of a row; this is {type(found).__name__}",
             where=name,
-            remedy="align/data/formats/alpaca.py is a short example",
+            remedy="align/data/formats/alpaca.py is a short example of a Layout",
         )
-    return tuple(guarded(layout, name) for layout in layouts)
+    return tuple(guarded(layout, name) for layout in layouts), None

@@ -18,6 +18,8 @@ from typing import Any
 from align.data.formats.base import MEDIA, Layout, Row
 from align.data.formats.messages import are_messages
 from align.data.formats.ranked import RANKS, SCORES
+from align.data.formats.spoken import NAMES as SPOKEN
+from align.data.formats.spoken import are_spoken
 from align.data.records import Kind
 
 Columns = Mapping[str, str]
@@ -165,7 +167,7 @@ def _meanings(kind: Kind, named: Mapping[str, list[str]], shown: Mapping[str, An
         questions += _of(named, ("text",))
     if kind == "conversation":
         yield from _with_answers(questions, answers, named)
-        yield from ({"messages": turns} for turns in _of(named, TURNS))
+        yield from ({"messages": turns} for turns in _turns(named, shown))
     elif kind == "pair":
         yield from _pairs(questions, named)
     elif kind == "unpaired":
@@ -175,9 +177,15 @@ def _meanings(kind: Kind, named: Mapping[str, list[str]], shown: Mapping[str, An
         yield from ({"messages": turns, "label": label} for turns, label in product(_of(named, TURNS), labels))
     elif kind == "prompt":
         yield from ({"query": question} for question in questions)
-        yield from ({"messages": turns} for turns in _of(named, TURNS))
+        yield from ({"messages": turns} for turns in _turns(named, shown))
     else:
         yield from _labelled(named)
+
+
+def _turns(named: Mapping[str, list[str]], shown: Mapping[str, Any]) -> list[str]:
+    """Columns of turns; strings are turns only under a name that says so."""
+    spoken = [name for name in _of(named, SPOKEN) if are_spoken(shown[name])]
+    return [name for name in _of(named, TURNS) if not are_spoken(shown[name])] + spoken
 
 
 def _with_answers(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from align.data.formats.base import Layout, Row
 from align.data.records import RECORDS, Record, RowError, known_roles, messages_of
+from align.data.values import kind_of, problem_of
 from align.errors import PluginError
 from align.plugins import place_of, users_code, words_of
 
@@ -18,6 +20,36 @@ def guarded(layout: Layout, name: str) -> Layout:
     """
     _require_sound(layout, name)
     return replace(layout, read=_reading(layout), fits=_fitting(layout.fits, layout.name, name))
+
+
+def guarded_rows(function: Callable[[Row], Row], name: str) -> Callable[[Row], Row]:
+    """A user's function of a row, from which comes a row of text keys, or RowError. name: of the plugin."""
+
+    def row_of(row: Row) -> Row:
+        try:
+            made = function(dict(row))
+        except (RowError, MemoryError):
+            raise
+        except (Exception, SystemExit) as error:
+            place = place_of(error)
+            said = f"`{name.rpartition(':')[2]}` failed on the row: {words_of(error)[:200]}"
+            raise RowError(f"{said} ({place})" if place else said) from error
+        if not isinstance(made, dict) or not all(isinstance(key, str) for key in made):
+            raise RowError(f"`{name.rpartition(':')[2]}` must return a dict with the row, got {str(made)[:60]}")
+        if (wrong := problem_of(made) or _strange(made)) is not None:
+            raise RowError(f"`{name.rpartition(':')[2]}` returned a row that cannot be read: {wrong}")
+        return made
+
+    return row_of
+
+
+def _strange(value: Any) -> str | None:
+    """What no file of rows could hold."""
+    if isinstance(value, dict):
+        return next((what for one in value.values() if (what := _strange(one))), None)
+    if isinstance(value, list | tuple):
+        return next((what for one in value if (what := _strange(one))), None)
+    return None if value is None or isinstance(value, str | bytes | int | float) else f"it holds {kind_of(value)}"
 
 
 def _require_sound(layout: Layout, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gguf
@@ -58,15 +59,15 @@ def write_gguf(folder: Path, kind: gguf.GGMLQuantizationType) -> tuple[Path, Lla
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(len(tokenizer))
     backend = tokenizer.backend_tokenizer
-    import json
-
     content = json.loads(backend.to_str())
     tokens = [tokenizer.convert_ids_to_tokens(n) for n in range(len(tokenizer))]
     special = {token["id"] for token in content["added_tokens"]}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL if n in special else gguf.TokenType.NORMAL for n in range(len(tokens))])
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL if n in special else gguf.TokenType.NORMAL for n in range(len(tokens))]
+    )
     writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_bos_token_id(tokenizer.eos_token_id)

@@ -146,9 +146,9 @@ def test_what_is_not_there_or_not_understood_is_named_with_a_remedy(tmp_path: Pa
         with pytest.raises(DataError, match="no such file") as error:
             open_source(source(path))
         assert remedy in str(error.value)
-    (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(DataError, match=r"unknown kind of data file '\.txt'"):
-        open_source(source(tmp_path / "notes.txt"))
+    (tmp_path / "notes.md").write_text("hello")
+    with pytest.raises(DataError, match=r"unknown kind of data file '\.md'"):
+        open_source(source(tmp_path / "notes.md"))
     with pytest.raises(DataError, match="on a single file"):
         open_source(source(tmp_path / "train.jsonl", split="train"))
     with pytest.raises(DataError, match="on files"):

@@ -16,7 +16,9 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
+from align.data.prepare import prepare
 from align.data.readers import Place, read_file, read_from
+from align.data.rows import Row
 from align.data.streams import Stream, Streams
 from align.data.tables import Tokeniser
 from align.data.tokenizer import ChatTokenizer
@@ -25,7 +27,7 @@ from align.protocols.trees import Tree
 from align.recipe.inputs import DataSource
 from tests.unit.data.build import source, turns, write_jsonl
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".arrow", ".feather")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".arrow", ".feather")  # and .txt, which has one column
 
 
 def rows(count: int, first: int = 0) -> list[dict[str, Any]]:
@@ -71,6 +73,26 @@ def test_reading_from_any_place_gives_what_is_left(tmp_path: Path, suffix: str) 
     assert len(whole) == 23 and len(places) == 24
     for n, place in enumerate(places):
         assert [item for item, _ in read_from(path, place)] == whole[n:], n
+
+
+@pytest.mark.parametrize("name", ["words.txt", "words.txt.gz"])
+def test_a_line_of_a_text_is_a_row(tmp_path: Path, tokenizer: ChatTokenizer, name: str) -> None:
+    content = "first line\r\n\n  second, with \u2028 in it\nlast".encode()
+    (tmp_path / "words").mkdir()
+    path = tmp_path / "words" / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    whole = list(read_file(path))
+    assert [(row.values["text"], row.origin[-2:]) for row in whole if isinstance(row, Row)] == [
+        ("first line", ":1"), ("  second, with \u2028 in it", ":3"), ("last", ":4"),
+    ]  # fmt: skip
+    places = [Place(), *(place for _, place in read_from(path, Place()))]
+    assert all([item for item, _ in read_from(path, place)] == whole[n:] for n, place in enumerate(places))
+    with opened(tokenizer, source(path, stream=True)) as (streams, _):
+        assert len(streams.take(6)) == 6
+    assert len(prepare((source(path.parent),), "conversation", tokenizer, seed=0).items) == 3
+    write_jsonl(tmp_path / "words" / "rows.jsonl", rows(2))
+    made = prepare((source(path.parent),), "conversation", tokenizer, seed=0)
+    assert [item.origin for item in made.items] == [f"{tmp_path}/words/rows.jsonl:{n}" for n in (1, 2)], "a note beside"
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -207,8 +229,6 @@ def test_some_weights_are_an_error(tmp_path: Path, tokenizer: ChatTokenizer) -> 
 
 
 def test_rows_of_a_stream_are_those_that_preparing_gives(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
-    from align.data.prepare import prepare
-
     rng = random.Random(0)
     content = [{"messages": turns(*(f"{rng.random()}" for _ in range(rng.choice((2, 4)))))} for _ in range(50)]
     path = write(tmp_path / "data.jsonl", content)
