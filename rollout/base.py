@@ -29,11 +29,11 @@ class EngineSpec:
     max_model_len: longest prompt + completion in tokens; None is the model's own.
     lora_rank: the largest rank that will be published, 0 where none will (weights or base only). versions: how many
     may be in use at once (staleness + 1). in_flight: whole weights are loaded between two steps of the requests that
-    run, which go on with them. seed: of the run. threads: CPU threads to compute with. media: the largest number of
-    each kind of media in one prompt, {} where prompts are text. pixels: the recipe's min_pixels and max_pixels where
-    it sets them, so that an engine's processor leaves alone what the trainer's has resized. trust_remote_code: code
-    in the folder may run. engine: the engine's own
-    options, checked by `check_engine_options`.
+    run, which go on with them. seed: of the run. threads: CPU threads to compute with; passive: others compute on
+    their cores at the same time. media: the largest number of each kind of media in one prompt, {} where prompts
+    are text. pixels: the recipe's min_pixels and max_pixels where it sets them, so that an engine's processor
+    leaves alone what the trainer's has resized. trust_remote_code: code in the folder may run. engine: the engine's
+    own options, checked by `check_engine_options`.
     """
 
     name: str
@@ -47,6 +47,7 @@ class EngineSpec:
     in_flight: bool = False
     seed: int = 0
     threads: int = 1
+    passive: bool = False
     temperature: float = 1.0
     stop: tuple[str, ...] = ()
     end_ids: tuple[int, ...] = ()

@@ -79,7 +79,7 @@ class Member:
     def launch(self) -> None:
         """Make the actor, unless one is ready, and start its engine; returns at once."""
         ready, self._ready = self._ready, None
-        self._actor = ready or engine_actor(self._spec.threads, **self._options)
+        self._actor = ready or engine_actor(self._spec.threads, self._spec.passive, **self._options)
         self._homed = self._actor.home.remote()
         self._starting = self._actor.start.remote(self._spec, self._token)
 

@@ -13,6 +13,9 @@ from pathlib import Path
 from align.engines import EngineFacts
 
 CPU_KV_CACHE_BYTES = 1 << 30  # of its engines on a CPU, unless `rollout.engine.kv_cache_memory_bytes` says other
+CPU_BLOCK = 32
+"""Tokens of a block of the key-value cache on a CPU. Completions of one prompt share its whole blocks; vLLM's own 128
+is longer than many prompts, which each of a group then computes again."""
 MAX_SEQUENCES = 256  # its own default on a GPU, ours on a CPU
 TOWER_OPTION = "enable_tower_connector_lora"  # vllm.config.lora: without it LoRA on towers and connectors is ignored
 ARGUMENTS_FILE = Path(__file__).with_name("engine_args.json")

@@ -11,7 +11,7 @@ import numpy as np
 from align.errors import Unsupported
 from align.mediastore import VIEW_SUFFIX
 from rollout.base import EngineSpec, start_error
-from rollout.vllm_facts import CPU_KV_CACHE_BYTES, MAX_SEQUENCES
+from rollout.vllm_facts import CPU_BLOCK, CPU_KV_CACHE_BYTES, MAX_SEQUENCES
 from rollout.vllm_media import pixel_arguments
 from rollout.vllm_version import environment, import_vllm, without_warnings
 
@@ -62,6 +62,7 @@ def engine_arguments(spec: EngineSpec, max_rank: int) -> dict[str, Any]:
         arguments |= {
             "enforce_eager": True,
             "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES,
+            "block_size": CPU_BLOCK,
             "max_num_seqs": MAX_SEQUENCES,
             "enable_chunked_prefill": False,
         }

@@ -63,7 +63,7 @@ CALLS: Mapping[str, str] = {
     "skip_special_tokens spaces_between_special_tokens output_kind",
     "vllm.engine.arg_utils:EngineArgs": "model dtype seed max_model_len trust_remote_code logprobs_mode "
     "generation_config enable_lora max_loras max_lora_rank disable_log_stats use_tqdm_on_load enforce_eager "
-    "kv_cache_memory_bytes max_num_seqs enable_chunked_prefill limit_mm_per_prompt mm_processor_kwargs "
+    "kv_cache_memory_bytes block_size max_num_seqs enable_chunked_prefill limit_mm_per_prompt mm_processor_kwargs "
     "mm_device_do_normalize enable_tower_connector_lora",
     "vllm.v1.engine.llm_engine:LLMEngine": "add_request step abort_request add_lora remove_lora list_loras "
     "set_weight_version reset_encoder_cache",

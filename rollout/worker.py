@@ -21,16 +21,16 @@ WATCH = "watch"
 _PR_SET_PDEATHSIG = 1
 
 
-def worker_environment(threads: int) -> dict[str, str]:
+def worker_environment(threads: int, passive: bool) -> dict[str, str]:
     """Variables that torch and OpenMP read when they are loaded, for `runtime_env={"env_vars": ...}` of the actor.
 
-    Waiting is passive: trainer, engine and reference share the cores and take turns, and threads that spin while
-    another actor computes would take its cores away. Ray would set OMP_NUM_THREADS to the actor's reserved CPUs.
+    passive: others compute on the same cores at the same time, and threads that spin while they wait would take these
+    away. Ray would set OMP_NUM_THREADS to the actor's reserved CPUs.
     """
     return {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
+        **({"OMP_WAIT_POLICY": "PASSIVE"} if passive else {}),
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -104,8 +104,8 @@ class EngineWorker:
         return self._stepper
 
 
-def engine_actor(threads: int, **options: Any) -> Any:
-    """The handle of a new actor under these options of Ray; `threads` compute in it."""
+def engine_actor(threads: int, passive: bool, **options: Any) -> Any:
+    """The handle of a new actor under these options of Ray; `threads` compute in it (`worker_environment`)."""
     actor: Any = ray.remote(concurrency_groups={WATCH: 1})(EngineWorker)
-    environment = {"env_vars": worker_environment(threads)}
+    environment = {"env_vars": worker_environment(threads, passive)}
     return actor.options(max_restarts=0, runtime_env=environment, **options).remote()

@@ -110,8 +110,8 @@ class RayBackend:
             environment = environment_of(trainer)
             self._spare_trainer.expect(environment, lambda: _loading_trainer(environment))
         if engine is not None and (role := roles.get("rollout-0")):
-            threads = role.threads
-            self._spare_engine.expect((engine, threads), lambda: _loading_engine(engine, threads))
+            kind = (engine, role.threads, role.passive)
+            self._spare_engine.expect(kind, lambda: _loading_engine(*kind))
 
     @property
     def _can_spare(self) -> bool:
@@ -196,6 +196,7 @@ class RayBackend:
             in_flight=rollout.publish == "in_flight",
             seed=job.seed,
             threads=role.threads,
+            passive=role.passive,
             temperature=rollout.temperature,
             stop=rollout.stop,
             end_ids=job.end_ids,
@@ -214,7 +215,7 @@ class RayBackend:
             bundles=bundles,
             limits=Limits(place=self.replacement_s, heartbeat=rollout.heartbeat_s, request=rollout.request_timeout_s),
             token=self.token,
-            ready=self._spare_engine.take((rollout.name, role.threads)),
+            ready=self._spare_engine.take((rollout.name, role.threads, role.passive)),
         )
         try:
             await fleet.ready()
@@ -294,8 +295,8 @@ def _loading_trainer(environment: dict[str, Any]) -> Any:
     return actor
 
 
-def _loading_engine(name: str, threads: int) -> Any:
-    actor = engine_actor(threads, num_cpus=0)
+def _loading_engine(name: str, threads: int, passive: bool) -> Any:
+    actor = engine_actor(threads, passive, num_cpus=0)
     actor.load.remote(name)
     return actor
 

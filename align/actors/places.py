@@ -90,7 +90,7 @@ class Places:
 
 def environment_of(role: Role) -> dict[str, Any]:
     """The runtime environment of a role's actor."""
-    return {"env_vars": {**memory.ENVIRONMENT, **thread_environment(role.threads)}}
+    return {"env_vars": {**memory.ENVIRONMENT, **thread_environment(role.threads, role.passive)}}
 
 
 def _release(reserved: Iterable[Reserved]) -> None:
@@ -155,17 +155,15 @@ def _together(roles: Sequence[Role]) -> bool:
     return len(nodes) > 1 and any(_holds(node, whole) for node in nodes)
 
 
-def thread_environment(threads: int) -> dict[str, str]:
-    """Environment of a process that computes with `threads` threads and waits passively: trainer and engine take
-    turns on the same cores, and a spinning waiter would take them from the one at work."""
-    count = str(threads)
-    return {
-        "OMP_NUM_THREADS": count,
-        "MKL_NUM_THREADS": count,
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "KMP_BLOCKTIME": "0",
-        "GOMP_SPINCOUNT": "0",
-    }
+_PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "0"}
+
+
+def thread_environment(threads: int, passive: bool) -> dict[str, str]:
+    """Environment of a process that computes with `threads` threads. passive: a thread that waits for the others of its
+    process sleeps at once; else it spins for the milliseconds that OpenMP does by default, which a small operation's
+    end is sooner than, and a fifth of a small model's training (tests/bench/results)."""
+    count = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return count | (_PASSIVE if passive else {})
 
 
 # ------------------------------------------------------------------------------------------------- what does not fit

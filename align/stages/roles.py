@@ -19,7 +19,7 @@ REWARD_CPUS = 0.01  # reward actors wait for their plugins' processes and comput
 class Role:
     """What one bundle of a stage reserves, and the threads its process computes with. kind: what it has in common with
     the bundles that get as many threads. spread: it should be on another node than its like. custom: resources of a
-    node that the recipe names."""
+    node that the recipe names. passive: other roles compute at the same time on the cores that its threads have."""
 
     name: str
     kind: str
@@ -28,6 +28,7 @@ class Role:
     threads: int
     spread: bool = False
     custom: Mapping[str, float] = field(default_factory=dict)
+    passive: bool = False
 
     @property
     def resources(self) -> dict[str, float]:
@@ -72,6 +73,7 @@ def roles_of(
             threads=chosen,
             spread=spread,
             custom=own.resources,
+            passive=needs.overlap or share.trainer.ranks > 1 or needs.engines > 1,
         )
 
     sides = (1 if needs.trainer else 0) + (1 if needs.engines else 0)

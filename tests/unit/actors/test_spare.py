@@ -93,7 +93,7 @@ def test_what_comes_back_is_the_next_ones_and_nobody_is_made_meanwhile(
 
 
 def test_an_engine_starts_in_the_process_that_was_made_for_it_and_anew_when_that_is_lost(ray_cluster: Any) -> None:
-    ready = engine_actor(3, num_cpus=0)
+    ready = engine_actor(3, False, num_cpus=0)
     ray_cluster.get(ready.load.remote(STUB))
     home = ray_cluster.get(ready.home.remote())
     spec = EngineSpec(name=STUB, folder="", threads=3, engine={})

@@ -33,3 +33,17 @@ def test_what_the_recipe_says_and_what_a_resumed_run_began_with_come_before_the_
 def test_engines_that_sample_while_the_trainer_steps_share_its_other_half() -> None:
     found = threads(Needs(trainer=True, engines=2, overlap=True), parameters=None)
     assert found == {"trainer": 4, "rollout-0": 2, "rollout-1": 2}
+
+
+@pytest.mark.parametrize(
+    ("needs", "passive"),
+    [
+        (Needs(trainer=True), False),
+        (Needs(trainer=True, engines=1, scorers=1), False),
+        (Needs(trainer=True, engines=1, overlap=True), True),
+        (Needs(trainer=True, engines=2), True),
+    ],
+)
+def test_threads_sleep_at_once_where_others_compute_at_the_same_time(needs: Needs, passive: bool) -> None:
+    roles = roles_of(needs, Placement(), cores=8, gpus=0, threads={})
+    assert {role.passive for role in roles} == {passive}
