@@ -151,11 +151,9 @@ class _Drawn:
         return self.counts if self._block is None else _sum(self.counts, self._block.table.report.counts)
 
     @property
-    def media(self) -> set[str]:
-        """Keys of the media of the blocks that are held."""
-        ready = [self._next.result()] if self._next is not None and self._next.done() else []
-        blocks = [b for b in (self._block, *ready) if b is not None]
-        return {key for block in blocks for encoded in block.table.encoded for key in encoded.shows}
+    def held(self) -> tuple[Block | None, Future[Block] | None]:
+        """The block that it is in, and the one that follows."""
+        return self._block, self._next
 
     def _enter(self, coming: Future[Block]) -> Block:
         block = self._block = coming.result()
@@ -163,8 +161,9 @@ class _Drawn:
         report = block.table.report
         if self.first is None:
             self.first = report
+            rows = f"stream, rows {self.begin.row + 1} to {self.begin.row + report.read}"
             for line in DataReport(block.table.kind, [report]).summary:
-                self._tell(f"stream, its first {report.read} rows: {line}" if not line.startswith(" ") else line)
+                self._tell(f"{rows}: {line}" if not line.startswith(" ") else line)
         elif report.refused:
             self._tell(f"{report.path}: {len(report.refused)} of the next {report.read} rows refused")
             for line in describe(report.refused):
@@ -181,7 +180,8 @@ class _Drawn:
                 raise DataError(
                     f"none of {totals['read']} rows can be used", where=block.table.report.path, remedy=remedy
                 )
-            self._tell(f"{block.table.report.path}: it ends ({totals['read']} rows read so far), and begins again")
+            if not block.after.passes & (block.after.passes - 1):  # the first time, the second, fourth, eighth ...
+                self._tell(f"{block.table.report.path}: it ends ({totals['read']} rows read so far), and begins again")
         self.begin, self.taken, self.counts = block.after, 0, totals
         return self._enter(self._next)
 
@@ -246,12 +246,19 @@ class Streams:
         return behind.index(max(behind))
 
     def _release(self) -> None:
-        """Media of rows that were trained on need not stay in the store."""
+        """Media of rows that were trained on need not stay in the store: those of the blocks that are held do."""
         blocks = sum(drawn.begin.block for drawn in self._drawn)
-        if (library := self._library) is not None and blocks > self._blocks:
-            self._blocks = blocks
-            # on the thread that reads: what was asked of it before is held by then
-            self._thread.submit(lambda: library.retain(set().union(*(drawn.media for drawn in self._drawn))))
+        if (library := self._library) is None or blocks == self._blocks:
+            return
+        self._blocks = blocks
+        now = [block for drawn in self._drawn if (block := drawn.held[0]) is not None]
+        coming = [future for drawn in self._drawn if (future := drawn.held[1]) is not None]
+
+        def release() -> None:  # on the thread that reads: by then what is coming is there, and held
+            there = [future.result() for future in coming if future.exception() is None]
+            library.retain({key for block in (*now, *there) for row in block.table.encoded for key in row.shows})
+
+        self._thread.submit(release)
 
     def cursor(self) -> dict[str, Any]:
         """Where the next row comes from, as JSON."""

@@ -99,5 +99,5 @@ def test_a_stream_is_trained_on_by_real_actors(tmp_path: Path) -> None:
     write_data(tmp_path)
     data = {"path": "sums.jsonl", "stream": True, "shuffle_buffer": 16}
     said = run(write_recipe(tmp_path, "streamed", [sft(data=data, steps=6, eval=None)]))
-    assert "stream, its first 16 rows" in said and "it ends (64 rows read so far), and begins again" in said
+    assert "stream, rows 1 to 16:" in said and "it ends (64 rows read so far), and begins again" in said
     assert len(metrics(tmp_path / "runs" / "streamed", "sft")) == 6

@@ -112,9 +112,10 @@ def main() -> int:
             print(json.dumps(figures[f"seed {seed}"], indent=1), flush=True)
     return conclude(
         "real",
-        claim="over three seeds of recipes/real.yaml on SmolLM2-135M-Instruct, DPO moves its held-out preference "
-        "accuracy and GRPO its held-out reward by more than three standard errors, no stage loses more than "
-        f"{LOST} nats a token on neutral texts, and each run takes at most forty minutes on two cores",
+        claim=f"over {'the seed' if len(SEEDS) == 1 else 'seeds'} {', '.join(map(str, SEEDS))} of recipes/real.yaml on "
+        "SmolLM2-135M-Instruct, DPO moves its held-out preference accuracy and GRPO its held-out reward by more than "
+        f"three standard errors, no stage loses more than {LOST} nats a token on neutral texts, and each run takes at "
+        "most forty minutes on two cores",
         command="python -m tests.prove real",
         figures=figures,
         begun=begun,

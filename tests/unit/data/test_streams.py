@@ -19,11 +19,11 @@ import pytest
 from align.data.prepare import prepare
 from align.data.readers import Place, read_file, read_from
 from align.data.rows import Row
-from align.data.streams import Stream, Streams
+from align.data.streams import Begin, Block, Stream, Streams
 from align.data.tables import Tokeniser
 from align.data.tokenizer import ChatTokenizer
 from align.errors import DataError
-from align.protocols.trees import Tree
+from align.protocols.trees import Medium, Tree
 from align.recipe.inputs import DataSource
 from tests.unit.data.build import source, turns, write_jsonl
 
@@ -109,7 +109,7 @@ def test_a_pass_gives_every_row_once_in_another_order_each_time(
     if buffer > 1:
         assert passes[0] != passes[1] != passes[2] != sorted(passes[2])
     assert sum("begins again" in line for line in said) == 2
-    assert f"stream, its first {min(buffer, 21)} rows" in said[0]
+    assert f"stream, rows 1 to {min(buffer, 21)}:" in said[0]
 
 
 @pytest.mark.parametrize("weights", [(None, None), (3.0, 1.0)])
@@ -238,3 +238,35 @@ def test_rows_of_a_stream_are_those_that_preparing_gives(tmp_path: Path, tokeniz
     for tree in whole:
         other = taken[tree.origin].trunk
         assert (tree.trunk.token_ids == other.token_ids).all() and (tree.trunk.loss_mask == other.loss_mask).all()
+
+
+def test_media_of_rows_that_were_drawn_may_leave_the_store(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    """Those of the block that rows come from, and of the next, stay."""
+
+    class Shelf:
+        def __init__(self) -> None:
+            self.kept: list[set[str]] = []
+
+        def retain(self, keys: set[str]) -> None:
+            self.kept.append(keys)
+
+    path = write(tmp_path / "data.jsonl", rows(12))
+    one = Stream(Tokeniser(source(path, stream=True, shuffle_buffer=4), "conversation", tokenizer), None, 0, 0)
+    read, shelf = one.read, Shelf()
+
+    def seen(begin: Begin) -> Block:
+        """Every row shows a medium that is named after its line."""
+        block = read(begin)
+        for encoded, origin in zip(block.table.encoded, block.table.origins, strict=True):
+            encoded.trunk.media = (Medium("image", origin.rpartition(":")[2], "", 0, 1, 1),)
+        return block
+
+    one.read = seen  # type: ignore[method-assign]
+    streams = Streams([one], [None], tell=lambda line: None)
+    streams._library = shelf  # type: ignore[assignment]
+    shown = [[medium.key for tree in streams.take(3) for medium in tree.media] for _ in range(4)]
+    streams._thread.submit(lambda: None).result()
+    streams.close()
+    assert len(shelf.kept) == 2, "at the first batch behind the end of each block"
+    for keys, batch in zip(shelf.kept, (2, 3), strict=True):
+        assert len(keys) == 8 and set(shown[batch]) <= keys

@@ -85,7 +85,7 @@ def test_pairs_are_streamed_too_and_held_out_rows_are_read_whole(tmp_path: Path)
     assert not problems(made)
     summary, lines = start(made, LocalBackend())
     assert summary["stages"]["stage"]["steps"] == 6 and "eval/loss" in summary["stages"]["stage"]["metrics"]
-    assert any("stream, its first 8 rows" in line for line in lines.messages)
+    assert any("stream, rows 1 to 8:" in line for line in lines.messages)
 
 
 def test_a_row_that_the_loss_cannot_weigh_ends_the_stage_where_it_is_drawn(tmp_path: Path) -> None:
