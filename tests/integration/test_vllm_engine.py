@@ -264,7 +264,7 @@ def test_computing_a_prompt_in_parts_is_refused_on_cpu(model_folder: Path) -> No
 
 
 def test_long_prompts_shared_by_a_group_give_the_same_bits_again(serving: Any) -> None:
-    """Longer than a block of the key-value cache (128 tokens on CPU), so that the completions share cached blocks."""
+    """Longer than a block of the key-value cache (32 tokens on CPU), so that the completions share cached blocks."""
     ids = np.random.default_rng(1).integers(3, 259, 200)
     items = [PromptItem(i, ids[: 200 - i], group_seed(1, "long", i)) for i in range(3)]
     once = as_json(generate(serving, items, 4, SAMPLING))
@@ -691,7 +691,7 @@ def test_a_prefix_cache_that_keeps_the_version_before_is_caught(
 ) -> None:
     publication, _ = merged(policy, tmp_path / "v12", 12)
     whole.publish(publication)
-    for answer, match in ((True, "still serves 128 tokens"), (False, "could not be emptied")):
+    for answer, match in ((True, "still serves 32 tokens"), (False, "could not be emptied")):
         with monkeypatch.context() as patched:
             patched.setattr(whole._llm, "reset_prefix_cache", lambda answer=answer, **options: answer)
             with pytest.raises(EngineError, match=match):
