@@ -35,7 +35,7 @@ class LoadCheck:
 
     mean_difference, max_difference: of log-probabilities of the same tokens in nats: for plain transformers against
     the source folder, for an engine against plain transformers on the exported folder; both in float32 where the
-    engine computes in it. bound: on the mean, and in float32 on the largest.
+    engine computes in it. bound: on the mean; in float32 the largest has one of its own.
     """
 
     loader: str
@@ -90,6 +90,9 @@ def prove_loading(
 
 
 TIMES_NOISE, LEAST_BOUND = 3.0, 2e-2
+FLOAT32_MEAN, FLOAT32_LARGEST = 1e-4, 5e-3
+"""Of SmolLM2-135M-Instruct, trained, in vLLM: 1e-5 to 1.5e-5 on the mean; at one random token in three thousand, which
+its context makes ill-conditioned, 1.6e-3, where transformers in float32 is 3.5e-4 from float64."""
 
 
 def compare(
@@ -101,22 +104,26 @@ def compare(
     noise: float | None = None,
 ) -> LoadCheck:
     """Compare f32[n - 1] log-probabilities. noise: what computing in the dtype costs this model, of an engine that
-    does; the bound is then three times that. Raises ExportError beyond it, or beyond the dtype's own.
+    does; the bound is then three times that. Raises ExportError beyond it, or beyond the dtype's own (of float32 two,
+    on the mean and on the largest).
 
     On SmolLM2-135M-Instruct in bfloat16 that noise is 0.063 nats on random tokens and 0.025 on text; the cast of its
     weights alone, computed in float32, 0.015 and 0.006. A fixed bound of 0.1 refuses a model not much noisier.
     """
     difference = np.abs(np.concatenate(found) - np.concatenate(wanted))
-    relative = noise is not None and dtype != torch.float32
-    bound = max(TIMES_NOISE * (noise or 0.0), LEAST_BOUND) if relative else BOUNDS[dtype].logp
-    decisive = float(difference.max() if dtype == torch.float32 else difference.mean())
-    if not decisive <= bound:
+    exact, mean, largest = dtype == torch.float32, float(difference.mean()), float(difference.max())
+    bound = FLOAT32_MEAN if exact else BOUNDS[dtype].logp if noise is None else max(TIMES_NOISE * noise, LEAST_BOUND)
+    problem = ""
+    if not mean <= bound:
+        problem = f"mean difference {mean:.2e} nats (at most {bound:.0e})"
+    elif exact and not largest <= FLOAT32_LARGEST:
+        problem = f"largest difference {largest:.2e} nats (at most {FLOAT32_LARGEST:.0e})"
+    if problem:
         raise ExportError(
-            f"{loader} loads the exported folder but computes other log-probabilities: "
-            f"{'largest' if dtype == torch.float32 else 'mean'} difference {decisive:.2e} nats (at most {bound:.0e})",
+            f"{loader} loads the exported folder but computes other log-probabilities: {problem}",
             remedy="nothing was written; report this model",
         )
-    return LoadCheck(loader, "proved", seconds, float(difference.mean()), float(difference.max()), bound)
+    return LoadCheck(loader, "proved", seconds, mean, largest, bound)
 
 
 def _logps(loader: str, folder: Path, answer: dict[str, Any]) -> list[np.ndarray]:

@@ -128,3 +128,25 @@ def test_the_probe_names_what_failed(folder, tmp_path):
     assert load_probe.probe("plain", tmp_path, request)["status"] == "failed"
     answer = load_probe.probe("plain", folder, request)
     assert answer["status"] == "loaded" and len(answer["logps"][0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("off", "words"),
+    [
+        ({5: 1.6e-3}, None),  # one token in an ill-conditioned context
+        ({5: 0.01}, "largest difference 1.00e-02"),  # one token that is read otherwise
+        (dict.fromkeys(range(200), 1.5e-4), "mean difference 1.50e-04"),
+    ],
+)
+def test_in_float32_mean_and_largest_difference_have_bounds_of_their_own(
+    off: dict[int, float], words: str | None
+) -> None:
+    wanted = np.full(200, -9.0, dtype=np.float64)
+    found = wanted.copy()
+    for n, by in off.items():
+        found[n] += by
+    if words is None:
+        assert compare("vllm", [found], [wanted], torch.float32, 0.0).status == "proved"
+        return
+    with pytest.raises(ExportError, match=words):
+        compare("vllm", [found], [wanted], torch.float32, 0.0)
