@@ -113,6 +113,11 @@ _MEANS = {  # their word -> where ours stands
     "train_files": "data.path",
     "val_split": "data.split",
     "truncation_strategy": "data.too_long",
+    "streaming": "data.stream",
+    "shuffle_buffer_size": "data.shuffle_buffer",
+    "buffer_size": "data.shuffle_buffer",
+    "interleave_prob": "data.weight",
+    "interleave_probs": "data.weight",
     "report_to": "report",
     # LLaMA-Factory
     "finetuning_type": "adapter.kind",
@@ -231,6 +236,11 @@ _SENTENCES = {  # their word -> the whole answer, where a key alone would mislea
     "reward_funcs": "`reward_funcs` is `rewards: [{use: ...}]`; a TRL function works with `signature: trl`",
     "external_plugins": "`external_plugins` is `rewards: [{use: file.py:function, signature: swift}]`",
     "remote_rm_url": "write a reward that calls the URL: `rewards: [{use: file.py:function}]`",
+    "stopping_strategy": "`stopping_strategy: first_exhausted` is `mix: {exhausted: first}`, all_exhausted `all`; the "
+    "sources have weights",
+    "mix_strategy": "`mix_strategy: interleave_under` is weights of the sources and `mix: {exhausted: first}`, "
+    "interleave_over with all; concat is sources without weights",
+    "filter_overlong_prompts": "`filter_overlong_prompts: true` is `data.too_long: drop`",
     "mask_truncated_completions": "`mask_truncated_completions: true` is `rollout.truncated: mask` (the default), "
     "false is keep; penalise takes `rollout.truncated_penalty` off",
     "overlong_filter": "`overlong_filter` is `rollout.truncated: mask` (the default)",
