@@ -184,8 +184,7 @@ def read_data(
 
     answers: rewards will judge the pairs. margins: every pair must have one, from them or from its row. labels: of
     labelled rows. losses: that learn from the rows; they must take the rows' weights. show: how many rows of each
-    source are shown (0: one of each whose columns were guessed). exhausted: how long an epoch of sources with weights
-    is.
+    source are shown (0: one of each whose columns were guessed). exhausted: see `align.data.mixing`.
 
     A hub data set is opened with every row only: the library that reads it brings torch. Of a stream never more than
     its first rows are read.

@@ -9,8 +9,9 @@ from align.data.formats.base import Layout, Row, tools_of, weight_of
 from align.data.formats.messages import with_system
 from align.data.records import Conversation, Message, Prompt, RowError, prompt_from
 
-NAMES = ("messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns", "utterances", "data")
-"""Columns whose lists of strings are turns; under other names they may be anything."""
+NAMES = ("messages", "conversations", "conversation", "chat", "dialog", "dialogue", "utterances")
+"""Columns whose lists of strings are turns of two; under other names they may be anything: `turns` of MT-Bench are the
+user's alone, `data` of UltraChat are two's."""
 
 
 def are_spoken(value: Any) -> bool:

@@ -74,14 +74,16 @@ def test_a_question_beside_known_columns_is_not_left_out() -> None:
     assert said(record)[0] == ("user", "Q"), "and not a pair without prompt"
 
 
-@pytest.mark.parametrize("name", ["data", "dialog", "conversation", "messages", "utterances"])
+@pytest.mark.parametrize("name", ["dialogue", "dialog", "conversation", "messages", "utterances"])
 def test_strings_in_turn_are_a_chat_under_names_that_say_so(name: str) -> None:
     row = {"id": "1", name: ["Q", "A", "and?", "B"]}
     assert said(read(row, "conversation")) == [*TURNS, ("user", "and?"), ("assistant", "B")]
     assert said(read(row, "prompt")) == [*TURNS, ("user", "and?")]
 
 
-@pytest.mark.parametrize("row", [{"items": ["a", "b"]}, {"trace": ["a", "b"]}, {"data": ["a"]}, {"dialog": ["a", 2]}])
+@pytest.mark.parametrize(
+    "row", [{"items": ["a", "b"]}, {"turns": ["a", "b"]}, {"data": ["a", "b"]}, {"dialog": ["a"]}, {"dialog": ["a", 2]}]
+)
 def test_strings_under_other_names_are_no_chat(row: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="no layout"):
         read(row, "conversation")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from align.data.encode import encode
-from align.data.encoded import Encoded, Tokens, fit
+from align.data.encoded import Encoded, Tokens, cut
 from align.data.records import Conversation, Message, Pair, Prompt, RowError, Unpaired
 from align.data.render import draft
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
@@ -240,29 +240,26 @@ def _tokens(n: int, first_scored: int) -> Tokens:
     return Tokens(np.arange(n), np.arange(n) >= first_scored)
 
 
-def test_too_long_is_an_error_unless_truncation_is_asked_for() -> None:
+def test_what_is_too_long_loses_its_end_or_its_beginning() -> None:
     long = Encoded(_tokens(10, 4))
-    assert fit(long, 10, "error", None) == (long, False)
-    with pytest.raises(RowError, match="10 tokens, more than max_length 9"):
-        fit(long, 9, "error", None)
-    right, cut = fit(long, 6, "right", None)
-    assert cut and right.trunk.ids.tolist() == [0, 1, 2, 3, 4, 5] and right.scored == 2
-    left, _ = fit(long, 6, "left", 0)
+    right = cut(long, 6, "right", None)
+    assert right.trunk.ids.tolist() == [0, 1, 2, 3, 4, 5] and right.scored == 2
+    left = cut(long, 6, "left", 0)
     assert left.trunk.ids.tolist() == [0, 5, 6, 7, 8, 9] and left.trunk.mask.tolist() == [False] + [True] * 5
     with pytest.raises(RowError, match="nothing is left to score"):
-        fit(long, 4, "right", None)
+        cut(long, 4, "right", None)
 
 
 def test_of_a_pair_right_keeps_the_prompt_and_left_keeps_the_completions() -> None:
     pair = Encoded(_tokens(5, 5), [_tokens(4, 0), _tokens(2, 0)])
-    right, _ = fit(pair, 7, "right", None)
+    right = cut(pair, 7, "right", None)
     assert (len(right.trunk), [len(b) for b in right.branches]) == (5, [2, 2])
-    left, _ = fit(pair, 7, "left", 0)
+    left = cut(pair, 7, "left", 0)
     assert left.trunk.ids.tolist() == [0, 3, 4] and [len(b) for b in left.branches] == [4, 2]
     with pytest.raises(RowError, match="the prompt alone has 5 tokens"):
-        fit(pair, 5, "right", None)
+        cut(pair, 5, "right", None)
     with pytest.raises(RowError, match="a completion alone has 4 tokens"):
-        fit(pair, 4, "left", None)
+        cut(pair, 4, "left", None)
 
 
 def test_trees_carry_what_was_rendered(tmp_path: Path, tokenizer: ChatTokenizer) -> None:

@@ -145,7 +145,7 @@ def test_what_a_layout_says_is_what_is_tokenised_and_another_layout_is_read_anew
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("RIDDLES = 3\n", "a format is a Layout or a list of them; this is int"),
+        ("RIDDLES = 3\n", "a format is a Layout, a list of them, or a function of a row; this is int"),
         ("import nowhere_at_all\n", "importing it failed: ModuleNotFoundError"),
         ("raise SystemExit(3)\n", "importing it failed: SystemExit"),
     ],

@@ -147,9 +147,9 @@ def test_a_missing_folder_is_not_taken_for_a_hub_id(path: str) -> None:
 
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_text("x")
+    (tmp_path / "model.bin").write_text("x")
     with pytest.raises(ModelError, match="this is a file"):
-        resolve_model_folder(tmp_path / "model.gguf")
+        resolve_model_folder(tmp_path / "model.bin")
 
 
 def test_a_hub_id_that_is_not_here_and_cannot_be_fetched_says_how_to_fetch_it() -> None:
