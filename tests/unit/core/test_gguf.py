@@ -43,8 +43,8 @@ def write_gguf(folder: Path, kind: gguf.GGMLQuantizationType) -> tuple[Path, Lla
     train_tokenizer(TokenizerFromScratch(train_on=str(texts), vocab_size=320), folder / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=128, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
@@ -53,8 +53,8 @@ def write_gguf(folder: Path, kind: gguf.GGMLQuantizationType) -> tuple[Path, Lla
     writer.add_embedding_length(64)
     writer.add_block_count(2)
     writer.add_feed_forward_length(128)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(len(tokenizer))
@@ -79,7 +79,7 @@ def write_gguf(folder: Path, kind: gguf.GGMLQuantizationType) -> tuple[Path, Lla
     for theirs, ours in whole.items():
         weight = state[f"{ours}.weight"]
         if theirs.endswith(("attn_q", "attn_k")):
-            weight = interleaved(weight, 4 if theirs.endswith("attn_q") else 2)
+            weight = interleaved(weight, 2 if theirs.endswith("attn_q") else 1)
         values = weight.float().numpy()
         of = kind if values.ndim == 2 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(f"{theirs}.weight", gguf.quants.quantize(values, of), raw_dtype=of)
