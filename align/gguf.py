@@ -1,9 +1,7 @@
 """A model in one GGUF file as a folder of safetensors, dequantised by transformers; kept, so that it is done once.
 
 The folder lies below huggingface_hub's cache (HF_HOME), named after the file's SHA-256 and the versions that read it,
-and appears whole or not at all. A child process makes it: `align check` stays without torch.
-
-    python -m align.gguf FILE FOLDER
+and appears whole or not at all. A child makes it (`align.model.dequantised`): `align check` stays without torch.
 """
 
 from __future__ import annotations
@@ -61,7 +59,7 @@ def _make(file: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as aside:
         made = Path(aside) / "model"
         root = str(Path(align.__file__).parent.parent)
-        code = f"import sys; sys.path[0] = {root!r}; from align.gguf import main; main()"
+        code = f"import sys; sys.path[0] = {root!r}; from align.model.dequantised import main; main()"
         child = subprocess.run(
             [sys.executable, "-c", code, str(file.absolute()), str(made)], capture_output=True, text=True, check=False
         )
@@ -77,31 +75,3 @@ def _make(file: Path, folder: Path) -> None:
         except OSError:  # another process was first
             if not folder.is_dir():
                 raise
-
-
-def write(file: Path, folder: Path) -> None:
-    """The dequantised model in float32, with tokenizer, template and generation settings."""
-    from align.report.quiet import quiet
-
-    quiet()
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    config = read.config
-    config.__dict__.pop("quantization_config", None)  # dequantised: it would be looked for in the saved folder
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # one that was never quantised
-    model.load_state_dict(read.state_dict())
-    model.generation_config = read.generation_config
-    model.tie_weights()
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
-
-
-def main() -> None:
-    file, folder = sys.argv[1:]
-    write(Path(file), Path(folder))
-
-
-if __name__ == "__main__":
-    main()

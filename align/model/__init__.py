@@ -3,6 +3,7 @@
 In the order of reading:
 
     load.py, weights.py, folders.py, shards.py: in from a folder, out as named tensors, to disk
+    dequantised.py: a folder from a GGUF file
     scratch.py, scratch_vision.py, measure.py, parts.py: models made new, and the parts of one
     speed.py: what a CPU multiplies in each dtype
     adapters.py, adapter_fits.py, adapter_config.py, lora_targets.py, fresh.py, quantised.py, bitsandbytes_import.py:
