@@ -77,7 +77,7 @@ def write(path: Path, size: float, seed: int) -> int:
 def run(recipe: Path, name: str, *, resume: bool = False, kill_at: int | None = None) -> dict[str, Any]:
     """One start in a process of its own. kill_at: SIGKILL once so many steps are told. Seconds to the first step, from
     the stage's beginning, and the driver's peak of memory in MB."""
-    command = [sys.executable, "-m", "align.cli.main", "run", str(recipe), f"name={name}", "report.plots=false"]
+    command = [sys.executable, "-m", "align.cli.main", "run", str(recipe), f"name={name}"]
     command += ["--resume"] if resume else []
     folder = recipe.parent / "runs" / name
     begun, seen, first, peak = time.monotonic(), 0, None, 0.0
