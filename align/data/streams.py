@@ -22,16 +22,18 @@ import numpy as np
 
 from align.data.audit import DataReport, SourceReport, describe, refusal_error
 from align.data.formats.choosing import SAMPLE
+from align.data.generators import is_generator
 from align.data.laid_out import lay_out
 from align.data.mixing import some_weights
 from align.data.order import epoch_order
 from align.data.readers import STREAMED, Place, read_from, suffix_of
 from align.data.rows import Item, Row
-from align.data.sources import Opened, open_source
+from align.data.sources import Opened, on_hub, open_source
 from align.data.table import Table
 from align.data.tables import Tokeniser
 from align.errors import DataError
 from align.protocols.trees import Tree
+from align.recipe.inputs import DataSource
 
 Tell = Callable[[str], None]
 
@@ -64,17 +66,19 @@ class Block:
     after: Begin
 
 
-def streamable(opened: Opened) -> Opened:
-    """Raises DataError where a source can only be read as a whole."""
+def open_stream(source: DataSource, folder: Path | None) -> Opened:
+    """A source whose files can be read from any place on. Raises DataError for others, before any row is made or
+    fetched."""
     kinds = ", ".join(STREAMED)
-    if not opened.files:
+    opened = None if is_generator(source.path) or on_hub(source, folder) else open_source(source, folder=folder)
+    if opened is None:
         what, remedy = "a hub data set or a generator", f"write its rows to files ({kinds}) and name these"
     elif (other := next((f for f in opened.files if suffix_of(f) not in STREAMED), None)) is not None:
         what, remedy = f"a {suffix_of(other)} file", f"write it as JSON lines or Parquet ({kinds})"
     else:
         return opened
     raise DataError(
-        f"`stream: true` on {what}, which is read as a whole", where=opened.path, remedy=f"{remedy}, or leave it out"
+        f"`stream: true` on {what}, which is read as a whole", where=source.path, remedy=f"{remedy}, or leave it out"
     )
 
 
@@ -85,7 +89,7 @@ class Stream:
 
     def __init__(self, tokeniser: Tokeniser, folder: Path | None, seed: int, first: int):
         self.source, self.tokeniser = tokeniser.source, tokeniser
-        self.opened = streamable(open_source(self.source, folder=folder))
+        self.opened = open_stream(self.source, folder)
         self.seed = seed + first
         rows = [item.values for item, _ in islice(self._from(Begin()), SAMPLE) if isinstance(item, Row)]
         if not rows:

@@ -267,10 +267,11 @@ class Tokeniser:
             fitted = [cut(encoded, limit, how, self.tokenizer.bos_id, scored=self.kind != "labelled")]
         for part in fitted:
             refuse_unusable(part, self.kind, self.tokenizer, part is not encoded, limit)
-        if fitted[0] is not encoded:
-            self.report.truncated += how != "split"
-            self.report.split += how == "split"
-            self.report.parts += len(fitted) if how == "split" else 0
+        if fitted[0] is not encoded and how == "split":
+            self.report.split += 1
+            self.report.parts += len(fitted)
+        elif fitted[0] is not encoded:
+            self.report.truncated += 1
         return fitted
 
 

@@ -42,7 +42,7 @@ class Bound:
 
 
 BOUNDS = {
-    torch.float32: Bound(kl=1e-7, top1=0.99, logp=1e-3),
+    torch.float32: Bound(kl=1e-7, top1=0.99, logp=1e-4),
     torch.float16: Bound(kl=3e-4, top1=0.97, logp=2e-2),
     torch.bfloat16: Bound(kl=5e-3, top1=0.90, logp=1e-1),
 }

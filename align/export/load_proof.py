@@ -90,9 +90,10 @@ def prove_loading(
 
 
 TIMES_NOISE, LEAST_BOUND = 3.0, 2e-2
-FLOAT32_MEAN, FLOAT32_LARGEST = 1e-4, 5e-3
-"""Of SmolLM2-135M-Instruct, trained, in vLLM: 1e-5 to 1.5e-5 on the mean; at one random token in three thousand, which
-its context makes ill-conditioned, 1.6e-3, where transformers in float32 is 3.5e-4 from float64."""
+FLOAT32_LARGEST = 5e-3
+"""Beside the bound on the mean. SmolLM2-135M-Instruct, trained, in vLLM: 1e-5 to 1.5e-5 on the mean; at one random
+token in three thousand, which its context makes ill-conditioned, 1.6e-3, where transformers in float32 is 3.5e-4 from
+float64."""
 
 
 def compare(
@@ -112,7 +113,7 @@ def compare(
     """
     difference = np.abs(np.concatenate(found) - np.concatenate(wanted))
     exact, mean, largest = dtype == torch.float32, float(difference.mean()), float(difference.max())
-    bound = FLOAT32_MEAN if exact else BOUNDS[dtype].logp if noise is None else max(TIMES_NOISE * noise, LEAST_BOUND)
+    bound = BOUNDS[dtype].logp if exact or noise is None else max(TIMES_NOISE * noise, LEAST_BOUND)
     problem = ""
     if not mean <= bound:
         problem = f"mean difference {mean:.2e} nats (at most {bound:.0e})"

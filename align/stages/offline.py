@@ -6,13 +6,11 @@ undisturbed one would have drawn. Of streams the next batch follows from a curso
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from align.data.order import BatchPlan
-from align.data.streams import Streams
 from align.errors import DataError
 from align.protocols.trainer import Metrics, Trainer
 from align.protocols.trees import Tree
@@ -30,6 +28,14 @@ class Batches(Protocol):
         """The batch of step `step` (from 0); they are asked for in order."""
         ...
 
+    def extra(self) -> dict[str, Any]:
+        """What a checkpoint keeps of them, as JSON."""
+        ...
+
+    def restore(self, extra: dict[str, Any]) -> None:
+        """Go on where that was kept; {} is the beginning."""
+        ...
+
 
 @dataclass(frozen=True)
 class PreparedBatches:
@@ -45,17 +51,10 @@ class PreparedBatches:
     async def of(self, step: int) -> list[Tree]:
         return sorted((self.trees[row] for row in self.order.batch(step)), key=lambda tree: tree.id)
 
+    def extra(self) -> dict[str, Any]:
+        return {}
 
-@dataclass(frozen=True)
-class StreamedBatches:
-    """Batches of `size` rows as streams give them."""
-
-    streams: Streams
-    size: int
-    total: int
-
-    async def of(self, step: int) -> list[Tree]:
-        return await asyncio.to_thread(self.streams.take, self.size)
+    def restore(self, extra: dict[str, Any]) -> None: ...
 
 
 def offline_turn(trainer: Trainer, batches: Batches) -> Callable[[int], Awaitable[Metrics]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from align.data.labels import Labelling
@@ -19,8 +21,28 @@ from align.recipe.capabilities import TrainStage
 from align.stages.context import Context
 from align.stages.files import write_json
 
-CURSOR = "stream"
-"""Name under which a checkpoint's `extra` holds where the streams are."""
+_CURSOR = "stream"  # in a checkpoint's `extra`
+
+
+@dataclass(frozen=True)
+class StreamedBatches:
+    """Batches of `size` rows as streams give them. report: the file that says what was read."""
+
+    streams: Streams
+    size: int
+    total: int
+    report: Path
+
+    async def of(self, step: int) -> list[Tree]:
+        return await asyncio.to_thread(self.streams.take, self.size)
+
+    def extra(self) -> dict[str, Any]:
+        write_json(self.report, self.streams.report())
+        return {_CURSOR: self.streams.cursor()}
+
+    def restore(self, extra: dict[str, Any]) -> None:
+        if extra:
+            self.streams.restore(extra[_CURSOR])
 
 
 async def open_streams(
@@ -30,8 +52,9 @@ async def open_streams(
     tokenizer: ChatTokenizer,
     stack: AsyncExitStack,
     check: Callable[[Sequence[Tree]], None],
-) -> Streams:
-    """The stage's sources as streams, until the stack closes. check: raises UserError for trees it cannot use.
+) -> StreamedBatches:
+    """Batches of the stage's sources as streams, open until the stack closes. check: raises UserError for trees that it
+    cannot use.
 
     They have a library of media of their own: what they showed may leave the store while the stage runs."""
     library = open_library(context.recipe, tokenizer.folder) if tokenizer.folder is not None else None
@@ -54,10 +77,6 @@ async def open_streams(
         check=check,
     )
     stack.callback(streams.close)
-    return streams
-
-
-def noted(context: Context, stage: TrainStage, streams: Streams) -> dict[str, Any]:
-    """What a checkpoint keeps of them; the report of what was read goes to `<stage>/data.json`."""
-    write_json(context.run.stage_folder(stage.id) / "data.json", streams.report())
-    return {CURSOR: streams.cursor()}
+    assert stage.steps is not None, "`align check` asks for them"
+    report = context.run.stage_folder(stage.id) / "data.json"
+    return StreamedBatches(streams, stage.batch.rows, stage.steps, report)

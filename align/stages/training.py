@@ -28,7 +28,6 @@ from align.stages.monitor import Monitor, tolerance
 from align.stages.offline import (
     Batches,
     PreparedBatches,
-    StreamedBatches,
     offline_evaluation,
     offline_turn,
     refuse_padding_at_end,
@@ -39,7 +38,7 @@ from align.stages.reward_notes import NotedScorer
 from align.stages.rollout_log import RolloutLog
 from align.stages.row_weights import refuse_weights
 from align.stages.stage_start import start_of
-from align.stages.streamed import CURSOR, noted, open_streams
+from align.stages.streamed import open_streams
 from align.stages.updates import UpdatePlan
 
 
@@ -84,8 +83,7 @@ async def run_offline(context: Context, stage: TrainStage) -> StageResult:
     check = partial(require_usable, stage, tokenizer)
     async with AsyncExitStack() as stack:
         if stage.streams:
-            streams = await open_streams(context, stage, kind, tokenizer, stack, check)
-            batches: Batches = StreamedBatches(streams, stage.batch.rows, stage.steps or 0)
+            batches: Batches = await open_streams(context, stage, kind, tokenizer, stack, check)
         else:
             trees = await _rows(context, stage, stage.data, kind, tokenizer)
             check(trees)
@@ -104,11 +102,9 @@ async def run_offline(context: Context, stage: TrainStage) -> StageResult:
         loop = make_loop(context, stage, start, trainer, batches.total)
         if held:
             loop.evaluate = offline_evaluation(trainer, held)
-        if isinstance(batches, StreamedBatches):
-            loop.extra = lambda: noted(context, stage, streams)
+        loop.extra = batches.extra
         await resumed(context, loop)
-        if isinstance(batches, StreamedBatches) and loop.state.extra:
-            streams.restore(loop.state.extra[CURSOR])
+        batches.restore(loop.state.extra)
         return finished(context, start, await loop.run(offline_turn(trainer, batches)))
 
 

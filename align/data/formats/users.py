@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -25,22 +26,31 @@ def guarded(layout: Layout, name: str) -> Layout:
 def guarded_rows(function: Callable[[Row], Row], name: str) -> Callable[[Row], Row]:
     """A user's function of a row, from which comes a row of text keys, or RowError. name: of the plugin."""
 
+    called = name.rpartition(":")[2]
+
     def row_of(row: Row) -> Row:
-        try:
+        with _of_the_row(f"`{called}` failed on the row"):
             made = function(dict(row))
-        except (RowError, MemoryError):
-            raise
-        except (Exception, SystemExit) as error:
-            place = place_of(error)
-            said = f"`{name.rpartition(':')[2]}` failed on the row: {words_of(error)[:200]}"
-            raise RowError(f"{said} ({place})" if place else said) from error
         if not isinstance(made, dict) or not all(isinstance(key, str) for key in made):
-            raise RowError(f"`{name.rpartition(':')[2]}` must return a dict with the row, got {str(made)[:60]}")
+            raise RowError(f"`{called}` must return a dict with the row, got {str(made)[:60]}")
         if (wrong := problem_of(made) or _strange(made)) is not None:
-            raise RowError(f"`{name.rpartition(':')[2]}` returned a row that cannot be read: {wrong}")
+            raise RowError(f"`{called}` returned a row that cannot be read: {wrong}")
         return made
 
     return row_of
+
+
+@contextmanager
+def _of_the_row(failed: str) -> Iterator[None]:
+    """What a user's code raises on a row as its RowError. failed: what did."""
+    try:
+        yield
+    except (RowError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        place = place_of(error)
+        said = f"{failed}: {words_of(error)[:200]}"
+        raise RowError(f"{said} ({place})" if place else said) from error
 
 
 def _strange(value: Any) -> str | None:
@@ -81,14 +91,8 @@ def _require_sound(layout: Layout, name: str) -> None:
 
 def _reading(layout: Layout) -> Callable[[Row], Record]:
     def read(row: Row) -> Record:
-        try:
+        with _of_the_row(f"`read` of the layout {layout.name} failed"):
             record = layout.read(row)
-        except (RowError, MemoryError):
-            raise
-        except (Exception, SystemExit) as error:
-            place = place_of(error)
-            said = f"`read` of the layout {layout.name} failed: {words_of(error)[:200]}"
-            raise RowError(f"{said} ({place})" if place else said) from error
         if isinstance(record, RECORDS[layout.kind]):
             known_roles(messages_of(record))
         return record

@@ -19,7 +19,7 @@ import pytest
 from align.data.prepare import prepare
 from align.data.readers import Place, read_file, read_from
 from align.data.rows import Row
-from align.data.streams import Begin, Block, Stream, Streams
+from align.data.streams import Begin, Block, Stream, Streams, open_stream
 from align.data.tables import Tokeniser
 from align.data.tokenizer import ChatTokenizer
 from align.errors import DataError
@@ -219,6 +219,15 @@ def test_files_that_are_read_whole_are_refused(tmp_path: Path, tokenizer: ChatTo
     with pytest.raises(DataError, match=f"on a {suffix} file, which is read as a whole") as error:
         Stream(Tokeniser(source(path, stream=True), "conversation", tokenizer), None, 0, 0)
     assert "Parquet" in str(error.value)
+
+
+@pytest.mark.parametrize("path", ["endless.py:rows", "owner/name"])
+def test_what_is_generated_or_fetched_is_refused_before_it_is(
+    tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("align.data.streams.open_source", lambda *given, **named: pytest.fail("nothing is opened"))
+    with pytest.raises(DataError, match="on a hub data set or a generator"):
+        open_stream(source(path, stream=True), tmp_path)
 
 
 def test_some_weights_are_an_error(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
