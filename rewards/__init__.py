@@ -14,8 +14,10 @@ In the order of reading:
         other side
     trial.py: a plugin tried on completions that are there
     sandbox/: where programs that a policy wrote are run
+    environments/: what a policy acts in over several turns
 """
 
 from rewards.api import Context, Failure, Objective, PluginError, RewardError, Sample, Score, reward
+from rewards.environments.api import environment
 
-__all__ = ["Context", "Failure", "Objective", "PluginError", "RewardError", "Sample", "Score", "reward"]
+__all__ = ["Context", "Failure", "Objective", "PluginError", "RewardError", "Sample", "Score", "environment", "reward"]

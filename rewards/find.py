@@ -64,8 +64,8 @@ def load(spec: PluginSpec, folder: str | Path, *, check: bool = True) -> Plugin:
         PluginError: not found (with the choices), fails to import, is not callable, or its arguments do not fit.
     """
     function = find(spec.use, Path(folder))
-    source, digest = _origin(function)
-    modules = _modules_beside(source, Path(folder), str(_written(function).__module__).partition(".")[0])
+    source, digest = origin(function)
+    modules = modules_beside(source, Path(folder), str(_written(function).__module__).partition(".")[0])
     if spec.signature != "align":
         return replace(adapt(function, spec, source=source, sha256=digest), modules=modules)
     if inspect.isasyncgenfunction(function):
@@ -201,7 +201,7 @@ def _written(function: Any) -> Any:
     return function if inspect.isclass(function) or inspect.isbuiltin(function) else type(function)
 
 
-def _origin(function: Any) -> tuple[str | None, str | None]:
+def origin(function: Any) -> tuple[str | None, str | None]:
     """The file that defines a plugin and the SHA-256 of its bytes."""
     try:
         file = inspect.getsourcefile(_written(function))
@@ -212,7 +212,7 @@ def _origin(function: Any) -> tuple[str | None, str | None]:
     return file, hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
-def _modules_beside(source: str | None, folder: Path, package: str) -> dict[str, str]:
+def modules_beside(source: str | None, folder: Path, package: str) -> dict[str, str]:
     """SHA-256 of every module that was imported from the plugin's folder or the recipe's, or of its own package where
     that is installed, its own file aside, by its name. One that is imported only when a function runs is not among
     them."""

@@ -34,7 +34,7 @@ _BOOTSTRAP = f"import sys; sys.path.insert(0, {_ROOT!r}); from rewards.process i
 
 # The kernel's parent-death signal fires when the *thread* that started a child ends: all are started from this one,
 # which lasts as long as the process.
-_SPAWNER = ThreadPoolExecutor(1, thread_name_prefix="reward-spawner")
+SPAWNER = ThreadPoolExecutor(1, thread_name_prefix="reward-spawner")
 
 
 class Worker:
@@ -93,7 +93,7 @@ class Worker:
         ours, theirs = socket.socketpair()
         try:
             with theirs:
-                process = await asyncio.get_running_loop().run_in_executor(_SPAWNER, self._spawn, theirs.fileno())
+                process = await asyncio.get_running_loop().run_in_executor(SPAWNER, self._spawn, theirs.fileno())
         except OSError as error:
             ours.close()
             raise PluginError(
