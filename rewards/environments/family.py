@@ -49,6 +49,12 @@ def end_all() -> None:
         time.sleep(0.0005)
 
 
+def bury_orphans(but: int) -> None:
+    """Wait for adopted children that have ended; `but` is waited for elsewhere."""
+    for pid in children(os.getpid()) - {but}:
+        os.waitpid(pid, os.WNOHANG)
+
+
 def kill(pid: int) -> None:
     """SIGKILL for one process; nothing where it is gone."""
     try:

@@ -6,13 +6,13 @@ the zygote ends. Its own end, by whatever the episode does to it, is the episode
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping
@@ -25,7 +25,9 @@ from rewards.process import die_with_parent, limit_memory
 LOG_BYTES = 1 << 20
 """Of what one episode prints; the rest is dropped, and the log says so."""
 _TAIL = 400
-_REFUSED = 70
+_ORPHANS_MS = 5000
+FAILED = 70
+"""Exit status of an episode that cannot go on: its connection was closed under it."""
 
 
 class _Output:
@@ -104,7 +106,9 @@ def _watch(child: int, control: socket.socket, reading: int, zygote: int) -> dic
         poll.register(descriptor, select.POLLIN)
     status: int | None = None
     while True:
-        ready = {descriptor for descriptor, _ in poll.poll()}
+        ready = {descriptor for descriptor, _ in poll.poll(_ORPHANS_MS)}
+        if not ready:
+            family.bury_orphans(child)
         if reading in ready and not output.take(reading):
             poll.unregister(reading)
         if handle in ready:
@@ -133,9 +137,9 @@ def _become(keeper: int, folder: Path, output: int, memory_mb: int, serve: Calla
     except BrokenPipeError:  # the parent has closed
         os._exit(0)
     except BaseException:  # noqa: BLE001  also of our own: said in the log, and by the status
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(_REFUSED)
+        with contextlib.suppress(BaseException):  # its stderr may be closed
+            traceback.print_exc()
+        os._exit(FAILED)
     os._exit(0)
 
 
