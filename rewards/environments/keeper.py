@@ -55,12 +55,13 @@ def keep(
     control: socket.socket,
     talk: int,
     zygote: int,
+    host: int,
     memory_mb: int,
     serve: Callable[[int], None],
 ) -> None:
     """The keeper's life; does not return.
 
-    request: {"folder": the episode's own}. talk: the episode's connection. zygote: a pidfd.
+    request: {"folder": the episode's own}. talk: the episode's connection. zygote, host: pidfds.
     serve: the episode's life, on its connection.
     """
     try:
@@ -73,14 +74,14 @@ def keep(
         child = os.fork()
         if child == 0:
             control.close()
-            for descriptor in (reading, zygote):
+            for descriptor in (reading, zygote, host):
                 os.close(descriptor)
             _become(own, folder, writing, memory_mb, lambda: serve(talk))
         os.close(talk)
         os.close(writing)
         said = _watch(child, control, reading, zygote)
         shutil.rmtree(folder, ignore_errors=True)
-        if select.select([zygote], [], [], 0)[0]:  # nobody else tidies up
+        if select.select([host], [], [], 0)[0]:  # it has ended, and nobody else tidies up
             shutil.rmtree(folder.parent, ignore_errors=True)
         control.send(json.dumps(said).encode())
     except OSError as error:

@@ -32,14 +32,14 @@ _LAST_KEEPER_S = 10.0
 class Zygote:
     """Forks keepers, and buries them."""
 
-    def __init__(self, loaded: Loaded, requests: socket.socket, start: Mapping[str, Any]):
+    def __init__(self, loaded: Loaded, requests: socket.socket, start: Mapping[str, Any], host: int):
         self._loaded = loaded
         self._requests = requests
         self._start = start
         self._memory_mb: int = start["memory_mb"] or default_memory_mb()
         self._keepers: set[int] = set()
         self._before = family.children(os.getpid())  # what importing started
-        self._own = os.pidfd_open(os.getpid())
+        self._own, self._host = os.pidfd_open(os.getpid()), host
         self._woken, self._wake = socket.socketpair()
 
     def serve(self) -> None:
@@ -81,7 +81,9 @@ class Zygote:
                 sock.close()
             for descriptor in descriptors:
                 os.set_inheritable(descriptor, False)
-            keeper.keep(request, socket.socket(fileno=control), talk, self._own, self._memory_mb, self._live)
+            keeper.keep(
+                request, socket.socket(fileno=control), talk, self._own, self._host, self._memory_mb, self._live
+            )
         self._keepers.add(pid)
         for descriptor in descriptors:
             os.close(descriptor)
@@ -112,6 +114,7 @@ class Zygote:
 def main(link_fd: int, requests_fd: int, parent: int) -> int:
     """link_fd: a stream for the start message and its answer. requests_fd: packets, each with two descriptors.
     parent: its process id."""
+    host = os.pidfd_open(parent)
     die_with_parent(parent)
     family.adopt_orphans()
     for descriptor in (link_fd, requests_fd):
@@ -127,6 +130,6 @@ def main(link_fd: int, requests_fd: int, parent: int) -> int:
             link.sendall(wire.encode({"broken": {"what": error.what, "where": error.where, "remedy": error.remedy}}))
             return 0
         link.sendall(wire.encode({"ready": loaded.describe()}))
-    Zygote(loaded, socket.socket(fileno=requests_fd), start).serve()
+    Zygote(loaded, socket.socket(fileno=requests_fd), start, host).serve()
     sys.stdout.flush()
     os._exit(0)  # threads that importing left must not keep the process

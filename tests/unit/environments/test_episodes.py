@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_a_dead_environment_says_where_and_why_at_the_start(tmp_path: Path) -> N
         folder = tmp_path / str(number)
         folder.mkdir()
         with pytest.raises(PluginError, match=said) as caught:
-            within(lambda folder=folder: start(write(folder, text)))  # type: ignore[misc]
+            within(partial(start, write(folder, text)))
         assert caught.value.where and caught.value.remedy, text
 
 
