@@ -1,0 +1,13 @@
+"""What a model's text says: thoughts, content, calls, and what only looks like a call. One file a format.
+
+reply.py: what is read from a text
+values.py: JSON of calls, strictly, and texts as values of a schema's types
+scan.py: a text read once from its beginning to its end, whatever its format
+hermes.py, llama.py, pythonic.py, xml.py, mistral.py, deepseek.py, lists.py: the formats
+find.py: all of them by name, and the one that a chat template writes
+"""
+
+from align.episodes.calls.find import FORMATS, find_format
+from align.episodes.calls.reply import CallFormat, Reply, ToolCall
+
+__all__ = ["FORMATS", "CallFormat", "Reply", "ToolCall", "find_format"]

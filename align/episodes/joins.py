@@ -1,0 +1,117 @@
+"""What is appended to sampled ids, so that the next turn can be sampled.
+
+The next prompt is the ids before it, exactly as they were sampled, and a join: what the template's render of the whole
+conversation writes behind a sentinel that stands in the last assistant message, from the end of that turn on. The
+render before the sentinel need not be what was sampled: templates drop thoughts, write JSON anew, and rewrite ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from align.data.records import RowError
+from align.data.tokenizer import ChatTokenizer
+from align.episodes.guard import Change, Guard, changed
+from align.episodes.join_checks import prove, takes_answers_alone
+from align.episodes.renders import Renders, ToolsIn, texts_of
+from align.episodes.spoken import Message
+
+
+class Joins:
+    """The joins of one tokenizer's template, and the prompts that episodes begin with.
+
+    Args:
+        tokenizer: with the template.
+        schemas: of the tools, as OpenAI writes them.
+        arguments: variables of every render (a row's `enable_thinking`).
+        tools_in: whether the template writes tools, or they are text of the prompt (`align.episodes.tools_as_text`).
+    Attribute most_calls: that one turn may make under the template, None: any number. `prove` finds it out.
+    """
+
+    def __init__(
+        self,
+        tokenizer: ChatTokenizer,
+        schemas: Sequence[Mapping[str, Any]] = (),
+        *,
+        arguments: Mapping[str, Any] | None = None,
+        tools_in: ToolsIn = "template",
+    ):
+        self.tokenizer = tokenizer
+        self.most_calls: int | None = None
+        self._renders = Renders(tokenizer, schemas, arguments or {}, tools_in)
+        self._guard = Guard(tokenizer)
+
+    def prove(self) -> None:
+        """Join small conversations, with and without tools and thoughts. Raises Unsupported where the template cannot
+        be used: with its place, and what it does otherwise than it must."""
+        self.most_calls = prove(self._renders, self.join)
+
+    @cached_property
+    def takes_answers_alone(self) -> bool:
+        """Whether a message of a tool may follow an assistant's that makes no (valid) call; else a user's must."""
+        return takes_answers_alone(self._renders)
+
+    def opening(
+        self, messages: Sequence[Message], added: Sequence[Message] = (), *, trusted: int | None = None
+    ) -> list[int]:
+        """Ids of a prompt, with generation prompt.
+
+        Args:
+            messages: the row's, or a whole conversation. added: an environment's, which follow.
+            trusted: how many of `messages` are the row's own (None: all). Text of those that follow them, but for the
+                assistant's, becomes no added token, as that of `added`.
+        Raises RowError where the template refuses the messages.
+        """
+        own = len(messages) if trusted is None else trusted
+        whole = [*messages, *added]
+        free = [n < own or (n < len(messages) and m["role"] == "assistant") for n, m in enumerate(whole)]
+
+        def text(change: Change) -> str:
+            said = [m if f else changed(m, change) for m, f in zip(whole, free, strict=True)]
+            return self._renders.prompt(said)
+
+        return self._ids(text, whole)
+
+    def join(self, messages: Sequence[Message], added: Sequence[Message], sampled_end: int | None) -> list[int]:
+        """Ids that are appended to a sampled turn, with the generation prompt of the next.
+
+        Args:
+            messages: the conversation up to and with the last assistant's message.
+            added: what follows: tools' answers and users' turns. Its text becomes no added token.
+            sampled_end: the turn's last id where it ends a turn. It stays and is not repeated: one that the template
+                does not write there (Llama's <|eom_id|> for <|eot_id|>) stands for the template's own. Where the next
+                header is what ends a turn (GLM), a header that was sampled and is not the one that follows stays too,
+                and the right one follows it. None: a limit or a stop text ended the turn; the template's end is put
+                first.
+        Raises RowError where the template refuses the messages, or writes no end behind the turn.
+        """
+        if not messages or messages[-1]["role"] != "assistant" or not added:
+            raise RowError("a join stands between an assistant's message and what is added to it")
+        begins = [("", False)]
+
+        def text(change: Change) -> str:
+            tail = self._renders.behind(messages, added, change)
+            found, kept = self._renders.join_in(tail, sampled_end)
+            begins.append((found[0], kept))
+            return tail[found.start() :]  # from an end on, so that no text before it changes its ids
+
+        ids = self._ids(text, [*messages, *added])
+        end, kept = begins[-1]
+        if kept:
+            return ids
+        if ids[:1] != [self.tokenizer.token_id(end)]:
+            raise RowError(f"the end {end!r} is no token of its own where the template writes it")
+        return ids[1:]
+
+    def _ids(self, text: Callable[[Change], str], messages: Sequence[Message]) -> list[int]:
+        """Ids of a text that is made with texts of environments changed. Raises RowError where these form a token with
+        what the template writes around them, however they are cut."""
+        mark = self._guard.mark_for(texts_of(messages))
+        allowed = self._guard.counts(self.tokenizer.encode(text(self._guard.harmless), add_special_tokens=False))
+        for change in (self._guard.marked(mark), self._guard.cut_up(mark)):
+            ids = self._guard.encode(text(change), mark)
+            if self._guard.counts(ids) <= allowed:
+                return ids
+        raise RowError("an environment's text forms a control token with what the chat template writes around it")
