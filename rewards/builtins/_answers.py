@@ -29,7 +29,16 @@ def row_gold(row: Mapping[str, Any], column: str | None) -> Any:
         if row.get(name) is not None:
             return row[name]
     wanted = f"a column {column!r}" if column else f"one of {', '.join(COLUMNS)}"
-    raise KeyError(f"the row needs {wanted}; it has: {', '.join(row) or 'none'}")
+    raise KeyError(f"the row needs {wanted}; it has: {', '.join(row) or 'none'}{_inside(row, column)}")
+
+
+def _inside(row: Mapping[str, Any], column: str | None) -> str:
+    """Where the answer stands inside an object (verl's `reward_model`), and what reaches it."""
+    for outer, held in row.items():
+        for name in COLUMNS if column is None else (column,):
+            if isinstance(held, Mapping) and held.get(name) is not None:
+                return f". `columns: {{{name}: {outer}.{name}}}` of the source reaches the one inside `{outer}`"
+    return ""
 
 
 def several(answer: Any) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from rewards import PluginError, Sample
-from rewards.builtins._answers import final_answer
+from rewards.builtins._answers import final_answer, row_gold
 from rewards.builtins._choices import listed_options
 from rewards.builtins.bbh import bbh
 from rewards.builtins.box_iou import _best_sum, box_iou, iou
@@ -321,3 +321,11 @@ def test_impossible_arguments_are_refused() -> None:
         exact([Sample("", row={"answer": []})])
     with pytest.raises(ValueError, match="empty text"):
         contains([Sample("", row={"answer": [""]})])
+
+
+def test_a_gold_answer_inside_an_object_is_named_with_what_reaches_it() -> None:
+    verl = {"prompt": [], "reward_model": {"style": "rule", "ground_truth": "42"}, "extra_info": {"answer": "6 * 7"}}
+    with pytest.raises(KeyError, match=r"`columns: \{ground_truth: reward_model.ground_truth\}` of the source"):
+        row_gold(verl, None)
+    with pytest.raises(KeyError, match=r"`columns: \{answer: extra_info.answer\}` of the source"):
+        row_gold(verl, "answer")
