@@ -7,15 +7,13 @@ number, a date or a truth value, and no row decides how another is read.
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,14 +21,14 @@ from align.data.audit import Refusal
 from align.data.columnar import SUFFIXES as COLUMNAR
 from align.data.columnar import read_arrow
 from align.data.file_bytes import open_bytes, refuse_pointer, refuse_utf16, whole_text
-from align.data.rows import Item, Row, refuse_twice
-from align.data.values import BadValue, Json, end_of_value, kind_of, problem_of, says_who
+from align.data.rows import LONGEST_LINE, Item, Row
+from align.data.separated import read_csv
+from align.data.values import BadValue, Json, end_of_value, kind_of, says_who, shown
 from align.errors import DataError
 
 TEXT = ".txt"
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", *COLUMNAR, TEXT)
 STREAMED = (".jsonl", ".ndjson", *COLUMNAR, TEXT)  # kinds that can be read from any place on
-LONGEST_LINE = 256 << 20  # bytes of one row; images in it count
 
 
 def suffix_of(path: Path) -> str:
@@ -48,11 +46,13 @@ def suffix_of(path: Path) -> str:
 def read_file(path: Path) -> Iterator[Item]:
     """Rows of one file. Raises DataError where the file cannot be read at all, or from some line on."""
     suffix = suffix_of(path)
-    if suffix in STREAMED:
-        yield from (item for item, _ in read_from(path, Place()))
-        return
     with _told(path):
-        yield from _read_json(path) if suffix == ".json" else _read_csv(path, "\t" if suffix == ".tsv" else ",")
+        if suffix == ".json" or _is_array(path, suffix):
+            yield from _read_json(path)
+        elif suffix in STREAMED:
+            yield from (item for item, _ in read_from(path, Place()))
+        else:
+            yield from read_csv(path, "\t" if suffix == ".tsv" else ",")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,12 @@ def read_from(path: Path, place: Place) -> Iterator[tuple[Item, Place]]:
     suffix = suffix_of(path)
     assert suffix in STREAMED, "files of other kinds are read as a whole"
     with _told(path):
+        if place == Place() and _is_array(path, suffix):
+            raise DataError(
+                "the file is one JSON array, and only lines can be read from any place on",
+                where=f"{path}:1",
+                remedy="write it as JSON lines, an object a line",
+            )
         if suffix in COLUMNAR:
             for item, row in read_arrow(path, suffix, place.offset):
                 yield item, Place(row + 1)
@@ -160,6 +166,22 @@ def _skip_line(f: IO[bytes]) -> bool:
     return False
 
 
+def _is_array(path: Path, suffix: str) -> bool:
+    """Whether a file named as lines is one JSON array of rows. A line that is a row's own list of messages is none."""
+    if suffix not in (".jsonl", ".ndjson"):
+        return False
+    with open_bytes(path) as f:
+        first = f.readline(LONGEST_LINE).removeprefix(b"\xef\xbb\xbf").strip()
+        more = bool(f.read(1 << 16).strip())
+    if not first.startswith(b"["):
+        return False
+    try:
+        value = Json().loads(first.decode("utf-8"))
+    except (UnicodeDecodeError, BadValue):
+        return more and first[-1:] in (b"[", b"{", b",")
+    return not more and isinstance(value, list) and all(isinstance(row, dict) and not says_who(row) for row in value)
+
+
 _BLANK = re.compile(r"[\s,]*")
 
 
@@ -193,13 +215,52 @@ def _read_json(path: Path) -> Iterator[Item]:
             position = end_of_value(text, position)
             yield Refusal(origin, 0, str(e))
             continue
-        if origin == first and not array and not text[position:].strip() and (name := _wrapped(value)) is not None:
-            yield from (_object(row, f"{path} {name}[{n}]") for n, row in enumerate(value[name]))
-            return
-        if origin == first and not array and not text[position:].strip() and _are_keyed(value):
-            yield from (_object(row, f"{path} {key}") for key, row in value.items())
+        if origin == first and not array and not text[position:].strip():
+            _refuse_splits(value, path)
+            yield from _inside(value, path) or [_object(value, origin)]
             return
         yield _object(value, origin)
+
+
+def _inside(value: Any, path: Path) -> list[Item]:
+    """The rows that an object holds under one name, or by their ids; none of one that is a row."""
+    if (name := _wrapped(value)) is not None:
+        return [_object(row, f"{path} {name}[{n}]") for n, row in enumerate(value[name])]
+    return [_object(row, f"{path} {key}") for key, row in value.items()] if _are_keyed(value) else []
+
+
+def _refuse_splits(value: Any, path: Path) -> None:
+    """Raises DataError for an object of several sets of rows, of which one is meant, or of rows without names."""
+    held = _sets(value)
+    if held and isinstance(next(iter(held.values()))[0], dict):
+        raise DataError(
+            f"the file holds the splits {', '.join(held)}, each a list of rows",
+            where=path,
+            remedy="write the one that is meant to a file of its own",
+        )
+    if held:
+        first = next(iter(held.values()))[0]
+        raise DataError(
+            f"the rows of {', '.join(f'`{name}`' for name in held)} are lists without columns' names: {shown(first)}",
+            where=path,
+            remedy="write each as an object that names its values, such as text and label, one split a file",
+        )
+
+
+def _sets(value: Any) -> dict[str, list[Any]]:
+    """What an object holds that is nothing but several splits of rows, or lists in the place of rows; {} of others."""
+    held = {name: rows for name, rows in value.items() if isinstance(rows, list) and rows}
+    if not held or len(held) < len(value):
+        return {}
+    rows = list(chain(*held.values()))
+    splits = len(held) > 1 and held.keys() <= {*_SPLITS} and all(isinstance(row, dict) for row in rows)
+    bare = all(isinstance(row, list) and len(row) > 1 and not _are_turns(row) for row in rows)
+    return held if splits or (bare and _of_texts(rows)) else {}
+
+
+def _of_texts(rows: list[Any]) -> bool:
+    """Whether lists are rows of values, a text among them, and no bare turns of a chat."""
+    return all(any(isinstance(cell, str) for cell in row) and len(row) == len(rows[0]) for row in rows)
 
 
 def _wrapped(value: Any) -> str | None:
@@ -209,7 +270,8 @@ def _wrapped(value: Any) -> str | None:
     return held[0] if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows) else None
 
 
-_WRAPPERS = ("data", "rows", "examples", "samples", "instances", "train", "test", "validation", "dataset", "questions")
+_SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "train_sft", "test_sft")
+_WRAPPERS = ("data", "rows", "examples", "samples", "instances", "dataset", "questions", *_SPLITS)
 
 
 def _are_keyed(value: Any) -> bool:
@@ -227,7 +289,7 @@ def _is_lines(text: str, start: int) -> bool:
         value = Json().loads(text[start : len(text) if end < 0 else end])
         more = bool(end > 0 and text[end:].strip())
         if isinstance(value, dict):
-            return more or (_wrapped(value) is None and not _are_keyed(value))
+            return more or (_wrapped(value) is None and not _are_keyed(value) and not _sets(value))
         return more and _are_turns(value)
     except BadValue as e:
         return text[start] == "{" and e.line is None
@@ -244,51 +306,3 @@ def _end_of_json(text: str, position: int, array: bool, where: str) -> None:
             where=where,
             remedy="write one array, or one object a line (.jsonl)",
         )
-
-
-# ------------------------------------------------------------------------------------------------- CSV
-
-
-def _read_csv(path: Path, delimiter: str) -> Iterator[Item]:
-    """Cells are text, whatever they look like; empty cells are missing."""
-    csv.field_size_limit(min(sys.maxsize, LONGEST_LINE))  # the library's own is 128 KiB, less than a long text
-    reader = csv.reader(io.StringIO(whole_text(path), newline=""), delimiter=delimiter, strict=True)
-    header = _next(reader)
-    if not header or isinstance(header, csv.Error):
-        why = f"the first line is no CSV: {header}" if header else "the file is empty"
-        raise DataError(why, where=f"{path}:1" if header else path, remedy="the first line must name the columns")
-    refuse_twice(header, f"{path}:1")
-    data = next((cell for cell in header if len(cell) > 60 and cell.count(" ") > 6), None)
-    if data is not None:
-        raise DataError(
-            f"the first line names no columns: {data[:40]!r}... is a text",
-            where=f"{path}:1",
-            remedy="write a line with the columns' names before it, such as label and text",
-        )
-    words = re.fullmatch(r"\w+([;\t|,])\w+(?:\1\w+)*", header[0]) if len(header) == 1 else None
-    if words is not None:
-        other = words[1]
-        raise DataError(
-            f"its columns are divided by {other!r}, where {suffix_of(path)} has {delimiter!r}: {header[0]}",
-            where=f"{path}:1",
-            remedy="write it with tabs as .tsv, or with commas as .csv" if other != "\t" else "name it .tsv",
-        )
-    line = reader.line_num + 1
-    while (cells := _next(reader)) is not None:
-        origin, line = f"{path}:{line}", reader.line_num + 1
-        if isinstance(cells, csv.Error):
-            to = f" (to line {line - 1})" if origin != f"{path}:{line - 1}" else ""
-            yield Refusal(origin, 0, f"not valid CSV{to}: {cells}; a quote that opens a cell must close it")
-        elif cells and len(cells) != len(header):
-            yield Refusal(origin, 0, f"{len(cells)} cells, but the header has {len(header)}")
-        elif cells:
-            values = {name: cell or None for name, cell in zip(header, cells, strict=True)}
-            wrong = problem_of(values)
-            yield Row(values, origin, 0) if wrong is None else Refusal(origin, 0, wrong)
-
-
-def _next(reader: Any) -> list[str] | csv.Error | None:
-    try:
-        return next(reader, None)
-    except csv.Error as e:
-        return e

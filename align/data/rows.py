@@ -9,6 +9,8 @@ from typing import Any
 from align.data.audit import Refusal
 from align.errors import DataError
 
+LONGEST_LINE = 256 << 20  # bytes of one row; images in it count
+
 
 @dataclass(frozen=True, slots=True)
 class Row:

@@ -237,7 +237,7 @@ def test_a_pointer_of_git_lfs_is_no_data(tmp_path: Path, name: str) -> None:
 
 
 def test_a_list_in_a_file_of_lines_is_told_where_lists_go(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text('[{"prompt": "a", "completion": "b"}]\n')
-    [refusal] = open_source(source(f"{tmp_path}/rows.jsonl")).rows()
+    (tmp_path / "rows.jsonl").write_text('[{"prompt": "a", "completion": "b"}]\n' * 2)
+    refusal, _ = open_source(source(f"{tmp_path}/rows.jsonl")).rows()
     assert isinstance(refusal, Refusal)
     assert "got a list of objects: a file that is one list is named .json" in refusal.reason
