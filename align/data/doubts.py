@@ -8,8 +8,11 @@ begins with its whole prompt follows it: the model sees and learns the prompt a 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+from align.data.formats.base import is_number
+from align.data.formats.guess import NUMBERS
 from align.data.records import Record, RowError, messages_of, texts
 from align.data.tokenizer import ChatTokenizer
 
@@ -45,6 +48,12 @@ def doubts(record: Record, tokenizer: ChatTokenizer, written: Iterable[str] = ()
             if mark in message.text and mark not in tokens
         ]
     return [*found, *_glued(record)]
+
+
+def numbers(row: Mapping[str, Any], read: Iterable[str]) -> list[str]:
+    """A sentence for each answer that is a number. read: the row's columns that its layout read."""
+    found = (name for name in NUMBERS if name in read and is_number(row.get(name)))
+    return [f"`{name}` is a number, and its digits are the text of the answer" for name in found]
 
 
 def _glued(record: Record) -> list[str]:

@@ -172,7 +172,7 @@ def check_options(source: DataSource, kind: Kind) -> None:
         )
     fields = fields_of(layouts_of(source.format)[0])
     for name, theirs in source.columns.items():
-        if name not in fields and theirs in fields:
+        if name not in fields and theirs in fields and kind != "prompt":  # which may give a reward a name of its own
             raise DataError(
                 f"`columns: {{{name}: {theirs}}}` is the wrong way round: it maps our field to your column",
                 where=source.path,

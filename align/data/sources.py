@@ -285,7 +285,9 @@ def renamed(rows: Sequence[dict[str, Any]], columns: Mapping[str, str], where: s
             raise DataError(
                 f"`columns: {{{ours}: {theirs}}}`: there is no column {theirs!r} (found: {', '.join(sorted(found))})",
                 where=where,
-                remedy="name a column that is there",
+                remedy=f"it maps our field to your column: `columns: {{{theirs}: {ours}}}`"
+                if ours in found
+                else "name a column that is there",
             )
     return under_our_names(rows, columns)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from align.data.audit import MediaReport, Refusal, SourceReport
 from align.data.beginnings import with_beginning
-from align.data.doubts import doubts
+from align.data.doubts import doubts, numbers
 from align.data.encode import encode
 from align.data.encoded import Encoded, cut, split
 from align.data.formats.base import margin_of, weight_of
@@ -53,7 +53,7 @@ _NOT_IN_PROMPT = "the column {!r} is not in the prompt, which may depend on it (
 @dataclass
 class _Row:
     """A row on its way: margin of a pair, None where it gives none; weight: of its terms in the loss; unread: columns
-    that nothing reads; written: columns that hold messages as JSON text."""
+    that nothing reads; written: columns that hold messages as JSON text; numbers: what is said of such answers."""
 
     row: Row
     record: Record
@@ -62,6 +62,7 @@ class _Row:
     shown: Sequence[Shown] = ()
     unread: Sequence[str] = ()
     written: frozenset[str] = frozenset()
+    numbers: Sequence[str] = ()
 
 
 @dataclass
@@ -156,7 +157,8 @@ class _Chunk:
             if self.laid.guessed and (late := self._late(unread)) is not None:
                 self._refuse(row, late)
                 continue
-            good.append(_Row(row, record, margin, weight, unread=unread, written=values.written))
+            digits = numbers(values, reading.read)
+            good.append(_Row(row, record, margin, weight, unread=unread, written=values.written, numbers=digits))
         drafts, drafted = [], []
         for one in self._shown(good):
             try:
@@ -174,7 +176,7 @@ class _Chunk:
                 self._refuse(one.row, encoded)
             else:
                 said = [what for message in messages_of(one.record) for what in message.unread]
-                doubtful, unread = doubts(one.record, tokenizer, one.written), list(one.unread)
+                doubtful, unread = doubts(one.record, tokenizer, one.written) + list(one.numbers), list(one.unread)
                 if self.how.kind == "prompt" or self.how.answers:  # rewards see every column
                     doubtful += [_NOT_IN_PROMPT.format(name) for name in unread if needed(name)]
                     unread = []

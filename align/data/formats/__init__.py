@@ -13,12 +13,14 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
-from align.data.formats.base import Layout, Row
+from align.data.formats.base import COMMON, Layout, Row
 from align.data.formats.users import guarded, guarded_rows
 from align.errors import PluginError
 from align.plugins import asked_in_child, is_users, resolve
 
-_FAMILIES = ("trl", "openai", "sharegpt", "alpaca", "swift", "spoken", "ranked", "labelled")
+_FAMILIES = (
+    "trl", "openai", "sharegpt", "alpaca", "swift", "spoken", "ranked", "labelled", "trees", "paddle", "moss", "exams",
+)  # fmt: skip
 
 LAYOUTS: tuple[Layout, ...] = tuple(
     layout for family in _FAMILIES for layout in import_module(f"{__name__}.{family}").LAYOUTS
@@ -27,7 +29,7 @@ LAYOUTS: tuple[Layout, ...] = tuple(
 
 def fields_of(layouts: tuple[Layout, ...]) -> frozenset[str]:
     """Every column name that some of the layouts reads: what `columns:` may map to."""
-    return frozenset().union(*(layout.columns for layout in layouts))
+    return frozenset().union(*(COMMON if layout.verbatim else layout.columns for layout in layouts))
 
 
 def layouts_of(format: str | None) -> tuple[tuple[Layout, ...], str | None]:

@@ -53,7 +53,8 @@ class Layout:
 
     name: for messages. formats: the names `format:` knows it by. kind: of record. required, optional: columns. read:
     makes the record. fits: whether a row with these columns is of this layout (message lists with role/content and with
-    from/value have the same columns). gives_way: to any other that fits.
+    from/value have the same columns). gives_way: to any other that fits. verbatim: its columns are another project's,
+    found as they are and never the target of `columns:` (of a prompt they are free to be a reward's).
     """
 
     name: str
@@ -64,6 +65,7 @@ class Layout:
     optional: frozenset[str] = frozenset()
     fits: Callable[[Row], bool] = _always
     gives_way: bool = False
+    verbatim: bool = False
 
     def convert(self, row: Row) -> Record:
         """The row's record, with what any layout may say. Raises RowError."""
@@ -103,6 +105,19 @@ def text_of(row: Row, column: str) -> str:
 
 def optional_text(row: Row, column: str) -> str:
     return "" if row.get(column) is None else text_of(row, column)
+
+
+def answer_of(row: Row, column: str, *, needed: bool = True) -> str:
+    """An answer that must be text, or a number, whose digits are its text. needed: else "" where there is none."""
+    value = row.get(column)
+    if is_number(value):
+        return str(value)
+    return text_of(row, column) if needed else optional_text(row, column)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, which a truth value is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 def label_of(row: Row, column: str = "label") -> bool:

@@ -12,7 +12,8 @@ import difflib
 from collections.abc import Sequence
 
 from align.data.formats.base import Layout, Row
-from align.data.formats.guess import Guess, Unguessed, guess
+from align.data.formats.guess import guess, needed
+from align.data.formats.guessed import Guess, Unguessed
 from align.data.records import Kind, RowError
 from align.errors import DataError
 
@@ -34,8 +35,12 @@ def choose(
     mapped: fields named by `columns:`; the layout must use all of them. Raises DataError where none or several fit.
     """
     layout = fitting(layouts, kind, rows, where=where, format=format, mapped=mapped)
+    if not mapped and format is None:
+        _refuse_nodes(rows[:SAMPLE], where)
     if layout is not None and (mapped or format is not None):
         return layout, None
+    if layout is not None:
+        _refuse_beside_text(layout, kind, rows[:SAMPLE], where)
     allowed = [x for x in layouts if format is None or format in x.formats]
     try:
         found = guess(allowed, kind, rows[:SAMPLE])
@@ -52,6 +57,39 @@ def choose(
     if found is None:
         raise none_fits(layouts, kind, rows, where=where, format=format)
     return found.layout, found
+
+
+def _refuse_beside_text(layout: Layout, kind: Kind, rows: Sequence[Row], where: str) -> None:
+    """Raises DataError where a plain text prompt stands beside a text that it may depend on, as a `context`: the prompt
+    is read as it stands, and an answer would be learnt without what it was given to. Of prompts it is named."""
+    if kind == "prompt" or "prompt" not in layout.required:
+        return
+    shown = [name for row in rows for name in row if needed(name) and name not in layout.columns]
+    beside = next((name for name in dict.fromkeys(shown) if 2 * _texts(rows, name) > len(rows)), None)
+    if beside is not None and 2 * _texts(rows, "prompt") > len(rows):
+        raise DataError(
+            f"two meanings are possible: the prompt is `prompt` alone, or `{beside}` and `prompt` together",
+            where=where,
+            remedy="`columns: {prompt: prompt}` leaves it out; a generator (file.py:function) puts both into one text",
+        )
+
+
+_NODE = frozenset({"message_id", "parent_id", "text", "role"})
+
+
+def _refuse_nodes(rows: Sequence[Row], where: str) -> None:
+    """Raises DataError where a row is one message, which names the one that it answers (Open-Assistant's tables)."""
+    if rows and all(row.keys() >= _NODE for row in rows):
+        raise DataError(
+            "each row is one message of a conversation, and `parent_id` the message that it answers",
+            where=where,
+            remedy="take the file of whole trees (`message_tree_id`, `prompt` with its `replies`), or join the "
+            "messages by a generator (file.py:function)",
+        )
+
+
+def _texts(rows: Sequence[Row], name: str) -> int:
+    return sum(isinstance(row.get(name), str) and bool(row[name]) for row in rows)
 
 
 def fitting(

@@ -11,19 +11,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from align.data.formats.base import MEDIA, Layout, Row, is_list_of
+from align.data.formats.base import MEDIA, Layout, Row, is_list_of, is_number
+from align.data.formats.guessed import Columns, Guess, Unguessed, refuse_framed, refuse_unjudged
 from align.data.formats.messages import are_messages
 from align.data.formats.ranked import RANKS, SCORES
 from align.data.formats.spoken import NAMES as SPOKEN
 from align.data.formats.spoken import are_spoken
 from align.data.records import Kind
-
-Columns = Mapping[str, str]
-"""Our field -> their column."""
 
 QUESTIONS = (
     "query", "question", "problem", "prompt", "instruction", "input", "inputs", "user", "human", "user_prompt",
@@ -42,7 +39,7 @@ LAST_ANSWERS = (
 """What is an answer only where no column has a better name for one, or is a side of a pair."""
 TURNS = (
     "messages", "conversations", "conversation", "chat", "dialog", "dialogue", "turns", "trajectory", "traj", "items",
-    "trace", "chat_messages", "contents",
+    "trace", "chat_messages", "contents", "messages_json", "conversation_json", "conversations_json",
 )  # fmt: skip
 SIDES = (
     ("chosen", "rejected"), ("chosen_response", "rejected_response"), ("chosen_answer", "rejected_answer"),
@@ -60,6 +57,8 @@ FIRST_AND_SECOND = {
     ("answer_0", "answer_1"): tuple((f"{w}_0", f"{w}_1") for w in _ANSWER_WORDS),
 }
 VERDICTS = ("preference", "preferred", "winner", "better", "choice", "verdict", "human_preference")
+NUMBERS = ("response", "output")
+"""Our fields of an answer, which may be a number: its digits are the text."""
 LISTS = ("responses", "answers", "completions", "candidates", "outputs", "generations")
 LABELS = ("label", "kto_tag", "is_desirable", "desirable", "is_preferred", "is_chosen", "is_good", "thumbs_up", "liked")
 LAST_LABELS = ("tag", "is_correct", "correct", "accepted")
@@ -96,30 +95,6 @@ def read_under_a_guess(name: str) -> bool:
     return needed(name) or plain in SYSTEMS or plain in MEDIA or any(plain in names for names in MEDIA_NAMES.values())
 
 
-@dataclass(frozen=True)
-class Guess:
-    """layout: that reads the rows under `columns`; words: for a person."""
-
-    layout: Layout
-    columns: Columns
-
-    @property
-    def words(self) -> str:
-        named = ", ".join(f"{ours} = {theirs}" for ours, theirs in self.columns.items() if ours != theirs)
-        return f"{self.layout.name}; guessed: {named}"
-
-    def describe(self) -> str:
-        return "`columns: {" + ", ".join(f"{ours}: {theirs}" for ours, theirs in self.columns.items()) + "}`"
-
-
-class Unguessed(Exception):
-    """Why there is no guess, in words, with a remedy."""
-
-    def __init__(self, what: str, remedy: str):
-        super().__init__(what)
-        self.what, self.remedy = what, remedy
-
-
 def guess(layouts: Sequence[Layout], kind: Kind, rows: Sequence[Row]) -> Guess | None:
     """The one meaning that the columns of these rows can have; None where they have none that is known. layouts: that
     may be used. Raises Unguessed where they have several, or where a column would be left out that matters."""
@@ -136,8 +111,11 @@ def guess(layouts: Sequence[Layout], kind: Kind, rows: Sequence[Row]) -> Guess |
         several = " or ".join(one.describe() for one in found[:3])
         raise Unguessed(f"the columns can be read in several ways: {several}", "write the one that is meant")
     if not found:
+        if kind == "pair":
+            refuse_unjudged(named, FIRST_AND_SECOND)
         return None
     [one] = found
+    refuse_framed(one, shown)
     used = set(one.columns.values())
     known = set(_answers(named)) if kind == "prompt" else set()  # the answer, which none is asked for
     left = [name for name in shown if needed(name) and name not in used | known]
@@ -285,7 +263,7 @@ def _takes(layout: Layout, columns: Columns, shown: Mapping[str, Any], common: C
         return False
     if "query" in columns or "instruction" in columns:
         texts = {ours for ours in columns if ours not in ("label", "preference", "responses", "ranks", "scores")}
-        return all(isinstance(row[ours], str) for ours in texts)
+        return all(isinstance(row[ours], str) or (ours in NUMBERS and is_number(row[ours])) for ours in texts)
     lists = [ours for ours in columns if ours in ("messages", "prompt", "chosen", "rejected", "completion")]
     if "prompt" in columns or ("chosen" in columns and "query" not in columns):
         said = {ours: _are_turns(row[ours]) for ours in lists}

@@ -26,7 +26,7 @@ _ROLES = {
     "system": "system", "developer": "developer",
     "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool", "tool_response": "tool",
     "tool_result": "tool", "tool_output": "tool", "function_response": "tool", "function_result": "tool",
-    "function_output": "tool", "function_call_output": "tool",
+    "function_output": "tool", "function_call_output": "tool", "code_interpreter": "tool", "tool_responses": "tool",
 }  # fmt: skip
 _CALLS = frozenset({"function_call", "tool_call", "tool_calls", "function_calls", "functioncall"})
 """Roles of turns that are nothing but calls."""
@@ -184,6 +184,8 @@ class _Found:
 
     def read_calls(self) -> None:
         """Calls of the keys `tool_calls` and `function_call`; they may repeat those of the content. Raises RowError."""
+        if _filled(self.item.get("code_interpreter_call")):  # xtuner's: code, of a tool that no schema declares
+            raise RowError("a message runs code in `code_interpreter_call`: write it as a `tool_calls` of its tool")
         for name in ("tool_calls", "function_call"):
             if not _filled(self.item.get(name)):
                 continue

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from align.data.formats.base import (
     Layout,
     Row,
+    answer_of,
     is_list_of,
+    is_number,
     label_of,
     text_of,
     tools_of,
@@ -67,7 +69,7 @@ def read_query(row: Row) -> tuple[Message, ...]:
 
 
 def _query_conversation(row: Row) -> Conversation:
-    return Conversation((), read_query(row) + assistant(text_of(row, "response")), tools_of(row), weight_of(row))
+    return Conversation((), read_query(row) + assistant(answer_of(row, "response")), tools_of(row), weight_of(row))
 
 
 def _query_pair(row: Row) -> Pair:
@@ -81,7 +83,8 @@ def _query_unpaired(row: Row) -> Unpaired:
 
 def _query_prompt(row: Row) -> Prompt:
     answer = row.get("response")  # rewards see its column, whatever it holds
-    return prompt_from(read_query(row), answer if isinstance(answer, str) else "", tools_of(row))
+    known = answer_of(row, "response") if isinstance(answer, str) or is_number(answer) else ""
+    return prompt_from(read_query(row), known, tools_of(row))
 
 
 def _has_roles(row: Row) -> bool:

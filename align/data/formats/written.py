@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from align.data.formats.guess import SIDES, TURNS
 from align.data.values import ROLES, BadValue, Json, says_who
 
 _COLUMNS = frozenset({
-    "messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected", "rejected_messages",
-    "preferred_output", "non_preferred_output",
+    *TURNS, "prompt", "completion", "context", "rejected_messages", "preferred_output", "non_preferred_output",
+    *(name for sides in SIDES for name in sides),
 })  # fmt: skip
+_BESIDE = frozenset({"messages", "id", "conversation_id", "metadata"})  # of an object that is nothing but its messages
 
 
 class Values(dict[str, Any]):
@@ -40,5 +42,7 @@ def _messages(value: Any) -> Any:
         read = Json().loads(value)
     except BadValue:
         return None
+    if isinstance(read, dict) and isinstance(read.get("messages"), list) and read.keys() <= _BESIDE:
+        read = read["messages"]
     items = read if isinstance(read, list) else [read]
     return read if items and all(isinstance(item, dict) and says_who(item) for item in items) else None

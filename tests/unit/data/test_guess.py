@@ -176,12 +176,12 @@ def test_labels_of_single_answers_prompts_and_texts() -> None:
 def test_rows_inside_one_object_are_rows_and_a_row_alone_stays_one(
     indent: int | None, tmp_path: Path, tokenizer: ChatTokenizer
 ) -> None:
-    bbh = {"canary": "do not train", "examples": [{"input": "Q", "target": "A"}, {"input": "Q", "target": 5}]}
+    bbh = {"canary": "do not train", "examples": [{"input": "Q", "target": "A"}, {"input": "Q", "target": [5]}]}
     path = tmp_path / "task.json"
     path.write_text(json.dumps(bbh, indent=indent))
     with pytest.raises(DataError) as caught:
         prepare((source(path),), "conversation", tokenizer, seed=0)
-    assert caught.value.where == f"{path} examples[1]" and "must be text, got 5" in caught.value.what
+    assert caught.value.where == f"{path} examples[1]" and "must be text, got [5]" in caught.value.what
     kept = prepare((source(path, on_bad_row="skip"),), "conversation", tokenizer, seed=0)
     assert kept.report.kept == 1 and kept.items[0].origin == f"{path} examples[0]"
     for alone in ({"messages": [ASK, SAY]}, {"question": "Q", "answer": "A", "data": [{"x": 1}], "test": [{"y": 2}]}):

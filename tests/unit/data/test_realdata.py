@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from align.data.prepare import prepare
-from align.data.tokenizer import ChatTokenizer
+from align.data.tokenizer import ChatTokenizer, load_tokenizer
 from align.errors import DataError
 from tests.unit.data.build import scored, source, text
 
@@ -121,13 +121,15 @@ def test_questions_and_answers_need_no_mapping(shared_data: Path, tokenizer: Cha
         assert scored(tokenizer, made.items[0].trunk) == f"{answered}<|im_end|>"
 
 
-def test_files_of_no_layout_are_refused_with_their_columns(shared_data: Path, tokenizer: ChatTokenizer) -> None:
-    for name, found in [
-        ("prompts/mt_bench_question.jsonl", "category, question_id, reference, turns"),
-        ("tools/bfcl_simple_python.json", "function, id, question"),
-    ]:
-        with pytest.raises(DataError, match=f"columns found: {found}"):
-            prepare((source(shared_data / "text" / name),), "prompt", tokenizer, seed=0)
+def test_exams_are_prompts_and_no_conversations(shared_data: Path, tokenizer: ChatTokenizer, folder: Path) -> None:
+    path = shared_data / "text/prompts/mt_bench_question.jsonl"
+    made = prepare((source(path),), "prompt", tokenizer, seed=0)
+    assert made.report.kept == 80 and any("a later turn of the user" in note for note in made.report.sources[0].notes)
+    with pytest.raises(DataError, match="columns found: category, question_id, reference, turns"):
+        prepare((source(path),), "conversation", tokenizer, seed=0)
+    path = shared_data / "text/tools/bfcl_simple_python.json"
+    made = prepare((source(path),), "prompt", load_tokenizer(folder, chat_template="qwen3"), seed=0)
+    assert len(made.items) == made.report.read > 0
 
 
 def test_rows_with_pictures_are_refused_for_a_model_of_text(shared_data: Path, tokenizer: ChatTokenizer) -> None:
