@@ -58,6 +58,8 @@ class Sample:
     row: every column of the data row, shared by the group. media: of each medium of the prompt, in order,
     {"type": "image", "video" or "audio", "path": the file that shows it as the policy saw it}.
     policy_version: version of the policy that sampled the last token (-1: unknown).
+    turns: of an episode, the messages behind the prompt as they went (replies, tool calls, answers); completion is then
+    its last reply, token_ids all that was sampled. state: what its environment said of itself at the end.
     """
 
     completion: str
@@ -70,6 +72,8 @@ class Sample:
     media: Sequence[Mapping[str, str]] = ()
     policy_version: int = -1
     raw: str | None = None
+    turns: Sequence[Mapping[str, Any]] = ()
+    state: Any = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,7 +157,8 @@ def pack_samples(samples: Sequence[Sample]) -> dict[str, Any]:
         if place is None:
             place = places[key] = len(shared)
             shared.append([s.messages, s.row, s.media])
-        items.append([place, s.completion, s.token_ids, s.truncated, s.group_id, s.sample_id, s.policy_version, s.raw])
+        item = [place, s.completion, s.token_ids, s.truncated, s.group_id, s.sample_id, s.policy_version, s.raw]
+        items.append([*item, s.turns, s.state] if s.turns or s.state is not None else item)
     return {"shared": shared, "items": items}
 
 
@@ -175,6 +176,8 @@ def unpack_samples(packed: Mapping[str, Any]) -> list[Sample]:
             media=shared[place][2],
             policy_version=version,
             raw=raw,
+            turns=episode[0] if episode else (),
+            state=episode[1] if episode else None,
         )
-        for place, completion, token_ids, truncated, group_id, sample_id, version, raw in packed["items"]
+        for place, completion, token_ids, truncated, group_id, sample_id, version, raw, *episode in packed["items"]
     ]

@@ -33,7 +33,8 @@ class EngineSpec:
     their cores at the same time. media: the largest number of each kind of media in one prompt, {} where prompts
     are text. pixels: the recipe's min_pixels and max_pixels where it sets them, so that an engine's processor
     leaves alone what the trainer's has resized. trust_remote_code: code in the folder may run. engine: the engine's
-    own options, checked by `check_engine_options`.
+    own options, checked by `check_engine_options`. environment: what completions take turns with, an
+    `align.episodes.spec.EpisodeSpec`; None where each is an answer.
     """
 
     name: str
@@ -55,18 +56,23 @@ class EngineSpec:
     media: Mapping[str, int] = field(default_factory=dict)
     pixels: Mapping[str, int] = field(default_factory=dict)
     engine: Mapping[str, Any] = field(default_factory=dict)
+    environment: Any = None
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """A group to draw: group_size completions of prompt under sampling. ticket: the caller's number for it, unique
-    among the requests that an engine holds."""
+    among the requests that an engine holds. plain: answers are wanted, also of an engine that plays episodes."""
 
     ticket: int
     prompt: PromptItem
     group_size: int
     sampling: Sampling
+    plain: bool = False
 
+
+EPISODES = ("align.episodes.engine", "EpisodeEngine")
+"""The engine that plays episodes by another. By name, as engines are: it lies above this room."""
 
 Answer = tuple[int, Group | FailedPrompt]
 """A request's ticket, and what became of it."""
@@ -205,7 +211,10 @@ def make_engine(spec: EngineSpec) -> Engine:
     """
     check_engine_options(spec.name, spec.engine)
     engine: Engine = _factory(spec.name)(spec)
-    return engine
+    if spec.environment is None:
+        return engine
+    episodes: Engine = getattr(importlib.import_module(EPISODES[0]), EPISODES[1])(spec, engine)
+    return episodes
 
 
 def load_libraries(name: str) -> None:

@@ -157,16 +157,22 @@ class RayFleet:
     async def probe(self, prompt: PromptItem, sampling: Sampling) -> list[Group]:
         """See `align.protocols.fleet.Fleet`. One of an engine that is lost meanwhile is drawn by another."""
         prompts = [prompt] * len(self._ledger.serving)
-        return [g async for _, g in self._drawn(prompts, 1, sampling, in_turn=True) if isinstance(g, Group)]
+        return [g async for _, g in self._drawn(prompts, 1, sampling, in_turn=True, plain=True) if isinstance(g, Group)]
 
     async def _drawn(
-        self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling, *, in_turn: bool = False
+        self,
+        prompts: Sequence[PromptItem],
+        group_size: int,
+        sampling: Sampling,
+        *,
+        in_turn: bool = False,
+        plain: bool = False,
     ) -> AsyncIterator[Answer]:
         await self.ready()
         if self._newest is None:
             raise EngineError("the fleet was asked to generate before a version was published to it")
         check_sampling(group_size, sampling)
-        requests = [Request(next(self._tickets), prompt, group_size, sampling) for prompt in prompts]
+        requests = [Request(next(self._tickets), prompt, group_size, sampling, plain) for prompt in prompts]
         queue: asyncio.Queue[Answer | AlignError] = asyncio.Queue()
         self._queues |= {request.ticket: queue for request in requests}
         self._send(self._ledger.admit(requests, in_turn=in_turn))

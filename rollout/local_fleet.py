@@ -40,10 +40,12 @@ class LocalFleet:
         return await in_order(self._drawn(prompts, group_size, sampling))
 
     async def probe(self, prompt: PromptItem, sampling: Sampling) -> list[Group]:
-        return [g async for _, g in self._drawn([prompt], 1, sampling) if isinstance(g, Group)]
+        return [g async for _, g in self._drawn([prompt], 1, sampling, plain=True) if isinstance(g, Group)]
 
-    async def _drawn(self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling) -> AsyncIterator[Answer]:
-        requests = [Request(next(self._tickets), prompt, group_size, sampling) for prompt in prompts]
+    async def _drawn(
+        self, prompts: Sequence[PromptItem], group_size: int, sampling: Sampling, *, plain: bool = False
+    ) -> AsyncIterator[Answer]:
+        requests = [Request(next(self._tickets), prompt, group_size, sampling, plain) for prompt in prompts]
         self._engine.add(requests)
         left = {request.ticket for request in requests}
         try:

@@ -63,6 +63,7 @@ class VllmEngine:
         self._running: dict[str, _Running] = {}  # by vLLM's request id
         self._answers: list[Answer] = []
         self._ids = itertools.count()
+        self.continuing = False  # what comes next begins as what was: turns of episodes, whose prefixes are kept
         self._llm: Any = start(spec, max_rank)
         self._weights = VllmWeights(self._llm, spec, max_rank, self._in_use, self._alone)
         self._tokenizer = self._llm.get_tokenizer()
@@ -88,7 +89,7 @@ class VllmEngine:
             raise EngineError("the engine was asked to generate before a version was published to it")
         for request in requests:
             check_sampling(request.group_size, request.sampling)
-        if requests and not self._running:
+        if requests and not self._running and not self.continuing:
             weights.empty_prefix_cache()
         too_long = [(r.ticket, failed) for r in requests if (failed := self._too_long(r)) is not None]
         failed_tickets = {ticket for ticket, _ in too_long}

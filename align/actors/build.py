@@ -19,13 +19,15 @@ from align.actors.reference import ReferenceActor
 from align.actors.reward_actors import RayScorer
 from align.actors.spare import Spare
 from align.engines import SHARE_OF_GPU
+from align.episodes.describe import describe
 from align.hub import resolve_model_folder
 from align.losses import names as loss_names
 from align.protocols.fleet import Fleet
 from align.protocols.scorer import Scorer
 from align.recipe.adapter import Adapter
-from align.recipe.chat_files import ChatFiles
+from align.recipe.chat_files import ChatFiles, read_settings
 from align.recipe.engines import facts_of
+from align.recipe.environment import Environment
 from align.recipe.inputs import Model
 from align.recipe.parts import ReferencePath, Rollout
 from align.recipe.placement import Placement
@@ -190,7 +192,7 @@ class RayBackend:
             dtype=engine_dtype(job.model, rollout, role.gpus > 0),
             group_size=job.group_size,
             max_tokens=rollout.max_tokens,
-            max_model_len=rollout.max_model_len or job.longest_prompt + rollout.max_tokens,
+            max_model_len=rollout.max_model_len or context_length(job),
             lora_rank=job.adapter_rank,
             versions=job.versions,
             in_flight=rollout.publish == "in_flight",
@@ -204,6 +206,7 @@ class RayBackend:
             media=job.media,
             pixels=job.pixels,
             engine=options,
+            environment=job.environment,
         )
         group, bundles = self._now.group_of([f"rollout-{number}" for number in range(rollout.workers)])
         fleet = RayFleet(
@@ -223,6 +226,9 @@ class RayBackend:
             await fleet.close()
             raise
         return fleet
+
+    async def describe_environment(self, rules: Environment, folder: Path) -> Mapping[str, Any]:
+        return await describe(rules, folder)
 
     async def scorer(self, job: ScorerJob) -> Scorer:
         names = scorer_names(job.number, self.placement.rewards.count)
@@ -299,6 +305,16 @@ def _loading_engine(name: str, threads: int, passive: bool) -> Any:
     actor = engine_actor(threads, passive, num_cpus=0)
     actor.load.remote(name)
     return actor
+
+
+def context_length(job: FleetJob) -> int:
+    """Tokens that an engine must hold: the longest prompt and what may follow it, as far as the model goes."""
+    if job.environment is None:
+        return job.longest_prompt + job.rollout.max_tokens
+    config = read_settings(job.base / "config.json")
+    positions = (config.get("text_config") or config).get("max_position_embeddings")
+    wanted = job.longest_prompt + job.environment.rules.context_tokens(job.rollout.max_tokens)
+    return min(wanted, int(positions)) if positions else wanted
 
 
 def engine_dtype(model: Model, rollout: Rollout | None, gpu: bool) -> str:

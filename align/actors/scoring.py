@@ -13,7 +13,7 @@ import numpy as np
 import rewards
 from align.actors.plugins import align_errors, plugin_spec
 from align.mediastore import described
-from align.protocols.fleet import Group
+from align.protocols.fleet import Completion, Group
 from align.protocols.scorer import ErrorBudget, Failure, ScoreTable
 from align.recipe.parts import Reward
 from align.stages.scoring import MetricTotals
@@ -29,17 +29,25 @@ def samples_of(groups: Sequence[Group]) -> list[rewards.Sample]:
             completion=completion.text,
             messages=group.prompt.messages,
             row=group.prompt.row,
-            token_ids=completion.token_ids.tolist(),
+            token_ids=sampled_ids(completion),
             truncated=completion.truncated,
             group_id=group.prompt.group_id,
             sample_id=number,
             media=seen,
-            policy_version=int(completion.versions[-1]) if completion.versions.size else -1,
+            policy_version=int(completion.sampled_versions[-1]) if completion.length else -1,
             raw=completion.raw,
+            turns=completion.episode.turns if completion.episode else (),
+            state=completion.episode.state if completion.episode else None,
         )
         for group, seen in zip(groups, media, strict=True)
         for number, completion in enumerate(group.completions)
     ]
+
+
+def sampled_ids(completion: Completion) -> list[int]:
+    ids = completion.token_ids if completion.sampled is None else completion.token_ids[completion.sampled]
+    found: list[int] = ids.tolist()
+    return found
 
 
 def score_table(groups: Sequence[Group], result: PoolResult) -> ScoreTable:

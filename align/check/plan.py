@@ -158,11 +158,11 @@ class Planner:
         origin = self.model.origin
         judged = [adapter_of(self.recipe, trained_by(self.recipe, name), origin) for name in stage.judged]
         judged += [model_adapter(origin)] if BEFORE_ANY in stage.of else []
-        if stage.rewards and any(adapter.kind != "full" for adapter in judged):
+        if stage.engines and any(adapter.kind != "full" for adapter in judged):
             self.checks.quantised(stage, None)  # the adapter is merged for the engine
-        how = f"greedy completions from {stage.rollout.name}" if stage.rewards else "loss metrics"
+        how = f"greedy completions from {stage.rollout.name}" if stage.engines else "loss metrics"
         plan.lines.append(f"evaluates {', '.join(stage.of)}: {how} on {facts.rows}{'' if facts.whole else '+'} rows")
-        if stage.rewards:
+        if stage.engines:
             self.checks.length(stage.rollout, facts)
         return plan
 

@@ -13,6 +13,7 @@ from align.check.machine import Machine, check_fits, stage_roles
 from align.check.needed import check_model_packages, check_packages
 from align.check.plan import Plan, Planner
 from align.check.rules import check_recipe
+from align.check.worlds import Worlds
 from align.data.records import Kind
 from align.errors import PluginError, RecipeError
 from align.losses import Losses
@@ -57,7 +58,7 @@ def validate(
     check_packages(recipe, found, cluster=cluster)
     plan = Plan(recipe, machine or Machine.here())
     planned = recipe
-    rewards = Rewards(folder)
+    rewards, worlds = Rewards(folder), Worlds(folder)
     with ExitStack() as stack:
         planner: Planner | None = None
         with found.gather(key="model"):
@@ -70,7 +71,7 @@ def validate(
             check_adapters(recipe, model.origin)
             check_model_packages(recipe, model.config, model.origin, found, cluster=cluster)
         for stage in planned.stages:
-            _check_rewards(stage, rewards, found)
+            _check_rewards(stage, rewards, worlds, found)
             with found.gather(stage.id, "reference"):
                 check_reference(stage)
             if stage.id not in sound:
@@ -81,13 +82,13 @@ def validate(
                     with found.gather():
                         check_fits(roles, plan.machine)
             if planner is not None:
-                _check_stage(recipe, stage, planner, plan, found, folder, rewards, every_row, show)
+                _check_stage(recipe, stage, planner, plan, found, folder, rewards, worlds, every_row, show)
                 if plan.stages and plan.stages[-1].id == stage.id:
                     plan.stages[-1].lines += rewards.lines(stage.rewarded_by)
         if planner is not None:
             plan.model, plan.sampling = planner.model_line(), planner.sampling
     found.raise_any()
-    plan.plugins = dict(rewards.sources)
+    plan.plugins = {**rewards.sources, **worlds.sources}
     plan.notes += _shadowed(recipe)
     return plan
 
@@ -101,14 +102,16 @@ def _shadowed(recipe: Recipe) -> list[str]:
     return [note for one in sorted(rewards | losses) if (note := shadowed(*one)) is not None]
 
 
-def _check_rewards(stage: Stage, rewards: Rewards, found: Findings) -> None:
+def _check_rewards(stage: Stage, rewards: Rewards, worlds: Worlds, found: Findings) -> None:
     """Plugins can be loaded, their objectives have names of their own, and `objectives` can work with them."""
     judged = None
     if isinstance(stage, SamplingStage) and stage.eval is not None and stage.eval.rewards:
         judged = rewards.objectives(stage.eval.rewards, stage.id, "eval.rewards", found)
-    if not stage.rewarded_by:
+    if not stage.rewarded_by and stage.world is None:
         return
     known, objectives = rewards.objectives(stage.rewarded_by, stage.id, "rewards", found), stage.weighed
+    if stage.world is not None:
+        known = worlds.objectives(stage, known, found)
     if isinstance(stage, SamplingStage) and stage.eval is not None:
         _check_best(stage, judged if stage.eval.rewards else known, found)
     if known is None or objectives is None:
@@ -151,6 +154,7 @@ def _check_stage(
     found: Findings,
     folder: Path,
     known: Rewards,
+    worlds: Worlds,
     every_row: bool,
     show: int,
 ) -> None:
@@ -174,12 +178,14 @@ def _check_stage(
                 losses=() if sampled else stage.losses,
                 show=show,
                 exhausted=mix_of(stage, key),
+                tools=worlds.tools(stage, found) if sampled else (),
             )
     if len(read) < len(stage.datasets):
         return
     golds = {key: _golds(stage, key, facts, found, folder, known) for key, facts in read.items()}
     with found.gather(stage.id):
         planned = planner.stage(stage, read.get("data", DataFacts()))
+        planned.lines += worlds.lines(stage, planner.model.tokenizer, read.get("data", DataFacts()), found)
         for key, facts in read.items():
             planned.lines += [f"{key}: {line.strip()}" for line in (facts.report.summary if facts.report else [])]
             planned.lines += [f"{key}: {note}" for note in [*facts.notes, *golds.get(key, [])]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,7 @@ from align.data.table import Kept
 from align.data.thinking import Thoughts
 from align.data.tokenizer import ChatTokenizer
 from align.data.unread import Reading, unread_columns
+from align.data.world import with_tools
 from align.recipe.inputs import DataSource
 
 _NOT_IN_PROMPT = "the column {!r} is not in the prompt, which may depend on it (rewards see it)"
@@ -68,7 +69,7 @@ class _Row:
 @dataclass
 class Tokeniser:
     """How the rows of one source become a table. library: of a model that takes media; answers, records: see
-    `prepare`; labelling: of labelled rows."""
+    `prepare`; labelling: of labelled rows; tools: of an environment, for every prompt."""
 
     source: DataSource
     kind: Kind
@@ -77,6 +78,7 @@ class Tokeniser:
     answers: bool = False
     labelling: Labelling | None = None
     records: bool = False
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def label_columns(self) -> tuple[str, ...]:
@@ -205,6 +207,7 @@ class _Chunk:
             weight = weight_of(reading)
             record = place_media(with_beginning(layout.convert(reading), how.tokenizer), reading)
             record = record if thoughts is None else thoughts.of(record)
+            record = with_tools(record, how.tools)
             if weight or self._answers_every_row:
                 check(record)
                 refused = how.source.too_long == "error"

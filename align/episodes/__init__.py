@@ -1,9 +1,17 @@
-"""Episodes: a model that calls tools and goes on, turn by turn, on token ids as they were sampled.
+"""Completions that take turns with an environment: calls of tools, their answers, and tokens that stay as sampled.
 
-In the order of reading:
+The room lies above `align.data`, `rewards` and `rollout`: an episode is sampled by an engine, acts in an environment's
+process, and is put together by a chat template. `rollout.base.make_engine` finds `engine.py` by name.
 
-    calls/: what a model's text says: thoughts, content, calls, and what only looks like a call
-    joins.py, join_checks.py: what is appended to sampled ids so that the next turn can be sampled, and its proof
-    renders.py, spoken.py, tools_as_text.py: what a template writes of messages and of tools
-    guard.py: text of environments that becomes no added token
+    spec.py, setting.py: what engines are told of a stage's environment; what its episodes have in common, proved
+    describe.py: the environment's process, and what it says of itself
+    episode.py, budgets.py: one episode, turn by turn; what one answer may add
+    group.py: the episodes of a prompt, drawn again where one is lost
+    engine.py, engine_loop.py: an engine whose completions are episodes, and the thread that plays them
+    trial.py: episodes played before a run
+    calls/: what a model's text says: the formats of calls
+    joins.py: what is appended to sampled ids, and an episode's prompt
+    join_checks.py: whether a chat template can be used so, proved before the first episode
+    spoken.py, tools_as_text.py: messages as a template takes them; tools where it knows none
+    guard.py: text of environments becomes no control token
 """

@@ -47,13 +47,47 @@ class PromptItem:
 
 
 @dataclass(frozen=True, slots=True)
+class EpisodeFailure:
+    """A score that an environment owed and did not give. cause: raised | timeout | died | wrong_type | not_finite |
+    out_of_range | unknown_objective | missing_objective; message: with the place in the user's code."""
+
+    cause: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """What came of a completion that took turns with an environment.
+
+    turns: the messages behind the prompt as they went, as role/content dicts (tool calls and answers included). state:
+    what the environment says of itself at the end, plain JSON. scores: by objective of the environment, None where not
+    applicable; failure: why there are none. infos: what it noted beside its scores. counts: numbers of this episode by
+    name (turns, calls, ...), averaged over a step; seconds: by tool, of each of its calls; ended: what ended it, in a
+    word (reply, done, turns, tokens, context, turn, killed). killed: its process died or had to be killed.
+    """
+
+    turns: tuple[Mapping[str, Any], ...] = ()
+    state: Any = None
+    scores: Mapping[str, float | None] = field(default_factory=dict)
+    failure: EpisodeFailure | None = None
+    infos: Mapping[str, Any] = field(default_factory=dict)
+    counts: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    ended: str = "reply"
+    killed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
-    """One sampled completion.
+    """One sampled completion: an answer, or all turns of an episode.
 
     token_ids: i64[n] exactly as sampled, the end-of-turn token included when there is one; logps: f32[n] under the
-    sampler at the sampling temperature; versions: i32[n]; text: decoded, special tokens removed, stop string kept;
+    sampler at the sampling temperature; versions: i32[n]; text: decoded, special tokens removed, stop string kept (of
+    an episode its last reply);
     finish: "eos", "stop", or "length" (truncated by max_tokens); raw: decoded with its special tokens, without those
-    that end it; None where it is the same as `text`.
+    that end it; None where it is the same as `text`. sampled: bool[n], False at tokens of an episode that nobody
+    sampled (answers of tools, headers), whose logps are 0 and whose versions are -1; None where all were. episode: of
+    an environment, else None. media: what stands in token_ids.
     """
 
     token_ids: np.ndarray
@@ -62,16 +96,29 @@ class Completion:
     text: str
     finish: Literal["eos", "stop", "length"]
     raw: str | None = None
+    sampled: np.ndarray | None = None
+    episode: Episode | None = None
+    media: tuple[Medium, ...] = ()
 
     @property
     def truncated(self) -> bool:
-        """Whether `max_tokens` cut it off."""
+        """Whether `max_tokens`, or a budget of the episode, cut it off."""
         return self.finish == "length"
+
+    @property
+    def length(self) -> int:
+        """Sampled tokens."""
+        return int(self.token_ids.shape[0] if self.sampled is None else np.count_nonzero(self.sampled))
+
+    @property
+    def sampled_versions(self) -> np.ndarray:
+        """i32[length]: the version that sampled each sampled token."""
+        return self.versions if self.sampled is None else self.versions[self.sampled]
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The G completions of one prompt, drawn by one engine."""
+    """The G completions of one prompt, drawn by one engine; fewer where episodes of it were lost."""
 
     prompt: PromptItem
     completions: tuple[Completion, ...]

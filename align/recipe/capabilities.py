@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 from pydantic import Field, field_validator, model_validator
 
 from align.recipe.adapter import Adapter, Part, Rate
+from align.recipe.environment import Environment, EnvironmentField
 from align.recipe.inputs import DataField, DataSource, Mix
 from align.recipe.labels import Labels
 from align.recipe.objectives import Objectives
@@ -108,6 +109,11 @@ class StageBase(Strict):
     @property
     def engines(self) -> Rollout | None:
         """How its engines sample; None where it samples nothing."""
+        return None
+
+    @property
+    def world(self) -> Environment | None:
+        """What completions take turns with; None where each is an answer."""
         return None
 
     @property
@@ -232,8 +238,15 @@ class SamplingStage(TrainStage):
     dynamic_sampling: DynamicSampling | None = None
     max_failed_prompts: Fraction = 0.02
     rollout: Rollout = Rollout()
-    rewards: Annotated[RewardField, Field(min_length=1)]
+    environment: EnvironmentField = None
+    rewards: RewardField = ()
     objectives: Objectives = Objectives()
+
+    @model_validator(mode="after")
+    def _is_scored(self) -> SamplingStage:
+        if not self.rewards and self.environment is None:
+            raise ValueError("give `rewards: [...]`: what its completions are worth")
+        return self
 
     @model_validator(mode="after")
     def _minibatches_of_whole_groups(self) -> SamplingStage:
@@ -287,6 +300,10 @@ class SamplingStage(TrainStage):
     def engines(self) -> Rollout | None:
         return self.rollout
 
+    @property
+    def world(self) -> Environment | None:
+        return self.environment
+
     def turns(self, rows: int) -> int:
         """Turns of the stage: `steps`, or as many as its epochs (one by default) take of `rows` prompts, rounded up."""
         if self.steps is not None:
@@ -303,6 +320,7 @@ class JudgingStage(StageBase):
     kind: str
     of: tuple[str, ...]
     data: DataField
+    environment: EnvironmentField = None
     rewards: RewardField = ()
     rollout: Rollout = Rollout(temperature=0.0)
     loss: LossField = (LossTerm(name="sft"),)
@@ -325,8 +343,12 @@ class JudgingStage(StageBase):
         return self.rewards
 
     @property
+    def world(self) -> Environment | None:
+        return self.environment
+
+    @property
     def engines(self) -> Rollout | None:
-        return self.rollout if self.rewards else None
+        return self.rollout if self.rewards or self.environment else None
 
 
 class FolderStage(StageBase):

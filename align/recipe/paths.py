@@ -67,6 +67,8 @@ def _absolute(value: str, base: Path, kind: str) -> str:
         return f"{_join(head, base)}:{attribute}"
     if kind == "plugin":  # a bare name or a dotted path
         return value
+    if kind == "program":  # a bare name is looked for on the PATH
+        return _join(value, base) if "/" in value else value
     if kind == "template" and "{" in value:  # the template itself
         return value
     if _plainly_a_file(value, kind) or Path(_join(value, base)).exists():
@@ -87,7 +89,7 @@ def _join(value: str, base: Path) -> str:
 
 
 def _places(data: dict[str, Any]) -> Iterator[tuple[Path_, str]]:
-    """Every place of the grammar that holds a path: (where, data | model | template | plugin | folder)."""
+    """Every place of the grammar that holds a path: (where, data | model | template | plugin | program | folder)."""
     model = data.get("model")
     if isinstance(model, dict):
         for key, kind in (("path", "model"), ("adapter", "model"), ("chat_template", "template")):
@@ -103,6 +105,12 @@ def _places(data: dict[str, Any]) -> Iterator[tuple[Path_, str]]:
         yield from _data_places(stage, "data", here)
         yield from _reward_places(stage, here)
         yield from ((place, "plugin") for place in _listed(stage, "loss", "name", here))
+        yield from ((place, "plugin") for place in _listed(stage, "environment", "use", here))
+        if isinstance(stage.get("environment"), dict):
+            inner = (*here, "environment")
+            yield from ((place, "plugin") for place in _listed(stage["environment"], "tools", "use", inner))
+            if "python" in stage["environment"]:
+                yield (*inner, "python"), "program"
         if isinstance(stage.get("objectives"), dict) and "combine" in stage["objectives"]:
             yield (*here, "objectives", "combine"), "plugin"
         if isinstance(stage.get("eval"), dict):

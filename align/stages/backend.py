@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from align.episodes.spec import EpisodeSpec
 from align.protocols.fleet import Fleet, PromptItem
 from align.protocols.scorer import Scorer
 from align.protocols.trainer import Trainer
 from align.recipe.adapter import Adapter, Part, Rate
 from align.recipe.chat_files import ChatFiles
+from align.recipe.environment import Environment
 from align.recipe.inputs import Media, Model
 from align.recipe.labels import Labels
 from align.recipe.parts import LossTerm, Optim, Packing, ReferencePath, Reward, Rollout
@@ -66,7 +68,8 @@ class TrainerJob:
 class FleetJob:
     """Engines to start. adapter_rank: 0 where whole weights or nothing is published; longest_prompt: tokens; versions:
     how many may be in use at once; end_ids: tokens that end a turn under the run's template; media: the largest number
-    of each kind in one prompt; pixels: min_pixels and max_pixels where the recipe sets them."""
+    of each kind in one prompt; pixels: min_pixels and max_pixels where the recipe sets them; environment: what
+    completions take turns with."""
 
     stage_id: str
     model: Model
@@ -80,6 +83,7 @@ class FleetJob:
     end_ids: tuple[int, ...] = ()
     media: Mapping[str, int] = field(default_factory=dict)
     pixels: Mapping[str, int] = field(default_factory=dict)
+    environment: EpisodeSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,11 @@ class Backend(Protocol):
     async def fleet(self, job: FleetJob) -> Fleet: ...
 
     async def scorer(self, job: ScorerJob) -> Scorer: ...
+
+    async def describe_environment(self, rules: Environment, folder: Path) -> Mapping[str, Any]:
+        """What an environment says of itself: name, tools (schemas), objectives, has. folder: the recipe's. Raises
+        PluginError where it cannot be loaded."""
+        ...
 
     def gpus(self) -> float:
         """GPUs of the machines that the run is on, all together."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -115,7 +115,13 @@ class Context:
                 library.close()
 
     async def items(
-        self, stage: StageBase, sources: Sequence[DataSource], kind: Kind, tokenizer: ChatTokenizer, name: str = "data"
+        self,
+        stage: StageBase,
+        sources: Sequence[DataSource],
+        kind: Kind,
+        tokenizer: ChatTokenizer,
+        name: str = "data",
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[Any]:
         """Prepared trees or prompts of `sources`; the data report goes to `<stage>/<name>.json` and the screen.
 
@@ -124,7 +130,7 @@ class Context:
         asked = (stage.id, name, kind, tokenizer.fingerprint)
         if self._prepared is not None and self._prepared[0] == asked:
             return self._prepared[1]
-        prepared = await self._read(stage, sources, kind, tokenizer, name)
+        prepared = await self._read(stage, sources, kind, tokenizer, name, tools=tools)
         self._prepared = (asked, list(prepared.items))
         return self._prepared[1]
 
@@ -137,6 +143,7 @@ class Context:
         name: str,
         *,
         answers: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> Prepared:
         prepared = await asyncio.to_thread(
             prepare,
@@ -150,6 +157,7 @@ class Context:
             labels=stage.score_head if kind == "labelled" else None,
             media=self.library(tokenizer.folder),
             exhausted=mix_of(stage, name),
+            tools=tools,
         )
         folder = self.run.stage_folder(stage.id)
         folder.mkdir(parents=True, exist_ok=True)
@@ -175,10 +183,16 @@ class Context:
         return list(prepared.items), list(prepared.groups)
 
     async def prompts(
-        self, stage: StageBase, sources: Sequence[DataSource], tokenizer: ChatTokenizer, name: str = "data"
+        self,
+        stage: StageBase,
+        sources: Sequence[DataSource],
+        tokenizer: ChatTokenizer,
+        name: str = "data",
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[PromptItem]:
-        """Prompts numbered by row, each with the seed of its row: what evaluation samples, whatever stage asks."""
-        items = await self.items(stage, sources, "prompt", tokenizer, name)
+        """Prompts numbered by row, each with the seed of its row: what evaluation samples, whatever stage asks. tools:
+        of an environment, which every prompt's template is given."""
+        items = await self.items(stage, sources, "prompt", tokenizer, name, tools)
         label = f"{stage.id}/{name}"
         return [
             replace(item, group_id=row, seed=group_seed(self.recipe.seed, label, row)) for row, item in enumerate(items)

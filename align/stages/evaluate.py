@@ -22,7 +22,8 @@ from align.recipe.parts import Optim
 from align.stages import intervals
 from align.stages.backend import FleetJob, Needs, Start, TrainerJob, longest_prompt, most_media, pixel_limits
 from align.stages.context import Context, opened
-from align.stages.jobs import sampling_of, scorer_job
+from align.stages.episode_scorer import EpisodeScorer, Known
+from align.stages.jobs import described_world, episode_spec, sampling_of, scorer_job, world_tools
 from align.stages.loop import StageResult
 from align.stages.margins import require_margins
 from align.stages.offline import eval_names
@@ -39,7 +40,7 @@ async def run_evaluate(context: Context, stage: JudgingStage) -> StageResult:
     model before any stage nowhere); this stage's own are named "<of>/<metric>"."""
     begun = time.perf_counter()
     context.report.stage_started(stage.id, len(stage.of), stage.kind)
-    one = _by_rewards if stage.rewards else _by_loss
+    one = _by_rewards if stage.engines else _by_loss
     context.run.summarise(stage.id, {"of": list(stage.of)})
     collected: Metrics = {}
     for number, name in enumerate(stage.of, start=1):
@@ -67,13 +68,16 @@ async def run_evaluate(context: Context, stage: JudgingStage) -> StageResult:
 
 def judging_needs(stage: JudgingStage) -> Needs:
     """What an evaluate stage runs at the same time, for each that it judges."""
-    return Needs(engines=stage.rollout.workers, scorers=1) if stage.rewards else Needs(trainer=True)
+    if not stage.engines:
+        return Needs(trainer=True)
+    return Needs(engines=stage.engines.workers, scorers=1 if stage.rewards else 0)
 
 
 async def _by_rewards(context: Context, stage: JudgingStage, name: str) -> Metrics:
     weights = judged_start(context.recipe, name, context.origin, context.run.finished())
     tokenizer = context.tokenizer(weights)
-    prompts = await context.prompts(stage, stage.data, tokenizer)
+    world = await described_world(context, stage)
+    prompts = await context.prompts(stage, stage.data, tokenizer, tools=world_tools(stage, world))
     folder = context.run.stage_folder(stage.id)
     merged = folder / f".merged-{name}"
     async with AsyncExitStack() as stack:
@@ -91,13 +95,16 @@ async def _by_rewards(context: Context, stage: JudgingStage, name: str) -> Metri
             end_ids=tokenizer.eos_ids,
             media=most_media(prompts),
             pixels=pixel_limits(context.recipe.media),
+            environment=episode_spec(context, stage, tokenizer, world),
         )
-        judges = scorer_job(context, stage, stage.rewards)
+        judges = [context.backend.scorer(scorer_job(context, stage, stage.rewards))] if stage.rewards else []
         await stack.enter_async_context(context.backend.places(judging_needs(stage)))
-        fleet, judge = await opened(stack, context.backend.fleet(job), context.backend.scorer(judges))
+        fleet, *judge = await opened(stack, context.backend.fleet(job), *judges)
         if name != stage.of[-1]:
             context.backend.expect(judging_needs(stage), stage.rollout.name)  # of the next
-        scorer = NotedScorer(judge, f"{stage.id} of {name}", tokenizer.special, context.report.message)
+        if stage.environment is not None and world is not None:
+            judge = [EpisodeScorer(Known.of(stage.environment, world), judge[0] if judge else None, stage.id)]
+        scorer = NotedScorer(judge[0], f"{stage.id} of {name}", tokenizer.special, context.report.message)
         context.record()
         await fleet.publish(Publication(version=0, kind="base", path=str(served), digest=""))
         groups = await fleet.generate(prompts, 1, sampling_of(stage.rollout))

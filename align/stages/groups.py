@@ -97,7 +97,7 @@ def untrained(groups: Sequence[Group], table: ScoreTable, truncated: Literal["ma
     """bool[S]: completions that must not be trained on: of a dropped group, empty, or truncated where that masks."""
     dropped = set(table.dropped)
     flags = [
-        index in dropped or not len(c.token_ids) or (truncated == "mask" and c.truncated)
+        index in dropped or not c.length or (truncated == "mask" and c.truncated)
         for index, group in enumerate(groups)
         for c in group.completions
     ]
@@ -128,24 +128,28 @@ def to_trees(groups: Sequence[Group], advantages: np.ndarray, masked: np.ndarray
 
 def _branch(completion: Completion, advantage: float, masked: bool) -> Segment:
     n = len(completion.token_ids)
-    trained = not masked and np.isfinite(advantage)
+    trained = not masked and bool(np.isfinite(advantage))
+    scored = np.full(n, trained, dtype=bool)
+    if completion.sampled is not None:
+        scored &= completion.sampled
     return Segment(
         token_ids=completion.token_ids,
-        loss_mask=np.full(n, trained, dtype=bool),
-        advantages=np.full(n, advantage if trained else 0.0, dtype=np.float32),
+        loss_mask=scored,
+        advantages=np.where(scored, np.float32(advantage if trained else 0.0), np.float32(0.0)),
         behavior_logps=completion.logps,
         versions=completion.versions,
+        media=completion.media,
     )
 
 
 def group_metrics(groups: Sequence[Group], advantages: np.ndarray, masked: np.ndarray, version: int) -> Metrics:
     """Counts of a turn: lengths, truncated and masked shares, groups without signal, ages of the tokens."""
     completions = [c for g in groups for c in g.completions]
-    lengths = np.asarray([len(c.token_ids) for c in completions], dtype=np.float64)
+    lengths = np.asarray([c.length for c in completions], dtype=np.float64)
     ends = np.cumsum([len(g.completions) for g in groups])[:-1]
     shares = zip(np.split(advantages, ends), np.split(masked, ends), strict=True)
     live = [_has_signal(a[~out]) for a, out in shares]
-    ages = np.concatenate([version - c.versions for c in completions]) if lengths.sum() else np.zeros(1)
+    ages = np.concatenate([version - c.sampled_versions for c in completions]) if lengths.sum() else np.zeros(1)
     return {
         "completion/mean_length": float(lengths.mean()),
         "completion/max_length": float(lengths.max()),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
+from align.data.tokenizer import ChatTokenizer
+from align.episodes.spec import EpisodeSpec
 from align.losses import Losses
 from align.protocols.fleet import PromptItem, Sampling
 from align.recipe.capabilities import SamplingStage, StageBase, TrainStage
@@ -23,7 +26,8 @@ def reward_sets(stage: StageBase) -> list[tuple[Reward, ...]]:
     if stage.engines is None:
         return []
     own = stage.eval.rewards if isinstance(stage, TrainStage) and stage.eval else ()
-    return [stage.rewarded_by, own] if own else [stage.rewarded_by]
+    every = [stage.rewarded_by, own] if own else [stage.rewarded_by]
+    return [rewards for rewards in every if rewards]
 
 
 def needs_of(stage: StageBase) -> Needs:
@@ -72,8 +76,37 @@ def sampling_of(rollout: Rollout) -> Sampling:
     )
 
 
+def episode_spec(
+    context: Context, stage: StageBase, tokenizer: ChatTokenizer, description: Mapping[str, Any] | None
+) -> EpisodeSpec | None:
+    """What engines are told of the stage's environment; None where it has none."""
+    if stage.world is None or description is None:
+        return None
+    logs = context.run.stage_folder(stage.id) / "environment"
+    logs.mkdir(parents=True, exist_ok=True)
+    return EpisodeSpec(stage.world, tokenizer, description, context.recipe_folder, context.recipe.seed, logs)
+
+
+async def described_world(context: Context, stage: StageBase) -> Mapping[str, Any] | None:
+    """What the stage's environment says of itself; None where it has none."""
+    if stage.world is None:
+        return None
+    return await context.backend.describe_environment(stage.world, context.recipe_folder)
+
+
+def world_tools(stage: StageBase, description: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], ...]:
+    """Schemas that the chat template is given with every prompt."""
+    written = stage.world is not None and stage.world.tools_in == "template"
+    return tuple(description["tools"]) if description is not None and written else ()
+
+
 def fleet_job(
-    context: Context, stage: SamplingStage, start: Start, prompts: list[PromptItem], end_ids: tuple[int, ...]
+    context: Context,
+    stage: SamplingStage,
+    start: Start,
+    prompts: list[PromptItem],
+    tokenizer: ChatTokenizer,
+    description: Mapping[str, Any] | None,
 ) -> FleetJob:
     return FleetJob(
         stage_id=stage.id,
@@ -85,7 +118,8 @@ def fleet_job(
         longest_prompt=longest_prompt(prompts),
         seed=context.recipe.seed,
         versions=stage.staleness + 1,
-        end_ids=end_ids,
+        end_ids=tokenizer.eos_ids,
         media=most_media(prompts),
         pixels=pixel_limits(context.recipe.media),
+        environment=episode_spec(context, stage, tokenizer, description),
     )

@@ -237,7 +237,7 @@ def greedy_metrics(groups: Sequence[Group], table: ScoreTable) -> Metrics:
     return {
         **means,
         **({"accuracy": means[judged]} if judged in means else {}),
-        "mean_length": float(np.mean([len(c.token_ids) for c in completions])),
+        "mean_length": float(np.mean([c.length for c in completions])),
         "truncated": float(np.mean([c.truncated for c in completions])),
         "missing": float(np.mean(~np.isfinite(table.scores))),
         "completions": float(len(completions)),
@@ -247,7 +247,7 @@ def greedy_metrics(groups: Sequence[Group], table: ScoreTable) -> Metrics:
 
 def _oldest(group: Group, admitted: int) -> int:
     """The oldest version among a group's tokens; of the time of its admission where it has none."""
-    return min((int(c.versions.min()) for c in group.completions if len(c.versions)), default=admitted)
+    return min((int(c.sampled_versions.min()) for c in group.completions if c.length), default=admitted)
 
 
 class _Clock:

@@ -19,7 +19,7 @@ import numpy as np
 from align.errors import RunFolderError
 from align.mediastore import described
 from align.oserrors import naming
-from align.protocols.fleet import Group
+from align.protocols.fleet import Completion, Group
 from align.protocols.scorer import ScoreTable
 from align.stages.files import sync_folder
 from align.stages.manifest import require_rollouts
@@ -37,7 +37,9 @@ class RolloutLog:
     order), completion, completion_raw (as it was generated, special tokens included, without those that end it; null
     where that is the same), token_ids, one float column `objective/<name>` each
     (null where missing), advantage (null where not trained on; before the prompt's own weight), trained, finish,
-    version (of the first token), mean_logp (of the sampler). The metadata `KINDS` says which objectives are costs.
+    version (of the first sampled token), mean_logp (of the sampler). Of episodes also sampled (per token, whether it
+    was), turns and state (as JSON), ended and environment_error (null where there was none). The metadata `KINDS` says which
+    objectives are costs.
     """
 
     def __init__(self, folder: Path):
@@ -87,8 +89,8 @@ class RolloutLog:
                         "advantage": _known(advantages[row]),
                         "trained": bool(trained[row]),
                         "finish": completion.finish,
-                        "version": int(completion.versions[0]) if len(completion.versions) else None,
-                        "mean_logp": float(np.mean(completion.logps)) if len(completion.logps) else None,
+                        **_drawn(completion),
+                        **_episode(completion),
                     }
                 )
                 row += 1
@@ -118,6 +120,29 @@ class RolloutLog:
 
 def _known(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
+
+
+def _drawn(completion: Completion) -> dict[str, Any]:
+    versions = completion.sampled_versions
+    logps = completion.logps if completion.sampled is None else completion.logps[completion.sampled]
+    return {
+        "version": int(versions[0]) if len(versions) else None,
+        "mean_logp": float(np.mean(logps)) if len(logps) else None,
+    }
+
+
+def _episode(completion: Completion) -> dict[str, Any]:
+    """The columns of an episode; none of an answer."""
+    episode = completion.episode
+    if episode is None:
+        return {}
+    return {
+        "sampled": [] if completion.sampled is None else completion.sampled.tolist(),
+        "turns": json.dumps(episode.turns, ensure_ascii=False, default=str),
+        "state": json.dumps(episode.state, ensure_ascii=False, default=str),
+        "ended": episode.ended,
+        "environment_error": episode.failure and f"{episode.failure.cause}: {episode.failure.message}",
+    }
 
 
 @dataclass(frozen=True)

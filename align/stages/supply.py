@@ -64,7 +64,7 @@ class Scored:
 
     @property
     def tokens(self) -> int:
-        return sum(len(completion.token_ids) for completion in self.group.completions)
+        return sum(completion.length for completion in self.group.completions)
 
 
 @dataclass
@@ -281,7 +281,7 @@ class _TurnCounts:
     dropped_lengths: list[int] = field(default_factory=list)
 
     def note_dropped(self, group: Group) -> None:
-        self.dropped_lengths += [len(completion.token_ids) for completion in group.completions]
+        self.dropped_lengths += [completion.length for completion in group.completions]
 
 
 def _group_id(prompt: PromptItem) -> int:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from align.data.order import BatchPlan
 from align.data.records import Kind
 from align.data.tokenizer import ChatTokenizer
 from align.losses import Losses
+from align.protocols.scorer import Scorer
 from align.protocols.trainer import Trainer
 from align.protocols.trees import Tree
 from align.recipe.capabilities import SamplingStage, TrainStage
@@ -19,8 +21,18 @@ from align.recipe.inputs import DataSource
 from align.recipe.parts import LossTerm
 from align.stages.backend import Start
 from align.stages.context import Context, opened
+from align.stages.episode_scorer import EpisodeScorer, Known
 from align.stages.groups import PromptCursor
-from align.stages.jobs import fleet_job, needs_of, reward_sets, sampling_of, scorer_job, trainer_job
+from align.stages.jobs import (
+    described_world,
+    fleet_job,
+    needs_of,
+    reward_sets,
+    sampling_of,
+    scorer_job,
+    trainer_job,
+    world_tools,
+)
 from align.stages.loop import Loop, StageResult, every_steps, latest_checkpoint
 from align.stages.margins import require_margins, with_margins
 from align.stages.metrics_file import METRICS, cut_metrics
@@ -136,8 +148,10 @@ async def run_online(context: Context, stage: SamplingStage) -> StageResult:
     """A GRPO stage from its start, or from its newest checkpoint."""
     start = start_of(context.recipe, stage, context.origin, context.run.finished())
     tokenizer = context.tokenizer(start)
-    prompts = await context.prompts(stage, stage.data, tokenizer)
-    held = await context.prompts(stage, stage.eval.data, tokenizer, "eval") if stage.eval else []
+    world = await described_world(context, stage)
+    tools = world_tools(stage, world)
+    prompts = await context.prompts(stage, stage.data, tokenizer, tools=tools)
+    held = await context.prompts(stage, stage.eval.data, tokenizer, "eval", tools) if stage.eval else []
     plan = online_plan(stage, len(prompts), context.seed(stage.id))
     job = trainer_job(context, stage, start, plan.total * plan.updates.per_turn)
     scorers = [scorer_job(context, stage, rewards, number) for number, rewards in enumerate(reward_sets(stage))]
@@ -147,10 +161,13 @@ async def run_online(context: Context, stage: SamplingStage) -> StageResult:
         trainer, fleet, *judges = await opened(
             stack,
             context.backend.trainer(job),
-            context.backend.fleet(fleet_job(context, stage, start, [*prompts, *held], tokenizer.eos_ids)),
+            context.backend.fleet(fleet_job(context, stage, start, [*prompts, *held], tokenizer, world)),
             *(context.backend.scorer(scorer) for scorer in scorers),
         )
-        judges = [NotedScorer(judge, stage.id, tokenizer.special, context.report.message) for judge in judges]
+        judges = [
+            NotedScorer(judge, stage.id, tokenizer.special, context.report.message)
+            for judge in scorers_of(stage, world, judges)
+        ]
         for judge in judges:
             stack.callback(judge.finish)
         context.record()
@@ -184,6 +201,17 @@ async def run_online(context: Context, stage: SamplingStage) -> StageResult:
         async with online:
             await online.start(loop.state.step, loop.state.extra)
             return finished(context, start, await loop.run(online.turn))
+
+
+def scorers_of(stage: SamplingStage, world: Mapping[str, Any] | None, judges: Sequence[Scorer]) -> tuple[Scorer, ...]:
+    """The scorer of what is trained on, then that of the evaluation where it is another. judges: of `reward_sets`;
+    world: what the stage's environment says of itself."""
+    if stage.environment is None or world is None:
+        return tuple(judges)
+    known = Known.of(stage.environment, world)
+    own = judges[0] if stage.rewards else None
+    held = [judges[-1]] if stage.eval and stage.eval.rewards else []
+    return tuple(EpisodeScorer(known, judge, stage.id) for judge in (own, *held))
 
 
 def finished(context: Context, start: Start, result: StageResult) -> StageResult:

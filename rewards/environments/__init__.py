@@ -16,5 +16,6 @@ its session, and is gone when the episode is. Each watches the one above: the pa
 """
 
 from rewards.environments.api import environment
+from rewards.environments.members import tool_schemas
 
-__all__ = ["environment"]
+__all__ = ["environment", "tool_schemas"]

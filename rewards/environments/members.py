@@ -54,6 +54,12 @@ def tools_of(kind: type, where: str) -> dict[str, Tool]:
     return {name: tool for name in names if (tool := _tool(kind, name, MEMBERS, where)) is not None}
 
 
+def tool_schemas(kind: type) -> list[Schema]:
+    """The tools of an environment's class as chat templates take them: what a row's `tools` are, for traces that an SFT
+    stage learns from. Raises PluginError where one cannot be described."""
+    return [tool.schema for tool in tools_of(kind, kind.__name__).values()]
+
+
 def trl_tools_of(kind: type, where: str) -> dict[str, Tool]:
     """As TRL's trainer lists them: all public functions of the class but `reset`, `get_reward`, by name."""
     names = [name for name, _ in inspect.getmembers(kind, predicate=inspect.isfunction)]

@@ -1,0 +1,96 @@
+"""Environments of a recipe, described by their own processes: what they offer, and what episodes will need."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from align.check.findings import Findings
+from align.check.inputs import DataFacts
+from align.data.tokenizer import ChatTokenizer
+from align.episodes.describe import describe
+from align.episodes.setting import setting_of
+from align.errors import PluginError
+from align.objectives.check import Known
+from align.recipe.capabilities import SamplingStage, StageBase
+from align.recipe.environment import Environment
+
+
+class Worlds:
+    """Descriptions of a recipe's environments, each asked for once. sources: SHA-256 by the name that a recipe uses."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.sources: dict[str, str] = {}
+        self._known: dict[str, Mapping[str, Any] | None] = {}
+
+    def of(self, stage: StageBase, found: Findings) -> Mapping[str, Any] | None:
+        """What the stage's environment says of itself; None where it has none, or it could not be loaded (`found`)."""
+        if stage.world is None:
+            return None
+        asked = stage.world.model_dump_json()
+        if asked not in self._known:
+            self._known[asked] = None
+            with found.gather(stage.id, "environment"):
+                self._known[asked] = self._described(stage.world)
+        return self._known[asked]
+
+    def _described(self, rules: Environment) -> Mapping[str, Any]:
+        described = asyncio.run(describe(rules, self.folder))
+        self.sources |= dict.fromkeys(rules.uses, described.get("sha256") or "")
+        return described
+
+    def objectives(
+        self, stage: StageBase, rewards: Mapping[str, Known] | None, found: Findings
+    ) -> dict[str, Known] | None:
+        """The environment's objectives before those of the rewards; None where either could not be described."""
+        described = self.of(stage, found)
+        if described is None or rewards is None:
+            return None
+        own = {name: Known(o["kind"], o["range"] and tuple(o["range"])) for name, o in described["objectives"].items()}
+        for name in own.keys() & rewards.keys():
+            error = PluginError(
+                f"the environment and a reward both give an objective {name!r}",
+                where="environment",
+                remedy="rename one: `as:` beside the environment's `use`, or beside the reward's",
+            )
+            found.add(error, stage.id)
+            return None
+        if not own and not rewards and isinstance(stage, SamplingStage):
+            error = PluginError(
+                f"nothing scores the episodes: {described['name']} has no `reward`, and the stage has no rewards",
+                where="environment",
+                remedy="write `def reward(self)`, or add `rewards: [...]`, which see `sample.turns` and `sample.state`",
+            )
+            found.add(error, stage.id)
+            return None
+        return {**own, **rewards}
+
+    def tools(self, stage: StageBase, found: Findings) -> tuple[Mapping[str, Any], ...]:
+        """Schemas that the stage's prompts are rendered with."""
+        described = self.of(stage, found)
+        written = stage.world is not None and stage.world.tools_in == "template"
+        return tuple(described["tools"]) if described is not None and written else ()
+
+    def lines(self, stage: StageBase, tokenizer: ChatTokenizer, facts: DataFacts, found: Findings) -> list[str]:
+        """What its episodes are, in words. Raises Unsupported where the chat template cannot be continued."""
+        described, rules = self.of(stage, found), stage.world
+        if described is None or rules is None or stage.engines is None:
+            return []
+        setting = setting_of(rules, tokenizer, described, 0)
+        names = [tool["function"]["name"] for tool in described["tools"]]
+        how = [f"tools {', '.join(names)}" if names else "no tools"]
+        how += [f"calls read as {setting.format.name}"] if setting.format else []
+        how += ["turns of its own (respond)"] if described["has"].get("respond") else []
+        how += ["a reward of its own"] if described["has"].get("reward") else []
+        turn = stage.engines.max_tokens
+        wanted = facts.longest + rules.context_tokens(turn)
+        return [
+            f"environment {described['name']}: {', '.join(how)}",
+            f"episodes: at most {rules.max_turns} turns of {turn} tokens, {rules.max_tokens} in all, answers of at "
+            f"most {rules.max_observation_tokens}; the longest is {wanted:,} tokens with its prompt of "
+            f"{facts.longest}; {rules.timeout_s:g} s a call, {rules.retries} retries, at most {100 * rules.max_error_rate:g} % lost; "
+            f"{rules.max_live} at once an engine{', in lockstep' if rules.lockstep else ''}",
+        ]

@@ -1,0 +1,200 @@
+"""`align env`: play an environment before a run. Turns, tools, seconds and errors are shown, and tokens as they go."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from align.cli.arguments import add_debug
+from align.data.prepare import prepare
+from align.data.scratch import train_tokenizer
+from align.data.tokenizer import ChatTokenizer, load_tokenizer
+from align.episodes.trial import Sample, Trial, Tried, read_replies, try_environment, written
+from align.errors import UserError
+from align.protocols.fleet import Completion, FailedPrompt, PromptItem, Sampling
+from align.recipe.document import parse_value
+from align.recipe.environment import Environment
+from align.recipe.inputs import DataSource, TokenizerFromScratch
+
+_TEXT = 400  # characters of a turn on the screen
+_CONTEXT = 1 << 15  # tokens, where no model says how many
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """The verb `try`."""
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB", dest="action")
+    one = verbs.add_parser("try", help="play episodes with written replies or a model, and look for what is wrong")
+    add_debug(one)
+    one.add_argument("name", help="file.py:Class or package.module:Class; functions as file.py:f,file.py:g")
+    one.add_argument("--data", required=True, metavar="FILE", help="rows with prompts, as an online stage reads them")
+    one.add_argument("--replies", metavar="FILE", help='a line per episode: ["first reply", "second reply"]')
+    one.add_argument("--model", metavar="FOLDER", help="a model that plays, or whose template writes the replies")
+    one.add_argument("--limit", type=int, default=3, metavar="ROWS", help="episodes to play (default 3)")
+    one.add_argument("--args", nargs="+", default=[], metavar="key=value", help="of the constructor; values are YAML")
+    one.add_argument("--set", nargs="+", default=[], metavar="key=value", help="keys of `environment:`, as max_turns=4")
+    one.add_argument("--max-tokens", type=int, default=256, metavar="N", help="of a turn of the model (default 256)")
+    one.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the model (default 1)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0; 1 where an episode was lost, or something is wrong with the environment. Raises UserError."""
+    rules = _rules(arguments)
+    if arguments.replies is None and arguments.model is None:
+        raise UserError("nobody plays", remedy="give --replies FILE, or --model FOLDER, or both")
+    folder, data = Path.cwd(), Path(arguments.data).absolute()
+    with tempfile.TemporaryDirectory() as aside:
+        tokenizer = _tokenizer(arguments.model, data, Path(aside))
+        source = DataSource(path=str(data), limit=arguments.limit)
+        sampling = Sampling(temperature=arguments.temperature, max_tokens=arguments.max_tokens)
+
+        def prompts(description: Mapping[str, Any]) -> Sequence[PromptItem]:
+            tools = description["tools"] if rules.tools_in == "template" else ()
+            items: list[PromptItem] = prepare([source], "prompt", tokenizer, seed=0, tools=tools).items
+            return items[: arguments.limit]
+
+        with _players(arguments, tokenizer) as (sampler, context):
+            trial = asyncio.run(
+                try_environment(rules, folder, tokenizer, prompts, sampler, sampling=sampling, context=context)
+            )
+    print("\n".join(_lines(trial, tokenizer)))
+    return 1 if trial.problems or any(one.completion is None for one in trial.episodes) else 0
+
+
+def _rules(arguments: argparse.Namespace) -> Environment:
+    given: dict[str, Any] = _pairs(arguments.set)
+    names = arguments.name.split(",")
+    given |= {"use": names[0], "args": _pairs(arguments.args)} if _is_class(names) else {"tools": names}
+    try:
+        return Environment.model_validate(given)
+    except ValueError as error:
+        raise UserError(f"no environment has these settings: {error}", where="--set") from error
+
+
+def _is_class(names: Sequence[str]) -> bool:
+    """One name whose last part begins with a capital letter, as classes do."""
+    return len(names) == 1 and names[0].rpartition(":")[2][:1].isupper()
+
+
+def _pairs(words: Sequence[str]) -> dict[str, Any]:
+    bad = next((word for word in words if "=" not in word), None)
+    if bad is not None:
+        raise UserError(f"{bad!r} is no key=value")
+    return {key: parse_value(value) for key, _, value in (word.partition("=") for word in words)}
+
+
+def _tokenizer(model: str | None, data: Path, aside: Path) -> ChatTokenizer:
+    """The model's; without one a byte-level one with our ChatML template: turns are put together as in a run."""
+    if model is not None:
+        return load_tokenizer(model)
+    spec = TokenizerFromScratch.model_validate({"train_on": {"path": str(data), "limit": 100}, "vocab_size": 300})
+    train_tokenizer(spec, aside)
+    return load_tokenizer(aside)
+
+
+Players = tuple[Callable[[int], Sample], int]
+
+
+@contextmanager
+def _players(arguments: argparse.Namespace, tokenizer: ChatTokenizer) -> Iterator[Players]:
+    """Who replies in episode n, and how many tokens an episode may have."""
+    if arguments.replies is not None:
+        replies = read_replies(Path(arguments.replies))
+        yield (lambda number: written(replies[number % len(replies)], tokenizer)), _CONTEXT
+        return
+    with _engine(arguments.model, tokenizer) as (sample, context):
+        yield (lambda number: sample), context
+
+
+@contextmanager
+def _engine(model: str, tokenizer: ChatTokenizer) -> Iterator[tuple[Sample, int]]:
+    from align.protocols.trainer import Publication
+    from align.recipe.chat_files import read_settings
+    from rollout.base import EngineSpec, Request, make_engine
+
+    spec = EngineSpec("transformers", str(Path(model).absolute()), end_ids=tokenizer.eos_ids)
+    engine = make_engine(spec)
+    try:
+        engine.publish(Publication(0, "base", spec.folder, ""))
+
+        async def sample(prompt: PromptItem, sampling: Sampling) -> Completion | FailedPrompt:
+            engine.add([Request(0, prompt, 1, sampling)])
+            while True:
+                for _, answer in engine.step():
+                    return answer if isinstance(answer, FailedPrompt) else answer.completions[0]
+
+        config = read_settings(Path(model) / "config.json")
+        yield sample, int((config.get("text_config") or config).get("max_position_embeddings") or _CONTEXT)
+    finally:
+        engine.close()
+
+
+# ------------------------------------------------------------------------------------------------- what is shown
+
+
+def _lines(trial: Trial, tokenizer: ChatTokenizer) -> Iterator[str]:
+    described = trial.description
+    has = ", ".join(name for name, there in described["has"].items() if there) or "nothing else"
+    yield f"{described['name']} ({described.get('source') or 'no file'}): {has}"
+    for tool in described["tools"]:
+        function = tool["function"]
+        yield f"  tool {function['name']}: {function.get('description') or '(no description)'}"
+        yield f"    {json.dumps(function['parameters'], ensure_ascii=False)}"
+    if trial.setting.format is not None:
+        yield f"  calls are read as {trial.setting.format.name}"
+    for name, objective in described["objectives"].items():
+        within = f" in [{objective['range'][0]:g}, {objective['range'][1]:g}]" if objective["range"] else ""
+        yield f"  objective {name}: {objective['kind']}{within}"
+    for number, tried in enumerate(trial.episodes):
+        yield ""
+        yield from _episode(number, tried, tokenizer)
+    yield ""
+    yield from (f"problem: {problem}" for problem in trial.problems)
+    lost = sum(one.completion is None for one in trial.episodes)
+    yield f"{len(trial.episodes)} episodes, {lost} lost, {len(trial.problems)} problems"
+
+
+def _episode(number: int, tried: Tried, tokenizer: ChatTokenizer) -> Iterator[str]:
+    yield f"episode {number} ({tried.origin})"
+    if tried.prompt is not None:
+        yield f"  prompt, {len(tried.prompt)} tokens: {_short(_decoded(tokenizer, tried.prompt.tolist()))}"
+    completion = tried.completion
+    if completion is not None and completion.episode is not None:
+        yield from _tokens(completion, tokenizer)
+        episode = completion.episode
+        for tool, seconds in episode.seconds.items():
+            yield f"  {tool}: {len(seconds)} calls, {max(seconds):.3f} s at most"
+        yield f"  ended by {episode.ended}; {', '.join(f'{n} {v:g}' for n, v in episode.counts.items() if v)}"
+        yield f"  scores: {json.dumps(dict(episode.scores))}"
+        if episode.failure is not None:
+            yield f"  no scores: {episode.failure.cause}: {episode.failure.message}"
+        if episode.state is not None:
+            yield f"  state: {_short(json.dumps(episode.state, ensure_ascii=False, default=str))}"
+    if tried.lost is not None:
+        yield f"  lost: {tried.lost}"
+
+
+def _tokens(completion: Completion, tokenizer: ChatTokenizer) -> Iterator[str]:
+    """The episode's tokens in runs: those that were sampled, and those that the environment and the template added."""
+    ids, sampled = completion.token_ids.tolist(), completion.sampled
+    assert sampled is not None, "of an episode"
+    start = 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or sampled[end] != sampled[start]:
+            who = "sampled" if sampled[start] else "added  "
+            yield f"  {who} {end - start:5d}: {_short(_decoded(tokenizer, ids[start:end]))}"
+            start = end
+
+
+def _decoded(tokenizer: ChatTokenizer, ids: Sequence[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _short(text: str) -> str:
+    shown = text if len(text) <= _TEXT else f"{text[: _TEXT // 2]} ... {text[-_TEXT // 2 :]}"
+    return json.dumps(shown, ensure_ascii=False)

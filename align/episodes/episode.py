@@ -1,0 +1,366 @@
+"""One episode: turns of the policy and of its environment, token by token.
+
+    sample a turn -> read its calls -> act -> append what came of them -> sample -> ...
+
+The next prompt is always the previous ids, exactly as they were sampled, and a join behind them (`joins.py`): nothing
+is decoded and encoded again. An episode is a coroutine; who samples for it and where its environment runs are its
+caller's business (`engine.py`, `try`, tests).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from align.data.records import RowError
+from align.episodes.budgets import cut_middle
+from align.episodes.calls import Reply, ToolCall
+from align.episodes.setting import Setting
+from align.protocols.fleet import Completion, Episode, EpisodeFailure, FailedPrompt, PromptItem, Sampling
+from rewards.environments.arguments import check_arguments
+from rewards.environments.live import Outcome
+
+Message = Mapping[str, Any]
+_COMPLAINTS = 3  # about one turn
+Sample = Callable[[PromptItem, Sampling], Awaitable[Completion | FailedPrompt]]
+"""Draws one completion of a prompt."""
+
+
+class World(Protocol):
+    """An episode's environment, as `rewards.environments.host.Live` is one."""
+
+    async def reset(self, row: Mapping[str, Any], seed: int, episode_seed: int, timeout_s: float) -> Outcome: ...
+    async def calls(self, calls: Sequence[tuple[str, Mapping[str, Any]]], timeout_s: float) -> list[Outcome]: ...
+    async def respond(self, reply: str, timeout_s: float) -> Outcome: ...
+    async def reward(self, timeout_s: float) -> Outcome: ...
+    async def state(self, timeout_s: float) -> Outcome: ...
+
+
+class Lost(Exception):
+    """The environment is gone, or did what an episode cannot go on from. killed: its process died or had to be."""
+
+    def __init__(self, cause: str, message: str, *, killed: bool):
+        super().__init__(message)
+        self.cause, self.message, self.killed = cause, message, killed
+
+
+@dataclass
+class Ids:
+    """The ids of an episode as they grow, the first `start` of them its prompt."""
+
+    tokens: list[int]
+    start: int = 0
+    sampled: list[bool] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+    def sample(self, drawn: Completion) -> None:
+        self.tokens += drawn.token_ids.tolist()
+        self.sampled += [True] * len(drawn.token_ids)
+        self.logps += drawn.logps.tolist()
+        self.versions += drawn.versions.tolist()
+
+    def join(self, ids: Sequence[int]) -> None:
+        self.tokens += ids
+        self.sampled += [False] * len(ids)
+        self.logps += [0.0] * len(ids)
+        self.versions += [-1] * len(ids)
+
+
+class Play:
+    """Episode `number` of a prompt. `play` gives its prompt's ids, i64[n], and its completion.
+
+    sample: draws a turn. world: its environment, just opened. attempt: how often its group was given up before.
+    """
+
+    def __init__(
+        self, setting: Setting, prompt: PromptItem, number: int, sampling: Sampling, sample: Sample, world: World,
+        *, attempt: int = 0,
+    ):  # fmt: skip
+        self.setting, self.rules = setting, setting.rules
+        self.prompt, self.number, self.sampling, self.attempt = prompt, number, sampling, attempt
+        self._sample, self._world = sample, world
+        self._ids = Ids(prompt.token_ids.tolist())
+        self._messages: list[Message] = list(prompt.messages)
+        self._first = len(self._messages)
+        self._last: Completion | None = None
+        self._reply = Reply("", None, (), ())
+        self._counts = {"turns": 0.0, "calls": 0.0, "call_errors": 0.0, "invalid_calls": 0.0, "cut_answers": 0.0}
+        self._seconds: dict[str, list[float]] = {}
+        self._waited = 0.0
+        self._made_ids = 0
+
+    async def play(self) -> tuple[np.ndarray, Completion]:
+        """Raises Lost, unless the recipe scores what was lost (`on_kill`)."""
+        try:
+            ended = await self._turns()
+            return self._prompt_ids(), await self._finished(ended)
+        except Lost as lost:
+            if self.rules.on_kill is None or not lost.killed or not self._ids.sampled:
+                raise
+            return self._prompt_ids(), self._completion("killed", Verdict(killed=True))
+
+    def so_far(self) -> tuple[np.ndarray, Completion | None]:
+        """What an episode that was given up has come to; no completion before its first turn."""
+        return self._prompt_ids(), None if self._last is None else self._completion("killed", Verdict())
+
+    # ------------------------------------------------------------------------------------------------- turns
+
+    async def _turns(self) -> str:
+        """Turns to the end; the word for what ended them."""
+        await self._reset()
+        while True:
+            room = self._room()
+            if room < 1 and self._last is None:
+                size = len(self._ids.tokens)
+                raise Lost(
+                    "too long", f"a prompt of {size} tokens fills the engine's {self.setting.context}", killed=False
+                )
+            if room < 1:
+                return self._full()
+            drawn = await self._turn(room)
+            if drawn.finish == "length":
+                return "turn" if room == self.sampling.max_tokens else self._full()
+            added, done = await self._act(self._reply)
+            if done or not added:
+                return "done" if done else "reply"
+            if self._counts["turns"] >= self.rules.max_turns:
+                return "turns"
+            self._append(added, drawn)
+
+    async def _reset(self) -> None:
+        episode_seed = seed_of(self.prompt.seed, "episode", self.number)
+        seed = seed_of(self.prompt.seed, "reset")
+        outcome = await self._world.reset(self.prompt.row, seed, episode_seed, self.rules.timeout_s)
+        self._require(outcome, "reset")
+        added = as_messages(outcome.value, "reset")
+        if added or self.rules.tools_in == "prompt":
+            self._ids = Ids(self.setting.joins.opening(self._messages, added))
+            self._messages += added
+        self._ids.start = len(self._ids.tokens)
+
+    def _full(self) -> str:
+        """The budget that is used up."""
+        return "tokens" if self._spent() >= self.rules.max_tokens else "context"
+
+    def _spent(self) -> int:
+        return sum(self._ids.sampled)
+
+    def _room(self) -> int:
+        """Tokens that the next turn may have."""
+        left = self.setting.context - len(self._ids.tokens)
+        return min(self.sampling.max_tokens, self.rules.max_tokens - self._spent(), left)
+
+    async def _turn(self, room: int) -> Completion:
+        turn = int(self._counts["turns"])
+        seed = seed_of(self.prompt.seed, "turn", self.number, turn, self.attempt)
+        item = replace(self.prompt, token_ids=np.array(self._ids.tokens, np.int64), seed=seed)
+        drawn = await self._sample(item, replace(self.sampling, max_tokens=room))
+        if isinstance(drawn, FailedPrompt):
+            raise Lost("too long", drawn.message, killed=False)
+        self._ids.sample(drawn)
+        self._counts["turns"] += 1
+        self._last = drawn
+        self._reply = self._numbered(self._read(drawn))
+        self._messages.append(self._reply.message())
+        return drawn
+
+    def _read(self, drawn: Completion) -> Reply:
+        if self.setting.format is None:
+            return Reply(drawn.text, None, (), ())
+        return self.setting.format.parse(drawn.text if drawn.raw is None else drawn.raw)
+
+    def _numbered(self, reply: Reply) -> Reply:
+        """With an id for each call: nine letters and digits, which every template takes."""
+        calls: list[ToolCall] = []
+        for call in reply.calls:
+            self._made_ids += 1
+            calls.append(replace(call, id=call.id or f"call{self._made_ids:05d}"))
+        return replace(reply, calls=tuple(calls))
+
+    def _append(self, added: Sequence[Message], drawn: Completion) -> None:
+        last = int(drawn.token_ids[-1])
+        end = last if drawn.finish == "eos" else None
+        try:
+            ids = self.setting.joins.join(self._messages, added, end)
+        except RowError as error:
+            raise Lost("template", f"the turn cannot be continued: {error}", killed=False) from error
+        self._messages += added
+        self._ids.join(ids)
+
+    # ------------------------------------------------------------------------------------------------- acting
+
+    async def _act(self, reply: Reply) -> tuple[list[Message], bool]:
+        """What the environment says to a reply, () where the episode is over; and whether it says so itself."""
+        if reply.calls or reply.invalid:
+            return await self._answers(reply)
+        if not self.setting.has.get("respond"):
+            return [], False
+        outcome = await self._world.respond(reply.content, self.rules.timeout_s)
+        self._time("respond", outcome)
+        self._require(outcome, "respond")
+        return [self._cut(m) for m in as_messages(outcome.value, "respond")], outcome.done
+
+    async def _answers(self, reply: Reply) -> tuple[list[Message], bool]:
+        """An answer to each call, in order, and one to what was no call."""
+        most = min(self.rules.max_calls, self.setting.joins.most_calls or self.rules.max_calls)
+        texts = [self._refusal(n, call, most) for n, call in enumerate(reply.calls)]
+        asked = [n for n, text in enumerate(texts) if text is None]
+        done = False
+        if asked:
+            calls = [(reply.calls[n].name, reply.calls[n].arguments) for n in asked]
+            outcomes = await self._world.calls(calls, self.rules.timeout_s)
+            for n, outcome in zip(asked, outcomes, strict=True):
+                done |= outcome.done
+                texts[n] = self._told(reply.calls[n].name, outcome)
+        self._counts["calls"] += len(asked)
+        self._counts["invalid_calls"] += len(reply.calls) - len(asked) + len(reply.invalid)
+        added: list[Message] = [
+            {"role": "tool", "name": call.name, "tool_call_id": call.id, "content": text}
+            for call, text in zip(reply.calls, texts, strict=True)
+        ]
+        if reply.invalid:
+            added = self._with_complaint(added, f"error: {'; '.join(reply.invalid[:_COMPLAINTS])}")
+        return [self._cut(message) for message in added], done
+
+    def _with_complaint(self, answers: list[Message], complaint: str) -> list[Message]:
+        """With what was wrong with calls that could not be read, for which there is no message in the template."""
+        if answers:
+            return [*answers[:-1], {**answers[-1], "content": f"{answers[-1]['content']}\n{complaint}"}]
+        alone = self.setting.joins.takes_answers_alone
+        return [{"role": "tool" if alone else "user", "content": complaint}]
+
+    def _refusal(self, number: int, call: ToolCall, most: int) -> str | None:
+        """What is wrong with a call before it is made; None where nothing is."""
+        if number >= most:
+            return f"error: not called, at most {most} call{'s' if most > 1 else ''} a turn"
+        schema = self.setting.schema(call.name)
+        if schema is None:
+            names = ", ".join(s["function"]["name"] for s in self.setting.schemas)
+            return f"error: there is no tool {call.name[:100]!r}; there are: {names}"
+        wrong = check_arguments(schema, call.arguments)
+        return None if wrong is None else f"error: {wrong}"
+
+    def _told(self, tool: str, outcome: Outcome) -> Any:
+        """What the policy reads of a call; raises Lost where it is not to read it."""
+        self._time(tool, outcome)
+        if outcome.kind == "value":
+            return outcome.value
+        self._counts["call_errors"] += 1
+        told = {"raised": self.rules.on_error == "tell", "timeout": self.rules.on_timeout == "tell", "too_large": True}
+        if outcome.lost or not told.get(outcome.kind, False):
+            raise lost(outcome, tool)
+        return f"error: {outcome.message}"
+
+    def _require(self, outcome: Outcome, what: str) -> None:
+        if outcome.kind != "value":
+            raise lost(outcome, what)
+
+    def _time(self, what: str, outcome: Outcome) -> None:
+        self._seconds.setdefault(what, []).append(outcome.seconds)
+        self._waited += outcome.seconds
+
+    def _cut(self, message: Message) -> Message:
+        text = message["content"]
+        if not isinstance(text, str):
+            return message
+        text, gone = cut_middle(text, self.rules.max_observation_tokens, self.setting.tokenizer)
+        self._counts["cut_answers"] += bool(gone)
+        return {**message, "content": text} if gone else message
+
+    # ------------------------------------------------------------------------------------------------- the end
+
+    def _prompt_ids(self) -> np.ndarray:
+        return np.array(self._ids.tokens[: self._ids.start], np.int64)
+
+    async def _finished(self, ended: str) -> Completion:
+        verdict = Verdict()
+        if self.setting.has.get("reward"):
+            outcome = await self._world.reward(self.rules.timeout_s)
+            verdict = verdict_of(outcome)
+        if self.setting.has.get("state"):
+            outcome = await self._world.state(self.rules.timeout_s)
+            self._require(outcome, "state")
+            verdict = replace(verdict, state=outcome.value)
+        return self._completion(ended, verdict)
+
+    def _completion(self, ended: str, verdict: Verdict) -> Completion:
+        ids, last = self._ids, self._last
+        assert last is not None, "an episode has a turn"
+        finish: Literal["eos", "stop", "length"] = "length" if ended in CUT else last.finish
+        counts = {**self._counts, "waited": self._waited, **{f"ended_by_{word}": float(word == ended) for word in ENDS}}
+        episode = Episode(
+            turns=tuple(self._messages[self._first :]),
+            state=verdict.state,
+            scores=verdict.scores,
+            failure=verdict.failure,
+            infos=verdict.infos,
+            counts=counts,
+            seconds={name: tuple(values) for name, values in self._seconds.items()},
+            ended=ended,
+            killed=verdict.killed,
+        )
+        return Completion(
+            token_ids=np.array(ids.tokens[ids.start :], np.int64),
+            logps=np.array(ids.logps, np.float32),
+            versions=np.array(ids.versions, np.int32),
+            text=last.text,
+            finish=finish,
+            raw=last.raw,
+            sampled=np.array(ids.sampled, bool),
+            episode=episode,
+        )
+
+
+ENDS = ("reply", "done", "turns", "tokens", "context", "turn", "killed")
+CUT = ("tokens", "context", "turn")
+"""In the middle of a turn: the completion counts as truncated. One whose turns are over is whole, and what its
+environment says of it is trained on: a policy that never came to an end would otherwise never learn to."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an environment says of an episode at its end."""
+
+    scores: Mapping[str, float | None] = field(default_factory=dict)
+    failure: EpisodeFailure | None = None
+    infos: Mapping[str, Any] = field(default_factory=dict)
+    state: Any = None
+    killed: bool = False
+
+
+def verdict_of(outcome: Outcome) -> Verdict:
+    """Of what an environment's `reward` came to."""
+    if outcome.kind != "value":
+        return Verdict(failure=EpisodeFailure(outcome.kind, f"reward: {outcome.message}"))
+    found = outcome.value
+    wrong = [EpisodeFailure(cause, f"reward: {message}") for _, cause, message in found.get("errors") or ()]
+    return Verdict(dict(found["values"]), wrong[0] if wrong else None, dict(found.get("info") or {}))
+
+
+def lost(outcome: Outcome, what: str) -> Lost:
+    """The end of an episode whose environment failed in `what`."""
+    return Lost(outcome.kind, f"{what}: {outcome.message}", killed=outcome.lost or outcome.kind == "died")
+
+
+def as_messages(value: Any, what: str) -> list[Message]:
+    """A text as a user's message, messages as they are, nothing of None. Raises Lost for anything else."""
+    if value is None or value == "":
+        return []
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    items = [value] if isinstance(value, Mapping) else value
+    if isinstance(items, list) and all(isinstance(m, Mapping) and "role" in m and "content" in m for m in items):
+        return [dict(m) for m in items]
+    said = f"{what} gave {str(value)[:100]!r}: give a text, a list of messages, or None"
+    raise Lost("wrong_type", said, killed=False)
+
+
+def seed_of(seed: int, *words: object) -> int:
+    """A 63-bit seed of its own for each part of a group."""
+    digest = hashlib.blake2b("|".join(map(str, (seed, *words))).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,102 @@
+"""A group of episodes: drawn side by side, again where one is lost, and put together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from align.episodes.episode import Lost
+from align.protocols.fleet import Completion, Episode, EpisodeFailure, FailedPrompt, Group, PromptItem
+
+Played = tuple[np.ndarray, Completion]
+"""An episode's prompt, i64[n], and its completion."""
+Draw = Callable[[PromptItem, int, int], Awaitable[Played]]
+"""Plays episode `number` of a prompt, in attempt `attempt` at its group. Raises Lost."""
+
+_NAMED = 3  # lost episodes in a message
+
+
+@dataclass(frozen=True)
+class Retries:
+    """episode: how often one that is lost is drawn again."""
+
+    episode: int
+
+
+async def draw_group(prompt: PromptItem, size: int, draw: Draw, retries: Retries) -> Group | FailedPrompt:
+    """The group of `size` episodes. One that stays lost is a completion without tokens, which says so: its scores are
+    missing. With fewer than two left (one, of groups of one) the group is drawn once more, then it is given up."""
+    said: list[str] = []
+    for attempt in range(2):
+        async with asyncio.TaskGroup() as tasks:
+            drawn = [tasks.create_task(_one(prompt, n, attempt, draw, retries)) for n in range(size)]
+        played = [task.result() for task in drawn]
+        if sum(isinstance(one, tuple) for one in played) >= min(2, size):
+            return assembled(prompt, played)
+        said = [f"{one.cause}: {one.message}" for one in played if isinstance(one, Lost)]
+    why = "; ".join(list(dict.fromkeys(said))[:_NAMED])
+    return FailedPrompt(prompt, "episodes lost", f"{len(said)} of {size} episodes were lost, twice: {why}")
+
+
+async def _one(prompt: PromptItem, number: int, attempt: int, draw: Draw, retries: Retries) -> Played | Lost:
+    for left in range(retries.episode, -1, -1):
+        try:
+            return await draw(prompt, number, attempt)
+        except Lost as lost:
+            if not left:
+                return lost
+    raise AssertionError("the last try returns")
+
+
+def assembled(prompt: PromptItem, played: list[Played | Lost]) -> Group:
+    """Episodes on the beginning that their prompts have in common; what is an episode's own goes before its tokens.
+
+    Resets of equal seeds are alike, so that usually all of a prompt is common.
+    """
+    prompts = [one[0] for one in played if isinstance(one, tuple)]
+    common = shared_length(prompts)
+    completions = [lost_completion(one) if isinstance(one, Lost) else begun_at(common, *one) for one in played]
+    trunk = prompts[0][:common]
+    media = tuple(m for m in prompt.media if m.start + m.length <= common)
+    return Group(replace(prompt, token_ids=trunk, media=media), tuple(completions))
+
+
+def shared_length(prompts: list[np.ndarray]) -> int:
+    """Of the longest beginning that all i64[n] have in common."""
+    shortest = min(map(len, prompts))
+    stacked = np.stack([ids[:shortest] for ids in prompts])
+    differs = np.flatnonzero((stacked != stacked[0]).any(axis=0))
+    return int(differs[0]) if len(differs) else shortest
+
+
+def begun_at(common: int, ids: np.ndarray, completion: Completion) -> Completion:
+    """The completion with what its prompt has behind `common` before it, which nobody sampled."""
+    own = ids[common:]
+    if not len(own):
+        return completion
+    assert completion.sampled is not None, "of an episode"
+    return replace(
+        completion,
+        token_ids=np.concatenate([own, completion.token_ids]),
+        logps=np.concatenate([np.zeros(len(own), np.float32), completion.logps]),
+        versions=np.concatenate([np.full(len(own), -1, np.int32), completion.versions]),
+        sampled=np.concatenate([np.zeros(len(own), bool), completion.sampled]),
+    )
+
+
+def lost_completion(lost: Lost) -> Completion:
+    """What stands for an episode that was lost: nothing to train on, and why."""
+    failure = EpisodeFailure(lost.cause, lost.message)
+    none = np.zeros(0, np.float32)
+    return Completion(
+        token_ids=np.zeros(0, np.int64),
+        logps=none,
+        versions=none.astype(np.int32),
+        text="",
+        finish="eos",
+        sampled=np.zeros(0, bool),
+        episode=Episode(failure=failure, ended="lost"),
+    )

@@ -1,0 +1,43 @@
+"""What all episodes of a stage have in common, proved before the first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from align.data.tokenizer import ChatTokenizer
+from align.episodes.calls import CallFormat, find_format
+from align.episodes.joins import Joins
+from align.recipe.environment import Environment
+
+
+@dataclass(frozen=True)
+class Setting:
+    """schemas: of the tools, as OpenAI writes them. has: which of reset, respond, reward, done, state and close the
+    environment defines. context: tokens that the engine holds at most. format: how calls are read; None where there are
+    no tools."""
+
+    rules: Environment
+    tokenizer: ChatTokenizer
+    joins: Joins
+    format: CallFormat | None
+    schemas: tuple[Mapping[str, Any], ...]
+    has: Mapping[str, bool]
+    context: int
+
+    def schema(self, tool: str) -> Mapping[str, Any] | None:
+        """A tool's; None where there is no such tool."""
+        return next((s for s in self.schemas if s["function"]["name"] == tool), None)
+
+
+def setting_of(rules: Environment, tokenizer: ChatTokenizer, description: Mapping[str, Any], context: int) -> Setting:
+    """Raises Unsupported where the chat template cannot be continued turn by turn, or calls cannot be read."""
+    schemas = tuple(description["tools"])
+    joins = Joins(tokenizer, schemas, tools_in=rules.tools_in)
+    joins.prove()
+    form = None
+    if schemas:
+        name = "hermes" if rules.tools_in == "prompt" and rules.parser is None else rules.parser
+        form = find_format(tokenizer, schemas, name)
+    return Setting(rules, tokenizer, joins, form, schemas, description["has"], context)

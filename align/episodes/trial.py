@@ -1,0 +1,159 @@
+"""Episodes played before a run: by replies that are written down, or by an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from align.data.tokenizer import ChatTokenizer
+from align.episodes.describe import open_host, started
+from align.episodes.episode import Lost, Play, seed_of
+from align.episodes.setting import Setting, setting_of
+from align.errors import DataError
+from align.protocols.fleet import Completion, FailedPrompt, PromptItem, Sampling
+from align.recipe.environment import Environment
+from rewards.environments.host import Host
+
+CLOSE_S = 5.0
+
+Sample = Callable[[PromptItem, Sampling], Awaitable[Completion | FailedPrompt]]
+
+
+@dataclass
+class Tried:
+    """An episode that was played. ids: its prompt's and its own, to be decoded; completion: None where it was lost, and
+    lost says why."""
+
+    origin: str
+    prompt: np.ndarray | None = None
+    completion: Completion | None = None
+    lost: str | None = None
+
+
+@dataclass
+class Trial:
+    """What came of a trial: what the environment says of itself, episodes, and what is wrong with it."""
+
+    description: Mapping[str, Any]
+    setting: Setting
+    episodes: list[Tried] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+class OutOfReplies(Exception):
+    """The written replies of an episode are used up."""
+
+
+async def try_environment(
+    rules: Environment,
+    folder: Path,
+    tokenizer: ChatTokenizer,
+    prompts: Callable[[Mapping[str, Any]], Sequence[PromptItem]],
+    sampler: Callable[[int], Sample],
+    *,
+    sampling: Sampling,
+    context: int,
+    log: Path | None = None,
+) -> Trial:
+    """Play an episode of each prompt, one after the other, as a run would.
+
+    prompts: given the environment's description. sampler: of episode n. Raises PluginError where the environment cannot
+    be loaded, Unsupported where the chat template cannot be continued.
+    """
+    host = open_host(rules, folder, 0, log)
+    try:
+        description = await started(host)
+        trial = Trial(description, setting_of(rules, tokenizer, description, context))
+        for number, prompt in enumerate(prompts(description)):
+            trial.episodes.append(await _play(trial.setting, host, prompt, sampling, sampler(number)))
+            if (differs := await _resets_differ(host, rules, prompt)) is not None:
+                trial.problems.append(differs)
+        return trial
+    finally:
+        host.close()
+
+
+async def _play(setting: Setting, host: Host, prompt: PromptItem, sampling: Sampling, sample: Sample) -> Tried:
+    live = await host.open()
+    play = Play(setting, prompt, 0, sampling, sample, live)
+    tried = Tried(prompt.origin)
+    try:
+        tried.prompt, tried.completion = await play.play()
+    except Lost as lost:
+        tried.lost = f"{lost.cause}: {lost.message}"
+    except OutOfReplies:
+        tried.prompt, tried.completion = play.so_far()
+        tried.lost = "the written replies end here"
+    finally:
+        await live.close(CLOSE_S)
+    return tried
+
+
+async def _resets_differ(host: Host, rules: Environment, prompt: PromptItem) -> str | None:
+    """What speaks against two resets of the same row and seed: the episodes of a group must begin alike."""
+    found = []
+    for _ in range(2):
+        live = await host.open()
+        try:
+            outcome = await live.reset(prompt.row, seed_of(prompt.seed, "reset"), 0, rules.timeout_s)
+            found.append(outcome.value if outcome.kind == "value" else outcome.message)
+        finally:
+            await live.close(CLOSE_S)
+    if found[0] == found[1]:
+        return None
+    return (
+        f"{prompt.origin}: two resets with the same row and seed differ ({str(found[0])[:80]!r} and "
+        f"{str(found[1])[:80]!r}): the episodes of a group must begin alike, or there is no baseline; take what is "
+        "drawn from `seed`"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- written replies
+
+
+def read_replies(path: Path) -> list[list[str]]:
+    """Replies of episodes: a line each, a list of texts as JSON, or a text as JSON or as it is, which is an episode of
+    its own of one reply. Raises DataError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the replies cannot be read: {error}", where=path) from error
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = line
+        replies = value if isinstance(value, list) else [value if isinstance(value, str) else line]
+        if not replies or not all(isinstance(reply, str) for reply in replies):
+            raise DataError("a line is a text, or a list of texts: the replies of an episode", where=f"{path}:{number}")
+        found.append(replies)
+    if not found:
+        raise DataError("there are no replies", where=path, remedy='write a line for each episode: ["first", "second"]')
+    return found
+
+
+def written(replies: Sequence[str], tokenizer: ChatTokenizer) -> Sample:
+    """Gives one reply after the other as if it had been sampled; then raises OutOfReplies."""
+    left: Iterator[str] = iter(replies)
+    ends = tokenizer.ends.text.token
+
+    async def sample(prompt: PromptItem, sampling: Sampling) -> Completion | FailedPrompt:
+        await asyncio.sleep(0)
+        text = next(left, None)
+        if text is None:
+            raise OutOfReplies
+        ids = np.array(tokenizer.encode(text + ends, add_special_tokens=False), np.int64)
+        zeros = np.zeros(len(ids), np.float32)
+        spoken = tokenizer.decode(ids.tolist())
+        return Completion(ids, zeros, zeros.astype(np.int32), spoken, "eos", None if spoken == text else text)
+
+    return sample

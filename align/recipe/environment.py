@@ -1,0 +1,91 @@
+"""What a stage's completions take turns with: `environment:` of online and evaluate stages."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from align.recipe.strict import Finite, Fraction, PositiveInt, Strict
+
+AROUND_ANSWER = 64  # tokens that a template writes around an answer
+
+
+def _tools(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class Environment(Strict):
+    """A class of the user's, one object an episode (`use`), or plain functions as tools (`tools`).
+
+    use: `file.py:Class` or `package.module:Class`; args: of its constructor; signature: `trl` for a class written for
+    TRL's environment_factory. as: its name in metrics and objectives. python: the interpreter that it runs in.
+
+    max_turns: of the policy in an episode; max_tokens: that it may sample in one, where `rollout.max_tokens` bounds a
+    turn; max_calls: of tools in a turn; max_observation_tokens: that one answer may add, cut in the middle beyond.
+    timeout_s: seconds that a call of the environment may take. retries: how often an episode that was lost is drawn
+    again; max_live: episodes at once of an engine; max_error_rate: of a step's episodes, the share that may be lost.
+
+    on_error: what becomes of a tool that raises: the policy reads the error (`tell`), or the episode is lost (`fail`).
+    on_timeout: likewise of one that takes too long (`tell`), or the episode is drawn again (`redraw`). on_kill: the
+    score of an episode whose process died or had to be killed, in place of none.
+
+    tools_in: whether the chat template writes schemas, calls and answers, or they stand in the prompt as text. parser:
+    how calls are read, where the template does not show it. lockstep: turns are sampled together, for runs that repeat
+    bit for bit. memory_mb: data memory of an episode's process.
+    """
+
+    use: str | None = None
+    tools: Annotated[tuple[str, ...], BeforeValidator(_tools)] = ()
+    args: dict[str, Any] = Field(default_factory=dict)
+    signature: Literal["align", "trl"] = "align"
+    as_: str | None = Field(default=None, alias="as")
+    python: str | None = None
+    max_turns: PositiveInt = 8
+    max_tokens: PositiveInt = 2048
+    max_calls: PositiveInt = 8
+    max_observation_tokens: PositiveInt = 1024
+    timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    retries: Annotated[int, Field(ge=0)] = 1
+    max_live: PositiveInt = 64
+    max_error_rate: Fraction = 0.02
+    on_error: Literal["tell", "fail"] = "tell"
+    on_timeout: Literal["tell", "redraw"] = "tell"
+    on_kill: Finite | None = None
+    tools_in: Literal["template", "prompt"] = "template"
+    parser: str | None = None
+    lockstep: bool = False
+    memory_mb: Annotated[int, Field(ge=64)] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Environment:
+        if (self.use is None) == (not self.tools):
+            raise ValueError("give `use: file.py:Class`, or `tools: [file.py:function, ...]`")
+        if self.tools and self.args:
+            raise ValueError("`args` are for the constructor of a class (`use`); functions have none")
+        if self.tools and self.signature != "align":
+            raise ValueError("`signature` says how a class is written (`use`); functions need none")
+        return self
+
+    @property
+    def name(self) -> str:
+        """Its name in messages."""
+        return self.as_ or self.use or self.tools[0]
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """What it takes from files of Python."""
+        return self.tools if self.use is None else (self.use,)
+
+    def context_tokens(self, turn: int) -> int:
+        """Tokens that an episode may add to its prompt: sampled ones (`turn`: at most in one turn), and an answer of
+        full length, with the words around it, between any two turns."""
+        sampled = min(self.max_tokens, self.max_turns * turn)
+        return sampled + (self.max_turns - 1) * (self.max_observation_tokens + AROUND_ANSWER)
+
+
+def _environment(value: Any) -> Any:
+    return {"use": value} if isinstance(value, str) else value
+
+
+EnvironmentField = Annotated[Environment | None, BeforeValidator(_environment)]
