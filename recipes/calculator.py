@@ -2,8 +2,8 @@
 
 An environment is a class: its public methods are the tools, one object is one episode. The traces that the demo begins
 with are as bad as what people find in their logs: more than half of them guess the sum without asking the calculator,
-and most of the others ask it again and again. So a model that imitates them answers less than half of all questions, and
-uses more calls than it needs; what is right, and that calls cost something, is left to GRPO.
+and most of the others ask it again and again. So a model that imitates them answers less than half of all questions,
+and uses more calls than it needs; what is right, and that calls cost something, is left to GRPO.
 """
 
 from __future__ import annotations

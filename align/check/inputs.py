@@ -185,22 +185,18 @@ def read_data(
 
     answers: rewards will judge the pairs. margins: every pair must have one, from them or from its row. labels: of
     labelled rows. losses: that learn from the rows; they must take the rows' weights. show: how many rows of each
-    source are shown (0: one of each whose columns were guessed). exhausted: see `align.data.mixing`. tools: of an
-    environment.
-
-    A hub data set is opened with every row only: the library that reads it brings torch. Of a stream never more than
+    source are shown (0: one of each whose columns were guessed). exhausted: see `align.data.mixing`. tools: an
+    environment's. A hub data set is opened with every row only: the library that reads it brings torch. Of a stream never more than
     its first rows are read.
     """
     here = tuple(s for s in sources if every_row or not on_hub(s, folder))
     streams = _streams(sources, folder)
+    later = [source.path for source in sources if source not in here]
     facts = DataFacts(notes=streams)
-    for source in sources:
-        if source not in here:
-            facts.notes.append(f"{source.path}: a hub data set, read by `align check --data` and by the run")
-    if takes_media(model.config) and not _has_processor(model.tokenizer):
-        facts.notes.append("read by the run, which makes the model's processor of images first")
-        return facts
-    if not here:
+    facts.notes += [f"{path}: a hub data set, read by `align check --data` and by the run" for path in later]
+    blind = takes_media(model.config) and not _has_processor(model.tokenizer)
+    facts.notes += ["read by the run, which makes the model's processor of images first"] if blind else []
+    if blind or not here:
         return facts
     first = FIRST_ROWS if streams or not every_row else None
     prepared = prepare(

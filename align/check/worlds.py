@@ -91,6 +91,7 @@ class Worlds:
             f"environment {described['name']}: {', '.join(how)}",
             f"episodes: at most {rules.max_turns} turns of {turn} tokens, {rules.max_tokens} in all, answers of at "
             f"most {rules.max_observation_tokens}; the longest is {wanted:,} tokens with its prompt of "
-            f"{facts.longest}; {rules.timeout_s:g} s a call, {rules.retries} retries, at most {100 * rules.max_error_rate:g} % lost; "
-            f"{rules.max_live} at once an engine{', in lockstep' if rules.lockstep else ''}",
+            f"{facts.longest}; {rules.timeout_s:g} s a call, {rules.retries} retries, at most "
+            f"{100 * rules.max_error_rate:g} % lost; {rules.max_live} at once an engine"
+            + (", in lockstep" if rules.lockstep else ""),
         ]

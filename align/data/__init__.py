@@ -17,7 +17,7 @@ In the order of reading:
     render.py, turns.py, ends.py, openings.py, beginnings.py, seen.py, labels.py: records to text
     encode.py: text to ids and masks
     encoded.py, soundness.py, cache.py: tokenised rows: cut, looked at, kept by content
-    media/, placing.py: images and videos, and where they stand
+    media/, placing.py, world.py: images and videos, and where they stand; tools of an environment
     mixing.py, streams.py: an epoch of several sources; rows that are read as they are trained on
     order.py, prefixes.py, microbatches.py, packing.py: which rows a step sees, and how they are computed
 """

@@ -80,8 +80,7 @@ def prepare(
             refused.
         labels: of labelled rows, what their labels may be; unlabelled: a row may have none.
         records: hand on the rows as they were read, too; no cache keeps them.
-        exhausted: of sources with weights, how long an epoch is.
-        tools: schemas of an environment's tools, which every prompt's template is given.
+        exhausted: of sources with weights, how long an epoch is. tools: an environment's, for every prompt's template.
     Raises DataError where a source cannot be read or, unless it says `on_bad_row: skip`, has rows that cannot be used.
     """
     assert kind == "pair" or not answers, "only pairs have answers to judge"

@@ -5,13 +5,13 @@ process, and is put together by a chat template. `rollout.base.make_engine` find
 
     spec.py, setting.py: what engines are told of a stage's environment; what its episodes have in common, proved
     describe.py: the environment's process, and what it says of itself
-    episode.py, budgets.py: one episode, turn by turn; what one answer may add
+    episode.py, outcomes.py, budgets.py: one episode, turn by turn; its parts and ends; what one answer may add
     group.py: the episodes of a prompt, drawn again where one is lost
     engine.py, engine_loop.py: an engine whose completions are episodes, and the thread that plays them
     trial.py: episodes played before a run
     calls/: what a model's text says: the formats of calls
     joins.py: what is appended to sampled ids, and an episode's prompt
     join_checks.py: whether a chat template can be used so, proved before the first episode
-    spoken.py, tools_as_text.py: messages as a template takes them; tools where it knows none
+    renders.py, spoken.py, tools_as_text.py: what a template writes of messages, and of tools where it knows none
     guard.py: text of environments becomes no control token
 """

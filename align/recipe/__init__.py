@@ -5,10 +5,10 @@ The two are imported when they are asked for: every process of a run takes some 
 In the order of reading:
 
     schema.py, stages.py, parts.py, strict.py: the grammar: the whole, the kinds of stages, what they share
-    inputs.py, adapter.py, objectives.py, labels.py, placement.py, sharding.py: its parts
+    inputs.py, adapter.py, objectives.py, labels.py, environment.py, placement.py, sharding.py: its parts
     load.py, document.py, overrides.py, paths.py, problems.py, grammar.py: from text to types, and errors in words
     peers.py, peer_sentences.py, later.py: words of other trainers, and what is not offered
-    capabilities.py, optimizers.py, engines.py, support.py, served.py, families.py: what goes together
+    capabilities.py, sampled.py, optimizers.py, engines.py, support.py, served.py, families.py: what goes together
     adapter_folder.py, trained_on.py, chat_files.py, model_folder.py: what folders of weights say of themselves
     shipping.py: a recipe and its files, to be sent
 """

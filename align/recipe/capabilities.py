@@ -31,6 +31,7 @@ from align.recipe.parts import (
     Save,
     SequenceBatch,
 )
+from align.recipe.sampled import problems_of_sampling
 from align.recipe.strict import Fraction, PositiveInt, Strict
 
 BEFORE_ANY = "base"  # in `of`: the model before any stage; no stage has this id
@@ -243,49 +244,9 @@ class SamplingStage(TrainStage):
     objectives: Objectives = Objectives()
 
     @model_validator(mode="after")
-    def _is_scored(self) -> SamplingStage:
-        if not self.rewards and self.environment is None:
-            raise ValueError("give `rewards: [...]`: what its completions are worth")
-        return self
-
-    @model_validator(mode="after")
-    def _minibatches_of_whole_groups(self) -> SamplingStage:
-        groups, parts = self.batch.groups, self.minibatches
-        if groups % parts:
-            divisors = ", ".join(str(n) for n in range(1, groups + 1) if groups % n == 0)
-            raise ValueError(f"`minibatches: {parts}` does not divide `batch.groups: {groups}`; it takes {divisors}")
-        return self
-
-    @model_validator(mode="after")
-    def _replaces_at_least_one(self) -> SamplingStage:
-        factor, groups = self.dynamic_sampling and self.dynamic_sampling.max_factor, self.batch.groups
-        if factor and (factor - 1) * groups < 1 - 1e-9:
-            raise ValueError(
-                f"`dynamic_sampling.max_factor: {factor:g}` of {groups} groups leaves none to replace; "
-                f"at least {1 + 1 / groups:.3g}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _drops_where_something_can_be_late(self) -> SamplingStage:
-        if self.overdue == "drop" and self.staleness == 0:
-            raise ValueError("`overdue: drop` needs `staleness` above 0: a synchronous step waits for all its groups")
-        return self
-
-    @model_validator(mode="after")
-    def _one_weight_of_truncated(self) -> SamplingStage:
-        named = {*self.objectives.weights, *self.objectives.schedule}
-        if self.rollout.truncated == "penalise" and "truncated" in named:
-            raise ValueError("the weight of the objective `truncated` is `rollout.truncated_penalty`; give it there")
-        return self
-
-    @model_validator(mode="after")
-    def _replaces_what_the_group_decides(self) -> SamplingStage:
-        if self.dynamic_sampling and self.objectives.baseline == "batch":
-            raise ValueError(
-                "`dynamic_sampling` replaces groups whose scores are equal, and under `objectives.baseline: batch` "
-                "they teach as others do; leave it out, or compare within groups (`baseline: group`)"
-            )
+    def _goes_together(self) -> SamplingStage:
+        for problem in problems_of_sampling(self):
+            raise ValueError(problem)
         return self
 
     @property

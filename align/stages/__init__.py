@@ -8,8 +8,8 @@ In the order of reading:
         of a machine
     loop.py, offline.py, streamed.py, online.py, evaluate.py, intervals.py: the loop, its kinds of turns, how sure an
         exam is
-    buffer.py, supply.py, groups.py, scoring.py, updates.py, monitor.py: an online turn: sampled, scored, trained,
-        compared
+    buffer.py, supply.py, groups.py, scoring.py, episode_scorer.py, updates.py, monitor.py: an online turn: sampled,
+        scored, trained, compared
     margins.py, row_weights.py, reference_cache.py, reward_notes.py, idle.py: what is known beforehand, what is said
         on the way
     runfolder.py, state.py, files.py, listing.py, manifest.py, fingerprint.py, checkpoint.py, metrics_file.py,

@@ -38,8 +38,8 @@ class RolloutLog:
     where that is the same), token_ids, one float column `objective/<name>` each
     (null where missing), advantage (null where not trained on; before the prompt's own weight), trained, finish,
     version (of the first sampled token), mean_logp (of the sampler). Of episodes also sampled (per token, whether it
-    was), turns and state (as JSON), ended and environment_error (null where there was none). The metadata `KINDS` says which
-    objectives are costs.
+    was), turns and state (as JSON), ended and environment_error (null where there was none). The
+    metadata `KINDS` says which objectives are costs.
     """
 
     def __init__(self, folder: Path):

@@ -1,4 +1,4 @@
-"""A stage for episodes without a model: a byte-level tokenizer, an engine that follows a script, environments in files."""
+"""Episodes without a model: a byte-level tokenizer, an engine that follows a script, environments in files."""
 
 from __future__ import annotations
 
