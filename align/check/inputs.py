@@ -186,8 +186,8 @@ def read_data(
     answers: rewards will judge the pairs. margins: every pair must have one, from them or from its row. labels: of
     labelled rows. losses: that learn from the rows; they must take the rows' weights. show: how many rows of each
     source are shown (0: one of each whose columns were guessed). exhausted: see `align.data.mixing`. tools: an
-    environment's. A hub data set is opened with every row only: the library that reads it brings torch. Of a stream never more than
-    its first rows are read.
+    environment's. A hub data set is opened with every row only: the library that reads it brings torch. Of a stream
+    never more than its first rows are read.
     """
     here = tuple(s for s in sources if every_row or not on_hub(s, folder))
     streams = _streams(sources, folder)
