@@ -21,6 +21,7 @@ _LEFT = "a reply beside the best ranked one of its turn (of unranked ones: the f
 
 def _path(row: Row) -> list[tuple[Message, Sequence[Mapping[str, Any]]]]:
     """(message, its replies) from the root along the best replies, up to the assistant's last."""
+    row.get("message_tree_id")  # a name, which is read in that it says what this is
     node, path = row["prompt"], list[tuple[Message, Sequence[Mapping[str, Any]]]]()
     while node is not None:
         replies = _replies(node)
