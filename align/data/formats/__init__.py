@@ -20,6 +20,7 @@ from align.plugins import asked_in_child, is_users, resolve
 
 _FAMILIES = (
     "trl", "openai", "sharegpt", "alpaca", "swift", "spoken", "ranked", "labelled", "trees", "paddle", "moss", "exams",
+    "calling", "verdicts",
 )  # fmt: skip
 
 LAYOUTS: tuple[Layout, ...] = tuple(

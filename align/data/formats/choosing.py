@@ -9,7 +9,7 @@ rows are ambiguous the user chooses with `format:` or `columns:`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from align.data.formats.base import Layout, Row
 from align.data.formats.guess import guess, needed
@@ -175,7 +175,21 @@ def own_layouts(layouts: Sequence[Layout], row: Row) -> list[Layout]:
     found = {name for name, value in row.items() if value is not None}
     fitting = [x for x in layouts if x.required <= found and x.fits(row)]
     fitting = [x for x in fitting if not x.gives_way] or fitting
-    return [x for x in fitting if not any(x.required < other.required for other in fitting)]
+    fitting = [x for x in fitting if not any(x.required < other.required for other in fitting)]
+    return [x for x in fitting if not _is_repeated(x, fitting, row)] if len(fitting) > 1 else fitting
+
+
+def _is_repeated(layout: Layout, others: Sequence[Layout], row: Row) -> bool:
+    """Whether the one text that a layout of prompts needs is a turn of the messages that another reads: both mean the
+    same, and the messages say more (Magpie, no_robots)."""
+    if layout.kind != "prompt" or len(layout.required) != 1 or not isinstance(text := row[min(layout.required)], str):
+        return False
+    lists = (row[name] for other in others for name in other.required if isinstance(row[name], list))
+    return any(
+        isinstance(turn, Mapping) and text.strip() in (str(turn.get(key)).strip() for key in ("content", "value"))
+        for turns in lists
+        for turn in turns
+    )
 
 
 def refuse_stray(layout: Layout, layouts: Sequence[Layout], row: Row) -> None:

@@ -30,6 +30,7 @@ LAST_QUESTIONS = ("prompts", "questions", "queries")
 ANSWERS = (
     "response", "answer", "solution", "output", "completion", "target", "targets", "reply", "assistant", "gpt", "bot",
     "assistant_response", "assistant_message", "model_response", "model_answer", "final_answer", "tgt",
+    "generated_solution",
 )  # fmt: skip
 LAST_ANSWERS = (
     "std_answer", "standard_answer", "reference_answer", "gold_answer", "golden_answer", "correct_answer",
@@ -56,9 +57,13 @@ FIRST_AND_SECOND = {
     ("answer_1", "answer_2"): tuple((f"{w}_{a}", f"{w}_{b}") for w in _ANSWER_WORDS for a, b in ("12", "ab")),
     ("answer_0", "answer_1"): tuple((f"{w}_0", f"{w}_1") for w in _ANSWER_WORDS),
 }
-VERDICTS = ("preference", "preferred", "winner", "better", "choice", "verdict", "human_preference")
+VERDICTS = (
+    "preference", "preferred", "winner", "better", "choice", "verdict", "human_preference", "chosen",
+    "preferred_response", "preferred_answer", "better_response", "better_response_id", "safer_response_id",
+)  # fmt: skip
 NUMBERS = ("response", "output")
 """Our fields of an answer, which may be a number: its digits are the text."""
+_LONGEST_VERDICT = len("completion_a")
 LISTS = ("responses", "answers", "completions", "candidates", "outputs", "generations")
 LABELS = ("label", "kto_tag", "is_desirable", "desirable", "is_preferred", "is_chosen", "is_good", "thumbs_up", "liked")
 LAST_LABELS = ("tag", "is_correct", "correct", "accepted")
@@ -178,7 +183,7 @@ def _meanings(kind: Kind, named: Mapping[str, list[str]], shown: Mapping[str, An
         yield from _with_answers(questions, answers, named)
         yield from ({"messages": turns} for turns in _turns(named, shown))
     elif kind == "pair":
-        yield from _pairs(questions, named)
+        yield from _pairs(questions, named, shown)
     elif kind == "unpaired":
         labels = _of(named, LABELS, [name for name in LAST_LABELS if isinstance(_shown(named, shown, name), bool)])
         for columns in _with_answers(questions, answers, named):
@@ -188,6 +193,7 @@ def _meanings(kind: Kind, named: Mapping[str, list[str]], shown: Mapping[str, An
             yield {"prompt": asked, "completion": answer, "label": label}
     elif kind == "prompt":
         yield from ({"query": question} for question in questions)
+        answers = _of(named, ("expected_answer",)) or answers  # before one that a model made
         if len(answers) == 1:  # which is kept for the rewards
             yield from ({"query": question, "response": answers[0]} for question in questions)
         yield from ({"messages": turns} for turns in _turns(named, shown))
@@ -220,7 +226,9 @@ def _with_answers(
             yield from ({"instruction": question, "input": one, "output": answer} for one in more)
 
 
-def _pairs(questions: Sequence[str], named: Mapping[str, list[str]]) -> Iterator[dict[str, str]]:
+def _pairs(
+    questions: Sequence[str], named: Mapping[str, list[str]], shown: Mapping[str, Any]
+) -> Iterator[dict[str, str]]:
     sides = [two for pair in SIDES for two in product(*(named.get(name, ()) for name in pair))]
     for question, (better, worse) in product(questions, sides):
         yield {"query": question, "response": better, "rejected_response": worse}
@@ -230,9 +238,13 @@ def _pairs(questions: Sequence[str], named: Mapping[str, list[str]]) -> Iterator
     yield from ({"chosen": better, "rejected": worse} for better, worse in sides)
     asked = _of(named, (*TURNS, "context"))
     yield from ({"prompt": t, "chosen": b, "rejected": w} for t, (b, w) in product(asked, sides))
+    also_sides = {name for pair in SIDES for name in pair}  # a text under such a name is an answer, and no verdict
+    verdicts = [
+        v for v in _of(named, VERDICTS) if _plain(v) not in also_sides or len(str(shown[v])) <= _LONGEST_VERDICT
+    ]
     for ours, pairs in FIRST_AND_SECOND.items():
         two = [both for pair in pairs for both in product(*(named.get(name, ()) for name in pair))]
-        for question, (first, second), verdict in product(questions, two, _of(named, VERDICTS)):
+        for question, (first, second), verdict in product(questions, two, verdicts):
             yield {"query": question, ours[0]: first, ours[1]: second, "preference": verdict}
     for question, answers in product(questions, _of(named, LISTS)):
         yield {"query": question, "responses": answers}

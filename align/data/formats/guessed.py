@@ -66,8 +66,9 @@ def refuse_framed(one: Guess, shown: Mapping[str, Any]) -> None:
     plain = {"query": "prompt", "response": "chosen" if "rejected_response" in one.columns else "completion"}
     plain |= {"rejected_response": "rejected", "instruction": "prompt", "output": "completion"}
     mapped = ", ".join(f"{plain.get(ours, ours)}: {theirs}" for ours, theirs in one.columns.items())
+    text = f" (`columns: {{{mapped}}}`)" if one.columns.keys() <= plain.keys() else ""
     raise Unguessed(
-        f"`{asked}` begins with {found[0].strip()!r}, as a chat template writes it: it is plain text "
-        f"(`columns: {{{mapped}}}`), or a turn in which it stands as it is ({one.describe()})",
+        f"`{asked}` begins with {found[0].strip()!r}, as a chat template writes it: it is plain text{text}, or a turn "
+        f"in which it stands as it is ({one.describe()})",
         "write the one that is meant",
     )

@@ -11,6 +11,8 @@ makes a text prompt conversational (system turn, user turn), and so does a promp
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from align.data.formats.base import Layout, Row, label_of, optional_text, text_of, tools_of, weight_of
 from align.data.formats.messages import read_messages, with_system
 from align.data.records import (
@@ -72,9 +74,29 @@ def _language(row: Row) -> Conversation:
 
 
 def _pair(row: Row) -> Pair:
+    if (whole := _whole_conversations(row)) is not None:
+        return whole
     prompt, chosen, rejected = _joined(_prompt_text(row), _text(row, "chosen"), _text(row, "rejected"))
     chosen, rejected = _without_prompt(prompt, chosen), _without_prompt(prompt, rejected)
     return Pair(prompt, chosen, rejected, tools_of(row), weight_of(row))
+
+
+def _whole_conversations(row: Row) -> Pair | None:
+    """A pair whose sides are whole conversations of several turns, beside a `prompt` with their questions once more, as
+    text (Argilla's of Capybara); None of others."""
+    said, sides = row["prompt"], (row["chosen"], row["rejected"])
+    if not isinstance(said, str) or not all(isinstance(side, list) and len(side) > 2 for side in sides):
+        return None
+    first, second = (read_messages(row[side], side) for side in ("chosen", "rejected"))
+    if "assistant" in (first[0].role, second[0].role) or first[0] != second[0]:
+        return None
+    prompt, chosen, rejected = split_common(first, second)
+    asked = [turn.text.strip() for turn in prompt if turn.role == "user"]
+    if len(asked) < 2 or not any(one and one in said for one in asked):
+        return None
+    repeated = "`prompt`, whose questions chosen and rejected begin with,"
+    prompt = (replace(prompt[0], unread=(*prompt[0].unread, repeated)), *prompt[1:])
+    return Pair(with_system(row, prompt), chosen, rejected, tools_of(row), weight_of(row))
 
 
 def _implicit_pair(row: Row) -> Pair:
