@@ -16,6 +16,9 @@ from align.recipe.labels import Labels
 _DIGITS = re.compile("[0-9]{1,9}")
 
 
+_NOBODY = -100.0  # torch's ignore_index, as NeMo's attributes have it
+
+
 @dataclass(frozen=True)
 class Labelling:
     """How the labels of rows are read. optional: a row may have none."""
@@ -49,7 +52,14 @@ def label_values(label: Any, labels: Labels) -> list[float]:
     numbers = list(label) if isinstance(label, list | tuple | np.ndarray) else [label]
     if len(numbers) != count:
         raise RowError(f"the label has {len(numbers)} numbers, and the head {count} outputs")
-    return [_number(value) for value in numbers]
+    found = [_number(value) for value in numbers]
+    others = [abs(number) for number in found if number != _NOBODY]
+    if count > 1 and len(others) < count and max(others, default=0.0) < -_NOBODY / 2:
+        raise RowError(
+            f"target {labels.names[found.index(_NOBODY)]!r} is -100, which other trainers write where nobody gave one, "
+            "and which would be learned as a number here; leave such rows out, or, where it is one, rescale the targets"
+        )
+    return found
 
 
 def _index(label: Any, labels: Labels) -> int:

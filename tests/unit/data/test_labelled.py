@@ -177,3 +177,11 @@ def test_a_cached_source_is_read_back_with_its_labels_and_other_labels_read_it_a
     assert len(list(cache.glob("*.npz"))) == 1
     other = read(tmp_path, rows, tokenizer, NUMBER, cache=cache)
     assert [dict(t.trunk.columns) for t in other.items] == [{"targets/0": 1.0}, {"targets/0": 2.0}]
+
+
+def test_the_mark_of_a_target_that_nobody_gave_is_no_number() -> None:
+    four = Labels.numbered(4, "regression")
+    with pytest.raises(RowError, match="-100"):
+        label_values([-100, 3, 4, 0], four)
+    assert label_values([-100, 250.0, 4, -80], four) == [-100.0, 250.0, 4.0, -80.0]  # a scale that goes so far
+    assert label_values(-100, Labels.numbered(1, "regression")) == [-100.0]
