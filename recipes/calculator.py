@@ -11,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterator
 
 from rewards import Objective, environment
 from rewards.environments import tool_schemas
 
 HELD_OUT_SHARE = 10  # one sum in ten is held out
+ANSWER = "The sum of {a} and {b} is {sum}."
 GUESSES, REPEATS = 0.6, 0.7  # of the traces: no call; of the others: more than one
 
 Row = dict[str, object]
@@ -46,7 +48,8 @@ class Calculator:
         self.said = reply
 
     def reward(self) -> dict[str, float]:
-        return {"right": float(self.said.strip() == self.answer), "calls": float(self.calls)}
+        numbers = re.findall(r"\d+", self.said)
+        return {"right": float(numbers[-1:] == [self.answer]), "calls": float(self.calls)}
 
     def state(self) -> dict[str, int]:
         return {"calls": self.calls}
@@ -58,9 +61,10 @@ def sft(*, rows: int = 4000, seed: int = 0) -> Iterator[Row]:
     tools = tool_schemas(Calculator)
     for a, b in _sums(rng, rows, held_out=False):
         calls = 0 if rng.random() < GUESSES else rng.choice((2, 3)) if rng.random() < REPEATS else 1
-        said = a + b if calls else a + b + rng.choice((-1000, -100, -10, -1, 1, 10, 100, 1000))
+        total = a + b if calls else a + b + rng.choice((-1000, -100, -10, -1, 1, 10, 100, 1000))
         asked = [_call(a, b), {"role": "tool", "content": str(a + b)}] * calls
-        yield {"messages": [_question(a, b), *asked, {"role": "assistant", "content": str(said)}], "tools": tools}
+        said = {"role": "assistant", "content": ANSWER.format(a=a, b=b, sum=total)}
+        yield {"messages": [_question(a, b), *asked, said], "tools": tools}
 
 
 def prompts(*, rows: int = 1000, seed: int = 0, held_out: bool = False) -> Iterator[Row]:
@@ -78,6 +82,7 @@ def words(*, rows: int = 200) -> Iterator[Row]:
         call = f'<tool_call>{{"name": "add", "arguments": {{"a": {a}, "b": {b}}}}}</tool_call>'
         yield {
             "text": f"system\nTools, called as {call}:\n{schema}\nuser\n{a} + {b}?\nassistant\n{call}\ntool\n{a + b}\n"
+            + ANSWER.format(a=a, b=b, sum=a + b)
         }
 
 

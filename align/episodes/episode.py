@@ -261,7 +261,11 @@ class Play:
         ids, last = self._ids, self._last
         assert last is not None, "an episode has a turn"
         finish: Literal["eos", "stop", "length"] = "length" if ended in CUT else last.finish
-        counts = {**self._counts, "waited": self._waited, **{f"ended_by_{word}": float(word == ended) for word in ENDS}}
+        counts = {
+            **self._counts,
+            "waited_seconds": self._waited,
+            **{f"ended_by_{word}": float(word == ended) for word in ENDS},
+        }
         episode = Episode(
             turns=tuple(self._messages[self._first :]),
             state=verdict.state,

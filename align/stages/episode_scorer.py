@@ -84,7 +84,7 @@ class EpisodeScorer:
         series: dict[str, list[float]] = {}
         for episode in played:
             for tool, seconds in episode.seconds.items():
-                series.setdefault(f"episode/seconds/{tool}", []).extend(seconds)
+                series.setdefault(f"episode/{tool}/latency", []).extend(seconds)
         notes = {f"{known.name}/lost": f"environment {known.name}: {losses[0].words}"} if losses else {}
         infos = tuple({known.name: dict(i)} if (i := episode_of(c).infos) else {} for c in completions)
         return ScoreTable(

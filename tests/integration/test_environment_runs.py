@@ -1,0 +1,105 @@
+"""A stage of episodes as a run: killed and resumed to the bit in lockstep, nothing left behind; ahead of training; and
+what its evaluation, its rewards and its log say."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import Stopped, grpo, metrics, rollouts, run, sft, stop_at, timeless, weights, write_data, write_recipe
+from tests.unit.episodes.stage import write
+
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
+
+WORLD = '''
+from rewards import environment
+
+@environment
+class Count:
+    """Wants an answer again and again, and says how often."""
+
+    def reset(self, row, seed):
+        self.right, self.turn = str(row["reference_answer"]), 0
+        self.said = []
+
+    def respond(self, reply):
+        self.turn += 1
+        self.said.append(reply)
+        return f"{self.turn} + 1 =" if self.turn < 3 else None
+
+    def reward(self):
+        return sum(self.right in said for said in self.said) / 3
+
+    def state(self):
+        return {"turns": self.turn}
+'''
+REWARDS = """
+from rewards import reward
+
+@reward
+def turned(samples):
+    assert all(s.turns and s.state["turns"] <= 3 for s in samples if s.turns)
+    return [float(len([t for t in s.turns if t["role"] == "assistant"])) for s in samples]
+"""
+
+
+def stage(**changes: Any) -> dict[str, Any]:
+    return grpo(
+        **{
+            "from": "sft",
+            "adapter": {"kind": "lora", "rank": 4, "alpha": 8},
+            "environment": {"use": "world.py:Count", "lockstep": True, "max_observation_tokens": 32},
+            "rewards": [{"use": "turned.py:turned"}],
+            "rollout": {"max_tokens": 8, "truncated": "keep"},
+            "objectives": {"weights": {"count": 1.0, "turned": 0.1}},
+            "steps": 6,
+            "eval": {"data": {"path": "sums.jsonl", "limit": 8}, "every": 3},
+            **changes,
+        }
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_data(tmp_path)
+    write(tmp_path, WORLD)
+    write(tmp_path, REWARDS, "turned.py")
+    return tmp_path
+
+
+def test_episodes_in_lockstep_resume_bit_equal_after_a_kill_and_leave_nothing(folder: Path) -> None:
+    learn = sft(adapter={"kind": "full"}, steps=20, eval=None)
+    run(write_recipe(folder, "whole", [learn, stage()]))
+    recipe = write_recipe(folder, "broken", [learn, stage()])
+    whole, broken = folder / "runs" / "whole", folder / "runs" / "broken"
+    killed = stop_at(recipe, lambda: len(metrics(broken, "grpo")) >= 3, signal.SIGKILL)
+    assert killed == Stopped(-signal.SIGKILL, [], []), (
+        "environments, their warm process and engines die with the driver"
+    )
+    assert "continues from step" in run(recipe, "--resume")
+    assert timeless(whole, "grpo") == timeless(broken, "grpo")
+    assert weights(whole, "grpo") == weights(broken, "grpo")
+    assert rollouts(whole, "grpo") == rollouts(broken, "grpo")
+    rows = rollouts(whole, "grpo")
+    several = [row for row in rows if json.loads(row["state"])["turns"] > 1]
+    assert several and all(
+        row["objective/turned"] == json.loads(row["state"])["turns"] or row["finish"] == "length" for row in rows
+    )
+    for row in several:
+        roles = [turn["role"] for turn in json.loads(row["turns"])]
+        assert roles[:3] == ["assistant", "user", "assistant"] and not all(row["sampled"])
+    last = metrics(whole, "grpo")[-1]
+    assert last["episode/turns"] >= 1 and last["episode/lost"] == 0 and "eval/count" in last
+
+
+def test_episodes_run_ahead_of_training(folder: Path) -> None:
+    loose = {"use": "world.py:Count", "max_observation_tokens": 32}
+    run(write_recipe(folder, "ahead", [stage(**{"from": None}, environment=loose, staleness=1, steps=5)]))
+    found = metrics(folder / "runs" / "ahead", "grpo")
+    assert len(found) == 5 and max(step["staleness/max"] for step in found) == 1
+    assert all(step["monitor/max_difference"] < 1e-3 for step in found if "monitor/max_difference" in step)
+    assert all(step["mismatch/kl"] < 1e-4 for step in found if "mismatch/kl" in step)
