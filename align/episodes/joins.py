@@ -13,10 +13,13 @@ from typing import Any
 
 from align.data.records import RowError
 from align.data.tokenizer import ChatTokenizer
+from align.episodes.calls.scan import ends_in_thoughts
 from align.episodes.guard import Change, Guard, changed
 from align.episodes.join_checks import prove, takes_answers_alone
 from align.episodes.renders import Renders, ToolsIn, texts_of
-from align.episodes.spoken import Message
+from align.episodes.spoken import Message, one_turn
+
+_LOOKED_AT = 32  # ids at a prompt's end
 
 
 class Joins:
@@ -60,6 +63,7 @@ class Joins:
 
         Args:
             messages: the row's, or a whole conversation. added: an environment's, which follow.
+                A user's text that follows a user's is part of that turn where the template wants turns to alternate.
             trusted: how many of `messages` are the row's own (None: all). Text of those that follow them, but for the
                 assistant's, becomes no added token, as that of `added`.
         Raises RowError where the template refuses the messages.
@@ -70,7 +74,13 @@ class Joins:
 
         def text(change: Change) -> str:
             said = [m if f else changed(m, change) for m, f in zip(whole, free, strict=True)]
-            return self._renders.prompt(said)
+            try:
+                return self._renders.prompt(said)
+            except RowError:
+                one = one_turn(said, len(messages))
+                if one is None:
+                    raise
+                return self._renders.prompt(one)
 
         return self._ids(text, whole)
 
@@ -104,6 +114,11 @@ class Joins:
         if ids[:1] != [self.tokenizer.token_id(end)]:
             raise RowError(f"the end {end!r} is no token of its own where the template writes it")
         return ids[1:]
+
+    def in_thoughts(self, ids: Sequence[int]) -> bool:
+        """Whether a prompt's ids i64[n] end within thoughts that the template has begun: what `CallFormat.parse` asks.
+        It may differ from turn to turn (DeepSeek begins none behind a tool's answer)."""
+        return ends_in_thoughts(self.tokenizer.decode(ids[-_LOOKED_AT:], skip_special_tokens=False))
 
     def _ids(self, text: Callable[[Change], str], messages: Sequence[Message]) -> list[int]:
         """Ids of a text that is made with texts of environments changed. Raises RowError where these form a token with

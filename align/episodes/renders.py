@@ -52,10 +52,11 @@ class Renders:
 
     @cached_property
     def _system(self) -> bool:
-        """Whether the template renders a system message."""
-        said = [{"role": "system", "content": "the-instruction"}, {"role": "user", "content": "the-question"}]
+        """Whether the template renders a system message, and before the first turn, which stays where it is."""
+        asked = {"role": "user", "content": "the-question"}
+        said = [{"role": "system", "content": "the-instruction"}, asked, {"role": "assistant", "content": "ok"}, asked]
         try:
-            return "the-instruction" in self._rendered(said)
+            return "the-instruction" in self._rendered(said).partition("the-question")[0]
         except RowError:
             return False
 
@@ -74,7 +75,14 @@ class Renders:
             sentinel += "x"
         before = [_named(m, change) for m in messages[:-1]]
         last = self._with_sentinel(_named(messages[-1], change), sentinel)
-        whole = self.prompt([*before, last, *(changed(m, change) for m in added)])
+        follow = [changed(m, change) for m in added]
+        try:
+            whole = self.prompt([*before, last, *follow])
+        except RowError:  # some take no call with both text and thoughts (gpt-oss); neither is what is asked for
+            bare = [_calls_alone(m) for m in (*before, last)]
+            if bare == [*before, last]:
+                raise
+            whole = self.prompt([*bare, *follow])
         if sentinel not in whole:
             raise RowError("the chat template leaves out the last turn of the assistant")
         return whole.rpartition(sentinel)[2]
@@ -130,6 +138,13 @@ class Renders:
 def _named(message: Message, change: Change) -> dict[str, Any]:
     """A message with names and ids of calls changed, and its other texts as they are."""
     return {k: changed(v, change) if k in _OF_CALLS else v for k, v in message.items()}
+
+
+def _calls_alone(message: dict[str, Any]) -> dict[str, Any]:
+    """An assistant's message that calls, without what it says and thinks."""
+    if not message.get("tool_calls"):
+        return message
+    return {k: "" if k == "content" else v for k, v in message.items() if k != "reasoning_content"}
 
 
 def texts_of(value: Any) -> list[str]:

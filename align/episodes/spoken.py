@@ -47,6 +47,19 @@ def _call(call: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "function", **call, "function": {**function, "arguments": dict(arguments)}}
 
 
+def one_turn(messages: Sequence[Message], at: int) -> list[Message] | None:
+    """Messages of which `at`, a user's, is put into the user's before it; None where these are no such two."""
+    if not 0 < at < len(messages) or not messages[at - 1]["role"] == messages[at]["role"] == "user":
+        return None
+    parts = [m["content"] for m in messages[at - 1 : at + 1]]
+    if all(isinstance(part, str) for part in parts):
+        content: Any = "\n\n".join(parts)
+    else:
+        lists = [[{"type": "text", "text": part}] if isinstance(part, str) else list(part) for part in parts]
+        content = [*lists[0], {"type": "text", "text": "\n\n"}, *lists[1]]
+    return [*messages[: at - 1], {**messages[at - 1], "content": content}, *messages[at + 1 :]]
+
+
 def text_of(content: Any) -> str:
     """The text of a message's content, whose other parts are left out."""
     if isinstance(content, str):

@@ -9,7 +9,7 @@ from align.data.records import RowError
 from align.data.tokenizer import ChatTokenizer
 from align.episodes.calls import deepseek, hermes, lists, llama, mistral, pythonic, xml
 from align.episodes.calls.reply import CallFormat, ToolCall
-from align.episodes.calls.scan import THOUGHTS, Format
+from align.episodes.calls.scan import Format, ends_in_thoughts
 from align.episodes.spoken import spoken
 from align.errors import Unsupported
 
@@ -22,7 +22,9 @@ FORMATS: Mapping[str, Format] = {
 }  # fmt: skip
 """In the order in which they are tried."""
 
-_TOOL, _CITY = "probe_tool", "Köln \"am\" <Rhein> & 'drum' \\ herum"
+_TOOL = "probe_tool"
+_CITIES = ("Köln \"am\" <Rhein> & 'drum' \\ herum", "Köln am Rhein")
+"""The second for templates that put quotes around a text and leave those in it."""
 _SCHEMA = {
     "type": "function",
     "function": {
@@ -39,7 +41,8 @@ _SCHEMA = {
         },
     },
 }
-_CALLS = (ToolCall(_TOOL, {"city": _CITY, "days": 3}), ToolCall(_TOOL, {"city": "Bonn", "units": ["a", "b"]}))
+_SECOND = ToolCall(_TOOL, {"city": "Bonn", "units": ["a", "b"]})
+_Turn = tuple[str, Sequence[ToolCall]]
 _ASKED = {"role": "user", "content": "the-question"}
 
 
@@ -58,10 +61,13 @@ def find_format(
         if name not in FORMATS:
             raise Unsupported(f"no format of tool calls is called {name!r}", remedy=f"one of {', '.join(FORMATS)}")
         return FORMATS[name].of(schemas, thinking)
-    turns = [turn for calls in (_CALLS[:1], _CALLS) if (turn := _turn(tokenizer, calls)) is not None]
-    for one in FORMATS.values():
-        if turns and all(_reads(one.of([_SCHEMA]), *turn) for turn in turns):
-            return one.of(schemas, thinking)
+    turns: list[_Turn] = []
+    for city in _CITIES:
+        first = ToolCall(_TOOL, {"city": city, "days": 3})
+        turns = [turn for more in ((), (_SECOND,)) if (turn := _turn(tokenizer, (first, *more))) is not None]
+        for one in FORMATS.values():
+            if turns and all(_reads(one.of([_SCHEMA]), *turn) for turn in turns):
+                return one.of(schemas, thinking)
     wrote = f"writes a call as {turns[0][0][:300]!r}" if turns else "writes no tool calls"
     raise Unsupported(
         f"the chat template {wrote}, which is none of the formats that are known ({', '.join(FORMATS)})",
@@ -79,18 +85,13 @@ def begins_thoughts(tokenizer: ChatTokenizer, arguments: Mapping[str, Any] | Non
     return ends_in_thoughts(text)
 
 
-def ends_in_thoughts(prompt: str) -> bool:
-    """Whether a prompt's text ends within thoughts that it has begun."""
-    return any(prompt.rstrip().endswith(opening) for opening, _ in THOUGHTS)
-
-
 def _reads(one: Format, text: str, calls: Sequence[ToolCall]) -> bool:
     reply = one.parse(text, False)
     found = [(call.name, call.arguments) for call in reply.calls]
     return found == [(c.name, c.arguments) for c in calls] and not reply.invalid and not reply.content.strip()
 
 
-def _turn(tokenizer: ChatTokenizer, calls: Sequence[ToolCall]) -> tuple[str, Sequence[ToolCall]] | None:
+def _turn(tokenizer: ChatTokenizer, calls: Sequence[ToolCall]) -> _Turn | None:
     """(what the template writes for a turn of these calls, the calls); None where it writes none of them."""
     wanted = [
         {"type": "function", "id": f"call{n:05d}", "function": {"name": c.name, "arguments": c.arguments}}

@@ -20,6 +20,11 @@ _WINDOW = 4096
 _MOST_TRIES = 16  # calls of a text whose values may hold markers
 
 
+def ends_in_thoughts(prompt: str) -> bool:
+    """Whether a prompt's text ends within thoughts that it has begun."""
+    return any(prompt.rstrip().endswith(opening) for opening, _ in THOUGHTS)
+
+
 class Scan:
     """A text, what was found in it so far, and the tools' types."""
 
