@@ -20,7 +20,7 @@ def read(scan: Scan, start: int, marker: str) -> int:
     """See `scan.Read`."""
     before = start - len(marker)
     if marker == ALL_END:
-        return start if scan.calls else scan.wrong(f"{marker} ends calls that nothing began", before, start)
+        return start if scan.found else scan.wrong(f"{marker} ends calls that nothing began", before, start)
     if marker == ALL:
         begin = scan.skip(start)
         return begin if scan.text.startswith(ONE, begin) else scan.wrong(f"no {ONE} behind {marker}", before, start)

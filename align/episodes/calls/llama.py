@@ -9,7 +9,7 @@ from align.episodes.calls.scan import Format, Scan
 from align.episodes.calls.values import BadCall
 
 TAG = "<|python_tag|>"
-_LIKE = re.compile(r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:')
+_LIKE = re.compile(r'\{\s*"(?:name"\s*:|type"\s*:\s*"function")')
 _KEYS = {"parameters", "arguments"}
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
 from align.data.values import DEEPEST, MOST_DIGITS, shown
 from align.episodes.calls.reply import ToolCall
 from align.episodes.calls.scan import Format, Scan
-from align.episodes.calls.values import LONGEST, BadCall, read_value
+from align.episodes.calls.values import LONGEST, BadCall
 
 _CLOSES = {"<|python_start|>": "<|python_end|>", "<|tool_call_start|>": "<|tool_call_end|>"}
 _ENDS = ("<|python_end|>", "<|tool_call_end|>")
@@ -156,7 +157,8 @@ def _number(text: str) -> int | float:
         return int(text)
     except ValueError:
         value = float(text)
-    read_value(str(value))  # which refuses what is not finite
+    if not math.isfinite(value):
+        raise BadCall(f"the number {shown(text)} is not finite")
     return value
 
 

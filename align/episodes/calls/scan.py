@@ -107,6 +107,11 @@ class Scan:
             self._more += 1
         return end
 
+    @property
+    def found(self) -> bool:
+        """Whether there was a call, or what looks like one, so far."""
+        return bool(self.calls or self._invalid)
+
     def objects(self, value: Any) -> None:
         """The calls of an object or of a list of them. Raises BadCall, and takes none then."""
         items = value if isinstance(value, list) else [value]
@@ -117,7 +122,7 @@ class Scan:
     def reply(self) -> Reply:
         """What was found in the text."""
         thoughts = "\n".join(filter(None, (part.strip() for part in self._thoughts))) if self._thoughts else None
-        if self.calls or self._invalid:
+        if self.found:
             content = "\n".join(filter(None, (part.strip() for part in self._said)))
         else:
             content = "".join(self._said)
