@@ -72,7 +72,7 @@ class Renders:
         """
         sentinel = _SENTINEL
         while any(sentinel in text for text in texts_of([*messages, *added])):
-            sentinel += "x"
+            sentinel += "7"  # no "x", with which `Guard.harmless` makes new words
         before = [_named(m, change) for m in messages[:-1]]
         last = self._with_sentinel(_named(messages[-1], change), sentinel)
         follow = [changed(m, change) for m in added]
@@ -94,8 +94,7 @@ class Renders:
             out["reasoning_content"] = _SAID
         calls = message.get("tool_calls")
         if calls and self.tools_in == "template":
-            said = bool(message.get("content")) and not self.tokenizer.dialect.null_content
-            out["content"] = _SAID if said else ""
+            out["content"] = ""  # some write it behind the answers (Gemma 4), where it was not sampled
             texts = [_SAID] * (len(calls) - 1) + [sentinel]
             out["tool_calls"] = [
                 {**call, "function": {**call["function"], "arguments": {"of": text}}}
