@@ -3,7 +3,7 @@
 reply.py: what is read from a text
 values.py: JSON of calls, strictly, and texts as values of a schema's types
 scan.py: a text read once from its beginning to its end, whatever its format
-hermes.py, llama.py, pythonic.py, xml.py, mistral.py, deepseek.py, lists.py: the formats
+hermes.py, llama.py, pythonic.py, xml.py, mistral.py, deepseek.py, lists.py, gemma.py: the formats
 find.py: all of them by name, and the one that a chat template writes
 """
 

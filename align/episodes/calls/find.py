@@ -7,7 +7,7 @@ from typing import Any
 
 from align.data.records import RowError
 from align.data.tokenizer import ChatTokenizer
-from align.episodes.calls import deepseek, hermes, lists, llama, mistral, pythonic, xml
+from align.episodes.calls import deepseek, gemma, hermes, lists, llama, mistral, pythonic, xml
 from align.episodes.calls.reply import CallFormat, ToolCall
 from align.episodes.calls.scan import Format, ends_in_thoughts
 from align.episodes.spoken import spoken
@@ -16,8 +16,8 @@ from align.errors import Unsupported
 FORMATS: Mapping[str, Format] = {
     one.name: one
     for one in (
-        hermes.FORMAT, mistral.FORMAT, deepseek.FORMAT, xml.CODER, xml.GLM, lists.PHI, lists.GRANITE, llama.FORMAT,
-        pythonic.FORMAT,
+        hermes.FORMAT, mistral.FORMAT, deepseek.FORMAT, xml.CODER, xml.GLM, lists.PHI, lists.GRANITE, gemma.FORMAT,
+        llama.FORMAT, pythonic.FORMAT,
     )
 }  # fmt: skip
 """In the order in which they are tried."""

@@ -24,8 +24,8 @@ _ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v
 _WORDS = {"True": True, "False": False, "None": None, "true": True, "false": False, "null": None}
 
 
-class _Python:
-    """Calls with literals for arguments. `ast` would take a hundred times the text's memory for it."""
+class Literals:
+    """Literals, read one behind the other. `ast` would take a hundred times the text's memory for it."""
 
     def __init__(self, text: str, start: int, stop: int):
         self.text, self.at, self.stop = text, start, min(stop, start + LONGEST)
@@ -38,18 +38,81 @@ class _Python:
         return found
 
     def space(self) -> None:
+        """Goes on behind white space."""
         found = _SPACE.match(self.text, self.at, self.stop)
         self.at = found.end() if found else self.at
 
     def match(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        """What stands here behind white space, behind which reading goes on."""
         self.space()
         found = pattern.match(self.text, self.at, self.stop)
         self.at = found.end() if found else self.at
         return found
 
     def wrong(self, wanted: str) -> BadCall:
+        """The error that something is not here."""
         here = self.text[self.at : min(self.stop, self.at + 20)]
         return BadCall(f"{wanted} is missing before {shown(here) if here else 'its end'}")
+
+    def value(self, depth: int) -> Any:
+        """A literal. Raises BadCall."""
+        if depth >= DEEPEST:
+            raise BadCall(f"nested more than {DEEPEST} levels deep")
+        if self.take("["):
+            return self.items("]", depth)
+        if self.take("("):
+            return self.items(")", depth)
+        if self.take("{"):
+            return self.pairs(depth)
+        if (found := self.match(_TEXT)) is not None:
+            texts = [_unescaped(found)]
+            while (found := self.match(_TEXT)) is not None:  # Python joins texts that stand side by side
+                texts.append(_unescaped(found))
+            return "".join(texts)
+        return self.simple()
+
+    def key(self, depth: int) -> Any:
+        """The key of an object, which is refused where it is no text."""
+        return self.value(depth)
+
+    def simple(self) -> Any:
+        """A number, or a word for a value. Raises BadCall."""
+        if (found := self.match(_NUMBER)) is not None:
+            return _number(found[0])
+        if (found := self.match(_KEY)) is not None and found[0] in _WORDS:
+            return _WORDS[found[0]]
+        raise self.wrong("a value")
+
+    def items(self, close: str, depth: int) -> list[Any]:
+        """What a list holds, up to its end. Raises BadCall."""
+        found: list[Any] = []
+        while not self.take(close):
+            if found and not self.take(","):
+                raise self.wrong(f"`,` or `{close}`")
+            if found and self.take(close):
+                break
+            found.append(self.value(depth + 1))
+        return found
+
+    def pairs(self, depth: int) -> dict[str, Any]:
+        """What an object holds, up to its end. Raises BadCall."""
+        found: dict[str, Any] = {}
+        while not self.take("}"):
+            if found and not self.take(","):
+                raise self.wrong("`,` or `}`")
+            if found and self.take("}"):
+                break
+            key = self.key(depth + 1)
+            if not isinstance(key, str) or not self.take(":"):
+                raise self.wrong("a key that is a text, and `:`")
+            if key in found:
+                raise BadCall(f"the key {shown(key)} stands twice")
+            found[key] = self.value(depth + 1)
+        return found
+
+
+class _Python(Literals):
+    """Calls with literals for arguments."""
 
     def calls(self) -> list[ToolCall]:
         """A list of calls, or one alone. Raises BadCall."""
@@ -82,52 +145,6 @@ class _Python:
                 raise BadCall(f"{shown(key[0])} stands twice in the call of {shown(name[0])}")
             arguments[key[0]] = self.value(0)
         return ToolCall(name[0], arguments)
-
-    def value(self, depth: int) -> Any:
-        """A literal. Raises BadCall."""
-        if depth >= DEEPEST:
-            raise BadCall(f"nested more than {DEEPEST} levels deep")
-        if self.take("["):
-            return self.items("]", depth)
-        if self.take("("):
-            return self.items(")", depth)
-        if self.take("{"):
-            return self.pairs(depth)
-        if (found := self.match(_TEXT)) is not None:
-            texts = [_unescaped(found)]
-            while (found := self.match(_TEXT)) is not None:  # Python joins texts that stand side by side
-                texts.append(_unescaped(found))
-            return "".join(texts)
-        if (found := self.match(_NUMBER)) is not None:
-            return _number(found[0])
-        if (found := self.match(_KEY)) is not None and found[0] in _WORDS:
-            return _WORDS[found[0]]
-        raise self.wrong("a value")
-
-    def items(self, close: str, depth: int) -> list[Any]:
-        found: list[Any] = []
-        while not self.take(close):
-            if found and not self.take(","):
-                raise self.wrong(f"`,` or `{close}`")
-            if found and self.take(close):
-                break
-            found.append(self.value(depth + 1))
-        return found
-
-    def pairs(self, depth: int) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        while not self.take("}"):
-            if found and not self.take(","):
-                raise self.wrong("`,` or `}`")
-            if found and self.take("}"):
-                break
-            key = self.value(depth + 1)
-            if not isinstance(key, str) or not self.take(":"):
-                raise self.wrong("a key that is a text, and `:`")
-            if key in found:
-                raise BadCall(f"the key {shown(key)} stands twice")
-            found[key] = self.value(depth + 1)
-        return found
 
 
 def _unescaped(found: re.Match[str]) -> str:

@@ -14,7 +14,7 @@ from align.data.values import end_of_value
 from align.episodes.calls.reply import Reply, ToolCall
 from align.episodes.calls.values import BadCall, Types, call_of, read_value
 
-THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>thought", "<channel|>"))
 _MOST_SAID = 32  # invalid calls that are told one by one
 _WINDOW = 4096
 _MOST_TRIES = 16  # calls of a text whose values may hold markers

@@ -50,6 +50,7 @@ WRITTEN = {  # each is the call above
     ],
     "phi": [f"<|tool_call|>[{_ONE}]<|/tool_call|>", f"functools[{_ONE}]"],
     "granite": [f"<|tool_call|>[{_ONE}]", f"<tool_call>[{_ONE}]"],
+    "gemma": ['<|tool_call>call:find{query:<|"|>keys<|"|>,limit:3}<tool_call|>'],
     "pythonic": [
         '[find(query="keys", limit=3)]',
         "<|python_start|>[find(query='keys', limit=3)]<|python_end|>",
@@ -146,6 +147,9 @@ def test_plain_answers_stay_as_they_are() -> None:
         ("qwen3_coder", "<function=f><parameter=a>1</parameter><parameter=a>2</parameter></function>", "twice"),
         ("glm", "<tool_call>find<arg_key>a</arg_key></tool_call>", "no <arg_value>"),
         ("glm", "<tool_call></tool_call>", "no name"),
+        ("gemma", "<|tool_call>find<tool_call|>", "call:name{ is missing"),
+        ("gemma", '<|tool_call>call:f{a:<|"|>x}<tool_call|>', "no <|\"|> stands behind the text"),
+        ("gemma", "<|tool_call>call:f{a:1,a:2}<tool_call|>", "'a' stands twice"),
         ("pythonic", "[find(3)]", "an argument's name"),
         ("pythonic", "[find(a=__import__('os'))]", "is missing"),
         ("pythonic", "[find(a=1, a=2)]", "'a' stands twice"),
@@ -201,6 +205,14 @@ def test_python_escapes_are_read_as_python_reads_them() -> None:
     reply = read("pythonic", r"""[f(a='it\'s\n\u00fc\x41\d', b=[1, -2.5, None, true], c={'k': (1,)},), g.h()]""")
     want = {"a": "it's\nüA\\d", "b": [1, -2.5, None, True], "c": {"k": [1]}}
     assert same(reply, ToolCall("f", want), ToolCall("g.h", {}))
+
+
+def test_gemmas_values_nest() -> None:
+    text = (
+        '<|tool_call>call:f{a:[1,{<|"|>b c<|"|>:null}],d:<|"|>"x", }<tool_call|> <|"|>,e:{f:-2.5,g:true}}<tool_call|>'
+    )
+    want = {"a": [1, {"b c": None}], "d": '"x", }<tool_call|> ', "e": {"f": -2.5, "g": True}}
+    assert same(read("gemma", text), ToolCall("f", want))
 
 
 def test_several_calls_stand_side_by_side() -> None:

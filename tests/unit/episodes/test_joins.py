@@ -243,7 +243,8 @@ def test_names_that_the_model_made_up_open_no_turn(tmp_path: Path) -> None:
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'tool' %} {{ m.name }} <{{ m.tool_call_id }}>"
         "{% endif %}{{ '\\n' + m.content }}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}"
-        "</tool_call>{% endfor %}<|im_end|>\n{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}<|im_start|>assistant\n"
+        "</tool_call>{% endfor %}<|im_end|>\n{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}"
+        "<|im_start|>assistant\n"
     )
     qwen = load_family(tmp_path, "qwen2_5", template)
     joins = Joins(qwen, SCHEMAS)
