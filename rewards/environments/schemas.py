@@ -123,7 +123,9 @@ def record_fields(kind: type) -> dict[str, tuple[Any, bool]] | None:
     """Of a TypedDict or a dataclass: name -> (hint, whether it is required); None of another class."""
     if typing.is_typeddict(kind):
         required: frozenset[str] = kind.__required_keys__  # type: ignore[attr-defined]
-        return {name: (hint, name in required) for name, hint in typing.get_type_hints(kind).items()}
+        hints = typing.get_type_hints(kind, include_extras=True)
+        # under `from __future__ import annotations` NotRequired is text when the keys are sorted
+        return {n: (h, n in required and typing.get_origin(h) is not typing.NotRequired) for n, h in hints.items()}
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind, include_extras=True)
         missing = dataclasses.MISSING
