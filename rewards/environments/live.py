@@ -67,7 +67,11 @@ class Live:
 
     async def greet(self, seconds: float) -> str | None:
         """Waits for the process; why there is none, None where there is. TimeoutError after so many seconds."""
-        answer = await asyncio.wait_for(self._channel.receive(), seconds)
+        self._busy = True  # its socket is not closed under it
+        try:
+            answer = await asyncio.wait_for(self._channel.receive(), seconds)
+        finally:
+            self._busy = False
         if answer is not None and isinstance(answer.get("ready"), int):
             self.pid = answer["ready"]
             return None

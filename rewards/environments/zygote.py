@@ -63,6 +63,7 @@ class Zygote:
         while self._keepers and time.monotonic() < deadline:
             select.select([self._woken], [], [], 0.1)
             self._bury()
+        family.end_all()  # also what importing started
 
     def _fork(self, request: Mapping[str, Any], descriptors: list[int]) -> None:
         control, talk = descriptors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 from rewards import PluginError
 from rewards.environments.host import Host
+from rewards.environments.live import Live
 from rewards.environments.spec import EnvironmentSpec
 from tests.unit.environments.stage import GUESS, begun, hosted, within, write
 
@@ -31,7 +33,12 @@ class Env:
 
 
 def alive(pids: list[int]) -> list[int]:
-    return [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE]
+    found = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                found.append(pid)
+    return found
 
 
 def gone(pids: list[int], seconds: float = 10.0) -> bool:
@@ -116,6 +123,7 @@ PARENT = """
 import asyncio, sys
 from pathlib import Path
 from rewards.environments.host import Host
+from rewards.environments.live import Live
 from rewards.environments.spec import EnvironmentSpec
 
 async def main():
@@ -190,6 +198,55 @@ def test_the_files_of_a_host_may_be_read_elsewhere_and_another_interpreter_runs_
 
     with pytest.raises(PluginError, match="nowhere/python"):
         within(none)
+
+
+def test_what_importing_started_ends_with_the_host_and_not_before(tmp_path: Path) -> None:
+    text = "import subprocess\nserver = subprocess.Popen(['sleep', '614'], start_new_session=True)\n"
+    text += "class Env:\n    def server(self) -> int:\n        return server.pid\n"
+
+    async def play() -> int:
+        async with hosted(write(tmp_path, text)) as host:
+            live = await begun(host)
+            [outcome] = await live.calls([("server", {})], 5)
+            await live.close(5)
+            await asyncio.sleep(0.2)
+            assert alive([int(outcome.value)])
+            return int(outcome.value)
+
+    assert gone([within(play)], 0.5)
+
+
+def test_an_import_that_hangs_is_ended_with_what_it_printed(tmp_path: Path) -> None:
+    text = "import collections, itertools\nprint('loading')\ncollections.deque(itertools.repeat(0), maxlen=0)\n"
+
+    async def play() -> None:
+        async with hosted(write(tmp_path, text), start_s=1.0):
+            pass
+
+    with pytest.raises(PluginError, match="took more than 1 s") as caught:
+        within(play)
+    assert "loading" in str(caught.value.remedy)
+
+
+def test_episodes_that_all_die_at_once_and_a_warm_process_that_dies_between(tmp_path: Path) -> None:
+    text = "import os\nclass Env:\n    def end(self):\n        os._exit(1)\n"
+
+    async def play() -> None:
+        async with hosted(write(tmp_path, text)) as host:
+            for _ in range(3):
+                opening = [asyncio.create_task(begun(host)) for _ in range(32)]
+                await asyncio.sleep(0.02)
+                [warm] = [p for p in psutil.Process().children() if "zygote" in " ".join(p.cmdline())]
+                warm.kill()
+                found = await asyncio.gather(*opening, return_exceptions=True)
+                lives = [live for live in found if isinstance(live, Live)]
+                assert not [error for error in found if isinstance(error, PluginError)], "opened anew, unasked"
+                outcomes = await asyncio.gather(*(live.calls([("end", {})], 5) for live in lives))
+                assert all(outcome.kind == "died" and outcome.lost for [outcome] in outcomes)
+                await asyncio.gather(*(live.close(5) for live in lives))
+            assert (await (await begun(host)).reward(5)).kind == "raised"
+
+    within(play)
 
 
 def test_a_memory_limit_counts_what_an_episode_takes(tmp_path: Path) -> None:
