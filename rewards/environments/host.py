@@ -127,7 +127,6 @@ class Host:
     # ------------------------------------------------------------------------------------------------ an episode
 
     async def _open(self) -> Live:
-        process = self._process
         self._episodes += 1
         request = json.dumps({"folder": f"{self._temporary.name}/{self._episodes}"}).encode()
         control, their_control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -146,8 +145,6 @@ class Host:
             live.abandon()
             raise
         if refused is not None:
-            if self._process is not process or process is None or process.poll() is not None:
-                raise ConnectionError
             raise self._broken(f"an episode's process cannot be started: {refused}")
         return live
 

@@ -66,7 +66,8 @@ class Live:
         self.pid = 0
 
     async def greet(self, seconds: float) -> str | None:
-        """Waits for the process; why there is none, None where there is. TimeoutError after so many seconds."""
+        """Waits for the process; why there is none, None where there is. TimeoutError after so many seconds,
+        ConnectionError where nobody says why: the warm process has ended."""
         self._busy = True  # its socket is not closed under it
         try:
             answer = await asyncio.wait_for(self._channel.receive(), seconds)
@@ -76,6 +77,8 @@ class Live:
             self.pid = answer["ready"]
             return None
         said = await self._gone()
+        if "refused" not in said and said.get("status") is None:
+            raise ConnectionError
         return str(said.get("refused") or f"its process {_how(said)}")
 
     async def reset(self, row: Mapping[str, Any], seed: int, episode_seed: int, timeout_s: float) -> Outcome:
