@@ -128,28 +128,32 @@ class Play:
         turn = int(self._counts["turns"])
         seed = seed_of(self.prompt.seed, "turn", self.number, turn, self.attempt)
         item = replace(self.prompt, token_ids=np.array(self._ids.tokens, np.int64), seed=seed)
+        thinking = self.setting.format is not None and self.setting.joins.in_thoughts(self._ids.tokens)
         drawn = await self._sample(item, replace(self.sampling, max_tokens=room))
         if isinstance(drawn, FailedPrompt):
             raise Lost("too long", drawn.message, killed=False)
         self._ids.sample(drawn)
         self._counts["turns"] += 1
         self._last = drawn
-        self._reply = self._numbered(self._read(drawn))
+        self._reply = self._numbered(self._read(drawn, thinking))
         self._messages.append(self._reply.message())
         return drawn
 
-    def _read(self, drawn: Completion) -> Reply:
+    def _read(self, drawn: Completion, thinking: bool) -> Reply:
         if self.setting.format is None:
             return Reply(drawn.text, None, (), ())
-        return self.setting.format.parse(drawn.text if drawn.raw is None else drawn.raw)
+        return self.setting.format.parse(drawn.text if drawn.raw is None else drawn.raw, thinking)
 
     def _numbered(self, reply: Reply) -> Reply:
-        """With an id for each call: nine letters and digits, which every template takes."""
+        """With an id for each call: nine letters and digits, which every template takes. More calls than the template
+        can write are none, and said so."""
+        most = self.setting.joins.most_calls or len(reply.calls)
         calls: list[ToolCall] = []
-        for call in reply.calls:
+        for call in reply.calls[:most]:
             self._made_ids += 1
             calls.append(replace(call, id=call.id or f"call{self._made_ids:05d}"))
-        return replace(reply, calls=tuple(calls))
+        more = [f"{call.name} was not called: the chat template takes {most} a turn" for call in reply.calls[most:]]
+        return replace(reply, calls=tuple(calls), invalid=(*reply.invalid, *more))
 
     def _append(self, added: Sequence[Message], drawn: Completion) -> None:
         last = int(drawn.token_ids[-1])
@@ -176,8 +180,7 @@ class Play:
 
     async def _answers(self, reply: Reply) -> tuple[list[Message], bool]:
         """An answer to each call, in order, and one to what was no call."""
-        most = min(self.rules.max_calls, self.setting.joins.most_calls or self.rules.max_calls)
-        texts = [self._refusal(n, call, most) for n, call in enumerate(reply.calls)]
+        texts = [self._refusal(n, call) for n, call in enumerate(reply.calls)]
         asked = [n for n, text in enumerate(texts) if text is None]
         done = False
         if asked:
@@ -203,8 +206,9 @@ class Play:
         alone = self.setting.joins.takes_answers_alone
         return [{"role": "tool" if alone else "user", "content": complaint}]
 
-    def _refusal(self, number: int, call: ToolCall, most: int) -> str | None:
+    def _refusal(self, number: int, call: ToolCall) -> str | None:
         """What is wrong with a call before it is made; None where nothing is."""
+        most = self.rules.max_calls
         if number >= most:
             return f"error: not called, at most {most} call{'s' if most > 1 else ''} a turn"
         schema = self.setting.schema(call.name)

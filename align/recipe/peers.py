@@ -11,6 +11,12 @@ from align.recipe.peer_sentences import SENTENCES
 _MEANS = {  # their word -> where ours stands
     # TRL
     "num_generations": "batch.group_size",
+    "environment_factory": "environment.use",
+    "max_tool_calling_iterations": "environment.max_turns",
+    "tool_config_path": "environment.tools",
+    "max_assistant_turns": "environment.max_turns",
+    "max_tool_response_length": "environment.max_observation_tokens",
+    "agent_func_path": "environment.use",
     "max_completion_length": "rollout.max_tokens",
     "max_new_tokens": "rollout.max_tokens",
     "max_prompt_length": "data.max_length",

@@ -72,7 +72,8 @@ def find_format(
     raise Unsupported(
         f"the chat template {wrote}, which is none of the formats that are known ({', '.join(FORMATS)})",
         where=tokenizer.require_template().where,
-        remedy="name the format in which the model writes calls, or write tools into the prompt: `tools_in: prompt`",
+        remedy="name the format of its calls (`environment.parser`), or write tools into the prompt: "
+        "`environment.tools_in: prompt`",
     )
 
 
