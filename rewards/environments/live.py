@@ -76,8 +76,9 @@ class Live:
         if answer is not None and isinstance(answer.get("ready"), int):
             self.pid = answer["ready"]
             return None
+        abandoned = self._lost is not None
         said = await self._gone()
-        if "refused" not in said and said.get("status") is None:
+        if abandoned or ("refused" not in said and not said.get("status")):
             raise ConnectionError
         return str(said.get("refused") or f"its process {_how(said)}")
 
