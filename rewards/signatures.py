@@ -1,7 +1,8 @@
 """Reward functions written for TRL or ms-swift, called as those trainers call them.
 
 trl: `f(prompts=, completions=, completion_ids=, trainer_state=, log_extra=, log_metric=, **columns)`; conversational
-    prompts come with completions as [{"role": "assistant", "content": text}], plain ones with strings. TRL 1.16,
+    prompts come with completions as [{"role": "assistant", "content": text}], plain ones with strings; of episodes as
+    all their turns, with `environments`. TRL 1.16,
     GRPOTrainer._calculate_rewards.
 swift: `f(completions, **columns)` with strings, and `messages` with the completion as last turn; functions and the
     ORM classes, which are made once with `args` (swift/rewards/orm.py).
@@ -14,8 +15,9 @@ of the names that it takes. `trainer_state` is None: a plugin sees samples, not 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 from rewards.api import Context, PluginError, Sample
@@ -91,15 +93,27 @@ def _trl_columns(samples: Sequence[Sample], ctx: Context) -> Columns:
     for name in ("prompt", "completion", "completion_ids"):
         columns.pop(name, None)
     prompts = [s.messages[0]["content"] if _is_plain(s) else list(s.messages) for s in samples]
-    completions = [s.completion if _is_plain(s) else [_answer(s)] for s in samples]
+    completions = [s.completion if _is_plain(s) else list(s.turns) or [_answer(s)] for s in samples]
     return {
         **columns,
+        **_environments(samples),
         "prompts": prompts,
         "completions": completions,
         "completion_ids": [list(s.token_ids) for s in samples],
         "trainer_state": None,
         "log_extra": ctx.log_column,
         "log_metric": ctx.log_metric,
+    }
+
+
+def _environments(samples: Sequence[Sample]) -> Columns:
+    """Of episodes, what TRL hands on as the environments: objects with their public attributes as they were at the end,
+    in a process that is gone."""
+    if not any(s.turns for s in samples):
+        return {}
+    states = [s.state if isinstance(s.state, Mapping) else {} for s in samples]
+    return {
+        "environments": [SimpleNamespace(**{str(name): value for name, value in state.items()}) for state in states]
     }
 
 

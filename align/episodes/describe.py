@@ -11,6 +11,11 @@ from align.recipe.environment import Environment
 from rewards.api import PluginError as RewardsPluginError
 from rewards.environments.host import Host
 from rewards.environments.spec import EnvironmentSpec
+from rewards.process import default_memory_mb
+
+_LEAST_MB, _SHARES = 512, 8
+"""Data memory of an episode where the recipe says none: an eighth of half the machine's. All at once may ask for more
+than there is; few do."""
 
 
 def environment_spec(rules: Environment) -> EnvironmentSpec:
@@ -27,7 +32,9 @@ def environment_spec(rules: Environment) -> EnvironmentSpec:
 
 def open_host(rules: Environment, folder: Path, seed: int, log: Path | None) -> Host:
     """The warm process that episodes are forked from, not started yet."""
-    return Host(environment_spec(rules), folder, seed, log_path=log, memory_mb=rules.memory_mb)
+    share = default_memory_mb() // min(rules.max_live, _SHARES)
+    memory = rules.memory_mb or max(_LEAST_MB, share)
+    return Host(environment_spec(rules), folder, seed, log_path=log, memory_mb=memory)
 
 
 async def started(host: Host) -> Mapping[str, Any]:
