@@ -1,0 +1,119 @@
+"""`align check` on environments: what an episode is, and what is refused with its place and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from align.cli.main import main
+from tests.unit.check.workshop import Workshop, open_workshop
+from tests.unit.episodes.stage import CALCULATOR
+
+STAGE = """\
+  - id: grpo
+    kind: online
+    from: dpo
+    data: {path: sft.jsonl}
+    batch: {groups: 2, group_size: 4}
+    rewards:
+      - numeric
+      - {use: "judge.py:brevity", timeout_s: 5}
+    objectives: {weights: {numeric: 1.0, brevity: 0.5}}
+    rollout: {max_tokens: 32}
+"""
+OURS = """\
+  - id: grpo
+    kind: online
+    from: dpo
+    data: {path: sft.jsonl}
+    batch: {groups: 2, group_size: 4}
+    environment: {use: "world.py:Calculator", max_turns: 3, max_tokens: 64, max_observation_tokens: 16}
+    rollout: {max_tokens: 32}
+"""
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
+    shop = open_workshop(tmp_path / "shop")
+    shop.write("world.py", CALCULATOR)
+    shop.change(STAGE, OURS)
+    shop.change("max_position_embeddings: 256", "max_position_embeddings: 1024")
+    monkeypatch.chdir(shop.folder)
+    return shop
+
+
+def checked(capsys: pytest.CaptureFixture[str], status: int, *changes: str) -> str:
+    code = main(["check", "recipe.yaml", *changes])
+    captured = capsys.readouterr()
+    assert code == status, captured.out + captured.err
+    return captured.out + captured.err
+
+
+def test_the_check_says_what_an_episode_is(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    said = checked(capsys, 0)
+    assert "environment calculator: tools add, calls read as hermes, turns of its own (respond), a reward" in said
+    assert "at most 3 turns of 32 tokens, 64 in all, answers of at most 16" in said
+    said = checked(capsys, 0, "stages.exam.environment=world.py:Calculator", "stages.exam.rewards=[]")
+    assert said.count("environment calculator") == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("stages.grpo.environment.use=world.py:Calculater", ["has no 'Calculater'", "Calculator"]),
+        ("stages.grpo.environment.use=nowhere.py:Calculator", ["there is no file", "nowhere.py"]),
+        ("stages.grpo.environment.use=judge.py:brevity", ["an environment is a class", "tools"]),
+        ("stages.grpo.environment={tools: [judge.py:brevity]}", ["samples"]),
+        ("stages.grpo.environment={}", ["give `use: file.py:Class`, or `tools"]),
+        ("stages.grpo.environment={use: world.py:Calculator, max_turns: 0}", ["max_turns", "greater than 0"]),
+        ("stages.grpo.environment.max_turnz=3", ["max_turnz", "max_turns"]),
+        ("stages.grpo.environment.args={size: 3}", ["has no argument 'size'"]),
+        ("stages.grpo.environment.parser=hermez", ["hermez", "hermes"]),
+        ("stages.grpo.environment.history=template", ["history: template", "leave it out"]),
+        (
+            "stages.grpo.rewards=[{use: judge.py:brevity, as: calculator}]",
+            ["both give an objective 'calculator'", "as:"],
+        ),
+        ("stages.grpo.objectives={weights: {calculater: 1}}", ["calculater", "calculator"]),
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_to_do(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str], change: str, words: list[str]
+) -> None:
+    said = checked(capsys, 2, change)
+    assert all(word in said for word in words), said
+    assert "recipe.yaml:" in said or "override `" in said, said
+
+
+def test_episodes_that_nobody_scores_are_refused(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    workshop.write("world.py", CALCULATOR.replace("def reward(self)", "def _reward(self)"))
+    said = checked(capsys, 2)
+    assert "nothing scores the episodes" in said and "sample.turns" in said
+
+
+def test_rows_that_name_other_tools_and_plain_prompts_are_refused(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = {"type": "function", "function": {"name": "search", "parameters": {"type": "object", "properties": {}}}}
+    messages = [{"role": "user", "content": "1 + 2?"}]
+    workshop.write("asked.jsonl", [{"messages": messages, "tools": [other], "answer": "3"}] * 2)
+    said = checked(capsys, 2, "stages.grpo.data=asked.jsonl")
+    assert "names a tool 'search'" in said and "add" in said
+    workshop.write("plain.jsonl", [{"prompt": "1 + 2 ="}, {"prompt": "3 + 4 ="}])
+    assert "tools need messages" in checked(capsys, 2, "stages.grpo.data=plain.jsonl")
+
+
+def test_a_template_without_tools_is_refused_and_takes_them_as_text(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    template = workshop.write("plain.jinja", plain)
+    said = checked(capsys, 2, f"model.chat_template={template}")
+    assert "chat template" in said and "tools_in: prompt" in said
+    assert "calls read as hermes" in checked(
+        capsys, 0, f"model.chat_template={template}", "stages.grpo.environment.tools_in=prompt"
+    )

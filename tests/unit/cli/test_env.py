@@ -1,0 +1,57 @@
+"""`align env try`: an environment played before a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from align.cli.main import main
+from tests.runs import write_jsonl
+from tests.unit.episodes.stage import CALCULATOR, call, write
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write(tmp_path, CALCULATOR)
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": [{"role": "user", "content": "1 + 2?"}], "answer": "3"}])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tried(capsys: pytest.CaptureFixture[str], status: int, *words: str) -> str:
+    code = main(["env", "try", "world.py:Calculator", "--data", "rows.jsonl", *words])
+    captured = capsys.readouterr()
+    assert code == status, captured.out + captured.err
+    return captured.out + captured.err
+
+
+def test_written_replies_are_played_and_every_token_is_shown(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "replies.jsonl").write_text(json.dumps([call(a=1, b=2), "3"]) + "\n")
+    said = tried(capsys, 0, "--replies", "replies.jsonl")
+    assert "tool add: Add two numbers." in said and '"required": ["a", "b"]' in said
+    assert "sampled" in said and "added" in said and "<|im_start|>tool\\n3<|im_end|>" in said
+    assert 'scores: {"calculator": 1.0}' in said and "1 episodes, 0 lost, 0 problems" in said
+
+
+def test_resets_that_differ_for_one_seed_and_lost_episodes_are_problems(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "replies.jsonl").write_text('"3"\n')
+    write(here, CALCULATOR.replace("seed, 0\n", "seed, 0\n        import os; return f'begin {os.getpid()}'\n", 1))
+    assert "two resets with the same row and seed differ" in tried(capsys, 1, "--replies", "replies.jsonl")
+    write(
+        here,
+        CALCULATOR.replace(
+            "def reset(self, row, seed):", "def reset(self, row, seed):\n        raise ValueError('no')"
+        ),
+    )
+    said = tried(capsys, 1, "--replies", "replies.jsonl")
+    assert "lost: raised: reset: ValueError: no" in said
+
+
+def test_somebody_must_play(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--replies FILE, or --model FOLDER" in tried(capsys, 2)
+    (here / "empty").touch()
+    assert "there are no replies" in tried(capsys, 2, "--replies", "empty")
