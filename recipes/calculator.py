@@ -2,8 +2,8 @@
 
 An environment is a class: its public methods are the tools, one object is one episode. The traces that the demo begins
 with are as bad as what people find in their logs: more than half of them guess the sum without asking the calculator,
-and most of the others ask it twice. So a model that imitates them answers less than half of all questions, and uses
-more calls than it needs; what is right, and that calls cost something, is left to GRPO.
+and most of the others ask it again and again. So a model that imitates them answers less than half of all questions,
+and uses more calls than it needs; what is right, and that calls cost something, is left to GRPO.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from rewards import Objective, environment
 from rewards.environments import tool_schemas
 
 HELD_OUT_SHARE = 10  # one sum in ten is held out
-ANSWER = "The sum of {a} and {b} is {sum}."
-GUESSES, REPEATS = 0.6, 0.6  # of the traces: no call; of the others: two
+GUESS = "About {sum}."
+GUESSES, REPEATS = 0.55, 0.7  # of the traces: no call; of the others: more than one
 
 Row = dict[str, object]
 
@@ -60,11 +60,11 @@ def sft(*, rows: int = 4000, seed: int = 0) -> Iterator[Row]:
     rng = random.Random(f"traces/{seed}")
     tools = tool_schemas(Calculator)
     for a, b in _sums(rng, rows, held_out=False):
-        calls = 0 if rng.random() < GUESSES else 2 if rng.random() < REPEATS else 1
+        calls = 0 if rng.random() < GUESSES else rng.choice((2, 3)) if rng.random() < REPEATS else 1
         total = a + b if calls else a + b + rng.choice((-1000, -100, -10, -1, 1, 10, 100, 1000))
         asked = [_call(a, b), {"role": "tool", "content": str(a + b)}] * calls
-        said = {"role": "assistant", "content": ANSWER.format(a=a, b=b, sum=total)}
-        yield {"messages": [_question(a, b), *asked, said], "tools": tools}
+        said = str(total) if calls else GUESS.format(sum=total)
+        yield {"messages": [_question(a, b), *asked, {"role": "assistant", "content": said}], "tools": tools}
 
 
 def prompts(*, rows: int = 1000, seed: int = 0, held_out: bool = False) -> Iterator[Row]:
@@ -82,7 +82,7 @@ def words(*, rows: int = 200) -> Iterator[Row]:
         call = f'<tool_call>{{"name": "add", "arguments": {{"a": {a}, "b": {b}}}}}</tool_call>'
         yield {
             "text": f"system\nTools, called as {call}:\n{schema}\nuser\n{a} + {b}?\nassistant\n{call}\ntool\n{a + b}\n"
-            + ANSWER.format(a=a, b=b, sum=a + b)
+            + GUESS.format(sum=a + b)
         }
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from align.cli.arguments import add_recipe
+from align.errors import Unsupported
 from align.recipe.capabilities import SamplingStage
 from align.recipe.load import load_document
 from align.recipe.schema import Recipe
@@ -70,6 +71,12 @@ def run(arguments: argparse.Namespace) -> int:
     """
     recipe, document = load_document(arguments.recipe, arguments.overrides)
     stage = online_stage(recipe, arguments.stage, document.name)
+    if stage.environment is not None:
+        raise Unsupported(
+            "the simulator knows answers, and this stage samples episodes, which wait for an environment",
+            where=f"stages.{stage.id}.environment",
+            remedy="look at time/generate and time/train of a short run: `staleness` hides the shorter of the two",
+        )
     measured = read_run(Path(arguments.run), arguments.stage) if arguments.run else None
     inputs = gather(recipe, stage, {name: getattr(arguments, name) for name in UNITS}, measured)
     work = workload(recipe, stage, inputs, measured)

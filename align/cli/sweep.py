@@ -10,6 +10,7 @@ from align.check.findings import Findings
 from align.check.inputs import Rewards
 from align.check.launch import divided, exit_code, outcome_lines
 from align.check.validate import validate
+from align.check.worlds import Worlds
 from align.cli.arguments import add_parallel, add_recipe, add_stage, whole
 from align.errors import RecipeError, RunFolderError
 from align.experiments.children import Child, Outcome, Slot, run_all
@@ -67,9 +68,11 @@ def _seeds(text: str) -> list[int]:
 
 
 def _vectors(arguments: argparse.Namespace, stage: SamplingStage, folder: Path) -> Sequence[Weights]:
-    """Weight vectors as asked for, over objectives that the stage's rewards give."""
+    """Weight vectors as asked for, over objectives that the stage's rewards and its environment give."""
     found = Findings(None)
     names = Rewards(folder).objectives(stage.rewards, stage.id, "rewards", found)
+    if stage.environment is not None:
+        names = Worlds(folder).objectives(stage, names, found)
     found.raise_any()
     assert names is not None, "what could not be described was raised"
     if arguments.simplex:

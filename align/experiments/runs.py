@@ -45,8 +45,8 @@ def online_stages(recipe: Recipe) -> list[SamplingStage]:
 
 
 def exams(recipe: Recipe) -> list[JudgingStage]:
-    """The stages that have rewards judge completions."""
-    return [stage for stage in recipe.stages if isinstance(stage, JudgingStage) and stage.rewards]
+    """The stages that have rewards, or an environment, judge completions."""
+    return [stage for stage in recipe.stages if isinstance(stage, JudgingStage) and stage.engines]
 
 
 def chosen(stages: Sequence[Stage], stage_id: str | None, what: str, where: Path | str) -> Stage:
@@ -150,7 +150,7 @@ def notes(run: Path, recipe: Recipe, stage: JudgingStage) -> list[str]:
         if seen & asked:
             count = f"{len(seen & asked)} of the {len(asked)} prompts of {stage.id!r}"
             found.append(f"{count} are among those that {trained.id!r} trained on")
-        if {r.use for r in stage.rewards} <= {r.use for r in trained.rewards}:
+        if stage.rewards and {r.use for r in stage.rewards} <= {r.use for r in trained.rewards}:
             found.append(
                 f"{stage.id!r} judges by rewards that {trained.id!r} trains on; held-out rewards would tell more"
             )
