@@ -24,10 +24,11 @@ import numpy as np
 
 from align.episodes.engine_loop import EpisodeLoop, Wanted
 from align.episodes.spec import EpisodeSpec
-from align.errors import AlignError, EngineError
+from align.errors import AlignError, EngineError, PluginError
 from align.protocols.fleet import FailedPrompt, Group
 from align.protocols.trainer import Publication
 from align.protocols.trees import Medium
+from rewards.api import PluginError as RewardsPluginError
 from rollout.base import Answer, Engine, EngineSpec, Request, check_sampling
 
 WAIT_S = 0.05  # for something to happen, before the caller may look for commands
@@ -156,6 +157,8 @@ class EpisodeEngine:
             return
         if isinstance(failure, AlignError):
             raise failure
+        if isinstance(failure, RewardsPluginError):
+            raise PluginError(failure.what, where=failure.where, remedy=failure.remedy) from failure
         raise EngineError(f"playing episodes failed: {type(failure).__name__}: {failure}") from failure
 
     def abandon(self, tickets: Sequence[int]) -> None:

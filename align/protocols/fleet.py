@@ -111,6 +111,11 @@ class Completion:
         return int(self.token_ids.shape[0] if self.sampled is None else np.count_nonzero(self.sampled))
 
     @property
+    def lost(self) -> bool:
+        """Whether it stands for an episode of which nothing is left."""
+        return self.episode is not None and self.length == 0
+
+    @property
     def sampled_versions(self) -> np.ndarray:
         """i32[length]: the version that sampled each sampled token."""
         return self.versions if self.sampled is None else self.versions[self.sampled]

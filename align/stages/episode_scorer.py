@@ -140,8 +140,8 @@ def episode_of(completion: Completion) -> Episode:
 
 
 def is_played(completion: Completion) -> bool:
-    """Whether there is anything of the episode: one that was lost has no token."""
-    return completion.length > 0
+    """Whether there is anything of the episode to judge."""
+    return not completion.lost
 
 
 def beside(own: ScoreTable, table: ScoreTable, groups: Sequence[Group], played: Sequence[Group]) -> ScoreTable:

@@ -145,7 +145,8 @@ def _branch(completion: Completion, advantage: float, masked: bool) -> Segment:
 def group_metrics(groups: Sequence[Group], advantages: np.ndarray, masked: np.ndarray, version: int) -> Metrics:
     """Counts of a turn: lengths, truncated and masked shares, groups without signal, ages of the tokens."""
     completions = [c for g in groups for c in g.completions]
-    lengths = np.asarray([c.length for c in completions], dtype=np.float64)
+    drawn = [c for c in completions if not c.lost] or completions
+    lengths = np.asarray([c.length for c in drawn], dtype=np.float64)
     ends = np.cumsum([len(g.completions) for g in groups])[:-1]
     shares = zip(np.split(advantages, ends), np.split(masked, ends), strict=True)
     live = [_has_signal(a[~out]) for a, out in shares]
@@ -153,7 +154,7 @@ def group_metrics(groups: Sequence[Group], advantages: np.ndarray, masked: np.nd
     return {
         "completion/mean_length": float(lengths.mean()),
         "completion/max_length": float(lengths.max()),
-        "completion/truncated": float(np.mean([c.truncated for c in completions])),
+        "completion/truncated": float(np.mean([c.truncated for c in drawn])),
         "completion/masked": float(np.mean(masked | ~np.isfinite(advantages))),
         "groups/total": float(len(groups)),
         "groups/dead": float(len(groups) - sum(live)),

@@ -231,14 +231,15 @@ def greedy_metrics(groups: Sequence[Group], table: ScoreTable) -> Metrics:
     nothing is left out of the result. Of rewards that failed, how often.
     """
     completions = [c for group in groups for c in group.completions]
+    drawn = [c for c in completions if not c.lost] or completions
     columns = {name: table.scores[:, k] for k, name in enumerate(table.objectives)}
     means = {name: float(np.nanmean(c, dtype=np.float64)) for name, c in columns.items() if np.isfinite(c).any()}
     judged = "accuracy" if "accuracy" in columns else table.objectives[0]
     return {
         **means,
         **({"accuracy": means[judged]} if judged in means else {}),
-        "mean_length": float(np.mean([c.length for c in completions])),
-        "truncated": float(np.mean([c.truncated for c in completions])),
+        "mean_length": float(np.mean([c.length for c in drawn])),
+        "truncated": float(np.mean([c.truncated for c in drawn])),
         "missing": float(np.mean(~np.isfinite(table.scores))),
         "completions": float(len(completions)),
         **{name: value for name, value in table.metrics.items() if value and name.endswith(_TROUBLES)},
