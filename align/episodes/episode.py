@@ -75,7 +75,7 @@ class Play:
 
     def so_far(self) -> tuple[np.ndarray, Completion | None]:
         """What an episode that was given up has come to; no completion before its first turn."""
-        return self._prompt_ids(), None if self._last is None else self._completion("killed", Verdict())
+        return self._prompt_ids(), None if self._last is None else self._completion("unfinished", Verdict())
 
     # ------------------------------------------------------------------------------------------------- turns
 
