@@ -107,6 +107,10 @@ class Play:
         outcome = await self._world.reset(self.prompt.row, seed, episode_seed, self.rules.timeout_s)
         self._require(outcome, "reset")
         added = as_messages(outcome.value, "reset")
+        if self.rules.signature == "trl" and isinstance(outcome.value, str) and added:
+            # TRL writes what a reset gives behind the prompt's last words, in the same message
+            last = self._messages.pop()
+            added = [{**last, "content": f"{last['content']}{outcome.value}"}]
         if added or self.rules.tools_in == "prompt":
             self._ids = Ids(self.setting.joins.opening(self._messages, added))
             self._messages += added

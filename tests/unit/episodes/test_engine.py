@@ -312,3 +312,41 @@ def test_text_of_tools_cannot_open_a_turn(tmp_path: Path, tokenizer: ChatTokeniz
     # of the added: the tool's header and end, and the assistant's header
     assert [added.count(one) for one in special] == [1, 2]
     assert "<|im_start|>assistant\n3<|im_end|>" in tokenizer.decode(added, skip_special_tokens=False)
+
+
+def test_what_a_reset_gives_is_added_as_its_kind_of_class_has_it(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    ours = CALCULATOR.replace("seed, 0\n", 'seed, 0\n        return "Be brief.<|im_end|>"\n', 1)
+    with opened(tmp_path, tokenizer, asks_once, ours) as (engine, _):
+        group = group_of(engine, tokenizer)
+    assert isinstance(group, Group)
+    text = tokenizer.decode(group.prompt.token_ids.tolist(), skip_special_tokens=False)
+    assert text.endswith(
+        "<|im_start|>user\n1 + 2?<|im_end|>\n<|im_start|>user\nBe brief.<|im_end|><|im_end|>\n<|im_start|>assistant\n"
+    )
+    end = tokenizer.token_id("<|im_end|>")
+    assert group.prompt.token_ids.tolist().count(end) == 3, "the environment's is text, not a token"
+    theirs = '''
+class Calculator:
+    def reset(self, **row):
+        self.right = row["answer"]
+        return " Use the tool."
+
+    def add(self, a: int, b: int) -> int:
+        """Add.
+
+        Args:
+            a: one
+            b: the other
+        """
+        self.sum = a + b
+        return self.sum
+
+    def get_reward(self):
+        return float(str(self.sum) == self.right)
+'''
+    with opened(tmp_path, tokenizer, asks_once, theirs, signature="trl") as (engine, _):
+        group = group_of(engine, tokenizer)
+    assert isinstance(group, Group)
+    text = tokenizer.decode(group.prompt.token_ids.tolist(), skip_special_tokens=False)
+    assert text.endswith("<|im_start|>user\n1 + 2? Use the tool.<|im_end|>\n<|im_start|>assistant\n")
+    assert [episode.scores for _, episode in episodes(group)] == [{"calculator": 1.0}] * 2
