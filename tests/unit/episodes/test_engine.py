@@ -271,7 +271,7 @@ def test_a_hanging_tool_keeps_nobody_else_waiting(tmp_path: Path, tokenizer: Cha
         while engine.running:
             for ticket, _ in engine.step():
                 done[ticket] = time.monotonic() - began
-    assert max(seconds for ticket, seconds in done.items() if ticket) < 3.0 < done[0]
+    assert max(seconds for ticket, seconds in done.items() if ticket) < 4.0 <= done[0]
 
 
 def test_lockstep_samples_each_turn_of_all_episodes_together(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
