@@ -83,7 +83,7 @@ def make_model(folder: Path) -> Path:
     }  # fmt: skip
     words = {"train_on": {"path": f"{source}:words"}, "vocab_size": 512}
     stage = {
-        "id": "sft", "kind": "sft", "adapter": {"kind": "full"}, "batch": {"sequences": 32}, "steps": 150,
+        "id": "sft", "kind": "sft", "adapter": {"kind": "full"}, "batch": {"sequences": 16}, "steps": 150,
         "data": {"path": f"{source}:sft", "options": {"rows": 4000}}, "optim": {"lr": 3e-3},
     }  # fmt: skip
     model = {"dtype": "float32", "config": config, "tokenizer": words, "chat_template": str(template())}
