@@ -2,8 +2,8 @@
 
     python -m tests.bench.episodes_against_trl [--steps 4] [--record]
 
-The model is a small one from scratch that was shown traces of recipes/calculator.py under TRL's own template of Qwen2.5;
-the environment is a class for TRL's environment_factory, which ours runs by `signature: trl`. Ours samples by vLLM, TRL
+The model is a small one from scratch, shown traces of recipes/calculator.py under TRL's own template of Qwen2.5; the
+environment is a class for TRL's environment_factory, which ours runs by `signature: trl`. Ours samples by vLLM, TRL
 by transformers in its process: on a CPU it has no other way. The first step of each is left out. Then the same class
 with a tool that never returns for one question: what each side does within `--patience` seconds.
 """
