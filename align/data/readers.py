@@ -225,8 +225,27 @@ def _read_json(path: Path) -> Iterator[Item]:
 def _inside(value: Any, path: Path) -> list[Item]:
     """The rows that an object holds under one name, or by their ids; none of one that is a row."""
     if (name := _wrapped(value)) is not None:
+        _refuse_said_of_all(value, name, path)
         return [_object(row, f"{path} {name}[{n}]") for n, row in enumerate(value[name])]
     return [_object(row, f"{path} {key}") for key, row in value.items()] if _are_keyed(value) else []
+
+
+def _refuse_said_of_all(value: dict[str, Any], name: str, path: Path) -> None:
+    """Raises DataError where what stands beside an object's rows is said of each of them."""
+    said = next((key for key in value if key != name and key.lower() in _SAID_OF_ALL), None)
+    if said is not None:
+        raise DataError(
+            f"`{said}` stands beside the rows in `{name}`: it belongs to each of them, or is a fact about the file",
+            where=path,
+            remedy=f"write it into every row, or take it out; or the object is a row itself, whose `{name}` belong "
+            "together: then write it as one line of a .jsonl file",
+        )
+
+
+_SAID_OF_ALL = frozenset({
+    "instruction", "instructions", "system", "system_prompt", "system_message", "prompt", "task_prefix", "context",
+    "passage", "document", "article", "background", "story", "weight", "tools", "input", "definition", "preamble",
+})  # fmt: skip
 
 
 def _refuse_splits(value: Any, path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from align.data.formats.base import margin_of, weight_of
 from align.data.formats.choosing import refuse_stray
 from align.data.formats.flags import refuse_token_masks
 from align.data.formats.guess import needed, read_under_a_guess
+from align.data.formats.written import Values, broken
 from align.data.labels import Labelling
 from align.data.laid_out import LaidOut
 from align.data.media.library import Library
@@ -116,6 +118,12 @@ class _Chunk:
     def report(self) -> SourceReport:
         return self.part.table.report
 
+    @cached_property
+    def _written(self) -> frozenset[str]:
+        """Columns that hold messages as JSON text in most of these rows."""
+        counts = Counter(name for values in self.laid.values for name in values.written)
+        return frozenset(name for name, count in counts.items() if 2 * count > len(self.laid.values))
+
     def read(self, rows: Sequence[Row]) -> None:
         """Add them to the part."""
         table = self.part.table
@@ -196,12 +204,16 @@ class _Chunk:
             "none; say what is meant with `columns`"
         )
 
-    def _record(self, values: dict[str, Any], reading: Reading) -> tuple[Record, float | None, float]:
+    def _record(self, values: Values, reading: Reading) -> tuple[Record, float | None, float]:
         """A row's record, a pair's margin, and the row's weight; a row of weight 0 is left out by the caller, whatever
         else is wrong with it. Raises RowError, whatever the row holds."""
         layout, how, thoughts = self.laid.layout, self.how, self.part.thoughts
         try:
             refuse_stray(layout, self.laid.others, values)
+            if (name := broken(values, self._written)) is not None:
+                raise RowError(
+                    f"`{name}` holds messages as JSON text, and this one cannot be read: {values[name][:60]!r}"
+                )
             if how.kind in ("conversation", "pair", "unpaired"):
                 refuse_token_masks(values)
             weight = weight_of(reading)

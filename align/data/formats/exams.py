@@ -17,10 +17,14 @@ from align.data.formats.messages import read_messages, with_system
 from align.data.formats.tools import schemas_of
 from align.data.records import Message, Prompt, RowError, prompt_from
 
-_LATER = "a later turn of the user, who asks about the answer to the first,"
+_LATER = "a later turn of the user (as it is taken to be), who asks about the answer to the first,"
+_OF_A_MODEL = ("model_id", "answer_id", "model", "choices", "tstamp")
 
 
 def _first_turn(row: Row) -> Prompt:
+    theirs = [name for name in _OF_A_MODEL if row.get(name) is not None]
+    if theirs:
+        raise RowError(f"`{theirs[0]}` says that `turns` are a model's answers, and no prompt")
     first, *later = (_asked(turn) for turn in row["turns"])
     asked = with_system(row, (Message("user", first, unread=(_LATER,) * len(later)),))
     reference = row.get("reference")
@@ -61,7 +65,7 @@ def _calls_fit(row: Row) -> bool:
 LAYOUTS = (
     Layout(
         "mt-bench, the first turn", ("mt-bench",), "prompt", frozenset({"question_id", "turns"}), _first_turn,
-        frozenset({"reference", "system"}), fits=_turns_fit, verbatim=True,
+        frozenset({"reference", "system", *_OF_A_MODEL}), fits=_turns_fit, verbatim=True,
     ),
     Layout(
         "bfcl", ("bfcl",), "prompt", frozenset({"question"}), _calls, frozenset({"function", "system"}),

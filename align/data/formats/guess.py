@@ -83,9 +83,10 @@ NEEDED = frozenset({
     "context", "contexts", "passage", "passages", "document", "documents", "article", "paragraph", "background",
     "premise", "hypothesis", "choices", "options", "story", "table", "evidence", "facts", "history", "input", "inputs",
     "a", "b", "c", "d", "schema", "code", "image_description", "starter_code", "body", "instances", "scenario",
+    "answer_choices", "answer_options", "possible_answers", "endings", "alternatives", "ctx", "support",
 })  # fmt: skip
 """What an answer depends on: never left out of a guess unsaid."""
-_ONE_CHOICE = re.compile(r"(choice|option)_?([a-z]|\d+)")
+_ONE_CHOICE = re.compile(r"(choice|option|opt|op|ending|alternative|answer_choice|sol|ans)_?([a-z]|\d+)")
 
 
 def needed(name: str) -> bool:
@@ -275,6 +276,9 @@ def _takes(layout: Layout, columns: Columns, shown: Mapping[str, Any], common: C
         return False
     if "query" in columns or "instruction" in columns:
         texts = {ours for ours in columns if ours not in ("label", "preference", "responses", "ranks", "scores")}
+        numbers = any(ours in NUMBERS and is_number(row[ours]) for ours in texts)
+        if numbers and any(_are_choices(value) for value in shown.values()):
+            return False  # the number may be one of them
         return all(isinstance(row[ours], str) or (ours in NUMBERS and is_number(row[ours])) for ours in texts)
     lists = [ours for ours in columns if ours in ("messages", "prompt", "chosen", "rejected", "completion")]
     if "prompt" in columns or ("chosen" in columns and "query" not in columns):
@@ -282,6 +286,11 @@ def _takes(layout: Layout, columns: Columns, shown: Mapping[str, Any], common: C
         whole = "prompt" not in columns or said["prompt"]
         return whole and any(said.values()) and all(said[n] or isinstance(row[n], str) for n in lists)
     return True
+
+
+def _are_choices(value: Any) -> bool:
+    """Whether a value may be answers of which another column names one by its number."""
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(one, str | dict) for one in value)
 
 
 def _are_turns(value: Any) -> bool:

@@ -17,6 +17,7 @@ from align.data.records import Conversation, Message, Prompt, RowError, prompt_f
 
 _MARKED = re.compile(r"\s*(?:<\|(?:Human|Inner Thoughts|Commands|Results|MOSS)\|>:)?(.*?)(?:<eo[a-z]>)?\s*", re.S)
 _TURN = re.compile(r"turn_(\d+)")
+_KEYS = frozenset({"Human", "Inner Thoughts", "Commands", "Tool Responses", "MOSS"})
 
 
 def _plain(turn: Mapping[str, Any], key: str) -> str:
@@ -32,14 +33,19 @@ def _plain(turn: Mapping[str, Any], key: str) -> str:
 def _turns(row: Row) -> tuple[Message, ...]:
     chat, turns = row["chat"], list[Message]()
     names = sorted((int(found[1]), name) for name in chat if (found := _TURN.fullmatch(name)))
-    if len(names) != len(chat):
+    if [number for number, _ in names] != list(range(1, len(chat) + 1)):
         raise RowError(f"`chat` must hold turn_1, turn_2 and so on, got {', '.join(map(str, chat))}")
     for _, name in names:
         turn = chat[name]
         if not isinstance(turn, Mapping):
             raise RowError(f"`chat.{name}` must be an object")
-        if _plain(turn, "Commands"):
+        if _plain(turn, "Commands") or _plain(turn, "Tool Responses"):
             raise RowError(f"`chat.{name}` calls tools in MOSS's own syntax, which no schema declares")
+        strange = sorted(turn.keys() - _KEYS)
+        if strange:
+            raise RowError(f"`chat.{name}` has {strange[0]!r}, which MOSS's turns do not have, and which nothing reads")
+        if not isinstance(turn.get("Human"), str) or not isinstance(turn.get("MOSS"), str):
+            raise RowError(f"`chat.{name}` needs the texts `Human` and `MOSS`")
         thoughts = _plain(turn, "Inner Thoughts")
         turns.append(Message("user", _plain(turn, "Human")))
         turns.append(Message("assistant", _plain(turn, "MOSS"), {"reasoning_content": thoughts} if thoughts else {}))

@@ -4,12 +4,14 @@
     src: [q1, q2], tgt: [a1], response: [x, y], sort: [1, 0]           a pair: the higher `sort` is the chosen side
     src: [q1, q2], tgt: [a1], response: [x], sort: [1]                 an answer that is desirable (1) or not (0)
 
-A response may go on with turns: [answer, question, answer]. `src` and `tgt` as texts are found by guess.py.
+A response may go on with turns: [answer, question, answer]. `src` and `tgt` as texts are found by guess.py. `label: [0,
+1]` beside a conversation says which of its answers are learned. Pairs of two languages are no conversation: refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from align.data.formats.base import Layout, Row, tools_of, weight_of
@@ -18,6 +20,7 @@ from align.data.records import Conversation, Message, Pair, Prompt, RowError, Un
 from align.data.values import kind_of
 
 _SPEAKERS = ("assistant", "user")
+_LANGUAGES = ("src_lang", "tgt_lang", "source_lang", "target_lang", "lang_pair", "langpair")
 
 
 def _texts(row: Row, column: str) -> list[str]:
@@ -31,6 +34,12 @@ def _texts(row: Row, column: str) -> list[str]:
 def _said(row: Row, more: int) -> tuple[Message, ...]:
     """The turns in order; more: how many questions there are beyond the answers."""
     asked, answered = _texts(row, "src"), _texts(row, "tgt")
+    languages = [name for name in _LANGUAGES if row.get(name) is not None]
+    if languages:
+        raise RowError(
+            f"`{languages[0]}` says that `src` and `tgt` are one text in two languages: a model that is to translate "
+            "has to be asked to; write rows with an instruction"
+        )
     if len(asked) != len(answered) + more:
         wanted = f"{more} more" if more else "as many"
         raise RowError(f"`src` has {len(asked)} turns and `tgt` {len(answered)}; {wanted} must be in `src`")
@@ -60,7 +69,14 @@ def _judged(row: Row, count: int) -> tuple[Sequence[Any], Sequence[float]]:
 
 
 def _conversation(row: Row) -> Conversation:
-    return Conversation((), _said(row, 0), tools_of(row), weight_of(row))
+    turns, learned = _said(row, 0), row.get("label")
+    if learned is not None:
+        answers = [n for n, message in enumerate(turns) if message.role == "assistant"]
+        if not isinstance(learned, list) or len(learned) != len(answers) or any(one not in (0, 1) for one in learned):
+            raise RowError(f"`label` must hold 1 for each answer of `tgt` that is learned, and 0 else, got {learned!r}")
+        kept = {n: bool(one) for n, one in zip(answers, learned, strict=True)}
+        turns = tuple(replace(message, scored=kept.get(n, True)) for n, message in enumerate(turns))
+    return Conversation((), turns, tools_of(row), weight_of(row))
 
 
 def _pair(row: Row) -> Pair:
@@ -94,8 +110,8 @@ def _answers(count: int) -> Any:
     return fits
 
 
-_JUDGED, _OPTIONAL = frozenset({"src", "response", "sort"}), frozenset({"tgt", "system"})
-_NAME, _FORMATS, _SYSTEM = "paddle", ("paddle",), frozenset({"system"})
+_JUDGED, _OPTIONAL = frozenset({"src", "response", "sort"}), frozenset({"tgt", "system", *_LANGUAGES})
+_NAME, _FORMATS, _SYSTEM = "paddle", ("paddle",), frozenset({"system", "label", *_LANGUAGES})
 
 LAYOUTS = (
     Layout(

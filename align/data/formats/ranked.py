@@ -20,7 +20,9 @@ from align.data.formats.swift import read_query
 from align.data.records import Pair, RowError, assistant
 from align.data.values import kind_of
 
-RANKS = ("rank", "ranks", "ranking")
+RANKS = ("rank", "ranks")  # no "ranking", which may be ranks, or the answers' order
+_OF_A_SIDE = frozenset({"model", "response", "answer", "option", "output", "completion", "assistant", "candidate"})
+"""What may stand before the side in a verdict: `model_a`, and not `not_a`, `loser_model_a`, `both_1_2`."""
 SCORES = ("score", "scores", "rating", "ratings", "overall_score", "reward", "rewards")
 _TEXTS = ("text", "content", "response", "answer", "completion", "output")
 _WORDS = {"1": 0, "a": 0, "2": 1, "b": 1}
@@ -45,8 +47,8 @@ def _two_answers(first: str, second: str, words: Mapping[str, int]) -> Layout:
 def _which(value: Any, words: Mapping[str, int]) -> int:
     """0 or 1: the answer that a verdict names. Raises RowError."""
     said = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-    said = said.strip().lower().rpartition("_")[2]
-    if isinstance(value, bool) or said not in words:
+    *before, said = said.strip().lower().split("_")
+    if isinstance(value, bool) or said not in words or not _OF_A_SIDE.issuperset(before):
         raise RowError(f"`preference` must name one of the two answers ({', '.join(words)}), got {value!r}")
     return words[said]
 

@@ -1,11 +1,11 @@
 """Messages that a row holds as JSON text, as CSV files and tables of texts must: read as the messages they are.
 
-Text that is no such list stays text, whatever it looks like.
+Text that is no such list stays text, whatever it looks like, unless other rows hold messages in its place (`broken`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from align.data.formats.guess import SIDES, TURNS
@@ -31,6 +31,16 @@ class Values(dict[str, Any]):
         read = cls({**values, **found})
         read.written = frozenset(found)
         return read
+
+
+def broken(values: Values, usual: Collection[str]) -> str | None:
+    """The name of a column that holds messages as JSON text in other rows (`usual`) and, here, a text that begins so
+    and is none; None where there is no such."""
+    for name in sorted(set(usual) - values.written):
+        value = values.get(name)
+        if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+            return name
+    return None
 
 
 def _messages(value: Any) -> Any:

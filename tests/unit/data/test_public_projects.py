@@ -244,3 +244,82 @@ def test_a_column_for_a_reward_may_be_one_of_our_fields(tmp_path: Path, tokenize
     path = write_jsonl(tmp_path / "a.jsonl", [{"query": "Q", "completion": "A"}])
     [item] = prepare((source(path, columns={"gold": "completion"}),), "prompt", tokenizer, seed=0).items
     assert item.row["gold"] == "A"
+
+
+# ------------------------------------------------------------------------- what must not be read wrongly
+
+
+def refused(tmp_path: Path, rows: list[dict[str, Any]], kind: Any, tokenizer: ChatTokenizer) -> str:
+    with pytest.raises(DataError) as error:
+        prepared(tmp_path, rows, kind, tokenizer)
+    return str(error.value)
+
+
+def test_answers_of_paddle_that_are_not_to_be_learned_are_context(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
+    row = {"src": ["one", "two"], "tgt": ["uno", "dos"], "label": [0, 1]}
+    made = prepared(tmp_path, [row], "conversation", tokenizer)
+    trunk = made.items[0].trunk
+    said = tokenizer.decode(trunk.token_ids[trunk.loss_mask].tolist(), False)
+    assert "dos" in said and "uno" not in said
+    assert "`label` must hold 1" in refused(tmp_path, [{**row, "label": [1]}], "conversation", tokenizer)
+    languages = {"src": ["Hallo"], "tgt": ["Hello"], "src_lang": "de"}
+    assert "one text in two languages" in refused(tmp_path, [languages], "conversation", tokenizer)
+
+
+@pytest.mark.parametrize("verdict", ["not_a", "worse_a", "loser_model_a", "neither_b", "tie_b"])
+def test_a_verdict_is_a_side_and_nothing_before_it_but_what_it_is_a_side_of(
+    tmp_path: Path, tokenizer: ChatTokenizer, verdict: str
+) -> None:
+    row = {"query": "q", "answer_1": "a", "answer_2": "b", "preference": "model_a"}
+    words = {"query": "q", "response_a": "a", "response_b": "b", "winner": "model_b"}
+    assert prepared(tmp_path, [row], "pair", tokenizer).items and prepared(tmp_path, [words], "pair", tokenizer).items
+    said = refused(tmp_path, [{**words, "winner": verdict}], "pair", tokenizer)
+    assert verdict in said or "no column says which is better" in said
+
+
+@pytest.mark.parametrize("beside", ["answer_choices", "endings", "candidates", "things"])
+def test_a_number_beside_a_list_may_be_its_index_and_is_no_answer(
+    tmp_path: Path, tokenizer: ChatTokenizer, beside: str
+) -> None:
+    row = {"question": "Which?", "answer": 1, beside: ["red", "green", "blue"]}
+    refused(tmp_path, [row], "conversation", tokenizer)
+    made = prepared(tmp_path, [{"question": "How many?", "answer": 3}], "conversation", tokenizer)
+    assert scored(tokenizer, made.items[0].trunk) == "3<|im_end|>"
+
+
+def test_trees_that_moderators_took_away_or_that_speak_twice_are_refused(
+    tmp_path: Path, tokenizer: ChatTokenizer
+) -> None:
+    def node(text: str, role: str, *replies: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return {"text": text, "role": role, "replies": list(replies), **more}
+
+    def tree(root: dict[str, Any], **more: Any) -> list[dict[str, Any]]:
+        return [{"message_tree_id": "t", "prompt": root, **more}]
+
+    fine = node("q", "prompter", node("a", "assistant", rank=0), node("gone", "assistant", rank=1, deleted="true"))
+    made = prepared(tmp_path, tree(fine), "conversation", tokenizer)
+    assert any("moderators took away" in note for note in made.report.sources[0].notes)
+    for rows in (tree(fine, tree_state="aborted_low_grade"), tree({**fine, "deleted": True})):
+        assert "took" in refused(tmp_path, rows, "conversation", tokenizer)
+    twice = node("q", "prompter", node("a", "assistant", node("b", "assistant")))
+    assert "follow each other" in refused(tmp_path, tree(twice), "conversation", tokenizer)
+    users = node("q", "prompter", node("x", "prompter", rank=0), node("y", "prompter", rank=1))
+    assert "follow each other" in refused(tmp_path, tree(users), "pair", tokenizer)
+
+
+def test_a_text_that_is_broken_where_other_rows_hold_messages_is_refused(
+    tmp_path: Path, tokenizer: ChatTokenizer
+) -> None:
+    fine = {"prompt": '[{"role": "user", "content": "q"}]', "completion": '[{"role": "assistant", "content": "a"}]'}
+    rows = [fine] * 5 + [{**fine, "completion": '[{"role": "assistant", "content": "a'}]
+    assert "`completion` holds messages as JSON text" in refused(tmp_path, rows, "conversation", tokenizer)
+
+
+def test_what_stands_beside_rows_in_an_object_and_belongs_to_each_is_refused(
+    tmp_path: Path, tokenizer: ChatTokenizer
+) -> None:
+    path = tmp_path / "rows.json"
+    held = {"instruction": "Translate.", "instances": [{"input": "a", "output": "b"}, {"input": "c", "output": "d"}]}
+    path.write_text(json.dumps(held, indent=1))
+    with pytest.raises(DataError, match="`instruction` stands beside the rows in `instances`"):
+        prepare([source(path)], "conversation", tokenizer, seed=0)
