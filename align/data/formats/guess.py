@@ -83,10 +83,10 @@ NEEDED = frozenset({
     "context", "contexts", "passage", "passages", "document", "documents", "article", "paragraph", "background",
     "premise", "hypothesis", "choices", "options", "story", "table", "evidence", "facts", "history", "input", "inputs",
     "a", "b", "c", "d", "schema", "code", "image_description", "starter_code", "body", "instances", "scenario",
-    "answer_choices", "answer_options", "possible_answers", "endings", "alternatives", "ctx", "support",
+    "ctx", "support",
 })  # fmt: skip
 """What an answer depends on: never left out of a guess unsaid."""
-_ONE_CHOICE = re.compile(r"(choice|option|opt|op|ending|alternative|answer_choice|sol|ans)_?([a-z]|\d+)")
+_ONE_CHOICE = re.compile(r"(choice|option|opt|op|ending|alternative|sol|ans)_?([a-h]|\d+)")
 
 
 def needed(name: str) -> bool:
@@ -276,9 +276,9 @@ def _takes(layout: Layout, columns: Columns, shown: Mapping[str, Any], common: C
         return False
     if "query" in columns or "instruction" in columns:
         texts = {ours for ours in columns if ours not in ("label", "preference", "responses", "ranks", "scores")}
-        numbers = any(ours in NUMBERS and is_number(row[ours]) for ours in texts)
-        if numbers and any(_are_choices(value) for value in shown.values()):
-            return False  # the number may be one of them
+        named = any(ours in NUMBERS and _names_one(row[ours]) for ours in texts)
+        if named and any(_are_choices(value) for value in shown.values()):
+            return False  # what stands for an answer may be the place of one of them
         return all(isinstance(row[ours], str) or (ours in NUMBERS and is_number(row[ours])) for ours in texts)
     lists = [ours for ours in columns if ours in ("messages", "prompt", "chosen", "rejected", "completion")]
     if "prompt" in columns or ("chosen" in columns and "query" not in columns):
@@ -286,6 +286,13 @@ def _takes(layout: Layout, columns: Columns, shown: Mapping[str, Any], common: C
         whole = "prompt" not in columns or said["prompt"]
         return whole and any(said.values()) and all(said[n] or isinstance(row[n], str) for n in lists)
     return True
+
+
+def _names_one(value: Any) -> bool:
+    """Whether a value may be the place of an answer in a list: a number, or a letter."""
+    return is_number(value) or (
+        isinstance(value, str) and re.fullmatch(r"\(?([A-Ha-h]|\d{1,2})[.)]?", value) is not None
+    )
 
 
 def _are_choices(value: Any) -> bool:
