@@ -79,10 +79,16 @@ def _instance(read: Callable[[Row], Record]) -> Callable[[Row], Record]:
                 "a row of each"
             )
         inside = instances[0]
+        strange = sorted(inside.keys() - _INSIDE)
+        if strange:
+            raise RowError(f"the instance has {strange[0]!r} beside its input and output, which nothing reads")
         read_of = ("instruction", "system", "weight", "tools", "functions")
         return read({**{name: value for name in read_of if (value := row.get(name)) is not None}, **inside})
 
     return convert
+
+
+_INSIDE = frozenset({"input", "output"})
 
 
 def _has_instances(row: Row) -> bool:

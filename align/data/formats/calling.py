@@ -50,6 +50,8 @@ def _are_calls(row: Row) -> bool:
 
 
 _SPEAKER = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):")
+_LEFT = re.compile(r"</s>|<s>|\s(?:USER|ASSISTANT|SYSTEM):\s")
+"""What no turn holds: ends of another format, and speakers in the middle of a line."""
 _ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
 _CALL = re.compile(
     r"""\{\s*"name"\s*:\s*"([^"]+)"\s*(?:,\s*"arguments"\s*:\s*(?:'(.*)'|(.*?))\s*)?\}\s*(?:</functioncall>)?""", re.S
@@ -68,14 +70,16 @@ def _chat(row: Row) -> tuple[Message, ...]:
 
 def _turn(role: str, said: str) -> Message:
     said = said.replace("<|endoftext|>", "").strip()
+    if (found := _LEFT.search(said)) is not None:
+        raise RowError(f"a turn of `chat` holds {found[0].strip()!r}: where it ends cannot be told")
     before, mark, call = said.partition("<functioncall>")
     if role != "assistant" or not mark:
         return Message(role, said)
-    found = _CALL.fullmatch(call.strip())
-    if found is None:
+    call_text = _CALL.fullmatch(call.strip())
+    if call_text is None:
         raise RowError(f"what stands behind `<functioncall>` is no call: {call.strip()[:60]!r}")
-    arguments = (found[2] or "").replace("\\'", "'") or found[3] or "{}"
-    calls, _ = calls_of({"name": found[1], "arguments": arguments})
+    arguments = (call_text[2] or "").replace("\\'", "'") or call_text[3] or "{}"
+    calls, _ = calls_of({"name": call_text[1], "arguments": arguments})
     return Message(role, before.strip(), {"tool_calls": calls})
 
 

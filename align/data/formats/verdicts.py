@@ -33,6 +33,10 @@ def _conversations(row: Row) -> Pair:
     if said not in ("model_a", "model_b"):
         raise RowError(f"`winner` must be model_a, model_b or a tie, got {row['winner']!r}")
     a, b = (read_messages(row[name], name) for name in ("conversation_a", "conversation_b"))
+    turn = row.get("turn")
+    answered = sum(message.role == "assistant" for message in a)
+    if turn is not None and (not is_number(turn) or turn != answered) and answered > 1:
+        raise RowError(f"`turn` is {turn!r}: the verdict is on that answer, and the conversations have {answered}")
     prompt, chosen, rejected = split_common(*_ordered(a, b, int(said == "model_b")))
     return Pair(with_system(row, prompt), chosen, rejected, tools_of(row), weight_of(row))
 
@@ -41,7 +45,7 @@ def _table(row: Row) -> Pair:
     won = [float(row[name]) if _is_flag(row[name]) else None for name in ("winner_model_a", "winner_model_b")]
     if None in won:
         raise RowError("`winner_model_a` and `winner_model_b` must be 0 or 1")
-    if won[0] == won[1]:
+    if won[0] == won[1] or str(row.get("winner_tie")) in ("1", "1.0", "True", "true"):
         raise RowError(_TIE)
     asked = _turns(row, "prompt")
     sides = list[tuple[Message, ...]]()
@@ -105,20 +109,25 @@ def _rated(row: Row) -> Pair:
 
 
 def _layout(
-    name: str, read: Callable[[Row], Record], fits: Callable[[Row], bool], *required: str, kind: Kind = "pair"
+    name: str,
+    read: Callable[[Row], Record],
+    fits: Callable[[Row], bool],
+    *required: str,
+    kind: Kind = "pair",
+    more: tuple[str, ...] = (),
 ) -> Layout:
-    formats, optional = (name,), frozenset({"system"})
+    formats, optional = (name,), frozenset({"system", *more})
     return Layout(name, formats, kind, frozenset(required), read, optional, fits=fits, verbatim=True)
 
 
 LAYOUTS = (
     _layout(
         "arena", _conversations, lambda row: is_list_of(row["conversation_a"], "role", "content"),
-        "conversation_a", "conversation_b", "winner",
+        "conversation_a", "conversation_b", "winner", more=("turn",),
     ),
     _layout(
         "arena table", _table, lambda row: _listed(row["prompt"]) is not None,
-        "prompt", "response_a", "response_b", "winner_model_a", "winner_model_b",
+        "prompt", "response_a", "response_b", "winner_model_a", "winner_model_b", more=("winner_tie",),
     ),
     _layout("arena table", _asked, lambda row: _listed(row["prompt"]) is not None,
             "prompt", "winner_model_a", "winner_model_b", kind="prompt"),

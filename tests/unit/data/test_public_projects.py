@@ -323,3 +323,24 @@ def test_what_stands_beside_rows_in_an_object_and_belongs_to_each_is_refused(
     path.write_text(json.dumps(held, indent=1))
     with pytest.raises(DataError, match="`instruction` stands beside the rows in `instances`"):
         prepare([source(path)], "conversation", tokenizer, seed=0)
+
+
+def test_verdicts_on_one_of_several_answers_and_ties_that_contradict_are_refused(
+    tmp_path: Path, tokenizer: ChatTokenizer
+) -> None:
+    def chat(answer: str) -> list[dict[str, str]]:
+        asked = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
+        return [*asked, {"role": "user", "content": "r"}, {"role": "assistant", "content": f"{answer} again"}]
+
+    row = {"conversation_a": chat("a"), "conversation_b": chat("b"), "winner": "model_a"}
+    assert prepared(tmp_path, [row | {"turn": 2}], "pair", tokenizer).items
+    assert "the verdict is on that answer" in refused(tmp_path, [row | {"turn": 1}], "pair", tokenizer)
+
+
+def test_an_instance_holds_its_input_and_output_alone_and_a_chat_no_ends_of_others(
+    tmp_path: Path, tokenizer: ChatTokenizer
+) -> None:
+    row = {"instruction": "Do.", "instances": [{"input": "a", "output": "b", "constraints": "none"}]}
+    assert "'constraints'" in refused(tmp_path, [row], "conversation", tokenizer)
+    for chat in ("USER: hi ASSISTANT: hello USER: bye\n\nASSISTANT: ciao", "USER: hi\n\nASSISTANT: hello</s>"):
+        assert "where it ends cannot be told" in refused(tmp_path, [{"chat": chat}], "conversation", tokenizer)
