@@ -36,6 +36,8 @@ def doubts(record: Record, tokenizer: ChatTokenizer, written: Iterable[str] = ()
     tokens = framing_tokens(tokenizer)
     found = [f"`{name}` holds messages as JSON text, and is read as messages" for name in sorted(written)]
     for message in messages_of(record):
+        if _PRINTED.match(message.text):
+            found.append("a message is a list of messages as Python prints it, and is taken for the text that it is")
         found += [
             f"texts of messages hold {token!r}, which the tokenizer reads as the token that frames turns: a turn ends "
             "or begins there"

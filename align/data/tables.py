@@ -19,7 +19,7 @@ from align.data.formats.base import margin_of, weight_of
 from align.data.formats.choosing import refuse_stray
 from align.data.formats.flags import refuse_token_masks
 from align.data.formats.guess import needed, read_under_a_guess
-from align.data.formats.written import Values, broken
+from align.data.formats.written import Values, broken, said_in_json
 from align.data.labels import Labelling
 from align.data.laid_out import LaidOut
 from align.data.media.library import Library
@@ -220,6 +220,8 @@ class _Chunk:
             record = place_media(with_beginning(layout.convert(reading), how.tokenizer), reading)
             record = record if thoughts is None else thoughts.of(record)
             record = with_tools(record, how.tools)
+            if self.laid.guessed:
+                self._refuse_json(record)
             if weight or self._answers_every_row:
                 check(record)
                 refused = how.source.too_long == "error"
@@ -227,6 +229,17 @@ class _Chunk:
             return record, margin_of(reading) if layout.kind == "pair" else None, weight
         except UNFORESEEN as e:
             raise unforeseen(e) from e
+
+    def _refuse_json(self, record: Record) -> None:
+        """Raises RowError for a turn that is messages or calls as JSON text, where columns were guessed: those of the
+        first rows were texts."""
+        for message in messages_of(record):
+            what = said_in_json(message.text)
+            if what is not None:
+                raise RowError(
+                    f"a text of the {message.role} holds {what} as JSON, and the columns were guessed as texts "
+                    f"({self.laid.words}); say what is meant with `columns`"
+                )
 
     def _shown(self, rows: Sequence[_Row]) -> list[_Row]:
         """Rows whose media are in the store, and those without media; the others are refused."""

@@ -43,6 +43,25 @@ def broken(values: Values, usual: Collection[str]) -> str | None:
     return None
 
 
+def said_in_json(text: str) -> str | None:
+    """What a text is, where it is JSON that some layout would have read: "messages" or "calls of tools"; else None."""
+    if text[:1000].lstrip()[:1] not in ("[", "{"):
+        return None
+    try:
+        read = Json().loads(text)
+    except BadValue:
+        return None
+    if isinstance(read, dict) and isinstance(read.get("messages"), list):
+        read = read["messages"]
+    items = [item for item in (read if isinstance(read, list) else [read]) if isinstance(item, dict)]
+    if not items or (isinstance(read, list) and len(items) < len(read)):
+        return None
+    if all(says_who(item) for item in items):
+        return "messages"
+    calls = all(isinstance(item.get("name"), str) and "arguments" in item for item in items)
+    return "calls of tools" if calls else None
+
+
 def _messages(value: Any) -> Any:
     if not isinstance(value, str) or value[:1000].lstrip()[:1] not in ("[", "{"):
         return None

@@ -344,3 +344,16 @@ def test_an_instance_holds_its_input_and_output_alone_and_a_chat_no_ends_of_othe
     assert "'constraints'" in refused(tmp_path, [row], "conversation", tokenizer)
     for chat in ("USER: hi ASSISTANT: hello USER: bye\n\nASSISTANT: ciao", "USER: hi\n\nASSISTANT: hello</s>"):
         assert "where it ends cannot be told" in refused(tmp_path, [{"chat": chat}], "conversation", tokenizer)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": '[{"role": "user", "content": "q"}]', "answer": "a"},
+        {"query": "q", "tools": "[]", "answer": '[{"name": "find", "arguments": {}}]'},
+    ],
+)
+def test_under_a_guess_no_turn_is_messages_or_calls_in_json(
+    tmp_path: Path, tokenizer: ChatTokenizer, row: dict[str, Any]
+) -> None:
+    assert "as JSON" in refused(tmp_path, [row], "conversation", tokenizer)
