@@ -19,7 +19,7 @@ from align.data.formats.base import margin_of, weight_of
 from align.data.formats.choosing import refuse_stray
 from align.data.formats.flags import refuse_token_masks
 from align.data.formats.guess import needed, read_under_a_guess
-from align.data.formats.written import Values, broken, said_in_json
+from align.data.formats.written import Values, are_texts_in_json, broken, said_in_json
 from align.data.labels import Labelling
 from align.data.laid_out import LaidOut
 from align.data.media.library import Library
@@ -233,7 +233,10 @@ class _Chunk:
     def _refuse_json(self, record: Record) -> None:
         """Raises RowError for a turn that is messages or calls as JSON text, where columns were guessed: those of the
         first rows were texts."""
-        for message in messages_of(record):
+        turns = list(messages_of(record))
+        if turns and all(are_texts_in_json(message.text) for message in turns):
+            raise RowError("every text of the row is a list of texts as JSON: turns, or parts; say what is meant")
+        for message in turns:
             what = said_in_json(message.text)
             if what is not None:
                 raise RowError(

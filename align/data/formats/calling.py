@@ -43,7 +43,9 @@ def _are_calls(row: Row) -> bool:
         found = Json().loads(found) if isinstance(found, str) else found
     except BadValue:
         return False
-    return isinstance(found, list) and all(isinstance(one, dict) and "name" in one for one in found)
+    return isinstance(found, list) and all(
+        isinstance(one, dict) and {"name", "arguments"} <= one.keys() for one in found
+    )
 
 
 # ------------------------------------------------------------------------------------------------- Glaive

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from align.data.formats.base import Layout, Row, is_list_of
+from align.data.formats.base import Layout, Row, is_list_of, tools_of
 from align.data.formats.messages import read_messages, with_system
 from align.data.formats.tools import schemas_of
 from align.data.records import Message, Prompt, RowError, prompt_from
@@ -29,7 +29,7 @@ def _first_turn(row: Row) -> Prompt:
     asked = with_system(row, (Message("user", first, unread=(_LATER,) * len(later)),))
     reference = row.get("reference")
     known = reference[0] if isinstance(reference, list) and reference else reference
-    return prompt_from(asked, known if isinstance(known, str) else ())
+    return prompt_from(asked, known if isinstance(known, str) else (), tools_of(row))
 
 
 def _asked(turn: Any) -> str:
@@ -53,7 +53,7 @@ def _calls(row: Row) -> Prompt:
             f"`question` has {len(later) + 1} turns, which are asked one after the other: a stage asks once. Leave "
             "the row out, or name a generator that plays them"
         )
-    tools = schemas_of(row["function"], "function") if row.get("function") else ()
+    tools = schemas_of(row["function"], "function") if row.get("function") else tools_of(row)
     return prompt_from(with_system(row, read_messages(first, "question")), (), tools)
 
 

@@ -43,6 +43,17 @@ def broken(values: Values, usual: Collection[str]) -> str | None:
     return None
 
 
+def are_texts_in_json(text: str) -> bool:
+    """Whether a text is a JSON list of texts, as tables of arenas hold turns."""
+    if text[:1000].lstrip()[:1] != "[":
+        return False
+    try:
+        read = Json().loads(text)
+    except BadValue:
+        return False
+    return isinstance(read, list) and bool(read) and all(isinstance(item, str) for item in read)
+
+
 def said_in_json(text: str) -> str | None:
     """What a text is, where it is JSON that some layout would have read: "messages" or "calls of tools"; else None."""
     if text[:1000].lstrip()[:1] not in ("[", "{"):
