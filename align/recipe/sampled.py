@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from align.recipe.capabilities import SamplingStage
+from typing import Any
 
 
-def problems_of_sampling(stage: SamplingStage) -> Iterator[str]:
-    """In words, with the remedy, what contradicts itself."""
+def problems_of_sampling(stage: Any) -> Iterator[str]:
+    """In words, with the remedy, what contradicts itself. stage: a `SamplingStage`, whose class asks."""
     groups, parts = stage.batch.groups, stage.minibatches
     if not stage.rewards and stage.environment is None:
         yield "give `rewards: [...]`, or an `environment` that scores: what its completions are worth"
