@@ -34,7 +34,7 @@ def samples_of(groups: Sequence[Group]) -> list[rewards.Sample]:
             group_id=group.prompt.group_id,
             sample_id=number,
             media=seen,
-            policy_version=int(completion.sampled_versions[-1]) if completion.length else -1,
+            policy_version=newest_version(completion),
             raw=completion.raw,
             turns=completion.episode.turns if completion.episode else (),
             state=completion.episode.state if completion.episode else None,
@@ -42,6 +42,12 @@ def samples_of(groups: Sequence[Group]) -> list[rewards.Sample]:
         for group, seen in zip(groups, media, strict=True)
         for number, completion in enumerate(group.completions)
     ]
+
+
+def newest_version(completion: Completion) -> int:
+    """The version that sampled the last token; -1 where nothing was sampled here: rows that brought their answers."""
+    versions = completion.sampled_versions
+    return int(versions[-1]) if versions.size else -1
 
 
 def sampled_ids(completion: Completion) -> list[int]:
