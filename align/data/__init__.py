@@ -4,8 +4,8 @@ In the order of reading:
 
     prepare.py, whole.py, workers.py, tables.py, parts.py, table.py: the one entry, a source on its way through it, by
         several processes where it has many rows, its rows chunk by chunk, these joined, and what comes of them
-    sources.py, registries.py, readers.py, separated.py, columnar.py, rows.py, file_bytes.py, values.py, bounded.py:
-        files, folders that say how they are read, hub data sets, and what no row may hold
+    sources.py, registries.py, readers.py, containers.py, separated.py, columnar.py, rows.py, file_bytes.py, values.py,
+        bounded.py: files, folders that say how they are read, hub data sets, and what no row may hold
     laid_out.py, kinds.py, own_layout.py: which layout rows have, which stages could read them, and rows in our own
     generators.py, generator_child.py: data made by a function, in a child process
     records.py, formats/: what a row becomes, and the layouts that it may have

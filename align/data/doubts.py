@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from align.data.formats.base import is_number
-from align.data.formats.guess import NUMBERS
+from align.data.formats.needed import ANSWERED
+from align.data.formats.tools import calls_of
 from align.data.records import Record, RowError, messages_of, texts
 from align.data.tokenizer import ChatTokenizer
 
@@ -52,9 +53,26 @@ def doubts(record: Record, tokenizer: ChatTokenizer, written: Iterable[str] = ()
     return [*found, *_glued(record)]
 
 
+def refuse_written_calls(record: Record) -> None:
+    """Raises RowError for an answer that is a call of one of the record's tools as JSON text: it would be learnt as
+    such a text, whatever the template writes for a call."""
+    names = {str(tool.get("function", {}).get("name")) for tool in record.tools}
+    for message in messages_of(record):
+        if names and message.role == "assistant" and message.text.lstrip()[:1] in ("[", "{"):
+            try:
+                calls, _ = calls_of(message.text)
+            except RowError:
+                continue
+            if calls and all(call["function"]["name"] in names for call in calls):
+                raise RowError(
+                    "the answer is a call of a tool as JSON text, and would be learnt as that text: name its column "
+                    "`answers` (as xLAM does), or write it as `tool_calls` of a message"
+                )
+
+
 def numbers(row: Mapping[str, Any], read: Iterable[str]) -> list[str]:
     """A sentence for each answer that is a number. read: the row's columns that its layout read."""
-    found = (name for name in NUMBERS if name in read and is_number(row.get(name)))
+    found = (name for name in ANSWERED if name in read and is_number(row.get(name)))
     return [f"`{name}` is a number, and its digits are the text of the answer" for name in found]
 
 

@@ -21,7 +21,8 @@ from align.recipe.inputs import DataSource
 class LaidOut:
     """layout: of most rows; others: those that it was chosen among. values: of each row, under our names. columns: our
     field -> theirs; for_rewards: those of them that no layout reads. words: for the report. mappings: what made the
-    values of the rows, one after the other. seen: their columns that hold something in these rows."""
+    values of the rows, one after the other. seen: their columns that hold something in these rows. free: the recipe
+    names neither a format nor columns. written: columns that hold messages as JSON text in them."""
 
     layout: Layout
     others: Sequence[Layout]
@@ -32,6 +33,8 @@ class LaidOut:
     guessed: bool
     mappings: Sequence[Mapping[str, str]]
     seen: frozenset[str] = frozenset()
+    free: bool = False
+    written: frozenset[str] = frozenset()
 
     def of(self, rows: Sequence[dict[str, Any]]) -> LaidOut:
         """More rows of the same source, laid out as the first were."""
@@ -58,5 +61,8 @@ def lay_out(source: DataSource, kind: Kind, opened: Opened, rows: Sequence[dict[
         columns |= {ours: columns.get(theirs, theirs) for ours, theirs in guess.columns.items()}
     others = candidates(layouts, kind, format, names & layout.columns)
     words = guess.words if guess else layout.name
+    free = not columns and format is None
     seen = frozenset(name for row in rows for name, value in row.items() if is_filled(value))
-    return LaidOut(layout, others, values, columns, for_rewards, words, guess is not None, mappings, seen)
+    written = frozenset[str]().union(*(row.written for row in values))
+    guessed = guess is not None
+    return LaidOut(layout, others, values, columns, for_rewards, words, guessed, mappings, seen, free, written)

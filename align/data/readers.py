@@ -12,18 +12,18 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from align.data.audit import Refusal
 from align.data.columnar import SUFFIXES as COLUMNAR
 from align.data.columnar import read_arrow
+from align.data.containers import are_keyed, are_turns, refuse_splits, rows_inside, sets_of, wrapped
 from align.data.file_bytes import open_bytes, refuse_pointer, refuse_utf16, whole_text
 from align.data.rows import LONGEST_LINE, Item, Row
 from align.data.separated import read_csv
-from align.data.values import BadValue, Json, end_of_value, kind_of, says_who, shown
+from align.data.values import BadValue, Json, end_of_value, kind_of, says_who
 from align.errors import DataError
 
 TEXT = ".txt"
@@ -116,16 +116,11 @@ def _text_row(text: bytes, origin: str) -> Item:
 def _object(value: Any, origin: str) -> Item:
     if isinstance(value, dict):
         return Row(value, origin, 0)
-    if _are_turns(value):
+    if are_turns(value):
         return Row({"messages": value}, origin, 0)
     several = isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
     hint = " of objects: a file that is one list is named .json, and .jsonl has an object a line" if several else ""
     return Refusal(origin, 0, f"a row must be a JSON object, got {kind_of(value)}{hint}")
-
-
-def _are_turns(value: Any) -> bool:
-    """Whether a row is nothing but its list of messages (ColossalAI, xtuner)."""
-    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and says_who(m) for m in value)
 
 
 # ------------------------------------------------------------------------------------------------- JSON
@@ -216,89 +211,15 @@ def _read_json(path: Path) -> Iterator[Item]:
             yield Refusal(origin, 0, str(e))
             continue
         if origin == first and not array and not text[position:].strip():
-            _refuse_splits(value, path)
+            refuse_splits(value, path)
             yield from _inside(value, path) or [_object(value, origin)]
             return
         yield _object(value, origin)
 
 
 def _inside(value: Any, path: Path) -> list[Item]:
-    """The rows that an object holds under one name, or by their ids; none of one that is a row."""
-    if (name := _wrapped(value)) is not None:
-        _refuse_said_of_all(value, name, path)
-        return [_object(row, f"{path} {name}[{n}]") for n, row in enumerate(value[name])]
-    return [_object(row, f"{path} {key}") for key, row in value.items()] if _are_keyed(value) else []
-
-
-def _refuse_said_of_all(value: dict[str, Any], name: str, path: Path) -> None:
-    """Raises DataError where what stands beside an object's rows is said of each of them."""
-    said = next((key for key in value if key != name and key.lower() in _SAID_OF_ALL), None)
-    if said is not None:
-        raise DataError(
-            f"`{said}` stands beside the rows in `{name}`: it belongs to each of them, or is a fact about the file",
-            where=path,
-            remedy=f"write it into every row, or take it out; or the object is a row itself, whose `{name}` belong "
-            "together: then write it as one line of a .jsonl file",
-        )
-
-
-_SAID_OF_ALL = frozenset({
-    "instruction", "instructions", "system", "system_prompt", "system_message", "prompt", "task_prefix", "context",
-    "passage", "document", "article", "background", "story", "weight", "tools", "input", "definition", "preamble",
-})  # fmt: skip
-
-
-def _refuse_splits(value: Any, path: Path) -> None:
-    """Raises DataError for an object of several sets of rows, of which one is meant, or of rows without names."""
-    held = _sets(value)
-    if held and isinstance(next(iter(held.values()))[0], dict):
-        raise DataError(
-            f"the file holds the splits {', '.join(held)}, each a list of rows",
-            where=path,
-            remedy="write the one that is meant to a file of its own",
-        )
-    if held:
-        first = next(iter(held.values()))[0]
-        raise DataError(
-            f"the rows of {', '.join(f'`{name}`' for name in held)} are lists without columns' names: {shown(first)}",
-            where=path,
-            remedy="write each as an object that names its values, such as text and label, one split a file",
-        )
-
-
-def _sets(value: Any) -> dict[str, list[Any]]:
-    """What an object holds that is nothing but several splits of rows, or lists in the place of rows; {} of others."""
-    held = {name: rows for name, rows in value.items() if isinstance(rows, list) and rows}
-    if not held or len(held) < len(value):
-        return {}
-    rows = list(chain(*held.values()))
-    splits = len(held) > 1 and held.keys() <= {*_SPLITS} and all(isinstance(row, dict) for row in rows)
-    bare = all(isinstance(row, list) and len(row) > 1 and not _are_turns(row) for row in rows)
-    return held if splits or (bare and _of_texts(rows)) else {}
-
-
-def _of_texts(rows: list[Any]) -> bool:
-    """Whether lists are rows of values, a text among them, and no bare turns of a chat."""
-    return all(any(isinstance(cell, str) for cell in row) and len(row) == len(rows[0]) for row in rows)
-
-
-def _wrapped(value: Any) -> str | None:
-    """The name under which an object holds rows, and nothing else that is a list or an object; None of a row."""
-    held = [name for name, one in value.items() if isinstance(one, list | dict)] if isinstance(value, dict) else []
-    rows = value[held[0]] if len(held) == 1 and held[0] in _WRAPPERS else None
-    return held[0] if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows) else None
-
-
-_SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "train_sft", "test_sft")
-_WRAPPERS = ("data", "rows", "examples", "samples", "instances", "dataset", "questions", *_SPLITS)
-
-
-def _are_keyed(value: Any) -> bool:
-    """Whether an object holds nothing but rows, each under its id (PubMedQA): several objects with a key in common,
-    that are no messages."""
-    rows = list(value.values()) if isinstance(value, dict) else []
-    alike = len(rows) > 1 and all(isinstance(row, dict) and not says_who(row) for row in rows)
-    return alike and bool(set(rows[0]).intersection(*rows[1:]))
+    found = [(_object(row, place), beside) for row, place, beside in rows_inside(value, path)]
+    return [replace(item, beside=beside) if isinstance(item, Row) else item for item, beside in found]
 
 
 def _is_lines(text: str, start: int) -> bool:
@@ -308,8 +229,8 @@ def _is_lines(text: str, start: int) -> bool:
         value = Json().loads(text[start : len(text) if end < 0 else end])
         more = bool(end > 0 and text[end:].strip())
         if isinstance(value, dict):
-            return more or (_wrapped(value) is None and not _are_keyed(value) and not _sets(value))
-        return more and _are_turns(value)
+            return more or (wrapped(value) is None and not are_keyed(value) and not sets_of(value))
+        return more and are_turns(value)
     except BadValue as e:
         return text[start] == "{" and e.line is None
 

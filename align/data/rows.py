@@ -16,13 +16,15 @@ LONGEST_LINE = 256 << 20  # bytes of one row; images in it count
 class Row:
     """One row. origin: "file:line", or "file row n" (from 0) where a file has no lines. number: in its source. folder:
     that of its file, to which paths in it are relative; None where rows come from no file. columnar: it was stored in
-    columns, so that nulls in its structs may stand for fields that it never had."""
+    columns, so that nulls in its structs may stand for fields that it never had. beside: what its file says beside its
+    rows, and nothing reads."""
 
     values: dict[str, Any]
     origin: str
     number: int
     folder: Path | None = field(default=None, compare=False)
     columnar: bool = field(default=False, compare=False)
+    beside: tuple[str, ...] = field(default=(), compare=False)
 
 
 Item = Row | Refusal  # what cannot be a row is a refusal with its place; reading goes on

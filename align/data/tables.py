@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from align.data.audit import MediaReport, Refusal, SourceReport
 from align.data.beginnings import with_beginning
-from align.data.doubts import doubts, numbers
+from align.data.doubts import doubts, numbers, refuse_written_calls
 from align.data.encode import encode
 from align.data.encoded import Encoded, cut, split
 from align.data.formats.base import margin_of, weight_of
 from align.data.formats.choosing import refuse_stray
 from align.data.formats.flags import refuse_token_masks
-from align.data.formats.guess import needed, read_under_a_guess
-from align.data.formats.written import Values, are_texts_in_json, broken, said_in_json
+from align.data.formats.guess import read_under_a_guess
+from align.data.formats.needed import asked_as_text, beside_text, needed
+from align.data.formats.written import Values, are_texts_in_json, refuse_unread_messages, said_in_json
 from align.data.labels import Labelling
 from align.data.laid_out import LaidOut
 from align.data.media.library import Library
@@ -56,7 +56,8 @@ _NOT_IN_PROMPT = "the column {!r} is not in the prompt, which may depend on it (
 @dataclass
 class _Row:
     """A row on its way: margin of a pair, None where it gives none; weight: of its terms in the loss; unread: columns
-    that nothing reads; written: columns that hold messages as JSON text; numbers: what is said of such answers."""
+    that nothing reads; written: columns that hold messages as JSON text, beside: what stands with them; numbers: what
+    is said of such answers."""
 
     row: Row
     record: Record
@@ -65,6 +66,7 @@ class _Row:
     shown: Sequence[Shown] = ()
     unread: Sequence[str] = ()
     written: frozenset[str] = frozenset()
+    beside: Sequence[str] = ()
     numbers: Sequence[str] = ()
 
 
@@ -118,12 +120,6 @@ class _Chunk:
     def report(self) -> SourceReport:
         return self.part.table.report
 
-    @cached_property
-    def _written(self) -> frozenset[str]:
-        """Columns that hold messages as JSON text in most of these rows."""
-        counts = Counter(name for values in self.laid.values for name in values.written)
-        return frozenset(name for name, count in counts.items() if 2 * count > len(self.laid.values))
-
     def read(self, rows: Sequence[Row]) -> None:
         """Add them to the part."""
         table = self.part.table
@@ -164,11 +160,13 @@ class _Chunk:
                 self.report.note_weightless(row.origin)
                 continue
             unread = unread_columns(row.values, reading, self.laid.columns)
-            if self.laid.guessed and (late := self._late(unread)) is not None:
+            if (late := self._late(values, unread)) is not None:
                 self._refuse(row, late)
                 continue
             digits = numbers(values, reading.read)
-            good.append(_Row(row, record, margin, weight, unread=unread, written=values.written, numbers=digits))
+            made = _Row(row, record, margin, weight, unread=unread, written=values.written, numbers=digits)
+            made.beside = values.beside
+            good.append(made)
         drafts, drafted = [], []
         for one in self._shown(good):
             try:
@@ -185,7 +183,9 @@ class _Chunk:
             if isinstance(encoded, RowError):
                 self._refuse(one.row, encoded)
             else:
-                said = [what for message in messages_of(one.record) for what in message.unread]
+                said = [f"`{name}`, which stands beside the rows of the file," for name in one.row.beside]
+                said += one.beside
+                said += [what for message in messages_of(one.record) for what in message.unread]
                 doubtful, unread = doubts(one.record, tokenizer, one.written) + list(one.numbers), list(one.unread)
                 if self.how.kind == "prompt" or self.how.answers:  # rewards see every column
                     doubtful += [_NOT_IN_PROMPT.format(name) for name in unread if needed(name)]
@@ -194,9 +194,19 @@ class _Chunk:
                 out.append((one, encoded))
         return out
 
-    def _late(self, unread: Sequence[str]) -> RowError | None:
-        """Why a row cannot be read as those were by which its columns were guessed."""
-        late = [name for name in unread if name not in self.laid.seen and read_under_a_guess(name)]
+    def _late(self, values: dict[str, Any], unread: Sequence[str]) -> RowError | None:
+        """Why a row cannot be read as those were by which its layout was found, or its columns guessed."""
+        layout, late = self.laid.layout, [name for name in unread if name not in self.laid.seen]
+        asked = asked_as_text(layout.required) if self.laid.free and self.how.kind != "prompt" else None
+        if not self.laid.guessed and late and asked is not None:
+            beside = beside_text(layout.columns, asked, [values])
+            late = [name for name in late if name == beside]
+            if late:
+                return RowError(
+                    f"the row has `{late[0]}`, on which the answer may depend, and the first rows, by which the layout "
+                    f"was found ({self.laid.words}), have none; `columns: {{{asked}: {asked}}}` leaves it out"
+                )
+        late = [name for name in late if self.laid.guessed and read_under_a_guess(name)]
         if not late:
             return None
         return RowError(
@@ -210,14 +220,13 @@ class _Chunk:
         layout, how, thoughts = self.laid.layout, self.how, self.part.thoughts
         try:
             refuse_stray(layout, self.laid.others, values)
-            if (name := broken(values, self._written)) is not None:
-                raise RowError(
-                    f"`{name}` holds messages as JSON text, and this one cannot be read: {values[name][:60]!r}"
-                )
+            refuse_unread_messages(values, self.laid.written)
             if how.kind in ("conversation", "pair", "unpaired"):
                 refuse_token_masks(values)
             weight = weight_of(reading)
             record = place_media(with_beginning(layout.convert(reading), how.tokenizer), reading)
+            if self.laid.guessed or (self.laid.free and asked_as_text(layout.required)):
+                refuse_written_calls(record)
             record = record if thoughts is None else thoughts.of(record)
             record = with_tools(record, how.tools)
             if self.laid.guessed:
@@ -228,6 +237,8 @@ class _Chunk:
                 refuse_endless(record, how.tokenizer, how.source.max_length if refused else None)
             return record, margin_of(reading) if layout.kind == "pair" else None, weight
         except UNFORESEEN as e:
+            if not layout.fits(values):
+                raise RowError(f"the row is not laid out as most rows of its source ({layout.describe()})") from e
             raise unforeseen(e) from e
 
     def _refuse_json(self, record: Record) -> None:

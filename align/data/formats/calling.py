@@ -1,8 +1,11 @@
 """Public data of function calls whose calls stand outside of messages.
 
 query, tools, answers     xLAM, APIGen: `answers` are the calls, as JSON text
-system, chat              Glaive: one text of `USER: ... ASSISTANT: ... FUNCTION RESPONSE: ...`; the functions stand
-                          in the system text, calls behind `<functioncall>`
+system, chat              Glaive: one text of `USER: ... ASSISTANT: ... FUNCTION RESPONSE: ...`, each behind a blank
+                          line, and behind an assistant's `<|endoftext|>`; the functions stand in the system text,
+                          calls behind `<functioncall>`
+
+A speaker's mark in another place is refused: it may begin a turn, or be quoted in one.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import Any
 
 from align.data.formats.base import Layout, Row, tools_of, weight_of
 from align.data.formats.messages import with_system
-from align.data.formats.tools import calls_of, result_text, schemas_of
+from align.data.formats.tools import ARGUMENTS, calls_of, result_text, schemas_of
 from align.data.records import Conversation, Kind, Message, Prompt, RowError, prompt_from
 from align.data.values import BadValue, Json
 
@@ -43,21 +46,31 @@ def _are_calls(row: Row) -> bool:
         found = Json().loads(found) if isinstance(found, str) else found
     except BadValue:
         return False
+    offered = _offered(row)
     return isinstance(found, list) and all(
-        isinstance(one, dict) and {"name", "arguments"} <= one.keys() for one in found
+        isinstance(one, dict) and "name" in one and (one["name"] in offered or not ARGUMENTS.isdisjoint(one))
+        for one in found
     )
+
+
+def _offered(row: Row) -> set[str]:
+    """The names of the row's tools; none where they cannot be read."""
+    try:
+        return {str(tool.get("function", {}).get("name")) for tool in tools_of(row)}
+    except RowError:
+        return set()
 
 
 # ------------------------------------------------------------------------------------------------- Glaive
 
 
-_SPEAKER = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):")
-_LEFT = re.compile(r"</s>|<s>|\s(?:USER|ASSISTANT|SYSTEM):\s")
-"""What no turn holds: ends of another format, and speakers in the middle of a line."""
+_SPEAKER = re.compile(r"(?:^\s*|\n[ \t]*\n\s*)(USER|ASSISTANT|FUNCTION RESPONSE):")
+_WITHIN = re.compile(r"(?:^|\s|>)(USER|ASSISTANT|FUNCTION RESPONSE|SYSTEM):|</s>")
 _ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
 _CALL = re.compile(
     r"""\{\s*"name"\s*:\s*"([^"]+)"\s*(?:,\s*"arguments"\s*:\s*(?:'(.*)'|(.*?))\s*)?\}\s*(?:</functioncall>)?""", re.S
 )
+_END = "<|endoftext|>"
 _SYSTEM = "SYSTEM:"
 _OFFER = "Use them if required -"
 
@@ -66,22 +79,31 @@ def _chat(row: Row) -> tuple[Message, ...]:
     parts = _SPEAKER.split(row["chat"])
     if parts[0].strip():
         raise RowError("`chat` must begin with `USER:` or `ASSISTANT:`")
+    for who, said in zip(parts[1:-2:2], parts[2:-2:2], strict=True):
+        if who == "ASSISTANT" and not said.rstrip().endswith(_END):
+            raise RowError(
+                f"a turn of the assistant in `chat` does not end with {_END}, as Glaive's do: what follows may be "
+                "quoted in it; write such rows as `messages`"
+            )
     turns = [_turn(_ROLES[who], said) for who, said in zip(parts[1::2], parts[2::2], strict=True)]
     return with_system({"system": _parted(row)[0]}, tuple(turns))
 
 
 def _turn(role: str, said: str) -> Message:
-    said = said.replace("<|endoftext|>", "").strip()
-    if (found := _LEFT.search(said)) is not None:
-        raise RowError(f"a turn of `chat` holds {found[0].strip()!r}: where it ends cannot be told")
+    if (inside := _WITHIN.search(said)) is not None:
+        raise RowError(
+            f"a turn of `chat` holds {inside[0].strip()!r}: each turn must stand behind a blank line, as Glaive's do, "
+            "and a mark within one may begin another; write such rows as `messages`"
+        )
+    said = said.replace(_END, "").strip()
     before, mark, call = said.partition("<functioncall>")
     if role != "assistant" or not mark:
         return Message(role, said)
-    call_text = _CALL.fullmatch(call.strip())
-    if call_text is None:
+    found = _CALL.fullmatch(call.strip())
+    if found is None:
         raise RowError(f"what stands behind `<functioncall>` is no call: {call.strip()[:60]!r}")
-    arguments = (call_text[2] or "").replace("\\'", "'") or call_text[3] or "{}"
-    calls, _ = calls_of({"name": call_text[1], "arguments": arguments})
+    arguments = (found[2] or "").replace("\\'", "'") or found[3] or "{}"
+    calls, _ = calls_of({"name": found[1], "arguments": arguments})
     return Message(role, before.strip(), {"tool_calls": calls})
 
 

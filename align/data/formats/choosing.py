@@ -12,8 +12,9 @@ import difflib
 from collections.abc import Mapping, Sequence
 
 from align.data.formats.base import Layout, Row
-from align.data.formats.guess import guess, needed
+from align.data.formats.guess import examples, guess
 from align.data.formats.guessed import Guess, Unguessed
+from align.data.formats.needed import ANSWERED, asked_as_text, beside_text, choices_beside
 from align.data.records import Kind, RowError
 from align.errors import DataError
 
@@ -39,38 +40,49 @@ def choose(
         _refuse_nodes(rows[:SAMPLE], where)
     if layout is not None and (mapped or format is not None):
         return layout, None
-    if layout is not None:
-        _refuse_beside_text(layout, kind, rows[:SAMPLE], where)
     allowed = [x for x in layouts if format is None or format in x.formats]
     try:
         found = guess(allowed, kind, rows[:SAMPLE])
     except Unguessed as why:
         if layout is not None and not layout.gives_way:
+            _refuse_two_meanings(layout, kind, rows[:SAMPLE], where)
             return layout, None
         raise DataError(why.what, where=where, remedy=why.remedy) from None
     if found is not None and not mapped <= {*found.columns.values(), *found.layout.columns}:
         found = None
     if layout is not None:
         read = set(found.columns.values()) if found is not None else set()
-        more = layout.required <= read and not read <= layout.columns
-        return (found.layout, found) if found is not None and more else (layout, None)
+        if found is not None and layout.required <= read and not read <= layout.columns:
+            return found.layout, found
+        _refuse_two_meanings(layout, kind, rows[:SAMPLE], where)
+        return layout, None
     if found is None:
         raise none_fits(layouts, kind, rows, where=where, format=format)
     return found.layout, found
 
 
-def _refuse_beside_text(layout: Layout, kind: Kind, rows: Sequence[Row], where: str) -> None:
-    """Raises DataError where a plain text prompt stands beside a text that it may depend on, as a `context`: the prompt
-    is read as it stands, and an answer would be learnt without what it was given to. Of prompts it is named."""
-    if kind == "prompt" or "prompt" not in layout.required:
+def _refuse_two_meanings(layout: Layout, kind: Kind, rows: Sequence[Row], where: str) -> None:
+    """Raises DataError where a question that is a text stands beside a text that it may depend on, as a `context`: the
+    question is read as it stands, and an answer would be learnt without what it was given to. Of prompts it is named.
+    And where an answer may be the number of a choice that stands beside it."""
+    asked = asked_as_text(layout.required)
+    if asked is None:
         return
-    shown = [name for row in rows for name in row if needed(name) and name not in layout.columns]
-    beside = next((name for name in dict.fromkeys(shown) if 2 * _texts(rows, name) > len(rows)), None)
-    if beside is not None and 2 * _texts(rows, "prompt") > len(rows):
+    shown, _ = examples(rows)
+    for answer in (name for name in ANSWERED if name in layout.columns and name in shown):
+        if (beside := choices_beside(shown[answer], shown, layout.columns)) is not None:
+            raise DataError(
+                f"`{answer}` is the number {shown[answer]}: it may be the answer, or say which of {beside} is",
+                where=where,
+                remedy=f"`columns: {{{answer}: {answer}}}` where it is the answer; a function of the row (`format: "
+                "mine.py:rows`) can write the choices into the question",
+            )
+    if kind != "prompt" and (beside := beside_text(layout.columns, asked, rows)) is not None:
         raise DataError(
-            f"two meanings are possible: the prompt is `prompt` alone, or `{beside}` and `prompt` together",
+            f"two meanings are possible: the prompt is `{asked}` alone, or `{beside}` and `{asked}` together",
             where=where,
-            remedy="`columns: {prompt: prompt}` leaves it out; a generator (file.py:function) puts both into one text",
+            remedy=f"`columns: {{{asked}: {asked}}}` leaves it out; a generator (file.py:function) puts both into one "
+            "text",
         )
 
 
@@ -86,10 +98,6 @@ def _refuse_nodes(rows: Sequence[Row], where: str) -> None:
             remedy="take the file of whole trees (`message_tree_id`, `prompt` with its `replies`), or join the "
             "messages by a generator (file.py:function)",
         )
-
-
-def _texts(rows: Sequence[Row], name: str) -> int:
-    return sum(isinstance(row.get(name), str) and bool(row[name]) for row in rows)
 
 
 def fitting(

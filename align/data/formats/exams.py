@@ -17,14 +17,16 @@ from align.data.formats.messages import read_messages, with_system
 from align.data.formats.tools import schemas_of
 from align.data.records import Message, Prompt, RowError, prompt_from
 
-_LATER = "a later turn of the user (as it is taken to be), who asks about the answer to the first,"
-_OF_A_MODEL = ("model_id", "answer_id", "model", "choices", "tstamp")
+_LATER = (
+    "a later turn of the user, as which a further text of `turns` is taken (of a dialogue of two the column would be "
+    "`messages`),"
+)
+_ANSWERED_BY = ("model_id", "answer_id", "model", "model_name", "choices", "tstamp")
 
 
 def _first_turn(row: Row) -> Prompt:
-    theirs = [name for name in _OF_A_MODEL if row.get(name) is not None]
-    if theirs:
-        raise RowError(f"`{theirs[0]}` says that `turns` are a model's answers, and no prompt")
+    if (by := next((name for name in _ANSWERED_BY if row.get(name) is not None), None)) is not None:
+        raise RowError(f"`{by}` beside `turns`: they are what a model answered, and no prompt is in the row")
     first, *later = (_asked(turn) for turn in row["turns"])
     asked = with_system(row, (Message("user", first, unread=(_LATER,) * len(later)),))
     reference = row.get("reference")
@@ -53,6 +55,8 @@ def _calls(row: Row) -> Prompt:
             f"`question` has {len(later) + 1} turns, which are asked one after the other: a stage asks once. Leave "
             "the row out, or name a generator that plays them"
         )
+    if row.get("function") and (row.get("tools") or row.get("functions")):
+        raise RowError("the row has tools in `function` and beside it; one of them holds its tools")
     tools = schemas_of(row["function"], "function") if row.get("function") else tools_of(row)
     return prompt_from(with_system(row, read_messages(first, "question")), (), tools)
 
@@ -65,7 +69,7 @@ def _calls_fit(row: Row) -> bool:
 LAYOUTS = (
     Layout(
         "mt-bench, the first turn", ("mt-bench",), "prompt", frozenset({"question_id", "turns"}), _first_turn,
-        frozenset({"reference", "system", *_OF_A_MODEL}), fits=_turns_fit, verbatim=True,
+        frozenset({"reference", "system", *_ANSWERED_BY}), fits=_turns_fit, verbatim=True,
     ),
     Layout(
         "bfcl", ("bfcl",), "prompt", frozenset({"question"}), _calls, frozenset({"function", "system"}),

@@ -8,16 +8,17 @@ both. Text under a guessed name is a turn of a chat, so the template applies.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
 from align.data.formats.base import MEDIA, Layout, Row, is_list_of, is_number
-from align.data.formats.guessed import Columns, Guess, Unguessed, refuse_framed, refuse_unjudged
+from align.data.formats.guessed import Columns, Guess, Unguessed, refuse_framed, refuse_order, refuse_unjudged
 from align.data.formats.messages import are_messages
-from align.data.formats.ranked import RANKS, SCORES
+from align.data.formats.needed import ANSWERED, choices_beside, needed, plain_name, stands_in
+from align.data.formats.paddle import LANGUAGES
+from align.data.formats.ranked import SCORES
 from align.data.formats.spoken import NAMES as SPOKEN
 from align.data.formats.spoken import are_spoken
 from align.data.records import Kind
@@ -61,8 +62,6 @@ VERDICTS = (
     "preference", "preferred", "winner", "better", "choice", "verdict", "human_preference", "chosen",
     "preferred_response", "preferred_answer", "better_response", "better_response_id", "safer_response_id",
 )  # fmt: skip
-NUMBERS = ("response", "output")
-"""Our fields of an answer, which may be a number: its digits are the text."""
 _LONGEST_VERDICT = len("completion_a")
 LISTS = ("responses", "answers", "completions", "candidates", "outputs", "generations")
 LABELS = ("label", "kto_tag", "is_desirable", "desirable", "is_preferred", "is_chosen", "is_good", "thumbs_up", "liked")
@@ -79,32 +78,18 @@ MEDIA_NAMES = {
     "videos": ("video_path", "video_paths", "video_url", "video_file"),
     "audios": ("audio_path", "audio_paths", "audio_url", "audio_file", "sound", "wav", "speech"),
 }  # fmt: skip
-NEEDED = frozenset({
-    "context", "contexts", "passage", "passages", "document", "documents", "article", "paragraph", "background",
-    "premise", "hypothesis", "choices", "options", "story", "table", "evidence", "facts", "history", "input", "inputs",
-    "a", "b", "c", "d", "schema", "code", "image_description", "starter_code", "body", "instances", "scenario",
-    "ctx", "support",
-})  # fmt: skip
-"""What an answer depends on: never left out of a guess unsaid."""
-_ONE_CHOICE = re.compile(r"(choice|option|opt|op|ending|alternative|sol|ans)_?([a-h]|\d+)")
-
-
-def needed(name: str) -> bool:
-    """Whether an answer may depend on a column of this name."""
-    plain = _plain(name)
-    return plain in NEEDED or _ONE_CHOICE.fullmatch(plain) is not None
 
 
 def read_under_a_guess(name: str) -> bool:
     """Whether a guess would have read a column of this name, or refused to leave it out."""
-    plain = _plain(name)
+    plain = plain_name(name)
     return needed(name) or plain in SYSTEMS or plain in MEDIA or any(plain in names for names in MEDIA_NAMES.values())
 
 
 def guess(layouts: Sequence[Layout], kind: Kind, rows: Sequence[Row]) -> Guess | None:
     """The one meaning that the columns of these rows can have; None where they have none that is known. layouts: that
     may be used. Raises Unguessed where they have several, or where a column would be left out that matters."""
-    shown, common = _examples(rows)
+    shown, common = examples(rows)
     named = _by_name(shown)
     found: list[Guess] = []
     for columns in _meanings(kind, named, shown):
@@ -119,12 +104,21 @@ def guess(layouts: Sequence[Layout], kind: Kind, rows: Sequence[Row]) -> Guess |
     if not found:
         if kind == "pair":
             refuse_unjudged(named, FIRST_AND_SECOND)
+            refuse_order(named, LISTS)
         return None
     [one] = found
     refuse_framed(one, shown)
     used = set(one.columns.values())
+    _refuse_choices(one, shown)
+    if plain_name(one.columns.get("query", "")) == "src" and (tongue := _of(named, LANGUAGES)):
+        raise Unguessed(
+            f"`{tongue[0]}` beside `src` says that it may be a text that is translated, and no column asks for it",
+            "a function of the row (`format: mine.py:rows`) can put both into one question",
+        )
     known = set(_answers(named)) if kind == "prompt" else set()  # the answer, which none is asked for
+    asked = one.columns.get("query", one.columns.get("instruction", ""))
     left = [name for name in shown if needed(name) and name not in used | known]
+    left = [name for name in left if not all(stands_in(row.get(name) or "", row.get(asked)) for row in rows)]
     if left:
         raise Unguessed(
             f"{one.describe()} fits, but would leave out {', '.join(f'`{name}`' for name in left)}, which the answer "
@@ -134,14 +128,23 @@ def guess(layouts: Sequence[Layout], kind: Kind, rows: Sequence[Row]) -> Guess |
     return one
 
 
+def _refuse_choices(one: Guess, shown: Mapping[str, Any]) -> None:
+    """Raises Unguessed where the answer may be the number of a choice, which stands beside it."""
+    for ours in ANSWERED:
+        theirs = one.columns.get(ours)
+        beside = choices_beside(shown[theirs], shown, set(one.columns.values())) if theirs is not None else None
+        if beside is not None:
+            raise Unguessed(
+                f"`{theirs}` is the number {shown[str(theirs)]}: it may be the answer, or say which of {beside} is",
+                f"write {one.describe()} where the number is the answer; else a function of the row "
+                "(`format: mine.py:rows`) can write the choices into the question",
+            )
+
+
 # ------------------------------------------------------------------------------------------------- what is there
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[\s-]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip())).lower()
-
-
-def _examples(rows: Sequence[Row]) -> tuple[dict[str, Any], set[str]]:
+def examples(rows: Sequence[Row]) -> tuple[dict[str, Any], set[str]]:
     """The first value of each column that holds something, and the columns that do in most rows."""
     shown: dict[str, Any] = {}
     filled: Counter[str] = Counter()
@@ -157,7 +160,7 @@ def _by_name(shown: Mapping[str, Any]) -> dict[str, list[str]]:
     """Their columns by plain name; several where names differ in case alone."""
     named: dict[str, list[str]] = {}
     for name in shown:
-        named.setdefault(_plain(name), []).append(name)
+        named.setdefault(plain_name(name), []).append(name)
     return named
 
 
@@ -178,6 +181,8 @@ def _shown(named: Mapping[str, list[str]], shown: Mapping[str, Any], name: str) 
 def _meanings(kind: Kind, named: Mapping[str, list[str]], shown: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     """Every way to give the roles of a kind to the columns that are there."""
     questions, answers = _of(named, QUESTIONS, LAST_QUESTIONS), _answers(named)
+    if "tgt" not in named and [plain_name(name) for name in questions] == ["src"]:  # where the row is from
+        questions = []
     if any(name in MEDIA for name in named) or answers or kind != "prompt":
         questions += _of(named, ("text",))
     if kind == "conversation":
@@ -222,7 +227,7 @@ def _with_answers(
 ) -> Iterator[dict[str, str]]:
     for question, answer in product(questions, answers):
         yield {"query": question, "response": answer}
-        if _plain(question) == "instruction":
+        if plain_name(question) == "instruction":
             more = _of(named, ("input", "context"))
             yield from ({"instruction": question, "input": one, "output": answer} for one in more)
 
@@ -233,7 +238,7 @@ def _pairs(
     sides = [two for pair in SIDES for two in product(*(named.get(name, ()) for name in pair))]
     for question, (better, worse) in product(questions, sides):
         yield {"query": question, "response": better, "rejected_response": worse}
-        if _plain(question) == "instruction":
+        if plain_name(question) == "instruction":
             more = _of(named, ("input", "context"))
             yield from ({"instruction": question, "input": one, "chosen": better, "rejected": worse} for one in more)
     yield from ({"chosen": better, "rejected": worse} for better, worse in sides)
@@ -241,7 +246,7 @@ def _pairs(
     yield from ({"prompt": t, "chosen": b, "rejected": w} for t, (b, w) in product(asked, sides))
     also_sides = {name for pair in SIDES for name in pair}  # a text under such a name is an answer, and no verdict
     verdicts = [
-        v for v in _of(named, VERDICTS) if _plain(v) not in also_sides or len(str(shown[v])) <= _LONGEST_VERDICT
+        v for v in _of(named, VERDICTS) if plain_name(v) not in also_sides or len(str(shown[v])) <= _LONGEST_VERDICT
     ]
     for ours, pairs in FIRST_AND_SECOND.items():
         two = [both for pair in pairs for both in product(*(named.get(name, ()) for name in pair))]
@@ -249,7 +254,7 @@ def _pairs(
             yield {"query": question, ours[0]: first, ours[1]: second, "preference": verdict}
     for question, answers in product(questions, _of(named, LISTS)):
         yield {"query": question, "responses": answers}
-        for numbers, names in (("ranks", RANKS), ("scores", SCORES)):
+        for numbers, names in (("ranks", ("rank", "ranks")), ("scores", SCORES)):
             yield from ({"query": question, "responses": answers, numbers: one} for one in _of(named, names))
 
 
@@ -276,28 +281,13 @@ def _takes(layout: Layout, columns: Columns, shown: Mapping[str, Any], common: C
         return False
     if "query" in columns or "instruction" in columns:
         texts = {ours for ours in columns if ours not in ("label", "preference", "responses", "ranks", "scores")}
-        named = any(ours in NUMBERS and _names_one(row[ours]) for ours in texts)
-        if named and any(_are_choices(value) for value in shown.values()):
-            return False  # what stands for an answer may be the place of one of them
-        return all(isinstance(row[ours], str) or (ours in NUMBERS and is_number(row[ours])) for ours in texts)
+        return all(isinstance(row[ours], str) or (ours in ANSWERED and is_number(row[ours])) for ours in texts)
     lists = [ours for ours in columns if ours in ("messages", "prompt", "chosen", "rejected", "completion")]
     if "prompt" in columns or ("chosen" in columns and "query" not in columns):
         said = {ours: _are_turns(row[ours]) for ours in lists}
         whole = "prompt" not in columns or said["prompt"]
         return whole and any(said.values()) and all(said[n] or isinstance(row[n], str) for n in lists)
     return True
-
-
-def _names_one(value: Any) -> bool:
-    """Whether a value may be the place of an answer in a list: a number, or a letter."""
-    return is_number(value) or (
-        isinstance(value, str) and re.fullmatch(r"\(?([A-Ha-h]|\d{1,2})[.)]?", value) is not None
-    )
-
-
-def _are_choices(value: Any) -> bool:
-    """Whether a value may be answers of which another column names one by its number."""
-    return isinstance(value, list) and len(value) > 1 and all(isinstance(one, str | dict) for one in value)
 
 
 def _are_turns(value: Any) -> bool:

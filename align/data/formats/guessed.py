@@ -47,6 +47,18 @@ def refuse_unjudged(named: Mapping[str, list[str]], pairs: Mapping[Any, Sequence
             )
 
 
+def refuse_order(named: Mapping[str, list[str]], lists: Sequence[str]) -> None:
+    """Raises Unguessed where a list beside answers may be their ranks, or the order in which they are ranked."""
+    answers = next((named[name][0] for name in lists if name in named), None)
+    if answers is not None and "ranking" in named:
+        ranking = named["ranking"][0]
+        raise Unguessed(
+            f"`{ranking}` may be the rank of each of `{answers}`, or the order in which they are ranked",
+            f"`columns: {{ranks: {ranking}, responses: {answers}}}` (and `query`) where each number is the rank of the "
+            "answer in its place, 1 or 0 the best; else make it so by a function of the row (`format: mine.py:rows`)",
+        )
+
+
 _FRAMED = re.compile(
     r"\s*(<s>\s*)?(<\|im_start\|>|<\|begin_of_text\|>|<\|start_header_id\|>|(<bos>)?<start_of_turn>|<extra_id_[01]>|"
     r"\[INST\]|<\|user\|>|<\|system\|>|### Instruction:|Below is an instruction that describes a task|"

@@ -1,17 +1,17 @@
 """PaddleNLP and ERNIEKit: `src` and `tgt` are what user and assistant said, turn by turn.
 
-    src: [q1, q2], tgt: [a1, a2]                                       a conversation
+    src: [q1, q2], tgt: [a1, a2] [label: [0, 1]]                       a conversation; of `label` 1 is learnt
     src: [q1, q2], tgt: [a1], response: [x, y], sort: [1, 0]           a pair: the higher `sort` is the chosen side
     src: [q1, q2], tgt: [a1], response: [x], sort: [1]                 an answer that is desirable (1) or not (0)
 
-A response may go on with turns: [answer, question, answer]. `src` and `tgt` as texts are found by guess.py. `label: [0,
-1]` beside a conversation says which of its answers are learned. Pairs of two languages are no conversation: refused.
+A response may go on with turns: [answer, question, answer]. `src` and `tgt` as texts are found by guess.py. The same
+names are those of translations: with languages beside them, or with single words as their texts, they are refused.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from align.data.formats.base import Layout, Row, tools_of, weight_of
@@ -20,7 +20,11 @@ from align.data.records import Conversation, Message, Pair, Prompt, RowError, Un
 from align.data.values import kind_of
 
 _SPEAKERS = ("assistant", "user")
-_LANGUAGES = ("src_lang", "tgt_lang", "source_lang", "target_lang", "lang_pair", "langpair")
+LANGUAGES = (
+    "src_lang", "tgt_lang", "source_lang", "target_lang", "source_language", "target_language", "lang_pair", "mt",
+)  # fmt: skip
+"""Columns beside `src` and `tgt` that say that these are a text and its translation."""
+_WORD = re.compile(r"[^\W\d_]{2,}[.,;:!?]?")
 
 
 def _texts(row: Row, column: str) -> list[str]:
@@ -34,20 +38,49 @@ def _texts(row: Row, column: str) -> list[str]:
 def _said(row: Row, more: int) -> tuple[Message, ...]:
     """The turns in order; more: how many questions there are beyond the answers."""
     asked, answered = _texts(row, "src"), _texts(row, "tgt")
-    languages = [name for name in _LANGUAGES if row.get(name) is not None]
-    if languages:
+    _refuse_translation(row, asked, answered)
+    if row.get("is_system"):
         raise RowError(
-            f"`{languages[0]}` says that `src` and `tgt` are one text in two languages: a model that is to translate "
-            "has to be asked to; write rows with an instruction"
+            "`is_system` says that the first text of `src` is the system's: write it as a column `system`, and leave "
+            "it and its answer out of `src` and `tgt`"
         )
+    learnt = _learnt(row, len(answered))
     if len(asked) != len(answered) + more:
         wanted = f"{more} more" if more else "as many"
         raise RowError(f"`src` has {len(asked)} turns and `tgt` {len(answered)}; {wanted} must be in `src`")
     turns: list[Message] = []
     for n, question in enumerate(asked):
         turns.append(Message("user", question))
-        turns += [Message("assistant", answer) for answer in answered[n : n + 1]]
+        said = zip(answered[n : n + 1], learnt[n : n + 1], strict=True)
+        turns += [Message("assistant", answer, scored=scored) for answer, scored in said]
     return with_system(row, tuple(turns))
+
+
+def _learnt(row: Row, count: int) -> list[bool]:
+    """Which of the answers are learnt: those of which `label` says 1, all where there is none."""
+    label = row.get("label")
+    if label is None:
+        return [True] * count
+    if not isinstance(label, list) or len(label) != count or any(one not in (0, 1) for one in label):
+        raise RowError(
+            f"`label` must be a list of {count}, 1 for each text of `tgt` that is learnt and 0, got {label!r}"
+        )
+    return [one == 1 for one in label]
+
+
+def _refuse_translation(row: Row, asked: Sequence[str], answered: Sequence[str]) -> None:
+    """Raises RowError where `src` and `tgt` are hardly what two said: a text and its translation, or tokens of both."""
+    if (beside := next((name for name in LANGUAGES if row.get(name)), None)) is not None:
+        raise RowError(
+            f"`{beside}` beside `src` and `tgt`: they may be a text and its translation, which no turn asks for. Make "
+            "`messages` of them by a function of the row (`format: mine.py:rows`)"
+        )
+    texts = [*asked, *answered]
+    if len(asked) > 1 and all(_WORD.fullmatch(text) and text.lower() != text.upper() for text in texts):
+        raise RowError(
+            "`src` and `tgt` hold single words: they may be the tokens of one text each, or turns. Join them, or "
+            "write turns as `messages`"
+        )
 
 
 def _answer(value: Any) -> tuple[Message, ...]:
@@ -62,21 +95,15 @@ def _judged(row: Row, count: int) -> tuple[Sequence[Any], Sequence[float]]:
     answers, sort = row["response"], row["sort"]
     for name, value in (("response", answers), ("sort", sort)):
         if not isinstance(value, list) or len(value) != count:
-            raise RowError(f"`{name}` must be a list of {count}, as in most rows of its source, got {kind_of(value)}")
+            got = f"{len(value)} of them" if isinstance(value, list) else kind_of(value)
+            raise RowError(f"`{name}` must be a list of {count}, as in most rows of its source, got {got}")
     if any(isinstance(one, bool) or not isinstance(one, int | float) for one in sort):
         raise RowError(f"`sort` must hold numbers, got {sort!r}")
     return answers, sort
 
 
 def _conversation(row: Row) -> Conversation:
-    turns, learned = _said(row, 0), row.get("label")
-    if learned is not None:
-        answers = [n for n, message in enumerate(turns) if message.role == "assistant"]
-        if not isinstance(learned, list) or len(learned) != len(answers) or any(one not in (0, 1) for one in learned):
-            raise RowError(f"`label` must hold 1 for each answer of `tgt` that is learned, and 0 else, got {learned!r}")
-        kept = {n: bool(one) for n, one in zip(answers, learned, strict=True)}
-        turns = tuple(replace(message, scored=kept.get(n, True)) for n, message in enumerate(turns))
-    return Conversation((), turns, tools_of(row), weight_of(row))
+    return Conversation((), _said(row, 0), tools_of(row), weight_of(row))
 
 
 def _pair(row: Row) -> Pair:
@@ -99,6 +126,11 @@ def _prompt(row: Row) -> Prompt:
     return prompt_from(_said(row, more if more in (0, 1) else 1), (), tools_of(row))
 
 
+def _has_answers(row: Row) -> bool:
+    """Of a prompt: `src` alone may be where a text is from."""
+    return _is_list(row) and any(name in row for name in ("tgt", "response"))
+
+
 def _is_list(row: Row) -> bool:
     return isinstance(row["src"], list) and bool(row["src"]) and isinstance(row["src"][0], str) and bool(row["src"][0])
 
@@ -110,8 +142,8 @@ def _answers(count: int) -> Any:
     return fits
 
 
-_JUDGED, _OPTIONAL = frozenset({"src", "response", "sort"}), frozenset({"tgt", "system", *_LANGUAGES})
-_NAME, _FORMATS, _SYSTEM = "paddle", ("paddle",), frozenset({"system", "label", *_LANGUAGES})
+_JUDGED, _OPTIONAL = frozenset({"src", "response", "sort"}), frozenset({"tgt", "system"})
+_NAME, _FORMATS, _SYSTEM = "paddle", ("paddle",), frozenset({"system", "label"})
 
 LAYOUTS = (
     Layout(
@@ -120,5 +152,5 @@ LAYOUTS = (
     ),
     Layout(_NAME, _FORMATS, "pair", _JUDGED, _pair, _OPTIONAL, fits=_answers(2), verbatim=True),
     Layout(_NAME, _FORMATS, "unpaired", _JUDGED, _unpaired, _OPTIONAL, fits=_answers(1), verbatim=True),
-    Layout(_NAME, _FORMATS, "prompt", frozenset({"src"}), _prompt, _OPTIONAL, fits=_is_list, verbatim=True),
+    Layout(_NAME, _FORMATS, "prompt", frozenset({"src"}), _prompt, _OPTIONAL, fits=_has_answers, verbatim=True),
 )  # fmt: skip

@@ -1,11 +1,12 @@
 """Pairs by a verdict: two answers and which is better, or a list of answers with ranks or scores.
 
-    query, answer_1, answer_2, preference    preference: 1 or 2, a or b, or a name that ends so
+    query, answer_1, answer_2, preference    preference: 1 or 2, a or b, or such as model_a and response_2
     query, answer_0, answer_1, preference    preference: 0 or 1
     query, responses                         objects, each with a text and a `rank` or a `score`
     query, responses, ranks | scores         texts, and a number for each
 
-A rank is better the lower it is, a score the higher. Of a list the best and the worst make the pair. A tie is refused:
+A rank is better the lower it is, a score the higher; a `ranking` beside a list may also be the order of its answers,
+and is refused. Of a list the best and the worst make the pair. A tie is refused:
 it prefers nothing. Other names for these columns are found by guess.py.
 """
 
@@ -20,12 +21,14 @@ from align.data.formats.swift import read_query
 from align.data.records import Pair, RowError, assistant
 from align.data.values import kind_of
 
-RANKS = ("rank", "ranks")  # no "ranking", which may be ranks, or the answers' order
-_OF_A_SIDE = frozenset({"model", "response", "answer", "option", "output", "completion", "assistant", "candidate"})
-"""What may stand before the side in a verdict: `model_a`, and not `not_a`, `loser_model_a`, `both_1_2`."""
+RANKS = ("rank", "ranks", "ranking")
 SCORES = ("score", "scores", "rating", "ratings", "overall_score", "reward", "rewards")
 _TEXTS = ("text", "content", "response", "answer", "completion", "output")
 _WORDS = {"1": 0, "a": 0, "2": 1, "b": 1}
+_VERDICT = re.compile(
+    r"(?:(?:model|response|answer|option|output|completion|candidate|reply|generation|assistant|choice)[_\s-]?)?([ab\d])"
+)
+"""Whom a verdict names: any other word before the name may say the contrary (worse_a), or that nobody is (tie_b)."""
 _OPTIONAL = frozenset({"history", "system"})
 _NUMBER = re.compile(r"[-+]?\d+(\.\d+)?", re.A)
 
@@ -47,10 +50,10 @@ def _two_answers(first: str, second: str, words: Mapping[str, int]) -> Layout:
 def _which(value: Any, words: Mapping[str, int]) -> int:
     """0 or 1: the answer that a verdict names. Raises RowError."""
     said = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-    *before, said = said.strip().lower().split("_")
-    if isinstance(value, bool) or said not in words or not _OF_A_SIDE.issuperset(before):
+    found = _VERDICT.fullmatch(said.strip().lower())
+    if isinstance(value, bool) or found is None or found[1] not in words:
         raise RowError(f"`preference` must name one of the two answers ({', '.join(words)}), got {value!r}")
-    return words[said]
+    return words[found[1]]
 
 
 # ------------------------------------------------------------------------------------------------- ranked lists

@@ -22,6 +22,8 @@ from align.data.values import BadValue, Json
 _WRAPPERS = ("functionCall", "function_call", "toolUse", "tool_use", "toolCall", "tool_call")
 _NAMES = ("name", "function_name", "tool_name", "toolName", "tool", "function")
 _ARGUMENTS = ("arguments", "parameters", "args", "input", "kwargs", "tool_input", "tool_arguments")
+ARGUMENTS = frozenset(_ARGUMENTS)
+"""Keys that hold a call's arguments."""
 _IDS = ("id", "call_id", "tool_call_id", "toolUseId", "tool_use_id", "toolCallId")
 _SCHEMAS = ("parameters", "input_schema", "inputSchema", "parametersJsonSchema")
 _DECLARATIONS = ("functionDeclarations", "function_declarations", "tools", "functions")

@@ -2,7 +2,8 @@
 
 A tree becomes one conversation: of each turn's replies the best ranked (`rank` 0 before 1), of replies that nobody
 ranked the first. As a pair it is the first question with its best and its worst ranked answer, in that path. What
-moderators took away (`deleted`, `review_result: false`) is no reply. Replies that are left out are named in the report.
+moderators took away (`deleted`, `review_result: false`) is no reply, and a tree without its root none (nor one of which
+`tree_state` says that it was halted). Replies and keys that are left out are named in the report.
 """
 
 from __future__ import annotations
@@ -13,29 +14,32 @@ from typing import Any
 from align.data.formats.base import Layout, Row, tools_of, weight_of
 from align.data.formats.messages import with_system
 from align.data.records import Conversation, Kind, Message, Pair, Prompt, RowError, assistant, prompt_from
+from align.data.unread import is_filled
 from align.data.values import kind_of
 
 _ROLES = {"prompter": "user", "user": "user", "assistant": "assistant"}
+_ENDED = ("aborted", "halted")
+_READ = frozenset({"text", "role", "replies", "rank", "deleted", "review_result"})
+_IDS = frozenset({"message_id", "parent_id", "user_id", "message_tree_id", "created_date"})
+_TAKEN = "a reply that moderators took away (`deleted` or `review_result: false`)"
 _LEFT = "a reply beside the best ranked one of its turn (of unranked ones: the first)"
-_GONE = "a reply that moderators took away, with all below it,"
-_READ = frozenset({"text", "role", "replies", "rank", "deleted", "review_result", "message_id", "parent_id", "user_id"})
 
 
 def _path(row: Row) -> list[tuple[Message, Sequence[Mapping[str, Any]]]]:
     """(message, its replies) from the root along the best replies, up to the assistant's last."""
     row.get("message_tree_id")  # a name, which is read in that it says what this is
-    state = row.get("tree_state")
-    if isinstance(state, str) and state.startswith(("aborted", "halted")):
-        raise RowError(f"`tree_state` is {state!r}: moderators took the tree away")
-    if _is_gone(row["prompt"]):
-        raise RowError("moderators took the tree's first message away (`deleted`, `review_result`)")
-    node, path = row["prompt"], list[tuple[Message, Sequence[Mapping[str, Any]]]]()
+    state = str(row.get("tree_state") or "")
+    if state.startswith(_ENDED):
+        raise RowError(f"`tree_state` is {state!r}: moderators ended the tree, and its texts were not accepted")
+    if not isinstance(row["prompt"], Mapping):
+        raise RowError(f"`prompt` must be a message with its `replies`, got {kind_of(row['prompt'])}")
+    if _is_taken(row["prompt"]):
+        raise RowError("moderators took the first message away (`deleted` or `review_result: false`)")
+    path = list[tuple[Message, Sequence[Mapping[str, Any]]]]()
+    node: Mapping[str, Any] | None = row["prompt"]
     while node is not None:
         replies = _replies(node)
-        said = _message(node)
-        if path and said.role == path[-1][0].role:
-            raise RowError(f"two messages of the {said.role} follow each other in the tree")
-        path.append((said, replies))
+        path.append((_message(node), replies))
         node = min(replies, key=_rank) if replies else None
     while len(path) > 1 and path[-1][0].role != "assistant":
         path.pop()
@@ -46,23 +50,33 @@ def _message(node: Mapping[str, Any]) -> Message:
     text, role = node.get("text"), _ROLES.get(str(node.get("role")))
     if not isinstance(text, str) or role is None:
         raise RowError(f"a message of the tree needs a `text` and a `role` of {', '.join(_ROLES)}")
-    gone = len(node.get("replies") or ()) - len(_replies(node))
-    more = sorted(key for key in node.keys() - _READ if node[key] not in (None, [], {}, ""))
-    unread = (_LEFT,) * (len(_replies(node)) - 1) + (_GONE,) * gone
-    return Message(role, text, unread=(*unread, *(f"`{key}` of a message" for key in more)))
+    kept = len(_replies(node))
+    keys = [f"key {key!r} of a message" for key in node if key not in _READ | _IDS and is_filled(node[key])]
+    taken = (_TAKEN,) * (len(node.get("replies") or ()) - kept)
+    return Message(role, text, unread=(*(_LEFT,) * (kept - 1), *taken, *keys))
 
 
 def _replies(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     found = node.get("replies") or []
     if not isinstance(found, list) or not all(isinstance(one, Mapping) for one in found):
         raise RowError(f"`replies` must be a list of messages, got {kind_of(found)}")
-    return [one for one in found if not _is_gone(one)]
+    kept = [one for one in found if not _is_taken(one)]
+    asks = _ROLES.get(str(node.get("role")))
+    if any(_ROLES.get(str(one.get("role"))) == asks for one in kept):
+        raise RowError(f"a reply to a message of {node.get('role')!r} is of the same role: it is no answer to it")
+    return kept
 
 
-def _is_gone(node: Mapping[str, Any]) -> bool:
-    """Whether moderators took a message away, however the file writes a truth value."""
-    deleted, kept = str(node.get("deleted")).lower(), str(node.get("review_result")).lower()
-    return deleted in ("true", "1") or kept in ("false", "0")
+def _is_taken(node: Mapping[str, Any]) -> bool:
+    return _truth(node, "deleted", False) or not _truth(node, "review_result", True)
+
+
+def _truth(node: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = node.get(key)
+    said = {"true": True, "1": True, "false": False, "0": False, "none": default}.get(str(value).strip().lower())
+    if said is None:
+        raise RowError(f"`{key}` of a message must be true or false, got {value!r}")
+    return said
 
 
 def _rank(node: Mapping[str, Any]) -> float:
@@ -94,8 +108,6 @@ def _pair(row: Row) -> Pair:
         asked.append(message)
         ranked = sorted((one for one in replies if one.get("rank") is not None), key=_rank)
         if message.role == "user" and ranked and _rank(ranked[0]) < _rank(ranked[-1]):
-            if any(_message(one).role != "assistant" for one in (ranked[0], ranked[-1])):
-                raise RowError("a ranked reply to the user is not the assistant's")
             best, worst = (assistant(_message(one).text) for one in (ranked[0], ranked[-1]))
             return Pair(with_system(row, tuple(asked)), best, worst, tools_of(row), weight_of(row))
     raise RowError("no turn of the tree has two answers that are ranked apart: none is preferred")

@@ -11,7 +11,8 @@ import pytest
 
 from align.data.formats import LAYOUTS
 from align.data.formats.choosing import choose
-from align.data.formats.guess import ANSWERS, LAST_ANSWERS, NEEDED, QUESTIONS, SIDES
+from align.data.formats.guess import ANSWERS, LAST_ANSWERS, QUESTIONS, SIDES
+from align.data.formats.needed import NEEDED
 from align.data.prepare import prepare
 from align.data.records import Conversation, Kind, Labelled, Pair, Prompt, Record, Unpaired, messages_of
 from align.data.sources import renamed

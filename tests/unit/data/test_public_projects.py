@@ -256,14 +256,14 @@ def refused(tmp_path: Path, rows: list[dict[str, Any]], kind: Any, tokenizer: Ch
 
 
 def test_answers_of_paddle_that_are_not_to_be_learned_are_context(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
-    row = {"src": ["one", "two"], "tgt": ["uno", "dos"], "label": [0, 1]}
+    row = {"src": ["say one", "say two"], "tgt": ["it is uno", "it is dos"], "label": [0, 1]}
     made = prepared(tmp_path, [row], "conversation", tokenizer)
     trunk = made.items[0].trunk
     said = tokenizer.decode(trunk.token_ids[trunk.loss_mask].tolist(), False)
     assert "dos" in said and "uno" not in said
-    assert "`label` must hold 1" in refused(tmp_path, [{**row, "label": [1]}], "conversation", tokenizer)
+    assert "`label` must be a list of 2" in refused(tmp_path, [{**row, "label": [1]}], "conversation", tokenizer)
     languages = {"src": ["Hallo"], "tgt": ["Hello"], "src_lang": "de"}
-    assert "one text in two languages" in refused(tmp_path, [languages], "conversation", tokenizer)
+    assert "a text and its translation" in refused(tmp_path, [languages], "conversation", tokenizer)
 
 
 @pytest.mark.parametrize("verdict", ["not_a", "worse_a", "loser_model_a", "neither_b", "tie_b"])
@@ -300,11 +300,11 @@ def test_trees_that_moderators_took_away_or_that_speak_twice_are_refused(
     made = prepared(tmp_path, tree(fine), "conversation", tokenizer)
     assert any("moderators took away" in note for note in made.report.sources[0].notes)
     for rows in (tree(fine, tree_state="aborted_low_grade"), tree({**fine, "deleted": True})):
-        assert "took" in refused(tmp_path, rows, "conversation", tokenizer)
+        assert "moderators" in refused(tmp_path, rows, "conversation", tokenizer)
     twice = node("q", "prompter", node("a", "assistant", node("b", "assistant")))
-    assert "follow each other" in refused(tmp_path, tree(twice), "conversation", tokenizer)
+    assert "same role" in refused(tmp_path, tree(twice), "conversation", tokenizer)
     users = node("q", "prompter", node("x", "prompter", rank=0), node("y", "prompter", rank=1))
-    assert "follow each other" in refused(tmp_path, tree(users), "pair", tokenizer)
+    assert "same role" in refused(tmp_path, tree(users), "pair", tokenizer)
 
 
 def test_a_text_that_is_broken_where_other_rows_hold_messages_is_refused(
@@ -312,7 +312,7 @@ def test_a_text_that_is_broken_where_other_rows_hold_messages_is_refused(
 ) -> None:
     fine = {"prompt": '[{"role": "user", "content": "q"}]', "completion": '[{"role": "assistant", "content": "a"}]'}
     rows = [fine] * 5 + [{**fine, "completion": '[{"role": "assistant", "content": "a'}]
-    assert "`completion` holds messages as JSON text" in refused(tmp_path, rows, "conversation", tokenizer)
+    assert "the text of `completion` is no messages in JSON" in refused(tmp_path, rows, "conversation", tokenizer)
 
 
 def test_what_stands_beside_rows_in_an_object_and_belongs_to_each_is_refused(
@@ -321,11 +321,11 @@ def test_what_stands_beside_rows_in_an_object_and_belongs_to_each_is_refused(
     path = tmp_path / "rows.json"
     held = {"instruction": "Translate.", "instances": [{"input": "a", "output": "b"}, {"input": "c", "output": "d"}]}
     path.write_text(json.dumps(held, indent=1))
-    with pytest.raises(DataError, match="`instruction` stands beside the rows in `instances`"):
+    with pytest.raises(DataError, match="`instances` holds its rows, and `instruction` beside it may be of each"):
         prepare([source(path)], "conversation", tokenizer, seed=0)
 
 
-def test_verdicts_on_one_of_several_answers_and_ties_that_contradict_are_refused(
+def test_a_verdict_on_one_of_several_answers_ends_the_conversations_there(
     tmp_path: Path, tokenizer: ChatTokenizer
 ) -> None:
     def chat(answer: str) -> list[dict[str, str]]:
@@ -333,17 +333,19 @@ def test_verdicts_on_one_of_several_answers_and_ties_that_contradict_are_refused
         return [*asked, {"role": "user", "content": "r"}, {"role": "assistant", "content": f"{answer} again"}]
 
     row = {"conversation_a": chat("a"), "conversation_b": chat("b"), "winner": "model_a"}
-    assert prepared(tmp_path, [row | {"turn": 2}], "pair", tokenizer).items
-    assert "the verdict is on that answer" in refused(tmp_path, [row | {"turn": 1}], "pair", tokenizer)
+    whole, first = (prepared(tmp_path, [row | {"turn": turn}], "pair", tokenizer) for turn in (2, 1))
+    assert "again" in text(tokenizer, whole.items[0].branches[0])
+    assert "again" not in text(tokenizer, first.items[0].branches[0])
+    assert any("behind the one that was judged" in note for note in first.report.sources[0].notes)
 
 
 def test_an_instance_holds_its_input_and_output_alone_and_a_chat_no_ends_of_others(
     tmp_path: Path, tokenizer: ChatTokenizer
 ) -> None:
     row = {"instruction": "Do.", "instances": [{"input": "a", "output": "b", "constraints": "none"}]}
-    assert "'constraints'" in refused(tmp_path, [row], "conversation", tokenizer)
+    assert "`constraints`" in refused(tmp_path, [row], "conversation", tokenizer)
     for chat in ("USER: hi ASSISTANT: hello USER: bye\n\nASSISTANT: ciao", "USER: hi\n\nASSISTANT: hello</s>"):
-        assert "where it ends cannot be told" in refused(tmp_path, [{"chat": chat}], "conversation", tokenizer)
+        assert "a turn of `chat` holds" in refused(tmp_path, [{"chat": chat}], "conversation", tokenizer)
 
 
 @pytest.mark.parametrize(
