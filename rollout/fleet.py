@@ -31,7 +31,7 @@ from rollout.base import Answer, EngineSpec, Request, check_engine_options, chec
 from rollout.ledger import Ledger, Routed
 from rollout.local_fleet import compare_digest, in_order
 from rollout.member import Limits, Lost, Member, lost_for_good, placed
-from rollout.stepping import Abandon, Refusal, Report, Result
+from rollout.stepping import Abandon, Refusal, Report, Result, answered
 
 MAX_LOSSES = 3
 """Restarts of one engine without a finished group between them, and of engines that had the same group, before it is
@@ -258,8 +258,7 @@ class RayFleet:
     def _answer(self, request: Request, result: Result) -> Group | FailedPrompt:
         if isinstance(result, Refusal):
             self._counts["rollout/failed_prompts"] += 1
-            return FailedPrompt(request.prompt, result.cause, result.message)
-        return Group(request.prompt, result)
+        return answered(request, result)
 
     def _restart(self, member: Member, lost: Lost) -> None:
         """Kill what is left of the engine, hand its groups to the others, and start it again.

@@ -10,7 +10,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from align.errors import AlignError
 from align.protocols.fleet import Completion, FailedPrompt, Group
@@ -26,7 +28,17 @@ class Refusal:
     message: str
 
 
-Result = tuple[Completion, ...] | Refusal
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A Group without the prompt, which the asker has. prompt_ids: of the prompt that the completions follow, i64[n],
+    where it is not as it was asked: what an episode's environment adds to it when it begins is seen by the policy, and
+    must be by the trainer."""
+
+    completions: tuple[Completion, ...]
+    prompt_ids: np.ndarray | None = None
+
+
+Result = Drawn | Refusal
 """What became of a request: its G completions, or why there are none."""
 
 
@@ -66,6 +78,7 @@ class Stepper:
     def __init__(self, make: Callable[[], Engine]):
         self._changed = threading.Condition()
         self._commands: deque[Command] = deque()
+        self._asked: dict[int, Request] = {}  # requests that the engine has not answered
         self._finished: list[tuple[int, Result]] = []
         self._published: list[tuple[int, str | AlignError]] = []
         self._progress = 0
@@ -117,13 +130,16 @@ class Stepper:
                 self._tell(progress=1)
             if self._engine.running:
                 answers = self._engine.step()
-                self._tell([(ticket, _result(answer)) for ticket, answer in answers], progress=1)
+                self._tell([(ticket, drawn(self._asked.pop(ticket), answer)) for ticket, answer in answers], progress=1)
 
     def _take(self, command: Command) -> bool:
         """Carry a command out; False where it must wait for requests that run."""
         if isinstance(command, Abandon):
             self._engine.abandon(command.tickets)
+            for ticket in command.tickets:
+                self._asked.pop(ticket, None)
         elif not isinstance(command, Publication):
+            self._asked |= {request.ticket: request for request in command}
             self._engine.add(command)
         elif self._engine.running and not self._engine.accepts(command):
             return False
@@ -154,8 +170,24 @@ class Stepper:
         return None, f"{type(ended).__name__}: {first_line(ended)}"
 
 
-def _result(answer: Group | FailedPrompt) -> Result:
-    return answer.completions if isinstance(answer, Group) else Refusal(answer.cause, answer.message)
+def drawn(request: Request, answer: Group | FailedPrompt) -> Result:
+    """An answer to a request as it is sent; `answered` makes it whole again."""
+    if isinstance(answer, FailedPrompt):
+        return Refusal(answer.cause, answer.message)
+    asked, seen = request.prompt.token_ids, answer.prompt.token_ids
+    return Drawn(answer.completions, None if np.array_equal(asked, seen) else seen)
+
+
+def answered(request: Request, result: Result) -> Group | FailedPrompt:
+    """What became of a request, with its prompt as the completions follow it."""
+    prompt = request.prompt
+    if isinstance(result, Refusal):
+        return FailedPrompt(prompt, result.cause, result.message)
+    if result.prompt_ids is not None:
+        seen = len(result.prompt_ids)
+        media = tuple(medium for medium in prompt.media if medium.start + medium.length <= seen)
+        prompt = replace(prompt, token_ids=result.prompt_ids, media=media)
+    return Group(prompt, result.completions)
 
 
 def first_line(error: BaseException) -> str:

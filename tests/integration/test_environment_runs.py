@@ -25,6 +25,7 @@ class Count:
     def reset(self, row, seed):
         self.right, self.turn = str(row["reference_answer"]), 0
         self.said = []
+        return "Then count on from it."
 
     def respond(self, reply):
         self.turn += 1
@@ -91,7 +92,7 @@ def test_episodes_in_lockstep_resume_bit_equal_after_a_kill_and_leave_nothing(fo
     )
     for row in several:
         roles = [turn["role"] for turn in json.loads(row["turns"])]
-        assert roles[:3] == ["assistant", "user", "assistant"] and not all(row["sampled"])
+        assert roles[:4] == ["user", "assistant", "user", "assistant"] and not all(row["sampled"])
     last = metrics(whole, "grpo")[-1]
     assert last["episode/turns"] >= 1 and last["episode/lost"] == 0 and "eval/count" in last
 
@@ -101,5 +102,5 @@ def test_episodes_run_ahead_of_training(folder: Path) -> None:
     run(write_recipe(folder, "ahead", [stage(**{"from": None}, environment=loose, staleness=1, steps=5)]))
     found = metrics(folder / "runs" / "ahead", "grpo")
     assert len(found) == 5 and max(step["staleness/max"] for step in found) == 1
-    assert all(step["monitor/max_difference"] < 1e-3 for step in found if "monitor/max_difference" in step)
-    assert all(step["mismatch/kl"] < 1e-4 for step in found if "mismatch/kl" in step)
+    assert all(step["mismatch/kl"] < 1e-4 for step in found), "the trainer sees what the policy saw"
+    assert all("Then count on from it." in row["prompt"] for row in rollouts(folder / "runs" / "ahead", "grpo"))

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def first(flag: str) -> bool:
 
 class StubEngine:
     """Options: start "fails", start_s; per_step: groups that a step finishes (all); step_s; drain: whether a version
-    waits for running requests. Rows: do, and once: a file that is made when it was done, so that it is done once."""
+    waits for running requests; begins: ids that it puts behind every prompt, as episodes do. Rows: do, and once: a file that is made when it was done, so that it is done once."""
 
     def __init__(self, spec: EngineSpec):
         options = spec.engine
@@ -76,6 +77,8 @@ class StubEngine:
         if item.row.get("do") == "refuse":
             return FailedPrompt(item, "too long", "a prompt too long")
         completions = (self._completion(item, i, request.sampling, version) for i in range(request.group_size))
+        if begins := self._options.get("begins"):
+            item = replace(item, token_ids=np.concatenate([item.token_ids, np.array(begins)]))
         return Group(item, tuple(completions))
 
     def _completion(self, item: PromptItem, number: int, sampling: Sampling, version: int) -> Completion:

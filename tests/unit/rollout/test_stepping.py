@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from align.errors import AlignError, EngineError, SetupError
-from align.protocols.fleet import PromptItem, Sampling
+from align.protocols.fleet import Group, PromptItem, Sampling
 from align.protocols.trainer import Publication
 from rollout.base import EngineSpec, Request
-from rollout.stepping import Abandon, Refusal, Report, Stepper
+from rollout.stepping import Abandon, Refusal, Report, Stepper, answered
 from tests.unit.rollout.stub_engine import StubEngine
 
 LIMIT_S = 30.0
@@ -58,7 +58,7 @@ class Heard:
         return self
 
     def versions(self, ticket: int) -> set[int]:
-        return {int(v) for completion in self.finished[ticket] for v in completion.versions}
+        return {int(v) for completion in self.finished[ticket].completions for v in completion.versions}
 
 
 def test_each_group_is_reported_once_and_a_prompt_that_cannot_be_sampled_is_too() -> None:
@@ -71,6 +71,18 @@ def test_each_group_is_reported_once_and_a_prompt_that_cannot_be_sampled_is_too(
         assert heard.versions(0) == {1}
         assert heard.finished[3] == Refusal("too long", "a prompt too long")
         assert heard.until(lambda h: not h.last.busy).last.progress >= 4
+
+
+def test_a_group_has_the_prompt_that_its_completions_follow() -> None:
+    asked = requests(0)[0]
+    for options, ids in (({}, [0, 1, 2, 3]), ({"begins": [7, 8]}, [0, 1, 2, 3, 7, 8])):
+        with stepper(**options) as made:
+            made.give(version(1))
+            made.give([asked])
+            result = Heard(made).until(lambda h: 0 in h.finished).finished[0]
+        group = answered(asked, result)
+        assert isinstance(group, Group) and group.prompt.token_ids.tolist() == ids
+        assert (result.prompt_ids is None) == (not options), "a prompt as it was asked is not sent back"
 
 
 def test_requests_given_after_a_version_are_sampled_from_it_and_those_before_are_not() -> None:
