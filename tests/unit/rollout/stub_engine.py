@@ -28,7 +28,8 @@ def first(flag: str) -> bool:
 
 class StubEngine:
     """Options: start "fails", start_s; per_step: groups that a step finishes (all); step_s; drain: whether a version
-    waits for running requests; begins: ids that it puts behind every prompt, as episodes do. Rows: do, and once: a file that is made when it was done, so that it is done once."""
+    waits for running requests; begins: ids that it puts behind every prompt, as episodes do. Rows: do, and once: a file
+    that is made when it was done, so that it is done once."""
 
     def __init__(self, spec: EngineSpec):
         options = spec.engine
