@@ -3,7 +3,8 @@
     align env try examples/gym_game.py:Lake --data rows.jsonl --replies replies.jsonl
 
 The game here stands for any with `reset(seed=...) -> (observation, info)` and `step(action) -> (observation, reward,
-terminated, truncated, info)`; `gymnasium.make("FrozenLake-v1", render_mode="ansi")` is put in its place as it is.
+terminated, truncated, info)`. One of gymnasium's own, whose observations are numbers, says what it looks like by
+`render()`: `gymnasium.make("FrozenLake-v1", render_mode="ansi")` is stepped in the same lines, and `render()` returned.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 from align.check.findings import Findings
 from align.check.inputs import DataFacts
 from align.data.tokenizer import ChatTokenizer
-from align.episodes.describe import describe
+from align.episodes.describe import describe, scores_of_killed
 from align.episodes.setting import setting_of
 from align.errors import PluginError
 from align.objectives.check import Known
@@ -40,6 +40,7 @@ class Worlds:
     def _described(self, rules: Environment) -> Mapping[str, Any]:
         described = asyncio.run(describe(rules, self.folder))
         self.sources |= dict.fromkeys(rules.uses, described.get("sha256") or "")
+        scores_of_killed(rules, described)
         return described
 
     def objectives(

@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from align.data.tokenizer import ChatTokenizer
+
+
+def within(content: Any, most: int, tokenizer: ChatTokenizer) -> tuple[Any, bool]:
+    """(a message's content whose texts have about `most` tokens together, whether something was taken out). Of content
+    parts the first texts are kept whole, the one that does not fit is cut, and those behind it are gone."""
+    if isinstance(content, str):
+        text, gone = cut_middle(content, most, tokenizer)
+        return text, gone > 0
+    kept, left, cut = list[Any](), most, False
+    for part in content or ():
+        if not isinstance(part.get("text"), str):
+            kept.append(part)
+            continue
+        text, gone = cut_middle(part["text"], left, tokenizer) if left else ("", len(part["text"]))
+        cut |= gone > 0
+        left = 0 if gone else left - len(tokenizer.encode(text, add_special_tokens=False))
+        kept += [{**part, "text": text}] if text else []
+    return kept if cut else content, cut
 
 
 def cut_middle(text: str, most: int, tokenizer: ChatTokenizer) -> tuple[str, int]:

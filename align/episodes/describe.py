@@ -37,6 +37,31 @@ def open_host(rules: Environment, folder: Path, seed: int, log: Path | None) -> 
     return Host(environment_spec(rules), folder, seed, log_path=log, memory_mb=memory)
 
 
+def scores_of_killed(rules: Environment, description: Mapping[str, Any]) -> dict[str, float]:
+    """The scores, by objective, of an episode whose process was killed; none where it is lost.
+
+    Raises PluginError for scores of what the environment does not score, or would not."""
+    offered, given = description["objectives"], rules.on_kill
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        if len(offered) > 1:
+            raise _unfit("one score for several objectives", f"name each: on_kill: {{{next(iter(offered))}: ..., ...}}")
+        given = dict.fromkeys(offered, given)
+    if not given:
+        raise _unfit(f"{description['name']} scores nothing itself", "leave `on_kill` out")
+    for name, value in given.items():
+        if name not in offered:
+            raise _unfit(f"there is no objective {name!r}", f"there are: {', '.join(offered) or 'none'}")
+        if (bounds := offered[name]["range"]) is not None and not bounds[0] <= value <= bounds[1]:
+            raise _unfit(f"{value:g} is outside the range of {name!r}", f"give one of {bounds[0]:g} to {bounds[1]:g}")
+    return dict(given)
+
+
+def _unfit(what: str, remedy: str) -> PluginError:
+    return PluginError(what, where="environment.on_kill", remedy=remedy)
+
+
 async def started(host: Host) -> Mapping[str, Any]:
     """Start it; what the environment says of itself: name, tools, objectives, has, source, sha256, modules.
 

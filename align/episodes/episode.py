@@ -16,9 +16,22 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from align.data.records import RowError
-from align.episodes.budgets import cut_middle
+from align.episodes.budgets import within
 from align.episodes.calls import Reply, ToolCall
-from align.episodes.outcomes import CUT, ENDS, Ids, Lost, Verdict, as_messages, lost, seed_of, verdict_of
+from align.episodes.outcomes import (
+    CUT,
+    ENDS,
+    Ids,
+    Lost,
+    Played,
+    Verdict,
+    as_messages,
+    lost,
+    seed_of,
+    verdict_of,
+    with_state,
+    with_text,
+)
 from align.episodes.setting import Setting
 from align.protocols.fleet import Completion, Episode, FailedPrompt, PromptItem, Sampling
 from rewards.environments.arguments import check_arguments
@@ -63,15 +76,15 @@ class Play:
         self._waited = 0.0
         self._made_ids = 0
 
-    async def play(self) -> tuple[np.ndarray, Completion]:
-        """Raises Lost, unless the recipe scores what was lost (`on_kill`)."""
+    async def play(self) -> Played:
+        """Raises Lost, which says what stands for the episode where the recipe scores what was killed (`on_kill`)."""
         try:
             ended = await self._turns()
             return self._prompt_ids(), await self._finished(ended)
         except Lost as lost:
-            if self.rules.on_kill is None or not lost.killed or not self._ids.sampled:
-                raise
-            return self._prompt_ids(), self._completion("killed", Verdict(killed=True))
+            if self.rules.on_kill is not None and lost.killed and self._ids.sampled:
+                lost.stands = self._prompt_ids(), self._completion("killed", Verdict(killed=True))
+            raise
 
     def so_far(self) -> tuple[np.ndarray, Completion | None]:
         """What an episode that was given up has come to; no completion before its first turn."""
@@ -109,8 +122,7 @@ class Play:
         added = as_messages(outcome.value, "reset")
         if self.rules.signature == "trl" and isinstance(outcome.value, str) and added:
             # TRL writes what a reset gives behind the prompt's last words, in the same message
-            last = self._messages.pop()
-            added = [{**last, "content": f"{last['content']}{outcome.value}"}]
+            added = [with_text(self._messages.pop(), outcome.value)]
         if added or self.rules.tools_in == "prompt":
             self._ids = Ids(self.setting.joins.opening(self._messages, added))
             self._messages += added
@@ -206,7 +218,7 @@ class Play:
     def _with_complaint(self, answers: list[Message], complaint: str) -> list[Message]:
         """With what was wrong with calls that could not be read, for which there is no message in the template."""
         if answers:
-            return [*answers[:-1], {**answers[-1], "content": f"{answers[-1]['content']}\n{complaint}"}]
+            return [*answers[:-1], with_text(answers[-1], f"\n{complaint}")]
         alone = self.setting.joins.takes_answers_alone
         return [{"role": "tool" if alone else "user", "content": complaint}]
 
@@ -242,12 +254,9 @@ class Play:
         self._waited += outcome.seconds
 
     def _cut(self, message: Message) -> Message:
-        text = message["content"]
-        if not isinstance(text, str):
-            return message
-        text, gone = cut_middle(text, self.rules.max_observation_tokens, self.setting.tokenizer)
-        self._counts["cut_answers"] += bool(gone)
-        return {**message, "content": text} if gone else message
+        content, cut = within(message["content"], self.rules.max_observation_tokens, self.setting.tokenizer)
+        self._counts["cut_answers"] += cut
+        return {**message, "content": content} if cut else message
 
     # ------------------------------------------------------------------------------------------------- the end
 
@@ -258,11 +267,12 @@ class Play:
         verdict = Verdict()
         if self.setting.has.get("reward"):
             outcome = await self._world.reward(self.rules.timeout_s)
+            if outcome.lost:  # what it would have said is unknown: played again, as wherever else it is gone
+                raise lost(outcome, "reward")
             verdict = verdict_of(outcome)
         if self.setting.has.get("state"):
             outcome = await self._world.state(self.rules.timeout_s)
-            self._require(outcome, "state")
-            verdict = replace(verdict, state=outcome.value)
+            verdict = with_state(verdict, outcome)
         return self._completion(ended, verdict)
 
     def _completion(self, ended: str, verdict: Verdict) -> Completion:

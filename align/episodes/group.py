@@ -8,11 +8,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from align.episodes.episode import Lost
+from align.episodes.outcomes import Lost, Played
 from align.protocols.fleet import Completion, Episode, EpisodeFailure, FailedPrompt, Group, PromptItem
 
-Played = tuple[np.ndarray, Completion]
-"""An episode's prompt, i64[n], and its completion."""
 Draw = Callable[[PromptItem, int, int], Awaitable[Played]]
 """Plays episode `number` of a prompt, in attempt `attempt` at its group. Raises Lost."""
 
@@ -47,7 +45,7 @@ async def _one(prompt: PromptItem, number: int, attempt: int, draw: Draw, retrie
             return await draw(prompt, number, attempt)
         except Lost as lost:
             if not left:
-                return lost
+                return lost.stands or lost
     raise AssertionError("the last try returns")
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 from align.protocols.fleet import Completion, EpisodeFailure
 from rewards.environments.live import Outcome
@@ -36,12 +38,18 @@ class Ids:
         self.versions += [-1] * len(ids)
 
 
+Played = tuple[np.ndarray, Completion]
+"""An episode's prompt, i64[n], and its completion."""
+
+
 class Lost(Exception):
-    """The environment is gone, or did what an episode cannot go on from. killed: its process died or had to be."""
+    """The environment is gone, or did what an episode cannot go on from. killed: its process died or had to be. stands:
+    what the episode comes to where it is not drawn again; None: it is missing."""
 
     def __init__(self, cause: str, message: str, *, killed: bool):
         super().__init__(message)
         self.cause, self.message, self.killed = cause, message, killed
+        self.stands: Played | None = None
 
 
 ENDS = ("reply", "done", "turns", "tokens", "context", "turn", "killed")
@@ -70,6 +78,14 @@ def verdict_of(outcome: Outcome) -> Verdict:
     return Verdict(dict(found["values"]), wrong[0] if wrong else None, dict(found.get("info") or {}))
 
 
+def with_state(verdict: Verdict, outcome: Outcome) -> Verdict:
+    """With what `state` came to. A state that fails takes no score away; it is said, and counts as one that failed."""
+    if outcome.kind == "value":
+        return replace(verdict, state=outcome.value)
+    failure = EpisodeFailure(outcome.kind, f"state: {outcome.message}")
+    return verdict if verdict.failure else replace(verdict, failure=failure)
+
+
 def lost(outcome: Outcome, what: str) -> Lost:
     """The end of an episode whose environment failed in `what`."""
     return Lost(outcome.kind, f"{what}: {outcome.message}", killed=outcome.lost or outcome.kind == "died")
@@ -82,10 +98,38 @@ def as_messages(value: Any, what: str) -> list[Message]:
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     items = [value] if isinstance(value, Mapping) else value
-    if isinstance(items, list) and all(isinstance(m, Mapping) and "role" in m and "content" in m for m in items):
-        return [dict(m) for m in items]
+    if isinstance(items, list) and all(isinstance(m, Mapping) for m in items):
+        wrong = next((why for m in items if (why := _is_no_message(m, _ROLES[what]))), None)
+        if wrong is None:
+            return [dict(m) for m in items]
+        raise Lost("wrong_type", f"{what} gave {str(value)[:100]!r}: {wrong}", killed=False)
     said = f"{what} gave {str(value)[:100]!r}: give a text, a list of messages, or None"
     raise Lost("wrong_type", said, killed=False)
+
+
+_ROLES = {
+    "reset": ("system", "developer", "user", "assistant", "tool"),
+    "respond": ("system", "developer", "user", "tool"),
+}
+"""What an environment's messages may be. The assistant's turns behind the first are the policy's own."""
+
+
+def _is_no_message(item: Message, roles: Sequence[str]) -> str | None:
+    """Why it is none; None where it is one."""
+    role, content = item.get("role"), item.get("content")
+    if role not in roles:
+        return f"the `role` of a message is one of {', '.join(roles)}"
+    parts = isinstance(content, list) and all(isinstance(part, Mapping) and "type" in part for part in content)
+    if not isinstance(content, str) and not parts and not (content is None and item.get("tool_calls")):
+        return "the `content` of a message is text, or a list of content parts"
+    return None
+
+
+def with_text(message: Message, text: str) -> Message:
+    """The message with a text behind its content."""
+    content = message["content"]
+    more = f"{content}{text}" if isinstance(content, str) else [*(content or ()), {"type": "text", "text": text}]
+    return {**message, "content": more}
 
 
 def seed_of(seed: int, *words: object) -> int:

@@ -28,7 +28,8 @@ class Environment(Strict):
 
     on_error: what becomes of a tool that raises: the policy reads the error (`tell`), or the episode is lost (`fail`).
     on_timeout: likewise of one that takes too long (`tell`), or the episode is drawn again (`redraw`). on_kill: the
-    score of an episode whose process died or had to be killed, in place of none.
+    score of an episode whose process died or had to be killed, however often it was drawn, in place of none; of several
+    objectives a score for each, by name.
 
     tools_in: whether the chat template writes schemas, calls and answers, or they stand in the prompt as text. parser:
     how calls are read, where the template does not show it. lockstep: turns are sampled together, for runs that repeat
@@ -51,7 +52,7 @@ class Environment(Strict):
     max_error_rate: Fraction = 0.02
     on_error: Literal["tell", "fail"] = "tell"
     on_timeout: Literal["tell", "redraw"] = "tell"
-    on_kill: Finite | None = None
+    on_kill: Finite | dict[str, Finite] | None = None
     tools_in: Literal["template", "prompt"] = "template"
     parser: str | None = None
     lockstep: bool = False

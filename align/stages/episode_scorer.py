@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from align.episodes.describe import scores_of_killed
 from align.errors import RewardError
 from align.protocols.fleet import Completion, Episode, Group
 from align.protocols.scorer import ErrorBudget, Failure, Scorer, ScoreTable
@@ -19,20 +20,22 @@ _SHOWN = 3  # errors in a message
 class Known:
     """An environment as scores are concerned. name: for messages and metrics. objectives: names in order, and their
     kinds; none where its class has no `reward`. max_error_rate: share of a step's episodes that may be lost or stay
-    without a score. on_kill: the score of an episode whose process was killed, None where it is lost."""
+    without a score. on_kill: scores, by objective, of an episode whose process was killed."""
 
     name: str
     objectives: tuple[str, ...]
     kinds: tuple[str, ...]
     max_error_rate: float
-    on_kill: float | None = None
+    on_kill: Mapping[str, float] = field(default_factory=dict)
 
     @staticmethod
     def of(rules: Any, description: Mapping[str, Any]) -> Known:
         """rules: `align.recipe.environment.Environment`; description: of `align.episodes.describe`."""
         offered = description["objectives"]
         kinds = tuple(one["kind"] for one in offered.values())
-        return Known(description["name"], tuple(offered), kinds, rules.max_error_rate, rules.on_kill)
+        return Known(
+            description["name"], tuple(offered), kinds, rules.max_error_rate, scores_of_killed(rules, description)
+        )
 
 
 class EpisodeScorer:
@@ -101,9 +104,7 @@ class EpisodeScorer:
 
     def _value(self, completion: Completion, name: str) -> float:
         episode = episode_of(completion)
-        if episode.killed and self.known.on_kill is not None:
-            return self.known.on_kill
-        value = episode.scores.get(name)
+        value = (self.known.on_kill if episode.killed else episode.scores).get(name)
         return float("nan") if value is None else float(value)
 
     async def close(self) -> None:

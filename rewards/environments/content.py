@@ -63,6 +63,16 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
+def well_formed(value: Any) -> Any:
+    """Plain JSON with texts that UTF-8 can write: halves of surrogate pairs are joined, what is left alone of one
+    becomes U+FFFD. Neither a tokenizer nor a file takes such text, which websites hold."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {well_formed(name): well_formed(item) for name, item in value.items()}
+    return [well_formed(item) for item in value] if isinstance(value, list) else value
+
+
 def plain(value: Any) -> Any:
     """What JSON can hold, of dataclasses, sets and numpy's values too. TypeError names another type."""
     if value is None or isinstance(value, str | int | float):

@@ -15,6 +15,7 @@ from typing import Any, Literal, cast, get_args
 
 from rewards import wire
 from rewards.environments.channel import Channel
+from rewards.environments.content import well_formed
 
 log = logging.getLogger(__name__)
 
@@ -245,4 +246,4 @@ def _read(answer: Mapping[str, Any], number: int, parts: int) -> tuple[int, Outc
         raise wire.ProtocolError(f"an answer of the unknown kind {kind!r}")
     if not all(isinstance(answer.get(name), sort) for name, sort in _FIELDS.items()):
         raise wire.ProtocolError("an answer without all its fields")
-    return part, Outcome(cast(Kind, kind), answer.get("value"), **{name: answer[name] for name in _FIELDS})
+    return part, Outcome(cast(Kind, kind), **well_formed({name: answer.get(name) for name in ("value", *_FIELDS)}))

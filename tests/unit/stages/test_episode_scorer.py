@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from align.errors import RewardError
+from align.episodes.describe import scores_of_killed
+from align.errors import PluginError, RewardError
 from align.protocols.fleet import Completion, Episode, EpisodeFailure, Group
 from align.protocols.scorer import ErrorBudget, Failure, ScoreTable
+from align.recipe.environment import Environment
 from align.stages.episode_scorer import EpisodeScorer, Known
 from tests.unit.stages.plain import prompt
 
@@ -94,8 +96,23 @@ def test_an_episode_whose_reward_failed_is_missing_and_counts_as_unscored() -> N
 
 
 def test_a_killed_episode_has_the_score_that_the_recipe_gives_it() -> None:
-    known = Known("world", ("right",), ("reward",), 0.0, on_kill=-1.0)
-    table = asyncio.run(
-        EpisodeScorer(known, None, "grpo").score(groups([episode(killed=True), episode({"right": 1.0})]))
-    )
-    assert table.scores.tolist() == [[-1.0], [1.0]]
+    known = Known("world", ("right", "calls"), ("reward", "cost"), 0.0, on_kill={"right": -1.0, "calls": 9.0})
+    played = [episode(killed=True), episode({"right": 1.0, "calls": 2.0})]
+    table = asyncio.run(EpisodeScorer(known, None, "grpo").score(groups(played)))
+    assert table.scores.tolist() == [[-1.0, 9.0], [1.0, 2.0]]
+
+
+def test_the_score_of_a_killed_episode_is_one_that_its_environment_could_give() -> None:
+    bounded = {"right": {"kind": "reward", "range": [0.0, 1.0]}, "calls": {"kind": "cost", "range": None}}
+    one = {"right": bounded["right"]}
+    for offered, given, why in (
+        (bounded, 0.0, "one score for several objectives"),
+        (bounded, {"speed": 1.0}, "no objective 'speed'"),
+        (bounded, {"right": 2.0}, "2 is outside the range of 'right'"),
+        (one, -1.0, "-1 is outside the range of 'right'"),
+        ({}, 0.0, "scores nothing itself"),
+    ):
+        with pytest.raises(PluginError, match=why):
+            scores_of_killed(Environment(use="a.py:A", on_kill=given), {"name": "world", "objectives": offered})
+    rules = Environment(use="a.py:A", on_kill={"right": 0.5, "calls": 3})
+    assert scores_of_killed(rules, {"name": "world", "objectives": bounded}) == {"right": 0.5, "calls": 3.0}
