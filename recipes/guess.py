@@ -1,8 +1,8 @@
 """Guess a number from 1 to 100: the data and the environment of guess-demo.yaml, a game without tools.
 
 The policy says a number, `respond` says what is left, until the number is found or the turns are over. Those who play
-in the traces halve what is left in every other turn, guess anywhere in it else, and sometimes outside of it: many of
-their games take more than eight turns. Halving it each time takes seven at most; that is left to GRPO.
+in the traces guess anywhere in what is left, and sometimes outside of it: many of their games take more than eight
+turns. Halving it each time takes seven at most; that is left to GRPO.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rewards import Objective, environment
 
 LOW, HIGH = 1, 100
 TURNS = 8
-STRAY, HALVES = 0.05, 0.5  # of the guesses of a trace: anywhere at all; the middle of what is left
+STRAY = 0.05  # of the guesses of a trace: anywhere at all
 
 Row = dict[str, object]
 
@@ -56,13 +56,8 @@ def sft(*, rows: int = 4000, seed: int = 0) -> Iterator[Row]:
         game.reset({"secret": rng.randint(LOW, HIGH)})
         messages = [_start()]
         while not game.done and game.turns < TURNS:
-            kind = rng.random()
-            if kind < HALVES:
-                guess = (game.low + game.high) // 2
-            elif kind < HALVES + STRAY:
-                guess = rng.randint(LOW, HIGH)
-            else:
-                guess = rng.randint(game.low, game.high)
+            stray = rng.random() < STRAY
+            guess = rng.randint(LOW, HIGH) if stray else rng.randint(game.low, game.high)
             messages.append({"role": "assistant", "content": str(guess)})
             said = game.respond(str(guess))
             if not game.done and game.turns < TURNS:

@@ -29,6 +29,7 @@ ASSUMED = (
     "engines and trainer have processors of their own; steps alone, without evaluations and checkpoints",
     "an engine's step takes a fixed time and as much again for each sequence, whatever its length so far",
 )
+OF_EPISODES = "an episode samples all its turns at once, and waits for its environment after them"
 SCALED = "training time is inversely proportional to the trainer's devices; an engine has one device"
 
 
@@ -39,6 +40,7 @@ NUMBERS = {
     "engine-peak": "tokens/s of an engine with all slots filled",
     "prompt-s": "seconds an engine takes for a prompt, once for its group",
     "reward-s": "seconds from a scoring call to its answer",
+    "environment-s": "seconds that a group of episodes waits for its environment, all turns together",
     "train-s": "seconds of training a step",
     "publish-s": "seconds until every engine holds a version",
     "loop-s": "seconds of the loop itself a step",
@@ -71,11 +73,11 @@ def run(arguments: argparse.Namespace) -> int:
     """
     recipe, document = load_document(arguments.recipe, arguments.overrides)
     stage = online_stage(recipe, arguments.stage, document.name)
-    if stage.environment is not None:
+    if stage.environment is None and arguments.environment_s is not None:
         raise Unsupported(
-            "the simulator knows answers, and this stage samples episodes, which wait for an environment",
-            where=f"stages.{stage.id}.environment",
-            remedy="look at time/generate and time/train of a short run: `staleness` hides the shorter of the two",
+            "no completion waits for an environment: the stage has none",
+            where=f"stages.{stage.id}",
+            remedy="leave --environment-s out",
         )
     measured = read_run(Path(arguments.run), arguments.stage) if arguments.run else None
     inputs = gather(recipe, stage, {name: getattr(arguments, name) for name in UNITS}, measured)
@@ -161,7 +163,7 @@ class Report:
             out += [*text_table(rows), "", f"with {best.trainers} for the trainer and {best.engines} engines:", ""]
         out += [*text_table(self._rows()), ""]
         out += [f"recommended: {words}" for words in self._advice()]
-        assumed = [*ASSUMED, SCALED] if self.divided else ASSUMED
+        assumed = [*ASSUMED, *[OF_EPISODES] * (self.stage.environment is not None), *[SCALED] * bool(self.divided)]
         return out + [f"assumed: {line}" for line in assumed]
 
     def _inputs(self) -> Inputs:

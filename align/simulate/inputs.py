@@ -35,6 +35,7 @@ UNITS = {
     "length_mean": "tokens of a completion, mean before max_tokens cuts",
     "length_sigma": "standard deviation of the logarithm of the length",
     "reward_s": "s from a scoring call to its answer",
+    "environment_s": "s that a group waits for its environment",
     "train_s": "s of training a step",
     "publish_s": "s until every engine holds a version",
     "loop_s": "s of the loop itself a step",
@@ -82,6 +83,8 @@ def gather(recipe: Recipe, stage: SamplingStage, flags: Mapping[str, float | Non
     length = settle("length_mean", stage.rollout.max_tokens / 4)
     settle("length_sigma", 0.8)
     settle("reward_s", 1.0)
+    if stage.environment is not None:
+        settle("environment_s", 1.0)
     settle("train_s", trained_completions(stage) * min(length, stage.rollout.max_tokens) / TRAINED_PER_S)
     settle("publish_s", 2.0)
     settle("loop_s", LOOP_S * stage.batch.groups)
@@ -100,6 +103,7 @@ def _measured(
         "length_mean": float(tokens.mean()),
         "length_sigma": float(np.log(tokens).std()),
         "reward_s": run.reward_s,
+        "environment_s": run.environment_s,
         "train_s": run.train_s * trained_completions(stage) / run.trained * run.ranks / recipe.placement.trainer.ranks,
         "publish_s": run.publish_s,
         "loop_s": run.loop_s * stage.batch.groups / run.groups,
@@ -134,7 +138,7 @@ def workload(recipe: Recipe, stage: SamplingStage, inputs: Inputs, run: Measured
         engines=int(number["engines"]),
         engine=engine,
         lengths=_lengths(recipe, stage, inputs, run),
-        reward_s=number["reward_s"],
+        reward_s=number["reward_s"] + number.get("environment_s", 0.0),
         train_s=number["train_s"],
         publish_s=number["publish_s"],
         loop_s=number["loop_s"],

@@ -34,7 +34,8 @@ _TIMES = ("step", "generate", "score", "train", "publish", "group_score")
 @dataclass(frozen=True)
 class Measured:
     """Means of a run's stage, as `Workload` and `EngineModel` name them; lengths: f64[G] of each group, in tokens;
-    steps_per_minute: of the run itself, evaluations and checkpoints left out; groups: of a turn; trained: completions
+    steps_per_minute: of the run itself, evaluations and checkpoints left out; environment_s: that a group's slowest
+    episode waits for its environment, 0 of answers; groups: of a turn; trained: completions
     that a turn goes over, each as often as `updates_per_batch` says; ranks: of the trainer. fixed_s,
     per_sequence_s, prompt_s: None where the stage was asynchronous, whose turns do not tell what an engine takes."""
 
@@ -48,6 +49,7 @@ class Measured:
     publish_s: float
     loop_s: float
     silent: float
+    environment_s: float = 0.0
     fixed_s: float | None = None
     per_sequence_s: float | None = None
     prompt_s: float | None = None
@@ -72,8 +74,10 @@ def read_run(run: Path, stage_id: str | None = None) -> Measured:
     step_s, generate, score, train_s, publish_s, reward_s = (
         float(np.mean([line[f"time/{name}"] for line in turns.values()])) for name in _TIMES
     )
-    lengths = _lengths(folder / "rollouts")
-    costs = _engine_costs(stage, turns, lengths) if stage.staleness == 0 else (None, None, None)
+    drawn = _drawn(folder / "rollouts", episodes=stage.environment is not None)
+    lengths = {step: {group: one[:, 0] for group, one in groups.items()} for step, groups in drawn.items()}
+    waits = {step: {group: float(one[:, 1].max()) for group, one in groups.items()} for step, groups in drawn.items()}
+    costs = _engine_costs(stage, turns, lengths, waits) if stage.staleness == 0 else (None, None, None)
     return Measured(
         steps_per_minute=60 / step_s,
         groups=stage.batch.groups,
@@ -85,6 +89,7 @@ def read_run(run: Path, stage_id: str | None = None) -> Measured:
         publish_s=publish_s,
         loop_s=max(0.0, step_s - generate - score - train_s - publish_s),
         silent=float(np.mean([line["groups/dead"] / line["groups/total"] for line in turns.values()])),
+        environment_s=float(np.mean([wait for groups in waits.values() for wait in groups.values()])),
         fixed_s=costs[0],
         per_sequence_s=costs[1],
         prompt_s=costs[2],
@@ -139,18 +144,22 @@ def _undisturbed(turns: Mapping[int, dict[str, Any]]) -> dict[int, dict[str, Any
     return {step: line for step, line in turns.items() if line["time/step"] <= _OUTLIER * usual}
 
 
-def _lengths(folder: Path) -> dict[int, dict[int, np.ndarray]]:
-    """Tokens of each group's completions f64[G], by step and group id; of groups that were replaced, too."""
-    rows: dict[int, dict[int, list[int]]] = {}
+def _drawn(folder: Path, *, episodes: bool) -> dict[int, dict[int, np.ndarray]]:
+    """Of each group's completions f64[G, 2]: sampled tokens, and seconds that an episode waited for its environment; by
+    step and group id; of groups that were replaced, too."""
+    rows: dict[int, dict[int, list[tuple[int, float]]]] = {}
+    own = ["sampled", "waited_seconds"] if episodes else ["token_ids"]
     for file in sorted(folder.glob("step-*.parquet")):
-        table = read_table(file, ["step", "group_id", "token_ids"])
-        counts = [len(ids) for ids in table["token_ids"].to_pylist()]
-        for step, group, count in zip(table["step"].to_pylist(), table["group_id"].to_pylist(), counts, strict=True):
-            rows.setdefault(step, {}).setdefault(group, []).append(count)
+        table = read_table(file, ["step", "group_id", *own])
+        tokens = [sum(flags) if episodes else len(flags) for flags in table[own[0]].to_pylist()]
+        waits = [wait or 0.0 for wait in table[own[1]].to_pylist()] if episodes else [0.0] * len(tokens)
+        found = zip(table["step"].to_pylist(), table["group_id"].to_pylist(), tokens, waits, strict=True)
+        for step, group, count, wait in found:
+            rows.setdefault(step, {}).setdefault(group, []).append((count, wait))
     if not rows:
         raise RunFolderError("no rollout files", where=folder, remedy="give a run whose rollouts/ was kept")
     return {
-        step: {group: np.asarray(lengths, dtype=np.float64) for group, lengths in sorted(groups.items())}
+        step: {group: np.asarray(drawn, dtype=np.float64) for group, drawn in sorted(groups.items())}
         for step, groups in rows.items()
     }
 
@@ -159,13 +168,18 @@ def _lengths(folder: Path) -> dict[int, dict[int, np.ndarray]]:
 
 
 def _engine_costs(
-    stage: SamplingStage, turns: Mapping[int, Mapping[str, Any]], lengths: Mapping[int, Mapping[int, np.ndarray]]
+    stage: SamplingStage,
+    turns: Mapping[int, Mapping[str, Any]],
+    lengths: Mapping[int, Mapping[int, np.ndarray]],
+    waits: Mapping[int, Mapping[int, float]],
 ) -> tuple[float, float, float]:
     """(fixed_s, per_sequence_s, prompt_s) by least squares over turns: see the module. A turn takes as long as its
-    slowest engine, which is the slowest by the costs found so far: a few rounds settle it."""
+    slowest engine, which is the slowest by the costs found so far: a few rounds settle it. What the slowest episode
+    waited for its environment (`waits`, by step and group) is none of the engine's time."""
     known = [step for step in turns if step in lengths]
     work = np.asarray([_work(stage, list(lengths[step].values())) for step in known])  # f64[turns, engines, 3]
-    seconds = np.asarray([turns[step]["time/generate"] for step in known], dtype=np.float64)
+    waited = [max(waits[step].values()) for step in known]
+    seconds = np.asarray([turns[step]["time/generate"] for step in known], dtype=np.float64) - np.asarray(waited)
     slowest = work[:, :, 0].argmax(axis=1)
     for _ in range(_ROUNDS):
         steps, tokens, prompts = non_negative(work[np.arange(len(known)), slowest], seconds)

@@ -64,11 +64,11 @@ class Workload:
     """One online stage.
 
     groups, group_size, overdue, refill: as the recipe's batch, `overdue`, and max_factor - 1 of `dynamic_sampling`.
-    reward_s: from a scoring call to its answer, whatever it is given. train_s: all updates of a turn whose completions
-    have the mean length; a turn with more tokens takes longer in proportion. publish_s: from the end of training until
-    every engine holds the version, beside what `publishing: drain` waits. loop_s: of a turn, the loop's own.
-    silent: share of groups whose completions are all scored alike. between_failures_s: mean time until an engine fails,
-    exponential; restart_s: until it serves again.
+    reward_s: from a scoring call to its answer, whatever it is given, and what a group waits for its environment.
+    train_s: all updates of a turn whose completions have the mean length; a turn with more tokens takes longer in
+    proportion. publish_s: from the end of training until every engine holds the version, beside what `publishing:
+    drain` waits. loop_s: of a turn, the loop's own. silent: share of groups whose completions are all scored alike.
+    between_failures_s: mean time until an engine fails, exponential; restart_s: until it serves again.
     """
 
     groups: int

@@ -141,6 +141,7 @@ def _episode(completion: Completion) -> dict[str, Any]:
         "turns": json.dumps(episode.turns, ensure_ascii=False, default=str),
         "state": json.dumps(episode.state, ensure_ascii=False, default=str),
         "ended": episode.ended,
+        "waited_seconds": episode.counts.get("waited_seconds"),
         "environment_error": episode.failure and f"{episode.failure.cause}: {episode.failure.message}",
     }
 

@@ -83,6 +83,7 @@ def test_a_finished_run_gives_the_inputs(shop: Workshop, capsys: pytest.CaptureF
         (["--engine-speed", "50", "--engine-peak", "20"], "cannot reach 20 tokens/s"),
         (["--stage", "sft"], "--stage chooses among: grpo"),
         (["--from", "nowhere"], "no recipe.yaml"),
+        (["--environment-s", "2"], "no completion waits for an environment"),
     ],
 )
 def test_a_flag_that_makes_no_sense_is_answered_with_what_would(

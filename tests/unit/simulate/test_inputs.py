@@ -20,7 +20,7 @@ from align.simulate.measured import non_negative, online_stage, read_run
 from align.simulate.stage import simulate
 from align.simulate.workload import EngineModel
 
-FIXED, EACH, PROMPT, TRAIN, REWARD, PUBLISH = 0.02, 0.001, 0.05, 3.0, 0.7, 0.4
+FIXED, EACH, PROMPT, TRAIN, REWARD, PUBLISH, WAIT = 0.02, 0.001, 0.05, 3.0, 0.7, 0.4, 2.0
 RECIPE: dict[str, Any] = {
     "name": "run",
     "model": {"path": "model"},
@@ -39,7 +39,9 @@ RECIPE: dict[str, Any] = {
 
 
 def write_run(folder: Path, **changes: Any) -> Path:
-    """A run whose engines have exactly FIXED, EACH and PROMPT: 4 groups of 2 on 2 engines, 12 steps."""
+    """A run whose engines have exactly FIXED, EACH and PROMPT: 4 groups of 2 on 2 engines, 12 steps. Episodes wait for
+    their environment, one of each group half as long as the other, and have twice as many tokens as were sampled."""
+    waits = (0.0, 0.0) if "environment" not in changes else (WAIT, WAIT / 2)
     stage = {**RECIPE["stages"][0], **changes}
     (folder / "grpo" / "rollouts").mkdir(parents=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump({**RECIPE, "stages": [stage]}))
@@ -48,15 +50,23 @@ def write_run(folder: Path, **changes: Any) -> Path:
     for step in range(1, 13):
         lengths = chance.integers(5, 90, size=(4, 2))
         engines = [np.concatenate([lengths[0], lengths[2]]), np.concatenate([lengths[1], lengths[3]])]
-        generate = max(FIXED * own.max() + EACH * own.sum() + 2 * PROMPT for own in engines)
+        generate = max(FIXED * own.max() + EACH * own.sum() + 2 * PROMPT for own in engines) + waits[0]
         seconds = {"generate": generate, "score": REWARD, "group_score": REWARD, "train": TRAIN, "publish": PUBLISH}
         times = {f"time/{name}": value for name, value in seconds.items()}
         times["time/step"] = generate + REWARD + TRAIN + PUBLISH + 0.1
         lines.append({"step": step, "groups/dead": 1.0, "groups/total": 4.0, **times})
         rows += [
             {"step": step, "group_id": 4 * step + group, "token_ids": [0] * int(length)}
+            if not waits[0]
+            else {
+                "step": step,
+                "group_id": 4 * step + group,
+                "token_ids": [0] * int(2 * length),
+                "sampled": [True, False] * int(length),
+                "waited_seconds": wait,
+            }
             for group in range(4)
-            for length in lengths[group]
+            for length, wait in zip(lengths[group], waits, strict=True)
         ]
     (folder / "grpo" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "grpo" / "rollouts" / "step-000012.parquet")
@@ -113,6 +123,15 @@ def test_what_engines_take_is_told_from_a_synchronous_run(tmp_path: Path) -> Non
     assert (measured.fixed_s, measured.per_sequence_s, measured.prompt_s) == pytest.approx((FIXED, EACH, PROMPT))
     assert (measured.train_s, measured.reward_s, measured.publish_s) == pytest.approx((TRAIN, REWARD, PUBLISH))
     assert measured.loop_s == pytest.approx(0.1) and measured.silent == 0.25 and len(measured.lengths) == 48
+
+
+def test_what_episodes_wait_for_is_none_of_the_engines_time(tmp_path: Path) -> None:
+    inputs, work, measured = of_run(write_run(tmp_path, environment="world.py:World"))
+    assert (measured.fixed_s, measured.per_sequence_s, measured.prompt_s) == pytest.approx((FIXED, EACH, PROMPT))
+    assert measured.environment_s == WAIT and max(length.max() for length in measured.lengths) < 90
+    assert inputs["environment_s"].source == "run" and work.reward_s == pytest.approx(REWARD + WAIT)
+    assert simulate(work, 0, turns=200).steps_per_minute == pytest.approx(measured.steps_per_minute, rel=0.03)
+    assert simulate(work, 1, turns=200).steps_per_minute > 1.4 * measured.steps_per_minute
 
 
 def test_a_run_is_predicted_from_what_it_measured(tmp_path: Path) -> None:
