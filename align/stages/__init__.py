@@ -10,8 +10,8 @@ In the order of reading:
         exam is
     buffer.py, supply.py, groups.py, scoring.py, episode_scorer.py, updates.py, monitor.py: an online turn: sampled,
         scored, trained, compared
-    margins.py, row_weights.py, reference_cache.py, reward_notes.py, idle.py: what is known beforehand, what is said
-        on the way
+    margins.py, row_weights.py, reference_cache.py, reward_notes.py, idle.py, lost_words.py: what is known beforehand,
+        what is said on the way
     runfolder.py, state.py, files.py, listing.py, manifest.py, fingerprint.py, checkpoint.py, metrics_file.py,
         rollout_log.py: on disk
     media_inputs.py, media_limits.py: files that rows name, limits on pictures

@@ -29,6 +29,7 @@ from align.stages.checkpoint import (
 from align.stages.files import written_aside
 from align.stages.idle import closing_lines, told, why_idle
 from align.stages.idle import words as idle_words
+from align.stages.lost_words import lost_words
 
 
 class Report(Protocol):
@@ -178,6 +179,8 @@ class Loop:
         self.last_metrics = metrics
         self.report.step(self.stage_id, done, metrics)
         self._note_idle(metrics)
+        if (lost := lost_words(self.stage_id, done, metrics)) is not None:
+            self.report.message(lost)
         if saves and self.save.best is not None:
             self._note_best(self.save.best, metrics)
         if saves or self.stop.is_set():

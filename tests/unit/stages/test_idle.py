@@ -14,6 +14,7 @@ from align.recipe.parts import Save
 from align.report.table import stage_table
 from align.stages.idle import closing_lines, told, why_idle
 from align.stages.loop import Loop, StageResult, latest_checkpoint
+from align.stages.lost_words import lost_words
 from tests.unit.stages.online_run import Run
 from tests.unit.stages.plain import Lines, PlainFleet, PlainTrainer
 
@@ -54,6 +55,16 @@ def test_the_first_step_that_trains_nothing_is_told_at_once_and_later_ones_ever_
     assert "cut off by `rollout.max_tokens`" in said[0] and "(4 such steps so far)" in said[1]
     assert lines.messages[-2].startswith("grpo: nothing was trained in any of its 20 steps")
     assert sum(result.idle.values()) == 20 and result.to_json()["idle"] == result.idle
+
+
+def test_engines_that_were_lost_are_said_beside_the_step(tmp_path: Path) -> None:
+    lost = {"rollout/restarts": 1.0, "rollout/reissued": 3.0}
+    assert lost_words("grpo", 4, {**ALIVE, **lost}) == (
+        "grpo: step 4: 1 engine was lost and started again (3 groups are sampled again); what they printed last is in "
+        "the run's logs/"
+    )
+    assert "2 reward actors were lost" in str(lost_words("grpo", 4, {"reward/restarts": 2.0}))
+    assert lost_words("grpo", 4, {**ALIVE, "rollout/restarts": 0.0}) is None
 
 
 def test_a_stage_that_trains_says_nothing(tmp_path: Path) -> None:
