@@ -7,14 +7,17 @@ Per token, with ratio w to the policy at the start of the batch, weight c of tha
 
 surrogate    `clip`: min(w A, clip(w, 1 - clip_low, 1 + clip_high) A), and `clip_delta` caps w itself (INTELLECT-2);
              `cispo` (2506.13585): sg(min(w, cispo_cap)) A logp. The cap is absolute, 5 as in ScaleRL (2510.13786);
-             `sapo` (2511.20347): a soft gate in place of the clip.
+             `sapo` (2511.20347): a soft gate in place of the clip;
+             `vespo` (2602.10693): sg(phi(W)) A logp, W the ratio of the whole completion to the sampler, phi a smooth
+             bump at 1; `dppo` (2602.04879): w A with w to the sampler, tokens that are too far from it masked, less
+             dppo_log_square (log w)^2. Both are to the sampler itself: `correction` has no part in them.
 ratio        of each token, or of the `sequence`: GSPO's geometric mean over the completion (2507.18071).
 aggregation  `token` is DAPO's (2503.14476), `sequence` the original's, `constant` Dr. GRPO's (2503.20783),
              `sequence_sum` LUSPO's (2602.05261), which goes with `ratio: sequence`.
 
 So TRL's loss_type is: grpo {aggregation: sequence}; dapo {aggregation: token}; dr_grpo {aggregation: constant}; gspo
 {ratio: sequence, aggregation: sequence}; luspo {ratio: sequence, aggregation: sequence_sum}; cispo {surrogate: cispo};
-sapo {surrogate: sapo, aggregation: sequence}.
+sapo {surrogate: sapo, aggregation: sequence}; vespo {surrogate: vespo}. prime-rl's default is {surrogate: dppo}.
 
 correction is c, without gradient: exp(logp at the start of the batch - logp of the sampler). It takes the sampler's
 arithmetic and age out of the gradient, and leaves the clip range to the batch's own updates (decoupled PPO, 2110.00641;
@@ -59,7 +62,17 @@ _OWNER = {  # option -> the surrogate that reads it
     "cispo_cap": "cispo",
     "sapo_temperature_pos": "sapo",
     "sapo_temperature_neg": "sapo",
+    "vespo_k_pos": "vespo",
+    "vespo_lambda_pos": "vespo",
+    "vespo_k_neg": "vespo",
+    "vespo_lambda_neg": "vespo",
+    "dppo_divergence": "dppo",
+    "dppo_low": "dppo",
+    "dppo_high": "dppo",
+    "dppo_log_square": "dppo",
 }
+_TO_SAMPLER = ("vespo", "dppo")
+"""Surrogates whose ratio is to the sampler, whatever the policy was at the start of the batch."""
 
 
 class Correction(LossConfig):
@@ -84,13 +97,21 @@ def _switch(value: Any) -> Any:
 
 
 class Config(LossConfig):
-    surrogate: Literal["clip", "cispo", "sapo"] = "clip"
+    surrogate: Literal["clip", "cispo", "sapo", "vespo", "dppo"] = "clip"
     clip_low: Annotated[float, Field(ge=0)] = 0.2
     clip_high: Annotated[float, Field(ge=0)] = 0.2
     clip_delta: Annotated[float, Field(gt=1)] | None = None
     cispo_cap: Annotated[float, Field(gt=0)] = 5.0
     sapo_temperature_pos: Annotated[float, Field(gt=0)] = 1.0
     sapo_temperature_neg: Annotated[float, Field(gt=0)] = 1.05
+    vespo_k_pos: Annotated[float, Field(ge=0)] = 2.0
+    vespo_lambda_pos: Annotated[float, Field(gt=0)] = 3.0
+    vespo_k_neg: Annotated[float, Field(ge=0)] = 3.0
+    vespo_lambda_neg: Annotated[float, Field(gt=0)] = 2.0
+    dppo_divergence: Literal["tv", "kl"] = "tv"
+    dppo_low: Annotated[float, Field(gt=0)] = 0.1
+    dppo_high: Annotated[float, Field(gt=0)] = 0.1
+    dppo_log_square: Annotated[float, Field(ge=0)] = 1e-3
     aggregation: Literal["token", "sequence", "constant", "sequence_sum"] = "token"
     constant_length: Annotated[int, Field(gt=0)] | None = None
     ratio: Literal["token", "sequence"] = "token"
@@ -128,6 +149,12 @@ class Config(LossConfig):
                     f"`{option}` belongs to `surrogate: {owner}`; the surrogate here is {self.surrogate}, "
                     f"which reads {', '.join(own)}"
                 )
+        if self.surrogate in _TO_SAMPLER and (self.ratio != "token" or (self.correction and "correction" in given)):
+            option = "ratio" if self.ratio != "token" else "correction"
+            raise ValueError(
+                f"`surrogate: {self.surrogate}` has a ratio of its own, to the sampler itself, on which `{option}` has "
+                "no effect; leave it out"
+            )
         if self.clip_delta is not None and self.clip_delta <= 1 + self.clip_high:
             raise ValueError(
                 f"`clip_delta` {self.clip_delta:g} bounds the ratio itself and must lie above 1 + `clip_high` = "
@@ -142,13 +169,20 @@ def needs(config: Config) -> Needs:
     entropy = config.log_entropy or config.entropy_bonus or config.top_entropy < 1
     scope: Literal["batch", "sequence"] = "batch" if config.top_entropy < 1 else "sequence"
     head = ("entropy",) if entropy else ()
-    ratio: Literal["sampler", "proximal"] = "sampler" if config.correction is None else "proximal"
+    ratio: Literal["sampler", "proximal"] = "proximal" if corrected(config) else "sampler"
     return Needs(record="group", reference=config.kl > 0, head=head, scope=scope, ratio=ratio)
+
+
+def corrected(config: Config) -> Correction | None:
+    """What is done about the sampler's own probabilities; None where the ratio is to the sampler itself."""
+    return None if config.surrogate in _TO_SAMPLER else config.correction
 
 
 def remarks(config: Config) -> tuple[str, ...]:
     """What the ratio is to and what is done about the sampler's own probabilities."""
-    c = config.correction
+    c = corrected(config)
+    if config.surrogate in _TO_SAMPLER:
+        return (f"`surrogate: {config.surrogate}`: the ratio is to the sampler itself; nothing is corrected besides",)
     if c is None:
         return ("`correction: off`: ratio and clip range are to the sampler, and bound its mismatch and staleness too",)
     bounds = [f"{word} {bound:g}" for word, bound in (("below", c.floor), ("above", c.cap)) if bound is not None]
@@ -180,15 +214,18 @@ def loss(inputs: LossInputs, config: Config) -> LossOutput:
 
     batch, logps, entropy = inputs.batch, inputs.outputs.logps, inputs.outputs.entropy
     mask = batch.loss_mask
-    old = batch.behavior_logps if inputs.proximal_logps is None else inputs.proximal_logps
-    ratio = policy_terms.ratios(logps, old, inputs, config.ratio)
+    correction = corrected(config)
+    sampled = inputs.proximal_logps is None or config.surrogate in _TO_SAMPLER
+    old = batch.behavior_logps if sampled else inputs.proximal_logps
+    assert old is not None
+    ratio = policy_terms.ratios(logps, old, inputs, "product" if config.surrogate == "vespo" else config.ratio)
     surrogate, limited = policy_terms.SURROGATES[config.surrogate](ratio, logps, batch.advantages, config)
     entropic, drifted, metrics = masks(inputs, config)
     surrogate = torch.where(entropic & ~drifted, surrogate, torch.zeros_like(surrogate))
-    if inputs.proximal_logps is not None and config.correction is not None:
-        weight, outside = policy_terms.corrections(inputs, config.correction)
+    if inputs.proximal_logps is not None and correction is not None:
+        weight, outside = policy_terms.corrections(inputs, correction)
         surrogate = weight * surrogate
-        metrics |= policy_terms.correction_metrics(weight, outside, inputs, config.correction)
+        metrics |= policy_terms.correction_metrics(weight, outside, inputs, correction)
     total = -over_update(surrogate)
     metrics |= {"loss/policy": Metric(total.detach(), reduce="sum"), "policy/ratio": masked_mean(ratio, mask)}
     metrics |= policy_terms.clip_metrics(limited, mask)
@@ -203,7 +240,7 @@ def loss(inputs: LossInputs, config: Config) -> LossOutput:
                 torch.where(entropic, entropy, torch.zeros_like(entropy))
             )
     metrics["loss/total"] = Metric(total.detach(), reduce="sum")
-    level = "token" if config.correction is None else config.correction.level
+    level = "token" if correction is None else correction.level
     return LossOutput(total, metrics | policy_terms.mismatch(inputs, level))
 
 

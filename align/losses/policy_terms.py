@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from align.losses.grpo import Config, Correction
 
 Level = Literal["token", "sequence"]
+RatioOf = Literal["token", "sequence", "product"]
 
 LOG_RATIO_LIMIT = 20.0  # exp stays finite in float32; a ratio of 5e8 is far outside any clip range
 
@@ -23,17 +24,18 @@ Limited = dict[str, Tensor]  # "low", "high", "delta" -> bool[N]: the tokens who
 Surrogate = Callable[[Tensor, Tensor, Tensor, "Config"], tuple[Tensor, Limited]]
 
 
-def ratios(logps: Tensor, old: Tensor, inputs: LossInputs, level: Level) -> Tensor:
+def ratios(logps: Tensor, old: Tensor, inputs: LossInputs, of: RatioOf) -> Tensor:
     """w per token f32[N], to the policy that gave `old` f32[N].
 
-    Level "sequence": each token carries its sequence's geometric mean, with the gradient of its own log-probability
-    (GSPO-token, 2507.18071 eq. 14); summed over a sequence with one advantage that is GSPO's gradient.
+    Of a "sequence": each token carries its sequence's geometric mean, with the gradient of its own log-probability
+    (GSPO-token, 2507.18071 eq. 14); summed over a sequence with one advantage that is GSPO's gradient. Of the
+    "product": likewise the ratio of the whole sequence's probabilities.
     """
     log_w = logps - old
-    if level == "sequence":
+    if of != "token":
         sums, lengths = sequence_sums(log_w.detach(), inputs, inputs.batch.loss_mask)
-        mean = (sums / lengths.clamp(min=1))[inputs.batch.sequence_ids]
-        log_w = mean + logps - logps.detach()
+        whole = sums / lengths.clamp(min=1) if of == "sequence" else sums
+        log_w = whole[inputs.batch.sequence_ids] + logps - logps.detach()
     return log_w.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
@@ -67,7 +69,40 @@ def sapo(ratio: Tensor, logps: Tensor, advantages: Tensor, config: Config) -> tu
     return torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantages, {}
 
 
-SURROGATES: dict[str, Surrogate] = {"clip": clip, "cispo": cispo, "sapo": sapo}
+def vespo(ratio: Tensor, logps: Tensor, advantages: Tensor, config: Config) -> tuple[Tensor, Limited]:
+    """sg(phi(W)) A logp, phi(W) = e^lambda W^k e^(-lambda W) of the whole sequence's ratio W (2602.10693): 1 at W = 1,
+    0 far from it on both sides, k and lambda by the sign of A. As with cispo the value is no objective."""
+    log_w = ratio.detach().log()
+    positive = advantages >= 0
+    k = torch.where(positive, config.vespo_k_pos, config.vespo_k_neg)
+    steep = torch.where(positive, config.vespo_lambda_pos, config.vespo_lambda_neg)
+    phi = (steep + k * log_w - steep * log_w.exp()).exp()
+    return phi * advantages * logps, {}
+
+
+def dppo(ratio: Tensor, logps: Tensor, advantages: Tensor, config: Config) -> tuple[Tensor, Limited]:
+    """M w A - dppo_log_square (log w)^2, with w to the sampler and M = 0 where a token is further from it than a bound,
+    on the side that A pushes it to (DPPO, 2602.04879 eq. 11, 12).
+
+    How far: between Bernoulli(pi) and Bernoulli(mu) of the sampled token, |pi - mu| (`tv`, eq. 13) or KL(mu || pi)
+    (`kl`, eq. 14). The square is prime-rl's, after Kimi K2.5 (2602.02276); it acts on masked tokens too.
+    """
+    log_w = ratio.log()
+    pi, mu = logps.detach().exp(), (logps - log_w).detach().exp()
+    if config.dppo_divergence == "tv":
+        far = (pi - mu).abs()
+    else:
+        rest, rest_mu = torch.log1p(-pi.clamp(max=1 - 1e-7)), torch.log1p(-mu.clamp(max=1 - 1e-7))
+        far = (mu * -log_w.detach() + (1 - mu) * (rest_mu - rest)).clamp(min=0)
+    limited = {
+        "low": (advantages < 0) & (pi < mu) & (far > config.dppo_low),
+        "high": (advantages > 0) & (pi > mu) & (far > config.dppo_high),
+    }
+    kept = ~(limited["low"] | limited["high"])
+    return torch.where(kept, ratio, 0.0) * advantages - config.dppo_log_square * log_w**2, limited
+
+
+SURROGATES: dict[str, Surrogate] = {"clip": clip, "cispo": cispo, "sapo": sapo, "vespo": vespo, "dppo": dppo}
 
 
 def kl_terms(logps: Tensor, reference: Tensor, behavior: Tensor, estimator: str) -> Tensor:

@@ -123,6 +123,14 @@ def _of_weights(config: Objectives, objectives: Mapping[str, Known]) -> Iterator
             where="objectives.weights",
             remedy="give one of them a weight: `weights: {NAME: 1}`; objectives: " + ", ".join(objectives),
         )
+    below = [name for name in active if objectives[name].kind == "cost" or objectives[name].low < 0]
+    if config.scale == "mean" and below:
+        why = "is a cost" if objectives[below[0]].kind == "cost" else "may be below 0: no range says otherwise"
+        yield RecipeError(
+            f"`scale: mean` divides by the mean of scores that are 0 or more, and {below[0]!r} {why}",
+            where="objectives.scale",
+            remedy="declare a range from 0 up where it has one, give it no weight, or use `scale: std`",
+        )
     policy = combiner_of(config.combine).policy
     yield from getattr(policy, "problems", _none)(config, objectives, active)
 

@@ -5,7 +5,7 @@ A combiner gets the table of group-comparable rewards (costs already negated) an
 follow a utility (`view`), a weight policy stands between the recipe's weights and those of the advantage.
 
 So REINFORCE++ (2501.03262) without its KL is {baseline: batch}, REINFORCE++-baseline {scale: none, whiten: true}, RLOO
-{baseline: leave_one_out, scale: none}, Dr. GRPO {scale: none}, GDPO {combine: decoupled}.
+{baseline: leave_one_out, scale: none}, Dr. GRPO {scale: none}, GDPO {combine: decoupled}, MaxRL {scale: mean}.
 
 Deviations from the papers, on purpose: standard deviations have n - 1 below and an epsilon of 1e-4, as TRL's, so that
 numbers can be compared; they never fall below `min_std`, so that noise (scores of .499 and .501) is not blown up to

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from align.errors import PluginError
-from align.objectives.groups import Grouped, centre, std
+from align.objectives.groups import Grouped, centre, means, std
 from align.objectives.users import OwnAdvantages, OwnPolicy
 from align.objectives.view import WeightPolicy
 from align.plugins import asked_in_child, is_users, of_ours, resolve
@@ -94,7 +94,9 @@ def weighted_sum(
     rewards: np.ndarray, groups: Grouped, weights: np.ndarray, sigma: np.ndarray, config: Objectives
 ) -> np.ndarray:
     """A = s / (std_g s + eps) with s = sum_k w_k (r_k - mean_g r_k): GRPO (2402.03300, section 4.1.2) of the weighted
-    sum; scale "none" leaves s as it is (Dr. GRPO, 2503.20783). f64[S, R] -> f64[S].
+    sum; scale "none" leaves s as it is (Dr. GRPO, 2503.20783); scale "mean" is s / mean_g sum_k w_k r_k (MaxRL,
+    2602.02710: the gradient of log pass rate, expanded in the rate of failure up to the group's size - 1).
+    f64[S, R] -> f64[S].
 
     A missing value is left out of its objective's mean and adds nothing to s. Samples that miss everything are left
     out of std_g.
@@ -102,6 +104,8 @@ def weighted_sum(
     s = np.asarray(centre(rewards, groups, config.baseline) @ weights)
     if config.scale == "none":
         return s
+    if config.scale == "mean":
+        return _over_mean(s, means(rewards, groups) @ weights, groups, config)
     known = np.where(np.isnan(rewards).all(axis=1), np.nan, s)
     spread = std(known, groups)[groups.index]
     return np.asarray(s / (np.maximum(spread, config.min_std) + EPS))
@@ -113,9 +117,17 @@ def decoupled(
     """A = sum_k w_k (r_k - mean_g r_k) / (std_g r_k + eps): GDPO (2601.05242), before its whitening over the batch.
     f64[S, R] -> f64[S]. Each objective has its own scale, so that a rare one is not drowned by a wide one."""
     centred = centre(rewards, groups, config.baseline)
+    if config.scale == "mean":
+        centred = _over_mean(centred, means(rewards, groups), groups, config)
     if config.scale == "std":
         centred = centred / (np.maximum(std(rewards, groups), config.min_std)[groups.index] + EPS)
     return np.asarray(centred @ weights)
+
+
+def _over_mean(centred: np.ndarray, mean: np.ndarray, groups: Grouped, config: Objectives) -> np.ndarray:
+    """f64[S, ...] over f64[G, ...] of its group; 0 where that is not above 0, where nothing succeeded."""
+    mean = mean[groups.index]
+    return np.asarray(np.where(mean > 0, centred / np.maximum(mean, max(config.min_std, EPS)), 0.0))
 
 
 def linear(

@@ -54,6 +54,13 @@ def centre(values: np.ndarray, groups: Grouped, baseline: Literal["group", "leav
     return np.where(present & varied, centred, 0.0)
 
 
+def means(values: np.ndarray, groups: Grouped) -> np.ndarray:
+    """f64[S, ...] with NaN -> f64[G, ...]: the mean of each group's values; 0 for a group without any."""
+    present = ~np.isnan(values)
+    n = groups.sums(present)
+    return np.asarray(groups.sums(np.where(present, values, 0.0)) / np.maximum(n, 1))
+
+
 def std(values: np.ndarray, groups: Grouped) -> np.ndarray:
     """f64[S, ...] with NaN -> f64[G, ...]: standard deviation of each group's values with n - 1 below, as torch's and
     TRL's; 0 for fewer than two values."""

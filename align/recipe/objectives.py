@@ -98,9 +98,10 @@ class Objectives(Strict):
         [step, weight] points, constant beyond them.
     baseline: what a score is compared with: the mean of its group, of the others in its group (leave_one_out), or of
         the whole batch. scale: what the difference is divided by; for lagrangian, chebyshev and hypervolume `std` is a
-        running standard deviation, the unit of their limits and points too.
-    min_std: no standard deviation below it is divided by, in units of the scores. whiten: the advantages, over the
-        batch; None: where the combiner is defined so (decoupled).
+        running standard deviation, the unit of their limits and points too. `mean`: the mean of its group (MaxRL,
+        2602.02710): the fewer succeed, the more each teaches; of scores that are 0 or more.
+    min_std: no standard deviation, and no such mean, below it is divided by, in units of the scores. whiten: the
+        advantages, over the batch; None: where the combiner is defined so (decoupled).
     reference_point: of chebyshev the ideal that objectives should come near (the best seen, where not given); of
         hypervolume the point that all of them must beat. mu: how smooth chebyshev's minimum is, in standard deviations.
     decay: of the running means and standard deviations, per step.
@@ -117,7 +118,7 @@ class Objectives(Strict):
     mu: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
     baseline: Literal["group", "leave_one_out", "batch"] = "group"
-    scale: Literal["std", "none"] = "std"
+    scale: Literal["std", "mean", "none"] = "std"
     min_std: NotNegative = 0.01
     whiten: bool | None = None
 
@@ -132,6 +133,15 @@ class Objectives(Strict):
         for option in facts.needs:
             if not getattr(self, option):
                 raise ValueError(f"`combine: {self.combine}` needs `{option}`, such as {{tokens: {{max: 40}}}}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_mean_to_divide_by(self) -> Objectives:
+        if self.scale == "mean" and (self.combine not in ("weighted_sum", "decoupled") or self.baseline != "group"):
+            raise ValueError(
+                "`scale: mean` divides by the mean of a group: it goes with `baseline: group`, and with `combine: "
+                "weighted_sum` or `decoupled`"
+            )
         return self
 
     def unread(self, reads: Sequence[str]) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 _ESTIMATOR = (
     "the advantage is chosen by `objectives` with `loss: {name: grpo}`: grpo is the default; rloo {baseline: "
     "leave_one_out, scale: none}; dr_grpo {scale: none}; reinforce_plus_plus {baseline: batch}; "
-    "reinforce_plus_plus_baseline {scale: none, whiten: true}; gdpo {combine: decoupled}; gae, remax are not offered"
+    "reinforce_plus_plus_baseline {scale: none, whiten: true}; gdpo {combine: decoupled}; maxrl {scale: mean}; gae, "
+    "remax are not offered"
 )
 _PARALLEL = "parallelism is not offered by this version: `placement: {trainer: {strategy: zero3}}` spreads the weights"
 _RESUME = "no key: `align run --resume` goes on with a run; to build on other weights, `from:` or `model.adapter`"
@@ -41,7 +42,7 @@ SENTENCES = {  # their word -> the whole answer, where a key alone would mislead
     "grpo is {aggregation: sequence}; dapo and bnpo are {aggregation: token}, the default; "
     "dr_grpo is {aggregation: constant, constant_length: max_tokens}; "
     "gspo is {ratio: sequence, aggregation: sequence}; luspo is {ratio: sequence, aggregation: sequence_sum}; "
-    "cispo is {surrogate: cispo}; sapo is {surrogate: sapo, aggregation: sequence}; vespo is not offered",
+    "cispo is {surrogate: cispo}; sapo is {surrogate: sapo, aggregation: sequence}; vespo is {surrogate: vespo}",
     "epsilon_high": "`epsilon_high` is `loss.clip_high`; with cispo it is `loss.cispo_cap`, the largest weight itself",
     "delta": "`delta` is `loss.clip_delta`",
     "use_bias_correction_kl": "`use_bias_correction_kl: true` is `loss.kl_estimator: w_k3`, false is k3 (the default)",
@@ -65,10 +66,6 @@ SENTENCES = {  # their word -> the whole answer, where a key alone would mislead
     "vllm_is_correction_type": "`vllm_is_correction_type` is `loss.correction`: tis is {mode: truncate} (the default), "
     "icepop is {mode: mask}",
     "use_adaptive_entropy": "not offered by this version: `loss.entropy_bonus` is constant",
-    "vespo_k_pos": "not offered by this version: vespo",
-    "vespo_k_neg": "not offered by this version: vespo",
-    "vespo_lambda_pos": "not offered by this version: vespo",
-    "vespo_lambda_neg": "not offered by this version: vespo",
     "max_epochs": "`max_epochs` is `epochs`; over the same rollouts (PPO), `updates_per_batch` of an online stage",
     "steps_per_generation": "`steps_per_generation` over `gradient_accumulation_steps` is `minibatches`; "
     "`batch.groups` are all that is generated at once, and `staleness` says how far ahead",

@@ -28,6 +28,9 @@ SURROGATES: dict[str, dict[str, Any]] = {
     "two-sided": {"clip_low": 0.1, "clip_high": 0.15, "clip_delta": 1.2},
     "cispo": {"surrogate": "cispo", "cispo_cap": 1.1},
     "sapo": {"surrogate": "sapo", "sapo_temperature_pos": 1.5, "sapo_temperature_neg": 3.0},
+    "vespo": {"surrogate": "vespo", "vespo_k_pos": 1.5, "vespo_lambda_neg": 2.5},
+    "dppo": {"surrogate": "dppo", "dppo_low": 0.003, "dppo_high": 0.004, "dppo_log_square": 0.1},
+    "dppo-kl": {"surrogate": "dppo", "dppo_divergence": "kl", "dppo_low": 0.0004, "dppo_high": 0.0005},
 }
 TERMS: dict[str, dict[str, Any]] = {
     "alone": {},
@@ -51,6 +54,7 @@ TERMS: dict[str, dict[str, Any]] = {
         "correction": {"level": "sequence", "mode": "mask", "cap": 1.5, "floor": 0.7},
     },
 }
+TO_SAMPLER = ("vespo", "dppo", "dppo-kl")
 AGGREGATIONS: tuple[dict[str, Any], ...] = (
     {"aggregation": "token"},
     {"aggregation": "sequence"},
@@ -60,11 +64,15 @@ AGGREGATIONS: tuple[dict[str, Any], ...] = (
 
 
 def combinations(surrogate: str, terms: str) -> Iterator[dict[str, Any]]:
-    for ratio, how in product(("token", "sequence"), AGGREGATIONS):
+    ratios = ("token",) if surrogate in TO_SAMPLER else ("token", "sequence")
+    for ratio, how in product(ratios, AGGREGATIONS):
         yield {**SURROGATES[surrogate], **TERMS[terms], "ratio": ratio, **how}
 
 
-every_combination = pytest.mark.parametrize(("surrogate", "terms"), list(product(SURROGATES, TERMS)))
+every_combination = pytest.mark.parametrize(
+    ("surrogate", "terms"),
+    [(s, t) for s, t in product(SURROGATES, TERMS) if s not in TO_SAMPLER or "correction" not in TERMS[t]],
+)
 
 
 @dataclass
@@ -135,15 +143,28 @@ def run(options: dict[str, Any], case: Case, proximal: bool = False) -> LossOutp
 
 
 def weights_of(row: Row, o: dict[str, Any]) -> np.ndarray:
-    log_w = row["new"] - row["old"]
+    if o.get("surrogate") == "vespo":
+        return np.full_like(row["new"], np.exp((row["new"] - row["sampler"]).sum()))
+    log_w = row["new"] - row["sampler" if o.get("surrogate") == "dppo" else "old"]
     return np.exp(np.full_like(log_w, log_w.mean()) if o["ratio"] == "sequence" else log_w)
 
 
-def surrogate_of(row: Row, o: dict[str, Any], w: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """at: the weights that cispo's stop-gradient holds (w itself, but for derivatives)."""
+def surrogate_of(row: Row, o: dict[str, Any], w: np.ndarray, at: np.ndarray, held: Row) -> np.ndarray:
+    """at: the weights that cispo's stop-gradient holds (w itself, but for derivatives); held: the row there."""
     adv, kind = row["adv"], o.get("surrogate", "clip")
     if kind == "cispo":
         return np.minimum(at, o["cispo_cap"]) * adv * row["new"]
+    if kind == "vespo":
+        k = np.where(adv >= 0, o["vespo_k_pos"], 3.0)
+        steep = np.where(adv >= 0, 3.0, o["vespo_lambda_neg"])
+        return np.exp(steep) * at**k * np.exp(-steep * at) * adv * row["new"]
+    if kind == "dppo":
+        pi, mu = np.exp(held["new"]), np.exp(held["sampler"])
+        far = np.abs(pi - mu)
+        if o.get("dppo_divergence") == "kl":
+            far = mu * np.log(mu / pi) + (1 - mu) * np.log((1 - mu) / (1 - pi))
+        out = ((adv > 0) & (pi > mu) & (far > o["dppo_high"])) | ((adv < 0) & (pi < mu) & (far > o["dppo_low"]))
+        return np.where(out, 0.0, w) * adv - o.get("dppo_log_square", 1e-3) * np.log(w) ** 2
     if kind == "sapo":
         tau = np.where(adv > 0, o["sapo_temperature_pos"], o["sapo_temperature_neg"])
         return 4 / tau / (1 + np.exp(-tau * (w - 1))) * adv
@@ -154,7 +175,7 @@ def surrogate_of(row: Row, o: dict[str, Any], w: np.ndarray, at: np.ndarray) -> 
 def correction_of(row: Row, o: dict[str, Any]) -> np.ndarray:
     """The policy at the start of the batch over the sampler, bounded; 1 where the ratio is to the sampler itself."""
     c = o.get("correction", {})
-    if c == "off":
+    if c == "off" or o.get("surrogate") in ("vespo", "dppo"):
         return np.ones_like(row["old"])
     log_c = row["old"] - row["sampler"]
     weight = np.exp(np.full_like(log_c, log_c.sum()) if c.get("level") == "sequence" else log_c)
@@ -176,7 +197,7 @@ def oracle(o: dict[str, Any], rows: list[Row], at: list[Row] | None = None) -> f
     threshold = np.quantile(np.concatenate([r["entropy"] for r in at]), 1 - o.get("top_entropy", 1.0))
     per_sequence = []
     for row, held in zip(rows, at, strict=True):
-        gain = surrogate_of(row, o, weights_of(row, o), weights_of(held, o))
+        gain = surrogate_of(row, o, weights_of(row, o), weights_of(held, o), held)
         drift = np.mean(held["sampler"] - held["new"])
         if row["adv"][0] < 0 and drift > o.get("off_policy_threshold", np.inf):
             gain = np.zeros_like(gain)
@@ -226,6 +247,17 @@ def test_every_gradient_equals_finite_differences_of_the_papers_formula(surrogat
             ]
             slope = sum(float((g.numpy() * d).sum()) for g, d in zip(gradients, steps, strict=True))
             assert slope == pytest.approx((ends[0] - ends[1]) / (2 * eps), abs=1e-7), options
+
+
+@pytest.mark.parametrize("name", ["dppo", "dppo-kl"])
+def test_dppo_masks_on_the_side_that_the_advantage_pushes_to_and_from_the_sampler_alone(name: str) -> None:
+    case = Case.make(4)
+    found = [run(SURROGATES[name], case, proximal) for proximal in (False, True)]
+    assert found[0].loss == found[1].loss, "the policy at the start of the batch has no part in it"
+    for side in ("low", "high"):
+        metric = found[0].metrics[f"policy/clip_fraction_{side}"]
+        assert 0 < metric.sum < metric.count / 2
+    assert configure("grpo", {"surrogate": "dppo"}).needs.ratio == "sampler"
 
 
 @pytest.mark.parametrize("options", [SURROGATES["clip"], SURROGATES["two-sided"], SURROGATES["sapo"]])

@@ -321,6 +321,13 @@ REFUSED = [
     ({"surrogate": "cispo", "clip_delta": 4.0}, "`clip_delta` belongs to `surrogate: clip`"),
     ({"cispo_cap": 5.0}, "`cispo_cap` belongs to `surrogate: cispo`; the surrogate here is clip, which reads"),
     ({"sapo_temperature_neg": 1.05}, "`sapo_temperature_neg` belongs to `surrogate: sapo`"),
+    ({"dppo_low": 0.1}, "`dppo_low` belongs to `surrogate: dppo`; the surrogate here is clip"),
+    ({"surrogate": "dppo", "clip_low": 0.1}, "the surrogate here is dppo, which reads `dppo_divergence`"),
+    (
+        {"surrogate": "dppo", "correction": {"cap": 3}},
+        "to the sampler itself, on which `correction` has no effect",
+    ),
+    ({"surrogate": "vespo", "ratio": "sequence"}, "to the sampler itself, on which `ratio` has no effect"),
     ({"clip_high": 0.28, "clip_delta": 1.28}, "must lie above 1 . `clip_high` = 1.28"),
     ({"kl_estimator": "k3"}, "`kl_estimator` without `kl`"),
     ({"constant_length": 8}, "go together"),

@@ -40,6 +40,7 @@ def found(config, known=KNOWN):
         {"combine": "hypervolume", "weights": {"free": 0}, "reference_point": {**POINTS, "free": 9}},
         {"gates": {"polite": {"when": "length", "at_most": 100, "otherwise": -5}}},
         {"gates": {"polite": {"when": "correct", "at_least": 1, "otherwise": -9}}},
+        {"scale": "mean", "weights": {"length": 0, "polite": 0, "free": 0}},
     ],
 )
 def test_what_works_is_not_complained_about(config):
@@ -61,6 +62,8 @@ def test_what_works_is_not_complained_about(config):
         ({**LAGRANGIAN, "constraints": {"polite": {"min": 6}}}, "constraints.polite.min", "never be met", "[-5, 5]"),
         ({**LAGRANGIAN, "constraints": {"polite": {"min": -5}}}, "constraints.polite.min", "always met", "[-5, 5]"),
         ({"gates": {"free": {"when": "correct", "at_least": 2}}}, "gates.free", "never opens", "'correct'"),
+        ({"scale": "mean", "weights": {"polite": 0, "free": 0}}, "scale", "'length' is a cost", "give it no weight"),
+        ({"scale": "mean", "weights": {"length": 0, "polite": 0}}, "scale", "'free' may be below 0", "declare a range"),
         ({"gates": {"free": {"when": "correct", "at_least": 0}}}, "gates.free", "always open", "leave the gate out"),
         (
             {"gates": {"polite": {"when": "correct", "at_least": 1, "otherwise": 9}}},

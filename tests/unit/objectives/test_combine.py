@@ -36,6 +36,10 @@ def spread(values, min_std):
     return max(statistics.stdev(values) if len(values) > 1 else 0.0, min_std) + 1e-4
 
 
+def over_mean(centred, mean, config):
+    return centred / max(mean, config.min_std, 1e-4) if mean > 0 else 0.0
+
+
 def oracle(scores, group_ids, weights, signs, config):
     """Straight from the definitions, one sample at a time, in Python's own floats."""
     count, width = len(scores), len(signs)
@@ -59,6 +63,13 @@ def oracle(scores, group_ids, weights, signs, config):
         parts = [weights[k] * centred(i, k) for k in range(width)]
         if config.combine == "decoupled" and config.scale == "std":
             parts = [p / spread([scores[j][k] for j in members(i, k)], config.min_std) for k, p in enumerate(parts)]
+        if config.scale == "mean":
+            means = [math.fsum(scores[j][k] for j in members(i, k)) / max(len(members(i, k)), 1) for k in range(width)]
+            if config.combine == "decoupled":
+                parts = [over_mean(p, s * m, config) for p, s, m in zip(parts, signs, means, strict=True)]
+            else:
+                mean = math.fsum(w * s * m for w, s, m in zip(weights, signs, means, strict=True))
+                parts = [over_mean(math.fsum(parts), mean, config)]
         out.append(math.fsum(parts))
     if config.combine == "weighted_sum" and config.scale == "std":
         sums = list(out)
@@ -75,8 +86,9 @@ def oracle(scores, group_ids, weights, signs, config):
 SETTINGS = [
     {"combine": c, "baseline": b, "scale": s, "whiten": w}
     for c, b, s, w in itertools.product(
-        ("weighted_sum", "decoupled"), ("group", "leave_one_out", "batch"), ("std", "none"), (None, True, False)
+        ("weighted_sum", "decoupled"), ("group", "leave_one_out", "batch"), ("std", "mean", "none"), (None, True, False)
     )
+    if s != "mean" or b == "group"
 ]
 
 
@@ -123,6 +135,18 @@ def test_grpo_by_hand():
     a = 0.5 / (math.sqrt(1 / 3) + 1e-4)
     assert advantages([[1], [0], [0], [1]], [7, 7, 7, 7]) == pytest.approx([a, -a, -a, a], rel=1e-6)
     assert advantages([[1], [0], [0], [1]], [7] * 4, scale="none") == [0.5, -0.5, -0.5, 0.5]
+
+
+@pytest.mark.parametrize(("size", "rate"), [(2, 0.3), (4, 0.05), (6, 0.5)])
+def test_over_the_mean_the_expected_gradient_is_that_of_log_pass_rate_expanded(size, rate):
+    """MaxRL (2602.02710): grad p (1 + q + ... + q^(G - 2)), q = 1 - p, for a policy with one logit, grad p = p q."""
+    found = 0.0
+    for outcomes in itertools.product([0.0, 1.0], repeat=size):
+        chance = math.prod(rate if one else 1 - rate for one in outcomes)
+        taught = advantages([[one] for one in outcomes], [0] * size, scale="mean")
+        found += chance * sum(a * (one - rate) for a, one in zip(taught, outcomes, strict=True)) / size
+    wanted = rate * (1 - rate) * sum((1 - rate) ** k for k in range(size - 1))
+    assert found == pytest.approx(wanted, rel=1e-5)
 
 
 def test_leave_one_out_by_hand():
