@@ -41,6 +41,15 @@ def global_counts(trees: Sequence[Tree]) -> Counts:
     return Counts(tokens=tokens, nll_tokens=nll_tokens, sequences=sequences, pairs=pairs)
 
 
+def observed(branch: Segment) -> np.ndarray:
+    """bool[n]: the tokens of an episode that nobody sampled, behind the first that the policy did; none of an answer.
+    They have no version."""
+    if branch.versions is None:
+        return np.zeros(len(branch), dtype=bool)
+    sampled = np.asarray(branch.versions) >= 0
+    return np.asarray(~sampled & (np.cumsum(sampled) > 0))
+
+
 def mark_nll(tree: Tree, which: str) -> Tree:
     """Set the tokens of the negative log-likelihood term (`Needs.nll`): the chosen side is the first sequence.
 
@@ -48,6 +57,10 @@ def mark_nll(tree: Tree, which: str) -> Tree:
     """
     if which in ("none", "scored") or not tree.branches:
         return tree
+    if which == "observed":
+        silent_trunk = replace(tree.trunk, nll_mask=np.zeros(len(tree.trunk), dtype=bool))
+        branches = tuple(replace(branch, nll_mask=observed(branch)) for branch in tree.branches)
+        return replace(tree, trunk=silent_trunk, branches=branches)
     prompt = np.zeros(len(tree.trunk), dtype=bool)
     if which == "prompt_and_chosen":
         prompt[1:] = True  # nothing predicts the first token

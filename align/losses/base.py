@@ -28,7 +28,7 @@ from align.protocols.trees import Counts
 __all__ = ["Counts", "LossConfig", "LossInputs", "LossOutput", "Metric", "Needs", "Nll", "Prepass", "Record"]
 
 Record = Literal["conversation", "pair", "unpaired", "labelled", "group"]
-Nll = Literal["none", "scored", "chosen", "prompt_and_chosen"]
+Nll = Literal["none", "scored", "chosen", "prompt_and_chosen", "observed"]
 Scope = Literal["sequence", "pair", "batch"]
 Ratio = Literal["none", "sampler", "proximal"]
 HEAD = ("entropy", "log_sum_sq", "scores")
@@ -54,8 +54,8 @@ class Needs:
     ratio: the policy that the loss's importance ratio is to. "sampler": batch.behavior_logps; "proximal": that at the
     start of the batch, whose log-probabilities the loss is given; "none": it has no ratio, and is right only where a
     batch makes one update;
-    nll: which tokens the negative log-likelihood term covers: all scored ones, the chosen side's, or those and the
-    prompt's; the trainer marks them before packing;
+    nll: which tokens the negative log-likelihood term covers: all scored ones, the chosen side's, those and the
+    prompt's, or what an environment added to an episode; the trainer marks them before packing;
     margin: every pair must have one, from its row or from the stage's rewards;
     weights: it multiplies each row's terms by the row's `weight` (`align.losses.reduce.weighted`); rows with another
     than 1 are refused where it does not. On groups a prompt's weight is in the advantages, whatever this says."""

@@ -99,8 +99,10 @@ def test_episodes_in_lockstep_resume_bit_equal_after_a_kill_and_leave_nothing(fo
 
 def test_episodes_run_ahead_of_training(folder: Path) -> None:
     loose = {"use": "world.py:Count", "max_observation_tokens": 32}
-    run(write_recipe(folder, "ahead", [stage(**{"from": None}, environment=loose, staleness=1, steps=5)]))
+    loss = [{"name": "grpo"}, {"name": "echo", "weight": 0.05}]
+    run(write_recipe(folder, "ahead", [stage(**{"from": None}, environment=loose, staleness=1, steps=5, loss=loss)]))
     found = metrics(folder / "runs" / "ahead", "grpo")
     assert len(found) == 5 and max(step["staleness/max"] for step in found) == 1
+    assert all(step["loss/observed"] > 0 for step in found), "what the environment says is foreseen, badly"
     assert all(step["mismatch/kl"] < 1e-4 for step in found), "the trainer sees what the policy saw"
     assert all("Then count on from it." in row["prompt"] for row in rollouts(folder / "runs" / "ahead", "grpo"))

@@ -117,3 +117,11 @@ def test_a_template_without_tools_is_refused_and_takes_them_as_text(
     assert "calls read as hermes" in checked(
         capsys, 0, f"model.chat_template={template}", "stages.grpo.environment.tools_in=prompt"
     )
+
+
+def test_echo_wants_an_environment_and_a_loss_beside_it(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    both = "stages.grpo.loss=[{name: grpo}, {name: echo, weight: 0.05}]"
+    checked(capsys, 0, both)
+    assert "alone learns from no score" in checked(capsys, 2, "stages.grpo.loss=echo")
+    workshop.change(OURS, STAGE)
+    assert "learns what an environment answers, and the stage has none" in checked(capsys, 2, both)

@@ -166,6 +166,11 @@ def test_a_loss_of_the_users_that_says_nothing_of_weights_refuses_them(tmp_path:
         refuse_weights([weigh(conversation(rng, 0), 3.0)], (LossTerm(name=str(own)),))
 
 
+def of_groups(name: str) -> bool:
+    """There a row's weight is in the advantages."""
+    return configure(name, {}).needs.record == "group"
+
+
 def test_every_loss_of_ours_says_whether_it_takes_weights() -> None:
-    deaf = {name for name in names() if name != "grpo" and not configure(name, {}).needs.weights}
+    deaf = {name for name in names() if not of_groups(name) and not configure(name, {}).needs.weights}
     assert not deaf, f"rows with weights would be refused under {deaf}"

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from align.data.microbatches import plan_microbatches
-from align.data.packing import collate, global_counts, mark_nll
+from align.data.packing import collate, global_counts, mark_nll, observed
 from align.losses import configure, load, names
 from align.losses.base import LossInputs
-from align.protocols.trees import Counts, Tree
+from align.protocols.trees import Counts, Segment, Tree
 from align.train.metrics import MetricSums
 from align.train.prepass import run_prepass
 from align.types import HeadOutputs, TokenBatch
@@ -63,6 +63,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "reward_model": [{}, {"centre": 0.1}],
     "classify": [{}, {"label_smoothing": 0.1}, {"class_weights": [0.5, 2.0, 1.5]}],
     "modpo": [{}, {"beta": 0.3, "preference_weight": 0.4}],
+    "echo": [{}],
     "grpo": [
         {},
         {"clip_low": 0.1, "clip_high": 0.15, "clip_delta": 1.25, "log_entropy": False},
@@ -214,6 +215,34 @@ def run(name: str, options: dict[str, Any], trees: Sequence[Tree], max_tokens: i
     return total, gradients, sums.result(), len(batches)
 
 
+def episode(branch: Segment) -> Segment:
+    """The branch as an episode's: every third token from the second on is an environment's."""
+    added = np.arange(len(branch)) % 3 == 1
+    versions = np.where(added, -1, 0).astype(np.int32)
+    return replace(branch, loss_mask=branch.loss_mask & ~added, versions=versions)
+
+
+def test_echo_is_the_mean_likelihood_of_what_an_environment_added_and_leaves_grpo_as_it_is() -> None:
+    rng = np.random.default_rng(6)
+    trees = [MAKE["group"](rng, 3 * i + 1) for i in range(4)]
+    trees = [replace(tree, branches=tuple(map(episode, tree.branches))) for tree in trees]
+    lost = replace(trees[0].branches[0], loss_mask=np.zeros(len(trees[0].branches[0]), bool))
+    trees[0] = replace(trees[0], branches=(lost, *trees[0].branches[1:]))
+    loss, gradient, metrics, _ = run("echo", {}, trees, 10_000)
+    marked = [mark_nll(tree, "observed") for tree in trees]
+    batch = collate(marked)
+    own = Forward()(batch).logps.detach()[batch.nll_mask]
+    count = sum(int((np.asarray(b.versions) < 0).sum()) for tree in trees for b in tree.branches)
+    assert len(own) == count == global_counts(marked).nll_tokens > 20
+    assert loss == pytest.approx(-own.mean().item()) == metrics["loss/observed"]
+    pulled = {key for key, value in gradient.items() if value}
+    assert len(pulled) == count and all(gradient[key] == pytest.approx(-1 / count) for key in pulled)
+    together = run("grpo", {}, marked, 10_000)
+    assert together[0] == pytest.approx(run("grpo", {}, trees, 10_000)[0]), "tokens that are only observed have no part"
+    sampled_late = replace(lost, versions=np.where(np.arange(len(lost)) < 1, -1, lost.versions))
+    assert not observed(sampled_late)[0], "what stands before the first sampled token is the prompt's"
+
+
 @pytest.mark.parametrize("max_tokens", [1, 40])
 @pytest.mark.parametrize(("name", "options"), ALL)
 def test_any_split_gives_the_same_loss_gradient_and_metrics(
@@ -221,6 +250,8 @@ def test_any_split_gives_the_same_loss_gradient_and_metrics(
 ) -> None:
     rng = np.random.default_rng(5)
     trees = [MAKE[configure(name, options).needs.record](rng, 3 * i + 1) for i in range(7)]
+    if configure(name, options).needs.nll == "observed":
+        trees = [replace(tree, branches=tuple(map(episode, tree.branches))) for tree in trees]
     loss, gradient, metrics, one = run(name, options, trees, 10_000)
     split_loss, split_gradient, split_metrics, many = run(name, options, list(reversed(trees)), max_tokens)
     assert one == 1 and many > 1
