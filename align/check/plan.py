@@ -123,7 +123,7 @@ class Planner:
             plan.lines += table_lines(table, stage.rates_for(adapter))
         plan.lines += experts
         if isinstance(stage, SamplingStage):
-            self.checks.length(stage.rollout, facts)
+            self.checks.length(stage, stage.rollout, facts)
             kind = str(self.model.config.get("model_type"))
             refuse_unserved(kind, publish_mode(adapter, stage.rollout), stage.rollout)
             plan.lines.append(
@@ -143,8 +143,7 @@ class Planner:
         if stage.judges_pairs:
             plan.lines.append("margins: before the stage, rewards judge both answers of each pair; scores are kept")
         plan.lines += loss_notes(stage) + self._packing_notes(stage, facts)
-        sampled = stage.engines.max_tokens if stage.engines else 0
-        plan.lines += layout_notes(self.model.config, facts.longest + sampled)
+        plan.lines += layout_notes(self.model.config, facts.longest + stage.sampled_tokens)
         if self.sizes is None:
             plan.lines.append("memory: not estimated, the architecture is not a plain decoder")
         else:
@@ -163,7 +162,7 @@ class Planner:
         how = f"greedy completions from {stage.rollout.name}" if stage.engines else "loss metrics"
         plan.lines.append(f"evaluates {', '.join(stage.of)}: {how} on {facts.rows}{'' if facts.whole else '+'} rows")
         if stage.engines:
-            self.checks.length(stage.rollout, facts)
+            self.checks.length(stage, stage.engines, facts)
         return plan
 
     def _files(self, stage: FolderStage) -> StagePlan:

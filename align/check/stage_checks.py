@@ -9,7 +9,8 @@ from align.check.machine import Machine
 from align.check.memory.sizes import FEED_FORWARD, Sizes, max_positions
 from align.errors import DataError, ModelError, PlacementError, RecipeError, Unsupported
 from align.recipe.adapter import Adapter
-from align.recipe.capabilities import FolderStage, JudgingStage, SamplingStage, TrainStage
+from align.recipe.capabilities import FolderStage, JudgingStage, SamplingStage, StageBase, TrainStage
+from align.recipe.environment import AROUND_ANSWER
 from align.recipe.labels import Labels
 from align.recipe.parts import Rollout
 from align.recipe.schema import Recipe
@@ -93,9 +94,9 @@ class StageChecks:
                 remedy="set `model.dtype: bfloat16`, or use auto",
             )
 
-    def length(self, rollout: Rollout, facts: DataFacts) -> None:
-        """Prompt and completion must fit the engine, which fits the model."""
-        needed = facts.longest + rollout.max_tokens
+    def length(self, stage: StageBase, rollout: Rollout, facts: DataFacts) -> None:
+        """Prompt and completion, or a whole episode, must fit the engine, which fits the model."""
+        needed, world = facts.longest + stage.sampled_tokens, stage.world
         limit, key = rollout.max_model_len, "rollout.max_model_len"
         positions = max_positions(self.model.config)
         if positions is not None and (limit is None or limit > positions):
@@ -108,6 +109,15 @@ class StageChecks:
             limit, key = positions, "the model's `max_position_embeddings`"
         if limit is not None and needed > limit:
             raises = "" if limit == positions else "raise `rollout.max_model_len`, "
+            if world is not None:
+                raise RecipeError(
+                    f"an episode may need {needed:,} tokens, more than {key} ({limit:,}): a prompt of {facts.longest}, "
+                    f"{world.max_turns} turns of {rollout.max_tokens} (at most {world.max_tokens:,} in all), and "
+                    f"answers of {world.max_observation_tokens} with {AROUND_ANSWER} around each",
+                    where="environment",
+                    remedy=f"{raises}lower `environment.max_observation_tokens`, `max_turns` or `max_tokens`, or "
+                    "`rollout.max_tokens`",
+                )
             raise RecipeError(
                 f"the longest prompt ({facts.longest} tokens) and `rollout.max_tokens: {rollout.max_tokens}` need "
                 f"{needed} tokens, more than {key} ({limit})",

@@ -113,6 +113,15 @@ class StageBase(Strict):
         return None
 
     @property
+    def sampled_tokens(self) -> int:
+        """Tokens that a completion may add to its prompt, or an episode with what its environment answers; 0 where
+        nothing is sampled."""
+        if self.engines is None:
+            return 0
+        turn = self.engines.max_tokens
+        return turn if self.world is None else self.world.context_tokens(turn)
+
+    @property
     def world(self) -> Environment | None:
         """What completions take turns with; None where each is an answer."""
         return None

@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from align.check.inputs import DataFacts
+from align.check.memory.stage import Load
 from align.cli.main import main
+from align.recipe.capabilities import SamplingStage
+from align.recipe.load import load_recipe
 from tests.unit.check.workshop import Workshop, open_workshop
 from tests.unit.episodes.stage import CALCULATOR
 
@@ -54,8 +58,23 @@ def test_the_check_says_what_an_episode_is(workshop: Workshop, capsys: pytest.Ca
     said = checked(capsys, 0)
     assert "environment calculator: tools add, calls read as hermes, turns of its own (respond), a reward" in said
     assert "at most 3 turns of 32 tokens, 64 in all, answers of at most 16" in said
-    said = checked(capsys, 0, "stages.exam.environment=world.py:Calculator", "stages.exam.rewards=[]")
+    small = "{use: world.py:Calculator, max_turns: 3, max_tokens: 64, max_observation_tokens: 16}"
+    said = checked(capsys, 0, f"stages.exam.environment={small}", "stages.exam.rewards=[]")
     assert said.count("environment calculator") == 2
+
+
+def test_an_episode_fits_the_model_and_its_memory_is_counted_whole(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = checked(capsys, 2, "stages.grpo.environment.max_observation_tokens=512")
+    assert "an episode may need 1,5" in said and "`max_position_embeddings` (1,024)" in said
+    assert "lower `environment.max_observation_tokens`" in said
+    said = checked(capsys, 2, "stages.grpo.rollout.max_model_len=400")
+    assert "more than rollout.max_model_len (400)" in said and "raise `rollout.max_model_len`" in said
+    stage = next(stage for stage in load_recipe(workshop.recipe).stages if stage.id == "grpo")
+    assert isinstance(stage, SamplingStage) and stage.sampled_tokens == 64 + 2 * (16 + 64)
+    load = Load.of(stage, DataFacts(longest=100))
+    assert load.length == 100 + 224 and load.tokens == 2 * 100 + 8 * 224
 
 
 @pytest.mark.parametrize(
