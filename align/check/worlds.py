@@ -14,7 +14,7 @@ from align.episodes.describe import describe, scores_of_killed
 from align.episodes.setting import setting_of
 from align.errors import PluginError
 from align.objectives.check import Known
-from align.recipe.capabilities import SamplingStage, StageBase
+from align.recipe.capabilities import StageBase
 from align.recipe.environment import Environment
 
 
@@ -59,11 +59,14 @@ class Worlds:
             )
             found.add(error, stage.id)
             return None
-        if not own and not rewards and isinstance(stage, SamplingStage):
+        if not own and not rewards:
+            functions = stage.world is not None and bool(stage.world.tools)
+            who = "plain functions score nothing" if functions else f"{described['name']} has no `reward`"
+            sees = "add `rewards: [...]`, which see `sample.turns`"
             error = PluginError(
-                f"nothing scores the episodes: {described['name']} has no `reward`, and the stage has no rewards",
+                f"nothing scores the episodes: {who}, and the stage has no rewards",
                 where="environment",
-                remedy="write `def reward(self)`, or add `rewards: [...]`, which see `sample.turns` and `sample.state`",
+                remedy=sees if functions else f"write `def reward(self)`, or {sees} and `sample.state`",
             )
             found.add(error, stage.id)
             return None

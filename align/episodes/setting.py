@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from align.data.tokenizer import ChatTokenizer
-from align.episodes.calls import CallFormat, find_format
+from align.episodes.calls import FORMATS, CallFormat, begins_thoughts, find_format
 from align.episodes.joins import Joins
-from align.recipe.environment import Environment
+from align.errors import Unsupported
+from align.recipe.environment import WRITTEN_AS, Environment
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,15 @@ def setting_of(rules: Environment, tokenizer: ChatTokenizer, description: Mappin
     schemas = tuple(description["tools"])
     joins = Joins(tokenizer, schemas, tools_in=rules.tools_in)
     joins.prove()
-    form = None
-    if schemas:
-        name = "hermes" if rules.tools_in == "prompt" and rules.parser is None else rules.parser
-        form = find_format(tokenizer, schemas, name)
+    form: CallFormat | None = None
+    if not schemas and rules.parser is not None:
+        raise Unsupported(
+            f"{description['name']} has no tools: no call is ever read, and `parser` has no effect",
+            where="environment.parser",
+            remedy="leave it out, or give the class public methods, which are its tools",
+        )
+    if schemas and rules.tools_in == "prompt":  # the prompt asks for calls in this format, whatever the template writes
+        form = FORMATS[WRITTEN_AS].of(schemas, begins_thoughts(tokenizer))
+    elif schemas:
+        form = find_format(tokenizer, schemas, rules.parser)
     return Setting(rules, tokenizer, joins, form, schemas, description["has"], context)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from align.recipe.strict import Finite, Fraction, PositiveInt, Strict
 
+_NAME = re.compile(r"[\w.-]+")
+WRITTEN_AS = "hermes"  # how calls are asked for where the prompt describes tools
 AROUND_ANSWER = 64  # tokens that a template writes around an answer
 
 
@@ -66,6 +69,15 @@ class Environment(Strict):
             raise ValueError("`args` are for the constructor of a class (`use`); functions have none")
         if self.tools and self.signature != "align":
             raise ValueError("`signature` says how a class is written (`use`); functions need none")
+        if self.as_ is not None and not _NAME.fullmatch(self.as_):
+            raise ValueError(
+                f"`as: {self.as_}` is the name of metrics and objectives: letters, digits, `_`, `-` and `.` alone"
+            )
+        if self.parser is not None and self.tools_in == "prompt" and self.parser != WRITTEN_AS:
+            raise ValueError(
+                f"`tools_in: prompt` asks for calls as {WRITTEN_AS} writes them, which `parser: {self.parser}` does "
+                "not read; leave `parser` out"
+            )
         return self
 
     @property

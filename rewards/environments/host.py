@@ -175,17 +175,21 @@ class Host:
             await channel.send(wire.encode(self._start_message))
             answer = await asyncio.wait_for(channel.receive(), self._start_s)
         except TimeoutError:
-            raise self._broken(f"importing it took more than {self._start_s:g} s") from None
+            wait = "import nothing that waits for another: what takes long belongs into `reset`"
+            raise self._broken(f"importing it took more than {self._start_s:g} s", wait) from None
         except wire.ProtocolError as error:
             raise self._broken(f"its process sent {error} while importing it") from None
         except OSError as error:
-            raise self._broken(f"its process cannot be started: {error}") from error
+            remedy = None if self.spec.python is None else "`python` is the path of an interpreter, as bin/python"
+            what = f"{self.spec.python} cannot be run" if self.spec.python else "its process cannot be started"
+            raise self._broken(f"{what}: {error.strerror or error}", remedy) from error
         finally:
             channel.close()
             if answer is None or "ready" not in answer:
                 self._kill()
         if answer is None:
-            raise self._broken("its process ended while importing it")
+            ends = "importing its file must not end the process, by os._exit or by a crash"
+            raise self._broken("its process ended while importing it", ends)
         return self._read_start(answer)
 
     def _read_start(self, answer: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,9 +253,10 @@ class Host:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=REAP_SECONDS)
 
-    def _broken(self, what: str) -> PluginError:
+    def _broken(self, what: str, remedy: str | None = None) -> PluginError:
         tail = self.log_tail()
-        return PluginError(what, where=self.spec.where, remedy=f"its last output:\n{tail}" if tail else None)
+        said = [words for words in (remedy, f"its last output:\n{tail}" if tail else "") if words]
+        return PluginError(what, where=self.spec.where, remedy="\n     ".join(said) or None)
 
     def _trim_log(self) -> None:
         if os.fstat(self._log.fileno()).st_size > LOG_BYTES:  # opened for appending: writers go on at the new end

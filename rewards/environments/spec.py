@@ -134,6 +134,12 @@ def _load_class(spec: EnvironmentSpec, use: str, folder: Path) -> Loaded:
             where=use,
             remedy="say `signature: trl` beside `use`, or decorate the class with @environment",
         )
+    if trl and hasattr(kind, MARK):
+        raise PluginError(
+            "it is decorated with @environment, and `signature: trl` is for classes written for TRL",
+            where=use,
+            remedy="leave `signature: trl` out; or the decorator, where the class has `get_reward`",
+        )
     if trl and not callable(getattr(kind, "reset", None)):
         raise PluginError("an environment for TRL has `reset`, and this has none", where=use, remedy="add it")
     options: EnvironmentOptions = getattr(kind, MARK, EnvironmentOptions())

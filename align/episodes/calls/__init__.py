@@ -7,7 +7,7 @@ hermes.py, llama.py, pythonic.py, xml.py, mistral.py, deepseek.py, lists.py, gem
 find.py: all of them by name, and the one that a chat template writes
 """
 
-from align.episodes.calls.find import FORMATS, find_format
+from align.episodes.calls.find import FORMATS, begins_thoughts, find_format
 from align.episodes.calls.reply import CallFormat, Reply, ToolCall
 
-__all__ = ["FORMATS", "CallFormat", "Reply", "ToolCall", "find_format"]
+__all__ = ["FORMATS", "CallFormat", "Reply", "ToolCall", "begins_thoughts", "find_format"]

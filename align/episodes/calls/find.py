@@ -57,17 +57,20 @@ def find_format(
     Raises Unsupported where no format reads what the template writes, or none has that name.
     """
     thinking = begins_thoughts(tokenizer)
-    if name is not None:
-        if name not in FORMATS:
-            raise Unsupported(f"no format of tool calls is called {name!r}", remedy=f"one of {', '.join(FORMATS)}")
+    if name is not None and name not in FORMATS:
+        raise Unsupported(f"no format of tool calls is called {name!r}", remedy=f"one of {', '.join(FORMATS)}")
+    turns, readers = _readers(tokenizer)
+    if name is not None and not (readers and name not in readers):
         return FORMATS[name].of(schemas, thinking)
-    turns: list[_Turn] = []
-    for city in _CITIES:
-        first = ToolCall(_TOOL, {"city": city, "days": 3})
-        turns = [turn for more in ((), (_SECOND,)) if (turn := _turn(tokenizer, (first, *more))) is not None]
-        for one in FORMATS.values():
-            if turns and all(_reads(one.of([_SCHEMA]), *turn) for turn in turns):
-                return one.of(schemas, thinking)
+    if name is not None:
+        raise Unsupported(
+            f"the chat template writes calls as {readers[0]} reads them, and {name} does not: {turns[0][0][:300]!r}",
+            where="environment.parser",
+            remedy=f"leave `parser` out, which finds {readers[0]}, or give a template (`model.chat_template`) that "
+            f"writes {name}",
+        )
+    if readers:
+        return FORMATS[readers[0]].of(schemas, thinking)
     wrote = f"writes a call as {turns[0][0][:300]!r}" if turns else "writes no tool calls"
     raise Unsupported(
         f"the chat template {wrote}, which is none of the formats that are known ({', '.join(FORMATS)})",
@@ -75,6 +78,20 @@ def find_format(
         remedy="name the format of its calls (`environment.parser`), or write tools into the prompt: "
         "`environment.tools_in: prompt`",
     )
+
+
+def _readers(tokenizer: ChatTokenizer) -> tuple[list[_Turn], list[str]]:
+    """Turns with calls as the template writes them, and the names of all formats that give back what was rendered."""
+    turns: list[_Turn] = []
+    for city in _CITIES:
+        first = ToolCall(_TOOL, {"city": city, "days": 3})
+        turns = [turn for more in ((), (_SECOND,)) if (turn := _turn(tokenizer, (first, *more))) is not None]
+        found = [
+            name for name, one in FORMATS.items() if turns and all(_reads(one.of([_SCHEMA]), *turn) for turn in turns)
+        ]
+        if found:
+            return turns, found
+    return turns, []
 
 
 def begins_thoughts(tokenizer: ChatTokenizer, arguments: Mapping[str, Any] | None = None) -> bool:

@@ -144,3 +144,45 @@ def test_echo_wants_an_environment_and_a_loss_beside_it(workshop: Workshop, caps
     assert "alone learns from no score" in checked(capsys, 2, "stages.grpo.loss=echo")
     workshop.change(OURS, STAGE)
     assert "learns what an environment answers, and the stage has none" in checked(capsys, 2, both)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("stages.grpo.environment.parser=mistral", "writes calls as hermes reads them, and mistral does not"),
+        (
+            "stages.grpo.environment={use: world.py:Calculator, tools_in: prompt, parser: glm}",
+            "asks for calls as hermes",
+        ),
+        ("stages.grpo.environment.as='a b/c'", "letters, digits, `_`, `-` and `.` alone"),
+        ("stages.grpo.environment.on_kill={right: 0}", "there is no objective 'right'"),
+        ("stages.grpo.environment.signature=trl", "decorated with @environment"),
+        ("stages.grpo.environment.python=/no/python", "/no/python cannot be run: No such file or directory"),
+    ],
+)
+def test_options_that_would_have_no_effect_or_a_wrong_one_are_refused(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str], change: str, why: str
+) -> None:
+    assert why in checked(capsys, 2, change)
+
+
+def test_what_cannot_score_and_what_cannot_call_is_said(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    workshop.write("world.py", CALCULATOR.replace("def reward(self)", "def _reward(self)"))
+    small = "max_turns: 3, max_tokens: 64, max_observation_tokens: 16"
+    said = checked(
+        capsys, 2, f"stages.exam.environment={{use: world.py:Calculator, {small}}}", "stages.exam.rewards=[]"
+    )
+    assert said.count("nothing scores the episodes") == 2, "an exam of nothing is none"
+    workshop.write("tools.py", 'def add(a: int, b: int) -> str:\n    """Add."""\n    return str(a + b)\n')
+    said = checked(capsys, 2, f"stages.grpo.environment={{tools: tools.py:add, {small}}}")
+    assert "plain functions score nothing" in said and "add `rewards: [...]`" in said and "def reward" not in said
+    workshop.write("world.py", CALCULATOR.replace("def add(", "def _add("))
+    assert "calculator has no tools" in checked(capsys, 2, "stages.grpo.environment.parser=hermes")
+
+
+@pytest.mark.parametrize(("source", "why"), [("import os\nos._exit(7)\n", "must not end the process, by os._exit")])
+def test_a_file_that_ends_its_process_is_said_to(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str], source: str, why: str
+) -> None:
+    workshop.write("world.py", source)
+    assert why in checked(capsys, 2)
