@@ -185,7 +185,7 @@ def _check_stage(
     golds = {key: _golds(stage, key, facts, found, folder, known) for key, facts in read.items()}
     with found.gather(stage.id):
         planned = planner.stage(stage, read.get("data", DataFacts()))
-        planned.lines += worlds.lines(stage, planner.model.tokenizer, read.get("data", DataFacts()), found)
+        planned.lines += worlds.lines(stage, planner.model, read.get("data", DataFacts()), found)
         for key, facts in read.items():
             planned.lines += [f"{key}: {line.strip()}" for line in (facts.report.summary if facts.report else [])]
             planned.lines += [f"{key}: {note}" for note in [*facts.notes, *golds.get(key, [])]]

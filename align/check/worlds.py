@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from align.check.findings import Findings
-from align.check.inputs import DataFacts
-from align.data.tokenizer import ChatTokenizer
+from align.check.inputs import DataFacts, ModelFacts
+from align.data.media.opening import takes_media
 from align.episodes.describe import describe, scores_of_killed
 from align.episodes.setting import setting_of
-from align.errors import PluginError
+from align.errors import PluginError, RecipeError
 from align.objectives.check import Known
 from align.recipe.capabilities import StageBase
 from align.recipe.environment import Environment
@@ -78,17 +78,27 @@ class Worlds:
         written = stage.world is not None and stage.world.tools_in == "template"
         return tuple(described["tools"]) if described is not None and written else ()
 
-    def lines(self, stage: StageBase, tokenizer: ChatTokenizer, facts: DataFacts, found: Findings) -> list[str]:
-        """What its episodes are, in words. Raises Unsupported where the chat template cannot be continued."""
+    def lines(self, stage: StageBase, model: ModelFacts, facts: DataFacts, found: Findings) -> list[str]:
+        """What its episodes are, in words. Raises Unsupported where the chat template cannot be continued, RecipeError
+        for images of a model that sees none."""
         described, rules = self.of(stage, found), stage.world
         if described is None or rules is None or stage.engines is None:
             return []
-        setting = setting_of(rules, tokenizer, described, 0)
+        sees = takes_media(model.config)
+        if rules.max_media and not sees:
+            kind = model.config.get("model_type") or "text"
+            raise RecipeError(
+                f"`max_media: {rules.max_media}` beside a {kind} model, which takes text alone",
+                where="environment.max_media",
+                remedy="leave it out, or use a vision-language model",
+            )
+        setting = setting_of(rules, model.tokenizer, described, 0)
         names = [tool["function"]["name"] for tool in described["tools"]]
         how = [f"tools {', '.join(names)}" if names else "no tools"]
         how += [f"calls read as {setting.format.name}"] if setting.format else []
         how += ["turns of its own (respond)"] if described["has"].get("respond") else []
         how += ["a reward of its own"] if described["has"].get("reward") else []
+        how += [f"at most {rules.images(sees)} images an episode"] if sees else []
         turn = stage.engines.max_tokens
         wanted = facts.longest + rules.context_tokens(turn)
         return [

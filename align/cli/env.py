@@ -7,20 +7,28 @@ import asyncio
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from align.cli.arguments import add_debug
+from align.data.media.library import Library
+from align.data.media.opening import takes_media
 from align.data.prepare import prepare
 from align.data.scratch import train_tokenizer
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
+from align.episodes.images import opened_images
+from align.episodes.outcomes import moved
+from align.episodes.spec import Sight
 from align.episodes.trial import Sample, Trial, Tried, read_replies, try_environment, written
 from align.errors import UserError
+from align.mediastore import processor_files
 from align.protocols.fleet import Completion, FailedPrompt, PromptItem, Sampling
+from align.protocols.trees import Medium
+from align.recipe.chat_files import read_settings
 from align.recipe.document import parse_value
 from align.recipe.environment import Environment
-from align.recipe.inputs import DataSource, TokenizerFromScratch
+from align.recipe.inputs import DataSource, Media, TokenizerFromScratch
 
 _TEXT = 400  # characters of a turn on the screen
 _CONTEXT = 1 << 15  # tokens, where no model says how many
@@ -50,17 +58,22 @@ def run(arguments: argparse.Namespace) -> int:
     folder, data = Path.cwd(), Path(arguments.data).absolute()
     with tempfile.TemporaryDirectory() as aside:
         tokenizer = _tokenizer(arguments.model, data, Path(aside))
+        sight = _sight(rules, tokenizer, Path(aside) / "images")
         source = DataSource(path=str(data), limit=arguments.limit)
         sampling = Sampling(temperature=arguments.temperature, max_tokens=arguments.max_tokens)
 
         def prompts(description: Mapping[str, Any]) -> Sequence[PromptItem]:
             tools = description["tools"] if rules.tools_in == "template" else ()
-            items: list[PromptItem] = prepare([source], "prompt", tokenizer, seed=0, tools=tools).items
+            with closing(Library(Media(), sight.model, sight.store)) if sight else nullcontext() as library:
+                read = prepare([source], "prompt", tokenizer, seed=0, tools=tools, media=library)
+            items: list[PromptItem] = read.items
             return items[: arguments.limit]
 
-        with _players(arguments, tokenizer) as (sampler, context):
+        with _players(arguments, tokenizer) as (sampler, context), opened_images(sight) as images:
             trial = asyncio.run(
-                try_environment(rules, folder, tokenizer, prompts, sampler, sampling=sampling, context=context)
+                try_environment(
+                    rules, folder, tokenizer, prompts, sampler, sampling=sampling, context=context, images=images
+                )
             )
     print("\n".join(_lines(trial, tokenizer)))
     return 1 if trial.problems or any(one.completion is None for one in trial.episodes) else 0
@@ -97,6 +110,14 @@ def _tokenizer(model: str | None, data: Path, aside: Path) -> ChatTokenizer:
     return load_tokenizer(aside)
 
 
+def _sight(rules: Environment, tokenizer: ChatTokenizer, store: Path) -> Sight | None:
+    """How images are seen; None where no model is given that sees."""
+    folder = tokenizer.folder
+    if folder is None or not processor_files(folder) or not takes_media(read_settings(folder / "config.json")):
+        return None
+    return Sight(rules.images(True), folder.absolute(), store, Media())
+
+
 Players = tuple[Callable[[int], Sample], int]
 
 
@@ -114,7 +135,6 @@ def _players(arguments: argparse.Namespace, tokenizer: ChatTokenizer) -> Iterato
 @contextmanager
 def _engine(model: str, tokenizer: ChatTokenizer) -> Iterator[tuple[Sample, int]]:
     from align.protocols.trainer import Publication
-    from align.recipe.chat_files import read_settings
     from rollout.base import EngineSpec, Request, make_engine
 
     spec = EngineSpec("transformers", str(Path(model).absolute()), end_ids=tokenizer.eos_ids)
@@ -162,7 +182,8 @@ def _lines(trial: Trial, tokenizer: ChatTokenizer) -> Iterator[str]:
 def _episode(number: int, tried: Tried, tokenizer: ChatTokenizer) -> Iterator[str]:
     yield f"episode {number} ({tried.origin})"
     if tried.prompt is not None:
-        yield f"  prompt, {len(tried.prompt)} tokens: {_short(_decoded(tokenizer, tried.prompt.tolist()))}"
+        shown = _decoded(tokenizer, tried.prompt.tolist(), tried.media)
+        yield f"  prompt, {len(tried.prompt)} tokens: {_short(shown)}"
     completion = tried.completion
     if completion is not None and completion.episode is not None:
         yield from _tokens(completion, tokenizer)
@@ -187,12 +208,19 @@ def _tokens(completion: Completion, tokenizer: ChatTokenizer) -> Iterator[str]:
     for end in range(1, len(ids) + 1):
         if end == len(ids) or sampled[end] != sampled[start]:
             who = "sampled" if sampled[start] else "added  "
-            yield f"  {who} {end - start:5d}: {_short(_decoded(tokenizer, ids[start:end]))}"
+            media = moved([m for m in completion.media if start <= m.start < end], -start)
+            yield f"  {who} {end - start:5d}: {_short(_decoded(tokenizer, ids[start:end], media))}"
             start = end
 
 
-def _decoded(tokenizer: ChatTokenizer, ids: Sequence[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False)
+def _decoded(tokenizer: ChatTokenizer, ids: Sequence[int], media: Sequence[Medium] = ()) -> str:
+    """The text of ids, with a word for each medium that stands in them."""
+    parts, last = list[str](), 0
+    for medium in media:
+        text = tokenizer.decode(ids[last : medium.start], skip_special_tokens=False)
+        parts += [text, f"[{medium.kind}: {medium.length} tokens, {medium.key[:8]}]"]
+        last = medium.start + medium.length
+    return "".join([*parts, tokenizer.decode(ids[last:], skip_special_tokens=False)])
 
 
 def _short(text: str) -> str:

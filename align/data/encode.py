@@ -90,10 +90,11 @@ def _with_media(segments: list[Tokens], media: Sequence[Sequence[Shown]], tokeni
     """Segments with all tokens of their media in the place of the placeholders. No token of a medium is scored."""
     if not any(media):
         return segments
-    return [_expanded(s, shown, tokenizer) if shown else s for s, shown in zip(segments, media, strict=True)]
+    return [expanded(s, shown, tokenizer) if shown else s for s, shown in zip(segments, media, strict=True)]
 
 
-def _expanded(tokens: Tokens, shown: Sequence[Shown], tokenizer: ChatTokenizer) -> Tokens:
+def expanded(tokens: Tokens, shown: Sequence[Shown], tokenizer: ChatTokenizer) -> Tokens:
+    """With all tokens of each medium in the place of its placeholder. Raises RowError where there are more or fewer."""
     wanted = [tokenizer.token_id(s.placeholder) for s in shown]
     places = np.flatnonzero(np.isin(tokens.ids, wanted))
     if [int(i) for i in tokens.ids[places]] != wanted:

@@ -12,6 +12,7 @@ from typing import Any
 from align.episodes.describe import open_host, started
 from align.episodes.episode import Play
 from align.episodes.group import Played, Retries, draw_group
+from align.episodes.images import open_images
 from align.episodes.setting import setting_of
 from align.episodes.spec import EpisodeSpec
 from align.protocols.fleet import Completion, FailedPrompt, PromptItem, Sampling
@@ -53,7 +54,8 @@ class EpisodeLoop:
         self.lockstep = spec.rules.lockstep
         self.failure: BaseException | None = None
         self._notice, self._tell = notice, answer
-        self._setting = setting_of(spec.rules, spec.tokenizer, spec.description, context)
+        self._images = open_images(spec.sight)
+        self._setting = setting_of(spec.rules, spec.tokenizer, spec.description, context, self._images)
         self._retries = Retries(spec.rules.retries)
         self._groups: dict[int, asyncio.Task[None]] = {}
         self._lock = threading.Lock()
@@ -104,6 +106,8 @@ class EpisodeLoop:
             self._thread.join()
             self._loop.close()
         self._host.close()
+        if self._images is not None:
+            self._images.close()
 
     # ------------------------------------------------------------------------------------------ in the loop
 
@@ -133,8 +137,12 @@ class EpisodeLoop:
         async def draw(prompt: PromptItem, number: int, attempt: int) -> Played:
             return await self._episode(request, number, attempt)
 
-        answer = await draw_group(request.prompt, request.group_size, draw, self._retries)
-        self._tell((request.ticket, answer))
+        try:
+            answer = await draw_group(request.prompt, request.group_size, draw, self._retries)
+            self._tell((request.ticket, answer))
+        finally:
+            if self._images is not None:
+                await self._images.answered(request.prompt.group_id)
 
     async def _episode(self, request: Request, number: int, attempt: int) -> Played:
         await self._place()

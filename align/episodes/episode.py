@@ -18,6 +18,7 @@ import numpy as np
 from align.data.records import RowError
 from align.episodes.budgets import within
 from align.episodes.calls import Reply, ToolCall
+from align.episodes.looking import Eye
 from align.episodes.outcomes import (
     CUT,
     ENDS,
@@ -29,11 +30,12 @@ from align.episodes.outcomes import (
     lost,
     seed_of,
     verdict_of,
+    with_more,
     with_state,
-    with_text,
 )
 from align.episodes.setting import Setting
 from align.protocols.fleet import Completion, Episode, FailedPrompt, PromptItem, Sampling
+from align.protocols.trees import Medium
 from rewards.environments.arguments import check_arguments
 from rewards.environments.live import Outcome
 
@@ -66,12 +68,13 @@ class Play:
         self.setting, self.rules = setting, setting.rules
         self.prompt, self.number, self.sampling, self.attempt = prompt, number, sampling, attempt
         self._sample, self._world = sample, world
-        self._ids = Ids(prompt.token_ids.tolist())
+        self._ids = Ids(prompt.token_ids.tolist(), media=list(prompt.media))
         self._messages: list[Message] = list(prompt.messages)
         self._first = len(self._messages)
         self._last: Completion | None = None
         self._reply = Reply("", None, (), ())
         self._counts = {"turns": 0.0, "calls": 0.0, "call_errors": 0.0, "invalid_calls": 0.0, "cut_answers": 0.0}
+        self._eye = Eye(setting.images, setting.joins, prompt, self._counts)
         self._seconds: dict[str, list[float]] = {}
         self._waited = 0.0
         self._made_ids = 0
@@ -80,15 +83,17 @@ class Play:
         """Raises Lost, which says what stands for the episode where the recipe scores what was killed (`on_kill`)."""
         try:
             ended = await self._turns()
-            return self._prompt_ids(), await self._finished(ended)
+            return self._played(await self._finished(ended))
         except Lost as lost:
             if self.rules.on_kill is not None and lost.killed and self._ids.sampled:
-                lost.stands = self._prompt_ids(), self._completion("killed", Verdict(killed=True))
+                lost.stands = self._played(self._completion("killed", Verdict(killed=True)))
             raise
 
-    def so_far(self) -> tuple[np.ndarray, Completion | None]:
-        """What an episode that was given up has come to; no completion before its first turn."""
-        return self._prompt_ids(), None if self._last is None else self._completion("unfinished", Verdict())
+    def so_far(self) -> tuple[np.ndarray, Completion | None, tuple[Medium, ...]]:
+        """What an episode that was given up has come to, as `Played`; no completion before its first turn."""
+        start = self._ids.start
+        done = None if self._last is None else self._completion("unfinished", Verdict())
+        return np.array(self._ids.tokens[:start], np.int64), done, self._ids.media_of(0, start)
 
     # ------------------------------------------------------------------------------------------------- turns
 
@@ -119,12 +124,13 @@ class Play:
         seed = seed_of(self.prompt.seed, "reset")
         outcome = await self._world.reset(self.prompt.row, seed, episode_seed, self.rules.timeout_s)
         self._require(outcome, "reset")
-        added = as_messages(outcome.value, "reset")
-        if self.rules.signature == "trl" and isinstance(outcome.value, str) and added:
+        added = [(await self._eye.look(m))[0] for m in as_messages(outcome.value, "reset")]
+        if self.rules.signature == "trl" and len(added) == 1 and added[0]["role"] == "user":
             # TRL writes what a reset gives behind the prompt's last words, in the same message
-            added = [with_text(self._messages.pop(), outcome.value)]
+            added = [with_more(self._messages.pop(), added[0]["content"])]
         if added or self.rules.tools_in == "prompt":
-            self._ids = Ids(self.setting.joins.opening(self._messages, added))
+            ids, media, added = await self._eye.opening(self._messages, added)
+            self._ids = Ids(ids, media=list(media))
             self._messages += added
         self._ids.start = len(self._ids.tokens)
 
@@ -143,7 +149,8 @@ class Play:
     async def _turn(self, room: int) -> Completion:
         turn = int(self._counts["turns"])
         seed = seed_of(self.prompt.seed, "turn", self.number, turn, self.attempt)
-        item = replace(self.prompt, token_ids=np.array(self._ids.tokens, np.int64), seed=seed)
+        ids = np.array(self._ids.tokens, np.int64)
+        item = replace(self.prompt, token_ids=ids, media=tuple(self._ids.media), seed=seed)
         thinking = self.setting.format is not None and self.setting.joins.in_thoughts(self._ids.tokens)
         drawn = await self._sample(item, replace(self.sampling, max_tokens=room))
         if isinstance(drawn, FailedPrompt):
@@ -175,11 +182,11 @@ class Play:
         last = int(drawn.token_ids[-1])
         end = last if drawn.finish == "eos" else None
         try:
-            ids = self.setting.joins.join(self._messages, added, end)
+            ids, media, added = self._eye.join(self._messages, added, end)
         except RowError as error:
             raise Lost("template", f"the turn cannot be continued: {error}", killed=False) from error
         self._messages += added
-        self._ids.join(ids)
+        self._ids.join(ids, media)
 
     # ------------------------------------------------------------------------------------------------- acting
 
@@ -192,7 +199,7 @@ class Play:
         outcome = await self._world.respond(reply.content, self.rules.timeout_s)
         self._time("respond", outcome)
         self._require(outcome, "respond")
-        return [self._cut(m) for m in as_messages(outcome.value, "respond")], outcome.done
+        return [await self._observed(m) for m in as_messages(outcome.value, "respond")], outcome.done
 
     async def _answers(self, reply: Reply) -> tuple[list[Message], bool]:
         """An answer to each call, in order, and one to what was no call."""
@@ -213,12 +220,12 @@ class Play:
         ]
         if reply.invalid:
             added = self._with_complaint(added, f"error: {'; '.join(reply.invalid[:_COMPLAINTS])}")
-        return [self._cut(message) for message in added], done
+        return [await self._observed(message) for message in added], done
 
     def _with_complaint(self, answers: list[Message], complaint: str) -> list[Message]:
         """With what was wrong with calls that could not be read, for which there is no message in the template."""
         if answers:
-            return [*answers[:-1], with_text(answers[-1], f"\n{complaint}")]
+            return [*answers[:-1], with_more(answers[-1], f"\n{complaint}")]
         alone = self.setting.joins.takes_answers_alone
         return [{"role": "tool" if alone else "user", "content": complaint}]
 
@@ -253,15 +260,22 @@ class Play:
         self._seconds.setdefault(what, []).append(outcome.seconds)
         self._waited += outcome.seconds
 
-    def _cut(self, message: Message) -> Message:
-        content, cut = within(message["content"], self.rules.max_observation_tokens, self.setting.tokenizer)
+    async def _observed(self, message: Message) -> Message:
+        """A message of the environment within what one may add, its images looked at."""
+        most = self.rules.max_observation_tokens
+        message, taken = await self._eye.look(message, most)
+        return self._cut(message, most - taken)
+
+    def _cut(self, message: Message, most: int) -> Message:
+        content, cut = within(message["content"], most, self.setting.tokenizer)
         self._counts["cut_answers"] += cut
         return {**message, "content": content} if cut else message
 
     # ------------------------------------------------------------------------------------------------- the end
 
-    def _prompt_ids(self) -> np.ndarray:
-        return np.array(self._ids.tokens[: self._ids.start], np.int64)
+    def _played(self, completion: Completion) -> Played:
+        start = self._ids.start
+        return Played(np.array(self._ids.tokens[:start], np.int64), completion, self._ids.media_of(0, start))
 
     async def _finished(self, ended: str) -> Completion:
         verdict = Verdict()
@@ -304,4 +318,5 @@ class Play:
             raw=last.raw,
             sampled=np.array(ids.sampled, bool),
             episode=episode,
+            media=ids.media_of(ids.start, len(ids.tokens)),
         )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from align.episodes.outcomes import Lost, Played
+from align.episodes.outcomes import Lost, Played, moved
 from align.protocols.fleet import Completion, Episode, EpisodeFailure, FailedPrompt, Group, PromptItem
 
 Draw = Callable[[PromptItem, int, int], Awaitable[Played]]
@@ -32,7 +33,7 @@ async def draw_group(prompt: PromptItem, size: int, draw: Draw, retries: Retries
         async with asyncio.TaskGroup() as tasks:
             drawn = [tasks.create_task(_one(prompt, n, attempt, draw, retries)) for n in range(size)]
         played = [task.result() for task in drawn]
-        if sum(isinstance(one, tuple) for one in played) >= min(2, size):
+        if sum(isinstance(one, Played) for one in played) >= min(2, size):
             return assembled(prompt, played)
         said = [f"{one.cause}: {one.message}" for one in played if isinstance(one, Lost)]
     why = "; ".join(list(dict.fromkeys(said))[:_NAMED])
@@ -54,25 +55,28 @@ def assembled(prompt: PromptItem, played: list[Played | Lost]) -> Group:
 
     Resets of equal seeds are alike, so that usually all of a prompt is common.
     """
-    prompts = [one[0] for one in played if isinstance(one, tuple)]
-    common = shared_length(prompts)
-    completions = [lost_completion(one) if isinstance(one, Lost) else begun_at(common, *one) for one in played]
-    trunk = prompts[0][:common]
-    media = tuple(m for m in prompt.media if m.start + m.length <= common)
+    whole = [one for one in played if isinstance(one, Played)]
+    common = shared_length(whole)
+    completions = [lost_completion(one) if isinstance(one, Lost) else begun_at(common, one) for one in played]
+    trunk = whole[0].prompt[:common]
+    media = tuple(m for m in whole[0].media if m.start < common)
     return Group(replace(prompt, token_ids=trunk, media=media), tuple(completions))
 
 
-def shared_length(prompts: list[np.ndarray]) -> int:
-    """Of the longest beginning that all i64[n] have in common."""
-    shortest = min(map(len, prompts))
-    stacked = np.stack([ids[:shortest] for ids in prompts])
+def shared_length(played: list[Played]) -> int:
+    """Of the longest beginning that all prompts have in common: the same tokens, and the same media, each whole."""
+    shortest = min(len(one.prompt) for one in played)
+    stacked = np.stack([one.prompt[:shortest] for one in played])
     differs = np.flatnonzero((stacked != stacked[0]).any(axis=0))
-    return int(differs[0]) if len(differs) else shortest
+    common = int(differs[0]) if len(differs) else shortest
+    shared = set[Any].intersection(*({m.identity for m in one.media} for one in played))
+    apart = [m.start for one in played for m in one.media if m.identity not in shared or m.start + m.length > common]
+    return min([common, *apart])
 
 
-def begun_at(common: int, ids: np.ndarray, completion: Completion) -> Completion:
+def begun_at(common: int, played: Played) -> Completion:
     """The completion with what its prompt has behind `common` before it, which nobody sampled."""
-    own = ids[common:]
+    own, completion = played.prompt[common:], played.completion
     if not len(own):
         return completion
     assert completion.sampled is not None, "of an episode"
@@ -82,6 +86,10 @@ def begun_at(common: int, ids: np.ndarray, completion: Completion) -> Completion
         logps=np.concatenate([np.zeros(len(own), np.float32), completion.logps]),
         versions=np.concatenate([np.full(len(own), -1, np.int32), completion.versions]),
         sampled=np.concatenate([np.zeros(len(own), bool), completion.sampled]),
+        media=(
+            *moved([m for m in played.media if m.start >= common], -common),
+            *moved(completion.media, len(own)),
+        ),
     )
 
 

@@ -11,6 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
+from align.data.encode import expanded
+from align.data.encoded import Tokens
+from align.data.media.shown import Shown, written
 from align.data.records import RowError
 from align.data.tokenizer import ChatTokenizer
 from align.episodes.calls.scan import ends_in_thoughts
@@ -18,6 +23,7 @@ from align.episodes.guard import Change, Guard, changed
 from align.episodes.join_checks import prove, takes_answers_alone
 from align.episodes.renders import Renders, ToolsIn, texts_of
 from align.episodes.spoken import Message, one_turn
+from align.protocols.trees import Medium
 
 _LOOKED_AT = 32  # ids at a prompt's end
 
@@ -57,15 +63,21 @@ class Joins:
         return takes_answers_alone(self._renders)
 
     def opening(
-        self, messages: Sequence[Message], added: Sequence[Message] = (), *, trusted: int | None = None
+        self,
+        messages: Sequence[Message],
+        added: Sequence[Message] = (),
+        *,
+        trusted: int | None = None,
+        shown: Sequence[Shown] = (),
     ) -> list[int]:
-        """Ids of a prompt, with generation prompt.
+        """Ids of a prompt, with generation prompt; of its media one placeholder each (`placed` puts them in).
 
         Args:
             messages: the row's, or a whole conversation. added: an environment's, which follow.
                 A user's text that follows a user's is part of that turn where the template wants turns to alternate.
             trusted: how many of `messages` are the row's own (None: all). Text of those that follow them, but for the
                 assistant's, becomes no added token, as that of `added`.
+            shown: the media of all these messages, in order.
         Raises RowError where the template refuses the messages.
         """
         own = len(messages) if trusted is None else trusted
@@ -82,9 +94,15 @@ class Joins:
                     raise
                 return self._renders.prompt(one)
 
-        return self._ids(text, whole)
+        return self._ids(lambda change: written(text(change), [], shown).text, whole)
 
-    def join(self, messages: Sequence[Message], added: Sequence[Message], sampled_end: int | None) -> list[int]:
+    def join(
+        self,
+        messages: Sequence[Message],
+        added: Sequence[Message],
+        sampled_end: int | None,
+        shown: Sequence[Shown] = (),
+    ) -> list[int]:
         """Ids that are appended to a sampled turn, with the generation prompt of the next.
 
         Args:
@@ -95,7 +113,9 @@ class Joins:
                 header is what ends a turn (GLM), a header that was sampled and is not the one that follows stays too,
                 and the right one follows it. None: a limit or a stop text ended the turn; the template's end is put
                 first.
-        Raises RowError where the template refuses the messages, or writes no end behind the turn.
+            shown: the media of `added`, in order; as for `opening`.
+        Raises RowError where the template refuses the messages, writes no end behind the turn, or writes not each of
+        the media once.
         """
         if not messages or messages[-1]["role"] != "assistant" or not added:
             raise RowError("a join stands between an assistant's message and what is added to it")
@@ -105,7 +125,8 @@ class Joins:
             tail = self._renders.behind(messages, added, change)
             found, kept = self._renders.join_in(tail, sampled_end)
             begins.append((found[0], kept))
-            return tail[found.start() :]  # from an end on, so that no text before it changes its ids
+            # from an end on, so that no text before it changes its ids
+            return written(tail[found.start() :], [], shown).text
 
         ids = self._ids(text, [*messages, *added])
         end, kept = begins[-1]
@@ -114,6 +135,14 @@ class Joins:
         if ids[:1] != [self.tokenizer.token_id(end)]:
             raise RowError(f"the end {end!r} is no token of its own where the template writes it")
         return ids[1:]
+
+    def placed(self, ids: Sequence[int], shown: Sequence[Shown]) -> tuple[list[int], tuple[Medium, ...]]:
+        """(ids with all tokens of the media in place of their placeholders, what stands where in them)."""
+        if not shown:
+            return list(ids), ()
+        tokens = expanded(Tokens(np.array(ids, np.int64), np.zeros(len(ids), bool)), shown, self.tokenizer)
+        whole: list[int] = tokens.ids.tolist()
+        return whole, tokens.media
 
     def in_thoughts(self, ids: Sequence[int]) -> bool:
         """Whether a prompt's ids i64[n] end within thoughts that the template has begun: what `CallFormat.parse` asks.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from align.protocols.fleet import Completion, EpisodeFailure
+from align.protocols.trees import Medium
 from rewards.environments.live import Outcome
 
 Message = Mapping[str, Any]
@@ -17,13 +18,14 @@ Message = Mapping[str, Any]
 
 @dataclass
 class Ids:
-    """The ids of an episode as they grow, the first `start` of them its prompt."""
+    """The ids of an episode as they grow, the first `start` of them its prompt, and what stands in them."""
 
     tokens: list[int]
     start: int = 0
     sampled: list[bool] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+    media: list[Medium] = field(default_factory=list)
 
     def sample(self, drawn: Completion) -> None:
         self.tokens += drawn.token_ids.tolist()
@@ -31,15 +33,30 @@ class Ids:
         self.logps += drawn.logps.tolist()
         self.versions += drawn.versions.tolist()
 
-    def join(self, ids: Sequence[int]) -> None:
+    def join(self, ids: Sequence[int], media: Sequence[Medium] = ()) -> None:
+        """media: what stands in `ids`, counted from their first."""
+        self.media += moved(media, len(self.tokens))
         self.tokens += ids
         self.sampled += [False] * len(ids)
         self.logps += [0.0] * len(ids)
         self.versions += [-1] * len(ids)
 
+    def media_of(self, start: int, end: int) -> tuple[Medium, ...]:
+        """What stands in the tokens from `start` up to `end`, counted from `start`."""
+        return moved([m for m in self.media if start <= m.start < end], -start)
 
-Played = tuple[np.ndarray, Completion]
-"""An episode's prompt, i64[n], and its completion."""
+
+def moved(media: Sequence[Medium], by: int) -> tuple[Medium, ...]:
+    """The same media, so many tokens further behind."""
+    return tuple(replace(medium, start=medium.start + by) for medium in media)
+
+
+class Played(NamedTuple):
+    """An episode's prompt, i64[n], its completion, and what stands in the prompt."""
+
+    prompt: np.ndarray
+    completion: Completion
+    media: tuple[Medium, ...] = ()
 
 
 class Lost(Exception):
@@ -125,11 +142,13 @@ def _is_no_message(item: Message, roles: Sequence[str]) -> str | None:
     return None
 
 
-def with_text(message: Message, text: str) -> Message:
-    """The message with a text behind its content."""
+def with_more(message: Message, more: str | Sequence[Any]) -> Message:
+    """The message with a text, or content parts, behind its content."""
     content = message["content"]
-    more = f"{content}{text}" if isinstance(content, str) else [*(content or ()), {"type": "text", "text": text}]
-    return {**message, "content": more}
+    if isinstance(content, str) and isinstance(more, str):
+        return {**message, "content": f"{content}{more}"}
+    lists = [[{"type": "text", "text": one}] if isinstance(one, str) else one or () for one in (content, more)]
+    return {**message, "content": [part for parts in lists for part in parts]}
 
 
 def seed_of(seed: int, *words: object) -> int:

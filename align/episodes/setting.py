@@ -8,6 +8,7 @@ from typing import Any
 
 from align.data.tokenizer import ChatTokenizer
 from align.episodes.calls import FORMATS, CallFormat, begins_thoughts, find_format
+from align.episodes.images import Images
 from align.episodes.joins import Joins
 from align.errors import Unsupported
 from align.recipe.environment import WRITTEN_AS, Environment
@@ -17,7 +18,7 @@ from align.recipe.environment import WRITTEN_AS, Environment
 class Setting:
     """schemas: of the tools, as OpenAI writes them. has: which of reset, respond, reward, done, state and close the
     environment defines. context: tokens that the engine holds at most. format: how calls are read; None where there are
-    no tools."""
+    no tools. images: that it shows; None where the model sees none."""
 
     rules: Environment
     tokenizer: ChatTokenizer
@@ -26,13 +27,20 @@ class Setting:
     schemas: tuple[Mapping[str, Any], ...]
     has: Mapping[str, bool]
     context: int
+    images: Images | None = None
 
     def schema(self, tool: str) -> Mapping[str, Any] | None:
         """A tool's; None where there is no such tool."""
         return next((s for s in self.schemas if s["function"]["name"] == tool), None)
 
 
-def setting_of(rules: Environment, tokenizer: ChatTokenizer, description: Mapping[str, Any], context: int) -> Setting:
+def setting_of(
+    rules: Environment,
+    tokenizer: ChatTokenizer,
+    description: Mapping[str, Any],
+    context: int,
+    images: Images | None = None,
+) -> Setting:
     """Raises Unsupported where the chat template cannot be continued turn by turn, or calls cannot be read."""
     schemas = tuple(description["tools"])
     joins = Joins(tokenizer, schemas, tools_in=rules.tools_in)
@@ -48,4 +56,4 @@ def setting_of(rules: Environment, tokenizer: ChatTokenizer, description: Mappin
         form = FORMATS[WRITTEN_AS].of(schemas, begins_thoughts(tokenizer))
     elif schemas:
         form = find_format(tokenizer, schemas, rules.parser)
-    return Setting(rules, tokenizer, joins, form, schemas, description["has"], context)
+    return Setting(rules, tokenizer, joins, form, schemas, description["has"], context, images)

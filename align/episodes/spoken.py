@@ -10,6 +10,7 @@ from align.data.tokenizer import ChatTokenizer
 from align.errors import ModelError
 
 Message = Mapping[str, Any]
+MEDIA = ("image", "video", "audio")
 
 
 def spoken(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -29,6 +30,8 @@ def _spoken(tokenizer: ChatTokenizer, message: Message) -> dict[str, Any]:
     else:
         out.pop("tool_calls", None)
     out = tokenizer.dialect.spoken(out)
+    if isinstance(out["content"], list | tuple):  # of a medium its kind: where it lies is nothing that is written
+        out["content"] = [{"type": p["type"]} if p.get("type") in MEDIA else p for p in out["content"]]
     if tokenizer.needs_parts and isinstance(out["content"], str) and out["content"]:
         out["content"] = [{"type": "text", "text": out["content"]}]
     return out

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from align.episodes.spoken import Message, text_of
+from align.episodes.spoken import MEDIA, Message, text_of
 
 _ABOVE = """# Tools
 
@@ -38,14 +38,14 @@ def as_text(messages: Sequence[Message], schemas: Sequence[Mapping[str, Any]], s
     for message in messages:
         role = message["role"]
         if role == "tool":
-            text = f"<tool_response>\n{text_of(message.get('content'))}\n</tool_response>"
+            told = _around("<tool_response>\n", message.get("content"), "\n</tool_response>")
             if answers:
-                out[-1] = _behind(out[-1], text, "\n")
+                out[-1] = _behind(out[-1], told, "\n")
             else:
-                out.append({"role": "user", "content": text})
+                out.append({"role": "user", "content": told})
             answers = True
         elif role == "user" and answers:  # templates that know no tools want turns that alternate
-            out[-1] = _behind(out[-1], text_of(message.get("content")), "\n\n")
+            out[-1] = _behind(out[-1], _around("", message.get("content"), ""), "\n\n")
             answers = False
         else:
             out.append(_calls_as_text(message) if message.get("tool_calls") else dict(message))
@@ -53,8 +53,24 @@ def as_text(messages: Sequence[Message], schemas: Sequence[Mapping[str, Any]], s
     return _instructed(out, schemas, system) if schemas else out
 
 
-def _behind(message: dict[str, Any], text: str, between: str) -> dict[str, Any]:
-    return {**message, "content": f"{message['content']}{between}{text}"}
+def _around(before: str, content: Any, behind: str) -> str | list[Any]:
+    """A content between two texts: text, or parts where it has media."""
+    if isinstance(content, list | tuple) and any(part.get("type") in MEDIA for part in content):
+        return [*_parts(before), *content, *_parts(behind)]
+    return f"{before}{text_of(content)}{behind}"
+
+
+def _parts(content: str | list[Any]) -> list[Any]:
+    if isinstance(content, list):
+        return content
+    return [{"type": "text", "text": content}] if content else []
+
+
+def _behind(message: dict[str, Any], told: str | list[Any], between: str) -> dict[str, Any]:
+    said = message["content"]
+    if isinstance(said, str) and isinstance(told, str):
+        return {**message, "content": f"{said}{between}{told}"}
+    return {**message, "content": [*_parts(said), *_parts(between), *_parts(told)]}
 
 
 def _calls_as_text(message: Message) -> dict[str, Any]:

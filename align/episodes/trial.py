@@ -14,9 +14,11 @@ import numpy as np
 from align.data.tokenizer import ChatTokenizer
 from align.episodes.describe import open_host, started
 from align.episodes.episode import Lost, Play, seed_of
+from align.episodes.images import Images
 from align.episodes.setting import Setting, setting_of
 from align.errors import DataError
 from align.protocols.fleet import Completion, FailedPrompt, PromptItem, Sampling
+from align.protocols.trees import Medium
 from align.recipe.environment import Environment
 from rewards.environments.host import Host
 
@@ -27,11 +29,12 @@ Sample = Callable[[PromptItem, Sampling], Awaitable[Completion | FailedPrompt]]
 
 @dataclass
 class Tried:
-    """An episode that was played. ids: its prompt's and its own, to be decoded; completion: None where it was lost, and
-    lost says why."""
+    """An episode that was played. prompt: ids, to be decoded, and media that stand in them; completion: None where it
+    was lost, and lost says why."""
 
     origin: str
     prompt: np.ndarray | None = None
+    media: tuple[Medium, ...] = ()
     completion: Completion | None = None
     lost: str | None = None
 
@@ -59,17 +62,18 @@ async def try_environment(
     *,
     sampling: Sampling,
     context: int,
+    images: Images | None = None,
     log: Path | None = None,
 ) -> Trial:
     """Play an episode of each prompt, one after the other, as a run would.
 
-    prompts: given the environment's description. sampler: of episode n. Raises PluginError where the environment cannot
-    be loaded, Unsupported where the chat template cannot be continued.
+    prompts: given the environment's description. sampler: of episode n. images: None where the model sees none.
+    Raises PluginError where the environment cannot be loaded, Unsupported where the chat template cannot be continued.
     """
     host = open_host(rules, folder, 0, log)
     try:
         description = await started(host)
-        trial = Trial(description, setting_of(rules, tokenizer, description, context))
+        trial = Trial(description, setting_of(rules, tokenizer, description, context, images))
         for number, prompt in enumerate(prompts(description)):
             trial.episodes.append(await _play(trial.setting, host, prompt, sampling, sampler(number)))
             if (differs := await _resets_differ(host, rules, prompt)) is not None:
@@ -84,11 +88,11 @@ async def _play(setting: Setting, host: Host, prompt: PromptItem, sampling: Samp
     play = Play(setting, prompt, 0, sampling, sample, live)
     tried = Tried(prompt.origin)
     try:
-        tried.prompt, tried.completion = await play.play()
+        tried.prompt, tried.completion, tried.media = await play.play()
     except Lost as lost:
         tried.lost = f"{lost.cause}: {lost.message}"
     except OutOfReplies:
-        tried.prompt, tried.completion = play.so_far()
+        tried.prompt, tried.completion, tried.media = play.so_far()
         tried.lost = "the written replies end here"
     finally:
         await live.close(CLOSE_S)

@@ -12,6 +12,7 @@ from align.recipe.strict import Finite, Fraction, PositiveInt, Strict
 _NAME = re.compile(r"[\w.-]+")
 WRITTEN_AS = "hermes"  # how calls are asked for where the prompt describes tools
 AROUND_ANSWER = 64  # tokens that a template writes around an answer
+MAX_MEDIA = 4  # images in an episode where the recipe does not say
 
 
 def _tools(value: Any) -> Any:
@@ -25,7 +26,9 @@ class Environment(Strict):
     TRL's environment_factory. as: its name in metrics and objectives. python: the interpreter that it runs in.
 
     max_turns: of the policy in an episode; max_tokens: that it may sample in one, where `rollout.max_tokens` bounds a
-    turn; max_calls: of tools in a turn; max_observation_tokens: that one answer may add, cut in the middle beyond.
+    turn; max_calls: of tools in a turn; max_observation_tokens: that one answer may add, its images included, its text
+    cut in the middle beyond. max_media: images that it may show in an episode, beside those of the prompt; None:
+    MAX_MEDIA where the model sees.
     timeout_s: seconds that a call of the environment may take. retries: how often an episode that was lost is drawn
     again; max_live: episodes at once of an engine; max_error_rate: of a step's episodes, the share that may be lost.
 
@@ -49,6 +52,7 @@ class Environment(Strict):
     max_tokens: PositiveInt = 2048
     max_calls: PositiveInt = 8
     max_observation_tokens: PositiveInt = 1024
+    max_media: Annotated[int, Field(ge=0)] | None = None
     timeout_s: Annotated[float, Field(gt=0)] = 30.0
     retries: Annotated[int, Field(ge=0)] = 1
     max_live: PositiveInt = 64
@@ -89,6 +93,10 @@ class Environment(Strict):
     def uses(self) -> tuple[str, ...]:
         """What it takes from files of Python."""
         return self.tools if self.use is None else (self.use,)
+
+    def images(self, sees: bool) -> int:
+        """How many it may show in an episode. sees: whether the model takes images."""
+        return 0 if not sees else MAX_MEDIA if self.max_media is None else self.max_media
 
     def context_tokens(self, turn: int) -> int:
         """Tokens that an episode may add to its prompt: sampled ones (`turn`: at most in one turn), and an answer of

@@ -20,10 +20,18 @@ from align.protocols.trainer import Metrics, Publication
 from align.recipe.capabilities import BEFORE_ANY, JudgingStage
 from align.recipe.parts import Optim
 from align.stages import intervals
-from align.stages.backend import FleetJob, Needs, Start, TrainerJob, longest_prompt, most_media, pixel_limits
+from align.stages.backend import FleetJob, Needs, Start, TrainerJob, longest_prompt, pixel_limits
 from align.stages.context import Context, opened
 from align.stages.episode_scorer import EpisodeScorer, Known
-from align.stages.jobs import described_world, episode_spec, sampling_of, scorer_job, world_tools
+from align.stages.jobs import (
+    described_world,
+    episode_spec,
+    media_of,
+    sampling_of,
+    scorer_job,
+    shown_images,
+    world_tools,
+)
 from align.stages.loop import StageResult
 from align.stages.margins import require_margins
 from align.stages.offline import eval_names
@@ -82,7 +90,9 @@ async def _by_rewards(context: Context, stage: JudgingStage, name: str) -> Metri
     merged = folder / f".merged-{name}"
     async with AsyncExitStack() as stack:
         stack.callback(shutil.rmtree, merged, ignore_errors=True)
+        stack.enter_context(shown_images(context, stage))
         served = await _plain_folder(context, weights, merged)
+        environment = episode_spec(context, stage, tokenizer, world)
         job = FleetJob(
             stage_id=stage.id,
             model=context.recipe.model,
@@ -93,9 +103,9 @@ async def _by_rewards(context: Context, stage: JudgingStage, name: str) -> Metri
             longest_prompt=longest_prompt(prompts),
             seed=context.recipe.seed,
             end_ids=tokenizer.eos_ids,
-            media=most_media(prompts),
+            media=media_of(prompts, environment),
             pixels=pixel_limits(context.recipe.media),
-            environment=episode_spec(context, stage, tokenizer, world),
+            environment=environment,
         )
         judges = [context.backend.scorer(scorer_job(context, stage, stage.rewards))] if stage.rewards else []
         await stack.enter_async_context(context.backend.places(judging_needs(stage)))

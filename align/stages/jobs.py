@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import ceil
+from pathlib import Path
 from typing import Any, Literal
 
 from align.data.tokenizer import ChatTokenizer
-from align.episodes.spec import EpisodeSpec
+from align.episodes.spec import EpisodeSpec, Sight
 from align.losses import Losses
+from align.mediastore import processor_files
 from align.protocols.fleet import PromptItem, Sampling
 from align.recipe.capabilities import SamplingStage, StageBase, TrainStage
 from align.recipe.parts import ReferencePath, Reward, Rollout
@@ -77,14 +82,65 @@ def sampling_of(rollout: Rollout) -> Sampling:
 
 
 def episode_spec(
-    context: Context, stage: StageBase, tokenizer: ChatTokenizer, description: Mapping[str, Any] | None
+    context: Context,
+    stage: StageBase,
+    tokenizer: ChatTokenizer,
+    description: Mapping[str, Any] | None,
+    kept: int | None = None,
 ) -> EpisodeSpec | None:
-    """What engines are told of the stage's environment; None where it has none."""
+    """What engines are told of the stage's environment; None where it has none. kept: see `Sight`."""
     if stage.world is None or description is None:
         return None
     logs = context.run.stage_folder(stage.id) / "environment"
     logs.mkdir(parents=True, exist_ok=True)
-    return EpisodeSpec(stage.world, tokenizer, description, context.recipe_folder, context.recipe.seed, logs)
+    return EpisodeSpec(
+        stage.world,
+        tokenizer,
+        description,
+        context.recipe_folder,
+        context.recipe.seed,
+        logs,
+        _sight(context, stage, tokenizer, kept),
+    )
+
+
+def _sight(context: Context, stage: StageBase, tokenizer: ChatTokenizer, kept: int | None) -> Sight | None:
+    assert stage.world is not None
+    folder = tokenizer.folder
+    if folder is None or context.library(folder) is None or not processor_files(folder):
+        return None
+    return Sight(
+        stage.world.images(True),
+        folder,
+        _shown_in(context, stage),
+        context.recipe.media,
+        context.recipe.model.trust_remote_code,
+        kept,
+    )
+
+
+def _shown_in(context: Context, stage: StageBase) -> Path:
+    return (context.run.stage_folder(stage.id) / "environment" / "images").absolute()
+
+
+@contextmanager
+def shown_images(context: Context, stage: StageBase) -> Iterator[None]:
+    """What environments show lies in the run's folder inside, and is gone behind it: the next run is shown other
+    images. What a killed run left goes first."""
+    folder = _shown_in(context, stage)
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def media_of(prompts: Sequence[PromptItem], environment: EpisodeSpec | None) -> dict[str, int]:
+    """The largest number of each kind of media in what an engine is given, images of an environment with them."""
+    most = most_media(prompts)
+    if environment is not None and environment.sight is not None and environment.sight.most:
+        most["image"] = most.get("image", 0) + environment.sight.most
+    return most
 
 
 async def described_world(context: Context, stage: StageBase) -> Mapping[str, Any] | None:
@@ -107,7 +163,12 @@ def fleet_job(
     prompts: list[PromptItem],
     tokenizer: ChatTokenizer,
     description: Mapping[str, Any] | None,
+    held: Sequence[PromptItem] = (),
 ) -> FleetJob:
+    """held: prompts of its evaluation."""
+    factor = stage.dynamic_sampling.max_factor if stage.dynamic_sampling else 1.0
+    kept = ceil(stage.batch.groups * (stage.staleness + 2) * factor) + len(held)
+    every, environment = [*prompts, *held], episode_spec(context, stage, tokenizer, description, kept)
     return FleetJob(
         stage_id=stage.id,
         model=context.recipe.model,
@@ -115,11 +176,11 @@ def fleet_job(
         rollout=stage.rollout,
         group_size=stage.batch.group_size,
         adapter_rank=start.config.rank if publish_mode(start.config, stage.rollout) == "adapter" else 0,
-        longest_prompt=longest_prompt(prompts),
+        longest_prompt=longest_prompt(every),
         seed=context.recipe.seed,
         versions=stage.staleness + 1,
         end_ids=tokenizer.eos_ids,
-        media=most_media(prompts),
+        media=media_of(every, environment),
         pixels=pixel_limits(context.recipe.media),
-        environment=episode_spec(context, stage, tokenizer, description),
+        environment=environment,
     )

@@ -30,6 +30,7 @@ from align.stages.jobs import (
     reward_sets,
     sampling_of,
     scorer_job,
+    shown_images,
     trainer_job,
     world_tools,
 )
@@ -157,11 +158,12 @@ async def run_online(context: Context, stage: SamplingStage) -> StageResult:
     scorers = [scorer_job(context, stage, rewards, number) for number, rewards in enumerate(reward_sets(stage))]
     context.raise_if_stopped(stage.id)
     async with AsyncExitStack() as stack:
+        stack.enter_context(shown_images(context, stage))
         await stack.enter_async_context(context.backend.places(needs_of(stage)))
         trainer, fleet, *judges = await opened(
             stack,
             context.backend.trainer(job),
-            context.backend.fleet(fleet_job(context, stage, start, [*prompts, *held], tokenizer, world)),
+            context.backend.fleet(fleet_job(context, stage, start, prompts, tokenizer, world, held)),
             *(context.backend.scorer(scorer) for scorer in scorers),
         )
         judges = [

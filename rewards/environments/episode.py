@@ -34,7 +34,7 @@ Outcome = dict[str, Any]
 class Episode:
     """One object of the environment and what is asked of it.
 
-    most: bytes that one answer may have on the wire.
+    most: bytes that one answer may have on the wire, beside its images.
     """
 
     def __init__(self, loaded: Loaded, sock: socket.socket, most: int):
@@ -203,7 +203,11 @@ class Episode:
         except (TypeError, ValueError, RecursionError, MemoryError) as error:
             self._write({**head, **outcome, "value": None, **failed(error)})
             return
-        self._write({**head, **outcome, **why}) if len(frame) > self._most else self._write_frame(frame)
+        images = content.image_bytes(value)
+        if images > content.MAX_IMAGES_BYTES:
+            why["message"] = f"returned images of more than {content.MAX_IMAGES_BYTES:,} bytes"
+        fits = len(frame) - images <= self._most and images <= content.MAX_IMAGES_BYTES
+        self._write_frame(frame) if fits else self._write({**head, **outcome, **why})
 
     def _write(self, message: Mapping[str, Any]) -> None:
         self._write_frame(wire.encode(message))

@@ -52,8 +52,8 @@ class Host:
         spec, folder, seed: the environment, the recipe's folder, the run's seed.
         log_path: file that receives what it prints; None: an unnamed temporary file.
         memory_mb: data memory that an episode may take beyond what importing took; None: half of the machine's.
-        start_s: seconds for importing. max_answer_bytes: of one answer. grace_s: seconds after a deadline in which code
-            that was interrupted may come back, before its process is killed.
+        start_s: seconds for importing. max_answer_bytes: of one answer, beside its images. grace_s: seconds after a
+            deadline in which code that was interrupted may come back, before its process is killed.
     """
 
     def __init__(

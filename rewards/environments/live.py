@@ -15,7 +15,7 @@ from typing import Any, Literal, cast, get_args
 
 from rewards import wire
 from rewards.environments.channel import Channel
-from rewards.environments.content import well_formed
+from rewards.environments.content import MAX_IMAGES_BYTES, well_formed
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Live:
     def __init__(
         self, talk: socket.socket, control: socket.socket, most: int, grace_s: float, ended: Callable[[Live], None]
     ):
-        self._channel = Channel(talk, most + (1 << 16))
+        self._channel = Channel(talk, most + MAX_IMAGES_BYTES + (1 << 16))
         self._control = control
         control.setblocking(False)
         self._grace_s = grace_s

@@ -127,7 +127,7 @@ def test_what_methods_may_return(tmp_path: Path) -> None:
             none, number, point, mapping, parts, thing = await live.calls([("look", {"what": w}) for w in looks], 5)
             assert (none.value, none.was_none, number.value) == ("", True, "3")
             assert (point.value, mapping.value) == ('{"x": 1, "y": 2}', '{"a": [true, null]}')
-            assert [part["type"] for part in parts.value] == ["text", "image_url"]
+            assert [part["type"] for part in parts.value] == ["text", "image"]
             assert thing.kind == "raised" and "returned a object" in thing.message
             assert [o.done for o in (none, number, point)] == [False, False, True]
             assert (await live.respond("hello", 5)).value == [{"role": "user", "content": "HELLO"}]

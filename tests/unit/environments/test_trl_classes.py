@@ -121,12 +121,14 @@ class Env:
 
 @pytest.mark.parametrize("signature", ["trl", "align"])
 def test_images_are_sent_as_data(tmp_path: Path, signature: str) -> None:
-    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,cG5n"}}
+    picture = {"type": "image", "image": "data:;base64,cG5n"}
 
     async def play() -> None:
         async with hosted(write(tmp_path, IMAGES), signature=signature) as host:
             live = await host.open()
-            assert (await live.reset({}, 0, 0, 5)).value == [picture, {"type": "text", "text": "Look."}]
+            assert (await live.reset({}, 0, 0, 5)).value == [
+                {"role": "user", "content": [picture, {"type": "text", "text": "Look."}]}
+            ]
             assert (await live.calls([("look", {})], 5))[0].value == [picture]
 
     within(play)

@@ -23,7 +23,7 @@ def played(prompt: list[int], own: list[int]) -> Played:
         np.array(own), np.full(n, -1.0, np.float32), np.full(n, 4, np.int32), "", "eos",
         sampled=np.ones(n, bool), episode=Episode(),
     )  # fmt: skip
-    return np.array(prompt), done
+    return Played(np.array(prompt), done)
 
 
 def drawn(several: list[Played | Lost], retries: int = 0) -> tuple[Group | FailedPrompt, list[tuple[int, int]]]:

@@ -1,0 +1,157 @@
+"""What an episode is shown: images in the messages of its environment, and the tokens that they become.
+
+What the environment's process sends is a data URL, or an address for the recipe's `media.hosts`; a path is never read
+here, since that process is not trusted. An image that cannot be shown is text that says why, which the policy reads; it
+is counted, and none vanishes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from align.data.media.shown import Shown
+from align.data.records import RowError
+from align.episodes.images import Images
+from align.episodes.joins import Joins
+from align.episodes.spoken import Message, text_of
+from align.mediastore import described
+from align.protocols.fleet import PromptItem
+from align.protocols.trees import Medium
+
+_KINDS = ("image", "image_url", "input_image")
+_SEEN_BY = ("data:", "http://", "https://")
+
+
+class Written(NamedTuple):
+    """Ids, what stands where in them, and the messages that were added, as the policy reads them."""
+
+    ids: list[int]
+    media: tuple[Medium, ...]
+    added: list[Message]
+
+
+class Eye:
+    """The images of one episode. counts: of the episode; `images`, `refused_images` and `call_errors` grow here."""
+
+    def __init__(self, images: Images | None, joins: Joins, prompt: PromptItem, counts: dict[str, float]):
+        self._images, self._joins, self._prompt, self._counts = images, joins, prompt, counts
+        counts |= {"images": 0.0, "refused_images": 0.0}
+        self._shown: list[Shown] = []  # in what the environment said last
+
+    async def look(self, message: Message, most: int | None = None) -> tuple[Message, int]:
+        """A message with its images looked at, and how many tokens those have; most: that they may."""
+        left = 0 if self._images is None else self._images.most - int(self._counts["images"])
+        content = message.get("content")
+        seen = await observed(self._images, self._prompt.group_id, content, left=left, tokens=most)
+        self._shown += seen.shown
+        self._counts["images"] += len(seen.shown)
+        self._counts["refused_images"] += seen.refused
+        self._counts["call_errors"] += seen.refused > 0 and message["role"] == "tool"
+        if seen.content is content:
+            return message, 0
+        return {**message, "content": seen.content}, sum(len(shown.token_ids) for shown in seen.shown)
+
+    async def opening(self, messages: Sequence[Message], added: Sequence[Message]) -> Written:
+        """The prompt written anew; see `Joins.opening`. added: messages that were looked at."""
+        rows = await self._images.of_prompt(self._prompt) if self._images is not None else []
+        shown, added = [*rows, *self._shown], list(added)
+        try:
+            ids = self._joins.placed(self._joins.opening(messages, added, shown=shown), shown)
+        except RowError as error:
+            if not self._shown:
+                raise
+            added = self._unseen(added, str(error))
+            ids = self._joins.placed(self._joins.opening(messages, added, shown=rows), rows)
+        self._shown = []
+        return Written(*ids, added)
+
+    def join(self, messages: Sequence[Message], added: Sequence[Message], sampled_end: int | None) -> Written:
+        """What is appended behind a turn; see `Joins.join`. added: messages that were looked at."""
+        shown, added = self._shown, list(added)
+        try:
+            ids = self._joins.placed(self._joins.join(messages, added, sampled_end, shown), shown)
+        except RowError as error:
+            if not shown:
+                raise
+            added = self._unseen(added, str(error))
+            ids = self._joins.join(messages, added, sampled_end), ()
+        self._shown = []
+        return Written(*ids, added)
+
+    def _unseen(self, added: Sequence[Message], why: str) -> list[Message]:
+        """Messages without their images, which the template does not write: the policy reads why."""
+        self._counts["images"] -= len(self._shown)
+        self._counts["refused_images"] += len(self._shown)
+        out = [{**m, "content": unseen(m["content"], why)} if "content" in m else m for m in added]
+        self._counts["call_errors"] += sum(m["role"] == "tool" and m != was for m, was in zip(out, added, strict=True))
+        return out
+
+
+@dataclass
+class Observed:
+    """An answer as the policy reads it. content: its images as `align.mediastore.described` has them, those that cannot
+    be shown as text that says why. shown: those that can, in order. refused: how many cannot."""
+
+    content: Any
+    shown: list[Shown] = field(default_factory=list)
+    refused: int = 0
+
+
+async def observed(
+    images: Images | None, group: int, content: Any, *, left: int, tokens: int | None = None
+) -> Observed:
+    """A message's content with its images looked at.
+
+    Args:
+        left: images that the episode may still be shown. tokens: that those of one answer may have (None: any number).
+    """
+    if not isinstance(content, list | tuple) or all(part.get("type") == "text" for part in content):
+        return Observed(content)
+    sources = [_source(part) for part in content]
+    whys: dict[int, str] = {}
+    wanted = [n for n, source in enumerate(sources) if source is not None]
+    for n, part in enumerate(content):
+        if part.get("type") != "text" and sources[n] is None:
+            whys[n] = f"no image with a data URL or an address, and nothing else can be shown ({part.get('type')})"
+    if images is None:
+        whys |= dict.fromkeys(wanted, "the model sees no images")
+    else:
+        most = max(0, left)
+        whys |= dict.fromkeys(wanted[most:], f"at most {images.most} images an episode are shown")
+        wanted = wanted[:most]
+    found: dict[int, Shown] = {}
+    if images is not None and wanted:
+        for n, one in zip(wanted, await images.show(group, [sources[n] or "" for n in wanted]), strict=True):
+            size = 0 if isinstance(one, str) else len(one.token_ids)
+            if isinstance(one, str):
+                whys[n] = one
+            elif tokens is not None and size > tokens:
+                whys[n] = f"it takes {size} tokens, and an answer may add {tokens}; make it smaller"
+            else:
+                found[n], tokens = one, None if tokens is None else tokens - size
+    parts = [
+        dict(described(found[n].medium(0))) if n in found else part if n not in whys else _told(whys[n], bool(n))
+        for n, part in enumerate(content)
+    ]
+    return Observed(parts if found else text_of(parts), list(found.values()), len(whys))
+
+
+def _source(part: Mapping[str, Any]) -> str | None:
+    """Where an image comes from; None where the part is none that can be read."""
+    given = part.get("image", part.get("image_url")) if part.get("type") in _KINDS else None
+    source = given.get("url") if isinstance(given, Mapping) else given
+    return source if isinstance(source, str) and source[:8].lower().startswith(_SEEN_BY) else None
+
+
+def _told(why: str, behind: bool) -> dict[str, str]:
+    text = f"error: an image was not shown: {why}"
+    return {"type": "text", "text": f"\n{text}" if behind else text}
+
+
+def unseen(content: Any, why: str) -> str:
+    """A content with a text in the place of each image."""
+    if isinstance(content, str):
+        return content
+    return text_of([part if part.get("type") == "text" else _told(why, bool(n)) for n, part in enumerate(content)])
