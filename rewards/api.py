@@ -55,7 +55,7 @@ class Sample:
     the token that ends it; raw: that text in any case, None where both are the same.
     token_ids: exactly the ids that are trained on; truncated: cut off by max_tokens.
     group_id: the prompt's draw, shared by its G completions; sample_id: the completion's number in its group.
-    row: every column of the data row, shared by the group. media: of each medium of the prompt, in order,
+    row: every column of the data row, shared by the group. media: of each medium that the policy was shown, in order,
     {"type": "image", "video" or "audio", "path": the file that shows it as the policy saw it}.
     policy_version: version of the policy that sampled the last token (-1: unknown).
     turns: of an episode, the messages behind the prompt as they went (replies, tool calls, answers); completion is then

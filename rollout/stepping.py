@@ -17,6 +17,7 @@ import numpy as np
 from align.errors import AlignError
 from align.protocols.fleet import Completion, FailedPrompt, Group
 from align.protocols.trainer import Publication
+from align.protocols.trees import Medium
 from rollout.base import Engine, Request
 
 
@@ -31,11 +32,12 @@ class Refusal:
 @dataclass(frozen=True, slots=True)
 class Drawn:
     """A Group without the prompt, which the asker has. prompt_ids: of the prompt that the completions follow, i64[n],
-    where it is not as it was asked: what an episode's environment adds to it when it begins is seen by the policy, and
-    must be by the trainer."""
+    with the media that stand in them, where it is not as it was asked: what an episode's environment adds to it when it
+    begins is seen by the policy, and must be by the trainer."""
 
     completions: tuple[Completion, ...]
     prompt_ids: np.ndarray | None = None
+    media: tuple[Medium, ...] = ()
 
 
 Result = Drawn | Refusal
@@ -174,8 +176,10 @@ def drawn(request: Request, answer: Group | FailedPrompt) -> Result:
     """An answer to a request as it is sent; `answered` makes it whole again."""
     if isinstance(answer, FailedPrompt):
         return Refusal(answer.cause, answer.message)
-    asked, seen = request.prompt.token_ids, answer.prompt.token_ids
-    return Drawn(answer.completions, None if np.array_equal(asked, seen) else seen)
+    asked, seen = request.prompt, answer.prompt
+    if np.array_equal(asked.token_ids, seen.token_ids) and asked.media == seen.media:
+        return Drawn(answer.completions)
+    return Drawn(answer.completions, seen.token_ids, seen.media)
 
 
 def answered(request: Request, result: Result) -> Group | FailedPrompt:
@@ -184,9 +188,7 @@ def answered(request: Request, result: Result) -> Group | FailedPrompt:
     if isinstance(result, Refusal):
         return FailedPrompt(prompt, result.cause, result.message)
     if result.prompt_ids is not None:
-        seen = len(result.prompt_ids)
-        media = tuple(medium for medium in prompt.media if medium.start + medium.length <= seen)
-        prompt = replace(prompt, token_ids=result.prompt_ids, media=media)
+        prompt = replace(prompt, token_ids=result.prompt_ids, media=result.media)
     return Group(prompt, result.completions)
 
 

@@ -23,7 +23,6 @@ from rewards.pool import PoolResult, RewardPool
 
 def samples_of(groups: Sequence[Group]) -> list[rewards.Sample]:
     """The completions of the groups in order, as plugins see them."""
-    media = [tuple(described(medium) for medium in group.prompt.media) for group in groups]
     return [
         rewards.Sample(
             completion=completion.text,
@@ -33,13 +32,13 @@ def samples_of(groups: Sequence[Group]) -> list[rewards.Sample]:
             truncated=completion.truncated,
             group_id=group.prompt.group_id,
             sample_id=number,
-            media=seen,
+            media=tuple(described(medium) for medium in (*group.prompt.media, *completion.media)),
             policy_version=newest_version(completion),
             raw=completion.raw,
             turns=completion.episode.turns if completion.episode else (),
             state=completion.episode.state if completion.episode else None,
         )
-        for group, seen in zip(groups, media, strict=True)
+        for group in groups
         for number, completion in enumerate(group.completions)
     ]
 

@@ -117,7 +117,7 @@ class Play:
                 return "done" if done else "reply"
             if self._counts["turns"] >= self.rules.max_turns:
                 return "turns"
-            self._append(added, drawn)
+            self._append([await self._observed(message) for message in added], drawn)
 
     async def _reset(self) -> None:
         episode_seed = seed_of(self.prompt.seed, "episode", self.number)
@@ -199,7 +199,7 @@ class Play:
         outcome = await self._world.respond(reply.content, self.rules.timeout_s)
         self._time("respond", outcome)
         self._require(outcome, "respond")
-        return [await self._observed(m) for m in as_messages(outcome.value, "respond")], outcome.done
+        return as_messages(outcome.value, "respond"), outcome.done
 
     async def _answers(self, reply: Reply) -> tuple[list[Message], bool]:
         """An answer to each call, in order, and one to what was no call."""
@@ -220,7 +220,7 @@ class Play:
         ]
         if reply.invalid:
             added = self._with_complaint(added, f"error: {'; '.join(reply.invalid[:_COMPLAINTS])}")
-        return [await self._observed(message) for message in added], done
+        return added, done
 
     def _with_complaint(self, answers: list[Message], complaint: str) -> list[Message]:
         """With what was wrong with calls that could not be read, for which there is no message in the template."""

@@ -107,7 +107,10 @@ async def observed(
     Args:
         left: images that the episode may still be shown. tokens: that those of one answer may have (None: any number).
     """
-    if not isinstance(content, list | tuple) or all(part.get("type") == "text" for part in content):
+    if not isinstance(content, list | tuple):
+        return Observed(content)
+    content = [_sound(part) for part in content]
+    if all(part["type"] == "text" for part in content):
         return Observed(content)
     sources = [_source(part) for part in content]
     whys: dict[int, str] = {}
@@ -136,6 +139,13 @@ async def observed(
         for n, part in enumerate(content)
     ]
     return Observed(parts if found else text_of(parts), list(found.values()), len(whys))
+
+
+def _sound(part: Any) -> Mapping[str, Any]:
+    """A part with a kind, whose text is text: whatever an environment's process sent."""
+    if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+        return {"type": "text", "text": str(part)}
+    return {"type": "text", "text": str(part.get("text") or "")} if part["type"] == "text" else part
 
 
 def _source(part: Mapping[str, Any]) -> str | None:

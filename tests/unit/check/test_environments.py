@@ -86,6 +86,7 @@ def test_an_episode_fits_the_model_and_its_memory_is_counted_whole(
         ("stages.grpo.environment={tools: [judge.py:brevity]}", ["samples"]),
         ("stages.grpo.environment={}", ["give `use: file.py:Class`, or `tools"]),
         ("stages.grpo.environment={use: world.py:Calculator, max_turns: 0}", ["max_turns", "greater than 0"]),
+        ("stages.grpo.environment.max_media=2", ["max_media: 2", "takes text alone", "vision-language"]),
         ("stages.grpo.environment.max_turnz=3", ["max_turnz", "max_turns"]),
         ("stages.grpo.environment.args={size: 3}", ["has no argument 'size'"]),
         ("stages.grpo.environment.parser=hermez", ["hermez", "hermes"]),

@@ -9,6 +9,9 @@ import pytest
 
 from align.cli.main import main
 from tests.runs import write_jsonl
+from tests.tiny_vlms import write_tiny_vlm
+from tests.unit.episodes.album import ALBUM
+from tests.unit.episodes.album import call as album_call
 from tests.unit.episodes.stage import CALCULATOR, call, write
 
 
@@ -49,6 +52,22 @@ def test_resets_that_differ_for_one_seed_and_lost_episodes_are_problems(
     )
     said = tried(capsys, 1, "--replies", "replies.jsonl")
     assert "lost: raised: reset: ValueError: no" in said
+
+
+def test_images_are_shown_as_a_word_and_how_many_tokens_they_have(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny_vlm(here / "model", "qwen2_5_vl")
+    write(here, ALBUM)
+    replies = [album_call(1, "parts"), album_call(2, "damaged"), "nothing", "nothing"]
+    (here / "replies.jsonl").write_text(json.dumps(replies) + "\n")
+    words = ["--model", "model", "--set", "tools_in=prompt", "max_turns=3", "--args", "opens=true"]
+    code = main(["env", "try", "world.py:Album", "--data", "rows.jsonl", "--replies", "replies.jsonl", *words])
+    said = capsys.readouterr().out
+    assert code == 0, said
+    assert said.count("[image: ") == 3 and "Page one: <|vision_start|>[image: " in said
+    assert "Before: <|vision_start|>[image: " in said and "<|image_pad|>" not in said and "base64" not in said
+    assert "images 3, refused_images 1" in said
 
 
 def test_somebody_must_play(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
