@@ -43,11 +43,14 @@ def global_counts(trees: Sequence[Tree]) -> Counts:
 
 def observed(branch: Segment) -> np.ndarray:
     """bool[n]: the tokens of an episode that nobody sampled, behind the first that the policy did; none of an answer.
-    They have no version."""
+    They have no version. Those of media are not among them: all pictures have the same."""
     if branch.versions is None:
         return np.zeros(len(branch), dtype=bool)
     sampled = np.asarray(branch.versions) >= 0
-    return np.asarray(~sampled & (np.cumsum(sampled) > 0))
+    found = np.asarray(~sampled & (np.cumsum(sampled) > 0))
+    for medium in branch.media:
+        found[medium.start : medium.start + medium.length] = False
+    return found
 
 
 def mark_nll(tree: Tree, which: str) -> Tree:

@@ -2,10 +2,11 @@
 
     -sum(logp) / tokens,   over all tokens that an environment added behind the first sampled one
 
-Those that the chat template writes around an answer are among them. It stands beside grpo, `loss: [{name: grpo}, {name:
-echo, weight: 0.05}]` (the paper's weight), in the same forward pass, and learns from every episode that was played,
-those of missing or equal scores too. It divides by its own tokens, so that long answers do not thin out what episodes
-teach; a row's `weight` multiplies those alone. Its size says how much of an environment the policy knows already.
+Those that the chat template writes around an answer are among them, those of images are not. It stands beside grpo,
+`loss: [{name: grpo}, {name: echo, weight: 0.05}]` (the paper's weight), in the same forward pass, and learns from every
+episode that was played, those of missing or equal scores too. It divides by its own tokens, so that long answers do not
+thin out what episodes teach; a row's `weight` multiplies those alone. Its size says how much of an environment the
+policy knows already.
 """
 
 from __future__ import annotations

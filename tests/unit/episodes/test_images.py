@@ -173,7 +173,9 @@ def test_whatever_a_process_sends_as_parts_is_text_or_told(world: World) -> None
     with opened_images(spec.environment.sight) as images:
         seen = asyncio.run(observed(images, 0, content, left=9))
     assert seen.refused == 1 and seen.shown == [], "a path is read by the environment's own process, or not at all"
-    assert seen.content.startswith("words5") and "error: an image was not shown: no image with a data URL" in seen.content
+    assert (
+        seen.content.startswith("words5") and "error: an image was not shown: no image with a data URL" in seen.content
+    )
 
 
 def test_a_model_that_sees_none_is_told_so(world: World) -> None:
@@ -184,19 +186,33 @@ def test_a_model_that_sees_none_is_told_so(world: World) -> None:
     )
 
 
-def test_a_template_that_writes_no_images_of_tools_is_told_of(world: World, tmp_path: Path) -> None:
+def with_tools(world: World, folder: Path, otherwise: str) -> EngineSpec:
+    """An engine whose template writes tools, and of a part that is no text what `otherwise` says."""
     template = (
         "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}"
         "<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
-        "{{ p.text }}{% endfor %}{% endif %}{% for c in m.tool_calls %}<tool_call>{{ c.function | tojson }}</tool_call>"
-        "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{% if p.type == 'text' %}{{ p.text }}{% else %}" + otherwise + "{% endif %}{% endfor %}{% endif %}"
+        "{% for c in m.tool_calls %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    (tmp_path / "blind.jinja").write_text(template)
+    (folder / "tools.jinja").write_text(template)
     spec = world.spec(tools_in="template", parser="hermes")
     assert isinstance(spec.environment, EpisodeSpec)
-    blind = load_tokenizer(world.model, chat_template=str(tmp_path / "blind.jinja"))
-    spec = replace(spec, environment=replace(spec.environment, tokenizer=blind))
-    drawn, _ = looked(world, "image", spec=spec)
+    tokenizer = load_tokenizer(world.model, chat_template=str(folder / "tools.jinja"))
+    return replace(spec, environment=replace(spec.environment, tokenizer=tokenizer))
+
+
+def test_a_template_that_writes_images_of_tools_is_given_them_as_they_are(world: World, tmp_path: Path) -> None:
+    spec = with_tools(world, tmp_path, "<|vision_start|><|image_pad|><|vision_end|>")
+    drawn, asked = looked(world, "parts", spec=spec)
+    assert [len(request.prompt.media) for request in asked] == [0, 2]
+    text = world.tokenizer.decode(drawn.token_ids.tolist(), skip_special_tokens=False)
+    assert "<|im_start|>tool\nPage one: <|vision_start|><|image_pad|>" in text
+    assert [part["type"] for part in said(drawn)[0]] == ["text", "image", "text", "image"]
+
+
+def test_a_template_that_writes_no_images_of_tools_is_told_of(world: World, tmp_path: Path) -> None:
+    drawn, _ = looked(world, "image", spec=with_tools(world, tmp_path, ""))
     assert drawn.media == () and "the chat template writes 0 <|image_pad|> for 1 images" in said(drawn)[0]
     counts = episode(drawn).counts
     assert (counts["images"], counts["refused_images"], counts["call_errors"]) == (0, 1, 1)

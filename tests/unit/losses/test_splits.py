@@ -16,7 +16,7 @@ from align.data.microbatches import plan_microbatches
 from align.data.packing import collate, global_counts, mark_nll, observed
 from align.losses import configure, load, names
 from align.losses.base import LossInputs
-from align.protocols.trees import Counts, Segment, Tree
+from align.protocols.trees import Counts, Medium, Segment, Tree
 from align.train.metrics import MetricSums
 from align.train.prepass import run_prepass
 from align.types import HeadOutputs, TokenBatch
@@ -240,6 +240,10 @@ def test_echo_is_the_mean_likelihood_of_what_an_environment_added_and_leaves_grp
     together = run("grpo", {}, marked, 10_000)
     assert together[0] == pytest.approx(run("grpo", {}, trees, 10_000)[0]), "tokens that are only observed have no part"
     sampled_late = replace(lost, versions=np.where(np.arange(len(lost)) < 1, -1, lost.versions))
+    long = Segment(np.arange(12), np.zeros(12, bool), versions=np.array([0, *[-1] * 11], np.int32))
+    pictured = replace(long, media=(Medium("image", "k", "", 3, 4, 1),))
+    assert np.flatnonzero(observed(long)).tolist() == [*range(1, 12)]
+    assert np.flatnonzero(observed(pictured)).tolist() == [1, 2, *range(7, 12)], "no picture is foreseen"
     assert not observed(sampled_late)[0], "what stands before the first sampled token is the prompt's"
 
 

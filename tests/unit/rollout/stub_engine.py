@@ -14,6 +14,7 @@ import numpy as np
 from align.errors import EngineError, SetupError
 from align.protocols.fleet import Completion, FailedPrompt, Group, PromptItem, Sampling
 from align.protocols.trainer import Publication
+from align.protocols.trees import Medium
 from rollout.base import Answer, EngineSpec, Request
 
 
@@ -28,8 +29,8 @@ def first(flag: str) -> bool:
 
 class StubEngine:
     """Options: start "fails", start_s; per_step: groups that a step finishes (all); step_s; drain: whether a version
-    waits for running requests; begins: ids that it puts behind every prompt, as episodes do. Rows: do, and once: a file
-    that is made when it was done, so that it is done once."""
+    waits for running requests; begins: ids of an image that it puts behind every prompt, as episodes do. Rows: do, and
+    once: a file that is made when it was done, so that it is done once."""
 
     def __init__(self, spec: EngineSpec):
         options = spec.engine
@@ -79,7 +80,8 @@ class StubEngine:
             return FailedPrompt(item, "too long", "a prompt too long")
         completions = (self._completion(item, i, request.sampling, version) for i in range(request.group_size))
         if begins := self._options.get("begins"):
-            item = replace(item, token_ids=np.concatenate([item.token_ids, np.array(begins)]))
+            shown = Medium("image", "key", "store", len(item.token_ids), len(begins), 1)
+            item = replace(item, token_ids=np.concatenate([item.token_ids, np.array(begins)]), media=(shown,))
         return Group(item, tuple(completions))
 
     def _completion(self, item: PromptItem, number: int, sampling: Sampling, version: int) -> Completion:

@@ -83,6 +83,7 @@ def test_a_group_has_the_prompt_that_its_completions_follow() -> None:
         group = answered(asked, result)
         assert isinstance(group, Group) and group.prompt.token_ids.tolist() == ids
         assert (result.prompt_ids is None) == (not options), "a prompt as it was asked is not sent back"
+        assert [medium.start for medium in group.prompt.media] == ([4] if options else [])
 
 
 def test_requests_given_after_a_version_are_sampled_from_it_and_those_before_are_not() -> None:
