@@ -66,7 +66,7 @@ def test_a_run_trains_on_images_that_its_environment_shows(engine: str, tmp_path
         "steps": 2,
         "batch": {"groups": 2, "group_size": 2},
         "rewards": [],
-        "environment": {"use": "world.py:Paint", "max_media": 3, "max_observation_tokens": 64},
+        "environment": {"use": "world.py:Paint", "max_media": 3, "max_observation_tokens": 64, "max_turns": 3},
         "rollout": {"name": engine, "max_tokens": 24, "stop_token_ids": list(STOPS), "truncated": "keep"},
     }
     run(write_recipe(tmp_path, "paint", [stage]))
