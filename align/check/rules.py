@@ -163,19 +163,7 @@ def _check_needs(stage: Stage, losses: Losses) -> None:
                 where="loss",
                 remedy="train them in stages of their own; `sft` may stand after a loss on pairs",
             )
-    if echoes := [loss.name for loss in losses if loss.needs.nll == "observed"]:
-        if stage.world is None:
-            raise RecipeError(
-                f"the loss {echoes[0]!r} learns what an environment answers, and the stage has none",
-                where="loss",
-                remedy="add an `environment`, or leave the loss out",
-            )
-        if len(echoes) == len(losses):
-            raise RecipeError(
-                f"the loss {echoes[0]!r} alone learns from no score: what `reward` says would have no effect",
-                where="loss",
-                remedy=f"put it beside another: `loss: [{{name: grpo}}, {{name: {echoes[0]}, weight: 0.05}}]`",
-            )
+    _check_observed(stage, losses)
     if len({loss.needs.nll for loss in losses} - {"none"}) > 1:
         raise RecipeError(
             f"the losses {' and '.join(names)} cover different tokens with their likelihood terms",
@@ -197,6 +185,23 @@ def _check_needs(stage: Stage, losses: Losses) -> None:
         _check_cached(stage, losses)
     if isinstance(stage, SamplingStage):
         _check_updates(stage, losses)
+
+
+def _check_observed(stage: Stage, losses: Losses) -> None:
+    """What learns from an environment's answers has one, and stands beside what learns from scores."""
+    own = [loss.name for loss in losses if loss.needs.nll == "observed"]
+    if own and stage.world is None:
+        raise RecipeError(
+            f"the loss {own[0]!r} learns what an environment answers, and the stage has none",
+            where="loss",
+            remedy="add an `environment`, or leave the loss out",
+        )
+    if own and len(own) == len(losses):
+        raise RecipeError(
+            f"the loss {own[0]!r} alone learns from no score: what `reward` says would have no effect",
+            where="loss",
+            remedy=f"put it beside another: `loss: [{{name: grpo}}, {{name: {own[0]}, weight: 0.05}}]`",
+        )
 
 
 def _check_labels(losses: Sequence[LossTerm], head: Labels) -> None:
