@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from os.path import expanduser
@@ -24,6 +24,7 @@ from align.data.scratch import train_tokenizer
 from align.data.sources import on_hub
 from align.data.streams import open_stream
 from align.data.tokenizer import ChatTokenizer
+from align.data.world import Offered
 from align.errors import ModelError, PluginError
 from align.hub import resolve_model_folder
 from align.mediastore import processor_files
@@ -179,14 +180,14 @@ def read_data(
     losses: Sequence[LossTerm] = (),
     show: int = 0,
     exhausted: Exhausted | None = None,
-    tools: Sequence[Mapping[str, Any]] = (),
+    offered: Offered | None = None,
 ) -> DataFacts:
     """The first rows of each source (all with `every_row`) through tokenizer and template. Raises DataError.
 
     answers: rewards will judge the pairs. margins: every pair must have one, from them or from its row. labels: of
     labelled rows. losses: that learn from the rows; they must take the rows' weights. show: how many rows of each
-    source are shown (0: one of each whose columns were guessed). exhausted: see `align.data.mixing`. tools: an
-    environment's. A hub data set is opened with every row only: the library that reads it brings torch. Of a stream
+    source are shown (0: one of each whose columns were guessed). exhausted: see `align.data.mixing`. offered: by an
+    environment. A hub data set is opened with every row only: the library that reads it brings torch. Of a stream
     never more than its first rows are read.
     """
     here = tuple(s for s in sources if every_row or not on_hub(s, folder))
@@ -210,7 +211,7 @@ def read_data(
         media=model.media,
         labels=labels,
         exhausted=exhausted,
-        tools=tools,
+        offered=offered,
     )
     if margins:
         (refuse_own_margins if answers else require_margins)(prepared.items)

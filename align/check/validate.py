@@ -178,7 +178,7 @@ def _check_stage(
                 losses=() if sampled else stage.losses,
                 show=show,
                 exhausted=mix_of(stage, key),
-                tools=worlds.tools(stage, found) if sampled else (),
+                offered=worlds.offered(stage, found) if sampled else None,
             )
     if len(read) < len(stage.datasets):
         return

@@ -10,6 +10,7 @@ from typing import Any
 from align.check.findings import Findings
 from align.check.inputs import DataFacts, ModelFacts
 from align.data.media.opening import takes_media
+from align.data.world import Offered
 from align.episodes.describe import describe, scores_of_killed
 from align.episodes.setting import setting_of
 from align.errors import PluginError, RecipeError
@@ -72,11 +73,9 @@ class Worlds:
             return None
         return {**own, **rewards}
 
-    def tools(self, stage: StageBase, found: Findings) -> tuple[Mapping[str, Any], ...]:
-        """Schemas that the stage's prompts are rendered with."""
-        described = self.of(stage, found)
-        written = stage.world is not None and stage.world.tools_in == "template"
-        return tuple(described["tools"]) if described is not None and written else ()
+    def offered(self, stage: StageBase, found: Findings) -> Offered | None:
+        """What it offers to the stage's prompts; None where there is none, or it could not be loaded."""
+        return Offered.of(stage.world, self.of(stage, found))
 
     def lines(self, stage: StageBase, model: ModelFacts, facts: DataFacts, found: Findings) -> list[str]:
         """What its episodes are, in words. Raises Unsupported where the chat template cannot be continued, RecipeError

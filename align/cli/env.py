@@ -17,6 +17,7 @@ from align.data.media.opening import takes_media
 from align.data.prepare import prepare
 from align.data.scratch import train_tokenizer
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
+from align.data.world import Offered
 from align.episodes.images import opened_images
 from align.episodes.outcomes import moved
 from align.episodes.spec import Sight
@@ -63,9 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
         sampling = Sampling(temperature=arguments.temperature, max_tokens=arguments.max_tokens)
 
         def prompts(description: Mapping[str, Any]) -> Sequence[PromptItem]:
-            tools = description["tools"] if rules.tools_in == "template" else ()
+            offered = Offered.of(rules, description)
             with closing(Library(Media(), sight.model, sight.store)) if sight else nullcontext() as library:
-                read = prepare([source], "prompt", tokenizer, seed=0, tools=tools, media=library)
+                read = prepare([source], "prompt", tokenizer, seed=0, offered=offered, media=library)
             items: list[PromptItem] = read.items
             return items[: arguments.limit]
 

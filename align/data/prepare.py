@@ -14,7 +14,7 @@ Images and other media go through a `Library` (align.data.media), which the call
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from align.data.table import Kept, Table
 from align.data.tables import Tokeniser
 from align.data.tokenizer import ChatTokenizer
 from align.data.whole import read_table
+from align.data.world import Offered
 from align.errors import DataError
 from align.protocols.fleet import Group
 from align.recipe.inputs import DataSource, Exhausted
@@ -67,7 +68,7 @@ def prepare(
     unlabelled: bool = False,
     records: bool = False,
     exhausted: Exhausted | None = None,
-    tools: Sequence[Mapping[str, Any]] = (),
+    offered: Offered | None = None,
 ) -> Prepared:
     """Read, convert, check, tokenise and mix the rows of a stage.
 
@@ -80,14 +81,14 @@ def prepare(
             refused.
         labels: of labelled rows, what their labels may be; unlabelled: a row may have none.
         records: hand on the rows as they were read, too; no cache keeps them.
-        exhausted: of sources with weights, how long an epoch is. tools: an environment's, for every prompt's template.
+        exhausted: of sources with weights, how long an epoch is. offered: by an environment to every prompt.
     Raises DataError where a source cannot be read or, unless it says `on_bad_row: skip`, has rows that cannot be used.
     """
     assert kind == "pair" or not answers, "only pairs have answers to judge"
     assert (kind == "labelled") == (labels is not None), "labelled rows have labels, and others none"
     labelling = Labelling(labels, unlabelled) if labels else None
     tokenisers = [
-        Tokeniser(_with_max_length(s, max_length), kind, tokenizer, media, answers, labelling, records, tuple(tools))
+        Tokeniser(_with_max_length(s, max_length), kind, tokenizer, media, answers, labelling, records, offered)
         for s in sources
     ]
     tables = [_prepare_source(t, cache, first, folder) for t in tokenisers]

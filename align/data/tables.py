@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +47,7 @@ from align.data.table import Kept
 from align.data.thinking import Thoughts
 from align.data.tokenizer import ChatTokenizer
 from align.data.unread import Reading, unread_columns
-from align.data.world import with_tools
+from align.data.world import Offered, with_tools
 from align.recipe.inputs import DataSource
 
 _NOT_IN_PROMPT = "the column {!r} is not in the prompt, which may depend on it (rewards see it)"
@@ -73,7 +73,7 @@ class _Row:
 @dataclass
 class Tokeniser:
     """How the rows of one source become a table. library: of a model that takes media; answers, records: see
-    `prepare`; labelling: of labelled rows; tools: of an environment, for every prompt."""
+    `prepare`; labelling: of labelled rows; offered: by an environment, to every prompt."""
 
     source: DataSource
     kind: Kind
@@ -82,7 +82,7 @@ class Tokeniser:
     answers: bool = False
     labelling: Labelling | None = None
     records: bool = False
-    tools: tuple[Mapping[str, Any], ...] = ()
+    offered: Offered | None = None
 
     @property
     def label_columns(self) -> tuple[str, ...]:
@@ -228,7 +228,7 @@ class _Chunk:
             if self.laid.guessed or (self.laid.free and asked_as_text(layout.required)):
                 refuse_written_calls(record)
             record = record if thoughts is None else thoughts.of(record)
-            record = with_tools(record, how.tools)
+            record = with_tools(record, how.offered)
             if self.laid.guessed:
                 self._refuse_json(record)
             if weight or self._answers_every_row:

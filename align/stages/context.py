@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from align.data.media.opening import open_library, store_of
 from align.data.prepare import Prepared, prepare
 from align.data.records import Kind
 from align.data.tokenizer import ChatTokenizer
+from align.data.world import Offered
 from align.errors import Interrupted
 from align.protocols.fleet import Group, PromptItem, group_seed
 from align.protocols.trainer import Trainer
@@ -121,7 +122,7 @@ class Context:
         kind: Kind,
         tokenizer: ChatTokenizer,
         name: str = "data",
-        tools: Sequence[Mapping[str, Any]] = (),
+        offered: Offered | None = None,
     ) -> list[Any]:
         """Prepared trees or prompts of `sources`; the data report goes to `<stage>/<name>.json` and the screen.
 
@@ -130,7 +131,7 @@ class Context:
         asked = (stage.id, name, kind, tokenizer.fingerprint)
         if self._prepared is not None and self._prepared[0] == asked:
             return self._prepared[1]
-        prepared = await self._read(stage, sources, kind, tokenizer, name, tools=tools)
+        prepared = await self._read(stage, sources, kind, tokenizer, name, offered=offered)
         self._prepared = (asked, list(prepared.items))
         return self._prepared[1]
 
@@ -143,7 +144,7 @@ class Context:
         name: str,
         *,
         answers: bool = False,
-        tools: Sequence[Mapping[str, Any]] = (),
+        offered: Offered | None = None,
     ) -> Prepared:
         prepared = await asyncio.to_thread(
             prepare,
@@ -157,7 +158,7 @@ class Context:
             labels=stage.score_head if kind == "labelled" else None,
             media=self.library(tokenizer.folder),
             exhausted=mix_of(stage, name),
-            tools=tools,
+            offered=offered,
         )
         folder = self.run.stage_folder(stage.id)
         folder.mkdir(parents=True, exist_ok=True)
@@ -188,11 +189,11 @@ class Context:
         sources: Sequence[DataSource],
         tokenizer: ChatTokenizer,
         name: str = "data",
-        tools: Sequence[Mapping[str, Any]] = (),
+        offered: Offered | None = None,
     ) -> list[PromptItem]:
-        """Prompts numbered by row, each with the seed of its row: what evaluation samples, whatever stage asks. tools:
-        of an environment, which every prompt's template is given."""
-        items = await self.items(stage, sources, "prompt", tokenizer, name, tools)
+        """Prompts numbered by row, each with the seed of its row: what evaluation samples, whatever stage asks.
+        offered: by an environment to every prompt."""
+        items = await self.items(stage, sources, "prompt", tokenizer, name, offered)
         label = f"{stage.id}/{name}"
         return [
             replace(item, group_id=row, seed=group_seed(self.recipe.seed, label, row)) for row, item in enumerate(items)

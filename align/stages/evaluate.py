@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from align.data.world import Offered
 from align.errors import Interrupted
 from align.losses import Losses
 from align.protocols.trainer import Metrics, Publication
@@ -30,7 +31,6 @@ from align.stages.jobs import (
     sampling_of,
     scorer_job,
     shown_images,
-    world_tools,
 )
 from align.stages.loop import StageResult
 from align.stages.margins import require_margins
@@ -85,7 +85,7 @@ async def _by_rewards(context: Context, stage: JudgingStage, name: str) -> Metri
     weights = judged_start(context.recipe, name, context.origin, context.run.finished())
     tokenizer = context.tokenizer(weights)
     world = await described_world(context, stage)
-    prompts = await context.prompts(stage, stage.data, tokenizer, tools=world_tools(stage, world))
+    prompts = await context.prompts(stage, stage.data, tokenizer, offered=Offered.of(stage.world, world))
     folder = context.run.stage_folder(stage.id)
     merged = folder / f".merged-{name}"
     async with AsyncExitStack() as stack:

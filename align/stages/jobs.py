@@ -150,12 +150,6 @@ async def described_world(context: Context, stage: StageBase) -> Mapping[str, An
     return await context.backend.describe_environment(stage.world, context.recipe_folder)
 
 
-def world_tools(stage: StageBase, description: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], ...]:
-    """Schemas that the chat template is given with every prompt."""
-    written = stage.world is not None and stage.world.tools_in == "template"
-    return tuple(description["tools"]) if description is not None and written else ()
-
-
 def fleet_job(
     context: Context,
     stage: SamplingStage,

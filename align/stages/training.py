@@ -12,6 +12,7 @@ from typing import Any
 from align.data.order import BatchPlan
 from align.data.records import Kind
 from align.data.tokenizer import ChatTokenizer
+from align.data.world import Offered
 from align.losses import Losses
 from align.protocols.scorer import Scorer
 from align.protocols.trainer import Trainer
@@ -32,7 +33,6 @@ from align.stages.jobs import (
     scorer_job,
     shown_images,
     trainer_job,
-    world_tools,
 )
 from align.stages.loop import Loop, StageResult, every_steps, latest_checkpoint
 from align.stages.margins import require_margins, with_margins
@@ -150,9 +150,9 @@ async def run_online(context: Context, stage: SamplingStage) -> StageResult:
     start = start_of(context.recipe, stage, context.origin, context.run.finished())
     tokenizer = context.tokenizer(start)
     world = await described_world(context, stage)
-    tools = world_tools(stage, world)
-    prompts = await context.prompts(stage, stage.data, tokenizer, tools=tools)
-    held = await context.prompts(stage, stage.eval.data, tokenizer, "eval", tools) if stage.eval else []
+    offered = Offered.of(stage.world, world)
+    prompts = await context.prompts(stage, stage.data, tokenizer, offered=offered)
+    held = await context.prompts(stage, stage.eval.data, tokenizer, "eval", offered) if stage.eval else []
     plan = online_plan(stage, len(prompts), context.seed(stage.id))
     job = trainer_job(context, stage, start, plan.total * plan.updates.per_turn)
     scorers = [scorer_job(context, stage, rewards, number) for number, rewards in enumerate(reward_sets(stage))]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,9 @@ import pytest
 from align.check.inputs import DataFacts
 from align.check.memory.stage import Load
 from align.cli.main import main
+from align.episodes.describe import describe
 from align.recipe.capabilities import SamplingStage
+from align.recipe.environment import Environment
 from align.recipe.load import load_recipe
 from tests.unit.check.workshop import Workshop, open_workshop
 from tests.unit.episodes.stage import CALCULATOR
@@ -121,7 +125,21 @@ def test_rows_that_name_other_tools_and_plain_prompts_are_refused(
     said = checked(capsys, 2, "stages.grpo.data=asked.jsonl")
     assert "names a tool 'search'" in said and "add" in said
     workshop.write("plain.jsonl", [{"prompt": "1 + 2 ="}, {"prompt": "3 + 4 ="}])
-    assert "tools need messages" in checked(capsys, 2, "stages.grpo.data=plain.jsonl")
+    assert "a prompt of plain text has no turns" in checked(capsys, 2, "stages.grpo.data=plain.jsonl")
+    as_text = "stages.grpo.environment.tools_in=prompt"
+    assert "names a tool 'search'" in checked(capsys, 2, "stages.grpo.data=asked.jsonl", as_text)
+    schema = json.loads(json.dumps(asyncio.run(describe(Environment(use="world.py:Calculator"), workshop.folder))))[
+        "tools"
+    ]
+    workshop.write("same.jsonl", [{"messages": messages, "tools": schema, "answer": "3"}] * 2)
+    checked(capsys, 0, "stages.grpo.data=same.jsonl")
+    changed = {**schema[0], "function": {**schema[0]["function"], "description": "Multiply."}}
+    workshop.write("same.jsonl", [{"messages": messages, "tools": [changed], "answer": "3"}] * 2)
+    assert "the row's description of the tool 'add' is not" in checked(capsys, 2, "stages.grpo.data=same.jsonl")
+    workshop.write("world.py", CALCULATOR.replace("def add(", "def _add("))
+    said = checked(capsys, 2, "stages.grpo.data=asked.jsonl")
+    assert "the stage's environment has no tools" in said
+    assert "a prompt of plain text" in checked(capsys, 2, "stages.grpo.data=plain.jsonl"), "a game has turns, too"
 
 
 def test_a_template_without_tools_is_refused_and_takes_them_as_text(
