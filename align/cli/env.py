@@ -30,9 +30,11 @@ from align.recipe.chat_files import read_settings
 from align.recipe.document import parse_value
 from align.recipe.environment import Environment
 from align.recipe.inputs import DataSource, Media, TokenizerFromScratch
+from align.report.screen import shown as on_screen
 
 _TEXT = 400  # characters of a turn on the screen
 _CONTEXT = 1 << 15  # tokens, where no model says how many
+_TURN = 256  # tokens
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +49,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--limit", type=int, default=3, metavar="ROWS", help="episodes to play (default 3)")
     one.add_argument("--args", nargs="+", default=[], metavar="key=value", help="of the constructor; values are YAML")
     one.add_argument("--set", nargs="+", default=[], metavar="key=value", help="keys of `environment:`, as max_turns=4")
-    one.add_argument("--max-tokens", type=int, default=256, metavar="N", help="of a turn of the model (default 256)")
+    one.add_argument("--signature", choices=["align", "trl"], help="trl: a class for TRL's environment_factory")
+    one.add_argument(
+        "--max-tokens", type=int, metavar="N", help="of a turn (default: 256 of a model's, all of a reply)"
+    )
     one.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the model (default 1)")
 
 
@@ -61,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         tokenizer = _tokenizer(arguments.model, data, Path(aside))
         sight = _sight(rules, tokenizer, Path(aside) / "images")
         source = DataSource(path=str(data), limit=arguments.limit)
-        sampling = Sampling(temperature=arguments.temperature, max_tokens=arguments.max_tokens)
+        sampling = Sampling(temperature=arguments.temperature, max_tokens=_turn_tokens(arguments))
 
         def prompts(description: Mapping[str, Any]) -> Sequence[PromptItem]:
             offered = Offered.of(rules, description)
@@ -80,9 +85,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if trial.problems or any(one.completion is None for one in trial.episodes) else 0
 
 
+def _turn_tokens(arguments: argparse.Namespace) -> int:
+    """Of a turn at most: as said, else what a model should need, and whatever written replies have."""
+    return int(arguments.max_tokens or (_CONTEXT if arguments.replies is not None else _TURN))
+
+
 def _rules(arguments: argparse.Namespace) -> Environment:
     given: dict[str, Any] = _pairs(arguments.set)
     names = arguments.name.split(",")
+    if arguments.signature is not None:
+        given["signature"] = arguments.signature
     given |= {"use": names[0], "args": _pairs(arguments.args)} if _is_class(names) else {"tools": names}
     try:
         return Environment.model_validate(given)
@@ -177,21 +189,23 @@ def _lines(trial: Trial, tokenizer: ChatTokenizer) -> Iterator[str]:
     yield ""
     yield from (f"problem: {problem}" for problem in trial.problems)
     lost = sum(one.completion is None for one in trial.episodes)
-    yield f"{len(trial.episodes)} episodes, {lost} lost, {len(trial.problems)} problems"
+    episodes, problems = len(trial.episodes), len(trial.problems)
+    yield f"{_counted(episodes, 'episode')}, {lost} lost, {_counted(problems, 'problem')}"
 
 
 def _episode(number: int, tried: Tried, tokenizer: ChatTokenizer) -> Iterator[str]:
     yield f"episode {number} ({tried.origin})"
     if tried.prompt is not None:
         shown = _decoded(tokenizer, tried.prompt.tolist(), tried.media)
-        yield f"  prompt, {len(tried.prompt)} tokens: {_short(shown)}"
+        yield from _block("prompt", len(tried.prompt), shown)
     completion = tried.completion
     if completion is not None and completion.episode is not None:
         yield from _tokens(completion, tokenizer)
         episode = completion.episode
         for tool, seconds in episode.seconds.items():
-            yield f"  {tool}: {len(seconds)} calls, {max(seconds):.3f} s at most"
-        yield f"  ended by {episode.ended}; {', '.join(f'{n} {v:g}' for n, v in episode.counts.items() if v)}"
+            longest = f", {max(seconds):.3f} s at most" if len(seconds) > 1 else f", {seconds[0]:.3f} s"
+            yield f"  {tool}: {_counted(len(seconds), 'call')}{longest}"
+        yield f"  ended by {episode.ended}: {', '.join(_counts(episode.counts))}"
         yield f"  scores: {json.dumps(dict(episode.scores))}"
         if episode.failure is not None:
             yield f"  no scores: {episode.failure.cause}: {episode.failure.message}"
@@ -208,9 +222,9 @@ def _tokens(completion: Completion, tokenizer: ChatTokenizer) -> Iterator[str]:
     start = 0
     for end in range(1, len(ids) + 1):
         if end == len(ids) or sampled[end] != sampled[start]:
-            who = "sampled" if sampled[start] else "added  "
+            who = "sampled" if sampled[start] else "added"
             media = moved([m for m in completion.media if start <= m.start < end], -start)
-            yield f"  {who} {end - start:5d}: {_short(_decoded(tokenizer, ids[start:end], media))}"
+            yield from _block(who, end - start, _decoded(tokenizer, ids[start:end], media))
             start = end
 
 
@@ -224,6 +238,25 @@ def _decoded(tokenizer: ChatTokenizer, ids: Sequence[int], media: Sequence[Mediu
     return "".join([*parts, tokenizer.decode(ids[last:], skip_special_tokens=False)])
 
 
+def _block(who: str, count: int, text: str) -> Iterator[str]:
+    """A run of tokens as it reads, line by line, who wrote it and how many they are beside the first."""
+    first, *more = on_screen(_short(text)).split("\n")
+    yield f"  {who:>7} {count:5d} | {first}"
+    yield from (f"                | {line}" for line in more)
+
+
+def _counts(counts: Mapping[str, float]) -> Iterator[str]:
+    """What there was of each; how it ended is said before."""
+    for name, value in counts.items():
+        if name == "waited_seconds":
+            yield f"waited {value:.3f} s"
+        elif value and not name.startswith("ended_by_"):
+            yield f"{name} {value:g}"
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
 def _short(text: str) -> str:
-    shown = text if len(text) <= _TEXT else f"{text[: _TEXT // 2]} ... {text[-_TEXT // 2 :]}"
-    return json.dumps(shown, ensure_ascii=False)
+    return text if len(text) <= _TEXT else f"{text[: _TEXT // 2]} [...] {text[-_TEXT // 2 :]}"

@@ -7,7 +7,7 @@ import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -146,7 +146,7 @@ def read_replies(path: Path) -> list[list[str]]:
 
 
 def written(replies: Sequence[str], tokenizer: ChatTokenizer) -> Sample:
-    """Gives one reply after the other as if it had been sampled; then raises OutOfReplies."""
+    """Gives one reply after the other as if it had been sampled, within its budget; then raises OutOfReplies."""
     left: Iterator[str] = iter(replies)
     ends = tokenizer.ends.text.token
 
@@ -155,9 +155,12 @@ def written(replies: Sequence[str], tokenizer: ChatTokenizer) -> Sample:
         text = next(left, None)
         if text is None:
             raise OutOfReplies
-        ids = np.array(tokenizer.encode(text + ends, add_special_tokens=False), np.int64)
+        whole = tokenizer.encode(text + ends, add_special_tokens=False)
+        ids, cut = np.array(whole[: sampling.max_tokens], np.int64), len(whole) > sampling.max_tokens
         zeros = np.zeros(len(ids), np.float32)
         spoken = tokenizer.decode(ids.tolist())
-        return Completion(ids, zeros, zeros.astype(np.int32), spoken, "eos", None if spoken == text else text)
+        raw = tokenizer.decode(ids.tolist(), skip_special_tokens=False) if cut else text
+        finish: Literal["length", "eos"] = "length" if cut else "eos"
+        return Completion(ids, zeros, zeros.astype(np.int32), spoken, finish, None if spoken == raw else raw)
 
     return sample

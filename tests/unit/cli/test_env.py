@@ -34,8 +34,25 @@ def test_written_replies_are_played_and_every_token_is_shown(here: Path, capsys:
     (here / "replies.jsonl").write_text(json.dumps([call(a=1, b=2), "3"]) + "\n")
     said = tried(capsys, 0, "--replies", "replies.jsonl")
     assert "tool add: Add two numbers." in said and '"required": ["a", "b"]' in said
-    assert "sampled" in said and "added" in said and "<|im_start|>tool\\n3<|im_end|>" in said
-    assert 'scores: {"calculator": 1.0}' in said and "1 episodes, 0 lost, 0 problems" in said
+    assert "sampled" in said and "added" in said and "| <|im_start|>tool\n                | 3<|im_end|>" in said
+    assert 'scores: {"calculator": 1.0}' in said and "1 episode, 0 lost, 0 problems" in said
+
+
+def test_budgets_hold_for_written_replies_too_and_classes_for_trl_are_played(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "replies.jsonl").write_text(json.dumps([call(a=1, b=2), "3"]) + "\n")
+    words = ["--replies", "replies.jsonl"]
+    assert "ended by turn: turns 1" in tried(capsys, 0, *words, "--max-tokens", "5")
+    assert "ended by tokens: turns 1" in tried(capsys, 0, *words, "--set", "max_tokens=5")
+    theirs = (
+        CALCULATOR.replace("@environment", "").replace("def reward(", "def get_reward(").replace("row, seed", "answer")
+    )
+    write(here, theirs.replace('row["answer"]', "answer").replace("seed, 0", "1, 0").split("    def respond")[0] + (
+        "    def get_reward(self):\n        return float(self.calls)\n"
+    ))  # fmt: skip
+    assert "signature: trl" in tried(capsys, 2, *words)
+    assert 'scores: {"calculator": 1.0}' in tried(capsys, 0, *words, "--signature", "trl")
 
 
 def test_resets_that_differ_for_one_seed_and_lost_episodes_are_problems(
