@@ -2,7 +2,7 @@
 
 An environment is a class: its public methods are the tools, one object is one episode. The traces that the demo begins
 with are as bad as what people find in their logs: more than half of them guess the sum without asking the calculator,
-and most of the others ask it again and again. So a model that imitates them answers less than half of all questions,
+and a third of the others ask it again and again. So a model that imitates them answers less than half of all questions,
 and uses more calls than it needs; what is right, and that calls cost something, is left to GRPO.
 """
 
@@ -19,7 +19,7 @@ from rewards.environments import tool_schemas
 
 HELD_OUT_SHARE = 10  # one sum in ten is held out
 GUESS = "About {sum}."
-GUESSES, REPEATS = 0.55, 0.7  # of the traces: no call; of the others: more than one
+GUESSES, REPEATS = 0.55, 0.35  # of the traces: no call; of the others: more than one
 
 Row = dict[str, object]
 

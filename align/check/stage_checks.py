@@ -10,7 +10,6 @@ from align.check.memory.sizes import FEED_FORWARD, Sizes, max_positions
 from align.errors import DataError, ModelError, PlacementError, RecipeError, Unsupported
 from align.recipe.adapter import Adapter
 from align.recipe.capabilities import FolderStage, JudgingStage, SamplingStage, StageBase, TrainStage
-from align.recipe.environment import AROUND_ANSWER
 from align.recipe.labels import Labels
 from align.recipe.parts import Rollout
 from align.recipe.schema import Recipe
@@ -113,10 +112,11 @@ class StageChecks:
                 raise RecipeError(
                     f"an episode may need {needed:,} tokens, more than {key} ({limit:,}): a prompt of {facts.longest}, "
                     f"{world.max_turns} turns of {rollout.max_tokens} (at most {world.max_tokens:,} in all), and "
-                    f"answers of {world.max_observation_tokens} with {AROUND_ANSWER} around each",
+                    f"{world.answer_tokens} between two turns ({world.max_observation_tokens} of answers, and what is "
+                    f"written around up to {world.max_calls}); {world.reset_tokens} are kept for `reset`",
                     where="environment",
-                    remedy=f"{raises}lower `environment.max_observation_tokens`, `max_turns` or `max_tokens`, or "
-                    "`rollout.max_tokens`",
+                    remedy=f"{raises}lower `environment.max_observation_tokens`, `max_calls`, `max_turns` or "
+                    "`max_tokens`, or `rollout.max_tokens`",
                 )
             raise RecipeError(
                 f"the longest prompt ({facts.longest} tokens) and `rollout.max_tokens: {rollout.max_tokens}` need "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,10 +30,11 @@ class Kept:
 
 @dataclass
 class Table:
-    """Usable rows of one source, tokenised. rows: for prompts, (messages, values) of each; answers: of pairs that
-    rewards are to judge, the same and both completions' texts; weights f32[kept]; margins f32[kept], NaN where a row
-    gives none. records: of the kept rows, where they are asked for. files: SHA-256 of every file that a medium was read
-    from, by path. labels f32[kept, C]: of labelled rows, the values of `label_columns`, NaN where a row gives none."""
+    """Usable rows of one source, tokenised. rows: for prompts, (messages, values, template variables); answers: of
+    pairs that rewards are to judge, the same and both completions' texts; weights f32[kept]; margins f32[kept], NaN
+    where a row gives none. records: of the kept rows, where they are asked for. files: SHA-256 of every file that a
+    medium was read from, by path. labels f32[kept, C]: of labelled rows, the values of `label_columns`, NaN where a row
+    gives none."""
 
     kind: Kind
     report: SourceReport
@@ -40,7 +43,7 @@ class Table:
     weights: np.ndarray
     desirable: np.ndarray
     margins: np.ndarray
-    rows: list[tuple[Messages, dict[str, Any]]] | None = None
+    rows: list[tuple[Messages, dict[str, Any], Mapping[str, Any]]] | None = None
     answers: list[tuple[Messages, dict[str, Any], tuple[str, str]]] | None = None
     files: dict[str, str] = field(default_factory=dict)
     records: list[Kept] = field(default_factory=list)
@@ -71,9 +74,18 @@ class Table:
             pair = columns | {"margin": float(self.margins[row])}
         return Tree(number, trunk, tuple(_segment(b, columns) for b in e.branches), pair, self.origins[row])
 
-    def _prompt(self, row: int, number: int, messages: Messages, values: dict[str, Any]) -> PromptItem:
+    def _prompt(
+        self,
+        row: int,
+        number: int,
+        messages: Messages,
+        values: dict[str, Any],
+        arguments: Mapping[str, Any] = MappingProxyType({}),
+    ) -> PromptItem:
         trunk, weight = self.encoded[row].trunk, float(self.weights[row])
-        return PromptItem(number, trunk.ids, 0, messages, values, self.origins[row], trunk.media, weight)
+        return PromptItem(
+            number, trunk.ids, 0, messages, values, self.origins[row], trunk.media, weight, dict(arguments)
+        )
 
 
 def _segment(tokens: Tokens, columns: dict[str, float]) -> Segment:

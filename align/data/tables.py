@@ -296,7 +296,7 @@ class _Chunk:
             if record.reference_answer is not None:
                 values["reference_answer"] = record.reference_answer
                 self.report.reference_answers += 1
-            table.rows.append((seen_messages(record.prompt, fitted.trunk.media), values))
+            table.rows.append((seen_messages(record.prompt, fitted.trunk.media), values, dict(record.arguments)))
         if table.answers is not None and isinstance(record, Pair):
             values = light(one.row.values)
             table.answers.append((seen_messages(record.prompt, fitted.trunk.media), values, texts))

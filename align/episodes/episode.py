@@ -16,8 +16,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from align.data.records import RowError
-from align.episodes.budgets import within
-from align.episodes.calls import Reply, ToolCall
+from align.episodes.calls import PLAIN, Reply, ToolCall
 from align.episodes.looking import Eye
 from align.episodes.outcomes import (
     CUT,
@@ -74,7 +73,8 @@ class Play:
         self._last: Completion | None = None
         self._reply = Reply("", None, (), ())
         self._counts = {"turns": 0.0, "calls": 0.0, "call_errors": 0.0, "invalid_calls": 0.0, "cut_answers": 0.0}
-        self._eye = Eye(setting.images, setting.joins, prompt, self._counts)
+        self._joins = setting.joins_of(prompt.arguments)
+        self._eye = Eye(setting.images, self._joins, prompt, self._counts)
         self._seconds: dict[str, list[float]] = {}
         self._waited = 0.0
         self._made_ids = 0
@@ -113,11 +113,16 @@ class Play:
             if drawn.finish == "length":
                 return "turn" if room == self.sampling.max_tokens else self._full()
             added, done = await self._act(self._reply)
-            if done or not added:
-                return "done" if done else "reply"
-            if self._counts["turns"] >= self.rules.max_turns:
-                return "turns"
-            self._append([await self._observed(message) for message in added], drawn)
+            over = "done" if done else "reply" if not added else None
+            if over is None and self._counts["turns"] >= self.rules.max_turns:
+                over = "turns"
+            added = await self._eye.within(added, self.rules.max_observation_tokens, self.setting.tokenizer)
+            if over is not None:  # what was said last is read by rewards, if by no policy
+                self._messages += added
+                self._eye.close()
+                return over
+            if not self._append(added, drawn):
+                return "context"
 
     async def _reset(self) -> None:
         episode_seed = seed_of(self.prompt.seed, "episode", self.number)
@@ -129,10 +134,25 @@ class Play:
             # TRL writes what a reset gives behind the prompt's last words, in the same message
             added = [with_more(self._messages.pop(), added[0]["content"])]
         if added or self.rules.tools_in == "prompt":
-            ids, media, added = await self._eye.opening(self._messages, added)
+            try:
+                ids, media, added = await self._eye.opening(self._messages, added)
+            except RowError as error:
+                raise Lost("template", f"reset: the prompt cannot be written: {error}", killed=False) from error
+            self._require_bounded(len(ids))
             self._ids = Ids(ids, media=list(media))
             self._messages += added
         self._ids.start = len(self._ids.tokens)
+
+    def _require_bounded(self, size: int) -> None:
+        """Raises Lost where `reset` adds more to the prompt than the check has counted it for."""
+        more, most = size - len(self.prompt.token_ids), self.rules.reset_tokens
+        if more > most and self.rules.tools_in == "template":
+            raise Lost(
+                "too long",
+                f"reset adds {more} tokens to the prompt, and at most {most} may be: raise "
+                "`environment.max_observation_tokens`, or put what every row has into its prompt",
+                killed=False,
+            )
 
     def _full(self) -> str:
         """The budget that is used up."""
@@ -151,7 +171,7 @@ class Play:
         seed = seed_of(self.prompt.seed, "turn", self.number, turn, self.attempt)
         ids = np.array(self._ids.tokens, np.int64)
         item = replace(self.prompt, token_ids=ids, media=tuple(self._ids.media), seed=seed)
-        thinking = self.setting.format is not None and self.setting.joins.in_thoughts(self._ids.tokens)
+        thinking = self._joins.in_thoughts(self._ids.tokens)
         drawn = await self._sample(item, replace(self.sampling, max_tokens=room))
         if isinstance(drawn, FailedPrompt):
             raise Lost("too long", drawn.message, killed=False)
@@ -163,14 +183,13 @@ class Play:
         return drawn
 
     def _read(self, drawn: Completion, thinking: bool) -> Reply:
-        if self.setting.format is None:
-            return Reply(drawn.text, None, (), ())
-        return self.setting.format.parse(drawn.text if drawn.raw is None else drawn.raw, thinking)
+        form = PLAIN if self.setting.format is None else self.setting.format
+        return form.parse(drawn.text if drawn.raw is None else drawn.raw, thinking)
 
     def _numbered(self, reply: Reply) -> Reply:
         """With an id for each call: nine letters and digits, which every template takes. More calls than the template
         can write are none, and said so."""
-        most = self.setting.joins.most_calls or len(reply.calls)
+        most = self._joins.most_calls or len(reply.calls)
         calls: list[ToolCall] = []
         for call in reply.calls[:most]:
             self._made_ids += 1
@@ -178,7 +197,8 @@ class Play:
         more = [f"{call.name} was not called: the chat template takes {most} a turn" for call in reply.calls[most:]]
         return replace(reply, calls=tuple(calls), invalid=(*reply.invalid, *more))
 
-    def _append(self, added: Sequence[Message], drawn: Completion) -> None:
+    def _append(self, added: Sequence[Message], drawn: Completion) -> bool:
+        """Join what the environment says; False where it is not put behind the turn, since no other would have room."""
         last = int(drawn.token_ids[-1])
         end = last if drawn.finish == "eos" else None
         try:
@@ -186,7 +206,10 @@ class Play:
         except RowError as error:
             raise Lost("template", f"the turn cannot be continued: {error}", killed=False) from error
         self._messages += added
+        if len(self._ids.tokens) + len(ids) >= self.setting.context:
+            return False
         self._ids.join(ids, media)
+        return True
 
     # ------------------------------------------------------------------------------------------------- acting
 
@@ -226,7 +249,7 @@ class Play:
         """With what was wrong with calls that could not be read, for which there is no message in the template."""
         if answers:
             return [*answers[:-1], with_more(answers[-1], f"\n{complaint}")]
-        alone = self.setting.joins.takes_answers_alone
+        alone = self._joins.takes_answers_alone
         return [{"role": "tool" if alone else "user", "content": complaint}]
 
     def _refusal(self, number: int, call: ToolCall) -> str | None:
@@ -259,17 +282,6 @@ class Play:
     def _time(self, what: str, outcome: Outcome) -> None:
         self._seconds.setdefault(what, []).append(outcome.seconds)
         self._waited += outcome.seconds
-
-    async def _observed(self, message: Message) -> Message:
-        """A message of the environment within what one may add, its images looked at."""
-        most = self.rules.max_observation_tokens
-        message, taken = await self._eye.look(message, most)
-        return self._cut(message, most - taken)
-
-    def _cut(self, message: Message, most: int) -> Message:
-        content, cut = within(message["content"], most, self.setting.tokenizer)
-        self._counts["cut_answers"] += cut
-        return {**message, "content": content} if cut else message
 
     # ------------------------------------------------------------------------------------------------- the end
 

@@ -22,7 +22,7 @@ from align.episodes.calls.scan import ends_in_thoughts
 from align.episodes.guard import Change, Guard, changed
 from align.episodes.join_checks import prove, takes_answers_alone
 from align.episodes.renders import Renders, ToolsIn, texts_of
-from align.episodes.spoken import Message, one_turn
+from align.episodes.spoken import Message
 from align.protocols.trees import Medium
 
 _LOOKED_AT = 32  # ids at a prompt's end
@@ -85,14 +85,7 @@ class Joins:
         free = [n < own or (n < len(messages) and m["role"] == "assistant") for n, m in enumerate(whole)]
 
         def text(change: Change) -> str:
-            said = [m if f else changed(m, change) for m, f in zip(whole, free, strict=True)]
-            try:
-                return self._renders.prompt(said)
-            except RowError:
-                one = one_turn(said, len(messages))
-                if one is None:
-                    raise
-                return self._renders.prompt(one)
+            return self._renders.prompt([m if f else changed(m, change) for m, f in zip(whole, free, strict=True)])
 
         return self._ids(lambda change: written(text(change), [], shown).text, whole)
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from align.data.media.shown import Shown
 from align.data.records import RowError
+from align.data.tokenizer import ChatTokenizer
+from align.episodes.budgets import within as cut_within
 from align.episodes.images import Images
 from align.episodes.joins import Joins
 from align.episodes.spoken import Message, text_of
@@ -52,6 +54,24 @@ class Eye:
         if seen.content is content:
             return message, 0
         return {**message, "content": seen.content}, sum(len(shown.token_ids) for shown in seen.shown)
+
+    async def within(self, added: Sequence[Message], most: int, tokenizer: ChatTokenizer) -> list[Message]:
+        """What the environment says between two turns within `most` tokens: each message has an equal share of what
+        those before it left; its images are looked at, and its text is cut."""
+        left, out = most, list[Message]()
+        for number, message in enumerate(added):
+            share = left // (len(added) - number)
+            message, taken = await self.look(message, share)
+            content, cut = cut_within(message.get("content"), share - taken, tokenizer)
+            self._counts["cut_answers"] += cut
+            out.append({**message, "content": content} if cut else message)
+            left -= min(left, taken + len(tokenizer.encode(text_of(content), add_special_tokens=False)))
+        return out
+
+    def close(self) -> None:
+        """What was looked at last is shown to no policy: the episode is over."""
+        self._counts["images"] -= len(self._shown)
+        self._shown = []
 
     async def opening(self, messages: Sequence[Message], added: Sequence[Message]) -> Written:
         """The prompt written anew; see `Joins.opening`. added: messages that were looked at."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from align.data.records import RowError
 from align.data.tokenizer import ChatTokenizer
 from align.episodes.guard import Change, changed
-from align.episodes.spoken import Message, spoken
+from align.episodes.spoken import Message, spoken, users_joined
 from align.episodes.tools_as_text import as_text
 
 ToolsIn = Literal["template", "prompt"]
@@ -41,7 +41,17 @@ class Renders:
         return self.tokenizer.decode([token_id], skip_special_tokens=False)
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The text of a conversation, with tools and generation prompt. Raises RowError where it is refused."""
+        """The text of a conversation, with tools and generation prompt; messages of the user that follow each other are
+        one turn where the template wants turns to alternate. Raises RowError where it is refused."""
+        try:
+            return self._prompt(messages)
+        except RowError:
+            joined = users_joined(messages)
+            if len(joined) == len(messages):
+                raise
+            return self._prompt(joined)
+
+    def _prompt(self, messages: Sequence[Message]) -> str:
         if self.tools_in == "prompt":
             return self._rendered(as_text(messages, self.schemas, self._system))
         return self._rendered(messages, self.schemas)

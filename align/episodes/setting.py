@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from align.data.tokenizer import ChatTokenizer
@@ -28,6 +29,20 @@ class Setting:
     has: Mapping[str, bool]
     context: int
     images: Images | None = None
+    others: dict[str, Joins] = field(default_factory=dict)
+
+    def joins_of(self, arguments: Mapping[str, Any]) -> Joins:
+        """The joins of prompts whose rows give the chat template these variables; proved when they are first asked for.
+
+        Raises Unsupported where the template cannot be continued with them."""
+        if not arguments:
+            return self.joins
+        key = json.dumps(arguments, sort_keys=True, default=str)
+        if key not in self.others:
+            made = Joins(self.tokenizer, self.schemas, arguments=arguments, tools_in=self.rules.tools_in)
+            made.prove()
+            self.others[key] = made
+        return self.others[key]
 
     def schema(self, tool: str) -> Mapping[str, Any] | None:
         """A tool's; None where there is no such tool."""

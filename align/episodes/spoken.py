@@ -50,17 +50,22 @@ def _call(call: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "function", **call, "function": {**function, "arguments": dict(arguments)}}
 
 
-def one_turn(messages: Sequence[Message], at: int) -> list[Message] | None:
-    """Messages of which `at`, a user's, is put into the user's before it; None where these are no such two."""
-    if not 0 < at < len(messages) or not messages[at - 1]["role"] == messages[at]["role"] == "user":
-        return None
-    parts = [m["content"] for m in messages[at - 1 : at + 1]]
-    if all(isinstance(part, str) for part in parts):
-        content: Any = "\n\n".join(parts)
-    else:
-        lists = [[{"type": "text", "text": part}] if isinstance(part, str) else list(part) for part in parts]
-        content = [*lists[0], {"type": "text", "text": "\n\n"}, *lists[1]]
-    return [*messages[: at - 1], {**messages[at - 1], "content": content}, *messages[at + 1 :]]
+def users_joined(messages: Sequence[Message]) -> list[Message]:
+    """Messages of which a user's that follows a user's is part of that turn, as templates want it that take turns."""
+    out: list[Message] = []
+    for message in messages:
+        if out and out[-1]["role"] == message["role"] == "user":
+            out[-1] = {**out[-1], "content": _joined(out[-1]["content"], message["content"])}
+        else:
+            out.append(message)
+    return out
+
+
+def _joined(first: Any, second: Any) -> Any:
+    if isinstance(first, str) and isinstance(second, str):
+        return f"{first}\n\n{second}"
+    lists = [[{"type": "text", "text": part}] if isinstance(part, str) else list(part) for part in (first, second)]
+    return [*lists[0], {"type": "text", "text": "\n\n"}, *lists[1]]
 
 
 def text_of(content: Any) -> str:

@@ -33,7 +33,8 @@ class PromptItem:
     token_ids: i64[n]. messages: the prompt as role/content dicts (a plain-text prompt is one user message with
     role "text"). row: every column of the data row; `reference_answer` where an assistant turn was taken off.
     origin: "file:line" of the row. media: what stands in `token_ids`, which hold all the tokens that stand for them.
-    weight: the row's; what the advantages of its completions are multiplied by.
+    weight: the row's; what the advantages of its completions are multiplied by. arguments: the row's variables of the
+    chat template, which turns that follow are rendered with, too.
     """
 
     group_id: int
@@ -44,6 +45,7 @@ class PromptItem:
     origin: str = ""
     media: tuple[Medium, ...] = ()
     weight: float = 1.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from align.recipe.strict import Finite, Fraction, PositiveInt, Strict
 
 _NAME = re.compile(r"[\w.-]+")
 WRITTEN_AS = "hermes"  # how calls are asked for where the prompt describes tools
-AROUND_ANSWER = 64  # tokens that a template writes around an answer
+AROUND_ANSWER, AROUND_ANOTHER = 64, 16  # tokens that a template writes around an answer, and another of the turn
 MAX_MEDIA = 4  # images in an episode where the recipe does not say
 
 
@@ -26,9 +26,9 @@ class Environment(Strict):
     TRL's environment_factory. as: its name in metrics and objectives. python: the interpreter that it runs in.
 
     max_turns: of the policy in an episode; max_tokens: that it may sample in one, where `rollout.max_tokens` bounds a
-    turn; max_calls: of tools in a turn; max_observation_tokens: that one answer may add, its images included, its text
-    cut in the middle beyond. max_media: images that it may show in an episode, beside those of the prompt; None:
-    MAX_MEDIA where the model sees.
+    turn; max_calls: of tools in a turn; max_observation_tokens: that the environment may add between two turns (several
+    answers share them), images included, texts cut in the middle beyond; and before the first. max_media: images that
+    it may show in an episode, beside those of the prompt; None: MAX_MEDIA where the model sees.
     timeout_s: seconds that a call of the environment may take. retries: how often an episode that was lost is drawn
     again; max_live: episodes at once of an engine; max_error_rate: of a step's episodes, the share that may be lost.
 
@@ -99,10 +99,20 @@ class Environment(Strict):
         return 0 if not sees else MAX_MEDIA if self.max_media is None else self.max_media
 
     def context_tokens(self, turn: int) -> int:
-        """Tokens that an episode may add to its prompt: sampled ones (`turn`: at most in one turn), and an answer of
-        full length, with the words around it, between any two turns."""
+        """Tokens that an episode may add to its prompt: sampled ones (`turn`: at most in one turn), what `reset` adds,
+        and what is said between any two turns."""
         sampled = min(self.max_tokens, self.max_turns * turn)
-        return sampled + (self.max_turns - 1) * (self.max_observation_tokens + AROUND_ANSWER)
+        return sampled + self.reset_tokens + (self.max_turns - 1) * self.answer_tokens
+
+    @property
+    def reset_tokens(self) -> int:
+        """That `reset` may add to the prompt, with what the template writes around them."""
+        return self.max_observation_tokens + AROUND_ANSWER
+
+    @property
+    def answer_tokens(self) -> int:
+        """That may stand between two turns, with what the template writes around each of the answers."""
+        return self.max_observation_tokens + AROUND_ANSWER + AROUND_ANOTHER * (self.max_calls - 1)
 
 
 def _environment(value: Any) -> Any:

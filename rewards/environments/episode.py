@@ -100,7 +100,7 @@ class Episode:
 
     def _calls(self, request: Mapping[str, Any]) -> None:
         """Plain methods in their order, then coroutines side by side."""
-        seconds = request["timeout_s"]
+        seconds, over = request["timeout_s"], False
         beside: list[tuple[int, Callable[[], Awaitable[Any]]]] = []
         for part, (name, arguments) in enumerate(request["calls"]):
             tool = self.loaded.tools.get(name)
@@ -108,8 +108,12 @@ class Episode:
                 beside.append((part, partial(self._start, name, arguments)))
             else:
                 work = partial(self._run, partial(self._start, name, arguments))
-                self._send(request, part, self._act(work, seconds, tool=True))
-        if beside:
+                outcome = not_called() if over else self._act(work, seconds, tool=True)
+                over |= outcome["done"]
+                self._send(request, part, outcome)
+        for part, _ in beside if over else ():
+            self._send(request, part, not_called())
+        if beside and not over:
             self._side_by_side(request, beside, seconds)
 
     def _start(self, name: str, arguments: Mapping[str, Any]) -> Any:
@@ -216,6 +220,14 @@ class Episode:
         if os.getpid() != self._own:  # a fork that user code made, and that came back from it
             os._exit(0)
         self._sock.sendall(frame)
+
+
+def not_called() -> Outcome:
+    """Of a call behind one of its turn after which the episode is over."""
+    return {
+        "kind": "value", "value": "not called: the episode is over", "was_none": False, "done": True, "message": "",
+        "where": "", "seconds": 0.0,
+    }  # fmt: skip
 
 
 def failed(error: BaseException, prefix: str = "") -> Outcome:

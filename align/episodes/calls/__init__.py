@@ -9,5 +9,6 @@ find.py: all of them by name, and the one that a chat template writes
 
 from align.episodes.calls.find import FORMATS, begins_thoughts, find_format
 from align.episodes.calls.reply import CallFormat, Reply, ToolCall
+from align.episodes.calls.scan import PLAIN
 
-__all__ = ["FORMATS", "CallFormat", "Reply", "ToolCall", "begins_thoughts", "find_format"]
+__all__ = ["FORMATS", "PLAIN", "CallFormat", "Reply", "ToolCall", "begins_thoughts", "find_format"]

@@ -7,7 +7,7 @@ forward from where the last one ended, so that a text of nothing but markers tak
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from align.data.values import end_of_value
@@ -36,6 +36,7 @@ class Scan:
         self._thoughts: list[str] = []
         self._invalid: list[str] = []
         self._more = 0
+        self.unclosed = ""  # thoughts that the text ends within
         self._found: dict[str, tuple[int, int]] = {}
         self._tries = _MOST_TRIES
 
@@ -94,9 +95,10 @@ class Scan:
         """What stands there is content."""
         self._said.append(self.text[start:end])
 
-    def think(self, start: int, end: int) -> None:
+    def think(self, start: int, end: int, closed: bool = True) -> None:
         """What stands there are thoughts."""
         self._thoughts.append(self.text[start:end])
+        self.unclosed = "" if closed else self.text[start:end]
 
     def wrong(self, why: str, start: int, end: int) -> int:
         """What stands there looks like a call and is none. The place where reading goes on."""
@@ -162,7 +164,7 @@ class Format:
             found, what = scan.first((*self.markers, *opens), at)
             scan.say(at, found)
             if not what:
-                return scan.reply()
+                return _with_unclosed(scan.reply(), scan.unclosed, self.markers)
             behind = found + len(what)
             at = _thoughts(scan, behind, opens[what]) if what in opens else self.read(scan, behind, what)
 
@@ -184,13 +186,21 @@ class Format:
         return Format(self.name, self.markers, self.read, self.bare, Types(schemas), thinking)
 
 
+def _with_unclosed(reply: Reply, thoughts: str, markers: Sequence[str]) -> Reply:
+    """The reply, which says of a call in thoughts without an end that it was none."""
+    if reply.calls or not any(marker in thoughts for marker in markers):
+        return reply
+    why = "thoughts that do not end hold a call, which was not made: end them before it"
+    return replace(reply, invalid=(*reply.invalid, why))
+
+
 def _leading(scan: Scan, thinking: bool, markers: Sequence[str], bare: bool) -> int:
     """Behind thoughts that the prompt has begun, or that nothing begins."""
     close, what = scan.first([closing for _, closing in THOUGHTS], 0)
     if thinking:
         begin = scan.skip(0)
         begin += next((len(opening) for opening, _ in THOUGHTS if scan.text.startswith(opening, begin)), 0)
-        scan.think(begin, max(begin, close))
+        scan.think(begin, max(begin, close), bool(what))
         return close + len(what)
     if not what or scan.first([*markers, *(opening for opening, _ in THOUGHTS)], 0)[0] < close:
         return 0
@@ -202,5 +212,13 @@ def _leading(scan: Scan, thinking: bool, markers: Sequence[str], bare: bool) -> 
 
 def _thoughts(scan: Scan, start: int, closing: str) -> int:
     close = scan.next(closing, start)
-    scan.think(start, close)
+    scan.think(start, close, close < len(scan.text))
     return min(len(scan.text), close + len(closing))
+
+
+def _none(scan: Scan, start: int, marker: str) -> int:
+    raise AssertionError("no marker begins a call here")
+
+
+PLAIN = Format("plain", (), _none)
+"""Of replies to environments without tools: thoughts are split off, and nothing is a call."""

@@ -124,12 +124,16 @@ def test_what_methods_may_return(tmp_path: Path) -> None:
             [message] = reset.value
             assert message["role"] == "system" and message["content"].startswith("8 0.")
             looks = ["none", "number", "point", "dict", "parts", "object"]
-            none, number, point, mapping, parts, thing = await live.calls([("look", {"what": w}) for w in looks], 5)
+            several = [(await live.calls([("look", {"what": what})], 5))[0] for what in looks]
+            none, number, point, mapping, parts, thing = several
             assert (none.value, none.was_none, number.value) == ("", True, "3")
             assert (point.value, mapping.value) == ('{"x": 1, "y": 2}', '{"a": [true, null]}')
             assert [part["type"] for part in parts.value] == ["text", "image"]
             assert thing.kind == "raised" and "returned a object" in thing.message
             assert [o.done for o in (none, number, point)] == [False, False, True]
+            calls = [("look", {"what": "point"}), ("look", {"what": "number"}), ("wait", {"seconds": 0})]
+            point, *rest = await live.calls(calls, 5)
+            assert point.done and {one.value for one in rest} == {"not called: the episode is over"}
             assert (await live.respond("hello", 5)).value == [{"role": "user", "content": "HELLO"}]
             assert (await live.respond("bye", 5)).value is None
             reward = (await live.reward(5)).value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -89,7 +90,12 @@ def test_a_call_within_thoughts_is_none(name: str, text: str) -> None:
     for thought, thinking in ((f"<think>\n{text}\n", False), (f"{text}\n", True)):
         closed = read(name, f"{thought}</think>\n\nNo.", thinking)
         assert closed == Reply("No.", text), "closed"
-        assert read(name, thought, thinking) == Reply("", text), "cut in the middle"
+        cut = read(name, thought, thinking)
+        assert replace(cut, invalid=()) == Reply("", text), "cut in the middle"
+        marked = any(marker in text for marker in FORMATS[name].markers)
+        assert len(cut.invalid) == marked and "thoughts that do not end" in "".join(
+            cut.invalid or ["thoughts that do not end"]
+        )
     again = read(name, f"{text}\n<think>{text}</think>{text if text[0] not in '{[f' else ''}")
     assert len(again.calls) <= 2 and again.thoughts == text
 
