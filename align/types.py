@@ -21,6 +21,8 @@ class TokenBatch:
         attends, besides causally to itself, to all of [parent_start, parent_end); parent_start is -1 for a trunk.
     predict_at i64[N]: index of the hidden state that predicts scored token n (for a branch's first token, the
         trunk's last); labels i64[N]: its token id; sequence_ids i64[N]: its sequence, 0..S-1.
+    row_ids i64[N], row_owners i64[R]: where an episode has several branches, which are one sequence, the row (a branch
+        behind its trunk) of each scored token, and the sequence of each row. None: rows are sequences.
     loss_mask, nll_mask bool[N]; advantages, behavior_logps f32[N]; versions i32[N] (zeros where a stage has none).
     reference_logps, proximal_logps f32[N] or None: log-probabilities under the reference, and under the policy at the
         start of the batch, where the trees carry them.
@@ -57,11 +59,23 @@ class TokenBatch:
     reference_logps: Tensor | None = None
     proximal_logps: Tensor | None = None
     twins: Tensor | None = None
+    row_ids: Tensor | None = None
+    row_owners: Tensor | None = None
 
     @property
     def sequences(self) -> int:
         """S."""
         return int(self.group_ids.shape[0])
+
+    @property
+    def rows(self) -> int:
+        """R: branches behind their trunks, and trunks alone."""
+        return self.sequences if self.row_owners is None else int(self.row_owners.shape[0])
+
+    @property
+    def rows_of_tokens(self) -> Tensor:
+        """i64[N]: the row in which each scored token stands, 0..R-1."""
+        return self.sequence_ids if self.row_ids is None else self.row_ids
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same with every tensor on `device`; media stay references."""

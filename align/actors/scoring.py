@@ -50,8 +50,7 @@ def newest_version(completion: Completion) -> int:
 
 
 def sampled_ids(completion: Completion) -> list[int]:
-    ids = completion.token_ids if completion.sampled is None else completion.token_ids[completion.sampled]
-    found: list[int] = ids.tolist()
+    found: list[int] = completion.sampled_ids.tolist()
     return found
 
 

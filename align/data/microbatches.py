@@ -35,24 +35,26 @@ def _patches(size: Tree | Segment) -> int:
 
 
 def split_to_budget(tree: Tree, budget: Budget, keep_together: bool) -> list[Tree]:
-    """Parts of a tree that fit the budget, each repeating the trunk and its media; pairs stay whole (`keep_together`).
+    """Parts of a tree that fit the budget, each repeating the trunk and its media; pairs stay whole (`keep_together`),
+    and so do branches that are one sequence: losses sum over all its tokens.
 
     Where the trunk's media alone are too many patches, more parts would only repeat them: as many patches as the trunk
     with one branch has are allowed then.
     """
     if budget.patches is not None and tree.branches and _patches(tree.trunk) > budget.patches:
-        least = _patches(tree.trunk) + max(map(_patches, tree.branches))
+        least = _patches(tree.trunk) + max(sum(map(_patches, unit)) for unit in tree.units)
         budget = replace(budget, patches=least)
-    if budget.holds(tree) or keep_together or len(tree.branches) < 2:
+    if budget.holds(tree) or keep_together or len(tree.units) < 2:
         return [tree]
     parts: list[list[Segment]] = [[]]
     room = budget.less(tree.trunk)
-    for branch in tree.branches:
-        if parts[-1] and not room.holds(branch):
+    for unit in tree.units:
+        if parts[-1] and not room.holds(*unit):
             parts.append([])
             room = budget.less(tree.trunk)
-        parts[-1].append(branch)
-        room = room.less(branch)
+        parts[-1] += unit
+        for branch in unit:
+            room = room.less(branch)
     return [replace(tree, branches=tuple(part)) for part in parts]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -35,19 +36,20 @@ def global_counts(trees: Sequence[Tree]) -> Counts:
         for segment in (tree.trunk, *tree.branches):
             tokens += int(segment.loss_mask.sum())
             nll_tokens += int((segment.loss_mask if segment.nll_mask is None else segment.nll_mask).sum())
-        scored = [s for s in tree.sequences if s.loss_mask.any() or s.labelled]
-        sequences += len(scored)
-        pairs += len(tree.branches) == 2
+        owners = zip(tree.sequences, tree.owners, strict=True)
+        sequences += len({owner for s, owner in owners if s.loss_mask.any() or s.labelled})
+        pairs += len(tree.units) == 2
     return Counts(tokens=tokens, nll_tokens=nll_tokens, sequences=sequences, pairs=pairs)
 
 
 def observed(branch: Segment) -> np.ndarray:
     """bool[n]: the tokens of an episode that nobody sampled, behind the first that the policy did; none of an answer.
-    They have no version. Those of media are not among them: all pictures have the same."""
+    They have version -1. Those of media are not among them: all pictures have the same; nor is what a branch repeats of
+    the one that it follows."""
     if branch.versions is None:
         return np.zeros(len(branch), dtype=bool)
-    sampled = np.asarray(branch.versions) >= 0
-    found = np.asarray(~sampled & (np.cumsum(sampled) > 0))
+    versions = np.asarray(branch.versions)
+    found = np.asarray((versions == -1) & (np.cumsum(versions != -1) > 0))
     for medium in branch.media:
         found[medium.start : medium.start + medium.length] = False
     return found
@@ -103,6 +105,8 @@ class _Layout:
         self.carried: dict[str, list[np.ndarray]] = {name: [] for name in CARRIED}
         self.media: list[tuple[Medium, int]] = []
         self.group_ids: list[int] = []
+        self.row_ids: list[np.ndarray] = []
+        self.row_owners: list[int] = []
         self.score_at: list[int] = []
         self.pairs: list[tuple[int, int]] = []
         self.sequence_columns: list[dict[str, float]] = []
@@ -118,7 +122,7 @@ class _Layout:
         self.offset = end
         return start, end
 
-    def score(self, segment: Segment, start: int, before: int, sequence: int, origin: str) -> None:
+    def score(self, segment: Segment, start: int, before: int, row: int, sequence: int, origin: str) -> None:
         """Add the scored tokens of a segment that begins at `start`; `before` predicts its first token (-1: none)."""
         nll_mask = segment.loss_mask if segment.nll_mask is None else segment.nll_mask
         local = np.flatnonzero(segment.loss_mask | nll_mask)
@@ -142,6 +146,7 @@ class _Layout:
         columns["predict_at"].append(predict_at)
         columns["labels"].append(segment.token_ids[local])
         columns["sequence_ids"].append(np.full(local.size, sequence))
+        self.row_ids.append(np.full(local.size, row))
         columns["loss_mask"].append(segment.loss_mask[local])
         columns["nll_mask"].append(nll_mask[local])
         columns["advantages"].append(zeros if segment.advantages is None else segment.advantages[local])
@@ -150,22 +155,26 @@ class _Layout:
 
     def add_tree(self, tree: Tree, position_fn: PositionFn) -> None:
         trunk_positions, branch_positions = position_fn(tree)
-        first = len(self.group_ids)
+        first, row = len(self.group_ids), len(self.row_owners)
+        owners = [first + n for n in tree.owners]
+        self.row_owners += owners
         trunk = self.lay(tree.trunk, trunk_positions, None)
         # Scored trunk tokens belong to the tree's first sequence: a conversation's own, or a pair's chosen one
         # (ORPO's negative log-likelihood of the prompt).
-        self.score(tree.trunk, trunk[0], -1, first, tree.origin)
+        self.score(tree.trunk, trunk[0], -1, row, first, tree.origin)
         has_trunk = trunk[1] > trunk[0]
-        ends = [] if tree.branches else [trunk[1]]
+        ends = {} if tree.branches else {first: trunk[1]}  # of each sequence
         for n, (branch, positions) in enumerate(zip(tree.branches, branch_positions, strict=True)):
             start, end = self.lay(branch, positions, trunk if has_trunk else None)
-            ends.append(end if end > start else trunk[1])
-            self.score(branch, start, trunk[1] - 1 if has_trunk else -1, first + n, tree.origin)
-        self.score_at += [end - 1 for end in ends]
+            ends[owners[n]] = end if end > start else trunk[1]
+            self.score(branch, start, trunk[1] - 1 if has_trunk else -1, row + n, owners[n], tree.origin)
+        self.score_at += [end - 1 for end in ends.values()]
         for segment in tree.sequences:
+            if segment.follows:
+                continue
             self.group_ids.append(tree.id if segment.place is None else segment.place[0])
             self.sequence_columns.append(dict(segment.columns))
-        if len(tree.branches) == 2:
+        if len(tree.units) == 2:
             self.pairs.append((first, first + 1))
             self.pair_columns.append(dict(tree.columns))
 
@@ -197,6 +206,10 @@ def collate(trees: Sequence[Tree], position_fn: PositionFn = text_positions) -> 
     for name, values in carried.items():
         assert values.shape == scored["labels"].shape, f"some of these trees carry {name} and others do not"
     bounds = torch.tensor(layout.segments, dtype=torch.int32).reshape(-1, 4)
+    if len(layout.row_owners) > len(layout.group_ids):
+        rows = np.concatenate(layout.row_ids) if layout.row_ids else np.zeros(0)
+        carried["row_ids"] = torch.as_tensor(rows).to(torch.int64)
+        carried["row_owners"] = torch.tensor(layout.row_owners, dtype=torch.int64)
     return TokenBatch(
         token_ids=torch.as_tensor(np.concatenate(layout.tokens)).to(torch.int64),
         position_ids=torch.as_tensor(np.concatenate(layout.positions, axis=-1)).to(torch.int64),
@@ -224,14 +237,16 @@ def twins(trees: Sequence[Tree]) -> torch.Tensor:
 
 def _contents(tree: Tree) -> list[int]:
     found = []
-    for branch in tree.branches or (None,):
-        parts = [tree.trunk] if branch is None else [tree.trunk, branch]
-        starts = (0, len(tree.trunk))
+    for unit in tree.units or ((),):
+        parts = [tree.trunk, *unit]
+        starts = [0, *accumulate(map(len, parts))]
         digest = hashlib.blake2b(digest_size=8)
         for values in ([s.token_ids.astype(np.int64) for s in parts], [s.loss_mask for s in parts]):
             for one in values:
                 digest.update(one.tobytes())
         media = [(m.kind, m.key, at + m.start) for s, at in zip(parts, starts, strict=False) for m in s.media]
+        if len(unit) > 1:  # where one begins anew is part of it
+            digest.update(repr(starts).encode())
         digest.update(repr(media).encode())
         found.append(int.from_bytes(digest.digest(), "little", signed=True))
     return found

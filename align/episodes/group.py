@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from align.episodes.outcomes import Lost, Played, moved
-from align.protocols.fleet import Completion, Episode, EpisodeFailure, FailedPrompt, Group, PromptItem
+from align.protocols.fleet import Completion, Episode, EpisodeFailure, FailedPrompt, Fork, Group, PromptItem
+from align.protocols.trees import Medium
 
 Draw = Callable[[PromptItem, int, int], Awaitable[Played]]
 """Plays episode `number` of a prompt, in attempt `attempt` at its group. Raises Lost."""
@@ -79,17 +80,26 @@ def begun_at(common: int, played: Played) -> Completion:
     own, completion = played.prompt[common:], played.completion
     if not len(own):
         return completion
-    assert completion.sampled is not None, "of an episode"
+    media = moved([m for m in played.media if m.start >= common], -common)
+    *forks, last = (_behind(own, media, one) for one in completion.sequences)
     return replace(
         completion,
-        token_ids=np.concatenate([own, completion.token_ids]),
-        logps=np.concatenate([np.zeros(len(own), np.float32), completion.logps]),
-        versions=np.concatenate([np.full(len(own), -1, np.int32), completion.versions]),
-        sampled=np.concatenate([np.zeros(len(own), bool), completion.sampled]),
-        media=(
-            *moved([m for m in played.media if m.start >= common], -common),
-            *moved(completion.media, len(own)),
-        ),
+        token_ids=last.token_ids,
+        logps=last.logps,
+        versions=last.versions,
+        sampled=last.sampled,
+        media=last.media,
+        forks=tuple(forks),
+    )
+
+
+def _behind(own: np.ndarray, media: Sequence[Medium], one: Fork) -> Fork:
+    return Fork(
+        token_ids=np.concatenate([own, one.token_ids]),
+        logps=np.concatenate([np.zeros(len(own), np.float32), one.logps]),
+        versions=np.concatenate([np.full(len(own), -1, np.int32), one.versions]),
+        sampled=np.concatenate([np.zeros(len(own), bool), one.sampled]),
+        media=(*media, *moved(one.media, len(own))),
     )
 
 

@@ -244,7 +244,7 @@ class OutputHead(nn.Module):
 
 
 def _asked(batch: TokenBatch, scores: bool) -> tuple[Tensor, Tensor]:
-    """Places of the tokens whose hidden states are read, and the sequence that each is read for."""
+    """Places of the tokens whose hidden states are read, and the row that each is read in."""
     if not scores:
-        return batch.predict_at, batch.sequence_ids
+        return batch.predict_at, batch.rows_of_tokens
     return batch.score_at, torch.arange(len(batch.score_at), device=batch.score_at.device)

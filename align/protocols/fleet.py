@@ -80,6 +80,20 @@ class Episode:
 
 
 @dataclass(frozen=True, slots=True)
+class Fork:
+    """A sequence of an episode that ended before the episode did: what came then began anew, behind a context that it
+    does not continue. All arrays are as a Completion's, behind the same prompt; what it repeats of earlier sequences is
+    context, `sampled` False and version REPEATED, so that every token is sampled, or observed, in one sequence.
+    """
+
+    token_ids: np.ndarray
+    logps: np.ndarray
+    versions: np.ndarray
+    sampled: np.ndarray
+    media: tuple[Medium, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """One sampled completion: an answer, or all turns of an episode.
 
@@ -89,7 +103,8 @@ class Completion:
     finish: "eos", "stop", or "length" (truncated by max_tokens); raw: decoded with its special tokens, without those
     that end it; None where it is the same as `text`. sampled: bool[n], False at tokens of an episode that nobody
     sampled (answers of tools, headers), whose logps are 0 and whose versions are -1; None where all were. episode: of
-    an environment, else None. media: what stands in token_ids.
+    an environment, else None. media: what stands in token_ids. forks: the sequences of an episode before its last, in
+    the order in which they were sampled; the arrays above are the last one's.
     """
 
     token_ids: np.ndarray
@@ -101,6 +116,7 @@ class Completion:
     sampled: np.ndarray | None = None
     episode: Episode | None = None
     media: tuple[Medium, ...] = ()
+    forks: tuple[Fork, ...] = ()
 
     @property
     def truncated(self) -> bool:
@@ -110,7 +126,13 @@ class Completion:
     @property
     def length(self) -> int:
         """Sampled tokens."""
-        return int(self.token_ids.shape[0] if self.sampled is None else np.count_nonzero(self.sampled))
+        return sum(int(np.count_nonzero(one.sampled)) for one in self.sequences)
+
+    @property
+    def sequences(self) -> tuple[Fork, ...]:
+        """All token sequences, in the order in which they were sampled; the last is the completion's own."""
+        sampled = np.ones(len(self.token_ids), bool) if self.sampled is None else self.sampled
+        return *self.forks, Fork(self.token_ids, self.logps, self.versions, sampled, self.media)
 
     @property
     def lost(self) -> bool:
@@ -120,7 +142,17 @@ class Completion:
     @property
     def sampled_versions(self) -> np.ndarray:
         """i32[length]: the version that sampled each sampled token."""
-        return self.versions if self.sampled is None else self.versions[self.sampled]
+        return np.concatenate([one.versions[one.sampled] for one in self.sequences])
+
+    @property
+    def sampled_ids(self) -> np.ndarray:
+        """i64[length]: the tokens that were sampled."""
+        return np.concatenate([one.token_ids[one.sampled] for one in self.sequences])
+
+    @property
+    def sampled_logps(self) -> np.ndarray:
+        """f32[length]: the sampler's log-probability of each."""
+        return np.concatenate([one.logps[one.sampled] for one in self.sequences])
 
 
 @dataclass(frozen=True, slots=True)

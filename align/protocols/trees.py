@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -33,6 +34,8 @@ class Medium:
         return self.kind, self.key, self.start, self.length
 
 
+REPEATED = -2
+
 # the first column of a row's label: see `align.recipe.labels.Labels.columns`
 FIRST_LABEL_COLUMNS = ("class", "labels/0", "targets/0")
 
@@ -46,7 +49,8 @@ class Segment:
         assistant tokens here, a prompt has none, a completion has all of them (its end-of-turn token included).
     nll_mask: bool[n] or None (= loss_mask); tokens of the negative log-likelihood term, where a loss has one.
     advantages: f32[n] or None; behavior_logps: f32[n] or None, the sampler's log-probabilities;
-    versions: i32[n] or None, the policy version that sampled each token.
+    versions: i32[n] or None, the policy version that sampled each token; -1 of one that nobody sampled, REPEATED of one
+        that a branch which `follows` another repeats of it: context, which is neither scored nor observed again.
     reference_logps: f32[n] or None, log-probabilities under the reference where they are known before the stage
         (`reference: cached`); 0 where no token is scored. They belong to this segment after this trunk and no other.
     proximal_logps: f32[n] or None, log-probabilities under the policy at the start of a batch that makes several
@@ -55,6 +59,8 @@ class Segment:
     media: what stands in it, in order of `start`; no token of it is scored.
     place: (id of a tree, number of a sequence in it) where this is, or ends, a sequence of a tree that was given and
         now stands in another: rows that begin alike are computed as one tree, and groups are cut between branches.
+    follows: whether it goes on with the sequence of the branch before it, behind another context: an episode that began
+        anew. Losses count both as one sequence, and no microbatch holds one without the other.
     """
 
     token_ids: np.ndarray
@@ -68,6 +74,7 @@ class Segment:
     columns: Mapping[str, float] = field(default_factory=dict)
     media: tuple[Medium, ...] = ()
     place: tuple[int, int] | None = None
+    follows: bool = False
 
     def __len__(self) -> int:
         return int(self.token_ids.shape[0])
@@ -120,8 +127,27 @@ class Tree:
 
     @property
     def sequences(self) -> tuple[Segment, ...]:
-        """What losses count as one: each branch, or the trunk where it stands alone."""
+        """What is computed as one row: each branch behind its trunk, or the trunk where it stands alone. Losses count
+        each as one, but for those that follow another (`owners`)."""
         return self.branches or (self.trunk,)
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """For each of `sequences` the number, from 0 on, of what losses count as one sequence."""
+        begun = [not segment.follows for segment in self.sequences]
+        assert begun[0], "the first branch of a tree follows none"
+        return tuple(n - 1 for n in accumulate(begun))
+
+    @property
+    def units(self) -> tuple[tuple[Segment, ...], ...]:
+        """Branches by the sequence that they belong to: what is never cut apart."""
+        found: list[list[Segment]] = []
+        for branch in self.branches:
+            if branch.follows and found:
+                found[-1].append(branch)
+            else:
+                found.append([branch])
+        return tuple(map(tuple, found))
 
 
 @dataclass(frozen=True)

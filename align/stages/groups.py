@@ -105,7 +105,8 @@ def untrained(groups: Sequence[Group], table: ScoreTable, truncated: Literal["ma
 
 
 def to_trees(groups: Sequence[Group], advantages: np.ndarray, masked: np.ndarray) -> list[Tree]:
-    """A tree per group: the prompt, and a branch per completion with its advantage on every token.
+    """A tree per group: the prompt, and a branch per completion with its advantage on every token; of an episode that
+    began anew, a branch for each of its sequences, which losses count as one.
 
     advantages f32[S]; NaN (no objective could be scored) or masked bool[S] leaves the branch without a scored token.
     """
@@ -115,31 +116,36 @@ def to_trees(groups: Sequence[Group], advantages: np.ndarray, masked: np.ndarray
         rows = range(first, first + len(group.completions))
         first += len(group.completions)
         branches = [
-            _branch(c, float(advantages[i]), bool(masked[i])) for c, i in zip(group.completions, rows, strict=True)
+            branch
+            for c, i in zip(group.completions, rows, strict=True)
+            for branch in _branches(c, float(advantages[i]), bool(masked[i]))
         ]
         ids = group.prompt.token_ids
         trunk = Segment(token_ids=ids, loss_mask=np.zeros(len(ids), dtype=bool), media=group.prompt.media)
-        # an empty completion has no token to predict; the packer refuses an empty segment
-        kept = tuple(branch for branch in branches if len(branch))
-        if kept:
-            trees.append(Tree(id=group.prompt.group_id, trunk=trunk, branches=kept, origin=group.prompt.origin))
+        if branches:
+            tree = Tree(id=group.prompt.group_id, trunk=trunk, branches=tuple(branches), origin=group.prompt.origin)
+            trees.append(tree)
     return trees
 
 
-def _branch(completion: Completion, advantage: float, masked: bool) -> Segment:
-    n = len(completion.token_ids)
+def _branches(completion: Completion, advantage: float, masked: bool) -> list[Segment]:
+    # an empty completion has no token to predict; the packer refuses an empty segment
+    kept = [one for one in completion.sequences if len(one.token_ids)]
     trained = not masked and bool(np.isfinite(advantage))
-    scored = np.full(n, trained, dtype=bool)
-    if completion.sampled is not None:
-        scored &= completion.sampled
-    return Segment(
-        token_ids=completion.token_ids,
-        loss_mask=scored,
-        advantages=np.where(scored, np.float32(advantage if trained else 0.0), np.float32(0.0)),
-        behavior_logps=completion.logps,
-        versions=completion.versions,
-        media=completion.media,
-    )
+    branches: list[Segment] = []
+    for one in kept:
+        scored = one.sampled & trained
+        branch = Segment(
+            token_ids=one.token_ids,
+            loss_mask=scored,
+            advantages=np.where(scored, np.float32(advantage if trained else 0.0), np.float32(0.0)),
+            behavior_logps=one.logps,
+            versions=one.versions,
+            media=one.media,
+            follows=bool(branches),
+        )
+        branches.append(branch)
+    return branches
 
 
 def group_metrics(groups: Sequence[Group], advantages: np.ndarray, masked: np.ndarray, version: int) -> Metrics:

@@ -38,8 +38,9 @@ class RolloutLog:
     where that is the same), token_ids, one float column `objective/<name>` each
     (null where missing), advantage (null where not trained on; before the prompt's own weight), trained, finish,
     version (of the first sampled token), mean_logp (of the sampler). Of episodes also sampled (per token, whether it
-    was), turns and state (as JSON), ended and environment_error (null where there was none). The
-    metadata `KINDS` says which objectives are costs.
+    was), forks (as JSON, token_ids and sampled of each sequence before the last; null where there is one), turns and
+    state (as JSON), ended and environment_error (null where there was none). The metadata `KINDS` says which objectives
+    are costs.
     """
 
     def __init__(self, folder: Path):
@@ -124,7 +125,7 @@ def _known(value: float) -> float | None:
 
 def _drawn(completion: Completion) -> dict[str, Any]:
     versions = completion.sampled_versions
-    logps = completion.logps if completion.sampled is None else completion.logps[completion.sampled]
+    logps = completion.sampled_logps
     return {
         "version": int(versions[0]) if len(versions) else None,
         "mean_logp": float(np.mean(logps)) if len(logps) else None,
@@ -138,12 +139,18 @@ def _episode(completion: Completion) -> dict[str, Any]:
         return {}
     return {
         "sampled": [] if completion.sampled is None else completion.sampled.tolist(),
+        "forks": _forks(completion),
         "turns": json.dumps(episode.turns, ensure_ascii=False, default=str),
         "state": json.dumps(episode.state, ensure_ascii=False, default=str),
         "ended": episode.ended,
         "waited_seconds": episode.counts.get("waited_seconds"),
         "environment_error": episode.failure and f"{episode.failure.cause}: {episode.failure.message}",
     }
+
+
+def _forks(completion: Completion) -> str | None:
+    found = [{"token_ids": f.token_ids.tolist(), "sampled": f.sampled.tolist()} for f in completion.forks]
+    return json.dumps(found) if found else None
 
 
 @dataclass(frozen=True)

@@ -279,8 +279,8 @@ class PolicyTrainer:
 
         def of(batch: TokenBatch) -> list[np.ndarray]:
             logps = self._quiet(self.module, batch).logps.float().cpu().numpy()
-            owner = batch.sequence_ids.cpu().numpy()
-            return [logps[owner == s] for s in range(batch.sequences)]
+            row = batch.rows_of_tokens.cpu().numpy()
+            return [logps[row == r] for r in range(batch.rows)]
 
         return self.packer.by_sequence(trees, of)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from align.data.tokenizer import ChatTokenizer
 from align.episodes.budgets import cut_middle
 from align.episodes.group import Played, Retries, draw_group
 from align.episodes.outcomes import Lost
-from align.protocols.fleet import Completion, Episode, FailedPrompt, Group, PromptItem
+from align.protocols.fleet import Completion, Episode, FailedPrompt, Fork, Group, PromptItem
 from tests.unit.episodes import stage
 from tests.unit.stages.plain import prompt
 
@@ -47,6 +48,18 @@ def test_prompts_that_differ_share_their_beginning_and_the_rest_is_never_sampled
     assert one.sampled is not None and other.sampled is not None
     assert one.sampled.tolist() == [False, True, True] and other.sampled.tolist() == [False, False, True]
     assert one.versions.tolist() == [-1, 4, 4] and other.logps.tolist() == [0, 0, -1] and other.length == 1
+
+
+def test_every_sequence_of_an_episode_gets_what_its_prompt_has_of_its_own() -> None:
+    one = played([5, 6, 7], [3])
+    before = Fork(np.array([1, 2]), np.full(2, -1.0, np.float32), np.array([4, -1], np.int32), np.array([True, False]))
+    one = one._replace(completion=replace(one.completion, forks=(before,)))
+    group, _ = drawn([one, played([5, 6, 8], [9])])
+    assert isinstance(group, Group)
+    first, last = group.completions[0].sequences
+    assert first.token_ids.tolist() == [7, 1, 2] and last.token_ids.tolist() == [7, 3]
+    assert first.sampled.tolist() == [False, True, False] and last.versions.tolist() == [-1, 4]
+    assert group.completions[0].sampled_ids.tolist() == [1, 3]
 
 
 def test_an_episode_is_drawn_again_as_often_as_it_may_be_and_its_group_once() -> None:
