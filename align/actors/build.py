@@ -20,6 +20,7 @@ from align.actors.reward_actors import RayScorer
 from align.actors.spare import Spare
 from align.engines import SHARE_OF_GPU
 from align.episodes.describe import describe
+from align.episodes.setting import schema_tokens
 from align.hub import resolve_model_folder
 from align.losses import names as loss_names
 from align.protocols.fleet import Fleet
@@ -313,7 +314,9 @@ def context_length(job: FleetJob) -> int:
         return job.longest_prompt + job.rollout.max_tokens
     config = read_settings(job.base / "config.json")
     positions = (config.get("text_config") or config).get("max_position_embeddings")
-    wanted = job.longest_prompt + job.environment.rules.context_tokens(job.rollout.max_tokens)
+    spec = job.environment
+    prompt = job.longest_prompt + schema_tokens(spec.rules, spec.tokenizer, spec.description)
+    wanted = prompt + spec.rules.context_tokens(job.rollout.max_tokens)
     return min(wanted, int(positions)) if positions else wanted
 
 

@@ -182,6 +182,9 @@ def _check_stage(
             )
     if len(read) < len(stage.datasets):
         return
+    with found.gather(stage.id, "environment"):
+        for facts in read.values():
+            facts.longest += worlds.schema_tokens(stage, planner.model.tokenizer, found)
     golds = {key: _golds(stage, key, facts, found, folder, known) for key, facts in read.items()}
     with found.gather(stage.id):
         planned = planner.stage(stage, read.get("data", DataFacts()))

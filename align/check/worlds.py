@@ -10,9 +10,10 @@ from typing import Any
 from align.check.findings import Findings
 from align.check.inputs import DataFacts, ModelFacts
 from align.data.media.opening import takes_media
+from align.data.tokenizer import ChatTokenizer
 from align.data.world import Offered
 from align.episodes.describe import describe, scores_of_killed
-from align.episodes.setting import setting_of
+from align.episodes.setting import schema_tokens, setting_of
 from align.errors import PluginError, RecipeError
 from align.objectives.check import Known
 from align.recipe.capabilities import StageBase
@@ -76,6 +77,11 @@ class Worlds:
     def offered(self, stage: StageBase, found: Findings) -> Offered | None:
         """What it offers to the stage's prompts; None where there is none, or it could not be loaded."""
         return Offered.of(stage.world, self.of(stage, found))
+
+    def schema_tokens(self, stage: StageBase, tokenizer: ChatTokenizer, found: Findings) -> int:
+        """Tokens that tools add to each of its prompts as text. Raises Unsupported where the template refuses it."""
+        described = self.of(stage, found)
+        return 0 if described is None or stage.world is None else schema_tokens(stage.world, tokenizer, described)
 
     def lines(self, stage: StageBase, model: ModelFacts, facts: DataFacts, found: Findings) -> list[str]:
         """What its episodes are, in words. Raises Unsupported where the chat template cannot be continued, RecipeError

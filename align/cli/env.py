@@ -11,6 +11,8 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from align.cli.arguments import add_debug
 from align.data.media.library import Library
 from align.data.media.opening import takes_media
@@ -59,6 +61,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """0; 1 where an episode was lost, or something is wrong with the environment. Raises UserError."""
     rules = _rules(arguments)
+    if arguments.limit < 1:
+        raise UserError(f"{arguments.limit} episodes are none", where="--limit", remedy="give 1 or more")
     if arguments.replies is None and arguments.model is None:
         raise UserError("nobody plays", remedy="give --replies FILE, or --model FOLDER, or both")
     folder, data = Path.cwd(), Path(arguments.data).absolute()
@@ -98,8 +102,13 @@ def _rules(arguments: argparse.Namespace) -> Environment:
     given |= {"use": names[0], "args": _pairs(arguments.args)} if _is_class(names) else {"tools": names}
     try:
         return Environment.model_validate(given)
-    except ValueError as error:
-        raise UserError(f"no environment has these settings: {error}", where="--set") from error
+    except ValidationError as error:
+        said = [f"{'.'.join(map(str, e['loc'])) or 'environment'}: {e['msg']}" for e in error.errors()]
+        raise UserError(
+            f"no environment has these settings: {'; '.join(said)}",
+            where="--set",
+            remedy=f"its keys: {', '.join(field.alias or name for name, field in Environment.model_fields.items())}",
+        ) from error
 
 
 def _is_class(names: Sequence[str]) -> bool:

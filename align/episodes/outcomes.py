@@ -89,7 +89,8 @@ class Verdict:
 def verdict_of(outcome: Outcome) -> Verdict:
     """Of what an environment's `reward` came to."""
     if outcome.kind != "value":
-        return Verdict(failure=EpisodeFailure(outcome.kind, f"reward: {outcome.message}"))
+        where = f" ({outcome.where})" if outcome.where else ""
+        return Verdict(failure=EpisodeFailure(outcome.kind, f"reward: {outcome.message}{where}"))
     found = outcome.value
     wrong = [EpisodeFailure(cause, f"reward: {message}") for _, cause, message in found.get("errors") or ()]
     return Verdict(dict(found["values"]), wrong[0] if wrong else None, dict(found.get("info") or {}))
@@ -105,7 +106,8 @@ def with_state(verdict: Verdict, outcome: Outcome) -> Verdict:
 
 def lost(outcome: Outcome, what: str) -> Lost:
     """The end of an episode whose environment failed in `what`."""
-    return Lost(outcome.kind, f"{what}: {outcome.message}", killed=outcome.lost or outcome.kind == "died")
+    where = f" ({outcome.where})" if outcome.where else ""
+    return Lost(outcome.kind, f"{what}: {outcome.message}{where}", killed=outcome.lost or outcome.kind == "died")
 
 
 def as_messages(value: Any, what: str) -> list[Message]:

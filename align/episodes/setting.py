@@ -72,3 +72,12 @@ def setting_of(
     elif schemas:
         form = find_format(tokenizer, schemas, rules.parser)
     return Setting(rules, tokenizer, joins, form, schemas, description["has"], context, images)
+
+
+def schema_tokens(rules: Environment, tokenizer: ChatTokenizer, description: Mapping[str, Any]) -> int:
+    """Tokens that tools add to every prompt beyond what its template was given: as text of it (`tools_in: prompt`)."""
+    if rules.tools_in != "prompt" or not description["tools"]:
+        return 0
+    asked = [{"role": "user", "content": "?"}]
+    whole = Joins(tokenizer, tuple(description["tools"]), tools_in="prompt").opening(asked)
+    return len(whole) - len(tokenizer.chat_ids(asked, True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +75,11 @@ async def try_environment(
         description = await started(host)
         trial = Trial(description, setting_of(rules, tokenizer, description, context, images))
         for number, prompt in enumerate(prompts(description)):
-            trial.episodes.append(await _play(trial.setting, host, prompt, sampling, sampler(number)))
+            prompt = replace(prompt, group_id=number, seed=seed_of(prompt.seed, "row", number))
+            tried = await _play(trial.setting, host, prompt, sampling, sampler(number))
+            trial.episodes.append(tried)
+            if (unscored := _unscored(tried)) is not None:
+                trial.problems.append(unscored)
             if (differs := await _resets_differ(host, rules, prompt)) is not None:
                 trial.problems.append(differs)
         return trial
@@ -99,13 +103,21 @@ async def _play(setting: Setting, host: Host, prompt: PromptItem, sampling: Samp
     return tried
 
 
+def _unscored(tried: Tried) -> str | None:
+    """What is wrong with what the environment says of an episode."""
+    episode = tried.completion.episode if tried.completion is not None else None
+    if episode is None or episode.failure is None:
+        return None
+    return f"{tried.origin}: no score: {episode.failure.cause}: {episode.failure.message}"
+
+
 async def _resets_differ(host: Host, rules: Environment, prompt: PromptItem) -> str | None:
     """What speaks against two resets of the same row and seed: the episodes of a group must begin alike."""
     found = []
-    for _ in range(2):
+    for episode_seed in range(2):
         live = await host.open()
         try:
-            outcome = await live.reset(prompt.row, seed_of(prompt.seed, "reset"), 0, rules.timeout_s)
+            outcome = await live.reset(prompt.row, seed_of(prompt.seed, "reset"), episode_seed, rules.timeout_s)
             found.append(outcome.value if outcome.kind == "value" else outcome.message)
         finally:
             await live.close(CLOSE_S)
@@ -113,8 +125,8 @@ async def _resets_differ(host: Host, rules: Environment, prompt: PromptItem) -> 
         return None
     return (
         f"{prompt.origin}: two resets with the same row and seed differ ({str(found[0])[:80]!r} and "
-        f"{str(found[1])[:80]!r}): the episodes of a group must begin alike, or there is no baseline; take what is "
-        "drawn from `seed`"
+        f"{str(found[1])[:80]!r}): the episodes of a group must begin alike, or there is no baseline; draw what "
+        "they read from `seed`, and not from `episode_seed`"
     )
 
 

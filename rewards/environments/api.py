@@ -22,6 +22,11 @@ class EnvironmentOptions:
     def __post_init__(self) -> None:
         if self.objectives is not None and not self.objectives:
             raise PluginError("objectives is empty: name at least one")
+        for name, one in (self.objectives or {}).items():
+            if not isinstance(one, Objective):
+                raise PluginError(
+                    f"the objective {name!r} is {one!r}", remedy="write an Objective, as Objective(range=(0, 1))"
+                )
 
 
 MARK = "__environment__"

@@ -157,6 +157,19 @@ def test_a_template_without_tools_is_refused_and_takes_them_as_text(
     )
 
 
+def test_tools_that_the_prompt_describes_are_counted(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    def longest(*changes: str) -> int:
+        return int(
+            checked(capsys, 0, *changes).partition("the longest is ")[2].partition(" tokens")[0].replace(",", "")
+        )
+
+    by_template, as_text = longest(), longest("stages.grpo.environment.tools_in=prompt")
+    assert as_text > by_template - 200, "schemas and instructions are text of every prompt"
+    bare = longest("stages.grpo.environment={use: world.py:Calculator, max_turns: 1, max_tokens: 1, tools_in: prompt,"
+                   " max_observation_tokens: 1}", "stages.grpo.rollout.max_tokens=1")  # fmt: skip
+    assert bare > 300, "of bytes"
+
+
 def test_echo_wants_an_environment_and_a_loss_beside_it(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
     both = "stages.grpo.loss=[{name: grpo}, {name: echo, weight: 0.05}]"
     checked(capsys, 0, both)

@@ -71,6 +71,21 @@ def test_resets_that_differ_for_one_seed_and_lost_episodes_are_problems(
     assert "lost: raised: reset: ValueError: no" in said
 
 
+def test_a_score_that_is_none_and_what_is_drawn_from_the_wrong_seed_are_problems(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "replies.jsonl").write_text('"3"\n')
+    words = ["--replies", "replies.jsonl"]
+    write(here, CALCULATOR.replace("return float(self.said == self.answer)", 'return {"right": 1}["wrong"]'))
+    said = tried(capsys, 1, *words)
+    assert "no score: raised: reward: KeyError: 'wrong' (" in said and "world.py:" in said and "1 problem" in said
+    drawn = CALCULATOR.replace("row, seed", "row, seed, episode_seed")
+    write(here, drawn.replace("seed, 0\n", "seed, 0\n        return str(episode_seed)\n", 1))
+    assert "draw what they read from `seed`" in tried(capsys, 1, *words)
+    assert "its keys: use, tools" in tried(capsys, 2, *words, "--set", "turns=3")
+    assert "--limit" in tried(capsys, 2, *words, "--limit", "0")
+
+
 def test_images_are_shown_as_a_word_and_how_many_tokens_they_have(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
