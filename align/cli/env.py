@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -32,6 +33,7 @@ from align.recipe.chat_files import read_settings
 from align.recipe.document import parse_value
 from align.recipe.environment import Environment
 from align.recipe.inputs import DataSource, Media, TokenizerFromScratch
+from align.recipe.problems import option_problems, raise_problems
 from align.report.screen import shown as on_screen
 
 _TEXT = 400  # characters of a turn on the screen
@@ -48,21 +50,35 @@ def add(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--data", required=True, metavar="FILE", help="rows with prompts, as an online stage reads them")
     one.add_argument("--replies", metavar="FILE", help='a line per episode: ["first reply", "second reply"]')
     one.add_argument("--model", metavar="FOLDER", help="a model that plays, or whose template writes the replies")
-    one.add_argument("--limit", type=int, default=3, metavar="ROWS", help="episodes to play (default 3)")
+    one.add_argument("--limit", type=_whole, default=3, metavar="ROWS", help="episodes to play (default 3)")
     one.add_argument("--args", nargs="+", default=[], metavar="key=value", help="of the constructor; values are YAML")
     one.add_argument("--set", nargs="+", default=[], metavar="key=value", help="keys of `environment:`, as max_turns=4")
     one.add_argument("--signature", choices=["align", "trl"], help="trl: a class for TRL's environment_factory")
     one.add_argument(
-        "--max-tokens", type=int, metavar="N", help="of a turn (default: 256 of a model's, all of a reply)"
+        "--max-tokens", type=_whole, metavar="N", help="of a turn (default: 256 of a model's, all of a reply)"
     )
-    one.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the model (default 1)")
+    one.add_argument("--temperature", type=_temperature, default=1.0, metavar="T", help="of the model (default 1)")
+
+
+def _whole(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is no whole number above 0")
+    return int(word)
+
+
+def _temperature(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{word!r} is no number from 0")
+    return value
 
 
 def run(arguments: argparse.Namespace) -> int:
     """0; 1 where an episode was lost, or something is wrong with the environment. Raises UserError."""
     rules = _rules(arguments)
-    if arguments.limit < 1:
-        raise UserError(f"{arguments.limit} episodes are none", where="--limit", remedy="give 1 or more")
     if arguments.replies is None and arguments.model is None:
         raise UserError("nobody plays", remedy="give --replies FILE, or --model FOLDER, or both")
     folder, data = Path.cwd(), Path(arguments.data).absolute()
@@ -86,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
                 )
             )
     print("\n".join(_lines(trial, tokenizer)))
-    return 1 if trial.problems or any(one.completion is None for one in trial.episodes) else 0
+    return 1 if trial.problems or any(one.lost is not None for one in trial.episodes) else 0
 
 
 def _turn_tokens(arguments: argparse.Namespace) -> int:
@@ -103,12 +119,8 @@ def _rules(arguments: argparse.Namespace) -> Environment:
     try:
         return Environment.model_validate(given)
     except ValidationError as error:
-        said = [f"{'.'.join(map(str, e['loc'])) or 'environment'}: {e['msg']}" for e in error.errors()]
-        raise UserError(
-            f"no environment has these settings: {'; '.join(said)}",
-            where="--set",
-            remedy=f"its keys: {', '.join(field.alias or name for name, field in Environment.model_fields.items())}",
-        ) from error
+        raise_problems(option_problems(error, given, Environment, "an environment"), "--set")
+        raise
 
 
 def _is_class(names: Sequence[str]) -> bool:
@@ -197,7 +209,7 @@ def _lines(trial: Trial, tokenizer: ChatTokenizer) -> Iterator[str]:
         yield from _episode(number, tried, tokenizer)
     yield ""
     yield from (f"problem: {problem}" for problem in trial.problems)
-    lost = sum(one.completion is None for one in trial.episodes)
+    lost = sum(one.lost is not None for one in trial.episodes)
     episodes, problems = len(trial.episodes), len(trial.problems)
     yield f"{_counted(episodes, 'episode')}, {lost} lost, {_counted(problems, 'problem')}"
 
@@ -214,12 +226,16 @@ def _episode(number: int, tried: Tried, tokenizer: ChatTokenizer) -> Iterator[st
         for tool, seconds in episode.seconds.items():
             longest = f", {max(seconds):.3f} s at most" if len(seconds) > 1 else f", {seconds[0]:.3f} s"
             yield f"  {tool}: {_counted(len(seconds), 'call')}{longest}"
-        yield f"  ended by {episode.ended}: {', '.join(_counts(episode.counts))}"
-        yield f"  scores: {json.dumps(dict(episode.scores))}"
+        whole = tried.lost is None and tried.unfinished is None
+        yield f"  {f'ended by {episode.ended}' if whole else 'so far'}: {', '.join(_counts(episode.counts))}"
+        if whole:
+            yield f"  scores: {json.dumps(dict(episode.scores))}"
         if episode.failure is not None:
             yield f"  no scores: {episode.failure.cause}: {episode.failure.message}"
         if episode.state is not None:
             yield f"  state: {_short(json.dumps(episode.state, ensure_ascii=False, default=str))}"
+    if tried.unfinished is not None:
+        yield f"  not at its end: {tried.unfinished}"
     if tried.lost is not None:
         yield f"  lost: {tried.lost}"
 

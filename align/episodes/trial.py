@@ -30,13 +30,15 @@ Sample = Callable[[PromptItem, Sampling], Awaitable[Completion | FailedPrompt]]
 @dataclass
 class Tried:
     """An episode that was played. prompt: ids, to be decoded, and media that stand in them; completion: None where it
-    was lost, and lost says why."""
+    had no turn, and of one that did not end what there was of it. lost: why there is no whole one; unfinished: why it
+    ends before its end, with nothing amiss."""
 
     origin: str
     prompt: np.ndarray | None = None
     media: tuple[Medium, ...] = ()
     completion: Completion | None = None
     lost: str | None = None
+    unfinished: str | None = None
 
 
 @dataclass
@@ -94,10 +96,11 @@ async def _play(setting: Setting, host: Host, prompt: PromptItem, sampling: Samp
     try:
         tried.prompt, tried.completion, tried.media = await play.play()
     except Lost as lost:
+        tried.prompt, tried.completion, tried.media = play.so_far()
         tried.lost = f"{lost.cause}: {lost.message}"
     except OutOfReplies:
         tried.prompt, tried.completion, tried.media = play.so_far()
-        tried.lost = "the written replies end here"
+        tried.unfinished = "the written replies end here"
     finally:
         await live.close(CLOSE_S)
     return tried

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from align.recipe.strict import Finite, Fraction, PositiveInt, Strict
+from align.recipe.strict import Finite, Fraction, Name, PositiveInt, Strict
 
-_NAME = re.compile(r"[\w.-]+")
 WRITTEN_AS = "hermes"  # how calls are asked for where the prompt describes tools
 AROUND_ANSWER, AROUND_ANOTHER = 64, 16  # tokens that a template writes around an answer, and another of the turn
 MAX_MEDIA = 4  # images in an episode where the recipe does not say
@@ -46,7 +44,7 @@ class Environment(Strict):
     tools: Annotated[tuple[str, ...], BeforeValidator(_tools)] = ()
     args: dict[str, Any] = Field(default_factory=dict)
     signature: Literal["align", "trl"] = "align"
-    as_: str | None = Field(default=None, alias="as")
+    as_: Name | None = Field(default=None, alias="as")
     python: str | None = None
     max_turns: PositiveInt = 8
     max_tokens: PositiveInt = 2048
@@ -73,10 +71,6 @@ class Environment(Strict):
             raise ValueError("`args` are for the constructor of a class (`use`); functions have none")
         if self.tools and self.signature != "align":
             raise ValueError("`signature` says how a class is written (`use`); functions need none")
-        if self.as_ is not None and not _NAME.fullmatch(self.as_):
-            raise ValueError(
-                f"`as: {self.as_}` is the name of metrics and objectives: letters, digits, `_`, `-` and `.` alone"
-            )
         if self.parser is not None and self.tools_in == "prompt" and self.parser != WRITTEN_AS:
             raise ValueError(
                 f"`tools_in: prompt` asks for calls as {WRITTEN_AS} writes them, which `parser: {self.parser}` does "

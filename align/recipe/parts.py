@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from align.recipe.engines import known_engine
 from align.recipe.inputs import DataField
 from align.recipe.optimizers import OPTIMIZERS, known_optimizer
-from align.recipe.strict import Fraction, PositiveInt, Strict
+from align.recipe.strict import Fraction, Name, PositiveInt, Strict
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -109,7 +109,7 @@ class Reward(Strict):
     """
 
     use: str
-    as_: str | None = Field(default=None, alias="as")
+    as_: Name | None = Field(default=None, alias="as")
     args: dict[str, Any] = Field(default_factory=dict)
     scope: Literal["sample", "batch", "group"] | None = None
     text: Literal["stripped", "raw"] | None = None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class Strict(BaseModel):
@@ -18,3 +19,18 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+_NAME = re.compile(r"\w[\w.-]*")
+
+
+def _plain(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"{name!r} is to be the name of metrics and objectives: letters, digits, `_`, `-` and `.` alone, and "
+            "one of the first three at its beginning"
+        )
+    return name
+
+
+Name = Annotated[str, AfterValidator(_plain)]  # of metrics and of what lies in files by it

@@ -82,8 +82,39 @@ def test_a_score_that_is_none_and_what_is_drawn_from_the_wrong_seed_are_problems
     drawn = CALCULATOR.replace("row, seed", "row, seed, episode_seed")
     write(here, drawn.replace("seed, 0\n", "seed, 0\n        return str(episode_seed)\n", 1))
     assert "draw what they read from `seed`" in tried(capsys, 1, *words)
-    assert "its keys: use, tools" in tried(capsys, 2, *words, "--set", "turns=3")
-    assert "--limit" in tried(capsys, 2, *words, "--limit", "0")
+
+
+def test_an_episode_that_was_lost_shows_how_it_came_to_that(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "replies.jsonl").write_text(json.dumps([call(a=1, b=2), call(a=3, b=4), "3"]) + "\n")
+    write(here, CALCULATOR.replace("return str(a + b)", "return str(a + b) if a == 1 else __import__('os')._exit(7)"))
+    said = tried(capsys, 1, "--replies", "replies.jsonl")
+    assert (
+        "1 + 2?" in said
+        and '"a": 3' in said
+        and "lost: died: add" in said
+        and "status 7" in said
+        and "so far: turns 2" in said
+    )
+    assert "1 episode, 1 lost" in said
+    (here / "replies.jsonl").write_text(json.dumps([call(a=1, b=2)]) + "\n")
+    said = tried(capsys, 0, "--replies", "replies.jsonl")
+    assert "not at its end: the written replies end here" in said and "1 episode, 0 lost" in said
+
+
+def test_settings_that_are_none_are_refused_in_the_words_of_a_recipe(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "replies.jsonl").write_text('"3"\n')
+    for setting, words in {
+        "max_turnz=3": "did you mean `max_turns`?",
+        "max_turns=0": "must be greater than 0, got 0",
+        "as=..": "letters, digits",
+    }.items():
+        said = tried(capsys, 2, "--replies", "replies.jsonl", "--set", setting)
+        assert words in said and "pydantic" not in said, said
+    for option, value in (("--max-tokens", "0"), ("--limit", "-1"), ("--temperature", "-1"), ("--temperature", "nan")):
+        said = tried(capsys, 2, "--replies", "replies.jsonl", option, value)
+        assert f"argument {option}: '{value}' is no" in said
 
 
 def test_images_are_shown_as_a_word_and_how_many_tokens_they_have(
