@@ -60,15 +60,9 @@ def find_format(
     if name is not None and name not in FORMATS:
         raise Unsupported(f"no format of tool calls is called {name!r}", remedy=f"one of {', '.join(FORMATS)}")
     turns, readers = _readers(tokenizer)
-    if name is not None and not (readers and name not in readers):
-        return FORMATS[name].of(schemas, thinking)
     if name is not None:
-        raise Unsupported(
-            f"the chat template writes calls as {readers[0]} reads them, and {name} does not: {turns[0][0][:300]!r}",
-            where="environment.parser",
-            remedy=f"leave `parser` out, which finds {readers[0]}, or give a template (`model.chat_template`) that "
-            f"writes {name}",
-        )
+        _require_reader(name, turns, readers)
+        return FORMATS[name].of(schemas, thinking)
     if readers:
         return FORMATS[readers[0]].of(schemas, thinking)
     wrote = f"writes a call as {turns[0][0][:300]!r}" if turns else "writes no tool calls"
@@ -77,6 +71,23 @@ def find_format(
         where=tokenizer.require_template().where,
         remedy="name the format of its calls (`environment.parser`), or write tools into the prompt: "
         "`environment.tools_in: prompt`",
+    )
+
+
+def _require_reader(name: str, turns: Sequence[_Turn], readers: Sequence[str]) -> None:
+    """Raises Unsupported where the format of this name finds none of the calls that the template writes. Where no
+    format gives back all that was rendered, one that finds the calls is taken at the recipe's word."""
+    if name in readers or not turns:
+        return
+    own = FORMATS[name].of([_SCHEMA])
+    if not readers and all([c.name for c in own.parse(text, False).calls] == [_TOOL] * len(cs) for text, cs in turns):
+        return
+    which = f"as {readers[0]} reads them, and {name} does not" if readers else f"in which {name} finds none"
+    leave = f"leave `parser` out, which finds {readers[0]}" if readers else "use `environment.tools_in: prompt`"
+    raise Unsupported(
+        f"the chat template writes calls {which}: {turns[0][0][:300]!r}",
+        where="environment.parser",
+        remedy=f"{leave}, or give a template (`model.chat_template`) that writes {name}",
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from align.data.template import ChatTemplate
 from align.data.tokenizer import ChatTokenizer
 from align.episodes.calls import FORMATS, Reply, ToolCall, find_format
 from align.errors import Unsupported
@@ -295,6 +296,26 @@ def test_a_format_is_chosen_by_name_and_others_are_refused_with_the_way_out(fami
     assert "chat_template.jinja" in str(caught.value.where)
     with pytest.raises(Unsupported, match=r"hermse(.|\n)*hermes, "):
         find_format(family("qwen3"), SCHEMAS, "hermse")
+
+
+def test_a_named_format_must_find_the_calls_of_a_template_that_no_format_reads_whole(family: Family) -> None:
+    def odd(call: str) -> ChatTokenizer:
+        plain = family("smollm2")
+        written = (
+            "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+            "{% for c in m['tool_calls'] or [] %}" + call + "{% endfor %}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+        template = ChatTemplate(written, plain.require_template().variables)
+        return ChatTokenizer(plain.backend, plain.named_tokens, template, eos_ids=plain.declared_ids)
+
+    lossy = odd('<tool_call>{"name": "{{ c.function.name }}", "arguments": {}}</tool_call>')
+    with pytest.raises(Unsupported, match="none of the formats that are known"):
+        find_format(lossy, SCHEMAS)
+    assert find_format(lossy, SCHEMAS, "hermes").name == "hermes", "it finds the calls"
+    strange = odd("!!{{ c.function.name }} {{ c.function.arguments }}!!")
+    with pytest.raises(Unsupported, match=r"in which hermes finds none(.|\n)*tools_in: prompt"):
+        find_format(strange, SCHEMAS, "hermes")
 
 
 def test_odd_schemas_are_no_reason_to_fail() -> None:
