@@ -190,6 +190,8 @@ def _check_stage(
         planned = planner.stage(stage, read.get("data", DataFacts()))
         planned.lines += worlds.lines(stage, planner.model, read.get("data", DataFacts()), found)
         for key, facts in read.items():
+            if stage.engines is not None and key != "data":
+                planner.checks.length(stage, stage.engines, facts)
             planned.lines += [f"{key}: {line.strip()}" for line in (facts.report.summary if facts.report else [])]
             planned.lines += [f"{key}: {note}" for note in [*facts.notes, *golds.get(key, [])]]
             planned.lines += [line if line.startswith("  ") else f"{key}: {line}" for line in facts.shown]

@@ -123,7 +123,7 @@ def _load_class(spec: EnvironmentSpec, use: str, folder: Path) -> Loaded:
     kind = _found(use, folder, "Class")
     if not inspect.isclass(kind):
         raise PluginError(
-            f"an environment is a class, not {kind!r}",
+            f"an environment is a class, and this is a {type(kind).__name__}",
             where=use,
             remedy="name the class itself, and what it is made with under `args:`; functions go under `tools:`",
         )

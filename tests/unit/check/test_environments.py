@@ -75,6 +75,10 @@ def test_an_episode_fits_the_model_and_its_memory_is_counted_whole(
     assert "lower `environment.max_observation_tokens`" in said
     said = checked(capsys, 2, "stages.grpo.rollout.max_model_len=400")
     assert "more than rollout.max_model_len (400)" in said and "raise `rollout.max_model_len`" in said
+    long = [{"messages": [{"role": "user", "content": "1 + 2? " * 400}], "answer": "3"}]
+    workshop.write("long.jsonl", long)
+    said = checked(capsys, 2, "stages.grpo.eval={data: long.jsonl}")
+    assert "an episode may need" in said and "more than the model's `max_position_embeddings` (1,024)" in said
     stage = next(stage for stage in load_recipe(workshop.recipe).stages if stage.id == "grpo")
     assert isinstance(stage, SamplingStage) and stage.sampled_tokens == 64 + (16 + 64) + 2 * (16 + 64 + 7 * 16)
     load = Load.of(stage, DataFacts(longest=100))
@@ -86,7 +90,7 @@ def test_an_episode_fits_the_model_and_its_memory_is_counted_whole(
     [
         ("stages.grpo.environment.use=world.py:Calculater", ["has no 'Calculater'", "Calculator"]),
         ("stages.grpo.environment.use=nowhere.py:Calculator", ["there is no file", "nowhere.py"]),
-        ("stages.grpo.environment.use=judge.py:brevity", ["an environment is a class", "tools"]),
+        ("stages.grpo.environment.use=judge.py:brevity", ["an environment is a class", "this is a function", "tools"]),
         ("stages.grpo.environment={tools: [judge.py:brevity]}", ["samples"]),
         ("stages.grpo.environment={}", ["give `use: file.py:Class`, or `tools"]),
         ("stages.grpo.environment={use: world.py:Calculator, max_turns: 0}", ["max_turns", "greater than 0"]),
@@ -187,6 +191,8 @@ def test_echo_wants_an_environment_and_a_loss_beside_it(workshop: Workshop, caps
             "asks for calls as hermes",
         ),
         ("stages.grpo.environment.as='a b/c'", "letters, digits, `_`, `-` and `.` alone"),
+        ("stages.grpo.environment.as='..'", "one of the first three at its beginning"),
+        ("stages.grpo.rewards=[{use: judge.py:brevity, as: 'a b/c'}]", "letters, digits, `_`, `-` and `.` alone"),
         ("stages.grpo.environment.on_kill={right: 0}", "there is no objective 'right'"),
         ("stages.grpo.environment.signature=trl", "decorated with @environment"),
         ("stages.grpo.environment.python=/no/python", "/no/python cannot be run: No such file or directory"),

@@ -225,7 +225,7 @@ def test_an_import_that_hangs_is_ended_with_what_it_printed(tmp_path: Path) -> N
 
     with pytest.raises(PluginError, match="took more than 1 s") as caught:
         within(play)
-    assert "loading" in str(caught.value.remedy)
+    assert "loading" in str(caught.value.remedy) and "belongs into `reset`" in str(caught.value.remedy)
 
 
 def test_episodes_that_all_die_at_once_and_a_warm_process_that_dies_between(tmp_path: Path) -> None:
