@@ -32,13 +32,14 @@ def samples_of(groups: Sequence[Group]) -> list[rewards.Sample]:
             truncated=completion.truncated,
             group_id=group.prompt.group_id,
             sample_id=number,
-            media=tuple(described(medium) for medium in (*group.prompt.media, *completion.media)),
+            media=(*shared, *map(described, completion.media)) if completion.media else shared,
             policy_version=newest_version(completion),
             raw=completion.raw,
             turns=completion.episode.turns if completion.episode else (),
             state=completion.episode.state if completion.episode else None,
         )
         for group in groups
+        for shared in [tuple(map(described, group.prompt.media))]
         for number, completion in enumerate(group.completions)
     ]
 

@@ -141,7 +141,9 @@ class Completion:
 
     @property
     def sampled_versions(self) -> np.ndarray:
-        """i32[length]: the version that sampled each sampled token."""
+        """i32[length]: the version that sampled each sampled token; i32[0] of an answer that a row brought."""
+        if len(self.versions) < len(self.token_ids):
+            return self.versions
         return np.concatenate([one.versions[one.sampled] for one in self.sequences])
 
     @property

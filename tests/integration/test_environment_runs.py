@@ -48,12 +48,15 @@ def turned(samples):
 """
 
 
+SHORT = {"max_observation_tokens": 32, "max_turns": 4, "max_calls": 1}  # within 512 positions
+
+
 def stage(**changes: Any) -> dict[str, Any]:
     return grpo(
         **{
             "from": "sft",
             "adapter": {"kind": "lora", "rank": 4, "alpha": 8},
-            "environment": {"use": "world.py:Count", "lockstep": True, "max_observation_tokens": 32},
+            "environment": {"use": "world.py:Count", "lockstep": True, **SHORT},
             "rewards": [{"use": "turned.py:turned"}],
             "rollout": {"max_tokens": 8, "truncated": "keep"},
             "objectives": {"weights": {"count": 1.0, "turned": 0.1}},
@@ -98,7 +101,7 @@ def test_episodes_in_lockstep_resume_bit_equal_after_a_kill_and_leave_nothing(fo
 
 
 def test_episodes_run_ahead_of_training(folder: Path) -> None:
-    loose = {"use": "world.py:Count", "max_observation_tokens": 32}
+    loose = {"use": "world.py:Count", **SHORT}
     loss = [{"name": "grpo"}, {"name": "echo", "weight": 0.05}]
     run(write_recipe(folder, "ahead", [stage(**{"from": None}, environment=loose, staleness=1, steps=5, loss=loss)]))
     found = metrics(folder / "runs" / "ahead", "grpo")

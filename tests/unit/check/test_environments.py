@@ -46,7 +46,7 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
     shop = open_workshop(tmp_path / "shop")
     shop.write("world.py", CALCULATOR)
     shop.change(STAGE, OURS)
-    shop.change("max_position_embeddings: 256", "max_position_embeddings: 1024")
+    shop.change("max_position_embeddings: 256", "max_position_embeddings: 2048")
     monkeypatch.chdir(shop.folder)
     return shop
 
@@ -71,14 +71,14 @@ def test_an_episode_fits_the_model_and_its_memory_is_counted_whole(
     workshop: Workshop, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = checked(capsys, 2, "stages.grpo.environment.max_observation_tokens=512")
-    assert "an episode may need 2,366 tokens" in said and "`max_position_embeddings` (1,024)" in said
+    assert "an episode may need 2,366 tokens" in said and "`max_position_embeddings` (2,048)" in said
     assert "lower `environment.max_observation_tokens`" in said
     said = checked(capsys, 2, "stages.grpo.rollout.max_model_len=400")
     assert "more than rollout.max_model_len (400)" in said and "raise `rollout.max_model_len`" in said
     long = [{"messages": [{"role": "user", "content": "1 + 2? " * 400}], "answer": "3"}]
     workshop.write("long.jsonl", long)
     said = checked(capsys, 2, "stages.grpo.eval={data: long.jsonl}")
-    assert "an episode may need" in said and "more than the model's `max_position_embeddings` (1,024)" in said
+    assert "an episode may need" in said and "more than the model's `max_position_embeddings` (2,048)" in said
     stage = next(stage for stage in load_recipe(workshop.recipe).stages if stage.id == "grpo")
     assert isinstance(stage, SamplingStage) and stage.sampled_tokens == 64 + (16 + 64) + 2 * (16 + 64 + 7 * 16)
     load = Load.of(stage, DataFacts(longest=100))

@@ -70,7 +70,7 @@ def test_nothing_stays_where_a_trial_ends_well_or_not(here: Path) -> None:
 def test_nothing_stays_where_a_trial_is_ended(here: Path, how: signal.Signals) -> None:
     process = waiting(here)
     process.send_signal(how)
-    assert process.wait(30) == 130
+    assert process.wait(120) == 130
     assert left(here) == []
 
 

@@ -42,6 +42,7 @@ def test_budgets_hold_for_written_replies_too_and_classes_for_trl_are_played(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (here / "replies.jsonl").write_text(json.dumps([call(a=1, b=2), "3"]) + "\n")
+    write(here, CALCULATOR.replace("seed, 0\n", 'seed, 0\n        self.said = ""\n', 1))
     words = ["--replies", "replies.jsonl"]
     assert "ended by turn: turns 1" in tried(capsys, 0, *words, "--max-tokens", "5")
     assert "ended by tokens: turns 1" in tried(capsys, 0, *words, "--set", "max_tokens=5")
