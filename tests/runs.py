@@ -229,8 +229,9 @@ def weights(run_folder: Path, stage: str) -> dict[str, str]:
 
 
 def rollouts(run_folder: Path, stage: str, of: str = "") -> list[dict[str, Any]]:
-    """Of an online stage, or of what an evaluate stage judged (`of`)."""
+    """Of an online stage, or of what an evaluate stage judged (`of`); without what a clock says of an episode."""
     import pyarrow.parquet
 
     files = sorted((run_folder / stage / "rollouts" / of).glob("*.parquet"))
-    return [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
+    rows = [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
+    return [{name: value for name, value in row.items() if name != "waited_seconds"} for row in rows]

@@ -106,6 +106,7 @@ def test_episodes_run_ahead_of_training(folder: Path) -> None:
     run(write_recipe(folder, "ahead", [stage(**{"from": None}, environment=loose, staleness=1, steps=5, loss=loss)]))
     found = metrics(folder / "runs" / "ahead", "grpo")
     assert len(found) == 5 and max(step["staleness/max"] for step in found) == 1
-    assert all(step["loss/observed"] > 0 for step in found), "what the environment says is foreseen, badly"
+    foreseen = [step["loss/observed"] for step in found if "loss/observed" in step]  # none where no turn was answered
+    assert foreseen and min(foreseen) > 0, "what the environment says is foreseen, badly"
     assert all(step["mismatch/kl"] < 1e-4 for step in found), "the trainer sees what the policy saw"
     assert all("Then count on from it." in row["prompt"] for row in rollouts(folder / "runs" / "ahead", "grpo"))
