@@ -22,7 +22,7 @@ _SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val",
 _WRAPPERS = ("data", "rows", "examples", "samples", "instances", "dataset", "questions", *_SPLITS)
 _OF_EACH = frozenset({
     "instructions", "task_prefix", "prefix", "suffix", "template", "prompt_template", "definition", "content", "label",
-    "labels", "task_instruction", "task_description", "meta_instruction",
+    "labels", "task_instruction", "task_description", "meta_instruction", "tools", "preamble",
 })  # fmt: skip
 """What may be of each row, beside the names of questions and of what an answer depends on."""
 

@@ -65,7 +65,7 @@ def _offered(row: Row) -> set[str]:
 
 
 _SPEAKER = re.compile(r"(?:^\s*|\n[ \t]*\n\s*)(USER|ASSISTANT|FUNCTION RESPONSE):")
-_WITHIN = re.compile(r"(?:^|\s|>)(USER|ASSISTANT|FUNCTION RESPONSE|SYSTEM):|</s>")
+_WITHIN = re.compile(r"(?:^|\s|>)(USER|ASSISTANT|FUNCTION RESPONSE|SYSTEM):|</?s>")
 _ROLES = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
 _CALL = re.compile(
     r"""\{\s*"name"\s*:\s*"([^"]+)"\s*(?:,\s*"arguments"\s*:\s*(?:'(.*)'|(.*?))\s*)?\}\s*(?:</functioncall>)?""", re.S

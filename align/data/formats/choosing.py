@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 
-from align.data.formats.base import Layout, Row
+from align.data.formats.base import Layout, Row, is_number
 from align.data.formats.guess import examples, guess
 from align.data.formats.guessed import Guess, Unguessed
 from align.data.formats.needed import ANSWERED, asked_as_text, beside_text, choices_beside
@@ -69,7 +69,7 @@ def _refuse_two_meanings(layout: Layout, kind: Kind, rows: Sequence[Row], where:
     if asked is None:
         return
     shown, _ = examples(rows)
-    for answer in (name for name in ANSWERED if name in layout.columns and name in shown):
+    for answer in (name for name in ANSWERED if name in layout.columns and is_number(shown.get(name))):
         if (beside := choices_beside(shown[answer], shown, layout.columns)) is not None:
             raise DataError(
                 f"`{answer}` is the number {shown[answer]}: it may be the answer, or say which of {beside} is",

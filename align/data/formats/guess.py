@@ -16,7 +16,7 @@ from typing import Any
 from align.data.formats.base import MEDIA, Layout, Row, is_list_of, is_number
 from align.data.formats.guessed import Columns, Guess, Unguessed, refuse_framed, refuse_order, refuse_unjudged
 from align.data.formats.messages import are_messages
-from align.data.formats.needed import ANSWERED, choices_beside, needed, plain_name, stands_in
+from align.data.formats.needed import ANSWERED, choices_beside, names_one, needed, plain_name, stands_in
 from align.data.formats.paddle import LANGUAGES
 from align.data.formats.ranked import SCORES
 from align.data.formats.spoken import NAMES as SPOKEN
@@ -129,14 +129,15 @@ def guess(layouts: Sequence[Layout], kind: Kind, rows: Sequence[Row]) -> Guess |
 
 
 def _refuse_choices(one: Guess, shown: Mapping[str, Any]) -> None:
-    """Raises Unguessed where the answer may be the number of a choice, which stands beside it."""
-    for ours in ANSWERED:
-        theirs = one.columns.get(ours)
-        beside = choices_beside(shown[theirs], shown, set(one.columns.values())) if theirs is not None else None
+    """Raises Unguessed where the answer may be the number or the letter of a choice, which stands beside it."""
+    for theirs in (one.columns[ours] for ours in ANSWERED if ours in one.columns):
+        answer = shown[theirs]
+        beside = choices_beside(answer, shown, set(one.columns.values())) if names_one(answer) else None
         if beside is not None:
+            said = f"the number {answer}" if is_number(answer) else repr(answer)
             raise Unguessed(
-                f"`{theirs}` is the number {shown[str(theirs)]}: it may be the answer, or say which of {beside} is",
-                f"write {one.describe()} where the number is the answer; else a function of the row "
+                f"`{theirs}` is {said}: it may be the answer, or say which of {beside} is",
+                f"write {one.describe()} where it is the answer; else a function of the row "
                 "(`format: mine.py:rows`) can write the choices into the question",
             )
 

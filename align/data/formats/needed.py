@@ -18,9 +18,10 @@ NEEDED = frozenset({
 })  # fmt: skip
 """What an answer depends on: never left out of a guess unsaid."""
 _CHOICES = re.compile(
-    r"(choice|option|opt|alternative|ending)_?([a-z]|\d+)|((answer|possible|multiple|mc)_)?(choices|options|"
-    r"alternatives|endings)|possible_answers"
+    r"(choice|option|opt|alternative|ending)_?([a-z]|\d+)|(op|sol|ans)_?([a-h]|\d+)|"
+    r"((answer|possible|multiple|mc)_)?(choices|options|alternatives|endings)|possible_answers"
 )
+_PLACE = re.compile(r"\(?([A-Ha-h]|\d{1,2})[.)]?")
 _NUMBERED = re.compile(r"(.*?)_?([a-f]|\d)")
 _ASKED = ("prompt", "query", "instruction", "src", "history")
 """Our fields of a question that is a text."""
@@ -69,15 +70,20 @@ def _holds(value: Any) -> bool:
     return isinstance(value, str | list | dict) and is_filled(value)
 
 
+def names_one(answer: Any) -> bool:
+    """Whether an answer may be the place of a choice: a number, its digits or a letter, as in `(b)` or `2.`."""
+    return is_number(answer) or (isinstance(answer, str) and _PLACE.fullmatch(answer) is not None)
+
+
 def choices_beside(answer: Any, shown: Mapping[str, Any], used: Collection[str]) -> str | None:
-    """What may be the choices of which an answer that is a number names one: a list, or texts whose names differ in
-    their last letter or digit. shown: a value of each column; used: columns that are read."""
-    if not is_number(answer):
-        return None
+    """What may be the choices of which an answer names one: a list, an object, of which a text names only one whose
+    keys are places, or texts whose names differ in their last letter or digit. shown: a value of each column; used:
+    columns that are read."""
     left = {name: value for name, value in shown.items() if name not in used}
     for name, value in left.items():
-        items = list(value.values()) if isinstance(value, dict) else value
-        if isinstance(items, list) and len(items) > 1 and not any(isinstance(one, dict | list) for one in items):
+        listed = isinstance(value, dict) and (is_number(answer) or all(map(names_one, value)))
+        items = list(value.values()) if listed else value
+        if isinstance(items, list) and len(items) > 1 and not any(isinstance(one, list) for one in items):
             return f"`{name}`"
     texts = [name for name, value in left.items() if isinstance(value, str)]
     stems = {name: found[1] for name in texts if (found := _NUMBERED.fullmatch(plain_name(name)))}

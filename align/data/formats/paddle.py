@@ -21,7 +21,8 @@ from align.data.values import kind_of
 
 _SPEAKERS = ("assistant", "user")
 LANGUAGES = (
-    "src_lang", "tgt_lang", "source_lang", "target_lang", "source_language", "target_language", "lang_pair", "mt",
+    "src_lang", "tgt_lang", "source_lang", "target_lang", "source_language", "target_language", "lang_pair", "langpair",
+    "mt",
 )  # fmt: skip
 """Columns beside `src` and `tgt` that say that these are a text and its translation."""
 _WORD = re.compile(r"[^\W\d_]{2,}[.,;:!?]?")

@@ -65,7 +65,7 @@ def _table(row: Row) -> Pair:
         raise RowError("`winner_model_a` and `winner_model_b` must be 0 or 1")
     if won[0] == won[1]:
         raise RowError(_TIE)
-    if str(row.get("winner_tie")) in ("1", "1.0", "True"):
+    if str(row.get("winner_tie")).lower() in ("1", "1.0", "true"):
         raise RowError("the row says that one model won, and in `winner_tie` that none did")
     return _of_turns(row, int(won[1] == 1))
 

@@ -72,8 +72,11 @@ ARENA = {
                     "tools": [{"name": "g"}]}, "tools in `function` and beside it"),
         ("pair", ARENA | {"winner": "model_a", "turn": 3}, "`turn` says which answer was judged"),
         ("pair", {"prompt": '["Q"]', "response_a": '["A"]', "response_b": '["B"]', "winner": "tie"}, "a tie"),
-        ("pair", {"prompt": '["Q"]', "response_a": '["A"]', "response_b": '["B"]', "winner_model_a": 1,
-                  "winner_model_b": 0, "winner_tie": 1}, "in `winner_tie` that none did"),
+        *(
+            ("pair", {"prompt": '["Q"]', "response_a": '["A"]', "response_b": '["B"]', "winner_model_a": 1,
+                      "winner_model_b": 0, "winner_tie": tie}, "in `winner_tie` that none did")
+            for tie in (1, "true")
+        ),
         *(
             ("pair", {"prompt": "Q", "response_a": "A", "response_b": "B", "winner": word}, "must name one of the two")
             for word in ("not_a", "worse_a", "neither_b", "tie_b")

@@ -262,8 +262,9 @@ def test_answers_of_paddle_that_are_not_to_be_learned_are_context(tmp_path: Path
     said = tokenizer.decode(trunk.token_ids[trunk.loss_mask].tolist(), False)
     assert "dos" in said and "uno" not in said
     assert "`label` must be a list of 2" in refused(tmp_path, [{**row, "label": [1]}], "conversation", tokenizer)
-    languages = {"src": ["Hallo"], "tgt": ["Hello"], "src_lang": "de"}
-    assert "a text and its translation" in refused(tmp_path, [languages], "conversation", tokenizer)
+    for column, value in (("src_lang", "de"), ("langpair", "de-en")):
+        languages = {"src": ["Hallo"], "tgt": ["Hello"], column: value}
+        assert "a text and its translation" in refused(tmp_path, [languages], "conversation", tokenizer)
 
 
 @pytest.mark.parametrize("verdict", ["not_a", "worse_a", "loser_model_a", "neither_b", "tie_b"])
@@ -283,8 +284,24 @@ def test_a_number_beside_a_list_may_be_its_index_and_is_no_answer(
 ) -> None:
     row = {"question": "Which?", "answer": 1, beside: ["red", "green", "blue"]}
     refused(tmp_path, [row], "conversation", tokenizer)
+    for named in ("1", "B", "(b)", "2."):
+        refused(tmp_path, [row | {"answer": named}], "conversation", tokenizer)
+    objects = row | {beside: [{"text": "red"}, {"text": "green"}]}
+    for named in (1, "B"):
+        refused(tmp_path, [objects | {"answer": named}], "conversation", tokenizer)
     made = prepared(tmp_path, [{"question": "How many?", "answer": 3}], "conversation", tokenizer)
     assert scored(tokenizer, made.items[0].trunk) == "3<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["sol", "ans", "op"])
+def test_numbered_solutions_are_choices(tmp_path: Path, tokenizer: ChatTokenizer, name: str) -> None:
+    both = [f"{name}1", f"{name}2"]
+    row = {"question": "How is it opened?", "answer": "the first", **dict.fromkeys(both, "turn it")}
+    assert both[0] in refused(tmp_path, [row], "conversation", tokenizer)
+    keyed = {"question": "Which?", "answer": "B", "things": {"A": "red", "B": "blue"}}
+    assert "things" in refused(tmp_path, [keyed], "conversation", tokenizer)
+    facts = {"question": "How many?", "answer": "5", "facts_of_it": {"source": "a book", "level": "hard"}}
+    assert scored(tokenizer, prepared(tmp_path, [facts], "conversation", tokenizer).items[0].trunk) == "5<|im_end|>"
 
 
 def test_trees_that_moderators_took_away_or_that_speak_twice_are_refused(
@@ -323,6 +340,11 @@ def test_what_stands_beside_rows_in_an_object_and_belongs_to_each_is_refused(
     path.write_text(json.dumps(held, indent=1))
     with pytest.raises(DataError, match="`instances` holds its rows, and `instruction` beside it may be of each"):
         prepare([source(path)], "conversation", tokenizer, seed=0)
+    for name in ("tools", "preamble"):
+        rows = [{"query": "q", "response": "a"}, {"query": "r", "response": "b"}]
+        path.write_text(json.dumps({"data": rows, name: "what it may call"}, indent=1))
+        with pytest.raises(DataError, match=f"`data` holds its rows, and `{name}` beside it may be of each"):
+            prepare([source(path)], "conversation", tokenizer, seed=0)
 
 
 def test_a_verdict_on_one_of_several_answers_ends_the_conversations_there(

@@ -112,8 +112,9 @@ def test_a_text_of_speakers_and_function_calls_is_turns_and_tools(tmp_path: Path
     assert CALL in scored(qwen, tree.trunk) and '<tool_response>\n{"t": 3}\n</tool_response>' in whole
     assert scored(qwen, tree.trunk).endswith("A<|im_end|>") and "You help. Use them if required." in whole
     assert whole.count('"description": "d"') == 2
-    for wrong in ({"chat": "USER: Q\n\nASSISTANT: <functioncall> w(1)"}, {"system": "Use them if required - {"}):
-        with pytest.raises(DataError, match=r"is no call|cannot be read"):
+    wrongs = ("<functioncall> w(1)", "<s> A", "A </s>")
+    for wrong in ({"system": "Use them if required - {"}, *({"chat": f"USER: Q\n\nASSISTANT: {w}"} for w in wrongs)):
+        with pytest.raises(DataError, match=r"is no call|cannot be read|a mark within one"):
             prepared(tmp_path, [{"system": offer, "chat": chat} | wrong], "conversation", qwen)
 
 
