@@ -28,7 +28,7 @@ def samples_of(groups: Sequence[Group]) -> list[rewards.Sample]:
             completion=completion.text,
             messages=group.prompt.messages,
             row=group.prompt.row,
-            token_ids=sampled_ids(completion),
+            token_ids=completion.sampled_ids.tolist(),
             truncated=completion.truncated,
             group_id=group.prompt.group_id,
             sample_id=number,
@@ -45,14 +45,9 @@ def samples_of(groups: Sequence[Group]) -> list[rewards.Sample]:
 
 
 def newest_version(completion: Completion) -> int:
-    """The version that sampled the last token; -1 where nothing was sampled here: rows that brought their answers."""
+    """The version that sampled the last token; -1 of an answer that a row brought, and of an episode that was lost."""
     versions = completion.sampled_versions
     return int(versions[-1]) if versions.size else -1
-
-
-def sampled_ids(completion: Completion) -> list[int]:
-    found: list[int] = completion.sampled_ids.tolist()
-    return found
 
 
 def score_table(groups: Sequence[Group], result: PoolResult) -> ScoreTable:

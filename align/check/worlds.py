@@ -105,7 +105,7 @@ class Worlds:
         how += ["a reward of its own"] if described["has"].get("reward") else []
         how += [f"at most {rules.images(sees)} images an episode"] if sees else []
         turn = stage.engines.max_tokens
-        wanted = facts.longest + rules.context_tokens(turn)
+        wanted = facts.longest + stage.sampled_tokens
         return [
             f"environment {described['name']}: {', '.join(how)}",
             f"episodes: at most {rules.max_turns} turns of {turn} tokens, {rules.max_tokens} in all, answers of at "

@@ -54,10 +54,9 @@ class Table:
         """A pair as what a reward sees: its prompt, and two completions that nobody sampled."""
         assert self.answers is not None
         e, (messages, values, texts) = self.encoded[row], self.answers[row]
-        none = np.zeros(0, np.float32)
         sides = zip(e.branches, texts, strict=True)
-        completions = [Completion(side.ids, none, none.astype(np.int32), text, "eos") for side, text in sides]
-        return Group(self._prompt(row, number, messages, values), tuple(completions))
+        completions = tuple(_brought(side.ids, text) for side, text in sides)
+        return Group(self._prompt(row, number, messages, values), completions)
 
     def item(self, row: int, number: int, weighted: bool) -> Tree | PromptItem:
         e = self.encoded[row]
@@ -86,6 +85,11 @@ class Table:
         return PromptItem(
             number, trunk.ids, 0, messages, values, self.origins[row], trunk.media, weight, dict(arguments)
         )
+
+
+def _brought(ids: np.ndarray, text: str) -> Completion:
+    """An answer that a row brought, which no version sampled."""
+    return Completion(ids, np.zeros(len(ids), np.float32), np.full(len(ids), -1, np.int32), text, "eos")
 
 
 def _segment(tokens: Tokens, columns: dict[str, float]) -> Segment:

@@ -89,8 +89,7 @@ class Verdict:
 def verdict_of(outcome: Outcome) -> Verdict:
     """Of what an environment's `reward` came to."""
     if outcome.kind != "value":
-        where = f" ({outcome.where})" if outcome.where else ""
-        return Verdict(failure=EpisodeFailure(outcome.kind, f"reward: {outcome.message}{where}"))
+        return Verdict(failure=EpisodeFailure(outcome.kind, _said(outcome, "reward")))
     found = outcome.value
     wrong = [EpisodeFailure(cause, f"reward: {message}") for _, cause, message in found.get("errors") or ()]
     return Verdict(dict(found["values"]), wrong[0] if wrong else None, dict(found.get("info") or {}))
@@ -100,14 +99,18 @@ def with_state(verdict: Verdict, outcome: Outcome) -> Verdict:
     """With what `state` came to. A state that fails takes no score away; it is said, and counts as one that failed."""
     if outcome.kind == "value":
         return replace(verdict, state=outcome.value)
-    failure = EpisodeFailure(outcome.kind, f"state: {outcome.message}")
+    failure = EpisodeFailure(outcome.kind, _said(outcome, "state"))
     return verdict if verdict.failure else replace(verdict, failure=failure)
 
 
 def lost(outcome: Outcome, what: str) -> Lost:
     """The end of an episode whose environment failed in `what`."""
-    where = f" ({outcome.where})" if outcome.where else ""
-    return Lost(outcome.kind, f"{what}: {outcome.message}{where}", killed=outcome.lost or outcome.kind == "died")
+    return Lost(outcome.kind, _said(outcome, what), killed=outcome.lost or outcome.kind == "died")
+
+
+def _said(outcome: Outcome, what: str) -> str:
+    """Why `what` gave nothing, with its place in the user's code."""
+    return f"{what}: {outcome.message}" + (f" ({outcome.where})" if outcome.where else "")
 
 
 def as_messages(value: Any, what: str) -> list[Message]:

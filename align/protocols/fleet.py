@@ -98,8 +98,8 @@ class Completion:
     """One sampled completion: an answer, or all turns of an episode.
 
     token_ids: i64[n] exactly as sampled, the end-of-turn token included when there is one; logps: f32[n] under the
-    sampler at the sampling temperature; versions: i32[n]; text: decoded, special tokens removed, stop string kept (of
-    an episode its last reply);
+    sampler at the sampling temperature; versions: i32[n], -1 of an answer that a row brought; text: decoded, special
+    tokens removed, stop string kept (of an episode its last reply);
     finish: "eos", "stop", or "length" (truncated by max_tokens); raw: decoded with its special tokens, without those
     that end it; None where it is the same as `text`. sampled: bool[n], False at tokens of an episode that nobody
     sampled (answers of tools, headers), whose logps are 0 and whose versions are -1; None where all were. episode: of
@@ -141,9 +141,7 @@ class Completion:
 
     @property
     def sampled_versions(self) -> np.ndarray:
-        """i32[length]: the version that sampled each sampled token; i32[0] of an answer that a row brought."""
-        if len(self.versions) < len(self.token_ids):
-            return self.versions
+        """i32[length]: the version that sampled each sampled token."""
         return np.concatenate([one.versions[one.sampled] for one in self.sequences])
 
     @property

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from align.data.templates import CHATML
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
 from align.protocols.fleet import Group, Sampling
 from align.protocols.trainer import Publication
 from align.stages.groups import to_trees
 from align.train.trainer import PolicyTrainer
 from rollout.base import EngineSpec, Request, make_engine
-from tests.tiny_models import VOCABULARY, write_tiny_qwen3
+from tests.tiny_models import VOCABULARY
 from tests.unit.episodes import stage
 from tests.unit.train.test_trainer import make_spec
 
@@ -46,9 +45,7 @@ SAMPLING = Sampling(temperature=0.8, max_tokens=24, stop_token_ids=tuple(range(3
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("episodes")
-    write_tiny_qwen3(folder / "model")
-    (folder / "model" / "chat_template.jinja").write_text(CHATML)
-    stage.write(folder, WORLD)
+    stage.write_model(folder, WORLD)
     return folder
 
 

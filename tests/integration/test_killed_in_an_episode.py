@@ -15,14 +15,13 @@ import numpy as np
 import psutil
 import pytest
 
-from align.data.templates import CHATML
-from align.data.tokenizer import ChatTokenizer, load_tokenizer
+from align.data.tokenizer import ChatTokenizer
 from align.protocols.fleet import Group, PromptItem, Sampling
 from align.protocols.trainer import Publication
 from rollout.base import EngineSpec
 from rollout.fleet import RayFleet
 from tests.integration.test_vllm_engine import as_json
-from tests.tiny_models import VOCABULARY, write_tiny_qwen3
+from tests.tiny_models import VOCABULARY
 from tests.unit.episodes import stage
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -51,10 +50,7 @@ SAMPLING = Sampling(temperature=0.8, max_tokens=16, stop_token_ids=tuple(range(3
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> EngineSpec:
     folder = tmp_path_factory.mktemp("killed")
-    write_tiny_qwen3(folder / "model")
-    (folder / "model" / "chat_template.jinja").write_text(CHATML)
-    stage.write(folder, WORLD)
-    tokenizer = load_tokenizer(folder / "model")
+    tokenizer = stage.write_model(folder, WORLD)
     made = asyncio.run(stage.spec_of(folder, tokenizer, use="world.py:World"))
     return replace(made, name="transformers", folder=str(folder / "model"), max_model_len=512, max_tokens=16,
                    end_ids=tokenizer.eos_ids)  # fmt: skip

@@ -13,6 +13,6 @@ def completion(versions: list[int]) -> Completion:
 
 def test_the_version_is_that_of_the_last_token_and_none_for_answers_that_rows_brought() -> None:
     prompt = PromptItem(0, np.array([1]), 1, ({"role": "user", "content": "?"},))
-    seen = samples_of([Group(prompt, (completion([3, 3, 4]), completion([])))])
+    seen = samples_of([Group(prompt, (completion([3, 3, 4]), completion([-1, -1, -1])))])
     assert [sample.policy_version for sample in seen] == [4, -1]
     assert [sample.completion for sample in seen] == ["an answer", "an answer"]

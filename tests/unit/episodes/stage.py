@@ -1,4 +1,5 @@
-"""Episodes without a model: a byte-level tokenizer, an engine that follows a script, environments in files."""
+"""Episodes without a model: a byte-level tokenizer, an engine that follows a script, environments in files; and what
+real engines need beside those."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from align.data.scratch import train_tokenizer
+from align.data.templates import CHATML
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
 from align.episodes.describe import describe
 from align.episodes.spec import EpisodeSpec
@@ -19,6 +21,7 @@ from align.recipe.environment import Environment
 from align.recipe.inputs import TokenizerFromScratch
 from rollout.base import EngineSpec, Request
 from tests.runs import write_jsonl
+from tests.tiny_models import write_tiny_qwen3
 
 CALCULATOR = '''
 from rewards import environment
@@ -122,6 +125,14 @@ def write(folder: Path, source: str, name: str = "world.py") -> Path:
     path = folder / name
     path.write_text(textwrap.dedent(source))
     return path
+
+
+def write_model(folder: Path, source: str) -> ChatTokenizer:
+    """A tiny chat model in `model`, which real engines load, and an environment beside it; the model's tokenizer."""
+    write_tiny_qwen3(folder / "model")
+    (folder / "model" / "chat_template.jinja").write_text(CHATML)
+    write(folder, source)
+    return load_tokenizer(folder / "model")
 
 
 async def spec_of(folder: Path, tokenizer: ChatTokenizer, **rules: Any) -> EngineSpec:
