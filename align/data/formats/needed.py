@@ -14,7 +14,7 @@ NEEDED = frozenset({
     "context", "contexts", "passage", "passages", "document", "documents", "article", "paragraph", "background",
     "premise", "hypothesis", "choices", "options", "story", "table", "evidence", "facts", "history", "input", "inputs",
     "a", "b", "c", "d", "schema", "code", "image_description", "starter_code", "body", "instances", "scenario", "ctx",
-    "support", "opa", "opb", "opc", "opd",
+    "support",
 })  # fmt: skip
 """What an answer depends on: never left out of a guess unsaid."""
 _CHOICES = re.compile(
