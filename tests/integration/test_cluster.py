@@ -119,7 +119,9 @@ def test_engines_and_rewards_of_a_lost_node_start_again_on_a_new_one(two: tuple[
     lines = metrics(folder, "grpo")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert all(math.isfinite(line["loss/total"]) for line in lines)
-    assert sum(line["rollout/restarts"] for line in lines) == sum(line["reward/restarts"] for line in lines) == 1
+    for restarts in (sum(line[f"{what}/restarts"] for line in lines) for what in ("rollout", "reward")):
+        # the first of two was sent to the lost node, whose loss the cluster had not noticed yet
+        assert 1 <= restarts <= 2
     trained = Counter((row["group_id"], row["sample"]) for row in rollouts(folder, "grpo"))
     assert len(trained) == 5 * 8 * 4 and set(trained.values()) == {1}, "each once"
     assert weights(folder, "grpo")
