@@ -113,4 +113,15 @@ class Worlds:
             f"{facts.longest}; {rules.timeout_s:g} s a call, {rules.retries} retries, at most "
             f"{100 * rules.max_error_rate:g} % lost; {rules.max_live} at once an engine"
             + (", in lockstep" if rules.lockstep else ""),
+            *_rewritten(rules, facts.longest + stage.trained_tokens),
         ]
+
+
+def _rewritten(rules: Environment, tokens: int) -> list[str]:
+    if rules.history == "append":
+        return []
+    return [
+        "history: earlier turns as the chat template writes them; where it writes them anew an episode goes on in "
+        f"another sequence (`episode/forks`), of which it may have {rules.max_turns}: at most {tokens:,} tokens to "
+        "train on"
+    ]

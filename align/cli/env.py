@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from align.cli.arguments import add_debug
@@ -21,14 +22,14 @@ from align.data.prepare import prepare
 from align.data.scratch import train_tokenizer
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
 from align.data.world import Offered
+from align.episodes.ids import moved
 from align.episodes.images import opened_images
-from align.episodes.outcomes import moved
 from align.episodes.spec import Sight
 from align.episodes.trial import Sample, Trial, Tried, read_replies, try_environment, written
 from align.errors import UserError
 from align.mediastore import processor_files
 from align.protocols.fleet import Completion, FailedPrompt, PromptItem, Sampling
-from align.protocols.trees import Medium
+from align.protocols.trees import REPEATED, Medium
 from align.recipe.chat_files import read_settings
 from align.recipe.document import parse_value
 from align.recipe.environment import Environment
@@ -241,16 +242,16 @@ def _episode(number: int, tried: Tried, tokenizer: ChatTokenizer) -> Iterator[st
 
 
 def _tokens(completion: Completion, tokenizer: ChatTokenizer) -> Iterator[str]:
-    """The episode's tokens in runs: those that were sampled, and those that the environment and the template added."""
-    ids, sampled = completion.token_ids.tolist(), completion.sampled
-    assert sampled is not None, "of an episode"
-    start = 0
-    for end in range(1, len(ids) + 1):
-        if end == len(ids) or sampled[end] != sampled[start]:
-            who = "sampled" if sampled[start] else "added"
-            media = moved([m for m in completion.media if start <= m.start < end], -start)
-            yield from _block(who, end - start, _decoded(tokenizer, ids[start:end], media))
-            start = end
+    """The episode's tokens in runs: those that were sampled, those that the environment and the template added, and of
+    a sequence that does not continue the one before it what the template writes again of the conversation."""
+    for one in completion.sequences:
+        ids, start = one.token_ids.tolist(), 0
+        who = np.where(one.sampled, "sampled", np.where(one.versions == REPEATED, "again", "added"))
+        for end in range(1, len(ids) + 1):
+            if end == len(ids) or who[end] != who[start]:
+                media = moved([m for m in one.media if start <= m.start < end], -start)
+                yield from _block(str(who[start]), end - start, _decoded(tokenizer, ids[start:end], media))
+                start = end
 
 
 def _decoded(tokenizer: ChatTokenizer, ids: Sequence[int], media: Sequence[Medium] = ()) -> str:

@@ -5,7 +5,9 @@ process, and is put together by a chat template. `rollout.base.make_engine` find
 
     spec.py, setting.py: what engines are told of a stage's environment; what its episodes have in common, proved
     describe.py: the environment's process, and what it says of itself
-    episode.py, outcomes.py, budgets.py: one episode, turn by turn; its parts and ends; what one answer may add
+    episode.py, acting.py, budgets.py: one episode, turn by turn; its environment's part; what one answer may add
+    ids.py, history.py: its tokens, in one sequence or several; whether the template still writes what was sampled
+    outcomes.py: how episodes end, and how they are lost
     images.py, looking.py: images that environments show, ready for engine and trainer; what one episode is shown
     group.py: the episodes of a prompt, drawn again where one is lost
     engine.py, engine_loop.py: an engine whose completions are episodes, and the thread that plays them

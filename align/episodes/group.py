@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from align.episodes.outcomes import Lost, Played, moved
+from align.episodes.ids import moved, shared_length
+from align.episodes.outcomes import Lost, Played
 from align.protocols.fleet import Completion, Episode, EpisodeFailure, FailedPrompt, Fork, Group, PromptItem
-from align.protocols.trees import Medium
+from align.protocols.trees import REPEATED, Medium
 
 Draw = Callable[[PromptItem, int, int], Awaitable[Played]]
 """Plays episode `number` of a prompt, in attempt `attempt` at its group. Raises Lost."""
@@ -57,22 +57,11 @@ def assembled(prompt: PromptItem, played: list[Played | Lost]) -> Group:
     Resets of equal seeds are alike, so that usually all of a prompt is common.
     """
     whole = [one for one in played if isinstance(one, Played)]
-    common = shared_length(whole)
+    common = shared_length([(one.prompt, one.media) for one in whole])
     completions = [lost_completion(one) if isinstance(one, Lost) else begun_at(common, one) for one in played]
     trunk = whole[0].prompt[:common]
     media = tuple(m for m in whole[0].media if m.start < common)
     return Group(replace(prompt, token_ids=trunk, media=media), tuple(completions))
-
-
-def shared_length(played: list[Played]) -> int:
-    """Of the longest beginning that all prompts have in common: the same tokens, and the same media, each whole."""
-    shortest = min(len(one.prompt) for one in played)
-    stacked = np.stack([one.prompt[:shortest] for one in played])
-    differs = np.flatnonzero((stacked != stacked[0]).any(axis=0))
-    common = int(differs[0]) if len(differs) else shortest
-    shared = set[Any].intersection(*({m.identity for m in one.media} for one in played))
-    apart = [m.start for one in played for m in one.media if m.identity not in shared or m.start + m.length > common]
-    return min([common, *apart])
 
 
 def begun_at(common: int, played: Played) -> Completion:
@@ -81,7 +70,10 @@ def begun_at(common: int, played: Played) -> Completion:
     if not len(own):
         return completion
     media = moved([m for m in played.media if m.start >= common], -common)
-    *forks, last = (_behind(own, media, one) for one in completion.sequences)
+    # of the first sequence it is new; those that follow repeat it
+    *forks, last = (
+        _behind(own, media, one, REPEATED if number else -1) for number, one in enumerate(completion.sequences)
+    )
     return replace(
         completion,
         token_ids=last.token_ids,
@@ -93,11 +85,11 @@ def begun_at(common: int, played: Played) -> Completion:
     )
 
 
-def _behind(own: np.ndarray, media: Sequence[Medium], one: Fork) -> Fork:
+def _behind(own: np.ndarray, media: Sequence[Medium], one: Fork, version: int) -> Fork:
     return Fork(
         token_ids=np.concatenate([own, one.token_ids]),
         logps=np.concatenate([np.zeros(len(own), np.float32), one.logps]),
-        versions=np.concatenate([np.full(len(own), -1, np.int32), one.versions]),
+        versions=np.concatenate([np.full(len(own), version, np.int32), one.versions]),
         sampled=np.concatenate([np.zeros(len(own), bool), one.sampled]),
         media=(*media, *moved(one.media, len(own))),
     )

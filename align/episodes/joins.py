@@ -89,6 +89,16 @@ class Joins:
 
         return self._ids(lambda change: written(text(change), [], shown).text, whole)
 
+    def text(self, messages: Sequence[Message]) -> str:
+        """What the template writes of a conversation, with generation prompt. Raises RowError where it is refused."""
+        return self._renders.prompt(messages)
+
+    def text_behind(self, messages: Sequence[Message], added: Sequence[Message]) -> str:
+        """The text of a join, with the end that the template writes there, whatever was sampled. Raises RowError as
+        `join` does."""
+        tail = self._renders.behind(messages, added)
+        return tail[self._renders.join_in(tail, None)[0].start() :]
+
     def join(
         self,
         messages: Sequence[Message],

@@ -7,9 +7,9 @@ is counted, and none vanishes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from align.data.media.shown import Shown
 from align.data.records import RowError
@@ -22,6 +22,9 @@ from align.mediastore import described
 from align.protocols.fleet import PromptItem
 from align.protocols.trees import Medium
 
+Ids = tuple[list[int], tuple[Medium, ...]]
+"""Ids and what stands where in them."""
+Made = TypeVar("Made")
 _KINDS = ("image", "image_url", "input_image")
 _SEEN_BY = ("data:", "http://", "https://")
 
@@ -41,6 +44,7 @@ class Eye:
         self._images, self._joins, self._prompt, self._counts = images, joins, prompt, counts
         counts |= {"images": 0.0, "refused_images": 0.0}
         self._shown: list[Shown] = []  # in what the environment said last
+        self._past: list[Shown] = []  # in what it said before, and the policy has read
 
     async def look(self, message: Message, most: int | None = None) -> tuple[Message, int]:
         """A message with its images looked at, and how many tokens those have; most: that they may."""
@@ -75,30 +79,59 @@ class Eye:
 
     async def opening(self, messages: Sequence[Message], added: Sequence[Message]) -> Written:
         """The prompt written anew; see `Joins.opening`. added: messages that were looked at."""
-        rows = await self._images.of_prompt(self._prompt) if self._images is not None else []
-        shown, added = [*rows, *self._shown], list(added)
-        try:
-            ids = self._joins.placed(self._joins.opening(messages, added, shown=shown), shown)
-        except RowError as error:
-            if not self._shown:
-                raise
-            added = self._unseen(added, str(error))
-            ids = self._joins.placed(self._joins.opening(messages, added, shown=rows), rows)
-        self._shown = []
-        return Written(*ids, added)
+        rows = await self._rows()
+
+        def write(added: Sequence[Message], shown: Sequence[Shown]) -> Ids:
+            whole = [*rows, *shown]
+            return self._joins.placed(self._joins.opening(messages, added, shown=whole), whole)
+
+        (ids, media), added = self._write(write, added)
+        return Written(ids, media, added)
 
     def join(self, messages: Sequence[Message], added: Sequence[Message], sampled_end: int | None) -> Written:
         """What is appended behind a turn; see `Joins.join`. added: messages that were looked at."""
+
+        def write(added: Sequence[Message], shown: Sequence[Shown]) -> Ids:
+            return self._joins.placed(self._joins.join(messages, added, sampled_end, shown), shown)
+
+        (ids, media), added = self._write(write, added)
+        return Written(ids, media, added)
+
+    async def anew(
+        self, messages: Sequence[Message], added: Sequence[Message], sampled_end: int | None, *, own: int
+    ) -> tuple[Written, int]:
+        """The whole conversation as the template writes it now, and how many of the last ids are what a join would have
+        appended. own: how many of the messages are the row's; messages, added, sampled_end: as for `join`."""
+        before = [*await self._rows(), *self._past]
+
+        def write(added: Sequence[Message], shown: Sequence[Shown]) -> tuple[Ids, list[int]]:
+            whole, every = [*messages, *added], [*before, *shown]
+            tail, _ = self._joins.placed(self._joins.join(messages, added, sampled_end, shown), shown)
+            return self._joins.placed(self._joins.opening(whole, trusted=own, shown=every), every), tail
+
+        ((ids, media), tail), added = self._write(write, added)
+        new = next((n for n, (a, b) in enumerate(zip(ids[::-1], tail[::-1], strict=False)) if a != b), len(tail))
+        return Written(ids, media, added), new
+
+    async def _rows(self) -> list[Shown]:
+        return [] if self._images is None else await self._images.of_prompt(self._prompt)
+
+    def _write(
+        self, write: Callable[[Sequence[Message], Sequence[Shown]], Made], added: Sequence[Message]
+    ) -> tuple[Made, list[Message]]:
+        """What is written with the images that were looked at, or without them where the template does not write them;
+        and the messages as the policy reads them. Raises RowError where it is refused either way."""
         shown, added = self._shown, list(added)
         try:
-            ids = self._joins.placed(self._joins.join(messages, added, sampled_end, shown), shown)
+            made = write(added, shown)
         except RowError as error:
             if not shown:
                 raise
-            added = self._unseen(added, str(error))
-            ids = self._joins.join(messages, added, sampled_end), ()
+            shown, added = [], self._unseen(added, str(error))
+            made = write(added, shown)
+        self._past += shown
         self._shown = []
-        return Written(*ids, added)
+        return made, added
 
     def _unseen(self, added: Sequence[Message], why: str) -> list[Message]:
         """Messages without their images, which the template does not write: the policy reads why."""

@@ -1,4 +1,4 @@
-"""What an episode is made of: its ids as they grow, its end, what its environment says of it, how it can be lost."""
+"""What becomes of an episode: its end, what its environment says of it, and how it can be lost."""
 
 from __future__ import annotations
 
@@ -14,41 +14,6 @@ from align.protocols.trees import Medium
 from rewards.environments.live import Outcome
 
 Message = Mapping[str, Any]
-
-
-@dataclass
-class Ids:
-    """The ids of an episode as they grow, the first `start` of them its prompt, and what stands in them."""
-
-    tokens: list[int]
-    start: int = 0
-    sampled: list[bool] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    media: list[Medium] = field(default_factory=list)
-
-    def sample(self, drawn: Completion) -> None:
-        self.tokens += drawn.token_ids.tolist()
-        self.sampled += [True] * len(drawn.token_ids)
-        self.logps += drawn.logps.tolist()
-        self.versions += drawn.versions.tolist()
-
-    def join(self, ids: Sequence[int], media: Sequence[Medium] = ()) -> None:
-        """media: what stands in `ids`, counted from their first."""
-        self.media += moved(media, len(self.tokens))
-        self.tokens += ids
-        self.sampled += [False] * len(ids)
-        self.logps += [0.0] * len(ids)
-        self.versions += [-1] * len(ids)
-
-    def media_of(self, start: int, end: int) -> tuple[Medium, ...]:
-        """What stands in the tokens from `start` up to `end`, counted from `start`."""
-        return moved([m for m in self.media if start <= m.start < end], -start)
-
-
-def moved(media: Sequence[Medium], by: int) -> tuple[Medium, ...]:
-    """The same media, so many tokens further behind."""
-    return tuple(replace(medium, start=medium.start + by) for medium in media)
 
 
 class Played(NamedTuple):

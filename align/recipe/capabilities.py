@@ -122,6 +122,13 @@ class StageBase(Strict):
         return turn if self.world is None else self.world.context_tokens(turn)
 
     @property
+    def trained_tokens(self) -> int:
+        """Tokens that are trained on, which a completion, or an episode in all its sequences, may add to its prompt."""
+        if self.engines is None or self.world is None:
+            return self.sampled_tokens
+        return self.world.trained_tokens(self.engines.max_tokens)
+
+    @property
     def world(self) -> Environment | None:
         """What completions take turns with; None where each is an answer."""
         return None

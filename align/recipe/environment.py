@@ -35,6 +35,10 @@ class Environment(Strict):
     score of an episode whose process died or had to be killed, however often it was drawn, in place of none; of several
     objectives a score for each, by name.
 
+    history: what a turn is sampled behind: every token before it as it was sampled, thoughts included (`append`), or
+    what the chat template writes of the conversation then (`template`). Where that is not what was sampled, the episode
+    goes on in another sequence, whose beginning is not trained on again.
+
     tools_in: whether the chat template writes schemas, calls and answers, or they stand in the prompt as text. parser:
     how calls are read, where the template does not show it. lockstep: turns are sampled together, for runs that repeat
     bit for bit. memory_mb: data memory of an episode's process.
@@ -58,6 +62,7 @@ class Environment(Strict):
     on_error: Literal["tell", "fail"] = "tell"
     on_timeout: Literal["tell", "redraw"] = "tell"
     on_kill: Finite | dict[str, Finite] | None = None
+    history: Literal["append", "template"] = "append"
     tools_in: Literal["template", "prompt"] = "template"
     parser: str | None = None
     lockstep: bool = False
@@ -97,6 +102,17 @@ class Environment(Strict):
         and what is said between any two turns."""
         sampled = min(self.max_tokens, self.max_turns * turn)
         return sampled + self.reset_tokens + (self.max_turns - 1) * self.answer_tokens
+
+    def trained_tokens(self, turn: int) -> int:
+        """Tokens that an episode may add to its prompt in all its sequences together: under `history: template` each
+        turn may have one of its own."""
+        if self.history == "append":
+            return self.context_tokens(turn)
+        sizes = (
+            min(self.max_tokens, turns * turn) + self.reset_tokens + (turns - 1) * self.answer_tokens
+            for turns in range(1, self.max_turns + 1)
+        )
+        return sum(sizes)
 
     @property
     def reset_tokens(self) -> int:

@@ -25,9 +25,6 @@ _KEYS: dict[tuple[str, str], Later] = {
     ),
     ("data", "truncate"): Later("it is called `too_long` now", "write `too_long: right` or `left`"),
     ("data", "overlong_prompts"): Later("it is called `too_long` now", "write `too_long: drop` for `filter`"),
-    ("environment", "history"): Later(
-        f"`history: template` is {_NOT_YET}", "leave it out: every sampled token is kept, thoughts included"
-    ),
     ("environment", "mcp"): Later(_NOT_YET, "write methods that call the server, in a class of `use`"),
     ("batch", "tokens"): Later(_NOT_YET, "`batch` counts examples; `packing.max_tokens` bounds memory"),
 }

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from align.data.templates import CHATML
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
 from align.protocols.fleet import Group, Sampling
 from align.protocols.trainer import Publication
@@ -38,6 +39,13 @@ class World:
     def reward(self):
         return float(self.turn)
 """
+REWRITTEN = """{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{{ 'said: ' if message.role == 'assistant' }}{{ message.content }}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant
+{% endif -%}"""
+"""A template that writes no turn as it was sampled: an episode goes on anew behind each."""
 # every other token ends a turn: turns of a model that was never trained are short, and the template ends them
 SAMPLING = Sampling(temperature=0.8, max_tokens=24, stop_token_ids=tuple(range(3, VOCABULARY, 2)))
 
@@ -49,14 +57,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", params=["append", "template"])
+def history(request: pytest.FixtureRequest, folder: Path) -> str:
+    (folder / "model" / "chat_template.jinja").write_text(REWRITTEN if request.param == "template" else CHATML)
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> ChatTokenizer:
+def tokenizer(folder: Path, history: str) -> ChatTokenizer:
     return load_tokenizer(folder / "model")
 
 
 @pytest.fixture(scope="module", params=["transformers", "vllm"])
-def engine(request: pytest.FixtureRequest, folder: Path, tokenizer: ChatTokenizer) -> Iterator[Any]:
-    spec: EngineSpec = asyncio.run(stage.spec_of(folder, tokenizer, use="world.py:World", lockstep=True))
+def engine(request: pytest.FixtureRequest, folder: Path, tokenizer: ChatTokenizer, history: str) -> Iterator[Any]:
+    rules = {"use": "world.py:World", "lockstep": True, "history": history}
+    spec: EngineSpec = asyncio.run(stage.spec_of(folder, tokenizer, **rules))
     spec = replace(
         spec,
         name=request.param,
@@ -80,20 +95,25 @@ def drawn(engine: Any, tokenizer: ChatTokenizer) -> list[Group]:
 
 
 def test_trainer_and_engine_agree_on_every_sampled_token_of_every_turn(
-    engine: Any, folder: Path, tokenizer: ChatTokenizer
+    engine: Any, folder: Path, tokenizer: ChatTokenizer, history: str
 ) -> None:
     groups = drawn(engine, tokenizer)
+    forks = [completion.forks for group in groups for completion in group.completions]
+    assert sum(map(bool, forks)) == (0 if history == "append" else len(forks))
     trainer = PolicyTrainer(
         replace(make_spec(folder / "model", "grpo"), temperature=SAMPLING.temperature, max_tokens=4096)
     )
     count = sum(len(group.completions) for group in groups)
     trees = to_trees(groups, np.ones(count, np.float32), np.zeros(count, bool))
     for group, logps in zip(groups, trainer.logps(trees), strict=True):
-        for completion, own in zip(group.completions, logps, strict=True):
-            assert completion.sampled is not None and completion.episode is not None
+        left = iter(logps)  # of each sequence of an episode
+        for completion in group.completions:
+            own = np.concatenate([next(left) for _ in completion.sequences])
+            assert completion.episode is not None
             assert len(own) == completion.length > 0
             assert completion.episode.counts["turns"] > 1
-            np.testing.assert_allclose(own, completion.logps[completion.sampled], atol=1e-4)
+            np.testing.assert_allclose(own, completion.sampled_logps, atol=1e-4)
+        assert next(left, None) is None
     alone = PolicyTrainer(replace(trainer.spec, max_tokens=8))
     for one, other in zip(trainer.logps(trees), alone.logps(trees), strict=True):
         for a, b in zip(one, other, strict=True):
@@ -104,5 +124,6 @@ def test_in_lockstep_a_list_gives_the_same_episodes_bit_for_bit(engine: Any, tok
     first, again = drawn(engine, tokenizer), drawn(engine, tokenizer)
     for one, other in zip(first, again, strict=True):
         for a, b in zip(one.completions, other.completions, strict=True):
-            assert np.array_equal(a.token_ids, b.token_ids) and np.array_equal(a.logps, b.logps)
-            assert a.sampled is not None and b.sampled is not None and np.array_equal(a.sampled, b.sampled)
+            for part, same in zip(a.sequences, b.sequences, strict=True):
+                assert np.array_equal(part.token_ids, same.token_ids) and np.array_equal(part.logps, same.logps)
+                assert np.array_equal(part.sampled, same.sampled)

@@ -38,8 +38,8 @@ class Load:
     def of(cls, stage: TrainStage, facts: DataFacts) -> Load:
         if isinstance(stage, SamplingStage):
             groups, sequences = stage.batch.groups, stage.batch.groups * stage.batch.group_size
-            length = facts.longest + stage.sampled_tokens
-            return cls(groups * facts.longest + sequences * stage.sampled_tokens, length, sequences, length)
+            length, trained = facts.longest + stage.sampled_tokens, stage.trained_tokens
+            return cls(groups * facts.longest + sequences * trained, facts.longest + trained, sequences, length)
         return cls(max(facts.longest, int(stage.batch.rows * facts.mean)), facts.longest)
 
 

@@ -70,6 +70,8 @@ def test_the_check_says_what_an_episode_is(workshop: Workshop, capsys: pytest.Ca
 def test_an_episode_fits_the_model_and_its_memory_is_counted_whole(
     workshop: Workshop, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    said = checked(capsys, 0, "stages.grpo.environment.history=template")
+    assert "another sequence (`episode/forks`), of which it may have 3" in said
     said = checked(capsys, 2, "stages.grpo.environment.max_observation_tokens=512")
     assert "an episode may need 2,366 tokens" in said and "`max_position_embeddings` (2,048)" in said
     assert "lower `environment.max_observation_tokens`" in said
@@ -82,7 +84,12 @@ def test_an_episode_fits_the_model_and_its_memory_is_counted_whole(
     stage = next(stage for stage in load_recipe(workshop.recipe).stages if stage.id == "grpo")
     assert isinstance(stage, SamplingStage) and stage.sampled_tokens == 64 + (16 + 64) + 2 * (16 + 64 + 7 * 16)
     load = Load.of(stage, DataFacts(longest=100))
-    assert load.length == 100 + 528 and load.tokens == 2 * 100 + 8 * 528
+    assert load.length == load.longest == 100 + 528 and load.tokens == 2 * 100 + 8 * 528
+    assert stage.environment is not None
+    anew = stage.model_copy(update={"environment": stage.environment.model_copy(update={"history": "template"})})
+    trained = (32 + 80) + (64 + 80 + 192) + 528
+    load = Load.of(anew, DataFacts(longest=100))
+    assert load.length == 100 + 528 and load.longest == 100 + trained and load.tokens == 2 * 100 + 8 * trained
 
 
 @pytest.mark.parametrize(
@@ -98,7 +105,7 @@ def test_an_episode_fits_the_model_and_its_memory_is_counted_whole(
         ("stages.grpo.environment.max_turnz=3", ["max_turnz", "max_turns"]),
         ("stages.grpo.environment.args={size: 3}", ["has no argument 'size'"]),
         ("stages.grpo.environment.parser=hermez", ["hermez", "hermes"]),
-        ("stages.grpo.environment.history=template", ["history: template", "leave it out"]),
+        ("stages.grpo.environment.history=templates", ["expected append or template", "did you mean"]),
         (
             "stages.grpo.rewards=[{use: judge.py:brevity, as: calculator}]",
             ["both give an objective 'calculator'", "as:"],

@@ -38,6 +38,16 @@ def test_written_replies_are_played_and_every_token_is_shown(here: Path, capsys:
     assert 'scores: {"calculator": 1.0}' in said and "1 episode, 0 lost, 0 problems" in said
 
 
+def test_what_a_template_writes_again_is_shown_apart(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "replies.jsonl").write_text(json.dumps(["<think>hm</think>" + call(a=1, b=2), "3"]) + "\n")
+    words = ["--replies", "replies.jsonl"]
+    assert "again" not in tried(capsys, 0, *words)
+    said = tried(capsys, 0, *words, "--set", "history=template")
+    again = said.partition("again")[2]
+    assert "forks 1" in said and "hm</think>" in said and "hm" not in again and '"add"' in again
+    assert 'scores: {"calculator": 1.0}' in said
+
+
 def test_budgets_hold_for_written_replies_too_and_classes_for_trl_are_played(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

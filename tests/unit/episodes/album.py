@@ -165,7 +165,9 @@ def computed(folder: Path, groups: Sequence[Group]) -> dict[str, np.ndarray]:
     trees = to_trees(groups, np.ones(every, np.float32), np.zeros(every, bool))
     model = _model(folder)
     module, positions = PolicyModule(model), positions_of(model, text_positions)
-    one_by_one = [replace(tree, branches=(branch,)) for tree in trees for branch in tree.branches]
+    one_by_one = [
+        replace(tree, branches=(replace(branch, follows=False),)) for tree in trees for branch in tree.branches
+    ]
     found = {
         "engine": np.concatenate([c.logps[c.sampled] for g in groups for c in g.completions]),
         "packed": _scored(module, trees, positions),

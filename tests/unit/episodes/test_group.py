@@ -14,6 +14,7 @@ from align.episodes.budgets import cut_middle
 from align.episodes.group import Played, Retries, draw_group
 from align.episodes.outcomes import Lost
 from align.protocols.fleet import Completion, Episode, FailedPrompt, Fork, Group, PromptItem
+from align.protocols.trees import REPEATED
 from tests.unit.episodes import stage
 from tests.unit.stages.plain import prompt
 
@@ -58,7 +59,7 @@ def test_every_sequence_of_an_episode_gets_what_its_prompt_has_of_its_own() -> N
     assert isinstance(group, Group)
     first, last = group.completions[0].sequences
     assert first.token_ids.tolist() == [7, 1, 2] and last.token_ids.tolist() == [7, 3]
-    assert first.sampled.tolist() == [False, True, False] and last.versions.tolist() == [-1, 4]
+    assert first.sampled.tolist() == [False, True, False] and last.versions.tolist() == [REPEATED, 4]
     assert group.completions[0].sampled_ids.tolist() == [1, 3]
 
 
