@@ -315,8 +315,12 @@ def context_length(job: FleetJob) -> int:
     config = read_settings(job.base / "config.json")
     positions = (config.get("text_config") or config).get("max_position_embeddings")
     spec = job.environment
-    prompt = job.longest_prompt + schema_tokens(spec.rules, spec.tokenizer, spec.description)
-    wanted = prompt + spec.rules.context_tokens(job.rollout.max_tokens)
+    turn = job.rollout.max_tokens
+    wanted = max(
+        world.longest + schema_tokens(world, spec.tokenizer) + world.rules.context_tokens(turn)
+        for world in spec.worlds
+        if world.longest
+    )
     return min(wanted, int(positions)) if positions else wanted
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 from align.actors.plugins import plugin_spec
+from align.check.facts import DataFacts
 from align.check.findings import Findings
 from align.check.memory import sizes as memory
 from align.check.scratch import scratch
@@ -32,8 +33,6 @@ from align.model.adapter_config import read_adapter_config, refuse_beyond_lora
 from align.model.media.support import refuse_unsupported_media
 from align.objectives.check import Known
 from align.plugins import describe_in_child
-from align.protocols.fleet import PromptItem
-from align.protocols.trees import Tree
 from align.recipe.capabilities import StageBase, TrainStage
 from align.recipe.families import family_of
 from align.recipe.inputs import DataSource, Exhausted, Model
@@ -135,36 +134,6 @@ def _refuse_unsound_weights(folder: Path, local: bool) -> None:
 # ------------------------------------------------------------------------------------------------- data
 
 
-@dataclass
-class DataFacts:
-    """What the rows that were read say about a stage's data.
-
-    whole: every row was read, so that `rows` is the epoch's size. longest, mean: tokens of a tree, or of a prompt.
-    patches: of its images, for each token, on average; most_patches: of one tree's or prompt's.
-    shown: rows as the model sees them, in lines. trees: of rows that a loss learns from. prompts: those that are
-    sampled from, as many as were read.
-    """
-
-    report: DataReport | None = None
-    rows: int = 0
-    whole: bool = False
-    longest: int = 0
-    mean: float = 0.0
-    patches: float = 0.0
-    most_patches: int = 0
-    notes: list[str] = field(default_factory=list)
-    shown: list[str] = field(default_factory=list)
-    trees: Sequence[Tree] = ()
-    prompts: Sequence[PromptItem] = ()
-
-    def measure(self, items: Sequence[Tree | PromptItem]) -> None:
-        """How many they are, and how large."""
-        lengths = [_tokens(item) for item in items]
-        patches = [sum(medium.patches for medium in item.media) for item in items]
-        self.rows, self.longest, self.mean = len(items), max(lengths), sum(lengths) / len(lengths)
-        self.patches, self.most_patches = sum(patches) / sum(lengths), max(patches)
-
-
 def read_data(
     recipe: Recipe,
     sources: tuple[DataSource, ...],
@@ -257,10 +226,6 @@ def _streams(sources: Sequence[DataSource], folder: Path) -> list[str]:
 
 def _has_processor(tokenizer: ChatTokenizer) -> bool:
     return tokenizer.folder is not None and bool(processor_files(tokenizer.folder))
-
-
-def _tokens(item: Tree | PromptItem) -> int:
-    return item.tokens if isinstance(item, Tree) else len(item.token_ids)
 
 
 # ------------------------------------------------------------------------------------------------- rewards

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from align.check.inputs import DataFacts, ModelFacts
+from align.check.facts import DataFacts
+from align.check.inputs import ModelFacts
 from align.check.layout_notes import layout_notes
 from align.check.machine import Machine, stage_roles
 from align.check.memory import sizes as memory
@@ -143,7 +144,7 @@ class Planner:
         if stage.judges_pairs:
             plan.lines.append("margins: before the stage, rewards judge both answers of each pair; scores are kept")
         plan.lines += loss_notes(stage) + self._packing_notes(stage, facts)
-        plan.lines += layout_notes(self.model.config, facts.longest + stage.sampled_tokens)
+        plan.lines += layout_notes(self.model.config, facts.sampled(stage) if stage.engines else facts.longest)
         if self.sizes is None:
             plan.lines.append("memory: not estimated, the architecture is not a plain decoder")
         else:

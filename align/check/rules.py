@@ -190,7 +190,7 @@ def _check_needs(stage: Stage, losses: Losses) -> None:
 def _check_observed(stage: Stage, losses: Losses) -> None:
     """What learns from an environment's answers has one, and stands beside what learns from scores."""
     own = [loss.name for loss in losses if loss.needs.nll == "observed"]
-    if own and stage.world is None:
+    if own and not stage.worlds:
         raise RecipeError(
             f"the loss {own[0]!r} learns what an environment answers, and the stage has none",
             where="loss",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from align.check.inputs import DataFacts, ModelFacts
+from align.check.facts import DataFacts
+from align.check.inputs import ModelFacts
 from align.check.machine import Machine
 from align.check.memory.sizes import FEED_FORWARD, Sizes, max_positions
 from align.errors import DataError, ModelError, PlacementError, RecipeError, Unsupported
 from align.recipe.adapter import Adapter
 from align.recipe.capabilities import FolderStage, JudgingStage, SamplingStage, StageBase, TrainStage
+from align.recipe.environment import Environment
 from align.recipe.labels import Labels
 from align.recipe.parts import Rollout
 from align.recipe.schema import Recipe
@@ -95,7 +98,7 @@ class StageChecks:
 
     def length(self, stage: StageBase, rollout: Rollout, facts: DataFacts) -> None:
         """Prompt and completion, or a whole episode, must fit the engine, which fits the model."""
-        needed, world = facts.longest + stage.sampled_tokens, stage.world
+        needed = facts.sampled(stage)
         limit, key = rollout.max_model_len, "rollout.max_model_len"
         positions = max_positions(self.model.config)
         if positions is not None and (limit is None or limit > positions):
@@ -108,16 +111,8 @@ class StageChecks:
             limit, key = positions, "the model's `max_position_embeddings`"
         if limit is not None and needed > limit:
             raises = "" if limit == positions else "raise `rollout.max_model_len`, "
-            if world is not None:
-                raise RecipeError(
-                    f"an episode may need {needed:,} tokens, more than {key} ({limit:,}): a prompt of {facts.longest}, "
-                    f"{world.max_turns} turns of {rollout.max_tokens} (at most {world.max_tokens:,} in all), and "
-                    f"{world.answer_tokens} between two turns ({world.max_observation_tokens} of answers, and what is "
-                    f"written around up to {world.max_calls}); {world.reset_tokens} are kept for `reset`",
-                    where="environment",
-                    remedy=f"{raises}lower `environment.max_observation_tokens`, `max_calls`, `max_turns` or "
-                    "`max_tokens`, or `rollout.max_tokens`",
-                )
+            if stage.worlds:
+                raise _too_long(stage.worlds, rollout.max_tokens, facts.openings, f"{key} ({limit:,})", raises)
             raise RecipeError(
                 f"the longest prompt ({facts.longest} tokens) and `rollout.max_tokens: {rollout.max_tokens}` need "
                 f"{needed} tokens, more than {key} ({limit})",
@@ -165,3 +160,21 @@ class StageChecks:
                 where="model",
                 remedy="set `pad_token` in tokenizer_config.json to a token that ends no completion",
             )
+
+
+def _too_long(
+    worlds: Sequence[Environment], turn: int, openings: Sequence[int], limit: str, raises: str
+) -> RecipeError:
+    """Of the environment whose episodes are the longest. turn: tokens of one; openings: see `DataFacts`; limit: what
+    they do not fit, in words."""
+    prompt, world = max(zip(openings, worlds, strict=True), key=lambda one: one[0] + one[1].context_tokens(turn))
+    of = f" of {world.name}" if len(worlds) > 1 else ""
+    return RecipeError(
+        f"an episode{of} may need {prompt + world.context_tokens(turn):,} tokens, more than {limit}: a prompt of "
+        f"{prompt}, {world.max_turns} turns of {turn} (at most {world.max_tokens:,} in all), and "
+        f"{world.answer_tokens} between two turns ({world.max_observation_tokens} of answers, and what is written "
+        f"around up to {world.max_calls}); {world.reset_tokens} are kept for `reset`",
+        where="environment",
+        remedy=f"{raises}lower `environment.max_observation_tokens`, `max_calls`, `max_turns` or `max_tokens`, or "
+        "`rollout.max_tokens`",
+    )

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from align.check.facts import DataFacts
 from align.check.findings import Findings
 from align.check.golds import golds_note, require_columns
-from align.check.inputs import DataFacts, Rewards, check_reference, open_model, read_data
+from align.check.inputs import Rewards, check_reference, open_model, read_data
 from align.check.machine import Machine, check_fits, stage_roles
 from align.check.needed import check_model_packages, check_packages
 from align.check.plan import Plan, Planner
@@ -107,10 +108,10 @@ def _check_rewards(stage: Stage, rewards: Rewards, worlds: Worlds, found: Findin
     judged = None
     if isinstance(stage, SamplingStage) and stage.eval is not None and stage.eval.rewards:
         judged = rewards.objectives(stage.eval.rewards, stage.id, "eval.rewards", found)
-    if not stage.rewarded_by and stage.world is None:
+    if not stage.rewarded_by and not stage.worlds:
         return
     known, objectives = rewards.objectives(stage.rewarded_by, stage.id, "rewards", found), stage.weighed
-    if stage.world is not None:
+    if stage.worlds:
         known = worlds.objectives(stage, known, found)
     if isinstance(stage, SamplingStage) and stage.eval is not None:
         _check_best(stage, judged if stage.eval.rewards else known, found)
@@ -184,7 +185,7 @@ def _check_stage(
         return
     with found.gather(stage.id, "environment"):
         for facts in read.values():
-            facts.longest += worlds.schema_tokens(stage, planner.model.tokenizer, found)
+            worlds.measure(stage, planner.model.tokenizer, facts, found)
     golds = {key: _golds(stage, key, facts, found, folder, known) for key, facts in read.items()}
     with found.gather(stage.id):
         planned = planner.stage(stage, read.get("data", DataFacts()))

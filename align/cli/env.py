@@ -90,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         sampling = Sampling(temperature=arguments.temperature, max_tokens=_turn_tokens(arguments))
 
         def prompts(description: Mapping[str, Any]) -> Sequence[PromptItem]:
-            offered = Offered.of(rules, description)
+            offered = Offered.of([rules], [description])
             with closing(Library(Media(), sight.model, sight.store)) if sight else nullcontext() as library:
                 read = prepare([source], "prompt", tokenizer, seed=0, offered=offered, media=library)
             items: list[PromptItem] = read.items

@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     recipe, document = load_document(arguments.recipe, arguments.overrides)
     stage = online_stage(recipe, arguments.stage, document.name)
-    if stage.environment is None and arguments.environment_s is not None:
+    if not stage.worlds and arguments.environment_s is not None:
         raise Unsupported(
             "no completion waits for an environment: the stage has none",
             where=f"stages.{stage.id}",
@@ -163,7 +163,7 @@ class Report:
             out += [*text_table(rows), "", f"with {best.trainers} for the trainer and {best.engines} engines:", ""]
         out += [*text_table(self._rows()), ""]
         out += [f"recommended: {words}" for words in self._advice()]
-        assumed = [*ASSUMED, *[OF_EPISODES] * (self.stage.environment is not None), *[SCALED] * bool(self.divided)]
+        assumed = [*ASSUMED, *[OF_EPISODES] * bool(self.stage.worlds), *[SCALED] * bool(self.divided)]
         return out + [f"assumed: {line}" for line in assumed]
 
     def _inputs(self) -> Inputs:

@@ -71,7 +71,7 @@ def _vectors(arguments: argparse.Namespace, stage: SamplingStage, folder: Path) 
     """Weight vectors as asked for, over objectives that the stage's rewards and its environment give."""
     found = Findings(None)
     names = Rewards(folder).objectives(stage.rewards, stage.id, "rewards", found)
-    if stage.environment is not None:
+    if stage.worlds:
         names = Worlds(folder).objectives(stage, names, found)
     found.raise_any()
     assert names is not None, "what could not be described was raised"

@@ -81,7 +81,7 @@ def prepare(
             refused.
         labels: of labelled rows, what their labels may be; unlabelled: a row may have none.
         records: hand on the rows as they were read, too; no cache keeps them.
-        exhausted: of sources with weights, how long an epoch is. offered: by an environment to every prompt.
+        exhausted: of sources with weights, how long an epoch is. offered: by environments to the prompts.
     Raises DataError where a source cannot be read or, unless it says `on_bad_row: skip`, has rows that cannot be used.
     """
     assert kind == "pair" or not answers, "only pairs have answers to judge"

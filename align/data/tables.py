@@ -73,7 +73,7 @@ class _Row:
 @dataclass
 class Tokeniser:
     """How the rows of one source become a table. library: of a model that takes media; answers, records: see
-    `prepare`; labelling: of labelled rows; offered: by an environment, to every prompt."""
+    `prepare`; labelling: of labelled rows; offered: by environments, to prompts."""
 
     source: DataSource
     kind: Kind
@@ -228,7 +228,7 @@ class _Chunk:
             if self.laid.guessed or (self.laid.free and asked_as_text(layout.required)):
                 refuse_written_calls(record)
             record = record if thoughts is None else thoughts.of(record)
-            record = with_tools(record, how.offered)
+            record = with_tools(record, how.offered, values)
             if self.laid.guessed:
                 self._refuse_json(record)
             if weight or self._answers_every_row:

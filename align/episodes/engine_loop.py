@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align.episodes.describe import open_host, started
 from align.episodes.episode import Play
 from align.episodes.group import Played, Retries, draw_group
 from align.episodes.images import open_images
-from align.episodes.setting import setting_of
 from align.episodes.spec import EpisodeSpec
+from align.episodes.venue import Venue, Venues
 from align.protocols.fleet import Completion, FailedPrompt, PromptItem, Sampling
 from rollout.base import Answer, Request
 
@@ -51,27 +49,23 @@ class EpisodeLoop:
         notice: Callable[[], None],
         answer: Callable[[Answer], None],
     ):
-        self.lockstep = spec.rules.lockstep
+        self.lockstep = spec.worlds[0].rules.lockstep
         self.failure: BaseException | None = None
         self._notice, self._tell = notice, answer
         self._images = open_images(spec.sight)
-        self._setting = setting_of(spec.rules, spec.tokenizer, spec.description, context, self._images)
-        self._retries = Retries(spec.rules.retries)
+        self._venues = Venues(spec, context, self._images)
         self._groups: dict[int, asyncio.Task[None]] = {}
         self._lock = threading.Lock()
-        self._live = self._pending = 0
+        self._live = self._pending = 0  # live: as the loop's thread counted them last
         self._untaken: dict[int, Wanted] = {}  # by id: turns that are wanted and that nobody samples yet
-        self._places: deque[asyncio.Future[None]] = deque()
         self._loop = asyncio.new_event_loop()
-        log = None if spec.logs is None else spec.logs / "environment.log"
-        self._host = open_host(spec.rules, spec.folder, spec.seed, log)
         self._thread = threading.Thread(target=self._loop.run_forever, name="episodes", daemon=True)
         self._thread.start()
         try:
-            self._in_loop(started(self._host))
-        except BaseException:
+            self._in_loop(self._venues.open())
+        except BaseException as error:
             self.close()
-            raise
+            raise _first(error) from error
 
     def _in_loop(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
@@ -105,7 +99,7 @@ class EpisodeLoop:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
-        self._host.close()
+        self._venues.close()
         if self._images is not None:
             self._images.close()
 
@@ -134,57 +128,38 @@ class EpisodeLoop:
         return note
 
     async def _group(self, request: Request) -> None:
+        venue = self._venues.of(request.prompt)
+        rules = venue.setting.rules
+
         async def draw(prompt: PromptItem, number: int, attempt: int) -> Played:
-            return await self._episode(request, number, attempt)
+            return await self._episode(venue, request, number, attempt)
 
         try:
-            answer = await draw_group(request.prompt, request.group_size, draw, self._retries)
+            answer = await draw_group(request.prompt, request.group_size, draw, Retries(rules.retries), rules.as_ or "")
             self._tell((request.ticket, answer))
         finally:
             if self._images is not None:
                 await self._images.answered(request.prompt.group_id)
 
-    async def _episode(self, request: Request, number: int, attempt: int) -> Played:
-        await self._place()
+    async def _episode(self, venue: Venue, request: Request, number: int, attempt: int) -> Played:
+        await venue.enter()
+        self._count()
         try:
-            live = await self._host.open()
+            live = await venue.host.open()
             try:
                 sample = self._sampler(request.ticket, number)
-                sampling = request.sampling
-                play = Play(self._setting, request.prompt, number, sampling, sample, live, attempt=attempt)
+                play = Play(venue.setting, request.prompt, number, request.sampling, sample, live, attempt=attempt)
                 return await play.play()
             finally:
                 await live.close(CLOSE_S)
         finally:
-            self._leave()
+            venue.leave()
+            self._count()
+            self._notice()
 
-    async def _place(self) -> None:
-        """Wait for one of the `max_live` places, in order."""
+    def _count(self) -> None:
         with self._lock:
-            if self._live < self._setting.rules.max_live and not self._places:
-                self._live += 1
-                return
-        place: asyncio.Future[None] = self._loop.create_future()
-        self._places.append(place)
-        try:
-            await place
-        except asyncio.CancelledError:
-            if place.done() and not place.cancelled():
-                self._leave()
-            elif place in self._places:
-                self._places.remove(place)
-            raise
-
-    def _leave(self) -> None:
-        """Give the place to whoever waits longest: it counts as live from now on."""
-        while self._places:
-            place = self._places.popleft()
-            if not place.done():
-                place.set_result(None)
-                return
-        with self._lock:
-            self._live -= 1
-        self._notice()
+            self._live = self._venues.live
 
     def _sampler(self, ticket: int, number: int) -> Callable[[PromptItem, Sampling], Any]:
         async def sample(prompt: PromptItem, sampling: Sampling) -> Completion | FailedPrompt:

@@ -53,7 +53,8 @@ class Play:
         self._raw = ("", False)  # what it was read from; see `History.stands`
         self._counts = {"turns": 0.0, "calls": 0.0, "call_errors": 0.0, "invalid_calls": 0.0, "cut_answers": 0.0}
         self._joins = setting.joins_of(prompt.arguments)
-        self._eye = Eye(setting.images, self._joins, prompt, self._counts)
+        most = self.rules.images(setting.images is not None)
+        self._eye = Eye(setting.images, self._joins, prompt, self._counts, most)
         self._acting = Acting(world, setting, self._joins, self._counts)
         self._made_ids = 0
         self._history: History | None = None
@@ -234,6 +235,7 @@ class Play:
             seconds={name: tuple(values) for name, values in self._acting.seconds.items()},
             ended=ended,
             killed=verdict.killed,
+            environment=self.rules.as_ or "",
         )
         return Completion(
             token_ids=ids.token_ids,

@@ -26,16 +26,19 @@ class Retries:
     episode: int
 
 
-async def draw_group(prompt: PromptItem, size: int, draw: Draw, retries: Retries) -> Group | FailedPrompt:
+async def draw_group(
+    prompt: PromptItem, size: int, draw: Draw, retries: Retries, environment: str = ""
+) -> Group | FailedPrompt:
     """The group of `size` episodes. One that stays lost is a completion without tokens, which says so: its scores are
-    missing. With fewer than two left (one, of groups of one) the group is drawn once more, then it is given up."""
+    missing. With fewer than two left (one, of groups of one) the group is drawn once more, then it is given up.
+    environment: its name, where it has one."""
     said: list[str] = []
     for attempt in range(2):
         async with asyncio.TaskGroup() as tasks:
             drawn = [tasks.create_task(_one(prompt, n, attempt, draw, retries)) for n in range(size)]
         played = [task.result() for task in drawn]
         if sum(isinstance(one, Played) for one in played) >= min(2, size):
-            return assembled(prompt, played)
+            return assembled(prompt, played, environment)
         said = [f"{one.cause}: {one.message}" for one in played if isinstance(one, Lost)]
     why = "; ".join(list(dict.fromkeys(said))[:_NAMED])
     return FailedPrompt(prompt, "episodes lost", f"{len(said)} of {size} episodes were lost, twice: {why}")
@@ -51,14 +54,16 @@ async def _one(prompt: PromptItem, number: int, attempt: int, draw: Draw, retrie
     raise AssertionError("the last try returns")
 
 
-def assembled(prompt: PromptItem, played: list[Played | Lost]) -> Group:
+def assembled(prompt: PromptItem, played: list[Played | Lost], environment: str = "") -> Group:
     """Episodes on the beginning that their prompts have in common; what is an episode's own goes before its tokens.
 
     Resets of equal seeds are alike, so that usually all of a prompt is common.
     """
     whole = [one for one in played if isinstance(one, Played)]
     common = shared_length([(one.prompt, one.media) for one in whole])
-    completions = [lost_completion(one) if isinstance(one, Lost) else begun_at(common, one) for one in played]
+    completions = [
+        lost_completion(one, environment) if isinstance(one, Lost) else begun_at(common, one) for one in played
+    ]
     trunk = whole[0].prompt[:common]
     media = tuple(m for m in whole[0].media if m.start < common)
     return Group(replace(prompt, token_ids=trunk, media=media), tuple(completions))
@@ -95,7 +100,7 @@ def _behind(own: np.ndarray, media: Sequence[Medium], one: Fork, version: int) -
     )
 
 
-def lost_completion(lost: Lost) -> Completion:
+def lost_completion(lost: Lost, environment: str = "") -> Completion:
     """What stands for an episode that was lost: nothing to train on, and why."""
     failure = EpisodeFailure(lost.cause, lost.message)
     none = np.zeros(0, np.float32)
@@ -106,5 +111,5 @@ def lost_completion(lost: Lost) -> Completion:
         text="",
         finish="eos",
         sampled=np.zeros(0, bool),
-        episode=Episode(failure=failure, ended="lost"),
+        episode=Episode(failure=failure, ended="lost", environment=environment),
     )

@@ -24,11 +24,10 @@ Found = TypeVar("Found")
 class Images:
     """Images of the episodes of one engine. Used by one event loop; close it.
 
-    most: in an episode. kept: see `Sight`.
+    kept: see `Sight`.
     """
 
-    def __init__(self, library: Library, most: int, kept: int | None = None):
-        self.most = most
+    def __init__(self, library: Library, kept: int | None = None):
         self._library, self._kept = library, kept
         self._thread = ThreadPoolExecutor(1, "images")  # all below is its own: a library is one thread's at a time
         self._of_groups: dict[int, set[str]] = {}
@@ -88,7 +87,7 @@ def open_images(sight: Sight | None) -> Images | None:
     if sight is None:
         return None
     library = Library(sight.settings, sight.model, sight.store, trust_remote_code=sight.trust_remote_code)
-    return Images(library, sight.most, sight.kept)
+    return Images(library, sight.kept)
 
 
 @contextmanager

@@ -38,19 +38,20 @@ class Written(NamedTuple):
 
 
 class Eye:
-    """The images of one episode. counts: of the episode; `images`, `refused_images` and `call_errors` grow here."""
+    """The images of one episode. counts: of the episode; `images`, `refused_images` and `call_errors` grow here. most:
+    images that it may be shown."""
 
-    def __init__(self, images: Images | None, joins: Joins, prompt: PromptItem, counts: dict[str, float]):
-        self._images, self._joins, self._prompt, self._counts = images, joins, prompt, counts
+    def __init__(self, images: Images | None, joins: Joins, prompt: PromptItem, counts: dict[str, float], most: int):
+        self._images, self._joins, self._prompt, self._counts, self._most = images, joins, prompt, counts, most
         counts |= {"images": 0.0, "refused_images": 0.0}
         self._shown: list[Shown] = []  # in what the environment said last
         self._past: list[Shown] = []  # in what it said before, and the policy has read
 
     async def look(self, message: Message, most: int | None = None) -> tuple[Message, int]:
         """A message with its images looked at, and how many tokens those have; most: that they may."""
-        left = 0 if self._images is None else self._images.most - int(self._counts["images"])
+        left = self._most - int(self._counts["images"])
         content = message.get("content")
-        seen = await observed(self._images, self._prompt.group_id, content, left=left, tokens=most)
+        seen = await observed(self._images, self._prompt.group_id, content, left=left, of=self._most, tokens=most)
         self._shown += seen.shown
         self._counts["images"] += len(seen.shown)
         self._counts["refused_images"] += seen.refused
@@ -153,12 +154,13 @@ class Observed:
 
 
 async def observed(
-    images: Images | None, group: int, content: Any, *, left: int, tokens: int | None = None
+    images: Images | None, group: int, content: Any, *, left: int, of: int, tokens: int | None = None
 ) -> Observed:
     """A message's content with its images looked at.
 
     Args:
-        left: images that the episode may still be shown. tokens: that those of one answer may have (None: any number).
+        left: images that the episode may still be shown, of so many in all. tokens: that those of one answer may have
+            (None: any number).
     """
     if not isinstance(content, list | tuple):
         return Observed(content)
@@ -175,7 +177,7 @@ async def observed(
         whys |= dict.fromkeys(wanted, "the model sees no images")
     else:
         most = max(0, left)
-        whys |= dict.fromkeys(wanted[most:], f"at most {images.most} images an episode are shown")
+        whys |= dict.fromkeys(wanted[most:], f"at most {of} images an episode are shown")
         wanted = wanted[:most]
     found: dict[int, Shown] = {}
     if images is not None and wanted:

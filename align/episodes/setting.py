@@ -1,4 +1,4 @@
-"""What all episodes of a stage have in common, proved before the first."""
+"""What all episodes of an environment have in common, proved before the first."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from align.data.tokenizer import ChatTokenizer
 from align.episodes.calls import FORMATS, CallFormat, begins_thoughts, find_format
 from align.episodes.images import Images
 from align.episodes.joins import Joins
+from align.episodes.spec import WorldSpec
 from align.errors import Unsupported
 from align.recipe.environment import WRITTEN_AS, Environment
 
@@ -74,10 +75,11 @@ def setting_of(
     return Setting(rules, tokenizer, joins, form, schemas, description["has"], context, images)
 
 
-def schema_tokens(rules: Environment, tokenizer: ChatTokenizer, description: Mapping[str, Any]) -> int:
+def schema_tokens(world: WorldSpec, tokenizer: ChatTokenizer) -> int:
     """Tokens that tools add to every prompt beyond what its template was given: as text of it (`tools_in: prompt`)."""
-    if rules.tools_in != "prompt" or not description["tools"]:
+    tools = tuple(world.description["tools"])
+    if world.rules.tools_in != "prompt" or not tools:
         return 0
     asked = [{"role": "user", "content": "?"}]
-    whole = Joins(tokenizer, tuple(description["tools"]), tools_in="prompt").opening(asked)
+    whole = Joins(tokenizer, tools, tools_in="prompt").opening(asked)
     return len(whole) - len(tokenizer.chat_ids(asked, True))

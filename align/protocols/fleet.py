@@ -65,7 +65,8 @@ class Episode:
     what the environment says of itself at the end, plain JSON. scores: by objective of the environment, None where not
     applicable; failure: why there are none. infos: what it noted beside its scores. counts: numbers of this episode by
     name (turns, calls, ...), averaged over a step; seconds: by tool, of each of its calls; ended: what ended it, in a
-    word (reply, done, turns, tokens, context, turn, killed). killed: its process died or had to be killed.
+    word (reply, done, turns, tokens, context, turn, killed). killed: its process died or had to be killed. environment:
+    the name that the recipe gives it, "" where it gives none.
     """
 
     turns: tuple[Mapping[str, Any], ...] = ()
@@ -77,6 +78,7 @@ class Episode:
     seconds: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     ended: str = "reply"
     killed: bool = False
+    environment: str = ""
 
 
 @dataclass(frozen=True, slots=True)

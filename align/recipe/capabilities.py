@@ -119,19 +119,20 @@ class StageBase(Strict):
         if self.engines is None:
             return 0
         turn = self.engines.max_tokens
-        return turn if self.world is None else self.world.context_tokens(turn)
+        return max((world.context_tokens(turn) for world in self.worlds), default=turn)
 
     @property
     def trained_tokens(self) -> int:
         """Tokens that are trained on, which a completion, or an episode in all its sequences, may add to its prompt."""
-        if self.engines is None or self.world is None:
-            return self.sampled_tokens
-        return self.world.trained_tokens(self.engines.max_tokens)
+        if self.engines is None:
+            return 0
+        turn = self.engines.max_tokens
+        return max((world.trained_tokens(turn) for world in self.worlds), default=turn)
 
     @property
-    def world(self) -> Environment | None:
-        """What completions take turns with; None where each is an answer."""
-        return None
+    def worlds(self) -> tuple[Environment, ...]:
+        """What completions take turns with, each with one of these; () where each is an answer."""
+        return ()
 
     @property
     def score_head(self) -> Labels | None:
@@ -255,7 +256,7 @@ class SamplingStage(TrainStage):
     dynamic_sampling: DynamicSampling | None = None
     max_failed_prompts: Fraction = 0.02
     rollout: Rollout = Rollout()
-    environment: EnvironmentField = None
+    environment: EnvironmentField = ()
     rewards: RewardField = ()
     objectives: Objectives = Objectives()
 
@@ -278,7 +279,7 @@ class SamplingStage(TrainStage):
         return self.rollout
 
     @property
-    def world(self) -> Environment | None:
+    def worlds(self) -> tuple[Environment, ...]:
         return self.environment
 
     def turns(self, rows: int) -> int:
@@ -297,7 +298,7 @@ class JudgingStage(StageBase):
     kind: str
     of: tuple[str, ...]
     data: DataField
-    environment: EnvironmentField = None
+    environment: EnvironmentField = ()
     rewards: RewardField = ()
     rollout: Rollout = Rollout(temperature=0.0)
     loss: LossField = (LossTerm(name="sft"),)
@@ -320,7 +321,7 @@ class JudgingStage(StageBase):
         return self.rewards
 
     @property
-    def world(self) -> Environment | None:
+    def worlds(self) -> tuple[Environment, ...]:
         return self.environment
 
     @property

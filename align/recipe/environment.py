@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from align.recipe.strict import Finite, Fraction, Name, PositiveInt, Strict
 
+CHOICE = "environment"  # the column by which a row chooses one of several
 WRITTEN_AS = "hermes"  # how calls are asked for where the prompt describes tools
 AROUND_ANSWER, AROUND_ANOTHER = 64, 16  # tokens that a template writes around an answer, and another of the turn
 MAX_MEDIA = 4  # images in an episode where the recipe does not say
@@ -21,7 +22,7 @@ class Environment(Strict):
     """A class of the user's, one object an episode (`use`), or plain functions as tools (`tools`).
 
     use: `file.py:Class` or `package.module:Class`; args: of its constructor; signature: `trl` for a class written for
-    TRL's environment_factory. as: its name in metrics and objectives. python: the interpreter that it runs in.
+    TRL's environment_factory. as: its name in metrics, objectives and rows. python: the interpreter that it runs in.
 
     max_turns: of the policy in an episode; max_tokens: that it may sample in one, where `rollout.max_tokens` bounds a
     turn; max_calls: of tools in a turn; max_observation_tokens: that the environment may add between two turns (several
@@ -125,8 +126,28 @@ class Environment(Strict):
         return self.max_observation_tokens + AROUND_ANSWER + AROUND_ANOTHER * (self.max_calls - 1)
 
 
-def _environment(value: Any) -> Any:
-    return {"use": value} if isinstance(value, str) else value
+def _environments(value: Any) -> Any:
+    items = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    return [{"use": item} if isinstance(item, str) else item for item in items]
 
 
-EnvironmentField = Annotated[Environment | None, BeforeValidator(_environment)]
+def _told_apart(several: tuple[Environment, ...]) -> tuple[Environment, ...]:
+    """Of several environments each has a name, by which rows choose."""
+    if len(several) < 2:
+        return several
+    names = [one.as_ for one in several]
+    if None in names:
+        unnamed = several[names.index(None)].name
+        raise ValueError(
+            f"of several environments each has a name by which rows choose it (their column `{CHOICE}`), and {unnamed} "
+            "has none: write `as: NAME` beside it"
+        )
+    if twice := [name for n, name in enumerate(names) if name in names[:n]]:
+        raise ValueError(f"two environments are called {twice[0]!r}: rename one (`as`)")
+    if len({one.lockstep for one in several}) > 1:
+        raise ValueError("an engine samples all episodes in lockstep or none: say the same `lockstep` in each")
+    return several
+
+
+EnvironmentField = Annotated[tuple[Environment, ...], BeforeValidator(_environments), AfterValidator(_told_apart)]
+"""The environments of a stage, of which each row chooses one; () where completions are answers."""

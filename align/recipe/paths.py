@@ -106,11 +106,7 @@ def _places(data: dict[str, Any]) -> Iterator[tuple[Path_, str]]:
         yield from _reward_places(stage, here)
         yield from ((place, "plugin") for place in _listed(stage, "loss", "name", here))
         yield from ((place, "plugin") for place in _listed(stage, "environment", "use", here))
-        if isinstance(stage.get("environment"), dict):
-            inner = (*here, "environment")
-            yield from ((place, "plugin") for place in _listed(stage["environment"], "tools", "use", inner))
-            if "python" in stage["environment"]:
-                yield (*inner, "python"), "program"
+        yield from _environment_places(stage, here)
         if isinstance(stage.get("objectives"), dict) and "combine" in stage["objectives"]:
             yield (*here, "objectives", "combine"), "plugin"
         if isinstance(stage.get("eval"), dict):
@@ -145,6 +141,16 @@ def _reward_places(holder: dict[str, Any], path: Path_) -> Iterator[tuple[Path_,
         reward = _get(holder, place[len(path) : -1]) if place[-1] == "use" else {}
         if reward.get("use") in REWARDS and isinstance(reward.get("args"), dict) and "path" in reward["args"]:
             yield (*place[:-1], "args", "path"), "model"
+
+
+def _environment_places(stage: dict[str, Any], path: Path_) -> Iterator[tuple[Path_, str]]:
+    yield from ((place, "plugin") for place in _listed(stage, "environment", "use", path))
+    given, here = stage.get("environment"), (*path, "environment")
+    items = [(here, given)] if not isinstance(given, list) else [((*here, i), one) for i, one in enumerate(given)]
+    for place, item in items:
+        yield from ((inner, "plugin") for inner in _listed(item, "tools", "use", place))
+        if isinstance(item, dict) and "python" in item:
+            yield (*place, "python"), "program"
 
 
 def _get(data: Any, path: Path_) -> Any:

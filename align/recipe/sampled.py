@@ -9,7 +9,7 @@ from typing import Any
 def problems_of_sampling(stage: Any) -> Iterator[str]:
     """In words, with the remedy, what contradicts itself. stage: a `SamplingStage`, whose class asks."""
     groups, parts = stage.batch.groups, stage.minibatches
-    if not stage.rewards and stage.environment is None:
+    if not stage.rewards and not stage.environment:
         yield "give `rewards: [...]`, or an `environment` that scores: what its completions are worth"
     if groups % parts:
         divisors = ", ".join(str(n) for n in range(1, groups + 1) if groups % n == 0)

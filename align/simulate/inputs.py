@@ -83,7 +83,7 @@ def gather(recipe: Recipe, stage: SamplingStage, flags: Mapping[str, float | Non
     length = settle("length_mean", stage.rollout.max_tokens / 4)
     settle("length_sigma", 0.8)
     settle("reward_s", 1.0)
-    if stage.environment is not None:
+    if stage.worlds:
         settle("environment_s", 1.0)
     settle("train_s", trained_completions(stage) * min(length, stage.rollout.max_tokens) / TRAINED_PER_S)
     settle("publish_s", 2.0)

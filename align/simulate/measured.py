@@ -74,7 +74,7 @@ def read_run(run: Path, stage_id: str | None = None) -> Measured:
     step_s, generate, score, train_s, publish_s, reward_s = (
         float(np.mean([line[f"time/{name}"] for line in turns.values()])) for name in _TIMES
     )
-    drawn = _drawn(folder / "rollouts", episodes=stage.environment is not None)
+    drawn = _drawn(folder / "rollouts", episodes=bool(stage.worlds))
     lengths = {step: {group: one[:, 0] for group, one in groups.items()} for step, groups in drawn.items()}
     waits = {step: {group: float(one[:, 1].max()) for group, one in groups.items()} for step, groups in drawn.items()}
     costs = _engine_costs(stage, turns, lengths, waits) if stage.staleness == 0 else (None, None, None)

@@ -192,7 +192,7 @@ class Context:
         offered: Offered | None = None,
     ) -> list[PromptItem]:
         """Prompts numbered by row, each with the seed of its row: what evaluation samples, whatever stage asks.
-        offered: by an environment to every prompt."""
+        offered: by environments to the prompts."""
         items = await self.items(stage, sources, "prompt", tokenizer, name, offered)
         label = f"{stage.id}/{name}"
         return [

@@ -25,7 +25,7 @@ from align.stages.backend import FleetJob, Needs, Start, TrainerJob, longest_pro
 from align.stages.context import Context, opened
 from align.stages.episode_scorer import EpisodeScorer, Known
 from align.stages.jobs import (
-    described_world,
+    described_worlds,
     episode_spec,
     media_of,
     sampling_of,
@@ -84,15 +84,15 @@ def judging_needs(stage: JudgingStage) -> Needs:
 async def _by_rewards(context: Context, stage: JudgingStage, name: str) -> Metrics:
     weights = judged_start(context.recipe, name, context.origin, context.run.finished())
     tokenizer = context.tokenizer(weights)
-    world = await described_world(context, stage)
-    prompts = await context.prompts(stage, stage.data, tokenizer, offered=Offered.of(stage.world, world))
+    worlds = await described_worlds(context, stage)
+    prompts = await context.prompts(stage, stage.data, tokenizer, offered=Offered.of(stage.worlds, worlds))
     folder = context.run.stage_folder(stage.id)
     merged = folder / f".merged-{name}"
     async with AsyncExitStack() as stack:
         stack.callback(shutil.rmtree, merged, ignore_errors=True)
         stack.enter_context(shown_images(context, stage))
         served = await _plain_folder(context, weights, merged)
-        environment = episode_spec(context, stage, tokenizer, world)
+        environment = episode_spec(context, stage, tokenizer, worlds, prompts)
         job = FleetJob(
             stage_id=stage.id,
             model=context.recipe.model,
@@ -112,8 +112,9 @@ async def _by_rewards(context: Context, stage: JudgingStage, name: str) -> Metri
         fleet, *judge = await opened(stack, context.backend.fleet(job), *judges)
         if name != stage.of[-1]:
             context.backend.expect(judging_needs(stage), stage.rollout.name)  # of the next
-        if stage.environment is not None and world is not None:
-            judge = [EpisodeScorer(Known.of(stage.environment, world), judge[0] if judge else None, stage.id)]
+        if stage.worlds:
+            known = [Known.of(*both) for both in zip(stage.worlds, worlds, strict=True)]
+            judge = [EpisodeScorer(known, judge[0] if judge else None, stage.id)]
         scorer = NotedScorer(judge[0], f"{stage.id} of {name}", tokenizer.special, context.report.message)
         context.record()
         await fleet.publish(Publication(version=0, kind="base", path=str(served), digest=""))

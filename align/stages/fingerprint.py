@@ -35,11 +35,11 @@ def fingerprint(recipe: Recipe, stage: Stage, plugins: Mapping[str, str], folder
     part.get("save", {}).pop("keep", None)
     for limit in ("heartbeat_s", "request_timeout_s"):  # when an engine counts as lost: its groups are the same
         part.get("rollout", {}).pop(limit, None)
-    if part.get("environment") is None:  # as versions before wrote it
+    if not part.get("environment"):  # as versions before wrote it
         part.pop("environment", None)
-    else:
+    for one in part.get("environment") or ():
         for pace in ("max_live", "timeout_s"):  # how fast, and when something counts as hanging
-            part["environment"].pop(pace, None)
+            one.pop(pace, None)
     for reward in part.get("rewards", ()):
         for pace in ("processes", "rate"):  # when scores come: they are the same
             reward.pop(pace, None)
@@ -70,8 +70,9 @@ def without_folder(value: Any, folder: str | None) -> Any:
 
 
 def reward_names(stage: Stage) -> list[str]:
-    """Every reward a stage uses, its evaluation's included, and its environment."""
-    return [*(reward.use for reward in stage.every_reward), *(stage.world.uses if stage.world else ())]
+    """Every reward a stage uses, its evaluation's included, and its environments."""
+    worlds = (use for world in stage.worlds for use in world.uses)
+    return [*(reward.use for reward in stage.every_reward), *worlds]
 
 
 def _code(recipe: Recipe, stage: Stage) -> set[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from align.data.tokenizer import ChatTokenizer
-from align.episodes.spec import EpisodeSpec, Sight
+from align.episodes.spec import EpisodeSpec, Sight, WorldSpec
 from align.losses import Losses
 from align.mediastore import processor_files
 from align.protocols.fleet import PromptItem, Sampling
@@ -85,18 +85,18 @@ def episode_spec(
     context: Context,
     stage: StageBase,
     tokenizer: ChatTokenizer,
-    description: Mapping[str, Any] | None,
+    descriptions: Sequence[Mapping[str, Any]],
+    prompts: Sequence[PromptItem],
     kept: int | None = None,
 ) -> EpisodeSpec | None:
-    """What engines are told of the stage's environment; None where it has none. kept: see `Sight`."""
-    if stage.world is None or description is None:
+    """What engines are told of the stage's environments; None where it has none. kept: see `Sight`."""
+    if not stage.worlds:
         return None
     logs = context.run.stage_folder(stage.id) / "environment"
     logs.mkdir(parents=True, exist_ok=True)
     return EpisodeSpec(
-        stage.world,
+        WorldSpec.several(stage.worlds, descriptions, prompts),
         tokenizer,
-        description,
         context.recipe_folder,
         context.recipe.seed,
         logs,
@@ -105,12 +105,11 @@ def episode_spec(
 
 
 def _sight(context: Context, stage: StageBase, tokenizer: ChatTokenizer, kept: int | None) -> Sight | None:
-    assert stage.world is not None
     folder = tokenizer.folder
     if folder is None or context.library(folder) is None or not processor_files(folder):
         return None
     return Sight(
-        stage.world.images(True),
+        max(world.images(True) for world in stage.worlds),
         folder,
         _shown_in(context, stage),
         context.recipe.media,
@@ -143,11 +142,9 @@ def media_of(prompts: Sequence[PromptItem], environment: EpisodeSpec | None) -> 
     return most
 
 
-async def described_world(context: Context, stage: StageBase) -> Mapping[str, Any] | None:
-    """What the stage's environment says of itself; None where it has none."""
-    if stage.world is None:
-        return None
-    return await context.backend.describe_environment(stage.world, context.recipe_folder)
+async def described_worlds(context: Context, stage: StageBase) -> list[Mapping[str, Any]]:
+    """What each of the stage's environments says of itself."""
+    return [await context.backend.describe_environment(world, context.recipe_folder) for world in stage.worlds]
 
 
 def fleet_job(
@@ -156,13 +153,14 @@ def fleet_job(
     start: Start,
     prompts: list[PromptItem],
     tokenizer: ChatTokenizer,
-    description: Mapping[str, Any] | None,
+    descriptions: Sequence[Mapping[str, Any]],
     held: Sequence[PromptItem] = (),
 ) -> FleetJob:
     """held: prompts of its evaluation."""
     factor = stage.dynamic_sampling.max_factor if stage.dynamic_sampling else 1.0
     kept = ceil(stage.batch.groups * (stage.staleness + 2) * factor) + len(held)
-    every, environment = [*prompts, *held], episode_spec(context, stage, tokenizer, description, kept)
+    every = [*prompts, *held]
+    environment = episode_spec(context, stage, tokenizer, descriptions, every, kept)
     return FleetJob(
         stage_id=stage.id,
         model=context.recipe.model,

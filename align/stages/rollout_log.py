@@ -39,8 +39,8 @@ class RolloutLog:
     (null where missing), advantage (null where not trained on; before the prompt's own weight), trained, finish,
     version (of the first sampled token), mean_logp (of the sampler). Of episodes also sampled (per token, whether it
     was), forks (as JSON, token_ids and sampled of each sequence before the last; null where there is one), turns and
-    state (as JSON), ended and environment_error (null where there was none). The metadata `KINDS` says which objectives
-    are costs.
+    state (as JSON), environment (its name, "" where the recipe gives it none), ended and environment_error (null where
+    there was none). The metadata `KINDS` says which objectives are costs.
     """
 
     def __init__(self, folder: Path):
@@ -142,6 +142,7 @@ def _episode(completion: Completion) -> dict[str, Any]:
         "forks": _forks(completion),
         "turns": json.dumps(episode.turns, ensure_ascii=False, default=str),
         "state": json.dumps(episode.state, ensure_ascii=False, default=str),
+        "environment": episode.environment,
         "ended": episode.ended,
         "waited_seconds": episode.counts.get("waited_seconds"),
         "environment_error": episode.failure and f"{episode.failure.cause}: {episode.failure.message}",

@@ -25,7 +25,7 @@ from align.stages.context import Context, opened
 from align.stages.episode_scorer import EpisodeScorer, Known
 from align.stages.groups import PromptCursor
 from align.stages.jobs import (
-    described_world,
+    described_worlds,
     fleet_job,
     needs_of,
     reward_sets,
@@ -149,8 +149,8 @@ async def run_online(context: Context, stage: SamplingStage) -> StageResult:
     """A GRPO stage from its start, or from its newest checkpoint."""
     start = start_of(context.recipe, stage, context.origin, context.run.finished())
     tokenizer = context.tokenizer(start)
-    world = await described_world(context, stage)
-    offered = Offered.of(stage.world, world)
+    worlds = await described_worlds(context, stage)
+    offered = Offered.of(stage.worlds, worlds)
     prompts = await context.prompts(stage, stage.data, tokenizer, offered=offered)
     held = await context.prompts(stage, stage.eval.data, tokenizer, "eval", offered) if stage.eval else []
     plan = online_plan(stage, len(prompts), context.seed(stage.id))
@@ -163,12 +163,12 @@ async def run_online(context: Context, stage: SamplingStage) -> StageResult:
         trainer, fleet, *judges = await opened(
             stack,
             context.backend.trainer(job),
-            context.backend.fleet(fleet_job(context, stage, start, prompts, tokenizer, world, held)),
+            context.backend.fleet(fleet_job(context, stage, start, prompts, tokenizer, worlds, held)),
             *(context.backend.scorer(scorer) for scorer in scorers),
         )
         judges = [
             NotedScorer(judge, stage.id, tokenizer.special, context.report.message)
-            for judge in scorers_of(stage, world, judges)
+            for judge in scorers_of(stage, worlds, judges)
         ]
         for judge in judges:
             stack.callback(judge.finish)
@@ -205,12 +205,14 @@ async def run_online(context: Context, stage: SamplingStage) -> StageResult:
             return finished(context, start, await loop.run(online.turn))
 
 
-def scorers_of(stage: SamplingStage, world: Mapping[str, Any] | None, judges: Sequence[Scorer]) -> tuple[Scorer, ...]:
+def scorers_of(
+    stage: SamplingStage, worlds: Sequence[Mapping[str, Any]], judges: Sequence[Scorer]
+) -> tuple[Scorer, ...]:
     """The scorer of what is trained on, then that of the evaluation where it is another. judges: of `reward_sets`;
-    world: what the stage's environment says of itself."""
-    if stage.environment is None or world is None:
+    worlds: what the stage's environments say of themselves."""
+    if not stage.worlds:
         return tuple(judges)
-    known = Known.of(stage.environment, world)
+    known = [Known.of(*both) for both in zip(stage.worlds, worlds, strict=True)]
     own = judges[0] if stage.rewards else None
     held = [judges[-1]] if stage.eval and stage.eval.rewards else []
     return tuple(EpisodeScorer(known, judge, stage.id) for judge in (own, *held))

@@ -10,7 +10,21 @@ from typing import Any
 
 import pytest
 
-from tests.runs import Stopped, grpo, metrics, rollouts, run, sft, stop_at, timeless, weights, write_data, write_recipe
+from tests.integration.test_episodes import REWRITTEN
+from tests.runs import (
+    Stopped,
+    grpo,
+    metrics,
+    rollouts,
+    run,
+    sft,
+    stop_at,
+    timeless,
+    weights,
+    write_data,
+    write_jsonl,
+    write_recipe,
+)
 from tests.unit.episodes.stage import write
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
@@ -110,3 +124,60 @@ def test_episodes_run_ahead_of_training(folder: Path) -> None:
     assert foreseen and min(foreseen) > 0, "what the environment says is foreseen, badly"
     assert all(step["mismatch/kl"] < 1e-4 for step in found), "the trainer sees what the policy saw"
     assert all("Then count on from it." in row["prompt"] for row in rollouts(folder / "runs" / "ahead", "grpo"))
+
+
+GAME = """
+from rewards import environment
+
+@environment
+class Game:
+    def reset(self, row, seed):
+        return "Guess!"
+
+    def respond(self, reply):
+        return None
+
+    def reward(self):
+        return 0.5
+
+    def state(self):
+        return {"game": True}
+"""
+
+
+def test_rows_choose_one_of_several_environments(folder: Path) -> None:
+    """Each is played by its own, and what the other scores does not apply to it."""
+    write(folder, GAME, "game.py")
+    rows = [json.loads(line) for line in (folder / "sums.jsonl").read_text().splitlines()[:16]]
+    names = [("count", "game")[n % 2] for n in range(len(rows))]
+    write_jsonl(folder / "chosen.jsonl", [row | {"environment": name} for row, name in zip(rows, names, strict=True)])
+    several = [
+        {"use": "world.py:Count", "as": "count", "lockstep": True, **SHORT},
+        {"use": "game.py:Game", "as": "game", "lockstep": True, **SHORT},
+    ]
+    wanted = {"from": None, "environment": several, "data": {"path": "chosen.jsonl"}, "rewards": [], "steps": 2}
+    both = stage(**wanted, objectives={"weights": {"count": 1.0, "game": 1.0}}, eval=None)
+    run(write_recipe(folder, "several", [both]))
+    drawn = rollouts(folder / "runs" / "several", "grpo")
+    assert {row["environment"] for row in drawn} == {"count", "game"}
+    for row in drawn:
+        other = {"count": "game", "game": "count"}[row["environment"]]
+        assert row[f"objective/{other}"] is None and row[f"objective/{row['environment']}"] is not None
+        assert ("Guess!" in row["prompt"]) == (row["environment"] == "game")
+        assert ("game" in json.loads(row["state"])) == (row["environment"] == "game")
+    for line in metrics(folder / "runs" / "several", "grpo"):
+        assert line["episode/count/episodes"] + line["episode/game/episodes"] == line["groups/total"] * 4
+        assert line["episode/lost"] == 0
+
+
+def test_a_run_trains_on_what_the_template_writes_then(folder: Path) -> None:
+    """The template writes no turn as it was sampled: each turn is a sequence of its own, and all of an episode are one
+    for the loss. Trainer and engine agree on what stands in front of each token."""
+    (folder / "said.jinja").write_text(REWRITTEN)
+    anew = {"use": "world.py:Count", "history": "template", **SHORT}
+    recipe = write_recipe(folder, "anew", [stage(**{"from": None}, environment=anew, steps=3, eval=None)])
+    run(recipe, "model.chat_template=said.jinja")
+    drawn, found = rollouts(folder / "runs" / "anew", "grpo"), metrics(folder / "runs" / "anew", "grpo")
+    turns = [sum(turn["role"] == "assistant" for turn in json.loads(row["turns"])) for row in drawn]
+    assert [len(json.loads(row["forks"] or "[]")) for row in drawn] == [n - 1 for n in turns] and max(turns) > 1
+    assert all(step["episode/forks"] > 0 and step["mismatch/kl"] < 1e-4 for step in found)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from align.check.inputs import DataFacts
+from align.check.facts import DataFacts
 from align.check.machine import Machine
 from align.check.memory.advice import Asked, verdict
 from align.check.memory.plan import Estimate, Work, engine
@@ -38,8 +38,8 @@ class Load:
     def of(cls, stage: TrainStage, facts: DataFacts) -> Load:
         if isinstance(stage, SamplingStage):
             groups, sequences = stage.batch.groups, stage.batch.groups * stage.batch.group_size
-            length, trained = facts.longest + stage.sampled_tokens, stage.trained_tokens
-            return cls(groups * facts.longest + sequences * trained, facts.longest + trained, sequences, length)
+            packed = groups * facts.longest + sequences * stage.trained_tokens
+            return cls(packed, facts.trained(stage), sequences, facts.sampled(stage))
         return cls(max(facts.longest, int(stage.batch.rows * facts.mean)), facts.longest)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from align.check.inputs import DataFacts
+from align.check.facts import DataFacts
 from align.check.memory.stage import Load
 from align.cli.main import main
 from align.episodes.describe import describe
@@ -83,12 +83,11 @@ def test_an_episode_fits_the_model_and_its_memory_is_counted_whole(
     assert "an episode may need" in said and "more than the model's `max_position_embeddings` (2,048)" in said
     stage = next(stage for stage in load_recipe(workshop.recipe).stages if stage.id == "grpo")
     assert isinstance(stage, SamplingStage) and stage.sampled_tokens == 64 + (16 + 64) + 2 * (16 + 64 + 7 * 16)
-    load = Load.of(stage, DataFacts(longest=100))
+    load = Load.of(stage, DataFacts(longest=100, openings=[100]))
     assert load.length == load.longest == 100 + 528 and load.tokens == 2 * 100 + 8 * 528
-    assert stage.environment is not None
-    anew = stage.model_copy(update={"environment": stage.environment.model_copy(update={"history": "template"})})
+    anew = stage.model_copy(update={"environment": (stage.environment[0].model_copy(update={"history": "template"}),)})
     trained = (32 + 80) + (64 + 80 + 192) + 528
-    load = Load.of(anew, DataFacts(longest=100))
+    load = Load.of(anew, DataFacts(longest=100, openings=[100]))
     assert load.length == 100 + 528 and load.longest == 100 + trained and load.tokens == 2 * 100 + 8 * trained
 
 
@@ -166,6 +165,38 @@ def test_a_template_without_tools_is_refused_and_takes_them_as_text(
     assert "calls read as hermes" in checked(
         capsys, 0, f"model.chat_template={template}", "stages.grpo.environment.tools_in=prompt"
     )
+
+
+def test_each_of_several_environments_is_said_and_a_row_must_choose(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = "use: world.py:Calculator, max_tokens: 64, max_observation_tokens: 16"
+    twice = f"[{{{small}, as: one, max_turns: 2}}, {{{small}, as: two}}]"
+    rows = [
+        {"messages": [{"role": "user", "content": "1 + 2?"}], "answer": "3", "environment": name}
+        for name in ("one", "two")
+    ]
+    workshop.write("chosen.jsonl", rows)
+    both = (f"stages.grpo.environment={twice}", "stages.grpo.data={path: chosen.jsonl}")
+    said = checked(capsys, 0, *both)
+    assert "environment one: tools add" in said and "environment two: tools add" in said
+    assert "at most 2 turns of 32" in said and "at most 8 turns of 32" in said
+    said = checked(capsys, 2, *both, "stages.grpo.rollout.max_model_len=600")
+    assert "an episode of two may need" in said
+    said = checked(capsys, 2, both[0])
+    assert "the row chooses none of the stage's environments" in said and "'one', 'two'" in said
+    workshop.write("chosen.jsonl", [{**rows[0], "environment": "three"}])
+    assert "is 'three', and the stage has 'one', 'two'" in checked(capsys, 2, *both)
+    unnamed = twice.replace(", as: two", "")
+    said = checked(capsys, 2, f"stages.grpo.environment={unnamed}")
+    assert "of several environments each has a name" in said and "as: NAME" in said
+    for number in (1, 2):
+        source = CALCULATOR.replace("import environment", "import Objective, environment")
+        source = source.replace("@environment", f"@environment(objectives={{'right': Objective(range=(0, {number}))}})")
+        workshop.write(f"world{number}.py", source.replace("return float(", "return dict(right="))
+    others = twice.replace("world.py", "world1.py", 1).replace("world.py", "world2.py", 1)
+    said = checked(capsys, 2, f"stages.grpo.environment={others}", both[1])
+    assert "two environments give an objective 'right', of other kinds or ranges" in said
 
 
 def test_tools_that_the_prompt_describes_are_counted(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:

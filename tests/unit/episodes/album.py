@@ -17,7 +17,7 @@ from align.data.packing import collate, text_positions
 from align.data.tokenizer import load_tokenizer
 from align.episodes.describe import describe
 from align.episodes.engine import EpisodeEngine
-from align.episodes.spec import EpisodeSpec, Sight
+from align.episodes.spec import EpisodeSpec, Sight, WorldSpec
 from align.model.media.placeholders import positions_of
 from align.model.policy_module import PolicyModule
 from align.protocols.fleet import Completion, Episode, Group, PromptItem, Sampling
@@ -118,7 +118,7 @@ class World:
         described = asyncio.run(describe(settled, self.folder))
         store = self.folder / "shown"
         seen = Sight(settled.images(True), self.model, store, Media(workers=1), kept=kept) if sight else None
-        episodes = EpisodeSpec(settled, self.tokenizer, described, self.folder, 0, sight=seen)
+        episodes = EpisodeSpec((WorldSpec(settled, described),), self.tokenizer, self.folder, 0, sight=seen)
         return EngineSpec(
             name, str(self.model), max_model_len=4096, environment=episodes, end_ids=self.tokenizer.eos_ids
         )

@@ -14,7 +14,7 @@ from align.data.scratch import train_tokenizer
 from align.data.templates import CHATML
 from align.data.tokenizer import ChatTokenizer, load_tokenizer
 from align.episodes.describe import describe
-from align.episodes.spec import EpisodeSpec
+from align.episodes.spec import EpisodeSpec, WorldSpec
 from align.protocols.fleet import Completion, FailedPrompt, Group, PromptItem, Sampling
 from align.protocols.trainer import Publication
 from align.recipe.environment import Environment
@@ -139,13 +139,13 @@ async def spec_of(folder: Path, tokenizer: ChatTokenizer, **rules: Any) -> Engin
     """An engine's spec for the environment that `rules` name."""
     settled = Environment.model_validate({"timeout_s": 5.0, **rules})
     described = await describe(settled, folder)
-    episodes = EpisodeSpec(settled, tokenizer, described, folder, 0)
+    episodes = EpisodeSpec((WorldSpec(settled, described),), tokenizer, folder, 0)
     return EngineSpec("scripted", str(folder), max_model_len=4096, environment=episodes)
 
 
 def prompt(tokenizer: ChatTokenizer, spec: EngineSpec, number: int, text: str = "1 + 2?", **row: Any) -> PromptItem:
     messages = ({"role": "user", "content": text},)
-    tools = spec.environment.description["tools"]
+    tools = spec.environment.worlds[0].description["tools"]
     ids = tokenizer.chat_ids(messages, True, tools)
     values = {"answer": "3", **row}
     return PromptItem(number, np.array(ids), 1000 + number, messages, values, f"rows.jsonl:{number + 1}")

@@ -65,7 +65,7 @@ def test_an_episode_is_its_sampled_ids_and_what_the_template_writes_between_them
     with opened(tmp_path, tokenizer, asks_once) as (engine, inner):
         group = group_of(engine, tokenizer)
     assert isinstance(group, Group)
-    tools = engine._spec.environment.description["tools"]
+    tools = engine._spec.environment.worlds[0].description["tools"]
     asked = [
         {"role": "user", "content": "1 + 2?"},
         {

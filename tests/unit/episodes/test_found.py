@@ -148,7 +148,7 @@ def test_answers_of_a_turn_share_what_may_be_added(tmp_path: Path, tokenizer: Ch
     told = [turn["content"] for turn in episode.turns if turn["role"] == "tool"]
     assert len(told) == 4 and episode.counts["cut_answers"] == 4
     assert completion.sampled is not None
-    bound = engine._spec.environment.rules.answer_tokens
+    bound = engine._spec.environment.worlds[0].rules.answer_tokens
     assert int((~completion.sampled).sum()) <= bound + 4 * 40, "of bytes; what is said of cuts is text, too"
 
 

@@ -250,8 +250,8 @@ def test_whatever_is_said_a_turn_is_sampled_behind_what_the_template_writes(
     rules = {"max_turns": 6, "lockstep": True}
     group, inner = episodes(tmp_path, tokenizer, script, source=TOOLS, size=4, **rules)
     require_each_once(group, inner)
-    schemas = asyncio.run(stage.spec_of(tmp_path, tokenizer, use="world.py:World")).environment.description["tools"]
-    joins = Joins(tokenizer, schemas)
+    [world] = asyncio.run(stage.spec_of(tmp_path, tokenizer, use="world.py:World")).environment.worlds
+    joins = Joins(tokenizer, world.description["tools"])
     for completion in group.completions:
         turns, at = list(told(completion).turns), 0
         messages: list[Any] = [{"role": "user", "content": "Go?"}]

@@ -51,7 +51,7 @@ class Lengths:
 
 def test_scores_stand_at_their_episodes_and_the_lost_have_none() -> None:
     inner = Lengths()
-    scorer = EpisodeScorer(Known("world", WORLD.objectives, WORLD.kinds, 1.0), inner, "grpo")
+    scorer = EpisodeScorer([Known("world", WORLD.objectives, WORLD.kinds, 1.0)], inner, "grpo")
     asked = groups(
         [
             episode({"right": 1.0, "calls": 2.0}),
@@ -77,7 +77,7 @@ def test_scores_stand_at_their_episodes_and_the_lost_have_none() -> None:
 
 
 def test_more_lost_episodes_than_a_step_may_have_stop_the_run_with_what_happened() -> None:
-    scorer = EpisodeScorer(WORLD, None, "grpo")
+    scorer = EpisodeScorer([WORLD], None, "grpo")
     fine, gone = [episode({"right": 1.0, "calls": 0.0})] * 5, [episode(lost="exit 3")]
     for step in range(3):  # one in ten may be lost, whichever call of the step brings it
         for part in (fine, [*fine[:4], *gone]):
@@ -88,7 +88,7 @@ def test_more_lost_episodes_than_a_step_may_have_stop_the_run_with_what_happened
 
 
 def test_an_episode_whose_reward_failed_is_missing_and_counts_as_unscored() -> None:
-    scorer = EpisodeScorer(Known("world", ("right",), ("reward",), 1.0), None, "grpo")
+    scorer = EpisodeScorer([Known("world", ("right",), ("reward",), 1.0)], None, "grpo")
     table = asyncio.run(scorer.score(groups([episode(failure=EpisodeFailure("raised", "KeyError"))])))
     assert (
         np.isnan(table.scores).all() and table.metrics["episode/unscored"] == 1 and table.metrics["episode/lost"] == 0
@@ -98,7 +98,7 @@ def test_an_episode_whose_reward_failed_is_missing_and_counts_as_unscored() -> N
 def test_a_killed_episode_has_the_score_that_the_recipe_gives_it() -> None:
     known = Known("world", ("right", "calls"), ("reward", "cost"), 0.0, on_kill={"right": -1.0, "calls": 9.0})
     played = [episode(killed=True), episode({"right": 1.0, "calls": 2.0})]
-    table = asyncio.run(EpisodeScorer(known, None, "grpo").score(groups(played)))
+    table = asyncio.run(EpisodeScorer([known], None, "grpo").score(groups(played)))
     assert table.scores.tolist() == [[-1.0, 9.0], [1.0, 2.0]]
 
 
