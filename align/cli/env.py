@@ -25,7 +25,7 @@ from align.data.world import Offered
 from align.episodes.ids import moved
 from align.episodes.images import opened_images
 from align.episodes.spec import Sight
-from align.episodes.trial import Sample, Trial, Tried, read_replies, try_environment, written
+from align.episodes.trial import Sample, Trial, Tried, Written, read_replies, try_environment
 from align.errors import UserError
 from align.mediastore import processor_files
 from align.protocols.fleet import Completion, FailedPrompt, PromptItem, Sampling
@@ -161,7 +161,7 @@ def _players(arguments: argparse.Namespace, tokenizer: ChatTokenizer) -> Iterato
     """Who replies in episode n, and how many tokens an episode may have."""
     if arguments.replies is not None:
         replies = read_replies(Path(arguments.replies))
-        yield (lambda number: written(replies[number % len(replies)], tokenizer)), _CONTEXT
+        yield (lambda number: Written(replies[number % len(replies)], tokenizer)), _CONTEXT
         return
     with _engine(arguments.model, tokenizer) as (sample, context):
         yield (lambda number: sample), context
@@ -239,6 +239,8 @@ def _episode(number: int, tried: Tried, tokenizer: ChatTokenizer) -> Iterator[st
         yield f"  not at its end: {tried.unfinished}"
     if tried.lost is not None:
         yield f"  lost: {tried.lost}"
+    if tried.unused:
+        yield f"  over before its written replies were: {tried.unused} had no turn"
 
 
 def _tokens(completion: Completion, tokenizer: ChatTokenizer) -> Iterator[str]:

@@ -55,8 +55,8 @@ class Ids:
         begun = np.array(ids[: self.start], np.int64)
         common = shared_length([old.beginning, (begun, tuple(m for m in media if m.start < len(begun)))])
         sequences = [*self.before, old]
-        for number, one in enumerate(sequences):
-            one._cut_prompt(common, -1 if number == 0 else REPEATED)
+        for one in sequences:
+            one._cut_prompt(common)
         inner = [m for m in media if m.start < common]
         self.tokens, self.start, self.media, self.before = list(ids[:common]), common, inner, sequences
         self.sampled, self.logps, self.versions = [], [], []
@@ -64,12 +64,13 @@ class Ids:
         for part, end, version in ((common, split, REPEATED), (split, len(ids), -1)):
             self.join(ids[part:end], moved([m for m in media if part <= m.start < end], -part), version=version)
 
-    def _cut_prompt(self, common: int, version: int) -> None:
+    def _cut_prompt(self, common: int) -> None:
+        """What is behind `common` is the sequence's own, and context all the same."""
         own = self.start - common
         self.start = common
         self.sampled = [False] * own + self.sampled
         self.logps = [0.0] * own + self.logps
-        self.versions = [version] * own + self.versions
+        self.versions = [REPEATED] * own + self.versions
 
     @property
     def spent(self) -> int:

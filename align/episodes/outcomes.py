@@ -79,8 +79,9 @@ def _said(outcome: Outcome, what: str) -> str:
 
 
 def as_messages(value: Any, what: str) -> list[Message]:
-    """A text as a user's message, messages as they are, nothing of None. Raises Lost for anything else."""
-    if value is None or value == "":
+    """A text as a user's message, messages as they are, nothing of None, nor of a reset's empty text; an empty one of
+    `respond` is a turn in which nothing is said. Raises Lost for anything else."""
+    if value is None or (value == "" and what == "reset"):
         return []
     if isinstance(value, str):
         return [{"role": "user", "content": value}]

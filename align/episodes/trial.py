@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,8 @@ Sample = Callable[[PromptItem, Sampling], Awaitable[Completion | FailedPrompt]]
 class Tried:
     """An episode that was played. prompt: ids, to be decoded, and media that stand in them; completion: None where it
     had no turn, and of one that did not end what there was of it. lost: why there is no whole one; unfinished: why it
-    ends before its end, with nothing amiss."""
+    ends before its end, with nothing amiss; unused: written replies that no turn had; closing: how `close` failed.
+    """
 
     origin: str
     prompt: np.ndarray | None = None
@@ -39,6 +41,8 @@ class Tried:
     completion: Completion | None = None
     lost: str | None = None
     unfinished: str | None = None
+    unused: int = 0
+    closing: str | None = None
 
 
 @dataclass
@@ -82,6 +86,8 @@ async def try_environment(
             trial.episodes.append(tried)
             if (unscored := _unscored(tried)) is not None:
                 trial.problems.append(unscored)
+            if tried.closing is not None:
+                trial.problems.append(tried.closing)
             if (differs := await _resets_differ(host, rules, prompt)) is not None:
                 trial.problems.append(differs)
         return trial
@@ -102,7 +108,10 @@ async def _play(setting: Setting, host: Host, prompt: PromptItem, sampling: Samp
         tried.prompt, tried.completion, tried.media = play.so_far()
         tried.unfinished = "the written replies end here"
     finally:
-        await live.close(CLOSE_S)
+        closed = await live.close(CLOSE_S)
+    if closed.kind != "value":
+        tried.closing = f"{tried.origin}: close: {closed.message}"
+    tried.unused = len(sample.left) if isinstance(sample, Written) else 0
     return tried
 
 
@@ -160,22 +169,22 @@ def read_replies(path: Path) -> list[list[str]]:
     return found
 
 
-def written(replies: Sequence[str], tokenizer: ChatTokenizer) -> Sample:
-    """Gives one reply after the other as if it had been sampled, within its budget; then raises OutOfReplies."""
-    left: Iterator[str] = iter(replies)
-    ends = tokenizer.ends.text.token
+class Written:
+    """Gives one reply after the other as if it had been sampled, within its budget; then raises OutOfReplies. left:
+    those that nobody asked for yet."""
 
-    async def sample(prompt: PromptItem, sampling: Sampling) -> Completion | FailedPrompt:
+    def __init__(self, replies: Sequence[str], tokenizer: ChatTokenizer):
+        self.left, self._tokenizer = deque(replies), tokenizer
+
+    async def __call__(self, prompt: PromptItem, sampling: Sampling) -> Completion | FailedPrompt:
         await asyncio.sleep(0)
-        text = next(left, None)
-        if text is None:
+        if not self.left:
             raise OutOfReplies
-        whole = tokenizer.encode(text + ends, add_special_tokens=False)
+        text, tokenizer = self.left.popleft(), self._tokenizer
+        whole = tokenizer.encode(text + tokenizer.ends.text.token, add_special_tokens=False)
         ids, cut = np.array(whole[: sampling.max_tokens], np.int64), len(whole) > sampling.max_tokens
         zeros = np.zeros(len(ids), np.float32)
         spoken = tokenizer.decode(ids.tolist())
         raw = tokenizer.decode(ids.tolist(), skip_special_tokens=False) if cut else text
         finish: Literal["length", "eos"] = "length" if cut else "eos"
         return Completion(ids, zeros, zeros.astype(np.int32), spoken, finish, None if spoken == raw else raw)
-
-    return sample

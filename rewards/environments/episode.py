@@ -99,8 +99,10 @@ class Episode:
     # ------------------------------------------------------------------------------------------------ calls of tools
 
     def _calls(self, request: Mapping[str, Any]) -> None:
-        """Plain methods in their order, then coroutines side by side."""
-        seconds, over = request["timeout_s"], False
+        """Plain methods in their order, then coroutines side by side; none behind one after which the episode is over,
+        nor behind one that took too long: a turn of hanging calls costs one deadline, however many they are."""
+        seconds: float = request["timeout_s"]
+        over: Outcome | None = None
         beside: list[tuple[int, Callable[[], Awaitable[Any]]]] = []
         for part, (name, arguments) in enumerate(request["calls"]):
             tool = self.loaded.tools.get(name)
@@ -108,12 +110,13 @@ class Episode:
                 beside.append((part, partial(self._start, name, arguments)))
             else:
                 work = partial(self._run, partial(self._start, name, arguments))
-                outcome = not_called() if over else self._act(work, seconds, tool=True)
-                over |= outcome["done"]
+                outcome = over or self._act(work, seconds, tool=True)
+                over = over or not_called(outcome, name)
                 self._send(request, part, outcome)
-        for part, _ in beside if over else ():
-            self._send(request, part, not_called())
-        if beside and not over:
+        if over is not None:
+            for part, _ in beside:
+                self._send(request, part, over)
+        elif beside:
             self._side_by_side(request, beside, seconds)
 
     def _start(self, name: str, arguments: Mapping[str, Any]) -> Any:
@@ -222,12 +225,14 @@ class Episode:
         self._sock.sendall(frame)
 
 
-def not_called() -> Outcome:
-    """Of a call behind one of its turn after which the episode is over."""
-    return {
-        "kind": "value", "value": "not called: the episode is over", "was_none": False, "done": True, "message": "",
-        "where": "", "seconds": 0.0,
-    }  # fmt: skip
+def not_called(before: Outcome, tool: str) -> Outcome | None:
+    """Of the calls behind one of their turn, by its outcome; None where they are made."""
+    same = {"was_none": False, "where": "", "seconds": 0.0}
+    if before["done"]:
+        return {"kind": "value", "value": "not called: the episode is over", "done": True, "message": "", **same}
+    if before["kind"] == "timeout":
+        return {"kind": "timeout", "value": None, "done": False, "message": f"not called: {tool} took too long", **same}
+    return None
 
 
 def failed(error: BaseException, prefix: str = "") -> Outcome:

@@ -89,7 +89,8 @@ class Live:
 
     async def calls(self, calls: Sequence[tuple[str, Mapping[str, Any]]], timeout_s: float) -> list[Outcome]:
         """Outcomes of calls (tool, arguments), in their order. Plain methods run one after another, coroutines side by
-        side after them, each under its own deadline. Arguments are as `check_arguments` lets them pass."""
+        side after them, each under its own deadline; none behind a plain one that took too long. Arguments are as
+        `check_arguments` lets them pass."""
         if not calls:
             return []
         return await self._ask("calls", len(calls), timeout_s, {"calls": [[name, given] for name, given in calls]})

@@ -12,6 +12,7 @@ from rewards.api import PluginError
 from rewards.environments.schemas import Schema, tool_schema
 
 MEMBERS = ("reset", "respond", "reward", "done", "state", "close")
+_GIVEN = {"respond": "the reply", "reward": "", "state": "", "close": ""}
 RESET = ("row", "seed", "episode_seed")
 
 
@@ -50,6 +51,8 @@ def tools_of(kind: type, where: str) -> dict[str, Tool]:
                 where=where,
                 remedy=f"write `def {name}(self, ...)`, or give the attribute another name",
             )
+        if member is not None and name in _GIVEN:
+            _require_called(member, name, where)
     names = dict.fromkeys(name for base in reversed(kind.__mro__[:-1]) for name in vars(base))
     return {name: tool for name in names if (tool := _tool(kind, name, MEMBERS, where)) is not None}
 
@@ -84,6 +87,23 @@ def _function(member: Any) -> Callable[..., Any] | None:
     if isinstance(member, staticmethod | classmethod):
         return member.__func__
     return member if inspect.isroutine(member) else None
+
+
+def _require_called(member: Any, name: str, where: str) -> None:
+    """Raises PluginError where a member cannot be called with what it is given."""
+    function, given = _function(member), _GIVEN[name]
+    if function is None or inspect.isbuiltin(function):
+        return
+    own = () if isinstance(member, staticmethod) else ("self",)
+    try:
+        inspect.signature(function).bind(*own, *([given] if given else []))
+    except TypeError as error:
+        wanted = ", ".join([*own, "reply"] if given else own)
+        raise PluginError(
+            f"`{name}` is given {given or 'nothing'}, and cannot be called so: {error}",
+            where=where,
+            remedy=f"write `def {name}({wanted})`",
+        ) from error
 
 
 def _tool(kind: type, name: str, but: tuple[str, ...], where: str) -> Tool | None:

@@ -142,6 +142,12 @@ def _load_class(spec: EnvironmentSpec, use: str, folder: Path) -> Loaded:
         )
     if trl and not callable(getattr(kind, "reset", None)):
         raise PluginError("an environment for TRL has `reset`, and this has none", where=use, remedy="add it")
+    if trl and callable(getattr(kind, "reward", None)) and not hasattr(kind, "get_reward"):
+        raise PluginError(
+            "it has `reward`, which would be a tool for the policy: an environment for TRL scores by `get_reward`",
+            where=use,
+            remedy="call it `get_reward`; or leave `signature: trl` out and decorate the class with @environment",
+        )
     options: EnvironmentOptions = getattr(kind, MARK, EnvironmentOptions())
     tools = trl_tools_of(kind, use) if trl else tools_of(kind, use)
     has = has_of(kind, trl)

@@ -35,7 +35,11 @@ def test_written_replies_are_played_and_every_token_is_shown(here: Path, capsys:
     said = tried(capsys, 0, "--replies", "replies.jsonl")
     assert "tool add: Add two numbers." in said and '"required": ["a", "b"]' in said
     assert "sampled" in said and "added" in said and "| <|im_start|>tool\n                | 3<|im_end|>" in said
-    assert 'scores: {"calculator": 1.0}' in said and "1 episode, 0 lost, 0 problems" in said
+    assert (
+        'scores: {"calculator": 1.0}' in said and "1 episode, 0 lost, 0 problems" in said and "over before" not in said
+    )
+    (here / "replies.jsonl").write_text(json.dumps([call(a=1, b=2), "3", "4", "5"]) + "\n")
+    assert "over before its written replies were: 2 had no turn" in tried(capsys, 0, "--replies", "replies.jsonl")
 
 
 def test_what_a_template_writes_again_is_shown_apart(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,6 +50,12 @@ def test_what_a_template_writes_again_is_shown_apart(here: Path, capsys: pytest.
     again = said.partition("again")[2]
     assert "forks 1" in said and "hm</think>" in said and "hm" not in again and '"add"' in again
     assert 'scores: {"calculator": 1.0}' in said
+
+
+def test_a_close_that_fails_is_a_problem(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "replies.jsonl").write_text(json.dumps(["3"]) + "\n")
+    write(here, CALCULATOR + "    def close(self):\n        raise OSError('no such session')\n")
+    assert "rows.jsonl:1: close: OSError: no such session" in tried(capsys, 1, "--replies", "replies.jsonl")
 
 
 def test_budgets_hold_for_written_replies_too_and_classes_for_trl_are_played(

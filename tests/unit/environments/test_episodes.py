@@ -47,6 +47,9 @@ def test_a_dead_environment_says_where_and_why_at_the_start(tmp_path: Path) -> N
         "class Env:\n    pass": "no tool and no `respond`",
         "class Env:\n    reward = 3.0\n    def tool(self): ...": "`reward` of an environment is a method",
         "class Env:\n    def reset(self, prompt): ...\n    def tool(self): ...": "`reset` needs 'prompt'",
+        "class Env:\n    def respond(self): ...": "`respond` is given the reply, and cannot be called so",
+        "class Env:\n    def reward(self, sample): ...\n    def tool(self): ...": "`reward` is given nothing",
+        "class Env:\n    def state(): ...\n    def tool(self): ...": r"write `def state\(self\)`",
         "Env = 3": "an environment is a class",
         "from rewards import environment\n@environment\ndef Env(): ...": "stands above a class",
         "class Env:\n    def get_reward(self): ...\n    def tool(self): ...": "signature: trl",
@@ -267,3 +270,40 @@ def test_a_row_that_cannot_be_sent_is_said(tmp_path: Path) -> None:
 
     outcome = within(play)
     assert outcome.kind == "raised" and "cannot be sent" in outcome.message and not outcome.lost
+
+
+SLOW = '''
+import asyncio, time
+
+class Env:
+    def hang(self):
+        """Hang."""
+        time.sleep(60)
+
+    def quick(self):
+        """Quick."""
+        return "done"
+
+    async def later(self):
+        """Later."""
+        return "later"
+'''
+
+
+def test_a_turn_of_hanging_calls_costs_one_deadline(tmp_path: Path) -> None:
+    async def play() -> None:
+        async with hosted(write(tmp_path, SLOW)) as host:
+            live = await host.open()
+            await live.reset({}, 0, 0, 5)
+            begun_at = time.monotonic()
+            names = ["quick", "hang", "hang", "quick", "later", "hang"]
+            found = await live.calls([(name, {}) for name in names], 1.0)
+            assert time.monotonic() - begun_at < 4.0, "of three that hang one was called"
+            assert [one.kind for one in found] == ["value", "timeout", "timeout", "timeout", "timeout", "timeout"]
+            assert found[0].value == "done" and found[1].message == "not done after 1 s"
+            assert {one.message for one in found[2:]} == {"not called: hang took too long"} and not found[2].lost
+            [again] = await live.calls([("quick", {})], 5)
+            assert again.value == "done", "the next turn goes on"
+            await live.close(5)
+
+    within(play)
