@@ -63,9 +63,9 @@ class EpisodeLoop:
         self._thread.start()
         try:
             self._in_loop(self._venues.open())
-        except BaseException as error:
+        except BaseException:
             self.close()
-            raise _first(error) from error
+            raise
 
     def _in_loop(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()

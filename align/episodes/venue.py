@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
 
 from align.data.world import chosen
@@ -61,11 +60,11 @@ class Venue:
 
 
 class Venues:
-    """Those of a stage. Attributes: as `Venue`'s."""
+    """Those of a stage: as one, and each by the prompts that choose it."""
 
     def __init__(self, spec: EpisodeSpec, context: int, images: Images | None):
         self.every = [Venue(spec, world, context, images) for world in spec.worlds]
-        self._names: Sequence[str | None] = [world.rules.as_ for world in spec.worlds]
+        self._names = tuple(world.rules.as_ for world in spec.worlds)
 
     @property
     def live(self) -> int:
@@ -73,12 +72,10 @@ class Venues:
 
     def of(self, prompt: PromptItem) -> Venue:
         """The one that the prompt's row chooses."""
-        return self.every[chosen(prompt.row, tuple(self._names))]
+        return self.every[chosen(prompt.row, self._names)]
 
     async def open(self) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            for venue in self.every:
-                tasks.create_task(venue.open())
+        await asyncio.gather(*(venue.open() for venue in self.every))
 
     def close(self) -> None:
         for venue in self.every:

@@ -7,6 +7,7 @@ import asyncio
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,20 @@ class Drawing(Scripted):
 
 
 def episodes(
-    folder: Path, tokenizer: ChatTokenizer, script: Any, *, source: str = WORLD, size: int = 1, **rules: Any
+    folder: Path,
+    tokenizer: ChatTokenizer,
+    script: Any,
+    *,
+    source: str = WORLD,
+    size: int = 1,
+    context: int = 4096,
+    **rules: Any,
 ) -> tuple[Group, Drawing]:
     stage.write(folder, source)
     row = rules.pop("row", {})
     spec = asyncio.run(stage.spec_of(folder, tokenizer, use="world.py:World", **{"history": "template", **rules}))
     inner = Drawing(tokenizer, script)
-    engine = EpisodeEngine(spec, inner)
+    engine = EpisodeEngine(replace(spec, max_model_len=context), inner)
     try:
         engine.publish(Publication(7, "adapter", "", ""))
         [answer] = stage.played(engine, stage.requests([stage.prompt(tokenizer, spec, 0, "Go?", **row)], size)).values()
@@ -215,12 +223,16 @@ def test_text_of_environments_opens_no_turn_in_a_conversation_that_is_written_an
 
 def test_a_context_that_is_full_ends_an_episode_before_another_sequence(family: Family, tmp_path: Path) -> None:
     tokenizer = family("qwen3")
-    thought = "<think>\nhm\n</think>\n\n"
-    replies = [thought + "so" * 700, thought + "so" * 700, thought + "so" * 700, "no"]
-    group, inner = episodes(tmp_path, tokenizer, in_turn(*replies), size=1, max_tokens=100000, max_turns=8)
+    reply, row = "<think>\nhm\n</think>\n\nso", {"forged": " more" * 60}
+    short, inner = episodes(tmp_path, tokenizer, in_turn(*[reply] * 4), row=row)
+    assert len(short.completions[0].forks) == 3
+    first, second = len(inner.drawn[0][0]) + len(inner.drawn[0][1].token_ids), len(inner.drawn[1][0])
+    assert first + 5 < second, "what is said then is longer than the thoughts that go"
+    group, inner = episodes(tmp_path, tokenizer, in_turn(reply), row=row, context=first + 5)
     [completion] = group.completions
-    assert completion.truncated and told(completion).ended in ("turn", "context", "tokens")
     require_each_once(group, inner)
+    assert completion.truncated and told(completion).ended == "context"
+    assert not completion.forks and told(completion).counts["forks"] == 0
 
 
 def test_budgets_count_what_was_sampled_in_every_sequence(family: Family, tmp_path: Path) -> None:
