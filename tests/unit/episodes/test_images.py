@@ -159,7 +159,7 @@ def test_an_image_beyond_the_budget_of_an_answer_is_told_with_its_size(world: Wo
     assert isinstance(spec.environment, EpisodeSpec)
     content = [{"type": "image", "image": data_uri(png(picture(60, height)))} for height in (40, 41)]
     with opened_images(spec.environment.sight) as images:
-        seen = asyncio.run(observed(images, 0, content, left=9, tokens=10))
+        seen = asyncio.run(observed(images, 0, content, left=9, of=9, tokens=10))
     assert [part["type"] for part in seen.content] == ["image", "text"] and seen.refused == 1
     [one] = seen.shown
     left = 10 - len(one.token_ids)
@@ -171,7 +171,7 @@ def test_whatever_a_process_sends_as_parts_is_text_or_told(world: World) -> None
     spec = world.spec()
     assert isinstance(spec.environment, EpisodeSpec)
     with opened_images(spec.environment.sight) as images:
-        seen = asyncio.run(observed(images, 0, content, left=9))
+        seen = asyncio.run(observed(images, 0, content, left=9, of=9))
     assert seen.refused == 1 and seen.shown == [], "a path is read by the environment's own process, or not at all"
     assert (
         seen.content.startswith("words5") and "error: an image was not shown: no image with a data URL" in seen.content
